@@ -1,0 +1,4 @@
+from dma_diffusers.cli import main
+
+if __name__ == "__main__":
+    main()
