@@ -1,0 +1,1 @@
+"""Training of the demo model: sprites, scenes, text encoders, VAE and transformer."""
