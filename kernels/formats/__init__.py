@@ -1,0 +1,33 @@
+"""Number formats: the list (`FORMATS`), rounding to one (`fake_quantize`), storing in one (`pack`, `unpack`).
+
+>>> fake_quantize(torch.tensor([0.1, 2.5, -6.0]), "mxfp4")
+tensor([ 0.,  2., -6.])
+"""
+
+from .codec import Packed, fake_quantize, pack, unpack
+from .element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT6, INT8, Element, FloatElement, IntElement
+from .format import FORMATS, Format, get_format
+from .scale import Scale, ScaleRounding
+
+__all__ = [
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "FORMATS",
+    "INT4",
+    "INT6",
+    "INT8",
+    "Element",
+    "FloatElement",
+    "Format",
+    "IntElement",
+    "Packed",
+    "Scale",
+    "ScaleRounding",
+    "fake_quantize",
+    "get_format",
+    "pack",
+    "unpack",
+]

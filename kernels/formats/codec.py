@@ -1,0 +1,155 @@
+"""Into a format and back: `fake_quantize` keeps the tensor's dtype, `pack` stores real codes and scales.
+
+All arithmetic is float32, on the tensor's device, without waiting for it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .format import Format, get_format
+from .scale import (
+    Scale,
+    ScaleRounding,
+    decode_scales,
+    encode_e4m3,
+    encode_e8m0,
+    fp32_scale,
+    fp32_tensor_scale,
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as stored in a format. A row is padded with zeros to whole blocks.
+
+    data: uint8 codes `[..., rows, columns]`; 4-bit codes lie two to a byte, the even index in the low nibble;
+        6-bit codes lie one to a byte, right-aligned, as sm_100's `kind::mxf8f6f4` reads them. With `bf16` the
+        tensor itself.
+    scales: `[..., rows / block_rows, blocks]`, uint8 (E8M0 and E4M3 codes) or float32; None with `bf16`.
+    tensor_scale: float32, of tensor_amax's shape, or None in formats without one.
+    shape: the tensor's own shape.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    tensor_scale: Tensor | None
+    format: Format
+    shape: torch.Size
+
+
+def fake_quantize(
+    x: Tensor, format: str | Format, rounding: str = "ceil", *, tensor_amax: Tensor | None = None
+) -> Tensor:
+    """`x` rounded to what `format` can store, along its last dimension (OCP MX v1.0, section 6.3).
+
+    A block that holds NaN or ±inf becomes NaN as a whole, a block of zeros stays zero; a finite input gives a
+    finite result. Where rows share a scale (`int8_tile`, the tensor scale), only finite numbers count for it, and
+    NaN or ±inf spoils no more than its own row (`int8_tile`) or block.
+
+    x: `[..., columns]`, any float dtype (float64 is first rounded to float32); `int8_tile` needs
+        `[..., rows, columns]`. `bf16` returns x itself, whatever its dtype.
+    rounding: a `ScaleRounding`; it matters to E8M0 scales only.
+    tensor_amax: the finite amax to make the tensor scale for, instead of x's own: `[..., 1]`, broadcastable
+        against x. Formats without a tensor scale ignore it.
+    Returns x's shape and dtype. Raises ValueError for an unknown format or rounding, for an empty x, or one with
+    too few dimensions; TypeError for a dtype that is no float.
+    """
+    format, rounding = _checked(x, format, rounding)
+    if format.element is None:
+        return x
+    scaled, factor, _, _ = _scale_down(x, format, rounding, tensor_amax)
+    return _join(format.element.round(scaled) * factor, x.shape, x.dtype)
+
+
+def pack(
+    x: Tensor, format: str | Format, rounding: str = "ceil", *, tensor_amax: Tensor | None = None
+) -> Packed:
+    """`x` as codes and scales; `unpack(pack(x, …), x.dtype)` equals `fake_quantize(x, …)` bit for bit.
+
+    Arguments and errors are those of `fake_quantize`. The scale of a spoilt block stores NaN (E8M0 255,
+    E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of the spoilt row do.
+    """
+    format, rounding = _checked(x, format, rounding)
+    if format.element is None:
+        return Packed(x, None, None, format, x.shape)
+    scaled, _, scales, tensor_scale = _scale_down(x, format, rounding, tensor_amax)
+    codes = format.element.encode(scaled).flatten(-2)
+    if format.bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return Packed(codes, scales, tensor_scale, format, x.shape)
+
+
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that `packed` stores, `packed.shape`, in `dtype`."""
+    format, codes = packed.format, packed.data
+    if format.element is None:
+        return packed.data.to(dtype)
+    if format.bits == 4:
+        codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
+    factor = _factor(packed.scales, packed.tensor_scale, format, packed.shape)
+    blocks = codes.unflatten(-1, (factor.shape[-2], -1))
+    return _join(format.element.decode(blocks) * factor, packed.shape, dtype)
+
+
+def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, ScaleRounding]:
+    format = format if isinstance(format, Format) else get_format(format)
+    if not x.is_floating_point():
+        raise TypeError(f"{format.name} stores floats: got {x.dtype}")
+    if x.numel() == 0 or x.dim() < (2 if format.block_rows > 1 else 1):
+        raise ValueError(f"{format.name} needs rows and columns: got shape {list(x.shape)}")
+    return format, ScaleRounding(rounding)
+
+
+def _scale_down(
+    x: Tensor, format: Format, rounding: ScaleRounding, tensor_amax: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x over its scales `[..., blocks, block]`, the factor that undoes it, the stored scales, the tensor scale."""
+    x = x.to(torch.float32)
+    block = format.block or x.shape[-1]
+    blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    amax = blocks.abs().amax(-1)
+    tensor_scale = None
+    match format.scale:
+        case Scale.E8M0:
+            scales = encode_e8m0(amax, format.element, rounding)
+        case Scale.E4M3:
+            tensor_amax = _finite_abs(x).amax() if tensor_amax is None else tensor_amax.to(torch.float32)
+            tensor_scale = fp32_tensor_scale(tensor_amax, format.element)
+            scales = encode_e4m3(amax, format.element, tensor_scale)
+        case Scale.FP32:
+            shared = amax if format.block_rows == 1 else _amax_of_rows(blocks, format.block_rows)
+            scales = fp32_scale(shared, format.element)
+    factor = _factor(scales, tensor_scale, format, x.shape)
+    # A block whose scale is zero becomes zero; a spoilt one NaN, even where sound rows share its scale.
+    divisor = factor.masked_fill(factor == 0, math.inf).masked_fill(~amax.isfinite().unsqueeze(-1), math.nan)
+    return blocks / divisor, factor, scales, tensor_scale
+
+
+def _amax_of_rows(blocks: Tensor, rows: int) -> Tensor:
+    """Finite amax of each run of `rows` rows: `[..., rows, blocks, block]` to `[..., runs, blocks]`."""
+    amax = _finite_abs(blocks).amax(-1)
+    return F.pad(amax, (0, 0, 0, -amax.shape[-2] % rows)).unflatten(-2, (-1, rows)).amax(-2)
+
+
+def _finite_abs(x: Tensor) -> Tensor:
+    return x.abs().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _factor(scales: Tensor, tensor_scale: Tensor | None, format: Format, shape: torch.Size) -> Tensor:
+    """What the elements of each block are multiplied by: float32 `[..., blocks, 1]`."""
+    factor = decode_scales(scales, format.scale)
+    if tensor_scale is not None:
+        factor = factor * tensor_scale
+    if format.block_rows > 1:
+        factor = factor.repeat_interleave(format.block_rows, dim=-2)[..., : shape[-2], :]
+    return factor.unsqueeze(-1)
+
+
+def _join(blocks: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Blocks back to rows without padding; saturated, as rounding up may pass the largest number of `dtype`."""
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return blocks.flatten(-2)[..., : shape[-1]].clamp(-limit, limit).to(dtype)
