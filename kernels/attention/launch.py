@@ -1,0 +1,86 @@
+"""Runs the fused attention: statistics, quantiser, kernel."""
+
+import torch
+import torch.nn.functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dma_diffusers.kernels.attention.kernel import attend
+from dma_diffusers.kernels.attention.reference import natural_lse
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.maps import TILE, PrecisionMap, tiles
+from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value, padded_dim
+
+
+def _bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
+    """v in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where v has others."""
+    v = v.to(torch.bfloat16)
+    aligned = v.stride(-1) == 1 and all(stride % 8 == 0 for stride in v.stride()[:-1]) and v.data_ptr() % 16 == 0
+    return v if aligned else F.pad(v, (0, -v.shape[-1] % 8)).contiguous()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    precision_map: PrecisionMap,
+    high: str | None,
+    low: str | None,
+    *,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    decode_nvfp4: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's call on the fused kernel; `high` or `low` is None where the map has no such tile.
+
+    The map lies on q's device. `decode_nvfp4` multiplies NVFP4 as exact bfloat16, where `dot_scaled` can't.
+    """
+    batch, heads, q_length, head_dim = q.shape
+    kv_heads, k_length = k.shape[1:3]
+    dim = padded_dim(head_dim)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    stats = quantiser.statistics(q, k, v, scale)
+    q_operands = encode(q, (high, low), stats.q_amax, quantiser.fold(scale), None)
+    k_operands = encode(k, (high, low), stats.k_amax, 1.0, stats.k_mean.contiguous())
+    v_scale = F.pad(stats.v_scale, (0, dim - head_dim), value=1.0).contiguous()
+
+    def operands(index: int) -> list[TensorDescriptor | None]:
+        q_operand, k_operand = q_operands[index], k_operands[index]
+        if q_operand is None:
+            return [None] * 4
+        return [*q_operand.descriptors(), *k_operand.descriptors()]
+
+    def constants(fmt: str | None) -> list:
+        if fmt is None:
+            return [None, None, False]
+        format = get_format(fmt)
+        return [format.element.name, format.block, decode_nvfp4 and format.has_tensor_scale]
+
+    v_high = high and TensorDescriptor.from_tensor(_bf16_for_tma(v), [1, 1, TILE, dim])
+    v_low = low and TensorDescriptor.from_tensor(encode_value(v, v_scale), [TILE, dim])
+    out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device)
+    indices, bounds = precision_map.indices, precision_map.bounds
+    attend[(tiles(q_length), batch * heads)](
+        *operands(0), v_high, *operands(1), v_low,
+        v_scale, _factors(q_operands, k_operands, heads // kv_heads), indices, bounds,
+        key_mask.contiguous().view(torch.uint8) if key_mask is not None else lse, out, lse,
+        heads, kv_heads, q_length, k_length, head_dim,
+        *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
+        *out.stride()[:3], 0.0,
+        *constants(high), *constants(low),
+        CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
+        num_warps=8, num_stages=2 if dim <= 128 else 1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, natural_lse(lse, q, stats.k_mean, scale)
+
+
+def _factors(q: list[Operand | None], k: list[Operand | None], group: int) -> torch.Tensor:
+    """What undoes the tensor scales of q and k: float32 `[B·H, 2]`, HIGH then LOW."""
+    present = next(operand.tensor_scale for operand in q if operand)
+    columns = [
+        a.tensor_scale * b.tensor_scale.repeat_interleave(group) if a else torch.ones_like(present)
+        for a, b in zip(q, k, strict=True)
+    ]
+    return torch.stack(columns, dim=-1)

@@ -1,0 +1,98 @@
+"""Runs the quantiser's kernel: from q and k to the operands that the attention kernel's descriptors read."""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.maps import TILE, tiles
+from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
+from dma_diffusers.kernels.quantiser.reference import E4M3_MAX
+
+KERNEL_FORMATS = ("mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Q or K in one format, as the MMA reads it.
+
+    elements: uint8 `[heads·tiles·128, D or D/2]`, two e2m1 to a byte.
+    scales: one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout `[1, heads·tiles, columns/4, 2, 256]`
+        where the columns come in fours, else row-major `[heads·tiles, 128·columns]`.
+    tensor_scale: float32 `[heads]`, 1 in formats without one.
+    """
+
+    elements: torch.Tensor
+    scales: torch.Tensor
+    tensor_scale: torch.Tensor
+
+    def descriptors(self) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Descriptors that load one tile of elements and one tile of scales."""
+        rows = [TILE, self.elements.shape[1]]
+        one_tile = [1, *self.scales.shape[1:]] if self.scales.ndim == 2 else [1, 1, *self.scales.shape[2:]]
+        return (
+            TensorDescriptor.from_tensor(self.elements, rows),
+            TensorDescriptor.from_tensor(self.scales, one_tile),
+        )
+
+
+def padded_dim(head_dim: int) -> int:
+    """The head dimension the kernels compute with: 64, 128 or 256; zeros beyond `head_dim` change no score."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def _empty(fmt: str, heads: int, rows: int, dim: int, amax: torch.Tensor) -> Operand:
+    format = get_format(fmt)
+    columns = dim // format.block
+    row_bytes = dim * format.bits // 8
+    shape = (1, heads * rows, columns // 4, 2, 256) if columns % 4 == 0 else (heads * rows, TILE * columns)
+    scale_dtype = torch.float8_e4m3fn if format.has_tensor_scale else torch.uint8
+    tensor_scale = torch.ones_like(amax)
+    if format.has_tensor_scale:
+        tensor_scale = (amax / (E4M3_MAX * format.element.max)).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    return Operand(
+        torch.empty(heads * rows * TILE, row_bytes, dtype=torch.uint8, device=amax.device),
+        torch.empty(shape, dtype=torch.uint8, device=amax.device).view(scale_dtype),
+        tensor_scale,
+    )
+
+
+def encode(
+    x: torch.Tensor, formats: tuple[str | None, str | None], amax: torch.Tensor, factor: float, mean: torch.Tensor | None
+) -> list[Operand | None]:
+    """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
+
+    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded; mean `[B, H, 1, D]`, float32.
+    """
+    batch, heads, length, head_dim = x.shape
+    dim, rows = padded_dim(head_dim), tiles(length)
+    amax = amax.flatten().contiguous()
+    operands = [fmt and _empty(fmt, batch * heads, rows, dim, amax) for fmt in formats]
+    arguments, constants = [], []
+    for fmt, operand in zip(formats, operands, strict=True):
+        if operand is None:
+            arguments += [None, None, None]
+            constants += [None, None, None, None]
+            continue
+        element = get_format(fmt).element
+        bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
+        arguments += [operand.elements, operand.scales.view(torch.uint8), operand.tensor_scale]
+        constants += [element.name, get_format(fmt).block, element.max, bits]
+    quantise[(rows, batch * heads)](
+        x, mean, factor, *arguments, heads, length, head_dim, *x.stride()[:3], *constants,
+        SMOOTH=mean is not None, D=dim, num_warps=8,
+    )  # fmt: skip
+    return operands
+
+
+def encode_value(v: torch.Tensor, v_scale: torch.Tensor) -> torch.Tensor:
+    """v / v_scale in e4m3, uint8 `[B·H·tiles·128, D]`; v_scale `[B, H, 1, D]`, float32, padded."""
+    batch, heads, length, head_dim = v.shape
+    dim, rows = padded_dim(head_dim), tiles(length)
+    elements = torch.empty(batch * heads * rows * TILE, dim, dtype=torch.uint8, device=v.device)
+    quantise_value[(rows, batch * heads)](
+        v, v_scale, elements, heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8
+    )
+    return elements
