@@ -1,0 +1,56 @@
+"""Write trained weights as the folder that ``FluxPipeline.from_pretrained`` loads.
+
+python -m dma_diffusers.pipelines.demo_training.export .demo/high/model.safetensors .demo/vae flux
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import load_model
+
+from dma_diffusers.pipelines.demo_training.model import FULL_RESOLUTION, DemoModel
+from dma_diffusers.pipelines.demo_training.text import POOLED_TOKENS, TEXT_TOKENS, build_tokenizer
+
+GENERATION = {
+    "height": FULL_RESOLUTION,
+    "width": FULL_RESOLUTION,
+    "num_inference_steps": 24,
+    "max_sequence_length": TEXT_TOKENS,
+    "guidance_scale": 1.0,  # FLUX's embedded guidance, which this model has none of
+    "true_cfg_scale": 3.0,
+    "negative_prompt": "",
+}
+"""Keyword arguments of the pipeline call that the model was trained for."""
+
+
+def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
+    """The pipeline of trained ``weights`` (of train.py) and the autoencoder's folder, in bf16."""
+    model = DemoModel()
+    load_model(model, weights)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False),
+        vae=AutoencoderKL.from_pretrained(vae),
+        text_encoder=model.text.clip,
+        tokenizer=build_tokenizer(POOLED_TOKENS),
+        text_encoder_2=model.text.t5,
+        tokenizer_2=build_tokenizer(TEXT_TOKENS),
+        transformer=model.transformer,
+    )
+    return pipeline.to(torch.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("weights", type=Path, help="model.safetensors of train.py")
+    parser.add_argument("vae", type=Path, help="folder of the autoencoder")
+    parser.add_argument("output", type=Path, help="folder of the pipeline")
+    args = parser.parse_args()
+    build_pipeline(args.weights, args.vae).save_pretrained(args.output, max_shard_size="14MB")
+    (args.output / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
