@@ -47,16 +47,16 @@ def fake_quantize(
     """`x` rounded to what `format` can store, along its last dimension (OCP MX v1.0, section 6.3).
 
     A block that holds NaN or ±inf becomes NaN as a whole, a block of zeros stays zero; a finite input gives a
-    finite result. Where rows share a scale (`int8_tile`, the tensor scale), only finite numbers count for it, and
-    NaN or ±inf spoils no more than its own row (`int8_tile`) or block.
+    finite result. Where rows share a scale (`int8_tile`, the tensor scale), only finite numbers count for it,
+    and NaN or ±inf spoils no more than its own row (`int8_tile`) or block.
 
     x: `[..., columns]`, any float dtype (float64 is first rounded to float32); `int8_tile` needs
         `[..., rows, columns]`. `bf16` returns x itself, whatever its dtype.
     rounding: a `ScaleRounding`; it matters to E8M0 scales only.
     tensor_amax: the finite amax to make the tensor scale for, instead of x's own: `[..., 1]`, broadcastable
         against x. Formats without a tensor scale ignore it.
-    Returns x's shape and dtype. Raises ValueError for an unknown format or rounding, for an empty x, or one with
-    too few dimensions; TypeError for a dtype that is no float.
+    Returns x's shape and dtype. Raises ValueError for an unknown format or rounding, an empty x or one of too
+    few dimensions, TypeError for a dtype that is no float.
     """
     format, rounding = _checked(x, format, rounding)
     if format.element is None:
@@ -107,7 +107,7 @@ def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, Sc
 def _scale_down(
     x: Tensor, format: Format, rounding: ScaleRounding, tensor_amax: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x over its scales `[..., blocks, block]`, the factor that undoes it, the stored scales, the tensor scale."""
+    """x over its scales `[..., blocks, block]`, the factor that undoes it, stored scales, tensor scale."""
     x = x.to(torch.float32)
     block = format.block or x.shape[-1]
     blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
@@ -150,6 +150,6 @@ def _factor(scales: Tensor, tensor_scale: Tensor | None, format: Format, shape: 
 
 
 def _join(blocks: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Blocks back to rows without padding; saturated, as rounding up may pass the largest number of `dtype`."""
+    """Blocks back to rows without padding; saturated, as rounding up may pass the maximum of `dtype`."""
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return blocks.flatten(-2)[..., : shape[-1]].clamp(-limit, limit).to(dtype)

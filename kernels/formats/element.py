@@ -41,13 +41,17 @@ class FloatElement:
         x: float32 of any shape; the result has the same shape and dtype.
         """
         x = x.clamp(-self.max, self.max)
-        power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|)
+        bits = x.view(torch.int32)
+        power = (bits & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|)
         # Added to 1.5·2^23 steps, a number loses everything below one step: float32 rounds it for us.
         anchor = power.clamp_min(2.0**self.emin) * (1.5 * 2.0 ** (23 - self.mantissa_bits))
-        return ((x + anchor) - anchor).copysign(x)
+        rounded = (x + anchor) - anchor
+        return (rounded.view(torch.int32) | (bits & -0x80000000)).view(
+            torch.float32
+        )  # zero takes back its sign
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (uint8, right-aligned) of `round(x)`; NaN becomes zero in elements without NaN (under 8 bits).
+        """Codes (uint8, right-aligned) of `round(x)`; NaN becomes zero in those without NaN (6 and 4 bits).
 
         x: float32 of any shape; the result has the same shape.
         """
@@ -84,8 +88,8 @@ class FloatElement:
 class IntElement:
     """A two's complement integer of `bits` bits in units of one, clipped symmetrically.
 
-    The lowest code, -2^(bits-1), is no number here: it stores NaN. OCP's INT8 counts in units of 2^-6 instead:
-    its E8M0 scales are 2^6 larger, its numbers the same.
+    The lowest code, -2^(bits-1), is no number here: it stores NaN. OCP's INT8 counts in units of 2^-6; the
+    same numbers have E8M0 scales 2^6 larger there.
     """
 
     name: str

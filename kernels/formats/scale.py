@@ -50,8 +50,8 @@ class ScaleRounding(StrEnum):
 def encode_e8m0(amax: Tensor, element: Element, rounding: ScaleRounding) -> Tensor:
     """E8M0 codes (uint8) for blocks of the given `amax` (float32); 255 where amax is not finite.
 
-    Exact: float32 bits, read as integers, order numbers by exponent, then mantissa. So the scale's exponent is
-    the distance from the largest amax whose scale is one, in steps of 2^23, rounded up.
+    Exact: float32 bits read as integers order numbers by exponent, then mantissa. The scale's exponent is
+    the distance to the largest amax whose scale is one, in steps of 2^23, rounded up.
     """
     distance = amax.view(torch.int32) - _bits_of_largest_with_scale_one(element, rounding)
     exponent = (distance + 0x7FFFFF) >> 23
@@ -89,7 +89,7 @@ def fp32_scale(amax: Tensor, element: Element) -> Tensor:
 
 
 def fp32_tensor_scale(amax: Tensor, element: Element) -> Tensor:
-    """amax / (448 · q_max) (float32), so that the largest block scale is 448; at least the smallest normal."""
+    """amax / (448 · q_max) (float32): the largest block scale becomes 448; at least the smallest normal."""
     return (amax / (E4M3.max * element.max)).clamp_min(SMALLEST_NORMAL)
 
 
