@@ -1,14 +1,16 @@
 """Precision maps: which class each pair (Q tile, KV tile) gets, as the kernel walks it.
 
 The kernel of one Q tile walks three contiguous phases, each of one kind of tile: HIGH, LOW, and MASKED, the
-HIGH tiles that a fine mask cuts (the causal diagonal, the end of the keys). Splitting the walk keeps precision
-out of the loops' bodies (DMA, arXiv 2604.03950).
+tiles that a fine mask cuts (the causal diagonal, the end of the keys), which are HIGH too. Splitting the walk
+keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+
+from dma_diffusers.kernels.layout import Layout
 
 TILE = 128
 
@@ -62,31 +64,30 @@ def causal_classes(classes: torch.Tensor) -> torch.Tensor:
     return torch.where(k_tile > q_tile, int(Class.SKIP), classes)
 
 
-def cut_tiles(q_tiles: int, k_length: int, is_causal: bool) -> torch.Tensor:
+def cut_tiles(layout: Layout, is_causal: bool) -> torch.Tensor:
     """Which tiles a fine mask cuts: bool `[q_tiles, k_tiles]`."""
-    k_tiles = tiles(k_length)
+    q_tiles, k_tiles = tiles(layout.q_length), tiles(layout.k_length)
     cut = torch.zeros(q_tiles, k_tiles, dtype=torch.bool)
-    if k_length % TILE:
+    if layout.k_length % TILE:
         cut[:, -1] = True
     if is_causal:
         cut |= torch.arange(k_tiles)[None, :] == torch.arange(q_tiles)[:, None]
     return cut
 
 
-def build_map(classes: torch.Tensor, k_length: int, is_causal: bool = False) -> PrecisionMap:
+def build_map(classes: torch.Tensor, layout: Layout, is_causal: bool = False) -> PrecisionMap:
     """The map that a policy's classes give.
 
     classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`. A causal mask compares token indices,
     query i seeing keys 0 … i, as `scaled_dot_product_attention(is_causal=True)` does.
     """
-    if classes.ndim != 4 or classes.shape[-1] != tiles(k_length):
-        raise ValueError(
-            f"classes must be [B or 1, H or 1, q_tiles, {tiles(k_length)}], got {list(classes.shape)}"
-        )
+    expected = (tiles(layout.q_length), tiles(layout.k_length))
+    if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
+        raise ValueError(f"classes must be [B or 1, H or 1, *{expected}], got {list(classes.shape)}")
     if is_causal:
         classes = causal_classes(classes)
     skipped = classes == Class.SKIP
-    phases = torch.where(cut_tiles(classes.shape[-2], k_length, is_causal), int(Phase.MASKED), classes)
+    phases = torch.where(cut_tiles(layout, is_causal), int(Phase.MASKED), classes)
     phases = torch.where(skipped, len(Phase), phases)
     order = phases.argsort(dim=-1, stable=True)
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)

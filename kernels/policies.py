@@ -49,7 +49,7 @@ class Diagonal:
     def classes(self, layout: Layout, is_causal: bool = False) -> torch.Tensor:
         q_tile = torch.arange(tiles(layout.q_length))[:, None]
         k_tile = torch.arange(tiles(layout.k_length))[None, :]
-        high = k_tile < tiles(self.sink)
+        high = (k_tile < tiles(self.sink)).expand(len(q_tile), -1)
         if self.window:
             sides = 1 if is_causal else 2
             reach = -(-max(self.window - TILE, 0) // (sides * TILE))

@@ -8,9 +8,10 @@ what is correct.
 import triton
 import triton.language as tl
 
+from dma_diffusers.kernels.rounding import loaded_operand, to_e4m3, to_operand, to_output
+
 TILE = tl.constexpr(128)
-# P is stored as exp2(s − m)·2^8, so that small probabilities stay clear of e4m3's subnormals; the shift cancels
-# in the division by l.
+# P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
 P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
 
@@ -35,11 +36,11 @@ def _decode_nvfp4(packed, scales, D: tl.constexpr):
     value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
     value = tl.where(codes >= 8, -value, value)
     value = tl.reshape(value, (TILE, D // 16, 16)) * scales.to(tl.float32)[:, :, None]
-    return tl.reshape(value, (TILE, D)).to(tl.bfloat16)
+    return to_operand(tl.reshape(value, (TILE, D)))
 
 
 @triton.jit
-def _scores(q, q_scales, k, k_scales, zero, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr):
+def _scores(q, q_scales, k, k_scales, zero, ELEMENT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr):
     """Q·Kᵀ of one pair of tiles, float32 [128, 128]."""
     if DECODE:
         return tl.dot(_decode_nvfp4(q, q_scales, D), tl.trans(_decode_nvfp4(k, k_scales, D)))
@@ -50,8 +51,8 @@ def _scores(q, q_scales, k, k_scales, zero, ELEMENT: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _phase(
-    accumulator, l, m, q, q_scales, factor, k_elements, k_scales, v, batch, kv_head, kv_heads, k_tiles, indices, first, last,
-    key_mask, k_length, q_tokens, zero,
+    accumulator, l, m, q, q_scales, factor, k_elements, k_scales, v,
+    batch, kv_head, kv_heads, k_tiles, indices, first, last, key_mask, k_length, q_tokens, zero,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr, LOW_PV: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +62,7 @@ def _phase(
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         k = k_elements.load([kv_tile * TILE, 0])
         scales = _load_scales(k_scales, kv_tile, D // BLOCK)
-        s = _scores(q, q_scales, k, scales, zero, ELEMENT, BLOCK, DECODE, D) * factor
+        s = _scores(q, q_scales, k, scales, zero, ELEMENT, DECODE, D) * factor
         if MASKED or KEY_MASK:
             tokens = tile * TILE + tl.arange(0, TILE)
             seen = (tokens < k_length)[None, :]
@@ -77,10 +78,10 @@ def _phase(
         accumulator = accumulator * rescale[:, None]
         if LOW_PV:
             value = v.load([kv_tile * TILE, 0])
-            accumulator = tl.dot(p.to(tl.float8e4nv), value.to(tl.float8e4nv, bitcast=True), accumulator)
+            accumulator = tl.dot(to_e4m3(p), value.to(tl.float8e4nv, bitcast=True), accumulator)
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-            accumulator = tl.dot(p.to(tl.bfloat16), value, accumulator)
+            accumulator = tl.dot(to_operand(p), loaded_operand(value), accumulator)
         m = m_new
     return accumulator, l, m
 
@@ -99,8 +100,8 @@ def attend(
     """Attention of one Q tile of one head.
 
     The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
-    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2] undoes the
-    tensor scales of HIGH and LOW. A class that the map doesn't use is None.
+    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2]
+    undoes the tensor scales of HIGH and LOW. A class that the map doesn't use is None.
     """
     q_tile, head = tl.program_id(0), tl.program_id(1)
     q_tiles, k_tiles = tl.num_programs(0), tl.cdiv(k_length, TILE)
@@ -110,7 +111,7 @@ def attend(
     indices += row.to(tl.int64) * map_length
     high_end = tl.load(bounds + row * 3)
     low_end = tl.load(bounds + row * 3 + 1)
-    masked_end = tl.load(bounds + row * 3 + 2)
+    end = tl.load(bounds + row * 3 + 2)
     q_tokens = q_tile * TILE + tl.arange(0, TILE)
     channels = tl.arange(0, D)
     key_mask += batch.to(tl.int64) * k_length
@@ -123,8 +124,8 @@ def attend(
         q = q_high.load([q_row * TILE, 0])
         q_scales = _load_scales(q_high_scales, q_row, D // HIGH_BLOCK)
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high, batch, kv_head, kv_heads, k_tiles,
-            indices, 0, high_end, key_mask, k_length, q_tokens, zero,
+            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
+            batch, kv_head, kv_heads, k_tiles, indices, 0, high_end, key_mask, k_length, q_tokens, zero,
             HIGH, HIGH_BLOCK, HIGH_DECODE, False, False, CAUSAL, KEY_MASK, D,
         )  # fmt: skip
     if LOW is not None:
@@ -133,8 +134,8 @@ def attend(
         q = q_low.load([q_row * TILE, 0])
         q_scales = _load_scales(q_low_scales, q_row, D // LOW_BLOCK)
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2 + 1), k_low, k_low_scales, v_low, batch, kv_head, kv_heads, k_tiles,
-            indices, high_end, low_end, key_mask, k_length, q_tokens, zero,
+            accumulator, l, m, q, q_scales, tl.load(factors + head * 2 + 1), k_low, k_low_scales, v_low,
+            batch, kv_head, kv_heads, k_tiles, indices, high_end, low_end, key_mask, k_length, q_tokens, zero,
             LOW, LOW_BLOCK, LOW_DECODE, True, False, CAUSAL, KEY_MASK, D,
         )  # fmt: skip
         accumulator = accumulator * v_unit
@@ -142,8 +143,8 @@ def attend(
         q = q_high.load([q_row * TILE, 0])
         q_scales = _load_scales(q_high_scales, q_row, D // HIGH_BLOCK)
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high, batch, kv_head, kv_heads, k_tiles,
-            indices, low_end, masked_end, key_mask, k_length, q_tokens, zero,
+            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
+            batch, kv_head, kv_heads, k_tiles, indices, low_end, end, key_mask, k_length, q_tokens, zero,
             HIGH, HIGH_BLOCK, HIGH_DECODE, False, True, CAUSAL, KEY_MASK, D,
         )  # fmt: skip
 
@@ -152,6 +153,6 @@ def attend(
     place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
     place = place + q_tokens[:, None].to(tl.int64) * out_stride_s + channels[None, :]
     inside = (q_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
     log_sum = tl.where(nothing_seen, float("-inf"), m + tl.log2(tl.where(nothing_seen, 1.0, l)))
     tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)

@@ -15,7 +15,7 @@ from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value
 def _bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
     """v in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where v has others."""
     v = v.to(torch.bfloat16)
-    aligned = v.stride(-1) == 1 and all(stride % 8 == 0 for stride in v.stride()[:-1]) and v.data_ptr() % 16 == 0
+    aligned = v.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in v.stride()[:-1])
     return v if aligned else F.pad(v, (0, -v.shape[-1] % 8)).contiguous()
 
 

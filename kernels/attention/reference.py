@@ -1,4 +1,4 @@
-"""The whole attention call in torch: quantised, tile-mixed, in the kernel's order. It defines what is correct."""
+"""The whole attention call in torch, in the kernel's order: it defines what is correct."""
 
 import math
 
@@ -34,11 +34,11 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with Q·K in `high` or `low`, tile by tile as the map says; P·V in bf16 for HIGH, e4m3 for LOW.
+    """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
 
-    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, Hkv dividing H; key_mask bool `[B, Sk]`, True where a key is seen.
-    Returns the output, q's shape and dtype, and the log-sum-exp `[B, H, Sq]`, float32, natural logarithm. A row
-    that sees no key gives zeros and −inf. Source: DMA, arXiv 2604.03950, section 3, with a two-sided band.
+    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, Hkv dividing H; key_mask bool `[B, Sk]`, True where a key is
+    seen. Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32.
+    A row that sees no key gives zeros and −inf. Source: DMA, arXiv 2604.03950.
     """
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
@@ -84,7 +84,8 @@ def attention(
             if phase is Phase.MASKED or key_mask is not None:
                 seen = (tokens < k_length)[:, None, :]
                 if key_mask is not None:
-                    seen = seen & key_mask[row_batch[active][:, None], tokens.clamp(max=k_length - 1)][:, None, :]
+                    own_mask = key_mask[row_batch[active]]
+                    seen = seen & own_mask.gather(1, tokens.clamp(max=k_length - 1))[:, None, :]
                 if is_causal:
                     q_tokens = row_tile[active][:, None] * TILE + inner
                     seen = seen & (tokens[:, None, :] <= q_tokens[:, :, None])

@@ -7,9 +7,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
-from dma_diffusers.kernels.quantiser.reference import E4M3_MAX
 
 KERNEL_FORMATS = ("mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4")
 
@@ -19,8 +19,9 @@ class Operand:
     """Q or K in one format, as the MMA reads it.
 
     elements: uint8 `[heads·tiles·128, D or D/2]`, two e2m1 to a byte.
-    scales: one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout `[1, heads·tiles, columns/4, 2, 256]`
-        where the columns come in fours, else row-major `[heads·tiles, 128·columns]`.
+    scales: one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
+        `[1, heads·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
+        `[heads·tiles, 128·columns]`.
     tensor_scale: float32 `[heads]`, 1 in formats without one.
     """
 
@@ -39,7 +40,7 @@ class Operand:
 
 
 def padded_dim(head_dim: int) -> int:
-    """The head dimension the kernels compute with: 64, 128 or 256; zeros beyond `head_dim` change no score."""
+    """The head dimension that the kernels compute with: 64, 128 or 256; the zeros added change no score."""
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
@@ -51,7 +52,7 @@ def _empty(fmt: str, heads: int, rows: int, dim: int, amax: torch.Tensor) -> Ope
     scale_dtype = torch.float8_e4m3fn if format.has_tensor_scale else torch.uint8
     tensor_scale = torch.ones_like(amax)
     if format.has_tensor_scale:
-        tensor_scale = (amax / (E4M3_MAX * format.element.max)).clamp_min(torch.finfo(torch.float32).smallest_normal)
+        tensor_scale = fp32_tensor_scale(amax, format.element)
     return Operand(
         torch.empty(heads * rows * TILE, row_bytes, dtype=torch.uint8, device=amax.device),
         torch.empty(shape, dtype=torch.uint8, device=amax.device).view(scale_dtype),
@@ -60,11 +61,16 @@ def _empty(fmt: str, heads: int, rows: int, dim: int, amax: torch.Tensor) -> Ope
 
 
 def encode(
-    x: torch.Tensor, formats: tuple[str | None, str | None], amax: torch.Tensor, factor: float, mean: torch.Tensor | None
+    x: torch.Tensor,
+    formats: tuple[str | None, str | None],
+    amax: torch.Tensor,
+    factor: float,
+    mean: torch.Tensor | None,
 ) -> list[Operand | None]:
     """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
 
-    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded; mean `[B, H, 1, D]`, float32.
+    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded; mean `[B, H, 1, D]`,
+    contiguous; both float32.
     """
     batch, heads, length, head_dim = x.shape
     dim, rows = padded_dim(head_dim), tiles(length)

@@ -1,7 +1,9 @@
-"""The quantiser on the GPU: one pass over Q or K writes the elements and scales of every class that is read."""
+"""The quantiser on the GPU: one pass over Q or K writes the elements and scales of every class read later."""
 
 import triton
 import triton.language as tl
+
+from dma_diffusers.kernels.rounding import to_e4m3, to_e5m2
 
 TILE = tl.constexpr(128)
 
@@ -10,6 +12,13 @@ TILE = tl.constexpr(128)
 def _magnitude_bits(x):
     """|x| as int32 bits: ordered like the magnitudes, with infinities and NaN above every finite number."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, stride_s):
+    """float32 [128, D] of one head, zeros outside."""
+    place = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_s
+    return tl.load(x + place + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -33,7 +42,7 @@ def _e2m1(y):
 @triton.jit
 def _e8m0_ceil(amax_bits, Q_MAX_BITS: tl.constexpr):
     """The E8M0 code of 2^ceil(log2(amax / q_max)), which never clips; 255 (NaN) where amax is not finite."""
-    # float32 bits count exponents in steps of 2^23: the distance to q_max in steps, rounded up, is the exponent
+    # float32 bits count exponents in steps of 2^23; the distance to q_max, rounded up, is the exponent
     code = tl.maximum(((amax_bits - Q_MAX_BITS + 0x7FFFFF) >> 23) + 127, 0)
     return tl.where(amax_bits >= 0x7F800000, 255, code)
 
@@ -41,7 +50,8 @@ def _e8m0_ceil(amax_bits, Q_MAX_BITS: tl.constexpr):
 @triton.jit
 def _encode(
     x, elements, scales, tile, rows, tensor_scale,
-    ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr, D: tl.constexpr,
+    ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """Write one tile `x` (float32 [128, D]) in one format: elements row-major, scales in the MMA's layout."""
     COLUMNS: tl.constexpr = D // BLOCK
@@ -49,9 +59,10 @@ def _encode(
     amax_bits = tl.max(_magnitude_bits(blocks), axis=2)
     if BLOCK == 16:  # E4M3 block scales under a float32 tensor scale
         amax = amax_bits.to(tl.float32, bitcast=True)
-        ratio = tl.div_rn(tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32)), tensor_scale + tl.zeros_like(amax))
+        ratio = tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32))
+        ratio = tl.div_rn(ratio, tl.full(amax.shape, 1.0, tl.float32) * tensor_scale)
         bad = amax_bits >= 0x7F800000
-        block_scale = tl.where(bad, 0.0, tl.minimum(ratio, 448.0)).to(tl.float8e4nv)
+        block_scale = to_e4m3(tl.where(bad, 0.0, tl.minimum(ratio, 448.0)))
         code = tl.where(bad, 0x7F, block_scale.to(tl.uint8, bitcast=True).to(tl.int32))
         divisor = block_scale.to(tl.float32) * tensor_scale
         empty = divisor == 0.0
@@ -63,24 +74,24 @@ def _encode(
     y = tl.reshape(y, (TILE, D))
     if ELEMENT == "e2m1":
         low, high = tl.split(tl.reshape(_e2m1(y), (TILE, D // 2, 2)))
-        columns = tl.arange(0, D // 2)
-        tl.store(elements + (tile * TILE + rows[:, None]) * (D // 2) + columns[None, :], (low | (high << 4)).to(tl.uint8))
+        place = (tile * TILE + rows[:, None]) * (D // 2) + tl.arange(0, D // 2)[None, :]
+        tl.store(elements + place, (low | (high << 4)).to(tl.uint8))
     else:
-        columns = tl.arange(0, D)
-        dtype: tl.constexpr = tl.float8e4nv if ELEMENT == "e4m3" else tl.float8e5
-        encoded = _saturated(y, Q_MAX).to(dtype).to(tl.uint8, bitcast=True)
-        tl.store(elements + (tile * TILE + rows[:, None]) * D + columns[None, :], encoded)
-    column = tl.arange(0, COLUMNS)
+        y = _saturated(y, Q_MAX)
+        encoded = (to_e4m3(y) if ELEMENT == "e4m3" else to_e5m2(y)).to(tl.uint8, bitcast=True)
+        tl.store(elements + (tile * TILE + rows[:, None]) * D + tl.arange(0, D)[None, :], encoded)
+    row, column = rows[:, None], tl.arange(0, COLUMNS)[None, :]
     if COLUMNS % 4 == 0:  # tcgen05's scale layout: 4 columns of 128 rows are 32 runs of 16 bytes
-        place = (column[None, :] // 4) * 512 + (rows[:, None] % 32) * 16 + (rows[:, None] // 32) * 4 + column[None, :] % 4
+        place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
     else:
-        place = rows[:, None] * COLUMNS + column[None, :]
+        place = row * COLUMNS + column
     tl.store(scales + tile * TILE * COLUMNS + place, code.to(tl.uint8))
 
 
 @triton.jit
 def quantise(
-    x, mean, factor, high_elements, high_scales, high_tensor_scale, low_elements, low_scales, low_tensor_scale,
+    x, mean, factor,
+    high_elements, high_scales, high_tensor_scale, low_elements, low_scales, low_tensor_scale,
     heads, length, head_dim, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr,
@@ -92,17 +103,18 @@ def quantise(
     """
     tile_in_head, head = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = tile_in_head * TILE + rows
-    inside = (tokens[:, None] < length) & (columns[None, :] < head_dim)
-    base = x + (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
-    value = tl.load(base + tokens[:, None].to(tl.int64) * stride_s + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tokens = (tile_in_head * TILE + rows)[:, None]
+    inside = (tokens < length) & (columns[None, :] < head_dim)
+    value = _load_tile(x, head // heads, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
     if SMOOTH:
         value -= tl.load(mean + head * head_dim + columns, mask=columns < head_dim, other=0.0)[None, :]
     value = tl.where(inside, value * factor, 0.0)
     tile = head.to(tl.int64) * tl.num_programs(0) + tile_in_head
     if HIGH is not None:
         scale = tl.load(high_tensor_scale + head) if HIGH_BLOCK == 16 else 1.0
-        _encode(value, high_elements, high_scales, tile, rows, scale, HIGH, HIGH_BLOCK, HIGH_MAX, HIGH_MAX_BITS, D)
+        _encode(
+            value, high_elements, high_scales, tile, rows, scale, HIGH, HIGH_BLOCK, HIGH_MAX, HIGH_MAX_BITS, D
+        )
     if LOW is not None:
         scale = tl.load(low_tensor_scale + head) if LOW_BLOCK == 16 else 1.0
         _encode(value, low_elements, low_scales, tile, rows, scale, LOW, LOW_BLOCK, LOW_MAX, LOW_MAX_BITS, D)
@@ -112,14 +124,13 @@ def quantise(
 def quantise_value(
     v, v_scale, elements, heads, length, head_dim, stride_b, stride_h, stride_s, D: tl.constexpr
 ):
-    """One 128-row tile of v / v_scale in e4m3; `v_scale` is float32 [B·H, D], a power of two for each channel."""
+    """One 128-row tile of v / v_scale in e4m3; `v_scale` is float32 [B·H, D], powers of two."""
     tile_in_head, head = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = tile_in_head * TILE + rows
-    inside = (tokens[:, None] < length) & (columns[None, :] < head_dim)
-    base = v + (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
-    value = tl.load(base + tokens[:, None].to(tl.int64) * stride_s + columns[None, :], mask=inside, other=0.0)
-    y = tl.div_rn(value.to(tl.float32), tl.load(v_scale + head * D + columns)[None, :] + tl.zeros((TILE, D), tl.float32))
+    tokens = (tile_in_head * TILE + rows)[:, None]
+    inside = (tokens < length) & (columns[None, :] < head_dim)
+    value = _load_tile(v, head // heads, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
+    y = value / tl.load(v_scale + head * D + columns)[None, :]
     tile = head.to(tl.int64) * tl.num_programs(0) + tile_in_head
-    encoded = _saturated(y, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    encoded = to_e4m3(_saturated(y, 448.0)).to(tl.uint8, bitcast=True)
     tl.store(elements + (tile * TILE + rows[:, None]) * D + columns[None, :], encoded)

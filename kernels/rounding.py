@@ -1,0 +1,65 @@
+"""Narrowing casts, to nearest even everywhere.
+
+On a GPU these are the hardware's conversions. Triton's interpreter truncates to bfloat16, loses the carry of
+a float8 that rounds up to the next power of two, and multiplies bfloat16 matrices as raw integers; there the
+rounding is done in float32 first, and products are float32.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
+    """float32 x at the given precision. Added to 1.5·2^23 steps, a number loses what lies below one step."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    anchor = tl.maximum(power, SMALLEST_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA_BITS))
+    return (x + anchor) - anchor
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 within ±448 (or NaN) to e4m3."""
+    if INTERPRETED:
+        x = _rounded(x, 3, 2.0**-6)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_e5m2(x):
+    """float32 within ±57344 (or NaN) to e5m2."""
+    if INTERPRETED:
+        x = _rounded(x, 2, 2.0**-14)
+    return x.to(tl.float8e5)
+
+
+@triton.jit
+def _rounded_to_bf16(x):
+    """float32 x at bfloat16's precision; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def to_output(x, dtype: tl.constexpr):
+    """float32 to the dtype of an output tensor."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = _rounded_to_bf16(x)
+    return x.to(dtype)
+
+
+@triton.jit
+def to_operand(x):
+    """float32 to bfloat16, for a matrix product."""
+    return _rounded_to_bf16(x) if INTERPRETED else x.to(tl.bfloat16)
+
+
+@triton.jit
+def loaded_operand(x):
+    """A bfloat16 tile as loaded, for a matrix product."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
