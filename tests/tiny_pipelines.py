@@ -1,0 +1,180 @@
+"""Stock pipelines with tiny random weights, made of configurations alone: nothing is fetched.
+
+`flux()`, `sd3()`, `wan()`, `hunyuan()` build one each, the same one every time; `draw(pipe)` runs it.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+VOCABULARY = 266
+WIDTH = 32  # of every text encoder
+
+
+def tokenizer(length: int = 77) -> PreTrainedTokenizerFast:
+    """One token a byte, between <s> and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, **names)
+
+
+def _t5(config=T5Config, model=T5EncoderModel):
+    return model(
+        config(vocab_size=VOCABULARY, d_model=WIDTH, d_ff=37, d_kv=8, num_layers=2, num_heads=4)
+    ).eval()
+
+
+def _clip(model=CLIPTextModel):
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, projection_dim=WIDTH,
+        num_attention_heads=4, max_position_embeddings=77, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return model(config).eval()
+
+
+def _rope_axes(head_dim: int) -> tuple[int, int, int]:
+    side = 3 * head_dim // 16 * 2
+    return head_dim - 2 * side, side, side
+
+
+def _vae(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4,), layers_per_block=1, latent_channels=channels, norm_num_groups=1, shift_factor=0.06,
+        scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True,
+    ).eval()  # fmt: skip
+
+
+def flux(head_dim: int = 16, **config) -> FluxPipeline:
+    """One double and two single blocks, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=head_dim, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=_rope_axes(head_dim),
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(**settings | config).eval()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(4), transformer=transformer,
+        text_encoder=_clip(), tokenizer=tokenizer(), text_encoder_2=_t5(), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def sd3(head_dim: int = 16, **config) -> StableDiffusion3Pipeline:
+    """Two blocks as in SD3.5: the first has `attn2`, over the image alone."""
+    torch.manual_seed(0)
+    settings = dict(
+        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=head_dim,
+        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=2 * head_dim,
+        pooled_projection_dim=2 * WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    transformer = SD3Transformer2DModel(**settings | config).eval()
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(4), transformer=transformer,
+        text_encoder=_clip(CLIPTextModelWithProjection), tokenizer=tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection), tokenizer_2=tokenizer(),
+        text_encoder_3=_t5(), tokenizer_3=tokenizer(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def wan(head_dim: int = 16, **config) -> WanPipeline:
+    """Two blocks, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head_dim, in_channels=16, out_channels=16,
+        text_dim=WIDTH, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(**settings | config).eval()
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    pipe = WanPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae, transformer=transformer,
+        text_encoder=_t5(UMT5Config, UMT5EncoderModel), tokenizer=tokenizer(512),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def hunyuan(head_dim: int = 16, **config) -> HunyuanVideoPipeline:
+    """One double and one single block behind a token refiner, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=WIDTH, pooled_projection_dim=WIDTH, rope_axes_dim=_rope_axes(head_dim),
+    )  # fmt: skip
+    transformer = HunyuanVideoTransformer3DModel(**settings | config).eval()
+    vae = AutoencoderKLHunyuanVideo(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        norm_num_groups=4, act_fn="silu", scaling_factor=0.476986, spatial_compression_ratio=8,
+        temporal_compression_ratio=4, mid_block_add_attention=True,
+    ).eval()  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=4, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
+    )  # fmt: skip
+    pipe = HunyuanVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae, transformer=transformer,
+        text_encoder=LlamaModel(llama).eval(), tokenizer=tokenizer(512),
+        text_encoder_2=_clip(), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def _quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# Sizes that give between 300 and 500 tokens, none a multiple of 128. Guided pipelines run two texts in a batch or
+# two calls a step.
+_CALLS = {
+    FluxPipeline: dict(height=48, width=40, max_sequence_length=19),
+    StableDiffusion3Pipeline: dict(height=20, width=19, max_sequence_length=23),
+    WanPipeline: dict(height=144, width=176, num_frames=9, max_sequence_length=21),
+    HunyuanVideoPipeline: dict(
+        height=80, width=112, num_frames=9, max_sequence_length=27,
+        prompt_template={"template": "{}", "crop_start": 0},
+    ),
+}  # fmt: skip
+
+
+def draw(pipe, prompt: str = "a red apple", seed: int = 0, **changes) -> torch.Tensor:
+    """Two steps of a pipeline from above, as a float32 tensor: latents, unless `output_type` says otherwise."""
+    call = dict(prompt=prompt, num_inference_steps=2, output_type="latent", return_dict=False) | _CALLS[type(pipe)]
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(generator=generator, **call | changes)[0].float()
