@@ -1,0 +1,26 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Prints everything, and fails where no test passed: pytest itself is content if all of them were skipped.
+SOME_PASSED := awk '{ print; fflush() } / passed/ { passed = 1 } END { exit !passed }'
+
+.PHONY: demo test
+
+demo: .venv/demo.stamp
+	mkdir -p out
+	$(BIN)/dma-diffusers generate "a red apple left of a cat on a yellow background" --compare -o out/demo.png
+	@echo "The picture is $(CURDIR)/out/demo.png"
+
+# Triton's interpreter and its compiler cannot share a process.
+test: .venv/test.stamp
+	$(PYTEST) -m "not interpreter" | $(SOME_PASSED)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter | $(SOME_PASSED)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

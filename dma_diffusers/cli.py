@@ -1,0 +1,242 @@
+"""The command line: `dma-diffusers`, or `python -m dma_diffusers`. Rooms are imported inside the commands."""
+
+import importlib.util
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+app = typer.Typer(
+    help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Format = Annotated[
+    str | None, typer.Option(help="Format of these tiles, such as mxfp8; replaces the preset's.")
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
+
+
+def main() -> None:
+    """Run the command line; what a user got wrong is one line on standard error and exit status 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Local folder or hub id; the demo model if left out.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="auto, b200, hopper or exact.")] = "b200",
+    high: Format = None,
+    low: Format = None,
+    window: Tokens = None,
+    sink: Tokens = None,
+    lowering: Annotated[
+        str | None, typer.Option(help="How the formats run; `doctor` lists the ways.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Add full precision and the difference.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw PROMPT with DMA attention."""
+    _require_demo_extra()
+    from dma_diffusers.config import DMAConfig
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
+    from dma_diffusers.pipelines.picture import encode, picture_format
+
+    chosen = {"high": high, "low": low, "window": window, "sink": sink, "lowering": lowering}
+    config = DMAConfig.preset(preset, **_given(chosen))
+    kind = picture_format(output)
+    check_writable(output)
+
+    with _quiet():
+        _hide_loading_bars()
+        from dma_diffusers.attach import apply, report
+        from dma_diffusers.eval.compare import compare as compared
+        from dma_diffusers.pipelines.generate import Drawing, draw
+        from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
+
+        pipe = load_pipeline(model or DEMO_MODEL)
+        flags = {"num_inference_steps": steps, "height": size, "width": size}
+        call = recommended_call(model or DEMO_MODEL) | _given(flags)
+
+        def drawn(title: str) -> Drawing:
+            with _progress(title, not as_json) as on_step:
+                return draw(pipe, [prompt], [seed], call, on_step)
+
+        exact = drawn("full precision") if compare else None
+        apply(pipe, config)
+        drawing = drawn("DMA")
+        receipt = report(pipe)
+        picture, metrics = drawing.pictures[0], {}
+        if compare:
+            picture, metrics = compared(exact, drawing, prompt, _label(config))
+        write_atomically(output, encode(picture, kind))
+
+    if as_json:
+        result = {"output": str(output), "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict()}
+        _print_json(result)
+        return
+    print(f"{output}: {_label(config)}, {drawing.seconds:.1f} s")
+    if compare:
+        psnr = "identical pictures" if metrics["psnr_db"] is None else f"PSNR {metrics['psnr_db']:.2f} dB"
+        print(
+            f"{psnr}, SSIM {metrics['ssim']:.4f}, relative L2 of latents {metrics['latents_relative_l2']:.4f}"
+        )
+    print(receipt)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run, and if not, why."""
+    from dma_diffusers.doctor import diagnose
+
+    with _quiet():
+        findings = diagnose()
+    if as_json:
+        _print_json(findings)
+        return
+    print(
+        f"torch {findings['torch']}, triton {findings['triton'] or 'absent'}, {findings['gpu'] or 'no GPU'}"
+    )
+    table = Table("lowering", "runs", "why")
+    for lowering in findings["lowerings"]:
+        table.add_row(lowering["name"], "yes" if lowering["runs"] else "no", lowering["reason"])
+    Console().print(table)
+
+
+@app.command("compile")
+def compile_kernels(
+    target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120 or sm_90.")],
+    high: Format = None,
+    low: Format = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel variant for an architecture, ahead of time, on any machine."""
+    from dma_diffusers.kernels.compile import compile_all
+
+    with _quiet():
+        variants = compile_all(target, high=high, low=low)
+    if as_json:
+        _print_json(variants)
+        return
+    table = Table("kernel", "formats", "head_dim", "MMA kinds", "registers", "spills, bytes", "shared, bytes")
+    for variant in variants:
+        table.add_row(*(_cell(value) for value in variant.values()))
+    Console().print(table)
+
+
+@app.command("quality-table")
+def quality_table(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table as JSON; resumed if it exists.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line; the held-out ones if left out.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Local folder; the demo model if left out.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="How many of the prompts.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; each further one has the next.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts drawn together.")] = 1,
+) -> None:
+    """Measure full precision, MXFP8, DMA at three windows, MXFP4 and NVFP4 on the same prompts and seeds."""
+    _require_demo_extra()
+    from dma_diffusers.pipelines.files import check_writable
+
+    check_writable(output)
+    with _quiet():
+        _hide_loading_bars()
+        from dma_diffusers.eval.quality_summary import markdown
+        from dma_diffusers.eval.quality_table import quality_table as measure
+        from dma_diffusers.pipelines.load import DEMO_MODEL
+
+        lines = (prompts or DEMO_MODEL.parent / "prompts.txt").read_text().splitlines()
+        command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+        with Progress(console=Console(stderr=True)) as bar:
+            tasks: dict[str, Any] = {}
+
+            def on_step(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = bar.add_task(name, total=total)
+                bar.update(tasks[name], completed=done)
+
+            chosen = [line for line in lines if line.strip()][:count]
+            table = measure(chosen, output, command, model or DEMO_MODEL, seed, batch, on_step)
+    print(markdown(table["summary"]))
+
+
+def _require_demo_extra() -> None:
+    missing = [
+        name for name in ("transformers", "PIL", "torchmetrics") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'dma-diffusers[demo]'")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings, and keep what libraries print off standard output."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _hide_loading_bars() -> None:
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # transformers hides downloads too, which can take long
+
+
+@contextmanager
+def _progress(title: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, moved by calling what this yields with (steps done, steps in all)."""
+    with Progress(console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _label(config: Any) -> str:
+    if config.lowering == "stock":
+        return "exact"
+    return f"DMA {config.high} / {config.low}, window {config.window}, sink {config.sink}"
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))

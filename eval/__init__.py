@@ -1,0 +1,1 @@
+"""Quality, speed and predictions: what low-precision attention costs and what it brings."""

@@ -1,0 +1,53 @@
+"""Paired metrics: what low precision changed in a picture or its latents, one number per prompt."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from dma_diffusers.pipelines.generate import Drawing
+
+
+def picture_tensor(pictures: Sequence[Image]) -> torch.Tensor:
+    """RGB pictures of one size as [B, 3, H, W] uint8: what a reader sees is what is measured."""
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+
+
+def psnr_db(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of [B, 3, H, W] uint8 pictures, [B] float32; inf where identical."""
+    return peak_signal_noise_ratio(
+        pictures.float(), references.float(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+    )
+
+
+def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Gaussian window, σ 1.5) of [B, 3, H, W] uint8 pictures, [B] float32, at most 1.
+
+    Pictures must be more than 5 pixels high and wide: borders are mirrored.
+    """
+    return structural_similarity_index_measure(
+        pictures.float(), references.float(), data_range=255.0, reduction="none"
+    ).reshape(-1)
+
+
+def relative_l2(latents: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """‖latents − references‖ / ‖references‖ of each entry of [B, ...] tensors, [B] float32."""
+    return (latents - references).flatten(1).norm(dim=1) / references.flatten(1).norm(dim=1)
+
+
+def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float | None]]:
+    """The three metrics of two drawings of the same prompts and seeds, one value per prompt.
+
+    Identical pictures have an infinite PSNR, which JSON cannot hold: it is None here.
+    """
+    pictures, references = picture_tensor(drawing.pictures), picture_tensor(reference.pictures)
+    return {
+        "psnr_db": [
+            value if math.isfinite(value) else None for value in psnr_db(pictures, references).tolist()
+        ],
+        "ssim": ssim(pictures, references).tolist(),
+        "latents_relative_l2": relative_l2(drawing.latents, reference.latents).tolist(),
+    }

@@ -1,0 +1,40 @@
+"""What a measurement was made with: enough to tell whether a stored one still holds."""
+
+import hashlib
+import platform
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+import dma_diffusers
+
+
+def fingerprint(folder: Path, *patterns: str) -> str:
+    """SHA-256 over the names and bytes of a folder's files that match any of `patterns`."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def sources() -> dict[str, str]:
+    """Fingerprints of the code that decides what attention computes."""
+    package = Path(dma_diffusers.__file__).parent
+    kernels = next(
+        Path(root) / "kernels" for root in dma_diffusers.__path__ if (Path(root) / "kernels").is_dir()
+    )
+    return {"dma_diffusers": fingerprint(package, "*.py"), "kernels": fingerprint(kernels, "*.py")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a picture depends on."""
+    packages = (dma_diffusers, torch, diffusers, transformers)
+    return {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
+
+
+def hardware() -> str:
+    """The GPU's name, or the processor's architecture where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"

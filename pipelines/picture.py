@@ -1,0 +1,55 @@
+"""Picture files, and the picture that shows two drawings and their difference side by side."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 8  # pixels between panels
+_PAPER, _INK = (250, 250, 247), (60, 60, 60)
+
+
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that `path` asks for; ValueError for an extension that it cannot write."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(
+            f"cannot write {path}: {path.suffix or 'no extension'} is no picture format; try .png"
+        )
+    return kind
+
+
+def encode(picture: Image.Image, kind: str) -> bytes:
+    """The bytes of a picture file of Pillow's format `kind`."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def amplified_difference(picture: Image.Image, reference: Image.Image) -> tuple[Image.Image, int]:
+    """|picture − reference| times a power of two ≤ 64, and that factor.
+
+    The factor is the largest at which 999 of 1000 values stay below white.
+    """
+    difference = np.abs(np.asarray(picture, np.int16) - np.asarray(reference, np.int16))
+    brightest = max(np.quantile(difference, 0.999), 1)
+    factor = 2 ** int(np.clip(np.log2(255 / brightest), 0, 6))
+    return Image.fromarray(np.minimum(difference * factor, 255).astype(np.uint8)), factor
+
+
+def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Pictures of one size in a row, untouched, each with its caption of up to two lines below it."""
+    width, height = panels[0].size
+    font = ImageFont.load_default(size=max(10, width // 20))
+    line, letters = round(font.size * 1.3), max(2, int(width / font.getlength("n")))
+    sheet = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + 2 * line + _GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = i * (width + _GAP)
+        sheet.paste(panel, (left, 0))
+        for row, text in enumerate(textwrap.wrap(caption, letters, max_lines=2, placeholder="…")):
+            pen.text((left + 2, height + _GAP // 2 + row * line), text, fill=_INK, font=font)
+    return sheet

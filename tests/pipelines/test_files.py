@@ -1,0 +1,41 @@
+"""Output files are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from dma_diffusers.pipelines.files import check_writable, write_atomically
+
+
+def test_writes_and_replaces(tmp_path):
+    target = tmp_path / "out.png"
+    write_atomically(target, b"first")
+    write_atomically(target, b"second")
+    assert target.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+def test_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, step):
+    target = tmp_path / "out.png"
+    target.write_bytes(b"before")
+
+    def interrupted(self, argument):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, b"after")
+    assert target.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_check_writable_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["missing/out.png", ".", "/proc/out.png"])
+def test_check_writable_refuses_in_one_line(tmp_path, target):
+    with pytest.raises(OSError, match=r"^cannot write [^\n]+$"):
+        check_writable(tmp_path / target)
