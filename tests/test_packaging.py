@@ -1,0 +1,91 @@
+"""Guards of the package's layout: what a wheel holds, and what an import brings along."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "pipelines", "eval")
+
+
+def python(code: str) -> str:
+    """What `code` prints in a fresh interpreter started in the checkout's root."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    """Paths of the checkout's files, build outputs left out."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> set[str]:
+    """The paths in a wheel built from a copy of the checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for path in sources:
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy / path)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    (built,) = (copy / "dist").glob("*.whl")
+    return set(zipfile.ZipFile(built).namelist())
+
+
+def test_the_wheel_keeps_to_its_own_name(wheel):
+    roots = {path.split("/")[0] for path in wheel}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"dma_diffusers"}
+
+
+def test_every_module_is_in_the_wheel(sources, wheel):
+    modules = [path for path in sources if path.endswith(".py")]
+    expected = {path for path in modules if path.startswith("dma_diffusers/")}
+    expected |= {f"dma_diffusers/{path}" for path in modules if path.split("/")[0] in ROOMS}
+    assert len(expected) > 20
+    assert expected <= wheel
+
+
+def test_every_demo_file_is_in_the_wheel(sources, wheel):
+    expected = {f"dma_diffusers/{path}" for path in sources if path.startswith("pipelines/demo/")}
+    assert expected
+    assert expected <= wheel
+
+
+def test_hugging_face_kernels_is_not_shadowed():
+    pytest.importorskip("kernels")
+    origin = python("import importlib.util; print(importlib.util.find_spec('kernels').origin)")
+    assert "site-packages" in origin
+    assert "FluxPipeline" in python("from diffusers import FluxPipeline; print(FluxPipeline.__name__)")
+
+
+def test_the_package_imports_neither_torch_nor_diffusers():
+    loaded = python("import dma_diffusers, sys; print(*sys.modules)").split()
+    assert not {"torch", "diffusers"} & set(loaded)
+
+
+def kernel_modules() -> list[str]:
+    paths = sorted((ROOT / "kernels").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [f"dma_diffusers.{name}".removesuffix(".__init__") for name in names]
+
+
+def test_kernels_import_no_diffusers():
+    imports = "; ".join(f"import {name}" for name in kernel_modules())
+    loaded = python(f"{imports}; import sys; print(*sys.modules)").split()
+    assert {"torch", "dma_diffusers.kernels.formats"} <= set(loaded)
+    assert not {"diffusers", "transformers"} & set(loaded)
+
+
+def test_the_command_line_starts_without_the_rooms():
+    code = "import sys; from dma_diffusers.cli import main; print(*sys.modules)"
+    assert not {"torch", "diffusers", "transformers", "PIL"} & set(python(code).split())
