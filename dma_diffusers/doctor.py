@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.kernels.lowerings import LOWERINGS
+from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
 
 _HEAD_DIM = 128
 
@@ -32,5 +32,5 @@ def _triton_version() -> str | None:
 
 
 def _lowering(lowering: Any, device: torch.device) -> dict[str, Any]:
-    reason = lowering.refuses(device, _HEAD_DIM, "mxfp8", "mxfp4")
+    reason = lowering.refuses(architecture(device), _HEAD_DIM, "mxfp8", "mxfp4")
     return {"name": lowering.name, "runs": reason is None, "reason": reason or ""}

@@ -31,10 +31,12 @@ def attention(
     scale: float,
     is_causal: bool,
     decode_nvfp4: bool,
+    return_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's call on the fused kernel; `high` or `low` is None where the map has no such tile.
 
-    The map lies on q's device. `decode_nvfp4` multiplies NVFP4 as exact bfloat16, where `dot_scaled` can't.
+    The map lies on q's device. `decode_nvfp4` multiplies NVFP4 as exact bfloat16, where `dot_scaled` can't;
+    without `return_lse`, what stands in its place means nothing.
     """
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
@@ -73,7 +75,7 @@ def attention(
         CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
         num_warps=8, num_stages=2 if dim <= 128 else 1, enable_fp_fusion=True,
     )  # fmt: skip
-    return out, natural_lse(lse, q, stats.k_mean, scale)
+    return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse
 
 
 def _factors(q: list[Operand | None], k: list[Operand | None], group: int) -> torch.Tensor:

@@ -41,14 +41,10 @@ class FloatElement:
         x: float32 of any shape; the result has the same shape and dtype.
         """
         x = x.clamp(-self.max, self.max)
-        bits = x.view(torch.int32)
-        power = (bits & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|)
+        power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|)
         # Added to 1.5·2^23 steps, a number loses everything below one step: float32 rounds it for us.
         anchor = power.clamp_min(2.0**self.emin) * (1.5 * 2.0 ** (23 - self.mantissa_bits))
-        rounded = (x + anchor) - anchor
-        return (rounded.view(torch.int32) | (bits & -0x80000000)).view(
-            torch.float32
-        )  # zero takes back its sign
+        return ((x + anchor) - anchor).copysign(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8, right-aligned) of `round(x)`; NaN becomes zero in those without NaN (6 and 4 bits).

@@ -11,8 +11,6 @@ from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
 
-KERNEL_FORMATS = ("mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4")
-
 
 @dataclass(frozen=True)
 class Operand:
