@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .element import E4M3, Element
 
-SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
-
 
 class Scale(StrEnum):
     """What is stored as the scale of a block."""
@@ -84,13 +82,13 @@ def encode_e4m3(amax: Tensor, element: Element, tensor_scale: Tensor) -> Tensor:
 
 
 def fp32_scale(amax: Tensor, element: Element) -> Tensor:
-    """amax / q_max (float32), at least the smallest normal number; NaN where amax is not finite."""
-    return (amax / element.max).clamp_min(SMALLEST_NORMAL).masked_fill(~amax.isfinite(), math.nan)
+    """amax / q_max (float32); NaN where amax is not finite."""
+    return (amax / element.max).masked_fill(~amax.isfinite(), math.nan)
 
 
 def fp32_tensor_scale(amax: Tensor, element: Element) -> Tensor:
-    """amax / (448 · q_max) (float32): the largest block scale becomes 448; at least the smallest normal."""
-    return (amax / (E4M3.max * element.max)).clamp_min(SMALLEST_NORMAL)
+    """amax / (448 · q_max) (float32), never zero: the largest block scale becomes 448."""
+    return (amax / (E4M3.max * element.max)).clamp_min(torch.finfo(torch.float32).smallest_normal)
 
 
 def decode_scales(scales: Tensor, scale: Scale) -> Tensor:
