@@ -25,6 +25,8 @@ GENERATION = {
 }
 """Keyword arguments of the pipeline call that the model was trained for."""
 
+_TOKENIZER_CLASS = ["transformers", "PreTrainedTokenizerFast"]  # its name in transformers 4 and 5
+
 
 def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
     """The pipeline of trained ``weights`` (of train.py) and the autoencoder's folder, in bf16."""
@@ -39,7 +41,26 @@ def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
         tokenizer_2=build_tokenizer(TEXT_TOKENS),
         transformer=model.transformer,
     )
-    return pipeline.to(torch.bfloat16)
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.to(torch.bfloat16)
+    return pipeline
+
+
+def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+    """Save ``pipeline`` so that stock classes load it, with the keyword arguments of its call beside it."""
+    pipeline.save_pretrained(folder, max_shard_size="14MB")
+    _edit(folder / "model_index.json", {name: _TOKENIZER_CLASS for name in ("tokenizer", "tokenizer_2")})
+    for name in ("tokenizer", "tokenizer_2"):
+        _edit(folder / name / "tokenizer_config.json", {"tokenizer_class": _TOKENIZER_CLASS[1]})
+    for encoder in ("text_encoder", "text_encoder_2"):
+        # Transformers follows this where no dtype is asked for, Diffusers takes float32: they must agree.
+        _edit(folder / encoder / "config.json", {"dtype": "float32"})
+    _edit(folder / "generation.json", GENERATION)
+
+
+def _edit(path: Path, changes: dict) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes, indent=2) + "\n")
 
 
 def main() -> None:
@@ -48,8 +69,7 @@ def main() -> None:
     parser.add_argument("vae", type=Path, help="folder of the autoencoder")
     parser.add_argument("output", type=Path, help="folder of the pipeline")
     args = parser.parse_args()
-    build_pipeline(args.weights, args.vae).save_pretrained(args.output, max_shard_size="14MB")
-    (args.output / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    save_pipeline(build_pipeline(args.weights, args.vae), args.output)
 
 
 if __name__ == "__main__":

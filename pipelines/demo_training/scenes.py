@@ -101,7 +101,7 @@ def sample_scene(rng: Random) -> Scene:
     background = "white"
     if rng.random() < 0.8:
         background = rng.choice([colour for colour in BACKGROUNDS if all(colour != m.tint for m in mentions)])
-        phrase = f"{phrase} {'on' if rng.random() < 0.8 else 'with'} a {background} background"
+        phrase = f"{phrase} {'on' if rng.random() < 0.8 else 'with'} {with_article(background)} background"
     return Scene(phrase, background, tuple(mentions))
 
 
@@ -122,7 +122,7 @@ def vocabulary() -> list[str]:
 
 def _mention(rng: Random, concept: str, centres, sizes: str) -> tuple[str, Mention]:
     size = rng.choices((0, 1, 2), (0.12, 0.76, 0.12))[0]
-    tint = rng.choice(list(TINTS)) if rng.random() < 0.3 else None
+    tint = rng.choice(list(TINTS)) if rng.random() < 0.22 else None
     count = len(centres)
     noun = concept if count == 1 else plural(concept)
     words = " ".join(word for word in (_SIZE_WORDS[size], tint, noun) if word)

@@ -76,7 +76,7 @@ def main() -> None:
     args = parse_arguments()
     rank, gpus = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is wrong in PyTorch 2.11
@@ -100,7 +100,7 @@ def main() -> None:
     if cuda:
         model.transformer.compile_repeated_blocks(fullgraph=True)
         vae.encoder.compile()
-    training = DistributedDataParallel(model, device_ids=[rank] if cuda else None) if gpus > 1 else model
+    training = DistributedDataParallel(model, device_ids=[device] if cuda else None) if gpus > 1 else model
 
     torch.manual_seed(args.seed + 1 + rank)
     render = SceneRenderer(load_sprites(args.sprites, list(SEEN)), device)

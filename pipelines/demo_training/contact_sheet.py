@@ -1,0 +1,47 @@
+"""Draw the prompts of a file and lay the pictures out on one sheet, each over its prompt.
+
+python -m dma_diffusers.pipelines.demo_training.contact_sheet \
+    pipelines/demo/flux pipelines/demo/prompts.txt pipelines/demo/contact_sheet.png
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dma_diffusers.pipelines.demo_training.drawing import draw
+
+_COLUMNS, _CELL, _CAPTION, _MARGIN = 8, 176, 46, 8
+
+
+def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
+    """One sheet of float pictures ``[N, H, W, 3]`` in [0, 1] over their captions."""
+    rows = -(-len(captions) // _COLUMNS)
+    width, height = _CELL + _MARGIN, _CELL + _CAPTION + _MARGIN
+    sheet = Image.new("RGB", (_COLUMNS * width + _MARGIN, rows * height + _MARGIN), "#f4f4f4")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = _MARGIN + i % _COLUMNS * width, _MARGIN + i // _COLUMNS * height
+        image = Image.fromarray((picture * 255).round().astype(np.uint8))
+        sheet.paste(image.resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
+        pen.text(
+            (x, y + _CELL + 2), "\n".join(textwrap.wrap(caption, 30)), fill="black", font=font, spacing=2
+        )
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("prompts", type=Path, help="one prompt a line")
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    prompts = args.prompts.read_text().splitlines()
+    sheet = lay_out(draw(args.pipeline, prompts), prompts)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(args.output, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

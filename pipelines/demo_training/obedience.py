@@ -1,0 +1,98 @@
+"""Measure how often drawn pictures show what held-out prompts say.
+
+For each object of a scene, every concept is drawn by the renderer at the place where the prompt wants it; the
+object counts as right when, of all concepts, the named one is nearest to the picture there. For scenes of
+several mentions, the layout counts as right when no exchange of their places is nearer to the picture.
+
+python -m dma_diffusers.pipelines.demo_training.obedience pipelines/demo/flux --sprites .demo/sprites.npz
+"""
+
+import argparse
+import json
+from itertools import permutations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dma_diffusers.pipelines.demo_training.batches import SceneBatch, collate
+from dma_diffusers.pipelines.demo_training.concepts import SEEN
+from dma_diffusers.pipelines.demo_training.drawing import draw
+from dma_diffusers.pipelines.demo_training.prompts import held_out_scenes
+from dma_diffusers.pipelines.demo_training.render import SceneRenderer
+from dma_diffusers.pipelines.demo_training.scenes import MAX_OBJECTS, Scene
+from dma_diffusers.pipelines.demo_training.sprites import load_sprites
+
+_SIDE = 64  # pixels at which pictures are compared
+_SHIFTS = range(-2, 3)  # pixels by which a picture may be off
+
+
+def repeated(scene: SceneBatch, count: int) -> SceneBatch:
+    """One scene as a batch of ``count``."""
+    return SceneBatch(*(t.expand(count, *t.shape[1:]).clone() for t in scene))
+
+
+def nearest(picture: torch.Tensor, candidates: torch.Tensor, window=(slice(None), slice(None))) -> int:
+    """Which of ``[N, 3, H, W]`` is nearest to ``[3, H, W]`` in L1 within ``window``, at its best shift."""
+    rows, columns = window
+    candidates = candidates[:, :, rows, columns]
+    shifted = (picture.roll((dy, dx), (1, 2))[:, rows, columns] for dy in _SHIFTS for dx in _SHIFTS)
+    distances = torch.stack([(candidates - s).abs().mean((1, 2, 3)) for s in shifted])
+    return distances.amin(0).argmin().item()
+
+
+def right_objects(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer) -> list[bool]:
+    """For each object of the scene (a batch of one), whether its concept is the nearest one at its place."""
+    right = []
+    for i in range(MAX_OBJECTS):
+        concept = scene.concept[0, i].item()
+        if concept < 0:
+            continue
+        candidates = repeated(scene, len(SEEN))
+        candidates.concept[:, i] = torch.arange(len(SEEN), device=picture.device)
+        x, y, side = (scene.place[0, i] * _SIDE).tolist()
+        rows = slice(max(0, round(y - side / 2)), round(y + side / 2))
+        columns = slice(max(0, round(x - side / 2)), round(x + side / 2))
+        right.append(nearest(picture, render(candidates, _SIDE), (rows, columns)) == concept)
+    return right
+
+
+def right_layout(picture: torch.Tensor, scene: Scene, render: SceneRenderer) -> bool | None:
+    """Whether the layout that the prompt wants is the nearest of all exchanges; None for a single mention."""
+    count = len(scene.mentions)
+    if count == 1:
+        return None
+    orders = list(permutations(range(count)))  # the first changes nothing
+    candidates = repeated(collate([scene]).to(picture.device), len(orders))
+    for candidate, order in enumerate(orders):
+        candidates.place[candidate, :count] = candidates.place[candidate, list(order)]
+    return nearest(picture, render(candidates, _SIDE)) == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--sprites", type=Path, required=True)
+    parser.add_argument(
+        "--count", type=int, default=64, help="prompts; the first 64 are those of prompts.txt"
+    )
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scenes = held_out_scenes(args.count)
+    pictures = torch.from_numpy(draw(args.pipeline, [scene.prompt for scene in scenes])).to(device)
+    pictures = F.interpolate(pictures.permute(0, 3, 1, 2) * 2 - 1, (_SIDE, _SIDE), mode="area")
+    render = SceneRenderer(load_sprites(args.sprites, list(SEEN)), device)
+    objects, layouts, whole = [], [], []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        found = right_objects(picture, collate([scene]).to(device), render)
+        layout = right_layout(picture, scene, render)
+        objects += found
+        layouts += [] if layout is None else [layout]
+        whole.append(all(found) and layout is not False)
+    shares = {"objects": objects, "layouts": layouts, "scenes": whole}
+    print(json.dumps({name: {"right": sum(r), "of": len(r)} for name, r in shares.items()}))
+
+
+if __name__ == "__main__":
+    main()
