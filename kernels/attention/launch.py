@@ -10,6 +10,7 @@ from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.maps import TILE, PrecisionMap, tiles
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value, padded_dim
+from dma_diffusers.kernels.run import Run, run
 
 
 def _bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
@@ -32,6 +33,7 @@ def attention(
     is_causal: bool,
     decode_nvfp4: bool,
     return_lse: bool = True,
+    run: Run = run,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's call on the fused kernel; `high` or `low` is None where the map has no such tile.
 
@@ -43,8 +45,8 @@ def attention(
     dim = padded_dim(head_dim)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     stats = quantiser.statistics(q, k, v, scale)
-    q_operands = encode(q, (high, low), stats.q_amax, quantiser.fold(scale), None)
-    k_operands = encode(k, (high, low), stats.k_amax, 1.0, stats.k_mean.contiguous())
+    q_operands = encode(q, (high, low), stats.q_amax, quantiser.fold(scale), None, run)
+    k_operands = encode(k, (high, low), stats.k_amax, 1.0, stats.k_mean.contiguous(), run)
     v_scale = F.pad(stats.v_scale, (0, dim - head_dim), value=1.0).contiguous()
 
     def operands(index: int) -> list[TensorDescriptor | None]:
@@ -60,11 +62,12 @@ def attention(
         return [format.element.name, format.block, decode_nvfp4 and format.has_tensor_scale]
 
     v_high = high and TensorDescriptor.from_tensor(_bf16_for_tma(v), [1, 1, TILE, dim])
-    v_low = low and TensorDescriptor.from_tensor(encode_value(v, v_scale), [TILE, dim])
+    v_low = low and TensorDescriptor.from_tensor(encode_value(v, v_scale, run), [TILE, dim])
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device)
     indices, bounds = precision_map.indices, precision_map.bounds
-    attend[(tiles(q_length), batch * heads)](
+    run(
+        attend, (tiles(q_length), batch * heads),
         *operands(0), v_high, *operands(1), v_low,
         v_scale, _factors(q_operands, k_operands, heads // kv_heads), indices, bounds,
         key_mask.contiguous().view(torch.uint8) if key_mask is not None else lse, out, lse,

@@ -10,6 +10,7 @@ from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
+from dma_diffusers.kernels.run import Run, run
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def encode(
     amax: torch.Tensor,
     factor: float,
     mean: torch.Tensor | None,
+    run: Run = run,
 ) -> list[Operand | None]:
     """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
 
@@ -84,19 +86,21 @@ def encode(
         bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
         arguments += [operand.elements, operand.scales.view(torch.uint8), operand.tensor_scale]
         constants += [element.name, get_format(fmt).block, element.max, bits]
-    quantise[(rows, batch * heads)](
+    run(
+        quantise, (rows, batch * heads),
         x, mean, factor, *arguments, heads, length, head_dim, *x.stride()[:3], *constants,
         SMOOTH=mean is not None, D=dim, num_warps=8,
     )  # fmt: skip
     return operands
 
 
-def encode_value(v: torch.Tensor, v_scale: torch.Tensor) -> torch.Tensor:
+def encode_value(v: torch.Tensor, v_scale: torch.Tensor, run: Run = run) -> torch.Tensor:
     """v / v_scale in e4m3, uint8 `[B·H·tiles·128, D]`; v_scale `[B, H, 1, D]`, float32, padded."""
     batch, heads, length, head_dim = v.shape
     dim, rows = padded_dim(head_dim), tiles(length)
     elements = torch.empty(batch * heads * rows * TILE, dim, dtype=torch.uint8, device=v.device)
-    quantise_value[(rows, batch * heads)](
-        v, v_scale, elements, heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8
-    )
+    run(
+        quantise_value, (rows, batch * heads),
+        v, v_scale, elements, heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8,
+    )  # fmt: skip
     return elements

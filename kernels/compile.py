@@ -1,0 +1,157 @@
+"""Every kernel variant compiled ahead of time, on any machine, with what the compiler made of it.
+
+The variants are what `attention.launch` really launches: it runs on small CPU tensors, and in place of a launch each
+kernel is compiled for the target with the arguments' types.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dma_diffusers.kernels.attention import launch
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, KERNEL_FORMATS
+from dma_diffusers.kernels.maps import Class, build_map
+from dma_diffusers.kernels.policies import Dense, Diagonal
+
+TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
+HEAD_DIMS = (64, 128)
+PAIRS = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
+_TOKENS, _HEADS = 256, 16
+
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+
+def compile_all(target: str, high: str | None = None, low: str | None = None) -> list[dict[str, Any]]:
+    """What each kernel variant compiles to on `target`, one of `TARGETS`.
+
+    high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
+    attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
+    Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes, stores
+    and loads) and `shared_bytes`. Raises ValueError for an unknown target, or formats the kernel can't multiply.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
+    pairs = PAIRS if high is None and low is None else ((high or "mxfp8", low or "mxfp4"),)
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        if name not in KERNEL_FORMATS:
+            raise ValueError(
+                f"no kernel multiplies {name} on {target}: choose from {', '.join(KERNEL_FORMATS)}"
+            )
+    results: dict[tuple, dict[str, Any]] = {}
+    for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
+        for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
+            for kernel, arguments, options in launches(target, *formats, head_dim):
+                key = (kernel.__name__, formats if kernel.__name__ != "quantise_value" else (), head_dim)
+                if key not in results:
+                    compiled = compile_launch(kernel, arguments, options, target)
+                    results[key] = _describe(compiled, kernel.__name__, formats, head_dim)
+    return list(results.values())
+
+
+def launches(
+    target: str, high: str | None, low: str | None, head_dim: int, is_causal: bool = False
+) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
+    """The kernels that one call launches, with their arguments and options; a class that is None has no tile."""
+    recorded = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        recorded.append((kernel, arguments, options))
+
+    q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    if high and low:
+        policy = Diagonal()
+    else:
+        policy = Dense(Class.HIGH if high else Class.LOW)
+    layout = Layout(_TOKENS, _TOKENS)
+    launch.attention(
+        q, k, v, build_map(policy.classes(layout), layout), high, low,
+        key_mask=None, scale=1.0, is_causal=is_causal, run=record,
+        decode_nvfp4=target not in BLOCK_SCALED_ARCHITECTURES,
+    )  # fmt: skip
+    return iter(recorded)
+
+
+def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], target: str) -> Any:
+    """Triton's compiled kernel for `target`, specialised on the arguments as a launch would be."""
+    signature, constants, attributes = {}, {}, {}
+    compile_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | {
+        name: value for name, value in options.items() if name in kernel.arg_names
+    }
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr or value is None else _type_of(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(source, target=gpu, options=compile_options)
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case TensorDescriptor():
+            return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        case torch.Tensor():
+            return f"*{_TYPES[value.dtype]}"
+        case float():
+            return "fp32"
+        case int():
+            return "i32"
+    raise TypeError(f"no kernel argument of type {type(value).__name__}")
+
+
+def _describe(
+    compiled: Any, kernel: str, formats: tuple[str | None, str | None], head_dim: int
+) -> dict[str, Any]:
+    registers, spills = _ptxas_report(compiled.asm["ptx"])
+    return {
+        "kernel": kernel,
+        "formats": [name for name in formats if name],
+        "head_dim": head_dim,
+        "mma_kinds": mma_kinds(compiled.asm["ptx"]),
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def mma_kinds(ptx: str) -> list[str]:
+    """The kinds of matrix instructions in `ptx`: `kind::mxf4` and the like on Blackwell, operand types before."""
+    kinds = set(re.findall(r"mma\S*?(kind::\w+)", ptx))
+    kinds |= {f"wgmma {types}" for types in re.findall(r"wgmma\.mma_async\S*?\.f32\.(\w+)\.\w+", ptx)}
+    kinds |= {f"mma.sync {types}" for types in re.findall(r"mma\.sync\.\S*?\.f32\.(\w+)\.\w+\.f32", ptx)}
+    return sorted(kinds)
+
+
+def _ptxas_report(ptx: str) -> tuple[int, int]:
+    """Registers per thread, and bytes of spill stores and loads."""
+    architecture = re.search(r"\.target (sm_(\d+)\w*)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [
+            get_ptxas(int(architecture[2])).path, "-v", f"--gpu-name={architecture[1]}",
+            str(source), "-o", str(source.with_suffix(".cubin")),
+        ]  # fmt: skip
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spills
