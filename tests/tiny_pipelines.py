@@ -59,8 +59,9 @@ def _t5(config=T5Config, model=T5EncoderModel):
 
 def _clip(model=CLIPTextModel):
     config = CLIPTextConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2, projection_dim=WIDTH,
-        num_attention_heads=4, max_position_embeddings=77, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=2,
+        projection_dim=WIDTH, num_attention_heads=4, max_position_embeddings=77, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return model(config).eval()
 
@@ -72,8 +73,9 @@ def _rope_axes(head_dim: int) -> tuple[int, int, int]:
 
 def _vae(channels: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(4,), layers_per_block=1, latent_channels=channels, norm_num_groups=1, shift_factor=0.06,
-        scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True,
+        block_out_channels=(4,), layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+        shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=True,
     ).eval()  # fmt: skip
 
 
@@ -96,8 +98,9 @@ def sd3(head_dim: int = 16, **config) -> StableDiffusion3Pipeline:
     """Two blocks as in SD3.5: the first has `attn2`, over the image alone."""
     torch.manual_seed(0)
     settings = dict(
-        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=head_dim,
-        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=2 * head_dim,
+        sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=head_dim, num_attention_heads=2, joint_attention_dim=WIDTH,
+        caption_projection_dim=2 * head_dim,
         pooled_projection_dim=2 * WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     transformer = SD3Transformer2DModel(**settings | config).eval()
@@ -114,8 +117,9 @@ def wan(head_dim: int = 16, **config) -> WanPipeline:
     """Two blocks, two heads."""
     torch.manual_seed(0)
     settings = dict(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head_dim, in_channels=16, out_channels=16,
-        text_dim=WIDTH, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head_dim, in_channels=16,
+        out_channels=16, text_dim=WIDTH, freq_dim=256, ffn_dim=32, num_layers=2,
+        cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
     transformer = WanTransformer3DModel(**settings | config).eval()
     vae = AutoencoderKLWan(
@@ -144,8 +148,8 @@ def hunyuan(head_dim: int = 16, **config) -> HunyuanVideoPipeline:
         temporal_compression_ratio=4, mid_block_add_attention=True,
     ).eval()  # fmt: skip
     llama = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=4, num_attention_heads=4,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=4,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
     )  # fmt: skip
     pipe = HunyuanVideoPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae, transformer=transformer,
@@ -160,8 +164,7 @@ def _quiet(pipe):
     return pipe
 
 
-# Sizes that give between 300 and 500 tokens, none a multiple of 128. Guided pipelines run two texts in a batch or
-# two calls a step.
+# Sizes that give between 300 and 500 tokens, never a multiple of 128.
 _CALLS = {
     FluxPipeline: dict(height=48, width=40, max_sequence_length=19),
     StableDiffusion3Pipeline: dict(height=20, width=19, max_sequence_length=23),
@@ -174,7 +177,7 @@ _CALLS = {
 
 
 def draw(pipe, prompt: str = "a red apple", seed: int = 0, **changes) -> torch.Tensor:
-    """Two steps of a pipeline from above, as a float32 tensor: latents, unless `output_type` says otherwise."""
-    call = dict(prompt=prompt, num_inference_steps=2, output_type="latent", return_dict=False) | _CALLS[type(pipe)]
+    """Two steps of a pipeline from above, in float32: latents, unless `output_type` says otherwise."""
+    call = dict(num_inference_steps=2, output_type="latent", return_dict=False) | _CALLS[type(pipe)]
     generator = torch.Generator().manual_seed(seed)
-    return pipe(generator=generator, **call | changes)[0].float()
+    return pipe(prompt=prompt, generator=generator, **call | changes)[0].float()

@@ -1,0 +1,182 @@
+"""DMA attention on a model or a pipeline: apply, restore, report."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from dma_diffusers.bind import Bound, bind
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.divert import Diversion, Forward
+from dma_diffusers.layouts import family_of
+from dma_diffusers.processor import DMAAttnProcessor
+from dma_diffusers.receipt import ModuleReceipt, Receipt
+
+logger = logging.getLogger("dma_diffusers")
+
+
+@dataclass
+class Attachment:
+    """What `apply` did to one model; kept on the model."""
+
+    config: DMAConfig
+    diversions: dict[str, Diversion]  # by module name
+    roles: dict[str, str]  # modules that keep their stock processor, and why
+    hook: RemovableHandle
+
+
+def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None:
+    """Diverts the attention of a transformer, or of every transformer of a pipeline.
+
+    pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, only its transformers change.
+    config: a `DMAConfig` (None: the default), with `fields` of one changed.
+    Applying again replaces what was applied. Calls that DMA does not take run on PyTorch's own attention; an
+    attention backend that was chosen before runs only where whole modules are left to stock.
+
+    Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
+    `dense_layers` that do not exist, or context parallelism.
+    """
+    config = DMAConfig.of(config, **fields)
+    for attach in [_prepare(model, config) for _, model in _transformers(pipe_or_model)]:
+        attach()
+
+
+def restore(pipe_or_model: Any) -> None:
+    """Puts the very same stock processors back."""
+    for _, model in _transformers(pipe_or_model):
+        _detach(model)
+
+
+def report(pipe_or_model: Any) -> Receipt:
+    """What each attention module runs, and why; no modules where nothing is applied."""
+    receipts = []
+    for prefix, model in _transformers(pipe_or_model):
+        if attachment := _attachment(model):
+            receipts.extend(_receipts(prefix, model, attachment))
+    return Receipt(tuple(receipts))
+
+
+def set_attn_processor(model: torch.nn.Module, processor: Any, stock_method: Callable) -> None:
+    """A model's `set_attn_processor`, which takes a `DMAAttnProcessor` too, alone or in a dict."""
+    if isinstance(processor, DMAAttnProcessor):
+        return apply(model, processor.config)
+    given = processor if isinstance(processor, dict) else {"": processor}
+    asked = {name: value.config for name, value in given.items() if isinstance(value, DMAAttnProcessor)}
+    if asked:
+        if len(set(asked.values())) > 1:
+            raise ValueError("the DMAAttnProcessors of one model must agree on their configuration")
+        chosen = {name.removesuffix(".processor") for name in asked}
+        attach = _prepare(model, next(iter(asked.values())), chosen)
+        _detach(model)
+        stock = model.attn_processors
+        stock_method(model, {name: stock[name] if name in asked else value for name, value in given.items()})
+        return attach()
+    stock_method(model, processor)
+    if _attachment(model) and not any(isinstance(m.processor, Bound) for _, m in _attention_modules(model)):
+        _detach(model)
+        logger.warning("set_attn_processor removed DMA attention from %s", type(model).__name__)
+
+
+def _transformers(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """(prefix of module names, model) of a model or of each transformer of a pipeline."""
+    if isinstance(pipe_or_model, torch.nn.Module):
+        return [("", _uncompiled(pipe_or_model))]
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        kind = type(pipe_or_model).__name__
+        raise TypeError(f"expected a Diffusers pipeline or a transformer, got {kind}")
+    found = [
+        (f"{name}.", _uncompiled(component))
+        for name, component in components.items()
+        if name.startswith("transformer") and isinstance(component, torch.nn.Module)
+    ]
+    if not found:
+        raise ValueError(f"{type(pipe_or_model).__name__} has no transformer")
+    return found
+
+
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _attention_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "processor", None))]
+
+
+def _attachment(model: torch.nn.Module) -> Attachment | None:
+    return getattr(model, "_dma_attachment", None)
+
+
+def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
+    """Checks that `config` can be applied to `model`, or to its modules `chosen`; the result does it."""
+    family = family_of(model, config.text)
+    if config.dense_above_sigma is not None and family.timestep_scale is None:
+        raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
+    parallel = getattr(model, "_parallel_config", None)
+    if getattr(parallel, "context_parallel_config", None) is not None:
+        raise ValueError("DMA attention does not support context parallelism")
+
+    roles = {}
+    wrapped = []
+    for name, _ in _attention_modules(model):
+        if chosen is not None and name not in chosen:
+            roles[name] = "not asked for"
+        elif role := family.role_left_to_stock(name):
+            roles[name] = role
+        else:
+            wrapped.append(name)
+    if not wrapped:
+        raise ValueError(f"{type(model).__name__} has no attention module to divert")
+    if not all(-len(wrapped) <= index < len(wrapped) for index in config.dense_layers):
+        raise ValueError(
+            f"dense_layers {config.dense_layers}: {type(model).__name__} has {len(wrapped)} to divert"
+        )
+    dense = {wrapped[index] for index in config.dense_layers}
+
+    def attach() -> None:
+        _detach(model)
+        forward = Forward(model, family, config.dense_above_sigma)
+        diversions = {}
+        for name in wrapped:
+            module = model.get_submodule(name)
+            diversions[name] = Diversion(config, family, forward, name in dense, _head_dim(module))
+            module.processor = bind(module.processor, diversions[name])
+        hook = model.register_forward_pre_hook(forward.observe, with_kwargs=True)
+        model._dma_attachment = Attachment(config, diversions, roles, hook)
+
+    return attach
+
+
+def _head_dim(module: torch.nn.Module) -> int | None:
+    """head_dim where the module tells it; its first call does otherwise."""
+    try:
+        return module.inner_dim // module.heads
+    except AttributeError:
+        return None
+
+
+def _detach(model: torch.nn.Module) -> None:
+    if attachment := _attachment(model):
+        attachment.hook.remove()
+        del model._dma_attachment
+    for _, module in _attention_modules(model):
+        if isinstance(module.processor, Bound):
+            module.processor = module.processor.stock
+
+
+def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment) -> Iterator[ModuleReceipt]:
+    config = attachment.config
+    for name, module in _attention_modules(model):
+        diversion = attachment.diversions.get(name)
+        if diversion is None or not isinstance(module.processor, Bound):
+            reason = attachment.roles.get(name, "its processor was replaced after DMA was applied")
+            yield ModuleReceipt(prefix + name, "stock", config.high, config.low, "", reason, 0, {})
+            continue
+        lowering, reason = diversion.choice(next(module.parameters()).device)
+        yield ModuleReceipt(
+            prefix + name, lowering, config.high, config.low, diversion.policy, reason,
+            diversion.diverted, dict(diversion.left),
+        )  # fmt: skip

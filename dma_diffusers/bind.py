@@ -1,0 +1,91 @@
+"""Wrapping a stock attention processor, which keeps its projections, norms and RoPE."""
+
+import inspect
+from functools import cache
+from typing import Any
+
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from dma_diffusers.divert import Diversion, Diverting
+
+
+class Bound:
+    """Mixed into the class of a stock processor: the same processor, its attention operations diverted.
+
+    It shares the stock processor's attributes, both ways, so that what is set on one is set on the other.
+    """
+
+    __slots__ = ()
+
+    @property
+    def _attention_backend(self) -> AttentionBackendName:
+        return AttentionBackendName.NATIVE  # the one backend that calls scaled_dot_product_attention
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: AttentionBackendName | None) -> None:
+        self.__dict__["_attention_backend"] = backend  # for calls that the stock processor makes as a whole
+
+    @property
+    def _parallel_config(self) -> Any:
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise ValueError(
+                "context parallelism is not supported with DMA attention: restore the model first"
+            )
+
+    @property
+    def stock(self) -> Any:
+        """The processor that was wrapped."""
+        return self._stock
+
+    def __reduce__(self):
+        return bind, (self._stock, self._diversion)
+
+
+def bind(stock: Any, diversion: Diversion) -> Bound:
+    """`stock` with its attention operations handed to `diversion`; `stock` itself is not changed."""
+    cls = _bound_class(type(stock))
+    bound = cls.__new__(cls)
+    object.__setattr__(bound, "__dict__", stock.__dict__)
+    object.__setattr__(bound, "_stock", stock)
+    object.__setattr__(bound, "_diversion", diversion)
+    return bound
+
+
+@cache
+def _bound_class(stock: type) -> type:
+    body = {"__slots__": ("_diversion", "_stock"), "__call__": _call(stock), "__module__": __name__}
+    return type(f"DMA{stock.__name__}", (Bound, stock), body)
+
+
+def _call(stock: type):
+    """A `__call__` with the stock signature, as a real function.
+
+    Attention modules filter their arguments by this signature, and torch.compile does not follow a
+    `__signature__` attribute.
+    """
+    parameters = list(inspect.signature(stock.__call__).parameters.values())
+    names = [parameter.name for parameter in parameters]
+    defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    declared, passed = [], []
+    for p in parameters:
+        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        if p.kind is p.KEYWORD_ONLY and not any(d.startswith("*") for d in declared):
+            declared.append("*")
+        declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
+        passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
+    hidden = names[2]
+    encoder = "encoder_hidden_states" if "encoder_hidden_states" in names else "None"
+    source = f"""
+def __call__({", ".join(declared)}):
+    if self._diversion.leaves_all({hidden}.device):
+        return self._stock({", ".join(passed[1:])})
+    with Diverting(self._diversion, {hidden}, {encoder}):
+        return stock_call({", ".join(passed)})
+"""
+    namespace = {"Diverting": Diverting, "stock_call": stock.__call__, **defaults}
+    exec(source, namespace)
+    return namespace["__call__"]

@@ -1,0 +1,118 @@
+"""What a user chooses: formats, policy, and which calls they are for."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels.formats import get_format
+
+PRESETS = {
+    "auto": {
+        "lowering": "fastest",
+        "min_length": 2048,
+    },  # plugins of this kind gain nothing below 2,000 tokens
+    "b200": {},
+    "hopper": {"high": "bf16", "low": "int8"},
+    "exact": {"lowering": "stock"},
+}
+TEXT_PLACES = ("first", "last", "none")
+AUTOMATIC = ("auto", "fastest")  # lowerings that may fall back; another is an explicit request, and raises
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMAConfig:
+    """How attention runs. Raises ValueError for a value that is not allowed.
+
+    high, low: names of formats, for Q·K in HIGH and LOW tiles.
+    window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
+        either side, 0 is no band. Other widths round up.
+    sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
+    min_length: calls with fewer keys (tokens) are left to stock attention.
+    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
+        step. Reading the level waits for the device once per forward call, and breaks the graph of a model
+        that is compiled as a whole; `compile_repeated_blocks` compiles what comes after it.
+    dense_layers: attention modules that run with every tile HIGH, as indices into the modules that `report`
+        lists as wrapped; negative ones count from the end.
+    lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
+        down to the torch reference; "fastest" leaves devices that have only the reference to stock; "stock"
+        quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.
+    text: where joint attention has its text, "first", "last" or "none", for models of no known family.
+    """
+
+    high: str = "mxfp8"
+    low: str = "mxfp4"
+    window: int = 128
+    sink: int = 128
+    min_length: int = 256
+    dense_above_sigma: float | None = None
+    dense_layers: tuple[int, ...] = ()
+    lowering: str = "auto"
+    text: str | None = None
+
+    def __post_init__(self):
+        for name in (self.high, self.low):
+            get_format(name)
+        for name in ("window", "sink", "min_length"):
+            if not _is_integer(value := getattr(self, name)) or value < 0:
+                raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
+        sigma = self.dense_above_sigma
+        if sigma is not None and not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
+            raise ValueError(f"dense_above_sigma must be a number between 0 and 1, or None, got {sigma!r}")
+        if not isinstance(self.dense_layers, tuple | list) or not all(map(_is_integer, self.dense_layers)):
+            raise ValueError(f"dense_layers must be a tuple of whole numbers, got {self.dense_layers!r}")
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        allowed = [*AUTOMATIC, "stock", *(lowering.name for lowering in lowerings.LOWERINGS)]
+        if self.lowering not in allowed:
+            raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
+        if self.text is not None and self.text not in TEXT_PLACES:
+            raise ValueError(f"text must be one of {', '.join(TEXT_PLACES)}, or None, got {self.text!r}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "DMAConfig":
+        """The configuration called `name`, with some fields changed.
+
+        "b200": MXFP8 and MXFP4. "hopper": bf16 and int8. "auto": as "b200" on GPUs whose MMA reads these
+        formats, stock attention elsewhere. "exact": stock attention everywhere; it takes no changes.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        if name == "exact" and changes:
+            raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
+        return cls.of(None, **PRESETS[name] | changes)
+
+    @classmethod
+    def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":
+        """`config` (None: the default) with some fields changed."""
+        if config is not None and not isinstance(config, DMAConfig):
+            raise TypeError(f"config must be a DMAConfig, got {type(config).__name__}")
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in changes if name not in known]:
+            raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(known)}")
+        current = {name: getattr(config, name) for name in known} if config else {}
+        return cls(**current | changes)
+
+    def why_stock(self, device: torch.device, head_dim: int) -> str:
+        """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not."""
+        if self.lowering == "stock":
+            return "exact: nothing is quantised"
+        if self.lowering not in AUTOMATIC:
+            return ""
+        if head_dim > lowerings.MAX_HEAD_DIM:
+            return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
+        return _why_not_faster(device, head_dim, self.high, self.low) if self.lowering == "fastest" else ""
+
+    @property
+    def operator_lowering(self) -> str:
+        """The lowering to ask the operator for."""
+        return "auto" if self.lowering == "fastest" else self.lowering
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@torch.compiler.assume_constant_result  # a graph cannot ask a device what it is
+def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str) -> str:
+    choice = lowerings.choose(lowerings.architecture(device), head_dim, high, low)
+    return f"nothing is faster than stock: {choice.reason}" if choice.lowering == "reference" else ""

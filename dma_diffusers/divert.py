@@ -1,0 +1,173 @@
+"""One attention operation on its way through a stock processor: taken by the operator, or left to stock."""
+
+import inspect
+from collections import Counter
+from typing import Any
+
+import torch
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.kernels import operator
+from dma_diffusers.layouts import Family
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Forward:
+    """What all attention modules of a model need to know of its running forward call; set by a pre-hook."""
+
+    def __init__(self, model: torch.nn.Module, family: Family, dense_above_sigma: float | None):
+        self.family = family
+        self.dense_above_sigma = dense_above_sigma
+        self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.text_length: int | None = None
+        self.dense = False
+
+    def observe(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook: text length, and whether the noise level asks for HIGH everywhere."""
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        text = given.get("encoder_hidden_states")
+        self.text_length = text.shape[1] if isinstance(text, torch.Tensor) else None
+        if self.dense_above_sigma is not None:
+            sigma = given["timestep"].max() / self.family.timestep_scale
+            self.dense = bool(sigma > self.dense_above_sigma)
+
+
+class Diversion:
+    """Decides about the attention operations of one module, runs those it takes, and counts."""
+
+    def __init__(
+        self, config: DMAConfig, family: Family, forward: Forward, dense: bool, head_dim: int | None
+    ):
+        self.config = config
+        self.family = family
+        self.forward = forward
+        self.dense = dense
+        self.diverted = 0
+        self.left: Counter[str] = Counter()
+        self.device: torch.device | None = None
+        self.head_dim = head_dim
+
+    def leaves_all(self, device: torch.device) -> bool:
+        """Whether every call on `device` is left to stock, so that the stock processor may run untouched."""
+        reason = self.head_dim and self.config.why_stock(device, self.head_dim)
+        if reason:
+            self._left(reason)
+        return bool(reason)
+
+    def attention(self, hidden, encoder, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+                  scale=None, enable_gqa=False):  # fmt: skip
+        """`scaled_dot_product_attention`, by the operator where it can.
+
+        hidden, encoder: tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+        """
+        text = self.family.text_range(key.shape[-2], hidden, encoder, self.forward.text_length)
+        reason = self._why_stock(query, key, value, attn_mask, dropout_p, enable_gqa, text)
+        if reason:
+            self._left(reason)
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self._diverted(query)
+        config = self.config
+        out, _ = operator.attention(
+            query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
+            high=config.high, low=config.low, window=config.window, sink=config.sink,
+            text_start=text[0], text_stop=text[1], mapped=not (self.dense or self.forward.dense),
+            lowering=config.operator_lowering,
+        )  # fmt: skip
+        return out
+
+    @property
+    def policy(self) -> str:
+        """The policy, in words."""
+        if self.dense:
+            return "dense"
+        words = f"diagonal(window={self.config.window}, sink={self.config.sink})"
+        sigma = self.config.dense_above_sigma
+        return words if sigma is None else f"{words}, dense above sigma {sigma}"
+
+    def choice(self, device: torch.device) -> tuple[str | None, str]:
+        """The lowering that the module runs, and why, on the device of its last call, or else on `device`."""
+        config = self.config
+        device = self.device or device
+        if self.head_dim is None:
+            return None, "not called yet"
+        if reason := config.why_stock(device, self.head_dim):
+            return "stock", reason
+        try:
+            chosen = operator.choose(device, self.head_dim, config.high, config.low, config.operator_lowering)
+        except ValueError as refusal:
+            return "none", str(refusal)
+        return chosen.lowering, chosen.reason
+
+    def _why_stock(self, query, key, value, attn_mask, dropout_p, enable_gqa, text) -> str:
+        """Why one call is left to stock; empty if it is not."""
+        tensors = (query, key, value)
+        if any(x.ndim != 4 or x.dtype not in DTYPES for x in tensors) or value.shape[-1] != query.shape[-1]:
+            return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
+        if query.shape[-2] != key.shape[-2]:
+            return "cross-attention: queries and keys are different tokens"
+        if text is None:
+            return "cross-attention, or a model called without its text"
+        if key.shape[-2] < self.config.min_length:
+            return f"fewer than {self.config.min_length} keys"
+        if reason := self.config.why_stock(query.device, query.shape[-1]):
+            return reason
+        if query.shape[1] != key.shape[1] and not enable_gqa:
+            return "fewer heads of keys than of queries, without enable_gqa"
+        if attn_mask is not None and not _masks_keys(attn_mask, key):
+            return "a mask that is not boolean over keys alone"
+        if dropout_p > 0:
+            return "dropout"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return "gradients are wanted, and there is no backward yet"
+        if not torch.compiler.is_compiling() and any(
+            isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()
+        ):
+            return "a guider skips attention scores"
+        return ""
+
+    def _left(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
+            self.left[reason] += 1
+
+    def _diverted(self, query: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self.diverted += 1
+            self.device, self.head_dim = query.device, query.shape[-1]
+
+
+class Diverting(TorchFunctionMode):
+    """Hands each `scaled_dot_product_attention` inside to a module's diversion."""
+
+    def __init__(self, diversion: Diversion, hidden: torch.Tensor, encoder: torch.Tensor | None):
+        super().__init__()
+        self.diversion = diversion
+        self.hidden = hidden.shape[1]
+        self.encoder = 0 if encoder is None else encoder.shape[1]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            return self.diversion.attention(self.hidden, self.encoder, *args, **kwargs)
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # torch.compile of PyTorch 2.11 cannot trace the method inside a mode
+        return func(*args, **kwargs)
+
+
+def _masks_keys(mask: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `mask` is boolean and the same for every head and query."""
+    if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
+        return False
+    return all(size == 1 for size in mask.shape[-3:-1]) and (
+        mask.ndim < 4 or mask.shape[0] in (1, key.shape[0])
+    )
+
+
+def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """`mask` as `[batch, keys]`."""
+    return None if mask is None else mask.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)

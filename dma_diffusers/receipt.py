@@ -1,0 +1,57 @@
+"""Receipts: what was chosen for each attention module, and why."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReceipt:
+    """What one attention module runs.
+
+    lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
+    reason: why that lowering.
+    diverted: calls taken by the operator. left: calls left to stock, by reason. Neither counts calls inside a
+        compiled graph.
+    """
+
+    module: str
+    lowering: str | None
+    high: str
+    low: str
+    policy: str
+    reason: str
+    diverted: int
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        if self.lowering == "stock":
+            return f"stock attention: {self.reason}"
+        return f"{self.high}|{self.low} {self.policy}, lowering {self.lowering or 'not known'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The receipts of a model's or a pipeline's attention modules, in module order."""
+
+    modules: tuple[ModuleReceipt, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, for JSON."""
+        return {"modules": [asdict(module) for module in self.modules]}
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return "stock attention: nothing is applied"
+        lines = []
+        for choice, group in groupby(sorted(self.modules, key=str), key=str):
+            members = list(group)
+            lines.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
+            diverted = sum(member.diverted for member in members)
+            left: dict[str, int] = {}
+            for member in members:
+                for reason, calls in member.left.items():
+                    left[reason] = left.get(reason, 0) + calls
+            lines.append(f"  {diverted} calls diverted")
+            lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
+        return "\n".join(lines)
