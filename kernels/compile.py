@@ -1,7 +1,7 @@
 """Every kernel variant compiled ahead of time, on any machine, with what the compiler made of it.
 
-The variants are what `attention.launch` really launches: it runs on small CPU tensors, and in place of a launch each
-kernel is compiled for the target with the arguments' types.
+The variants are what `attention.launch` really launches: it runs on small CPU tensors, and in place of a launch
+each kernel is compiled for the target with the arguments' types.
 """
 
 import re
@@ -41,8 +41,8 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
 
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
     attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
-    Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes, stores
-    and loads) and `shared_bytes`. Raises ValueError for an unknown target, or formats the kernel can't multiply.
+    Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes,
+    stores and loads) and `shared_bytes`. Raises ValueError for an unknown target, or a pair that no kernel runs.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
@@ -66,17 +66,14 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
 def launches(
     target: str, high: str | None, low: str | None, head_dim: int, is_causal: bool = False
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
-    """The kernels that one call launches, with their arguments and options; a class that is None has no tile."""
+    """The kernels that one call launches, with arguments and options; a class that is None has no tile."""
     recorded = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         recorded.append((kernel, arguments, options))
 
     q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
-    if high and low:
-        policy = Diagonal()
-    else:
-        policy = Dense(Class.HIGH if high else Class.LOW)
+    policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
     layout = Layout(_TOKENS, _TOKENS)
     launch.attention(
         q, k, v, build_map(policy.classes(layout), layout), high, low,
@@ -135,10 +132,13 @@ def _describe(
 
 
 def mma_kinds(ptx: str) -> list[str]:
-    """The kinds of matrix instructions in `ptx`: `kind::mxf4` and the like on Blackwell, operand types before."""
+    """The matrix instructions in `ptx`: `kind::mxf4` and the like where there are kinds, else operand types."""
     kinds = set(re.findall(r"mma\S*?(kind::\w+)", ptx))
     kinds |= {f"wgmma {types}" for types in re.findall(r"wgmma\.mma_async\S*?\.f32\.(\w+)\.\w+", ptx)}
-    kinds |= {f"mma.sync {types}" for types in re.findall(r"mma\.sync\.\S*?\.f32\.(\w+)\.\w+\.f32", ptx)}
+    kinds |= {
+        f"mma.sync {types}"
+        for types in re.findall(r"mma\.sync\.aligned\.m\w+\.\S*?\.f32\.(\w+)\.\w+\.f32", ptx)
+    }
     return sorted(kinds)
 
 

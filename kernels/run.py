@@ -1,4 +1,4 @@
-"""How a kernel is run: on the device at once, unless whoever calls has other plans for it (compile.py has)."""
+"""How a kernel is run: at once, on the device, unless whoever calls has other plans (compile.py has)."""
 
 from collections.abc import Callable
 from typing import Any
