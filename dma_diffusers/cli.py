@@ -6,12 +6,13 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Format = Annotated[
@@ -35,7 +38,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()
@@ -62,7 +66,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw PROMPT with DMA attention."""
-    _require_demo_extra()
+    _require(_DEMO_PACKAGES, "pip install 'dma-diffusers[demo]'")
     from dma_diffusers.config import DMAConfig
     from dma_diffusers.pipelines.files import check_writable, write_atomically
     from dma_diffusers.pipelines.picture import encode, picture_format
@@ -74,7 +78,7 @@ def generate(
 
     with _quiet():
         _hide_loading_bars()
-        from dma_diffusers.attach import apply, report
+        from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval.compare import compare as compared
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
@@ -87,13 +91,13 @@ def generate(
             with _progress(title, not as_json) as on_step:
                 return draw(pipe, [prompt], [seed], call, on_step)
 
-        exact = drawn("full precision") if compare else None
         apply(pipe, config)
         drawing = drawn("DMA")
         receipt = report(pipe)
         picture, metrics = drawing.pictures[0], {}
         if compare:
-            picture, metrics = compared(exact, drawing, prompt, _label(config))
+            restore(pipe)
+            picture, metrics = compared(drawn("full precision"), drawing, prompt, _label(config))
         write_atomically(output, encode(picture, kind))
 
     if as_json:
@@ -122,10 +126,10 @@ def doctor(as_json: Json = False) -> None:
     print(
         f"torch {findings['torch']}, triton {findings['triton'] or 'absent'}, {findings['gpu'] or 'no GPU'}"
     )
-    table = Table("lowering", "runs", "why")
-    for lowering in findings["lowerings"]:
-        table.add_row(lowering["name"], "yes" if lowering["runs"] else "no", lowering["reason"])
-    Console().print(table)
+    rows = [
+        (found["name"], "yes" if found["runs"] else "no", found["reason"]) for found in findings["lowerings"]
+    ]
+    _print_table(("lowering", "runs", "why"), rows)
 
 
 @app.command("compile")
@@ -136,6 +140,7 @@ def compile_kernels(
     as_json: Json = False,
 ) -> None:
     """Compile every kernel variant for an architecture, ahead of time, on any machine."""
+    _require(("triton",), "it is there for Linux alone")
     from dma_diffusers.kernels.compile import compile_all
 
     with _quiet():
@@ -143,10 +148,7 @@ def compile_kernels(
     if as_json:
         _print_json(variants)
         return
-    table = Table("kernel", "formats", "head_dim", "MMA kinds", "registers", "spills, bytes", "shared, bytes")
-    for variant in variants:
-        table.add_row(*(_cell(value) for value in variant.values()))
-    Console().print(table)
+    _print_table(tuple(variants[0]), [variant.values() for variant in variants])
 
 
 @app.command("quality-table")
@@ -161,7 +163,7 @@ def quality_table(
     batch: Annotated[int, typer.Option(min=1, help="Prompts drawn together.")] = 1,
 ) -> None:
     """Measure full precision, MXFP8, DMA at three windows, MXFP4 and NVFP4 on the same prompts and seeds."""
-    _require_demo_extra()
+    _require(_DEMO_PACKAGES, "pip install 'dma-diffusers[demo]'")
     from dma_diffusers.pipelines.files import check_writable
 
     check_writable(output)
@@ -186,12 +188,10 @@ def quality_table(
     print(markdown(table["summary"]))
 
 
-def _require_demo_extra() -> None:
-    missing = [
-        name for name in ("transformers", "PIL", "torchmetrics") if importlib.util.find_spec(name) is None
-    ]
+def _require(packages: tuple[str, ...], remedy: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'dma-diffusers[demo]'")
+        raise ValueError(f"this command needs {', '.join(missing)}: {remedy}")
 
 
 @contextmanager
@@ -219,7 +219,8 @@ def _hide_loading_bars() -> None:
 @contextmanager
 def _progress(title: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, moved by calling what this yields with (steps done, steps in all)."""
-    with Progress(console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -234,8 +235,14 @@ def _label(config: Any) -> str:
     return f"DMA {config.high} / {config.low}, window {config.window}, sink {config.sink}"
 
 
-def _cell(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _print_table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    table = Table(*header, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # what goes into a file or a pipe keeps its lines whole
+    console.print(table)
 
 
 def _print_json(document: Any) -> None:

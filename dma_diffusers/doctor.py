@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
+from dma_diffusers.kernels.lowerings import LOWERINGS, Lowering, architecture
 
-_HEAD_DIM = 128
+_CALL = {"head_dim": 128, "high": "mxfp8", "low": "mxfp4"}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, the GPU, and for every lowering whether it runs here, with the reason in words.
+    """Versions, the GPU, and for every lowering whether it runs DMA's default here, with the reason in words.
 
     A version is None where the package is absent, `gpu` where there is none.
     """
@@ -19,7 +19,7 @@ def diagnose() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "lowerings": [_lowering(lowering, device) for lowering in LOWERINGS],
+        "lowerings": [_diagnose(lowering, architecture(device)) for lowering in LOWERINGS],
     }
 
 
@@ -31,6 +31,6 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def _lowering(lowering: Any, device: torch.device) -> dict[str, Any]:
-    reason = lowering.refuses(architecture(device), _HEAD_DIM, "mxfp8", "mxfp4")
-    return {"name": lowering.name, "runs": reason is None, "reason": reason or ""}
+def _diagnose(lowering: Lowering, architecture: str) -> dict[str, Any]:
+    refusal = lowering.refuses(architecture, **_CALL)
+    return {"name": lowering.name, "runs": refusal is None, "reason": refusal or lowering.description}

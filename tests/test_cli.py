@@ -1,0 +1,238 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dma_diffusers.cli import main
+from tests.pipelines.saved_flux import CALL, save_flux
+
+ROOT = Path(__file__).parents[1]
+WIDTH, HEIGHT = CALL["width"], CALL["height"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_flux(tmp_path_factory.mktemp("flux")))
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dma_diffusers", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["dma-diffusers", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output, error = capsys.readouterr()
+    return ended.value.code or 0, output, error
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_generate_writes_a_picture(monkeypatch, capsys, model, tmp_path):
+    target = tmp_path / "out.png"
+    code, output, _ = run(monkeypatch, capsys, "generate", "a cat", "--model", model, "-o", str(target))
+    assert code == 0
+    assert picture(target).shape == (HEIGHT, WIDTH, 3)
+    assert str(target) in output
+    assert "DMA mxfp8 / mxfp4, window 128, sink 128" in output
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
+    target = tmp_path / "out.png"
+    arguments = ("generate", "a cat", "--model", model, "--size", "64", "--json", "-o", str(target))
+    code, output, _ = run(
+        monkeypatch, capsys, *arguments, "--steps", "3", "--low", "nvfp4", "--window", "384"
+    )
+    assert code == 0
+    assert picture(target).shape == (64, 64, 3)
+    for module in json.loads(output)["receipt"]["modules"]:
+        assert (module["high"], module["low"]) == ("mxfp8", "nvfp4")
+        assert "window=384" in module["policy"]
+        assert module["diverted"] == 3
+
+
+def test_compare_shows_both_pictures_and_measures_them(monkeypatch, capsys, model, tmp_path):
+    arguments = ("generate", "a cat", "--model", model, "--json", "--seed", "7", "--low", "mxfp4")
+    exact, drawn, sheet = (tmp_path / f"{name}.png" for name in ("exact", "drawn", "sheet"))
+    run(
+        monkeypatch,
+        capsys,
+        "generate",
+        "a cat",
+        "--model",
+        model,
+        "--seed",
+        "7",
+        "--preset",
+        "exact",
+        "-o",
+        str(exact),
+    )
+    run(monkeypatch, capsys, *arguments, "-o", str(drawn))
+    code, output, _ = run(monkeypatch, capsys, *arguments, "--compare", "-o", str(sheet))
+    result = json.loads(output)
+
+    assert code == 0
+    assert set(result) == {"output", "seconds", "psnr_db", "ssim", "latents_relative_l2", "receipt"}
+    panels = picture(sheet)
+    assert panels.shape[0] > HEIGHT
+    assert panels.shape[1] == 3 * WIDTH + 2 * 8
+    first, second, third = (panels[:HEIGHT, left : left + WIDTH] for left in (0, WIDTH + 8, 2 * (WIDTH + 8)))
+    assert np.array_equal(first, picture(exact))
+    assert np.array_equal(second, picture(drawn))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(third, np.minimum(abs(first - second) * 64, 255))
+    mean_square = np.mean((first - second) ** 2.0)
+    assert result["psnr_db"] == pytest.approx(10 * np.log10(255**2 / mean_square), rel=1e-4)
+    assert 0 < result["latents_relative_l2"] < 0.2
+    assert 0.5 < result["ssim"] < 1
+
+
+def test_compare_of_exact_with_itself(monkeypatch, capsys, model, tmp_path):
+    target = str(tmp_path / "out.png")
+    arguments = (
+        "generate",
+        "a cat",
+        "--model",
+        model,
+        "--preset",
+        "exact",
+        "--compare",
+        "--json",
+        "-o",
+        target,
+    )
+    _, output, _ = run(monkeypatch, capsys, *arguments)
+    result = json.loads(output)
+    assert (result["psnr_db"], result["ssim"], result["latents_relative_l2"]) == (None, 1.0, 0.0)
+
+
+def test_json_is_all_of_standard_output(model, tmp_path):
+    process = start("generate", "a cat", "--model", model, "--json", "-o", str(tmp_path / "out.png"))
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    assert set(json.loads(output)) == {"output", "seconds", "receipt"}
+    assert not error
+
+
+BAD_INPUT = {
+    "unknown high format": (("--high", "fp3"), "mxfp8"),
+    "unknown low format": (("--low", "fp3"), "nvfp4"),
+    "unknown preset": (("--preset", "fastest"), "auto, b200, hopper, exact"),
+    "negative window": (("--window", "-1"), "window"),
+    "negative sink": (("--sink", "-1"), "sink"),
+    "formats that no lowering runs": (("--lowering", "no-such-lowering"), "no-such-lowering"),
+    "exact with formats": (("--preset", "exact", "--low", "mxfp4"), "exact"),
+    "model folder that is no pipeline": (("--model", str(ROOT / "tests")), "model_index.json"),
+    "model that does not exist": (("--model", "/no/such/model"), "neither a folder nor a hub id"),
+    "output folder that does not exist": (("-o", "/no/such/folder/out.png"), "no folder"),
+    "output folder that takes no files": (("-o", "/proc/out.png"), "cannot write"),
+    "output of no picture format": (("-o", "out.txt"), "picture format"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_no_picture(monkeypatch, capsys, model, tmp_path, arguments, words):
+    target = tmp_path / "out.png"
+    common = ("generate", "a cat", "--model", model, "-o", str(target))
+    code, output, error = run(monkeypatch, capsys, *common, *arguments)
+    assert code != 0
+    assert not output
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_is_checked_before_the_model_is_loaded(monkeypatch, capsys):
+    arguments = ("generate", "a cat", "--model", "/no/such/model", "-o", "/no/such/folder/out.png")
+    _, _, error = run(monkeypatch, capsys, *arguments)
+    assert "/no/such/folder" in error
+
+
+def test_interrupted_run_leaves_nothing(model, tmp_path):
+    target = tmp_path / "out.png"
+    arguments = ("generate", "a cat", "--model", model, "--steps", "100000", "-o", str(target))
+    process = start(*arguments, FORCE_COLOR="1")  # so that the progress bar is shown, and says when it draws
+    shown = ""
+    while "DMA" not in shown:
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not output
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["generate", "a cat"], ["quality-table"]])
+def test_without_the_extra_its_name_is_told(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, error = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out.png"))
+    assert code == 1
+    assert error == "error: this command needs transformers: pip install 'dma-diffusers[demo]'\n"
+
+
+def test_doctor_says_why(monkeypatch, capsys):
+    code, output, _ = run(monkeypatch, capsys, "doctor", "--json")
+    findings = json.loads(output)
+    assert code == 0
+    assert set(findings) == {"torch", "triton", "gpu", "lowerings"}
+    by_name = {lowering.pop("name"): lowering for lowering in findings["lowerings"]}
+    assert by_name["reference"]["runs"]
+    assert all(set(lowering) == {"runs", "reason"} and lowering["reason"] for lowering in by_name.values())
+    if findings["gpu"] is None:
+        assert not by_name["block_scaled"]["runs"]
+        assert "sm_100" in by_name["block_scaled"]["reason"]
+
+
+def test_doctor_in_words(monkeypatch, capsys):
+    code, output, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0
+    assert "reference" in output
+
+
+def test_compile_lists_every_variant(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    arguments = ("compile", "--target", "sm_100", "--high", "mxfp8", "--low", "mxfp4", "--json")
+    code, output, _ = run(monkeypatch, capsys, *arguments)
+    variants = json.loads(output)
+    keys = {"kernel", "formats", "head_dim", "mma_kinds", "registers", "spills", "shared_bytes"}
+    assert code == 0
+    assert {variant["head_dim"] for variant in variants} == {64, 128}
+    assert all(set(variant) == keys for variant in variants)
+
+
+@pytest.mark.parametrize("flags", [("--target", "sm_1"), ("--target", "sm_100", "--high", "fp3")])
+def test_compile_refuses_in_one_line(monkeypatch, capsys, flags):
+    pytest.importorskip("triton")
+    code, output, error = run(monkeypatch, capsys, "compile", *flags)
+    assert code == 1
+    assert not output
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
