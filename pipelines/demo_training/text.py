@@ -12,6 +12,7 @@ from dma_diffusers.pipelines.demo_training.scenes import vocabulary
 PAD, EOS, UNK = 0, 1, 3  # id 2 is unused: a CLIP encoder takes an end token of id 2 for a legacy checkpoint
 TEXT_TOKENS = 128
 POOLED_TOKENS = 77
+_LONGEST_PROMPT = 32  # tokens of the longest training prompt, rounded up
 _SPECIALS = ("<pad>", "</s>", "<reserved>", "<unk>")
 _VOCABULARY = {word: i for i, word in enumerate([*_SPECIALS, *vocabulary()])}
 
@@ -92,7 +93,8 @@ class TextEncoders(nn.Module):
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode int64 ``[B, TEXT_TOKENS]`` to tokens ``[B, TEXT_TOKENS, 160]``, pooled ``[B, 128]``."""
         tokens = self.t5(ids).last_hidden_state
-        pooled = self.clip(ids[:, :POOLED_TOKENS]).pooler_output
+        # The pooled encoder is causal and read at the end token: what follows the prompt has no effect.
+        pooled = self.clip(ids[:, :_LONGEST_PROMPT]).pooler_output
         return tokens, pooled
 
     def parse_loss(self, tokens, pooled, scenes, weight: torch.Tensor) -> torch.Tensor:

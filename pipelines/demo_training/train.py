@@ -99,6 +99,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae).to(device, memory_format=torch.channels_last)
     if cuda:
         model.transformer.compile_repeated_blocks(fullgraph=True)
+        model.text.t5.compile()
         vae.encoder.compile()
     training = DistributedDataParallel(model, device_ids=[device] if cuda else None) if gpus > 1 else model
 

@@ -18,7 +18,7 @@ from dma_diffusers.pipelines.demo_training.render import SceneRenderer
 from dma_diffusers.pipelines.demo_training.sprites import load_sprites
 from dma_diffusers.pipelines.demo_training.vae import build_vae, standardise
 
-_KL_WEIGHT = 1e-4
+_KL_WEIGHT = 1e-3
 
 
 def reconstruction_loss(picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
