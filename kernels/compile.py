@@ -1,7 +1,7 @@
 """Every kernel variant compiled ahead of time, on any machine, with what the compiler made of it.
 
-The variants are what `attention.launch` really launches: it runs on small CPU tensors, and in place of a launch
-each kernel is compiled for the target with the arguments' types.
+The variants are what `attention.launch` really launches: it runs on small CPU tensors, and each kernel is
+compiled for the target with its arguments' types in place of a launch.
 """
 
 import re
@@ -42,7 +42,7 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
     attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
     Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes,
-    stores and loads) and `shared_bytes`. Raises ValueError for an unknown target, or a pair that no kernel runs.
+    stores and loads) and `shared_bytes`. Raises ValueError for an unknown target or a pair no kernel runs.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
@@ -132,7 +132,7 @@ def _describe(
 
 
 def mma_kinds(ptx: str) -> list[str]:
-    """The matrix instructions in `ptx`: `kind::mxf4` and the like where there are kinds, else operand types."""
+    """The matrix instructions in `ptx`: `kind::mxf4` and the like if there are kinds, else operand types."""
     kinds = set(re.findall(r"mma\S*?(kind::\w+)", ptx))
     kinds |= {f"wgmma {types}" for types in re.findall(r"wgmma\.mma_async\S*?\.f32\.(\w+)\.\w+", ptx)}
     kinds |= {

@@ -78,7 +78,7 @@ def _phase(
         accumulator = accumulator * rescale[:, None]
         if LOW_PV:
             value = v.load([kv_tile * TILE, 0])
-            accumulator = tl.dot(to_e4m3(p), value.to(tl.float8e4nv, bitcast=True), accumulator)
+            accumulator = tl.dot(to_e4m3(p), value, accumulator)
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
             accumulator = tl.dot(to_operand(p), loaded_operand(value), accumulator)

@@ -12,6 +12,10 @@ from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value, padded_dim
 from dma_diffusers.kernels.run import Run, run
 
+# By padded head dimension. The loops load a tile's index before the tile, which takes stages of its own: with
+# these, operands and scales of K and V are at least double-buffered on sm_100, and fit its shared memory.
+NUM_STAGES = {64: 5, 128: 3, 256: 1}
+
 
 def _bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
     """v in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where v has others."""
@@ -76,7 +80,7 @@ def attention(
         *out.stride()[:3], 0.0,
         *constants(high), *constants(low),
         CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
-        num_warps=8, num_stages=2 if dim <= 128 else 1, enable_fp_fusion=True,
+        num_warps=8, num_stages=NUM_STAGES[dim], enable_fp_fusion=True,
     )  # fmt: skip
     return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse
 

@@ -95,12 +95,12 @@ def encode(
 
 
 def encode_value(v: torch.Tensor, v_scale: torch.Tensor, run: Run = run) -> torch.Tensor:
-    """v / v_scale in e4m3, uint8 `[B·H·tiles·128, D]`; v_scale `[B, H, 1, D]`, float32, padded."""
+    """v / v_scale in e4m3, `[B·H·tiles·128, D]`; v_scale `[B, H, 1, D]`, float32, padded."""
     batch, heads, length, head_dim = v.shape
     dim, rows = padded_dim(head_dim), tiles(length)
-    elements = torch.empty(batch * heads * rows * TILE, dim, dtype=torch.uint8, device=v.device)
+    elements = torch.empty(batch * heads * rows * TILE, dim, dtype=torch.float8_e4m3fn, device=v.device)
     run(
         quantise_value, (rows, batch * heads),
-        v, v_scale, elements, heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8,
+        v, v_scale, elements.view(torch.uint8), heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8,
     )  # fmt: skip
     return elements
