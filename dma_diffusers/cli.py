@@ -8,13 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 app = typer.Typer(
@@ -87,17 +88,18 @@ def generate(
         flags = {"num_inference_steps": steps, "height": size, "width": size}
         call = recommended_call(model or DEMO_MODEL) | _given(flags)
 
-        def drawn(title: str) -> Drawing:
-            with _progress(title, not as_json) as on_step:
-                return draw(pipe, [prompt], [seed], call, on_step)
+        with _progress(not as_json) as on_step:
 
-        apply(pipe, config)
-        drawing = drawn("DMA")
-        receipt = report(pipe)
-        picture, metrics = drawing.pictures[0], {}
-        if compare:
-            restore(pipe)
-            picture, metrics = compared(drawn("full precision"), drawing, prompt, _label(config))
+            def drawn(title: str) -> Drawing:
+                return draw(pipe, [prompt], [seed], call, partial(on_step, title))
+
+            apply(pipe, config)
+            drawing = drawn("DMA")
+            receipt = report(pipe)
+            picture, metrics = drawing.pictures[0], {}
+            if compare:
+                restore(pipe)
+                picture, metrics = compared(drawn("full precision"), drawing, prompt, _label(config))
         write_atomically(output, encode(picture, kind))
 
     if as_json:
@@ -171,19 +173,12 @@ def quality_table(
         _hide_loading_bars()
         from dma_diffusers.eval.quality_summary import markdown
         from dma_diffusers.eval.quality_table import quality_table as measure
+        from dma_diffusers.eval.quality_table import read_prompts
         from dma_diffusers.pipelines.load import DEMO_MODEL
 
-        lines = (prompts or DEMO_MODEL.parent / "prompts.txt").read_text().splitlines()
+        chosen = read_prompts(prompts or DEMO_MODEL.parent / "prompts.txt", count)
         command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
-        with Progress(console=Console(stderr=True)) as bar:
-            tasks: dict[str, Any] = {}
-
-            def on_step(name: str, done: int, total: int) -> None:
-                if name not in tasks:
-                    tasks[name] = bar.add_task(name, total=total)
-                bar.update(tasks[name], completed=done)
-
-            chosen = [line for line in lines if line.strip()][:count]
+        with _progress() as on_step:
             table = measure(chosen, output, command, model or DEMO_MODEL, seed, batch, on_step)
     print(markdown(table["summary"]))
 
@@ -217,12 +212,18 @@ def _hide_loading_bars() -> None:
 
 
 @contextmanager
-def _progress(title: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, moved by calling what this yields with (steps done, steps in all)."""
+def _progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal; what this yields moves them, called with (title, steps done, steps in all)."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_step(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bars.add_task(title, total=total)
+            bars.update(tasks[title], completed=done)
+
+        yield on_step
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _label(config: Any) -> str:
     if config.lowering == "stock":
         return "exact"
-    return f"DMA {config.high} / {config.low}, window {config.window}, sink {config.sink}"
+    return f"DMA {config.high}/{config.low}, window {config.window}, sink {config.sink}"
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:

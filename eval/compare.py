@@ -19,8 +19,8 @@ def compare(
     difference, factor = amplified_difference(drawing.pictures[0], exact.pictures[0])
     psnr = "identical" if metrics["psnr_db"] is None else f"PSNR {metrics['psnr_db']:.1f} dB"
     captions = (
-        f"full precision: {prompt}",
-        f"{label}: {psnr}, SSIM {metrics['ssim']:.3f}",
-        f"difference, {factor} times amplified",
+        ("full precision", prompt),
+        (label, f"{psnr}, SSIM {metrics['ssim']:.3f}"),
+        ("difference", f"{factor} times amplified"),
     )
     return side_by_side([exact.pictures[0], drawing.pictures[0], difference], captions), metrics

@@ -33,6 +33,14 @@ CONFIGURATIONS = {
 }
 
 
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first `count` lines of a file, empty ones left out; ValueError where there is none."""
+    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()][:count]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
 def quality_table(
     prompts: Sequence[str],
     output: Path,
@@ -93,15 +101,17 @@ def quality_table(
 
 def _stored_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Results in `output` that were measured with these settings and with today's configurations."""
-    table = json.loads(output.read_text()) if output.is_file() else {}
-    if table.get("settings") != settings:
+    if not output.is_file():
+        return {}
+    try:
+        table = json.loads(output.read_text())
+        stored_settings, stored = table["settings"], table["configurations"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{output} is there, and is no quality table") from error
+    if stored_settings != settings:
         return {}
     as_stored = {name: json.loads(json.dumps(asdict(config))) for name, config in CONFIGURATIONS.items()}
-    return {
-        name: result
-        for name, result in table["configurations"].items()
-        if result["config"] == as_stored.get(name)
-    }
+    return {name: result for name, result in stored.items() if result["config"] == as_stored.get(name)}
 
 
 def _draw_in_batches(

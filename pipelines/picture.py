@@ -4,12 +4,13 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 8  # pixels between panels
-_PAPER, _INK = (250, 250, 247), (60, 60, 60)
+_PAPER, _INK, _GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
 
 
 def picture_format(path: Path) -> str:
@@ -40,16 +41,22 @@ def amplified_difference(picture: Image.Image, reference: Image.Image) -> tuple[
     return Image.fromarray(np.minimum(difference * factor, 255).astype(np.uint8)), factor
 
 
-def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Pictures of one size in a row, untouched, each with its caption of up to two lines below it."""
+def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, str]]) -> Image.Image:
+    """Pictures of one size in a row, untouched, each with a title and a text of up to two lines below it."""
     width, height = panels[0].size
     font = ImageFont.load_default(size=max(10, width // 20))
-    line, letters = round(font.size * 1.3), max(2, int(width / font.getlength("n")))
-    sheet = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + 2 * line + _GAP), _PAPER)
+    line, letters = round(font.size * 1.3), max(2, int(26 * width / font.getlength(ascii_lowercase)))
+    sheet = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + 3 * line + _GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+    for i, (panel, (title, text)) in enumerate(zip(panels, captions, strict=True)):
         left = i * (width + _GAP)
         sheet.paste(panel, (left, 0))
-        for row, text in enumerate(textwrap.wrap(caption, letters, max_lines=2, placeholder="…")):
-            pen.text((left + 2, height + _GAP // 2 + row * line), text, fill=_INK, font=font)
+        rows = [*_wrap(title, letters, 1), *_wrap(text, letters, 2)]
+        for row, words in enumerate(rows):
+            at = (left + 2, height + _GAP // 2 + row * line)
+            pen.text(at, words, fill=_GREY if row else _INK, font=font)
     return sheet
+
+
+def _wrap(text: str, letters: int, lines: int) -> list[str]:
+    return textwrap.wrap(text, letters, max_lines=lines, placeholder="…")

@@ -55,7 +55,7 @@ def test_generate_writes_a_picture(monkeypatch, capsys, model, tmp_path):
     assert code == 0
     assert picture(target).shape == (HEIGHT, WIDTH, 3)
     assert str(target) in output
-    assert "DMA mxfp8 / mxfp4, window 128, sink 128" in output
+    assert "DMA mxfp8/mxfp4, window 128, sink 128" in output
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -236,3 +236,25 @@ def test_compile_refuses_in_one_line(monkeypatch, capsys, flags):
     assert not output
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_quality_table_prints_markdown(monkeypatch, capsys, model, tmp_path):
+    target, prompts = tmp_path / "table.json", tmp_path / "prompts.txt"
+    prompts.write_text("a cat\ntwo dogs\na tree\n")
+    arguments = (
+        "--model",
+        model,
+        "--prompts",
+        str(prompts),
+        "--count",
+        "2",
+        "--batch",
+        "2",
+        "-o",
+        str(target),
+    )
+    code, output, _ = run(monkeypatch, capsys, "quality-table", *arguments)
+    assert code == 0
+    assert output.startswith("| Attention | PSNR, dB |")
+    assert "| all MXFP4 |" in output
+    assert json.loads(target.read_text())["command"] == f"dma-diffusers quality-table {' '.join(arguments)}"

@@ -12,7 +12,7 @@ from dma_diffusers.attach import apply, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import quality_table as table_module
 from dma_diffusers.eval.quality_summary import markdown, summarise
-from dma_diffusers.eval.quality_table import CONFIGURATIONS, quality_table
+from dma_diffusers.eval.quality_table import CONFIGURATIONS, quality_table, read_prompts
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline
 from tests.pipelines.saved_flux import CALL, save_flux
@@ -162,3 +162,20 @@ def test_the_summary_is_paired():
     assert len(lines) == 6
     assert lines[2].startswith("| exact | ∞ | 0.9000 | 0.1000 | – | – |")
     assert "| 2.00 | 0.25 |" in lines[4]
+
+
+def test_prompts_are_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n two \nthree\n")
+    assert read_prompts(path, 2) == ["one", "two"]
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(path, 0)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_another_file_is_not_overwritten(model, tmp_path, content):
+    output = tmp_path / "notes.json"
+    output.write_text(content)
+    with pytest.raises(ValueError, match="no quality table"):
+        quality_table(PROMPTS, output, "the command", model)
+    assert output.read_text() == content

@@ -20,7 +20,7 @@ def pictures():
 
 def test_panels_are_untouched_and_captioned(pictures):
     first, second = pictures
-    sheet = side_by_side([first, second, first], ["one", "two words that need more than a line", ""])
+    sheet = side_by_side([first, second, first], [("one", ""), ("two", "words that need a line"), ("", "")])
     values = np.asarray(sheet)
     assert sheet.width == 3 * 96 + 2 * 8
     for left, panel in ((0, first), (104, second), (208, first)):
