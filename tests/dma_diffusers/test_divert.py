@@ -1,0 +1,154 @@
+"""One call: what the operator is given, and what is left to stock, with the reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+from dma_diffusers import DMAConfig
+from dma_diffusers.divert import Diversion, Diverting, Forward
+from dma_diffusers.kernels import operator
+from dma_diffusers.layouts import Family
+
+B, H, S, D = 2, 4, 137, 40
+
+
+class Model(torch.nn.Module):
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        return hidden_states
+
+
+def diversion(**fields) -> Diversion:
+    config = DMAConfig.of(None, **{"min_length": 0} | fields)
+    family = Family("none", timestep_scale=1000)
+    return Diversion(config, family, Forward(Model(), family, config.dense_above_sigma), False, None)
+
+
+def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
+    torch.manual_seed(0)
+    q = torch.randn(B, S, heads, head_dim).to(dtype).transpose(1, 2)  # strided, as most models have it
+    k, v = (torch.randn(B, kv_heads, keys, head_dim).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def run(taken: Diversion, q, k, v, **kwargs) -> torch.Tensor:
+    with Diverting(taken, torch.empty(B, q.shape[2], 1), None):
+        return F.scaled_dot_product_attention(q, k, v, **kwargs)
+
+
+def padding() -> torch.Tensor:
+    return torch.arange(S) < torch.tensor([[S], [S - 21]])
+
+
+DIVERTED = {
+    "plain": ({}, {}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    "causal": ({"is_causal": True}, {"is_causal": True}),
+    "mask [B,1,1,S]": ({"attn_mask": padding()[:, None, None]}, {"key_mask": padding()}),
+    "mask [1,1,1,S]": (
+        {"attn_mask": padding()[1:, None, None]},
+        {"key_mask": padding()[1:].expand(B, S)},
+    ),
+    "mask [1,S]": ({"attn_mask": padding()[1:]}, {"key_mask": padding()[1:].expand(B, S)}),
+}
+
+
+@pytest.mark.parametrize("name", DIVERTED)
+def test_the_operator_gets_the_call_as_it_is(name):
+    given, expected = DIVERTED[name]
+    taken, (q, k, v) = diversion(), qkv()
+    out = run(taken, q, k, v, **given)
+    assert (taken.diverted, taken.left) == (1, {})
+    assert torch.equal(out, operator.attention(q, k, v, **expected)[0])
+    error = (out - F.scaled_dot_product_attention(q, k, v, **given)).norm() / out.norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_grouped_queries(dtype):
+    taken, (q, k, v) = diversion(), qkv(kv_heads=2, dtype=dtype)
+    out = run(taken, q, k, v, enable_gqa=True)
+    assert taken.diverted == 1
+    assert out.dtype == dtype
+    assert torch.equal(out, operator.attention(q, k, v)[0])
+
+
+LEFT = {
+    "additive mask": ({"attn_mask": torch.zeros(B, 1, 1, S, dtype=torch.bfloat16)}, "mask"),
+    "dense mask": ({"attn_mask": torch.ones(S, S, dtype=torch.bool).tril()}, "mask"),
+    "mask of each query": ({"attn_mask": padding()[:, None, :, None] & padding()[:, None, None]}, "mask"),
+    "mask of each head": ({"attn_mask": padding()[:, None, None].repeat(1, H, 1, 1)}, "mask"),
+    "dropout": ({"dropout_p": 0.5}, "dropout"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_to_stock_is_stock(name):
+    given, reason = LEFT[name]
+    taken, tensors = diversion(), qkv()
+    torch.manual_seed(1)
+    out = run(taken, *tensors, **given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(
+        out, F.scaled_dot_product_attention(*tensors, **given), rtol=0, atol=0, equal_nan=True
+    )
+    assert taken.diverted == 0
+    assert [calls for key, calls in taken.left.items() if reason in key] == [1]
+
+
+@pytest.mark.parametrize(
+    "tensors, fields, reason",
+    [
+        (qkv(keys=S + 1), {}, "cross-attention"),
+        (qkv(), {"min_length": S + 1}, f"fewer than {S + 1} keys"),
+        (qkv(head_dim=264), {}, "head_dim 264 is more than 256"),
+        (qkv(dtype=torch.float64), {}, "bf16, fp16 or fp32"),
+        (tuple(x[0] for x in qkv()), {}, "[batch, heads, tokens, head_dim]"),
+        (tuple(x.requires_grad_() for x in qkv()), {}, "gradients"),
+        (qkv(), {"lowering": "stock"}, "exact"),
+        (qkv(), {"lowering": "fastest"}, "block-scaled MMA"),
+    ],
+)
+def test_calls_that_dma_does_not_take(tensors, fields, reason):
+    taken = diversion(**fields)
+    with Diverting(taken, torch.empty(B, S, 1), None):
+        out = F.scaled_dot_product_attention(*tensors)
+    assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
+    assert taken.diverted == 0
+    assert [calls for key, calls in taken.left.items() if reason in key] == [1]
+
+
+def test_calls_without_gradients_are_taken_even_if_weights_have_them():
+    taken, tensors = diversion(), [x.requires_grad_() for x in qkv()]
+    with torch.no_grad():
+        run(taken, *tensors)
+    assert taken.diverted == 1
+
+
+def test_an_explicit_lowering_that_cannot_run_raises():
+    with pytest.raises(ValueError, match="head_dim"):
+        run(diversion(lowering="reference"), *qkv(head_dim=264))
+    with pytest.raises(ValueError, match="block_scaled can't run"):
+        run(diversion(lowering="block_scaled"), *qkv())
+
+
+def test_a_guider_that_skips_attention_scores_still_does():
+    taken, (q, k, v) = diversion(), qkv()
+    with AttentionScoreSkipFunctionMode():
+        out = run(taken, q, k, v)
+    assert torch.equal(out, v)
+    assert list(taken.left) == ["a guider skips attention scores"]
+
+
+@pytest.mark.parametrize("timestep, dense", [(951.0, True), (900.0, False), (1.0, False)])
+def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
+    taken, (q, k, v) = diversion(dense_above_sigma=0.9), qkv()
+    taken.forward.observe(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
+    assert taken.forward.dense is dense
+    assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
+
+
+def test_positional_arguments_of_the_model_are_understood():
+    forward = diversion(dense_above_sigma=0.5).forward
+    forward.observe(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
+    assert (forward.text_length, forward.dense) == (7, True)
