@@ -96,17 +96,18 @@ def generate(
             apply(pipe, config)
             drawing = drawn("DMA")
             receipt = report(pipe)
+            label = _label(config, receipt)
             picture, metrics = drawing.pictures[0], {}
             if compare:
                 restore(pipe)
-                picture, metrics = compared(drawn("full precision"), drawing, prompt, _label(config))
+                picture, metrics = compared(drawn("full precision"), drawing, prompt, label)
         write_atomically(output, encode(picture, kind))
 
     if as_json:
         result = {"output": str(output), "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict()}
         _print_json(result)
         return
-    print(f"{output}: {_label(config)}, {drawing.seconds:.1f} s")
+    print(f"{output}: {label}, {drawing.seconds:.1f} s")
     if compare:
         psnr = "identical pictures" if metrics["psnr_db"] is None else f"PSNR {metrics['psnr_db']:.2f} dB"
         print(
@@ -230,9 +231,10 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _label(config: Any) -> str:
-    if config.lowering == "stock":
-        return "exact"
+def _label(config: Any, receipt: Any) -> str:
+    """What a picture was drawn with."""
+    if not any(module.diverted for module in receipt.modules):
+        return "stock attention"
     return f"DMA {config.high}/{config.low}, window {config.window}, sink {config.sink}"
 
 

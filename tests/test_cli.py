@@ -129,6 +129,13 @@ def test_compare_of_exact_with_itself(monkeypatch, capsys, model, tmp_path):
     assert (result["psnr_db"], result["ssim"], result["latents_relative_l2"]) == (None, 1.0, 0.0)
 
 
+def test_a_picture_that_dma_left_to_stock_is_not_called_dma(monkeypatch, capsys, model, tmp_path):
+    arguments = ("generate", "a cat", "--model", model, "--size", "16", "-o", str(tmp_path / "out.png"))
+    _, output, _ = run(monkeypatch, capsys, *arguments)
+    assert "stock attention" in output.splitlines()[0]
+    assert "fewer than" in output
+
+
 def test_json_is_all_of_standard_output(model, tmp_path):
     process = start("generate", "a cat", "--model", model, "--json", "-o", str(tmp_path / "out.png"))
     output, error = process.communicate()
