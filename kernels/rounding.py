@@ -1,7 +1,7 @@
 """Narrowing casts, to nearest even everywhere.
 
 On a GPU these are the hardware's conversions. Triton's interpreter truncates to bfloat16, loses the carry of
-a float8 that rounds up to the next power of two, and multiplies bfloat16 matrices as raw integers; there the
+a float8 that rounds up to the next power of two as well as NaN in float8, and multiplies bfloat16 matrices as raw integers; there the
 rounding is done in float32 first, and products are float32.
 """
 
@@ -23,8 +23,11 @@ def _rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
 def to_e4m3(x):
     """float32 within ±448 (or NaN) to e4m3."""
     if INTERPRETED:
-        x = _rounded(x, 3, 2.0**-6)
-    return x.to(tl.float8e4nv)
+        bits = _rounded(x, 3, 2.0**-6).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        y = tl.where(x == x, bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        y = x.to(tl.float8e4nv)
+    return y
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from dma_diffusers.kernels.run import Run, run
 NUM_STAGES = {64: 5, 128: 3, 256: 1}
 
 
-def _bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
+def bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
     """v in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where v has others."""
     v = v.to(torch.bfloat16)
     aligned = v.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in v.stride()[:-1])
@@ -65,7 +65,7 @@ def attention(
         format = get_format(fmt)
         return [format.element.name, format.block, decode_nvfp4 and format.has_tensor_scale]
 
-    v_high = high and TensorDescriptor.from_tensor(_bf16_for_tma(v), [1, 1, TILE, dim])
+    v_high = high and TensorDescriptor.from_tensor(bf16_for_tma(v), [1, 1, TILE, dim])
     v_low = low and TensorDescriptor.from_tensor(encode_value(v, v_scale, run), [TILE, dim])
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device)

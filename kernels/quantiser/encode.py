@@ -89,7 +89,7 @@ def encode(
     run(
         quantise, (rows, batch * heads),
         x, mean, factor, *arguments, heads, length, head_dim, *x.stride()[:3], *constants,
-        SMOOTH=mean is not None, D=dim, num_warps=8,
+        SMOOTH=mean is not None, D=dim, num_warps=8 if dim == 64 else 16,
     )  # fmt: skip
     return operands
 

@@ -1,0 +1,183 @@
+"""Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import PrecisionMap, build_map
+from dma_diffusers.kernels.policies import Diagonal
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call: shapes, formats, policy, masks."""
+
+    q_length: int
+    k_length: int
+    head_dim: int
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    high: str = "mxfp8"
+    low: str = "mxfp4"
+    window: int = 128
+    sink: int = 128
+    text: tuple[int, int] = (0, 0)
+    is_causal: bool = False
+    masks_keys: bool = False
+    dtype: torch.dtype = torch.float32
+    tokens_first: bool = False
+    seed: int = 0
+    name: str = field(default="", compare=False)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.q_length, self.k_length, self.text)
+
+    def map(self) -> PrecisionMap:
+        policy = Diagonal(self.window, self.sink)
+        return build_map(policy.classes(self.layout, self.is_causal), self.layout, self.is_causal)
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+        """q, k, v and the key mask (or None). Rows differ in size, and keys have a mean, as real ones do."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(heads: int, length: int) -> torch.Tensor:
+            shape = (self.batch, heads, length, self.head_dim)
+            x = torch.randn(shape, generator=generator)
+            x = x * (0.5 + torch.rand(shape[:3], generator=generator)[..., None])
+            x = x.to(self.dtype).to(device)
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if self.tokens_first else x
+
+        q, k, v = random(self.heads, self.q_length), random(self.kv_heads, self.k_length), None
+        k = k + torch.randn(self.head_dim, generator=generator).to(self.dtype).to(device)
+        v = random(self.kv_heads, self.k_length)
+        mask = None
+        if self.masks_keys:
+            mask = (torch.rand(self.batch, self.k_length, generator=generator) > 0.3).to(device)
+        return q, k, v, mask
+
+    def __str__(self) -> str:
+        return self.name or (
+            f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
+            f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
+        )
+
+
+def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
+    """Which key each query sees: bool `[B or 1, 1, Sq, Sk]`."""
+    q_token, k_token = torch.arange(call.q_length)[:, None], torch.arange(call.k_length)[None, :]
+    visible = (
+        (k_token <= q_token) if call.is_causal else torch.ones(call.q_length, call.k_length, dtype=torch.bool)
+    )
+    visible = visible[None, None]
+    return visible if mask is None else visible & mask[:, None, None].cpu()
+
+
+def is_high(call: Call) -> torch.Tensor:
+    """Which pair of tokens is HIGH, token by token, from design.md's words: bool `[Sq, Sk]`."""
+    high = torch.zeros(call.q_length, call.k_length, dtype=torch.bool)
+    text_tiles = range(call.text[0] // 128, -(-call.text[1] // 128)) if call.text[1] > call.text[0] else ()
+    last_whole_tile = call.k_length // 128
+    for i in range(call.q_length):
+        for j in range(0, call.k_length, 128):
+            q_tile, k_tile = i // 128, j // 128
+            distance = abs(q_tile - k_tile)
+            sides = 1 if call.is_causal else 2
+            in_band = call.window > 0 and 128 * (1 + sides * (distance - 1)) < call.window
+            in_band = in_band or (call.window > 0 and distance == 0)
+            is_sink = j < call.sink
+            is_text = q_tile in text_tiles or k_tile in text_tiles
+            is_cut = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile)
+            high[i, j : j + 128] = in_band or is_sink or is_text or is_cut
+    return high
+
+
+def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
+    q, k, v = (x.cpu().float() for x in (q, k, v))
+    groups = call.heads // call.kv_heads
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mean = k.mean(-2, keepdim=True)
+    folded = q * (call.head_dim**-0.5 * math.log2(math.e))
+    smoothed = k - mean
+
+    def scores(fmt: str) -> torch.Tensor:
+        tall = [x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed)]
+        a, b = (fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), tall, strict=True))
+        return (a.double() @ b.double().mT) * math.log(2)
+
+    s = torch.where(is_high(call), scores(call.high), scores(call.low))
+    s = s + (q.double() @ mean.double().mT) * call.head_dim**-0.5
+    s = s.masked_fill(~seen(call, mask), -math.inf)
+    lse = s.logsumexp(-1)
+    p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
+    return p @ v.double(), lse
+
+
+def relative_l2(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖x − reference‖ / ‖reference‖; of a reference that is zero, ‖x‖."""
+    x, reference = x.cpu().double(), reference.cpu().double()
+    norm = reference.norm().item()
+    return (x - reference).norm().item() / (norm or 1.0)
+
+
+NAMED_CALLS = [
+    Call(1, 1, 64, name="one-token"),
+    Call(63, 63, 64, name="63"),
+    Call(111, 111, 40, name="111-head-dim-40"),
+    Call(129, 129, 72, name="129-head-dim-72"),
+    Call(257, 257, 128, name="257"),
+    Call(384, 384, 64, name="whole-tiles"),
+    Call(512, 512, 128, window=0, sink=0, name="all-low"),
+    Call(640, 640, 64, window=384, sink=256, name="wide-band"),
+    Call(640, 640, 64, window=200, sink=1, name="widths-round-up"),
+    Call(640, 640, 64, text=(0, 128), name="text-first"),
+    Call(600, 600, 64, text=(500, 600), sink=0, name="text-last"),
+    Call(513, 513, 64, text=(100, 140), sink=0, name="text-over-two-tiles"),
+    Call(384, 384, 64, is_causal=True, name="causal"),
+    Call(600, 600, 128, is_causal=True, sink=256, window=256, name="causal-sinks"),
+    Call(300, 300, 64, is_causal=True, window=0, sink=0, name="causal-low"),
+    Call(130, 700, 64, name="cross-short-queries"),
+    Call(700, 130, 64, name="cross-short-keys"),
+    Call(257, 257, 64, heads=4, kv_heads=2, batch=2, name="gqa"),
+    Call(257, 257, 64, heads=3, kv_heads=1, batch=2, tokens_first=True, name="mqa-tokens-first"),
+    Call(300, 300, 64, batch=2, masks_keys=True, name="key-mask"),
+    Call(512, 512, 64, batch=2, masks_keys=True, is_causal=True, name="key-mask-causal"),
+    Call(384, 384, 64, dtype=torch.bfloat16, tokens_first=True, name="bf16"),
+    Call(257, 257, 96, dtype=torch.float16, name="fp16-head-dim-96"),
+    Call(257, 257, 36, dtype=torch.bfloat16, name="head-dim-36-unaligned-rows"),
+    Call(384, 384, 64, low="mxfp8", high="mxfp8_e5m2", name="mxfp8-e5m2"),
+    Call(256, 256, 256, name="head-dim-256"),
+    Call(130, 260, 160, name="head-dim-160"),
+]
+
+
+def random_calls(count: int) -> list[Call]:
+    """Calls drawn from everything that is allowed, always the same ones."""
+    generator = torch.Generator().manual_seed(20)
+
+    def pick(options: list):
+        return options[torch.randint(len(options), (), generator=generator)]
+
+    calls = []
+    for seed in range(count):
+        is_cross = pick([False, False, True])
+        q_length = pick([1, 5, 63, 111, 127, 128, 129, 200, 257, 384])
+        k_length = pick([1, 63, 128, 129, 257, 300]) if is_cross else q_length
+        kv_heads = pick([1, 2])
+        calls.append(
+            Call(
+                q_length, k_length, pick([40, 64, 72, 128]), batch=pick([1, 2]),
+                heads=kv_heads * pick([1, 2]), kv_heads=kv_heads, window=pick([0, 128, 384]), sink=pick([0, 128]),
+                high=pick(["mxfp8", "mxfp4"]), low=pick(["mxfp4", "mxfp8", "mxfp8_e5m2"]),
+                text=pick([(0, 0), (0, min(k_length, 77))]) if not is_cross else (0, 0),
+                is_causal=pick([False, True]), masks_keys=pick([False, False, True]),
+                dtype=pick([torch.float32, torch.bfloat16, torch.float16]),
+                tokens_first=pick([False, True]), seed=seed, name=f"random-{seed}",
+            )
+        )  # fmt: skip
+    return calls

@@ -1,0 +1,158 @@
+"""The fused kernel against the reference: same tiles, same order, so the same numbers.
+
+One list of calls for the interpreter and for the GPU. On a GPU exp2 and the products' order of addition differ
+in the last bits, so that now and then a probability rounds to the neighbouring e4m3 or bf16 number.
+"""
+
+import pytest
+import torch
+
+from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.maps import Class, Phase, build_map
+from dma_diffusers.kernels.policies import Dense
+from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
+
+
+def run(call: Call, device: torch.device, tensors=None, **options):
+    from dma_diffusers.kernels.attention import launch
+
+    q, k, v, mask = call.tensors(device) if tensors is None else tensors
+    precision_map = call.map()
+    high = precision_map.uses(Phase.HIGH) or precision_map.uses(Phase.MASKED)
+    return launch.attention(
+        q, k, v, precision_map.to(device), call.high if high else None,
+        call.low if precision_map.uses(Phase.LOW) else None,
+        key_mask=mask, scale=call.head_dim**-0.5, is_causal=call.is_causal, decode_nvfp4=True, **options,
+    )  # fmt: skip
+
+
+def expected(call: Call, device: torch.device):
+    q, k, v, mask = call.tensors(device)
+    return reference.attention(
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal
+    )
+
+
+def assert_agree(call: Call, device: torch.device, interpreted: float = 1e-4, gpu: float = 2e-3) -> None:
+    out, lse = run(call, device)
+    reference_out, reference_lse = expected(call, device)
+    assert out.shape == reference_out.shape and out.dtype == reference_out.dtype
+    if call.dtype != torch.float32:  # a difference in the last bit of float32 may round to the next output
+        interpreted, gpu = (
+            interpreted + torch.finfo(call.dtype).eps / 16,
+            gpu + torch.finfo(call.dtype).eps / 2,
+        )
+    assert relative_l2(out, reference_out) <= (interpreted if device.type == "cpu" else gpu)
+    assert torch.equal(lse.isinf(), reference_lse.isinf())
+    finite = reference_lse.isfinite()
+    torch.testing.assert_close(lse[finite], reference_lse[finite], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", NAMED_CALLS, ids=str)
+def test_named_calls(call, kernel_device):
+    assert_agree(call, kernel_device)
+
+
+@pytest.mark.parametrize("call", random_calls(100), ids=str)
+def test_random_calls(call, kernel_device):
+    assert_agree(call, kernel_device)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [Call(512, 512, 128, low="nvfp4"), Call(300, 300, 64, low="nvfp4", window=0, sink=0),
+     Call(257, 257, 72, high="nvfp4", low="nvfp4", is_causal=True)],
+    ids=str,
+)  # fmt: skip
+def test_nvfp4(call, kernel_device):
+    """The tensor scale is applied to finished sums here, to every element there: last bits differ."""
+    assert_agree(call, kernel_device, interpreted=1e-3)
+
+
+def test_maps_of_each_head_and_batch(kernel_device):
+    from dma_diffusers.kernels.attention import launch
+
+    call = Call(384, 384, 64, batch=2, heads=2)
+    q, k, v, _ = call.tensors(kernel_device)
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
+    classes[0, 0, 0] = Class.SKIP
+    precision_map = build_map(classes, call.layout)
+    out, lse = launch.attention(
+        q, k, v, precision_map.to(kernel_device), "mxfp8", "mxfp4",
+        key_mask=None, scale=0.125, is_causal=False, decode_nvfp4=True,
+    )  # fmt: skip
+    reference_out, reference_lse = reference.attention(q, k, v, precision_map, "mxfp8", "mxfp4")
+    assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
+    assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
+    assert torch.equal(lse.isinf(), reference_lse.isinf())
+
+
+def test_a_row_that_sees_nothing_is_zero(kernel_device):
+    call = Call(200, 200, 64, batch=2)
+    q, k, v, _ = call.tensors(kernel_device)
+    mask = torch.stack([torch.zeros(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)]).to(
+        kernel_device
+    )
+    out, lse = run(call, kernel_device, (q, k, v, mask))
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_is_where_the_reference_has_it(which, bad, kernel_device):
+    call = Call(400, 400, 64, is_causal=True)
+    tensors = dict(zip("qkv", call.tensors(kernel_device), strict=False))
+    tensors[which][0, 0, 150, 3] = bad
+    q, k, v = tensors.values()
+    out, _ = run(call, kernel_device, (q, k, v, None))
+    reference_out, _ = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", is_causal=True)
+    assert torch.equal(out.isnan(), reference_out.isnan()) and out.isnan().any() and not out.isnan().all()
+
+
+def test_zeros(kernel_device):
+    call = Call(300, 300, 64)
+    v = call.tensors(kernel_device)[2]
+    zeros = torch.zeros_like(v)
+    out, _ = run(call, kernel_device, (zeros, zeros, v, None))
+    reference_out, _ = reference.attention(zeros, zeros, v, call.map(), "mxfp8", "mxfp4")
+    assert relative_l2(out, reference_out) <= 1e-4
+
+
+def test_same_inputs_same_bits(kernel_device):
+    call = Call(400, 400, 64, dtype=torch.bfloat16)
+    assert torch.equal(run(call, kernel_device)[0], run(call, kernel_device)[0])
+
+
+@pytest.mark.parametrize("everywhere", [Class.HIGH, Class.LOW])
+def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
+    from dma_diffusers.kernels.attention import launch
+
+    launched = []
+    call = Call(256, 256, 64)
+    q, k, v, _ = call.tensors(kernel_device)
+    launch.attention(
+        q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout).to(kernel_device),
+        "mxfp8" if everywhere == Class.HIGH else None, "mxfp4" if everywhere == Class.LOW else None,
+        key_mask=None, scale=1.0, is_causal=False, decode_nvfp4=True,
+        run=lambda kernel, grid, *arguments, **options: launched.append((kernel.fn.__name__, arguments)),
+    )  # fmt: skip
+    names = [name for name, _ in launched]
+    value_pass = ["quantise_value"] if everywhere == Class.LOW else []
+    assert names == ["quantise", "quantise", *value_pass, "attend"]
+    elements = launched[0][1][3:9:3]
+    assert [x is None for x in elements] == [everywhere == Class.LOW, everywhere == Class.HIGH]
+
+
+def test_v_is_read_where_it_lies(kernel_device):
+    """A model's own bf16 values need no copy for HIGH tiles, in either layout."""
+    from dma_diffusers.kernels.attention.launch import bf16_for_tma
+
+    for tokens_first in (False, True):
+        v = Call(300, 300, 64, dtype=torch.bfloat16, tokens_first=tokens_first).tensors(kernel_device)[2]
+        assert bf16_for_tma(v).data_ptr() == v.data_ptr()
+    odd = Call(300, 300, 36, dtype=torch.bfloat16).tensors(kernel_device)[2]
+    assert all(stride % 8 == 0 for stride in bf16_for_tma(odd).stride()[:-1])

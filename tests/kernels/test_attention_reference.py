@@ -1,0 +1,109 @@
+"""The reference against float64 oracles: what defines "correct" has to be correct itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dma_diffusers.kernels.attention import reference
+from tests.kernels.calls import NAMED_CALLS, Call, oracle, random_calls, relative_l2, seen
+
+
+def run(call: Call):
+    q, k, v, mask = call.tensors()
+    return reference.attention(
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal
+    )
+
+
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+def test_scores_equal_the_oracle(call):
+    """The log-sum-exp sees every score of every tile, and no rounding of probabilities."""
+    out, lse = run(call)
+    _, expected = oracle(call, *call.tensors())
+    assert out.shape == call.tensors()[0].shape and out.dtype == call.dtype
+    assert torch.equal(lse.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    torch.testing.assert_close(lse[finite].double(), expected[finite], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+def test_output_is_the_oracles_but_for_p_and_v(call):
+    """Left over: P and V in e4m3 (3 mantissa bits each) in LOW tiles, in bf16 in HIGH ones."""
+    out, _ = run(call)
+    expected, _ = oracle(call, *call.tensors())
+    assert relative_l2(out, expected) < 0.06
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_bf16_everywhere_is_near_bf16_attention(head_dim):
+    """Folding the scale into q and smoothing k round each of them once more, in bf16 too: hence not 1."""
+    call = Call(300, 300, head_dim, high="bf16", low="bf16", window=10_000, dtype=torch.bfloat16)
+    q, k, v, _ = call.tensors()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    bf16 = F.scaled_dot_product_attention(q, k, v)
+    assert relative_l2(run(call)[0], exact) <= 2.5 * relative_l2(bf16, exact)
+
+
+@pytest.mark.parametrize(
+    "low", ["fp8", "int8", "int8_tile", "mxfp6_e2m3", "mxfp6_e3m2", "nvfp4", "mxint8", "nvint4"]
+)
+def test_every_format_can_be_previewed(low):
+    call = Call(513, 513, 64, low=low, sink=0, text=(0, 30))
+    out, lse = run(call)
+    expected, expected_lse = oracle(call, *call.tensors())
+    assert relative_l2(out, expected) < 0.06
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
+
+
+def test_more_bits_are_better():
+    def error(**changes):
+        call = Call(512, 512, 128, **changes)
+        q, k, v, _ = call.tensors()
+        return relative_l2(run(call)[0], F.scaled_dot_product_attention(q.double(), k.double(), v.double()))
+
+    all_high = error(window=2000)
+    banded = error(window=128, sink=128)
+    all_low = error(window=0, sink=0)
+    assert all_high < 0.6 * banded and banded < 0.95 * all_low
+
+
+def test_smoothing_is_exact_and_helps():
+    """A mean far from zero costs nothing: the same constant is taken from keys of every class."""
+    call = Call(513, 513, 64)
+    q, k, v, _ = call.tensors()
+    shifted = k + 32.0
+    plain = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")
+    moved = reference.attention(q, shifted, v, call.map(), "mxfp8", "mxfp4")
+    assert relative_l2(moved[0], plain[0]) < 1e-3
+    torch.testing.assert_close(moved[1], plain[1] + 32.0 * q.sum(-1) * 64**-0.5, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    call = Call(200, 200, 64, batch=2)
+    q, k, v, _ = call.tensors()
+    mask = torch.stack([torch.zeros(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)])
+    out, lse = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=mask)
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nan_spreads_no_further_than_in_full_precision(which, is_causal):
+    call = Call(400, 400, 64, is_causal=is_causal)
+    tensors = dict(zip("qkv", call.tensors(), strict=False))
+    tensors[which][0, 0, 150, 3] = torch.nan
+    q, k, v = tensors.values()
+    scores = (q @ k.mT * 64**-0.5).masked_fill(~seen(call, None), -torch.inf)
+    expected = (scores.softmax(-1) @ v).isnan()
+    out, _ = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", is_causal=is_causal)
+    assert expected.any() and not (out.isnan() & ~expected).any()
+    assert out.isnan().any()
+
+
+def test_zeros_give_the_mean_of_v():
+    call = Call(300, 300, 64)
+    v = call.tensors()[2]
+    zeros = torch.zeros_like(v)
+    out, _ = reference.attention(zeros, zeros, v, call.map(), "mxfp8", "mxfp4")
+    assert relative_l2(out, v.mean(-2, keepdim=True).expand_as(v)) < 0.05
