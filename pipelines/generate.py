@@ -38,7 +38,8 @@ def draw(
         call: further keyword arguments of the pipeline's call; one `negative_prompt` serves all prompts.
         on_step: called after each denoising step with (steps done, steps in all).
 
-    The noise is drawn on the CPU, so that a seed means the same picture on every device.
+    The noise is drawn on the CPU, so that a seed means the same picture on every device. Raises ValueError
+    where latents come out NaN or infinite.
     """
     latents = None
 
@@ -60,4 +61,7 @@ def draw(
         callback_on_step_end_tensor_inputs=["latents"],
         **call,
     )
-    return Drawing(output.images, latents.float().cpu(), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    if not latents.isfinite().all():
+        raise ValueError("the pipeline drew NaN or infinity instead of a picture")
+    return Drawing(output.images, latents.float().cpu(), seconds)

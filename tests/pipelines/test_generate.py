@@ -45,6 +45,13 @@ def test_steps_are_counted(pipe):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_a_picture_of_nan_is_refused(folder):
+    broken = load_pipeline(folder)
+    torch.nn.init.constant_(broken.transformer.proj_out.bias, float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        draw(broken, ["a cat"], [0], CALL)
+
+
 def test_same_seed_same_bits(pipe):
     first, second, other = (draw(pipe, ["a cat"], [seed], CALL) for seed in (5, 5, 6))
     assert torch.equal(first.latents, second.latents)
