@@ -1,8 +1,8 @@
-"""Narrowing casts, to nearest even everywhere.
+"""Narrowing casts, to nearest even everywhere, and operands of matrix products.
 
-On a GPU these are the hardware's conversions. Triton's interpreter truncates to bfloat16, loses the carry of
-a float8 that rounds up to the next power of two as well as NaN in float8, and multiplies bfloat16 matrices as raw integers; there the
-rounding is done in float32 first, and products are float32.
+On a GPU these are the hardware's conversions. Triton's interpreter truncates to bfloat16, loses the carry
+of a float8 that rounds up to the next power of two, knows no NaN in float8, and multiplies bfloat16
+matrices as raw integers. There, rounding is done in float32 first, and products are float32.
 """
 
 import triton
@@ -20,6 +20,14 @@ def _rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
 
 
 @triton.jit
+def _rounded_to_bf16(x):
+    """float32 x at bfloat16's precision; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def to_e4m3(x):
     """float32 within ±448 (or NaN) to e4m3."""
     if INTERPRETED:
@@ -32,18 +40,10 @@ def to_e4m3(x):
 
 @triton.jit
 def to_e5m2(x):
-    """float32 within ±57344 (or NaN) to e5m2."""
+    """float32 within ±57344 to e5m2."""
     if INTERPRETED:
         x = _rounded(x, 2, 2.0**-14)
     return x.to(tl.float8e5)
-
-
-@triton.jit
-def _rounded_to_bf16(x):
-    """float32 x at bfloat16's precision; NaN stays NaN."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -55,14 +55,29 @@ def to_output(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def to_operand(x):
+def bf16_operand(x):
     """float32 to bfloat16, for a matrix product."""
     return _rounded_to_bf16(x) if INTERPRETED else x.to(tl.bfloat16)
 
 
 @triton.jit
-def loaded_operand(x):
+def e4m3_operand(x):
+    """float32 within ±448 to e4m3, for a matrix product."""
+    return _rounded(x, 3, 2.0**-6) if INTERPRETED else x.to(tl.float8e4nv)
+
+
+@triton.jit
+def loaded_bf16(x):
     """A bfloat16 tile as loaded, for a matrix product."""
     if INTERPRETED:
         x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def loaded_e4m3(x):
+    """An e4m3 tile as loaded, for a matrix product."""
+    if INTERPRETED:
+        is_nan = (x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
+        x = tl.where(is_nan, float("nan"), x.to(tl.float32))
     return x

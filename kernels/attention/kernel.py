@@ -8,7 +8,7 @@ what is correct.
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.rounding import loaded_operand, to_e4m3, to_operand, to_output
+from dma_diffusers.kernels.rounding import bf16_operand, e4m3_operand, loaded_bf16, loaded_e4m3, to_output
 
 TILE = tl.constexpr(128)
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
@@ -36,7 +36,7 @@ def _decode_nvfp4(packed, scales, D: tl.constexpr):
     value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
     value = tl.where(codes >= 8, -value, value)
     value = tl.reshape(value, (TILE, D // 16, 16)) * scales.to(tl.float32)[:, :, None]
-    return to_operand(tl.reshape(value, (TILE, D)))
+    return bf16_operand(tl.reshape(value, (TILE, D)))
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def _phase(
         accumulator = accumulator * rescale[:, None]
         if LOW_PV:
             value = v.load([kv_tile * TILE, 0])
-            accumulator = tl.dot(to_e4m3(p), value, accumulator)
+            accumulator = tl.dot(e4m3_operand(p), loaded_e4m3(value), accumulator)
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-            accumulator = tl.dot(to_operand(p), loaded_operand(value), accumulator)
+            accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
         m = m_new
     return accumulator, l, m
 

@@ -1,0 +1,92 @@
+"""The registered operator: what it computes, what it refuses, what torch.compile sees."""
+
+import pytest
+import torch
+
+from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.attention import reference
+from tests.kernels.calls import Call, oracle
+
+
+def test_it_is_the_reference_on_this_machine():
+    call = Call(300, 300, 64, batch=2, text=(0, 20), tokens_first=True)
+    q, k, v, _ = call.tensors()
+    out, lse = operator.attention(q, k, v, text_start=0, text_stop=20, lowering="reference", return_lse=True)
+    expected, expected_lse = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert operator.attention(q, k, v, lowering="reference")[1].numel() == 0
+
+
+def test_unmapped_calls_are_high_everywhere():
+    call = Call(400, 400, 64, window=10_000)
+    q, k, v, _ = call.tensors()
+    out, _ = operator.attention(q, k, v, mapped=False, lowering="reference")
+    assert torch.equal(out, reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")[0])
+    assert not torch.equal(out, operator.attention(q, k, v, lowering="reference")[0])
+
+
+def test_no_band_no_sink_no_text_is_low_everywhere():
+    call = Call(384, 384, 64, window=0, sink=0)
+    q, k, v, _ = call.tensors()
+    _, lse = operator.attention(q, k, v, window=0, sink=0, lowering="reference", return_lse=True)
+    torch.testing.assert_close(lse.double(), oracle(call, q, k, v, None)[1], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("low", ["mxfp4", "int8"])
+def test_registration(low):
+    q = torch.randn(1, 4, 200, 40)
+    k = torch.randn(1, 2, 130, 40)
+    mask = torch.rand(1, 130) > 0.5
+    for return_lse in (False, True):
+        arguments = (q, k, k, mask, 0.1, False, "mxfp8", low, 128, 128, 0, 0, True, "auto", return_lse)
+        torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
+
+
+def test_compiles_to_one_node_and_new_lengths_compile_nothing():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def attend(x):
+        return operator.attention(x, x, x, text_stop=30)[0] * 2
+
+    for length in (200, 300, 511):
+        x = torch.randn(1, 2, length, 64)
+        torch.testing.assert_close(attend(x), operator.attention(x, x, x, text_stop=30)[0] * 2)
+    assert len(graphs) == 1
+    assert (
+        sum(node.target == torch.ops.dma_diffusers.attention.default for node in graphs[0].graph.nodes) == 1
+    )
+
+
+def test_output_lies_as_models_go_on_with_it():
+    q = torch.randn(2, 3, 100, 64)
+    out, _ = operator.attention(q, q, q)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+Q = torch.randn(1, 4, 64, 64)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"q": Q[0]}, r"q must be \[B, H, Sq, D\]"),
+    ({"k": Q[:, :3], "v": Q[:, :3]}, "Hkv divides H"),
+    ({"v": Q[:, :, :5]}, "k and v alike"),
+    ({"q": Q.double()}, "must be bf16, fp16 or fp32, got torch.float64"),
+    ({"key_mask": torch.ones(1, 64)}, r"key_mask must be bool \[1, 64\], got torch.float32 \[1, 64\]"),
+    ({"key_mask": torch.ones(1, 4, 64, 64, dtype=torch.bool)}, "key_mask must be bool"),
+    ({"high": "fp3"}, "unknown format 'fp3': choose from bf16"),
+    ({"window": -1}, "window must be 0 tokens or more, got -1"),
+    ({"text_start": 5, "text_stop": 99}, r"text range \(5, 99\) does not lie within the 64 keys"),
+    ({"lowering": "block_scaled"}, "can't run mxfp8"),
+    ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
+     "head_dim 300 is more than 256"),
+    ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),
+])  # fmt: skip
+def test_bad_calls_are_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        operator.attention(**({"q": Q, "k": Q, "v": Q} | change))
+    assert "\n" not in str(error.value)
