@@ -144,7 +144,8 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
             module = model.get_submodule(name)
             diversions[name] = Diversion(config, family, forward, name in dense, _head_dim(module))
             module.processor = bind(module.processor, diversions[name])
-        hook = model.register_forward_pre_hook(forward.observe, with_kwargs=True)
+        observe = forward.observe if config.dense_above_sigma is None else forward.observe_noise
+        hook = model.register_forward_pre_hook(observe, with_kwargs=True)
         model._dma_attachment = Attachment(config, diversions, roles, hook)
 
     return attach
@@ -168,15 +169,10 @@ def _detach(model: torch.nn.Module) -> None:
 
 
 def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment) -> Iterator[ModuleReceipt]:
-    config = attachment.config
     for name, module in _attention_modules(model):
-        diversion = attachment.diversions.get(name)
-        if diversion is None or not isinstance(module.processor, Bound):
+        if isinstance(module.processor, Bound):
+            device = next(module.parameters()).device
+            yield attachment.diversions[name].receipt(prefix + name, device)
+        else:
             reason = attachment.roles.get(name, "its processor was replaced after DMA was applied")
-            yield ModuleReceipt(prefix + name, "stock", config.high, config.low, "", reason, 0, {})
-            continue
-        lowering, reason = diversion.choice(next(module.parameters()).device)
-        yield ModuleReceipt(
-            prefix + name, lowering, config.high, config.low, diversion.policy, reason,
-            diversion.diverted, dict(diversion.left),
-        )  # fmt: skip
+            yield ModuleReceipt(prefix + name, "stock", reason=reason)

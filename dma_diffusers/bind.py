@@ -32,9 +32,7 @@ class Bound:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         if config is not None:
-            raise ValueError(
-                "context parallelism is not supported with DMA attention: restore the model first"
-            )
+            raise ValueError("DMA attention does not support context parallelism: restore the model first")
 
     @property
     def stock(self) -> Any:

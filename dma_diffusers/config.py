@@ -30,8 +30,8 @@ class DMAConfig:
     sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
     min_length: calls with fewer keys (tokens) are left to stock attention.
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
-        step. Reading the level waits for the device once per forward call, and breaks the graph of a model
-        that is compiled as a whole; `compile_repeated_blocks` compiles what comes after it.
+        step. Reading the level waits for the device once per forward call. It happens before a model's
+        compiled graph, but breaks the graph of whatever else is compiled around the model.
     dense_layers: attention modules that run with every tile HIGH, as indices into the modules that `report`
         lists as wrapped; negative ones count from the end.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,

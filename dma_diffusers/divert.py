@@ -1,6 +1,7 @@
 """One attention operation on its way through a stock processor: taken by the operator, or left to stock."""
 
 import inspect
+import logging
 from collections import Counter
 from typing import Any
 
@@ -12,28 +13,47 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.kernels import operator
 from dma_diffusers.layouts import Family
+from dma_diffusers.receipt import ModuleReceipt
+
+logger = logging.getLogger("dma_diffusers")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Forward:
-    """What all attention modules of a model need to know of its running forward call; set by a pre-hook."""
+    """What all attention modules of a model need to know of its running forward call."""
 
     def __init__(self, model: torch.nn.Module, family: Family, dense_above_sigma: float | None):
         self.family = family
         self.dense_above_sigma = dense_above_sigma
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.text_length: int | None = None
-        self.dense = False
+        self.model = type(model).__name__
+        self.announced = False
+        self.text: torch.Tensor | None = None
+        self.diversions: list[Diversion] = []
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of text that the model was given; None for none."""
+        return None if self.text is None else self.text.shape[0]
 
     def observe(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook: text length, and whether the noise level asks for HIGH everywhere."""
-        given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        text = given.get("encoder_hidden_states")
-        self.text_length = text.shape[1] if isinstance(text, torch.Tensor) else None
-        if self.dense_above_sigma is not None:
-            sigma = given["timestep"].max() / self.family.timestep_scale
-            self.dense = bool(sigma > self.dense_above_sigma)
+        """A forward pre-hook: the length of the text."""
+        text = self._named(args, kwargs).get("encoder_hidden_states")
+        # An empty tensor holds the length: torch.compile would take an integer for a constant, and recompile.
+        self.text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
+
+    @torch.compiler.disable  # reading the level would break a graph; a compiled model's hooks run before its own
+    def observe_noise(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: `observe`, and whether the noise level asks for HIGH everywhere."""
+        self.observe(model, args, kwargs)
+        sigma = self._named(args, kwargs)["timestep"].max() / self.family.timestep_scale
+        dense = bool(sigma > self.dense_above_sigma)
+        for diversion in self.diversions:
+            diversion.mapped = not (dense or diversion.dense)
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.parameters, args, strict=False)) | kwargs
 
 
 class Diversion:
@@ -46,16 +66,21 @@ class Diversion:
         self.family = family
         self.forward = forward
         self.dense = dense
+        self.mapped = (
+            not dense
+        )  # the one flag that a call reads: a compiled block comes in two versions, not more
         self.diverted = 0
         self.left: Counter[str] = Counter()
         self.device: torch.device | None = None
         self.head_dim = head_dim
+        forward.diversions.append(self)
 
     def leaves_all(self, device: torch.device) -> bool:
         """Whether every call on `device` is left to stock, so that the stock processor may run untouched."""
         reason = self.head_dim and self.config.why_stock(device, self.head_dim)
-        if reason:
+        if reason and not torch.compiler.is_compiling():
             self._left(reason)
+            self._announce(device)
         return bool(reason)
 
     def attention(self, hidden, encoder, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
@@ -76,24 +101,20 @@ class Diversion:
         out, _ = operator.attention(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
             high=config.high, low=config.low, window=config.window, sink=config.sink,
-            text_start=text[0], text_stop=text[1], mapped=not (self.dense or self.forward.dense),
-            lowering=config.operator_lowering,
+            text_start=text[0], text_stop=text[1], mapped=self.mapped, lowering=config.operator_lowering,
         )  # fmt: skip
         return out
 
-    @property
-    def policy(self) -> str:
-        """The policy, in words."""
-        if self.dense:
-            return "dense"
-        words = f"diagonal(window={self.config.window}, sink={self.config.sink})"
-        sigma = self.config.dense_above_sigma
-        return words if sigma is None else f"{words}, dense above sigma {sigma}"
+    def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
+        """What the module of this name runs on the device of its last call, or else on `device`, and why."""
+        lowering, reason = self._choice(self.device or device)
+        return ModuleReceipt(
+            module, lowering, self.config.high, self.config.low, self._policy(), reason,
+            self.diverted, dict(self.left),
+        )  # fmt: skip
 
-    def choice(self, device: torch.device) -> tuple[str | None, str]:
-        """The lowering that the module runs, and why, on the device of its last call, or else on `device`."""
+    def _choice(self, device: torch.device) -> tuple[str | None, str]:
         config = self.config
-        device = self.device or device
         if self.head_dim is None:
             return None, "not called yet"
         if reason := config.why_stock(device, self.head_dim):
@@ -103,6 +124,13 @@ class Diversion:
         except ValueError as refusal:
             return "none", str(refusal)
         return chosen.lowering, chosen.reason
+
+    def _policy(self) -> str:
+        if self.dense:
+            return "dense"
+        words = f"diagonal(window={self.config.window}, sink={self.config.sink})"
+        sigma = self.config.dense_above_sigma
+        return words if sigma is None else f"{words}, dense above sigma {sigma}"
 
     def _why_stock(self, query, key, value, attn_mask, dropout_p, enable_gqa, text) -> str:
         """Why one call is left to stock; empty if it is not."""
@@ -139,6 +167,12 @@ class Diversion:
         if not torch.compiler.is_compiling():
             self.diverted += 1
             self.device, self.head_dim = query.device, query.shape[-1]
+            self._announce(query.device)
+
+    def _announce(self, device: torch.device) -> None:
+        if not self.forward.announced:
+            self.forward.announced = True
+            logger.info("%s: %s", self.forward.model, self.receipt("", device))
 
 
 class Diverting(TorchFunctionMode):

@@ -49,9 +49,14 @@ class Family:
 
 
 FAMILIES = {
+    "ChromaTransformer2DModel": Family("first", single_stream=True, timestep_scale=1),
+    "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000),
+    "Flux2Transformer2DModel": Family("first", single_stream=True, timestep_scale=1),
     "FluxTransformer2DModel": Family("first", single_stream=True, timestep_scale=1),
-    "SD3Transformer2DModel": Family("last", timestep_scale=1000),
     "HunyuanVideoTransformer3DModel": Family("last", timestep_scale=1000),
+    "LTXVideoTransformer3DModel": Family("none", cross_attention=("attn2",), timestep_scale=1000),
+    "QwenImageTransformer2DModel": Family("first", timestep_scale=1),
+    "SD3Transformer2DModel": Family("last", timestep_scale=1000),
     "WanTransformer3DModel": Family("none", cross_attention=("attn2",), timestep_scale=1000),
 }
 

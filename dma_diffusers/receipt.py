@@ -1,6 +1,6 @@
 """Receipts: what was chosen for each attention module, and why."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +10,7 @@ class ModuleReceipt:
     """What one attention module runs.
 
     lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
+    high, low, policy: what was asked for; None for a module that keeps its stock processor.
     reason: why that lowering.
     diverted: calls taken by the operator. left: calls left to stock, by reason. Neither counts calls inside a
         compiled graph.
@@ -17,12 +18,12 @@ class ModuleReceipt:
 
     module: str
     lowering: str | None
-    high: str
-    low: str
-    policy: str
-    reason: str
-    diverted: int
-    left: dict[str, int]
+    high: str | None = None
+    low: str | None = None
+    policy: str | None = None
+    reason: str = ""
+    diverted: int = 0
+    left: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.lowering == "stock":

@@ -66,7 +66,7 @@ def _clip(model=CLIPTextModel):
     return model(config).eval()
 
 
-def _rope_axes(head_dim: int) -> tuple[int, int, int]:
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
     side = 3 * head_dim // 16 * 2
     return head_dim - 2 * side, side, side
 
@@ -84,7 +84,7 @@ def flux(head_dim: int = 16, **config) -> FluxPipeline:
     torch.manual_seed(0)
     settings = dict(
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=head_dim, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=_rope_axes(head_dim),
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=rope_axes(head_dim),
     )  # fmt: skip
     transformer = FluxTransformer2DModel(**settings | config).eval()
     pipe = FluxPipeline(
@@ -138,7 +138,7 @@ def hunyuan(head_dim: int = 16, **config) -> HunyuanVideoPipeline:
     settings = dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=1,
         num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
-        text_embed_dim=WIDTH, pooled_projection_dim=WIDTH, rope_axes_dim=_rope_axes(head_dim),
+        text_embed_dim=WIDTH, pooled_projection_dim=WIDTH, rope_axes_dim=rope_axes(head_dim),
     )  # fmt: skip
     transformer = HunyuanVideoTransformer3DModel(**settings | config).eval()
     vae = AutoencoderKLHunyuanVideo(

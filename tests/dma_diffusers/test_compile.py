@@ -1,0 +1,95 @@
+"""torch.compile: one operator node for each attention call, and no break in the graph."""
+
+import pytest
+import torch
+
+from dma_diffusers import apply
+from tests import tiny_pipelines
+from tests.tiny_pipelines import draw
+
+LAYERS = {"flux": 3, "sd3": 3, "wan": 2, "hunyuan": 2}
+
+
+class Graphs:
+    """A backend that runs graphs as they are, and counts the operator's nodes in each."""
+
+    def __init__(self):
+        self.nodes = []
+
+    def __call__(self, graph, inputs):
+        self.nodes.append(sum("dma_diffusers.attention" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fields", [{}, {"dense_above_sigma": 0.9, "dense_layers": (0,)}])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_whole_model_is_one_graph(name, fields):
+    pipe = getattr(tiny_pipelines, name)()
+    apply(pipe, **fields)
+    eager = draw(pipe)
+    graphs = Graphs()
+    pipe.transformer.compile(backend=graphs, fullgraph=True)
+    assert torch.equal(draw(pipe), eager)
+    whole = [nodes for nodes in graphs.nodes if nodes]  # the hook may have a little graph of its own
+    assert whole == [LAYERS[name]] * (2 if fields else 1)  # dense steps, and others
+
+
+def test_repeated_blocks_compile_with_dense_steps_layers_and_another_length():
+    pipe = tiny_pipelines.flux(num_layers=3, num_single_layers=6)
+    apply(pipe, dense_layers=(0, -1), dense_above_sigma=0.9)
+    eager, longer = draw(pipe), draw(pipe, max_sequence_length=31)
+    graphs = Graphs()
+    pipe.transformer.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    assert torch.equal(draw(pipe), eager)
+    assert torch.equal(draw(pipe, max_sequence_length=31), longer)
+    assert set(graphs.nodes) == {1}
+
+
+def test_a_new_length_recompiles_no_more_than_stock():
+    assert graphs_of_three_lengths(apply) == graphs_of_three_lengths(lambda pipe: None)
+
+
+def graphs_of_three_lengths(prepare) -> int:
+    torch.compiler.reset()
+    pipe = tiny_pipelines.flux()
+    prepare(pipe)
+    graphs = Graphs()
+    pipe.transformer.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    for length in (19, 31, 25):
+        draw(pipe, max_sequence_length=length)
+    return len(graphs.nodes)
+
+
+def test_an_aot_graph_gives_the_same_bits():
+    pipe = tiny_pipelines.flux()
+    apply(pipe)
+    eager = draw(pipe)
+    pipe.transformer.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(draw(pipe), eager)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_models_left_to_stock_compile_too(dynamic):
+    pipe = tiny_pipelines.flux()
+    eager = draw(pipe)
+    apply(pipe, lowering="fastest")
+    graphs = Graphs()
+    pipe.transformer.compile(backend=graphs, fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(draw(pipe), eager)
+    assert set(graphs.nodes) == {0}
+
+
+def test_a_model_that_was_wrapped_by_torch_compile_is_found():
+    pipe = tiny_pipelines.flux()
+    apply(pipe)
+    eager = draw(pipe)
+    graphs = Graphs()
+    pipe.transformer = torch.compile(tiny_pipelines.flux().transformer, backend=graphs, fullgraph=True)
+    apply(pipe)
+    assert torch.equal(draw(pipe), eager)
+    assert sum(graphs.nodes) == 3
