@@ -22,8 +22,6 @@ logger = logging.getLogger("dma_diffusers")
 class Attachment:
     """What `apply` did to one model; kept on the model."""
 
-    config: DMAConfig
-    diversions: dict[str, Diversion]  # by module name
     roles: dict[str, str]  # modules that keep their stock processor, and why
     hook: RemovableHandle
 
@@ -132,21 +130,20 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
         raise ValueError(f"{type(model).__name__} has no attention module to divert")
     if not all(-len(wrapped) <= index < len(wrapped) for index in config.dense_layers):
         raise ValueError(
-            f"dense_layers {config.dense_layers}: {type(model).__name__} has {len(wrapped)} to divert"
+            f"dense_layers {config.dense_layers}: {type(model).__name__} has {len(wrapped)} modules to divert"
         )
     dense = {wrapped[index] for index in config.dense_layers}
 
     def attach() -> None:
         _detach(model)
         forward = Forward(model, family, config.dense_above_sigma)
-        diversions = {}
         for name in wrapped:
             module = model.get_submodule(name)
-            diversions[name] = Diversion(config, family, forward, name in dense, _head_dim(module))
-            module.processor = bind(module.processor, diversions[name])
+            diversion = Diversion(config, family, forward, name in dense, _head_dim(module))
+            module.processor = bind(module.processor, diversion)
         observe = forward.observe if config.dense_above_sigma is None else forward.observe_noise
         hook = model.register_forward_pre_hook(observe, with_kwargs=True)
-        model._dma_attachment = Attachment(config, diversions, roles, hook)
+        model._dma_attachment = Attachment(roles, hook)
 
     return attach
 
@@ -172,7 +169,7 @@ def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment) -> It
     for name, module in _attention_modules(model):
         if isinstance(module.processor, Bound):
             device = next(module.parameters()).device
-            yield attachment.diversions[name].receipt(prefix + name, device)
+            yield module.processor.diversion.receipt(prefix + name, device)
         else:
             reason = attachment.roles.get(name, "its processor was replaced after DMA was applied")
             yield ModuleReceipt(prefix + name, "stock", reason=reason)

@@ -12,7 +12,7 @@ from dma_diffusers.divert import Diversion, Diverting
 class Bound:
     """Mixed into the class of a stock processor: the same processor, its attention operations diverted.
 
-    It shares the stock processor's attributes, both ways, so that what is set on one is set on the other.
+    It shares the attributes of `stock`, the processor that was wrapped: what is set on one is set on the other.
     """
 
     __slots__ = ()
@@ -34,13 +34,8 @@ class Bound:
         if config is not None:
             raise ValueError("DMA attention does not support context parallelism: restore the model first")
 
-    @property
-    def stock(self) -> Any:
-        """The processor that was wrapped."""
-        return self._stock
-
     def __reduce__(self):
-        return bind, (self._stock, self._diversion)
+        return bind, (self.stock, self.diversion)
 
 
 def bind(stock: Any, diversion: Diversion) -> Bound:
@@ -48,14 +43,14 @@ def bind(stock: Any, diversion: Diversion) -> Bound:
     cls = _bound_class(type(stock))
     bound = cls.__new__(cls)
     object.__setattr__(bound, "__dict__", stock.__dict__)
-    object.__setattr__(bound, "_stock", stock)
-    object.__setattr__(bound, "_diversion", diversion)
+    object.__setattr__(bound, "stock", stock)
+    object.__setattr__(bound, "diversion", diversion)
     return bound
 
 
 @cache
 def _bound_class(stock: type) -> type:
-    body = {"__slots__": ("_diversion", "_stock"), "__call__": _call(stock), "__module__": __name__}
+    body = {"__slots__": ("diversion", "stock"), "__call__": _call(stock), "__module__": __name__}
     return type(f"DMA{stock.__name__}", (Bound, stock), body)
 
 
@@ -79,9 +74,9 @@ def _call(stock: type):
     encoder = "encoder_hidden_states" if "encoder_hidden_states" in names else "None"
     source = f"""
 def __call__({", ".join(declared)}):
-    if self._diversion.leaves_all({hidden}.device):
-        return self._stock({", ".join(passed[1:])})
-    with Diverting(self._diversion, {hidden}, {encoder}):
+    if self.diversion.leaves_all({hidden}.device):
+        return self.stock({", ".join(passed[1:])})
+    with Diverting(self.diversion, {hidden}, {encoder}):
         return stock_call({", ".join(passed)})
 """
     namespace = {"Diverting": Diverting, "stock_call": stock.__call__, **defaults}

@@ -8,10 +8,7 @@ from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.formats import get_format
 
 PRESETS = {
-    "auto": {
-        "lowering": "fastest",
-        "min_length": 2048,
-    },  # plugins of this kind gain nothing below 2,000 tokens
+    "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind
     "b200": {},
     "hopper": {"high": "bf16", "low": "int8"},
     "exact": {"lowering": "stock"},
@@ -32,8 +29,8 @@ class DMAConfig:
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
         step. Reading the level waits for the device once per forward call. It happens before a model's
         compiled graph, but breaks the graph of whatever else is compiled around the model.
-    dense_layers: attention modules that run with every tile HIGH, as indices into the modules that `report`
-        lists as wrapped; negative ones count from the end.
+    dense_layers: attention modules that run with every tile HIGH, as indices into those that are diverted, in
+        module order; negative ones count from the end.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" leaves devices that have only the reference to stock; "stock"
         quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.

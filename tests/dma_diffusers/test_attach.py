@@ -61,7 +61,9 @@ def test_what_is_not_a_pipeline_or_has_no_transformer_is_refused(pipe):
 def test_a_refused_apply_changes_nothing(pipe):
     apply(pipe)
     before = draw(pipe)
-    with pytest.raises(ValueError, match=r"dense_layers \(3,\): FluxTransformer2DModel has 3 to divert"):
+    with pytest.raises(
+        ValueError, match=r"dense_layers \(3,\): FluxTransformer2DModel has 3 modules to divert"
+    ):
         apply(pipe, dense_layers=(3,))
     with pytest.raises(ValueError, match="unknown format"):
         apply(pipe, low="mxfp9")
