@@ -66,9 +66,7 @@ class Diversion:
         self.family = family
         self.forward = forward
         self.dense = dense
-        self.mapped = (
-            not dense
-        )  # the one flag that a call reads: a compiled block comes in two versions, not more
+        self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.diverted = 0
         self.left: Counter[str] = Counter()
         self.device: torch.device | None = None

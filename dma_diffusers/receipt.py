@@ -1,5 +1,6 @@
 """Receipts: what was chosen for each attention module, and why."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -48,11 +49,7 @@ class Receipt:
         for choice, group in groupby(sorted(self.modules, key=str), key=str):
             members = list(group)
             lines.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
-            diverted = sum(member.diverted for member in members)
-            left: dict[str, int] = {}
-            for member in members:
-                for reason, calls in member.left.items():
-                    left[reason] = left.get(reason, 0) + calls
-            lines.append(f"  {diverted} calls diverted")
+            left = sum((Counter(member.left) for member in members), Counter())
+            lines.append(f"  {sum(member.diverted for member in members)} calls diverted")
             lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
         return "\n".join(lines)
