@@ -150,6 +150,20 @@ def test_the_report_is_json_and_says_what_ran_and_why():
     assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference: asked for" in str(receipt)
 
 
+def test_cross_attention_keeps_its_processor_and_is_no_layer():
+    pipe = tiny_pipelines.wan()
+    apply(pipe.transformer, dense_layers=(1,))
+    draw(pipe)
+    assert [
+        (module.module, module.policy, module.diverted) for module in report(pipe.transformer).modules
+    ] == [
+        ("blocks.0.attn1", "diagonal(window=128, sink=128)", 4),
+        ("blocks.0.attn2", None, 0),
+        ("blocks.1.attn1", "dense", 4),
+        ("blocks.1.attn2", None, 0),
+    ]
+
+
 def test_the_report_counts_calls_left_to_stock():
     pipe = tiny_pipelines.sd3()
     apply(pipe, min_length=400)  # attn2 has 380 tokens, joint attention 480

@@ -18,10 +18,10 @@ class Model(torch.nn.Module):
         return hidden_states
 
 
-def diversion(**fields) -> Diversion:
+def diversion(dense=False, **fields) -> Diversion:
     config = DMAConfig.of(None, **{"min_length": 0} | fields)
     family = Family("none", timestep_scale=1000)
-    return Diversion(config, family, Forward(Model(), family, config.dense_above_sigma), False, None)
+    return Diversion(config, family, Forward(Model(), family, config.dense_above_sigma), dense, None)
 
 
 def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
@@ -146,6 +146,12 @@ def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken.forward.observe_noise(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
     assert taken.mapped is not dense
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
+
+
+def test_a_dense_layer_stays_dense_in_every_step():
+    taken = diversion(dense=True, dense_above_sigma=0.9)
+    taken.forward.observe_noise(None, (), {"timestep": torch.tensor(1.0)})
+    assert not taken.mapped
 
 
 def test_positional_arguments_of_the_model_are_understood():
