@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAAttnProcessor, DMAConfig, apply, report, restore
+from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import build_map
@@ -125,6 +126,23 @@ def test_dense_layers_and_dense_steps_are_high_everywhere(pipe, name):
     assert torch.equal(tiny_pipelines.draw(pipe), expected)
     apply(pipe, dense_above_sigma=1.0)
     assert not torch.equal(tiny_pipelines.draw(pipe), expected)
+
+
+def test_the_noise_level_is_the_schedulers(pipe, monkeypatch):
+    tiny_pipelines.draw(pipe)
+    first, second = pipe.scheduler.sigmas[:2].tolist()
+    gates = []
+    genuine = operator.attention
+
+    def spy(*args, mapped, **kwargs):
+        gates.append(mapped)
+        return genuine(*args, mapped=mapped, **kwargs)
+
+    monkeypatch.setattr(operator, "attention", spy)
+    apply(pipe, dense_above_sigma=(first + second) / 2)
+    tiny_pipelines.draw(pipe)
+    half = len(gates) // 2
+    assert gates == [False] * half + [True] * half != []
 
 
 def test_the_padding_of_hunyuan_video_is_not_attended():
