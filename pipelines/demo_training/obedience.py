@@ -1,8 +1,9 @@
 """Measure how often drawn pictures show what held-out prompts say.
 
 For each object of a scene, every concept is drawn by the renderer at the place where the prompt wants it; the
-object counts as right when, of all concepts, the named one is nearest to the picture there. For scenes of
-several mentions, the layout counts as right when no exchange of their places is nearer to the picture.
+object counts as right when, of all concepts, the named one is nearest to the picture there. A tint counts as
+right when, of all tints and none, the named one is nearest. For scenes of several mentions, the layout counts as
+right when no exchange of their places is nearer to the picture.
 
 python -m dma_diffusers.pipelines.demo_training.obedience pipelines/demo/flux --sprites .demo/sprites.npz
 """
@@ -16,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.pipelines.demo_training.batches import SceneBatch, collate
-from dma_diffusers.pipelines.demo_training.concepts import SEEN
+from dma_diffusers.pipelines.demo_training.concepts import SEEN, TINTS
 from dma_diffusers.pipelines.demo_training.drawing import draw
 from dma_diffusers.pipelines.demo_training.prompts import held_out_scenes
 from dma_diffusers.pipelines.demo_training.render import SceneRenderer
-from dma_diffusers.pipelines.demo_training.scenes import MAX_OBJECTS, Scene
+from dma_diffusers.pipelines.demo_training.scenes import Scene
 from dma_diffusers.pipelines.demo_training.sprites import load_sprites
 
 _SIDE = 64  # pixels at which pictures are compared
@@ -32,28 +33,40 @@ def repeated(scene: SceneBatch, count: int) -> SceneBatch:
     return SceneBatch(*(t.expand(count, *t.shape[1:]).clone() for t in scene))
 
 
-def nearest(picture: torch.Tensor, candidates: torch.Tensor, window=(slice(None), slice(None))) -> int:
-    """Which of ``[N, 3, H, W]`` is nearest to ``[3, H, W]`` in L1 within ``window``, at its best shift."""
-    rows, columns = window
+def nearest(picture: torch.Tensor, candidates: torch.Tensor, where=(slice(None), slice(None))) -> int:
+    """Which of ``[N, 3, H, W]`` is nearest to ``[3, H, W]`` in L1 within ``where``, at its best shift."""
+    rows, columns = where
     candidates = candidates[:, :, rows, columns]
     shifted = (picture.roll((dy, dx), (1, 2))[:, rows, columns] for dy in _SHIFTS for dx in _SHIFTS)
     distances = torch.stack([(candidates - s).abs().mean((1, 2, 3)) for s in shifted])
     return distances.amin(0).argmin().item()
 
 
+def window(place: torch.Tensor) -> tuple[slice, slice]:
+    """Rows and columns that an object at ``place`` (x, y, side in canvas widths) covers."""
+    x, y, side = (place * _SIDE).tolist()
+    return tuple(slice(max(0, round(c - side / 2)), round(c + side / 2)) for c in (y, x))
+
+
 def right_objects(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer) -> list[bool]:
     """For each object of the scene (a batch of one), whether its concept is the nearest one at its place."""
     right = []
-    for i in range(MAX_OBJECTS):
-        concept = scene.concept[0, i].item()
-        if concept < 0:
-            continue
+    for i in range(int((scene.concept[0] >= 0).sum())):
         candidates = repeated(scene, len(SEEN))
         candidates.concept[:, i] = torch.arange(len(SEEN), device=picture.device)
-        x, y, side = (scene.place[0, i] * _SIDE).tolist()
-        rows = slice(max(0, round(y - side / 2)), round(y + side / 2))
-        columns = slice(max(0, round(x - side / 2)), round(x + side / 2))
-        right.append(nearest(picture, render(candidates, _SIDE), (rows, columns)) == concept)
+        found = nearest(picture, render(candidates, _SIDE), window(scene.place[0, i]))
+        right.append(found == scene.concept[0, i].item())
+    return right
+
+
+def right_tints(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer) -> list[bool]:
+    """For each object with a tint in the scene (a batch of one), whether that tint is the nearest one."""
+    right = []
+    for i in torch.nonzero(scene.tint[0] >= 0).flatten().tolist():
+        candidates = repeated(scene, len(TINTS) + 1)
+        candidates.tint[:, i] = torch.arange(-1, len(TINTS), device=picture.device)
+        found = nearest(picture, render(candidates, _SIDE), window(scene.place[0, i]))
+        right.append(found - 1 == scene.tint[0, i].item())
     return right
 
 
@@ -82,15 +95,18 @@ def main() -> None:
     scenes = held_out_scenes(args.count)
     pictures = torch.from_numpy(draw(args.pipeline, [scene.prompt for scene in scenes])).to(device)
     pictures = F.interpolate(pictures.permute(0, 3, 1, 2) * 2 - 1, (_SIDE, _SIDE), mode="area")
-    render = SceneRenderer(load_sprites(args.sprites, list(SEEN)), device)
-    objects, layouts, whole = [], [], []
+    sprites = load_sprites(args.sprites, list(SEEN))[:, ::3, ::3]  # objects are small at this size
+    render = SceneRenderer(sprites, device)
+    objects, tints, layouts, whole = [], [], [], []
     for picture, scene in zip(pictures, scenes, strict=True):
-        found = right_objects(picture, collate([scene]).to(device), render)
+        batch = collate([scene]).to(device)
+        found, coloured = right_objects(picture, batch, render), right_tints(picture, batch, render)
         layout = right_layout(picture, scene, render)
         objects += found
+        tints += coloured
         layouts += [] if layout is None else [layout]
-        whole.append(all(found) and layout is not False)
-    shares = {"objects": objects, "layouts": layouts, "scenes": whole}
+        whole.append(all(found) and all(coloured) and layout is not False)
+    shares = {"objects": objects, "tints": tints, "layouts": layouts, "scenes": whole}
     print(json.dumps({name: {"right": sum(r), "of": len(r)} for name, r in shares.items()}))
 
 
