@@ -34,6 +34,7 @@ class DMAConfig:
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" leaves devices that have only the reference to stock; "stock"
         quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.
+    protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     """
 
@@ -45,6 +46,7 @@ class DMAConfig:
     dense_above_sigma: float | None = None
     dense_layers: tuple[int, ...] = ()
     lowering: str = "auto"
+    protect_text: bool = True
     text: str | None = None
 
     def __post_init__(self):

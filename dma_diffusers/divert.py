@@ -96,6 +96,7 @@ class Diversion:
             )
         self._diverted(query)
         config = self.config
+        text = text if config.protect_text else (0, 0)
         out, _ = operator.attention(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
             high=config.high, low=config.low, window=config.window, sink=config.sink,
@@ -127,6 +128,7 @@ class Diversion:
         if self.dense:
             return "dense"
         words = f"diagonal(window={self.config.window}, sink={self.config.sink})"
+        words += "" if self.config.protect_text else " without protected text"
         sigma = self.config.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
 

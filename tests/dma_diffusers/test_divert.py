@@ -158,3 +158,19 @@ def test_positional_arguments_of_the_model_are_understood():
     taken = diversion(dense_above_sigma=0.5)
     taken.forward.observe_noise(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
     assert (taken.forward.text_length, taken.mapped) == (7, False)
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_text_is_high_unless_that_is_switched_off(protected):
+    config = DMAConfig(min_length=0, window=0, sink=0, protect_text=protected)
+    family = Family("first")
+    taken = Diversion(config, family, Forward(Model(), family, None), False, None)
+    q, k, v = qkv(keys=384)
+    q = k.clone()
+    with Diverting(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
+        out = F.scaled_dot_product_attention(q, k, v)
+    text_stop = 84 if protected else 0
+    expected, _ = operator.attention(q, k, v, window=0, sink=0, text_stop=text_stop)
+    other, _ = operator.attention(q, k, v, window=0, sink=0, text_stop=84 - text_stop)
+    assert torch.equal(out, expected) and not torch.equal(out, other)
+    assert ("without protected text" in taken.receipt("attn", q.device).policy) == (not protected)
