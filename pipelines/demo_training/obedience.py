@@ -2,8 +2,8 @@
 
 For each object of a scene, every concept is drawn by the renderer at the place where the prompt wants it; the
 object counts as right when, of all concepts, the named one is nearest to the picture there. A tint counts as
-right when, of all tints and none, the named one is nearest. For scenes of several mentions, the layout counts as
-right when no exchange of their places is nearer to the picture.
+right when, of all tints and none, the named one is nearest. For scenes of several mentions, the layout counts
+as right when no exchange of their places is nearer to the picture.
 
 python -m dma_diffusers.pipelines.demo_training.obedience pipelines/demo/flux --sprites .demo/sprites.npz
 """
