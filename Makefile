@@ -15,8 +15,8 @@ demo: .venv/demo.stamp
 
 # Triton's interpreter and its compiler cannot share a process.
 test: .venv/test.stamp
-	$(PYTEST) -m "not interpreter" | $(SOME_PASSED)
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter | $(SOME_PASSED)
+	$(PYTEST) | $(SOME_PASSED)
+	TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
