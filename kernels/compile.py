@@ -40,7 +40,7 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     """What each kernel variant compiles to on `target`, one of `TARGETS`.
 
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
-    attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
+    attention kernel at each head dimension: mixed, HIGH alone and, where products are native, LOW alone.
     Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes,
     stores and loads) and `shared_bytes`. Raises ValueError for an unknown target or a pair no kernel runs.
     """
@@ -55,6 +55,8 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     results: dict[tuple, dict[str, Any]] = {}
     for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
         for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
+            if formats[0] is None and target not in BLOCK_SCALED_ARCHITECTURES:
+                continue  # emulated, LOW is never compiled alone
             for kernel, arguments, options in launches(target, *formats, head_dim):
                 key = (kernel.__name__, formats if kernel.__name__ != "quantise_value" else (), head_dim)
                 if key not in results:
@@ -76,9 +78,9 @@ def launches(
     policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
     layout = Layout(_TOKENS, _TOKENS)
     launch.attention(
-        q, k, v, build_map(policy.classes(layout), layout), high, low,
+        q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
         key_mask=None, scale=1.0, is_causal=is_causal, run=record,
-        decode_nvfp4=target not in BLOCK_SCALED_ARCHITECTURES,
+        emulated=target not in BLOCK_SCALED_ARCHITECTURES,
     )  # fmt: skip
     return iter(recorded)
 

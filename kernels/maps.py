@@ -5,7 +5,7 @@ tiles that a fine mask cuts (the causal diagonal, the end of the keys), which ar
 keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -42,19 +42,17 @@ class PrecisionMap:
 
     indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers, ascending within each phase.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
+    has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH.
     """
 
     indices: torch.Tensor
     bounds: torch.Tensor
-
-    def uses(self, phase: Phase) -> bool:
-        """Whether any Q tile has a tile in `phase`; reads the map, so ask before it goes to a GPU."""
-        start = self.bounds[..., phase - 1] if phase else 0
-        return bool((self.bounds[..., phase] > start).any())
+    has_high: bool
+    has_low: bool
 
     def to(self, device: torch.device) -> "PrecisionMap":
         """The same map on `device`."""
-        return PrecisionMap(self.indices.to(device), self.bounds.to(device))
+        return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device))
 
 
 def causal_classes(classes: torch.Tensor) -> torch.Tensor:
@@ -93,4 +91,6 @@ def build_map(classes: torch.Tensor, layout: Layout, is_causal: bool = False) ->
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
-    return PrecisionMap(order[..., :longest].int().contiguous(), bounds.int().contiguous())
+    has_high, has_low, has_masked = (bool(counts[..., phase].any()) for phase in Phase)
+    indices = order[..., :longest].int().contiguous()
+    return PrecisionMap(indices, bounds.int().contiguous(), has_high or has_masked, has_low)

@@ -13,10 +13,8 @@ from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.maps import Class, Phase, PrecisionMap, build_map
+from dma_diffusers.kernels.maps import Class, PrecisionMap, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal, Policy
-
-NATIVE_NVFP4 = "block_scaled"
 
 
 def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: str = "auto") -> Choice:
@@ -77,13 +75,8 @@ def _check(q, k, v, key_mask) -> None:
 
 
 @lru_cache(maxsize=256)
-def _plan(
-    policy: Policy, layout: Layout, is_causal: bool, device: torch.device
-) -> tuple[PrecisionMap, bool, bool]:
-    """The map on `device`, and whether it has HIGH tiles and LOW tiles."""
-    on_cpu = build_map(policy.classes(layout, is_causal), layout, is_causal)
-    high = on_cpu.uses(Phase.HIGH) or on_cpu.uses(Phase.MASKED)
-    return on_cpu.to(device), high, on_cpu.uses(Phase.LOW)
+def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> PrecisionMap:
+    return build_map(policy.classes(layout, is_causal), layout, is_causal).to(device)
 
 
 @torch.library.custom_op("dma_diffusers::attention", mutates_args=())
@@ -107,7 +100,7 @@ def _attention(
     layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop))
     policy = Diagonal(window, sink) if mapped else Dense(Class.HIGH)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-    precision_map, has_high, has_low = _plan(policy, layout, is_causal, q.device)
+    precision_map = _plan(policy, layout, is_causal, q.device)
     call = {"key_mask": key_mask, "scale": scale, "is_causal": is_causal}
     if chosen == "reference":
         result, lse = reference.attention(q, k, v, precision_map, high, low, **call)
@@ -115,10 +108,8 @@ def _attention(
     else:
         from dma_diffusers.kernels.attention import launch
 
-        out, lse = launch.attention(
-            q, k, v, precision_map, high if has_high else None, low if has_low else None,
-            decode_nvfp4=chosen != NATIVE_NVFP4, return_lse=return_lse, **call,
-        )  # fmt: skip
+        call |= {"emulated": chosen == "emulated", "return_lse": return_lse}
+        out, lse = launch.attention(q, k, v, precision_map, high, low, **call)
     return out, lse if return_lse else lse.new_empty(0)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention.kernel import attend
@@ -29,28 +30,29 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     precision_map: PrecisionMap,
-    high: str | None,
-    low: str | None,
+    high: str,
+    low: str,
     *,
     key_mask: torch.Tensor | None,
     scale: float,
     is_causal: bool,
-    decode_nvfp4: bool,
+    emulated: bool,
     return_lse: bool = True,
     run: Run = run,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's call on the fused kernel; `high` or `low` is None where the map has no such tile.
+    """The reference's call on the fused kernel, with the map on q's device.
 
-    The map lies on q's device. `decode_nvfp4` multiplies NVFP4 as exact bfloat16, where `dot_scaled` can't;
-    without `return_lse`, what stands in its place means nothing.
+    Only the classes that the map has are encoded and compiled. emulated: the device has no block-scaled MMA.
+    Without `return_lse`, what stands in its place means nothing.
     """
+    classes = _classes(precision_map, high, low, emulated)
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
     dim = padded_dim(head_dim)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     stats = quantiser.statistics(q, k, v, scale)
-    q_operands = encode(q, (high, low), stats.q_amax, quantiser.fold(scale), None, run)
-    k_operands = encode(k, (high, low), stats.k_amax, 1.0, stats.k_mean.contiguous(), run)
+    q_operands = encode(q, classes, stats.q_amax, quantiser.fold(scale), None, run)
+    k_operands = encode(k, classes, stats.k_amax, 1.0, stats.k_mean.contiguous(), run)
     v_scale = F.pad(stats.v_scale, (0, dim - head_dim), value=1.0).contiguous()
 
     def operands(index: int) -> list[TensorDescriptor | None]:
@@ -63,10 +65,12 @@ def attention(
         if fmt is None:
             return [None, None, False]
         format = get_format(fmt)
-        return [format.element.name, format.block, decode_nvfp4 and format.has_tensor_scale]
+        return [format.element.name, format.block, decodes_nvfp4 and format.has_tensor_scale]
 
-    v_high = high and TensorDescriptor.from_tensor(bf16_for_tma(v), [1, 1, TILE, dim])
-    v_low = low and TensorDescriptor.from_tensor(encode_value(v, v_scale, run), [TILE, dim])
+    # dot_scaled takes E4M3 scales for E8M0 in the interpreter, and asserts on sm_90 before Triton 3.8.
+    decodes_nvfp4 = emulated or triton.knobs.runtime.interpret
+    v_high = classes[0] and TensorDescriptor.from_tensor(bf16_for_tma(v), [1, 1, TILE, dim])
+    v_low = classes[1] and TensorDescriptor.from_tensor(encode_value(v, v_scale, run), [TILE, dim])
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device)
     indices, bounds = precision_map.indices, precision_map.bounds
@@ -78,11 +82,20 @@ def attention(
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
         *out.stride()[:3], 0.0,
-        *constants(high), *constants(low),
+        *constants(classes[0]), *constants(classes[1]),
         CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
         num_warps=8, num_stages=NUM_STAGES[dim], enable_fp_fusion=True,
     )  # fmt: skip
     return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse
+
+
+def _classes(
+    precision_map: PrecisionMap, high: str, low: str, emulated: bool
+) -> tuple[str | None, str | None]:
+    """The formats of HIGH and LOW, None for a class that is not needed."""
+    # Triton 3.6 miscompiles LOW alone for sm_90 at head_dim 128: from the second tile on, scores are garbage.
+    needs_high = precision_map.has_high or not precision_map.has_low or emulated
+    return high if needs_high else None, low if precision_map.has_low else None
 
 
 def _factors(q: list[Operand | None], k: list[Operand | None], group: int) -> torch.Tensor:

@@ -68,3 +68,9 @@ def test_one_identical_picture_among_others(pairs):
     pictures, references = pairs
     pictures[1] = references[1]
     assert torch.isinf(psnr_db(*map(torch.from_numpy, pairs))).tolist() == [False, True, False]
+
+
+def test_identical_flat_pictures_are_exactly_alike():
+    pictures = torch.full((1, 3, 64, 64), 249, dtype=torch.uint8)
+    pictures[..., 20:40, 20:40] = 31
+    assert ssim(pictures, pictures.clone()).item() == pytest.approx(1.0, abs=1e-9)

@@ -8,24 +8,25 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.maps import Class, Phase, build_map
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, architecture
+from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense
 from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 
-def run(call: Call, device: torch.device, tensors=None, **options):
+def launched(q, k, v, precision_map, high, low, **call):
     from dma_diffusers.kernels.attention import launch
 
+    emulated = q.is_cuda and architecture(q.device) not in BLOCK_SCALED_ARCHITECTURES
+    call = {"key_mask": None, "scale": q.shape[-1] ** -0.5, "is_causal": False, "emulated": emulated} | call
+    return launch.attention(q, k, v, precision_map.to(q.device), high, low, **call)
+
+
+def run(call: Call, device: torch.device, tensors=None):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
-    precision_map = call.map()
-    high = precision_map.uses(Phase.HIGH) or precision_map.uses(Phase.MASKED)
-    return launch.attention(
-        q, k, v, precision_map.to(device), call.high if high else None,
-        call.low if precision_map.uses(Phase.LOW) else None,
-        key_mask=mask, scale=call.head_dim**-0.5, is_causal=call.is_causal, decode_nvfp4=True, **options,
-    )  # fmt: skip
+    return launched(q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal)
 
 
 def expected(call: Call, device: torch.device):
@@ -72,18 +73,13 @@ def test_nvfp4(call, kernel_device):
 
 
 def test_maps_of_each_head_and_batch(kernel_device):
-    from dma_diffusers.kernels.attention import launch
-
     call = Call(384, 384, 64, batch=2, heads=2)
     q, k, v, _ = call.tensors(kernel_device)
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
     classes[0, 0, 0] = Class.SKIP
     precision_map = build_map(classes, call.layout)
-    out, lse = launch.attention(
-        q, k, v, precision_map.to(kernel_device), "mxfp8", "mxfp4",
-        key_mask=None, scale=0.125, is_causal=False, decode_nvfp4=True,
-    )  # fmt: skip
+    out, lse = launched(q, k, v, precision_map, "mxfp8", "mxfp4")
     reference_out, reference_lse = reference.attention(q, k, v, precision_map, "mxfp8", "mxfp4")
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
     assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
@@ -129,21 +125,17 @@ def test_same_inputs_same_bits(kernel_device):
 
 @pytest.mark.parametrize("everywhere", [Class.HIGH, Class.LOW])
 def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
-    from dma_diffusers.kernels.attention import launch
-
-    launched = []
+    recorded = []
     call = Call(256, 256, 64)
     q, k, v, _ = call.tensors(kernel_device)
-    launch.attention(
-        q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout).to(kernel_device),
-        "mxfp8" if everywhere == Class.HIGH else None, "mxfp4" if everywhere == Class.LOW else None,
-        key_mask=None, scale=1.0, is_causal=False, decode_nvfp4=True,
-        run=lambda kernel, grid, *arguments, **options: launched.append((kernel.fn.__name__, arguments)),
+    launched(
+        q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout), "mxfp8", "mxfp4", emulated=False,
+        run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
     )  # fmt: skip
-    names = [name for name, _ in launched]
+    names = [name for name, _ in recorded]
     value_pass = ["quantise_value"] if everywhere == Class.LOW else []
     assert names == ["quantise", "quantise", *value_pass, "attend"]
-    elements = launched[0][1][3:9:3]
+    elements = recorded[0][1][3:9:3]
     assert [x is None for x in elements] == [everywhere == Class.LOW, everywhere == Class.HIGH]
 
 

@@ -123,7 +123,7 @@ def test_a_new_length_runs_the_same_kernel():
         call = Call(length, length, 64)
         q, k, v, _ = call.tensors()
         launch.attention(
-            q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=None, scale=1.0, is_causal=False, decode_nvfp4=False,
+            q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=None, scale=1.0, is_causal=False, emulated=False,
             run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
         )  # fmt: skip
         kernel, arguments, options = recorded[-1]
