@@ -55,7 +55,8 @@ def attention(
     low_operands = [*map(_tiled, low_qk), _tiled(quantiser.quantised_v(v, stats).float())]
     operands = {Phase.HIGH: high_operands, Phase.LOW: low_operands, Phase.MASKED: high_operands}
 
-    # One row per (batch, head, Q tile); each step joins rows with the KV tile that is next on their lists.
+    # One row per (batch, head, Q tile). Within a phase, rows with longer lists come first: the rows that still have
+    # a KV tile to visit are then the first `count`.
     rows = batch * heads * q_tiles
     shape = (batch, heads, q_tiles)
     indices = precision_map.indices.expand(*shape, -1).reshape(rows, -1).long().to(device)
@@ -71,17 +72,21 @@ def attention(
     v_unit = stats.v_scale.reshape(-1, 1, head_dim)[row_kv_head]
     start = torch.zeros_like(row)
     for phase in Phase:
-        phase_q, phase_k, phase_v = operands[phase]
         end = bounds[:, phase]
+        length, order = (end - start).sort(descending=True, stable=True)
+        phase_q, phase_k, phase_v = operands[phase]
+        phase_q = phase_q[order]
         if phase is Phase.LOW:
             accumulator = accumulator / v_unit
-        for step in range(int((end - start).max())):
-            active = (start + step < end).nonzero()[:, 0]
+        m, l, accumulator = m[order], l[order], accumulator[order]
+        for step in range(int(length[0])):
+            count = int((length > step).sum())
+            active = order[:count]
             tile = indices[active, start[active] + step]
             kv_tile = row_kv_head[active] * k_tiles + tile
-            s = phase_q[active] @ phase_k[kv_tile].mT
-            tokens = tile[:, None] * TILE + inner
+            s = phase_q[:count] @ phase_k[kv_tile].mT
             if phase is Phase.MASKED or key_mask is not None:
+                tokens = tile[:, None] * TILE + inner
                 seen = (tokens < k_length)[:, None, :]
                 if key_mask is not None:
                     own_mask = key_mask[row_batch[active]]
@@ -90,13 +95,14 @@ def attention(
                     q_tokens = row_tile[active][:, None] * TILE + inner
                     seen = seen & (tokens[:, None, :] <= q_tokens[:, :, None])
                 s = torch.where(seen, s, -math.inf)
-            m_new = torch.maximum(m[active], s.amax(-1, keepdim=True) - P_SHIFT)
+            m_new = torch.maximum(m[:count], s.amax(-1, keepdim=True) - P_SHIFT)
             p = torch.exp2(s - m_new)
-            rescale = torch.exp2(m[active] - m_new)
-            l[active] = l[active] * rescale + p.sum(-1, keepdim=True)
+            rescale = torch.exp2(m[:count] - m_new)
+            l[:count] = l[:count] * rescale + p.sum(-1, keepdim=True)
             p = p.to(torch.float8_e4m3fn if phase is Phase.LOW else torch.bfloat16).float()
-            accumulator[active] = accumulator[active] * rescale + p @ phase_v[kv_tile]
-            m[active] = m_new
+            accumulator[:count] = accumulator[:count] * rescale + p @ phase_v[kv_tile]
+            m[:count] = m_new
+        m, l, accumulator = (torch.empty_like(x).index_copy_(0, order, x) for x in (m, l, accumulator))
         if phase is Phase.LOW:
             accumulator = accumulator * v_unit
         start = end
