@@ -5,6 +5,7 @@ python -m dma_diffusers.pipelines.demo_training.export .demo/high/model.safetens
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -55,12 +56,15 @@ def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
     for encoder in ("text_encoder", "text_encoder_2"):
         # Transformers follows this where no dtype is asked for, Diffusers takes float32: they must agree.
         _edit(folder / encoder / "config.json", {"dtype": "float32"})
+    for config in folder.glob("*/config.json"):
+        _edit(config, {}, {"_name_or_path"})  # where a component was loaded from
     _edit(folder / "generation.json", GENERATION)
 
 
-def _edit(path: Path, changes: dict) -> None:
+def _edit(path: Path, changes: dict, dropped: Collection[str] = ()) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | changes, indent=2) + "\n")
+    kept = {name: value for name, value in content.items() if name not in dropped}
+    path.write_text(json.dumps(kept | changes, indent=2) + "\n")
 
 
 def main() -> None:
