@@ -18,6 +18,8 @@ _LOW, _HIGH = "all MXFP4", "all MXFP8"
 def summarise(configurations: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
     """Per configuration, the columns' means as [estimate, low, high]; None where infinite.
 
+    A column that comes out undefined (∞ - ∞) is left out.
+
     DMA's rows also have the PSNR gain over all MXFP4, and its share of all MXFP8's gain: both are paired by
     prompt, and there once those two configurations are.
     """
@@ -37,6 +39,7 @@ def summarise(configurations: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
         summary[name] = {
             column: [bound if math.isfinite(bound) else None for bound in interval]
             for column, interval in row.items()
+            if not any(map(math.isnan, interval))
         }
     return summary
 

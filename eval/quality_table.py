@@ -53,7 +53,8 @@ def quality_table(
     """Per-prompt metrics of every configuration against the stock pipeline, and their summary.
 
     Prompt i has seed `seed` + i. The table is written to `output` (JSON) after each configuration; one that
-    is already there, measured with the same settings, is not measured again.
+    is already there, measured with the same settings, is not measured again. Raises ValueError where the
+    table there has other settings.
 
     Args:
         command: how this was started, for the record.
@@ -100,16 +101,18 @@ def quality_table(
 
 
 def _stored_results(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Results in `output` that were measured with these settings and with today's configurations."""
+    """Results in `output` that were measured with today's configurations; ValueError for other settings."""
     if not output.is_file():
         return {}
     try:
         table = json.loads(output.read_text())
-        stored_settings, stored = table["settings"], table["configurations"]
+        stored_settings, stored = dict(table["settings"]), table["configurations"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{output} is there, and is no quality table") from error
-    if stored_settings != settings:
-        return {}
+    if differing := [name for name in settings if stored_settings.get(name) != settings[name]]:
+        raise ValueError(
+            f"{output} was measured with different {', '.join(differing)}: choose another file, or delete it"
+        )
     as_stored = {name: json.loads(json.dumps(asdict(config))) for name, config in CONFIGURATIONS.items()}
     return {name: result for name, result in stored.items() if result["config"] == as_stored.get(name)}
 

@@ -110,13 +110,16 @@ def test_an_interrupted_table_is_resumed(finished, model, tmp_path, steps):
     assert steps[-1] == ("all NVFP4", 4, 4)  # two batches of two steps
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 3}])
-def test_other_settings_start_afresh(finished, model, tmp_path, steps, change):
-    output = tmp_path / "table.json"
-    output.write_text(finished.read_text())
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 3}, {"seed": 1, "batch": 3}])
+def test_a_table_with_other_settings_is_not_overwritten(finished, model, steps, change):
+    before = finished.read_bytes()
     arguments = {"batch": 2} | change
-    quality_table(PROMPTS, output, "again", model, **arguments, on_step=lambda name, *_: steps.append(name))
-    assert set(steps) == {"stock", *CONFIGURATIONS}
+    with pytest.raises(ValueError, match=f"different {', '.join(change)}: choose another file, or delete it"):
+        quality_table(
+            PROMPTS, finished, "again", model, **arguments, on_step=lambda *step: steps.append(step)
+        )
+    assert not steps
+    assert finished.read_bytes() == before
 
 
 def test_a_changed_configuration_is_measured_again(finished, model, tmp_path, steps, monkeypatch):
@@ -162,6 +165,15 @@ def test_the_summary_is_paired():
     assert len(lines) == 6
     assert lines[2].startswith("| exact | ∞ | 0.9000 | 0.1000 | – | – |")
     assert "| 2.00 | 0.25 |" in lines[4]
+
+
+def test_undefined_is_not_infinite():
+    identical, low = [None] * 3, [30.0, 31.0, 32.0]
+    summary = summarise(
+        {"all MXFP8": result(identical), "DMA, window 128": result(identical), "all MXFP4": result(low)}
+    )
+    assert summary["DMA, window 128"]["psnr_gain_db"] == [None] * 3
+    assert markdown(summary).splitlines()[3].endswith("| ∞ | – |")
 
 
 def test_prompts_are_lines(tmp_path):
