@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from safetensors import SafetensorError
 
 app = typer.Typer(
     help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
@@ -41,8 +42,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, TypeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -87,9 +89,9 @@ def generate(
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
 
-        pipe = load_pipeline(model or DEMO_MODEL)
         flags = {"num_inference_steps": steps, "height": size, "width": size}
         call = recommended_call(model or DEMO_MODEL) | _given(flags)
+        pipe = load_pipeline(model or DEMO_MODEL)
 
         with _progress(not as_json) as on_step:
 

@@ -3,13 +3,19 @@
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
+_PICTURES_IN = {
+    "strength",
+    "mask_image",
+    "control_image",
+    "video",
+}  # arguments of what edits or follows a picture
 
 
 def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:
@@ -18,13 +24,9 @@ def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:
     Only safetensors are read, and no code that comes with a model is run. Raises ValueError where `model` is
     no text-to-image pipeline, OSError where it cannot be read or fetched.
     """
-    _check_folder(model)
-    class_name = DiffusionPipeline.load_config(model).get("_class_name")
-    if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
-        raise ValueError(f"{model} is a {class_name!r} pipeline, which this Diffusers does not have")
-    arguments = inspect.signature(getattr(diffusers, class_name).__call__).parameters
-    if not {"prompt", "height", "callback_on_step_end"} <= set(arguments) or "num_frames" in arguments:
-        raise ValueError(f"{model} is a {class_name}, which does not turn text into an image")
+    pipeline = _pipeline_class(model)
+    if not draws_from_text_alone(pipeline):
+        raise ValueError(f"{model} is a {pipeline.__name__}, which does not turn text alone into an image")
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True).to(device)
@@ -33,9 +35,49 @@ def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:
 
 
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
-    """Keyword arguments of the pipeline's call: `generation.json` in the model's folder, if it is there."""
+    """Keyword arguments of the pipeline's call: `generation.json` in the model's folder, if it is there.
+
+    Raises ValueError where that file holds anything else.
+    """
     path = Path(model) / "generation.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        call = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(call, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    pipeline = _pipeline_class(model)
+    if unknown := call.keys() - _arguments(pipeline):
+        raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
+    return call
+
+
+def draws_from_text_alone(pipeline: type[DiffusionPipeline]) -> bool:
+    """Whether a call with a prompt and no picture gives an image, as far as its signature tells."""
+    arguments = _arguments(pipeline)
+    if not {"prompt", "height", "callback_on_step_end"} <= arguments.keys() or "num_frames" in arguments:
+        return False
+    required = {name for name, argument in arguments.items() if argument.default is argument.empty}
+    # Where a picture is optional, as in FLUX.2, its type says so; its default is None in all pipelines.
+    optional = "image" not in arguments or type(None) in get_args(arguments["image"].annotation)
+    return optional and required <= {"prompt"} and not arguments.keys() & _PICTURES_IN
+
+
+def _pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
+    _check_folder(model)
+    name = DiffusionPipeline.load_config(model).get("_class_name")
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise ValueError(f"{model} is a {name!r} pipeline, which this Diffusers does not have")
+    return getattr(diffusers, name)
+
+
+def _arguments(pipeline: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+    """The parameters of its call that have a name of their own, without self."""
+    signature = inspect.signature(pipeline.__call__).parameters.items()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: argument for name, argument in signature if argument.kind in named and name != "self"}
 
 
 def _check_folder(model: str | Path) -> None:

@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from dma_diffusers.pipelines.generate import draw
-from dma_diffusers.pipelines.load import load_pipeline, recommended_call
+from dma_diffusers.pipelines.load import draws_from_text_alone, load_pipeline, recommended_call
 from tests.pipelines.saved_flux import CALL, save_flux
 
 
@@ -81,6 +82,10 @@ def _video(folder):
     _reclass(folder, "WanPipeline")
 
 
+def _image_to_image(folder):
+    _reclass(folder, "FluxImg2ImgPipeline")
+
+
 def _pickled(folder):
     (weights,) = (folder / "transformer").glob("*.safetensors")
     torch.save({}, weights.with_suffix(".bin"))
@@ -92,7 +97,9 @@ def _reclass(folder, name):
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
 
 
-@pytest.mark.parametrize("spoil", [_without_index, _foreign_class, _code_of_its_own, _video, _pickled])
+@pytest.mark.parametrize(
+    "spoil", [_without_index, _foreign_class, _code_of_its_own, _video, _image_to_image, _pickled]
+)
 def test_folders_that_are_no_pipeline_are_refused(folder, tmp_path, spoil):
     copy = shutil.copytree(folder, tmp_path / "model")
     spoil(copy)
@@ -104,3 +111,20 @@ def test_folders_that_are_no_pipeline_are_refused(folder, tmp_path, spoil):
 def test_names_that_are_neither_folder_nor_hub_id_are_refused(name):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         load_pipeline(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ChromaPipeline"],
+)
+def test_pipelines_that_draw_from_text_alone(name):
+    assert draws_from_text_alone(getattr(diffusers, name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline", "WanPipeline",
+     "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "QwenImageImg2ImgPipeline"],
+)  # fmt: skip
+def test_pipelines_that_need_a_picture_or_draw_none(name):
+    assert not draws_from_text_alone(getattr(diffusers, name))
