@@ -18,7 +18,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
-from safetensors import SafetensorError
 
 app = typer.Typer(
     help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
@@ -42,7 +41,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, RuntimeError, TypeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 _PICTURES_IN = {
@@ -29,7 +30,11 @@ def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:
         raise ValueError(f"{model} is a {pipeline.__name__}, which does not turn text alone into an image")
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True).to(device)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"{model} holds corrupt weights: {error}") from error
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -206,7 +206,7 @@ BAD_MODELS = {
     "weights that are NaN": (_nan, "NaN"),
     "wide heads": (_wide_heads, "head_dim 264 is more than 256"),
     "corrupt weights": (partial(_truncated, "transformer"), "transformer"),
-    "corrupt text encoder": (partial(_truncated, "text_encoder_2"), "header|invalid|incomplete|corrupt"),
+    "corrupt text encoder": (partial(_truncated, "text_encoder_2"), "holds corrupt weights"),
     "generation.json that is a list": (partial(_generation, "[1]"), "generation.json holds no JSON object"),
     "generation.json that is text": (partial(_generation, "24 steps"), "generation.json is not JSON"),
     "generation.json with an unknown key": (partial(_generation, '{"stepps": 3}'), "takes no stepps"),
