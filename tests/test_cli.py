@@ -321,3 +321,13 @@ def test_quality_table_prints_markdown(monkeypatch, capsys, model, tmp_path):
     assert output.startswith("| Attention | PSNR, dB |")
     assert "| all MXFP4 |" in output
     assert json.loads(target.read_text())["command"] == f"dma-diffusers quality-table {' '.join(arguments)}"
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys, model, tmp_path):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("dma_diffusers.pipelines.load.load_pipeline", fail)
+    arguments = ("generate", "a cat", "--model", model, "-o", str(tmp_path / "out.png"))
+    assert run(monkeypatch, capsys, *arguments) == (1, "", "error: CUDA out of memory.\n")
+    assert not list(tmp_path.iterdir())
