@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from dma_diffusers.bind import Bound, bind
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.divert import Diversion, Forward
-from dma_diffusers.layouts import family_of
+from dma_diffusers.families import family_of
 from dma_diffusers.processor import DMAAttnProcessor
 from dma_diffusers.receipt import ModuleReceipt, Receipt
 

@@ -1,9 +1,11 @@
 """Wrapping a stock attention processor, which keeps its projections, norms and RoPE."""
 
 import inspect
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dma_diffusers.divert import Diversion, Diverting
@@ -51,7 +53,10 @@ def bind(stock: Any, diversion: Diversion) -> Bound:
 @cache
 def _bound_class(stock: type) -> type:
     body = {"__slots__": ("diversion", "stock"), "__call__": _call(stock), "__module__": __name__}
-    return type(f"DMA{stock.__name__}", (Bound, stock), body)
+    bound = type(f"DMA{stock.__name__}", (Bound, stock), body)
+    with suppress(ValueError):  # Diffusers' guiders look processors up by class; not all stock ones are known
+        AttentionProcessorRegistry.register(bound, AttentionProcessorRegistry.get(stock))
+    return bound
 
 
 def _call(stock: type):

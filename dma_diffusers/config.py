@@ -14,7 +14,7 @@ PRESETS = {
     "exact": {"lowering": "stock"},
 }
 TEXT_PLACES = ("first", "last", "none")
-AUTOMATIC = ("auto", "fastest")  # lowerings that may fall back; another is an explicit request, and raises
+CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class DMAConfig:
         if not isinstance(self.dense_layers, tuple | list) or not all(map(_is_integer, self.dense_layers)):
             raise ValueError(f"dense_layers must be a tuple of whole numbers, got {self.dense_layers!r}")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        allowed = [*AUTOMATIC, "stock", *(lowering.name for lowering in lowerings.LOWERINGS)]
+        allowed = [*CHOICES, *(lowering.name for lowering in lowerings.LOWERINGS)]
         if self.lowering not in allowed:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
         if self.text is not None and self.text not in TEXT_PLACES:
@@ -95,11 +95,11 @@ class DMAConfig:
         """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not."""
         if self.lowering == "stock":
             return "exact: nothing is quantised"
-        if self.lowering not in AUTOMATIC:
+        if self.lowering != "fastest":
             return ""
         if head_dim > lowerings.MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
-        return _why_not_faster(device, head_dim, self.high, self.low) if self.lowering == "fastest" else ""
+        return _why_not_faster(device, head_dim, self.high, self.low)
 
     @property
     def operator_lowering(self) -> str:

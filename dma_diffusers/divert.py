@@ -11,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.families import Family
 from dma_diffusers.kernels import operator
-from dma_diffusers.layouts import Family
+from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.receipt import ModuleReceipt
 
 logger = logging.getLogger("dma_diffusers")
@@ -109,7 +110,7 @@ class Diversion:
         lowering, reason = self._choice(self.device or device)
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
-            self.diverted, dict(self.left),
+            self.diverted, dict(self.left), architecture(self.device or device),
         )  # fmt: skip
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:

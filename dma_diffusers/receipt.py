@@ -10,6 +10,7 @@ from typing import Any
 class ModuleReceipt:
     """What one attention module runs.
 
+    architecture: "sm_100", "cpu" and the like; None for a module that keeps its stock processor.
     lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
     high, low, policy: what was asked for; None for a module that keeps its stock processor.
     reason: why that lowering.
@@ -25,11 +26,13 @@ class ModuleReceipt:
     reason: str = ""
     diverted: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    architecture: str | None = None
 
     def __str__(self) -> str:
         if self.lowering == "stock":
             return f"stock attention: {self.reason}"
-        return f"{self.high}|{self.low} {self.policy}, lowering {self.lowering or 'not known'}: {self.reason}"
+        lowering = f"lowering {self.lowering or 'not known'} on {self.architecture}"
+        return f"{self.high}|{self.low} {self.policy}, {lowering}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,20 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
             if formats[0] is None and target not in BLOCK_SCALED_ARCHITECTURES:
                 continue  # emulated, LOW is never compiled alone
             for kernel, arguments, options in launches(target, *formats, head_dim):
-                key = (kernel.__name__, formats if kernel.__name__ != "quantise_value" else (), head_dim)
+                own_formats = () if kernel.__name__ == "quantise_value" else formats
+                key = (kernel.__name__, own_formats, head_dim)
                 if key not in results:
-                    compiled = compile_launch(kernel, arguments, options, target)
-                    results[key] = _describe(compiled, kernel.__name__, formats, head_dim)
+                    results[key] = _describe(compile_launch(kernel, arguments, options, target), *key)
     return list(results.values())
 
 
 def launches(
-    target: str, high: str | None, low: str | None, head_dim: int, is_causal: bool = False
+    target: str,
+    high: str | None,
+    low: str | None,
+    head_dim: int,
+    is_causal: bool = False,
+    masks_keys: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile."""
     recorded = []
@@ -79,7 +84,8 @@ def launches(
     layout = Layout(_TOKENS, _TOKENS)
     launch.attention(
         q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
-        key_mask=None, scale=1.0, is_causal=is_causal, run=record,
+        key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
+        scale=1.0, is_causal=is_causal, run=record,
         emulated=target not in BLOCK_SCALED_ARCHITECTURES,
     )  # fmt: skip
     return iter(recorded)
@@ -87,22 +93,29 @@ def launches(
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], target: str) -> Any:
     """Triton's compiled kernel for `target`, specialised on the arguments as a launch would be."""
-    signature, constants, attributes = {}, {}, {}
+    source = ASTSource(kernel, *specialisation(kernel, arguments, options))
     compile_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    values = dict(zip(kernel.arg_names, arguments, strict=False)) | {
-        name: value for name, value in options.items() if name in kernel.arg_names
-    }
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return triton.compile(source, target=gpu, options=compile_options)
+
+
+def specialisation(
+    kernel: Any, arguments: tuple, options: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict]:
+    """What of a launch is compiled in: argument types, constants, and which arguments 16 divides."""
+    signature, constants, attributes = {}, {}, {}
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         kind = "constexpr" if parameter.is_constexpr or value is None else _type_of(value)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
+        elif parameter.do_not_specialize:
+            continue
         elif kind.startswith("*") or (kind == "i32" and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=gpu, options=compile_options)
+    return signature, constants, attributes
 
 
 def _type_of(value: Any) -> str:
@@ -121,7 +134,7 @@ def _type_of(value: Any) -> str:
 def _describe(
     compiled: Any, kernel: str, formats: tuple[str | None, str | None], head_dim: int
 ) -> dict[str, Any]:
-    registers, spills = _ptxas_report(compiled.asm["ptx"])
+    registers, spills = ptxas_report(compiled.asm["ptx"])
     return {
         "kernel": kernel,
         "formats": [name for name in formats if name],
@@ -144,7 +157,7 @@ def mma_kinds(ptx: str) -> list[str]:
     return sorted(kinds)
 
 
-def _ptxas_report(ptx: str) -> tuple[int, int]:
+def ptxas_report(ptx: str) -> tuple[int, int]:
     """Registers per thread, and bytes of spill stores and loads."""
     architecture = re.search(r"\.target (sm_(\d+)\w*)", ptx)
     with tempfile.TemporaryDirectory() as folder:

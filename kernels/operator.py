@@ -103,7 +103,8 @@ def _attention(
     precision_map = _plan(policy, layout, is_causal, q.device)
     call = {"key_mask": key_mask, "scale": scale, "is_causal": is_causal}
     if chosen == "reference":
-        result, lse = reference.attention(q, k, v, precision_map, high, low, **call)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+            result, lse = reference.attention(q, k, v, precision_map, high, low, **call)
         out = _empty_output(q).copy_(result)
     else:
         from dma_diffusers.kernels.attention import launch

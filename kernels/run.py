@@ -1,11 +1,16 @@
-"""How a kernel is run: at once, on the device, unless whoever calls has other plans (compile.py has)."""
+"""How a kernel is run: at once, on its arguments' device, unless whoever calls has other plans (compile.py has)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 Run = Callable[..., None]
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch `kernel` on its arguments' device."""
-    kernel[grid](*arguments, **options)
+    """Launch `kernel`; Triton alone would take the current device, whichever that is."""
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)

@@ -54,10 +54,10 @@ def _phase(
     accumulator, l, m, q, q_scales, factor, k_elements, k_scales, v,
     batch, kv_head, kv_heads, k_tiles, indices, first, last, key_mask, k_length, q_tokens, zero,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr, LOW_PV: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk the KV tiles `indices[first:last]`, all of one class."""
-    for step in tl.range(first, last):
+    for step in tl.range(first, last, num_stages=STAGES):
         tile = tl.load(indices + step)
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         k = k_elements.load([kv_tile * TILE, 0])
@@ -65,9 +65,7 @@ def _phase(
         s = _scores(q, q_scales, k, scales, zero, ELEMENT, DECODE, D) * factor
         if MASKED or KEY_MASK:
             tokens = tile * TILE + tl.arange(0, TILE)
-            seen = (tokens < k_length)[None, :]
-            if KEY_MASK:
-                seen = seen & (tl.load(key_mask + tokens, mask=tokens < k_length, other=0) != 0)[None, :]
+            seen = (tl.load(key_mask + tokens) != 0)[None, :] if KEY_MASK else (tokens < k_length)[None, :]
             if MASKED and CAUSAL:
                 seen = seen & (tokens[None, :] <= q_tokens[:, None])
             s = tl.where(seen, s, float("-inf"))
@@ -86,7 +84,7 @@ def _phase(
     return accumulator, l, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_length", "k_length", "map_stride_b", "map_stride_h", "map_length"])
 def attend(
     q_high, q_high_scales, k_high, k_high_scales, v_high,
     q_low, q_low_scales, k_low, k_low_scales, v_low,
@@ -96,12 +94,14 @@ def attend(
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_DECODE: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_DECODE: tl.constexpr,
     CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one Q tile of one head.
 
     The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
     tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2]
-    undoes the tensor scales of HIGH and LOW. A class that the map doesn't use is None.
+    undoes the tensor scales of HIGH and LOW. `key_mask` is uint8 [B, whole tiles], 0 past the keys. A class that
+    the map doesn't use is None.
     """
     q_tile, head = tl.program_id(0), tl.program_id(1)
     q_tiles, k_tiles = tl.num_programs(0), tl.cdiv(k_length, TILE)
@@ -114,7 +114,7 @@ def attend(
     end = tl.load(bounds + row * 3 + 2)
     q_tokens = q_tile * TILE + tl.arange(0, TILE)
     channels = tl.arange(0, D)
-    key_mask += batch.to(tl.int64) * k_length
+    key_mask += batch.to(tl.int64) * (k_tiles * TILE)
 
     q_row = head * q_tiles + q_tile
     m = tl.full((TILE,), LOWEST, tl.float32)
@@ -126,7 +126,7 @@ def attend(
         accumulator, l, m = _phase(
             accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
             batch, kv_head, kv_heads, k_tiles, indices, 0, high_end, key_mask, k_length, q_tokens, zero,
-            HIGH, HIGH_BLOCK, HIGH_DECODE, False, False, CAUSAL, KEY_MASK, D,
+            HIGH, HIGH_BLOCK, HIGH_DECODE, False, False, CAUSAL, KEY_MASK, D, STAGES,
         )  # fmt: skip
     if LOW is not None:
         v_unit = tl.load(v_scale + (batch * kv_heads + kv_head) * D + channels)[None, :]
@@ -136,7 +136,7 @@ def attend(
         accumulator, l, m = _phase(
             accumulator, l, m, q, q_scales, tl.load(factors + head * 2 + 1), k_low, k_low_scales, v_low,
             batch, kv_head, kv_heads, k_tiles, indices, high_end, low_end, key_mask, k_length, q_tokens, zero,
-            LOW, LOW_BLOCK, LOW_DECODE, True, False, CAUSAL, KEY_MASK, D,
+            LOW, LOW_BLOCK, LOW_DECODE, True, False, CAUSAL, KEY_MASK, D, STAGES,
         )  # fmt: skip
         accumulator = accumulator * v_unit
     if HIGH is not None:
@@ -145,7 +145,7 @@ def attend(
         accumulator, l, m = _phase(
             accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
             batch, kv_head, kv_heads, k_tiles, indices, low_end, end, key_mask, k_length, q_tokens, zero,
-            HIGH, HIGH_BLOCK, HIGH_DECODE, False, True, CAUSAL, KEY_MASK, D,
+            HIGH, HIGH_BLOCK, HIGH_DECODE, False, True, CAUSAL, KEY_MASK, D, MASKED_STAGES,
         )  # fmt: skip
 
     nothing_seen = l == 0.0

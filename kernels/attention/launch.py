@@ -13,9 +13,16 @@ from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value, padded_dim
 from dma_diffusers.kernels.run import Run, run
 
-# By padded head dimension. The loops load a tile's index before the tile, which takes stages of its own: with
-# these, operands and scales of K and V are at least double-buffered on sm_100, and fit its shared memory.
-NUM_STAGES = {64: 5, 128: 3, 256: 1}
+
+def _stages(dim: int, loads_first: bool) -> int:
+    """Pipeline stages of a loop, such that on sm_100 operands and scales of every loop have two buffers or more.
+
+    loads_first: small loads (the tile's index, unless a mask needs it too; the key mask) go before the operands',
+    and take two stages.
+    """
+    if dim == 256:
+        return 1  # more don't fit shared memory
+    return 5 if loads_first else 3
 
 
 def bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
@@ -50,7 +57,7 @@ def attention(
     kv_heads, k_length = k.shape[1:3]
     dim = padded_dim(head_dim)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    stats = quantiser.statistics(q, k, v, scale)
+    stats = quantiser.statistics(q, k, v, scale, filter(None, classes))
     q_operands = encode(q, classes, stats.q_amax, quantiser.fold(scale), None, run)
     k_operands = encode(k, classes, stats.k_amax, 1.0, stats.k_mean.contiguous(), run)
     v_scale = F.pad(stats.v_scale, (0, dim - head_dim), value=1.0).contiguous()
@@ -77,16 +84,22 @@ def attention(
     run(
         attend, (tiles(q_length), batch * heads),
         *operands(0), v_high, *operands(1), v_low,
-        v_scale, _factors(q_operands, k_operands, heads // kv_heads), indices, bounds,
-        key_mask.contiguous().view(torch.uint8) if key_mask is not None else lse, out, lse,
+        v_scale, _factors(q_operands, k_operands, batch * heads, q.device), indices, bounds,
+        lse if key_mask is None else _whole_tiles(key_mask), out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
         *out.stride()[:3], 0.0,
         *constants(classes[0]), *constants(classes[1]),
         CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
-        num_warps=8, num_stages=NUM_STAGES[dim], enable_fp_fusion=True,
+        STAGES=_stages(dim, True), MASKED_STAGES=_stages(dim, key_mask is not None),
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse
+
+
+def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
+    """uint8 `[B, tiles·128]`, 0 past the keys."""
+    return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE))
 
 
 def _classes(
@@ -98,11 +111,14 @@ def _classes(
     return high if needs_high else None, low if precision_map.has_low else None
 
 
-def _factors(q: list[Operand | None], k: list[Operand | None], group: int) -> torch.Tensor:
+def _factors(
+    q: list[Operand | None], k: list[Operand | None], heads: int, device: torch.device
+) -> torch.Tensor:
     """What undoes the tensor scales of q and k: float32 `[B·H, 2]`, HIGH then LOW."""
-    present = next(operand.tensor_scale for operand in q if operand)
-    columns = [
-        a.tensor_scale * b.tensor_scale.repeat_interleave(group) if a else torch.ones_like(present)
-        for a, b in zip(q, k, strict=True)
-    ]
-    return torch.stack(columns, dim=-1)
+    factors = torch.ones(heads, len(q), device=device)
+    for index, (a, b) in enumerate(zip(q, k, strict=True)):
+        if a and a.tensor_scale is not None:
+            factors[:, index] = a.tensor_scale * b.tensor_scale.repeat_interleave(
+                heads // len(b.tensor_scale)
+            )
+    return factors

@@ -45,7 +45,7 @@ def attention(
     q_tiles, k_tiles = tiles(q_length), tiles(k_length)
     device = q.device
     scale = head_dim**-0.5 if scale is None else scale
-    stats = quantiser.statistics(q, k, v, scale)
+    stats = quantiser.statistics(q, k, v, scale, (high, low))
 
     high_qk = [_operand(quantiser.quantised_q(q, high, scale, stats), high),
                _operand(quantiser.quantised_k(k, high, stats), high)]  # fmt: skip
@@ -79,8 +79,8 @@ def attention(
         if phase is Phase.LOW:
             accumulator = accumulator / v_unit
         m, l, accumulator = m[order], l[order], accumulator[order]
-        for step in range(int(length[0])):
-            count = int((length > step).sum())
+        still_active = (length[None, :] > torch.arange(int(length[0]), device=device)[:, None]).sum(-1)
+        for step, count in enumerate(still_active.tolist()):
             active = order[:count]
             tile = indices[active, start[active] + step]
             kv_tile = row_kv_head[active] * k_tiles + tile

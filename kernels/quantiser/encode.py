@@ -21,12 +21,12 @@ class Operand:
     scales: one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
         `[1, heads·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
         `[heads·tiles, 128·columns]`.
-    tensor_scale: float32 `[heads]`, 1 in formats without one.
+    tensor_scale: float32 `[heads]`, None in formats without one.
     """
 
     elements: torch.Tensor
     scales: torch.Tensor
-    tensor_scale: torch.Tensor
+    tensor_scale: torch.Tensor | None
 
     def descriptors(self) -> tuple[TensorDescriptor, TensorDescriptor]:
         """Descriptors that load one tile of elements and one tile of scales."""
@@ -43,18 +43,16 @@ def padded_dim(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def _empty(fmt: str, heads: int, rows: int, dim: int, amax: torch.Tensor) -> Operand:
+def _empty(fmt: str, heads: int, rows: int, dim: int, x: torch.Tensor, amax: torch.Tensor | None) -> Operand:
     format = get_format(fmt)
     columns = dim // format.block
     row_bytes = dim * format.bits // 8
     shape = (1, heads * rows, columns // 4, 2, 256) if columns % 4 == 0 else (heads * rows, TILE * columns)
     scale_dtype = torch.float8_e4m3fn if format.has_tensor_scale else torch.uint8
-    tensor_scale = torch.ones_like(amax)
-    if format.has_tensor_scale:
-        tensor_scale = fp32_tensor_scale(amax, format.element)
+    tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
     return Operand(
-        torch.empty(heads * rows * TILE, row_bytes, dtype=torch.uint8, device=amax.device),
-        torch.empty(shape, dtype=torch.uint8, device=amax.device).view(scale_dtype),
+        torch.empty(heads * rows * TILE, row_bytes, dtype=torch.uint8, device=x.device),
+        torch.empty(shape, dtype=torch.uint8, device=x.device).view(scale_dtype),
         tensor_scale,
     )
 
@@ -62,20 +60,20 @@ def _empty(fmt: str, heads: int, rows: int, dim: int, amax: torch.Tensor) -> Ope
 def encode(
     x: torch.Tensor,
     formats: tuple[str | None, str | None],
-    amax: torch.Tensor,
+    amax: torch.Tensor | None,
     factor: float,
     mean: torch.Tensor | None,
     run: Run = run,
 ) -> list[Operand | None]:
     """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
 
-    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded; mean `[B, H, 1, D]`,
+    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded, for formats
+    with a tensor scale; mean `[B, H, 1, D]`,
     contiguous; both float32.
     """
     batch, heads, length, head_dim = x.shape
     dim, rows = padded_dim(head_dim), tiles(length)
-    amax = amax.flatten().contiguous()
-    operands = [fmt and _empty(fmt, batch * heads, rows, dim, amax) for fmt in formats]
+    operands = [fmt and _empty(fmt, batch * heads, rows, dim, x, amax) for fmt in formats]
     arguments, constants = [], []
     for fmt, operand in zip(formats, operands, strict=True):
         if operand is None:

@@ -88,7 +88,7 @@ def _encode(
     tl.store(scales + tile * TILE * COLUMNS + place, code.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def quantise(
     x, mean, factor,
     high_elements, high_scales, high_tensor_scale, low_elements, low_scales, low_tensor_scale,
@@ -120,7 +120,7 @@ def quantise(
         _encode(value, low_elements, low_scales, tile, rows, scale, LOW, LOW_BLOCK, LOW_MAX, LOW_MAX_BITS, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def quantise_value(
     v, v_scale, elements, heads, length, head_dim, stride_b, stride_h, stride_s, D: tl.constexpr
 ):

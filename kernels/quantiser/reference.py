@@ -1,11 +1,12 @@
 """What the quantiser computes, in torch."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.formats import fake_quantize, get_format
 
 E4M3_MAX = 448.0
 
@@ -16,13 +17,14 @@ class Statistics:
 
     k_mean `[B, Hkv, 1, D]`: subtracted from every key; softmax does not see it.
     v_scale `[B, Hkv, 1, D]`: power of two that brings each channel of v within e4m3.
-    q_amax, k_amax `[B, H or Hkv, 1, 1]`: largest magnitude of folded q and of smoothed k.
+    q_amax, k_amax `[B, H or Hkv, 1, 1]`: largest magnitude of folded q and of smoothed k; None where no format
+        has a tensor scale.
     """
 
     k_mean: torch.Tensor
     v_scale: torch.Tensor
-    q_amax: torch.Tensor
-    k_amax: torch.Tensor
+    q_amax: torch.Tensor | None
+    k_amax: torch.Tensor | None
 
 
 def fold(scale: float) -> float:
@@ -42,8 +44,10 @@ def power_of_two_scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(amax), exponent)
 
 
-def statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Statistics:
-    """Statistics of q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`.
+def statistics(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, formats: Iterable[str]
+) -> Statistics:
+    """Statistics of q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]` that `formats` of Q·K need.
 
     Taken over finite elements only: one bad token must not reach rows that never attend to it.
     """
@@ -51,9 +55,10 @@ def statistics(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     count = finite.sum(-2, keepdim=True).clamp(min=1)
     k_mean = torch.where(finite, k, 0).float().sum(-2, keepdim=True) / count
     v_scale = power_of_two_scale(finite_amax(v, (-2,)), E4M3_MAX)
+    if not any(get_format(name).has_tensor_scale for name in formats):
+        return Statistics(k_mean, v_scale, None, None)
     q_amax = finite_amax(q, (-2, -1)) * fold(scale)
-    k_amax = finite_amax(k.float() - k_mean, (-2, -1))
-    return Statistics(k_mean, v_scale, q_amax, k_amax)
+    return Statistics(k_mean, v_scale, q_amax, finite_amax(k.float() - k_mean, (-2, -1)))
 
 
 def quantised_q(q: torch.Tensor, fmt: str, scale: float, stats: Statistics) -> torch.Tensor:

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
@@ -140,6 +141,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
     assert modules["transformer.single_transformer_blocks.0.attn"] == {
         "module": "transformer.single_transformer_blocks.0.attn",
         "lowering": "reference",
+        "architecture": "cpu",
         "high": "mxfp8",
         "low": "mxfp4",
         "policy": "diagonal(window=128, sink=128)",
@@ -147,7 +149,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "diverted": 2,
         "left": {},
     }
-    assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference: asked for" in str(receipt)
+    assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference on cpu: asked for" in str(receipt)
 
 
 def test_cross_attention_keeps_its_processor_and_is_no_layer():
@@ -329,3 +331,9 @@ def test_errors_of_the_operator_reach_the_caller(pipe, monkeypatch):
     apply(pipe)
     with pytest.raises(ValueError, match="no"):
         draw(pipe)
+
+
+def test_guiders_of_diffusers_know_the_wrapped_processors(pipe):
+    apply(pipe)
+    wrapped = type(pipe.transformer.transformer_blocks[0].attn.processor)
+    assert AttentionProcessorRegistry.get(wrapped) is AttentionProcessorRegistry.get(FluxAttnProcessor)

@@ -7,8 +7,8 @@ from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 
 from dma_diffusers import DMAConfig
 from dma_diffusers.divert import Diversion, Diverting, Forward
+from dma_diffusers.families import Family
 from dma_diffusers.kernels import operator
-from dma_diffusers.layouts import Family
 
 B, H, S, D = 2, 4, 137, 40
 
@@ -101,7 +101,7 @@ def test_what_is_left_to_stock_is_stock(name):
     [
         (qkv(keys=S + 1), {}, "cross-attention"),
         (qkv(), {"min_length": S + 1}, f"fewer than {S + 1} keys"),
-        (qkv(head_dim=264), {}, "head_dim 264 is more than 256"),
+        (qkv(head_dim=264), {"lowering": "fastest"}, "head_dim 264 is more than 256"),
         (qkv(dtype=torch.float64), {}, "bf16, fp16 or fp32"),
         (tuple(x[0] for x in qkv()), {}, "[batch, heads, tokens, head_dim]"),
         (tuple(x.requires_grad_() for x in qkv()), {}, "gradients"),
@@ -174,3 +174,8 @@ def test_text_is_high_unless_that_is_switched_off(protected):
     other, _ = operator.attention(q, k, v, window=0, sink=0, text_stop=84 - text_stop)
     assert torch.equal(out, expected) and not torch.equal(out, other)
     assert ("without protected text" in taken.receipt("attn", q.device).policy) == (not protected)
+
+
+def test_a_head_that_no_lowering_takes_raises_unless_the_choice_is_automatic():
+    with pytest.raises(ValueError, match="head_dim 264 is more than 256"):
+        run(diversion(), *qkv(head_dim=264))

@@ -4,6 +4,7 @@ import re
 from functools import lru_cache
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -21,8 +22,8 @@ SINGLE = [("mxfp8", None), ("mxfp8_e5m2", None), (None, "mxfp4"), (None, "nvfp4"
 
 
 @lru_cache
-def attend(target, high, low, head_dim, is_causal=False):
-    kernel, arguments, options = list(ahead.launches(target, high, low, head_dim, is_causal))[-1]
+def attend(target, high, low, head_dim, is_causal=False, masks_keys=False):
+    kernel, arguments, options = list(ahead.launches(target, high, low, head_dim, is_causal, masks_keys))[-1]
     return ahead.compile_launch(kernel, arguments, options, target)
 
 
@@ -52,23 +53,38 @@ def test_q_k_is_never_widened(high, low, head_dim):
     assert count(mixed, KIND_OF_QK[low]) > 0 and count(mixed, KIND_OF_QK[high]) > 0
 
 
+def buffers_of_each_loop(ttgir):
+    """For each tile loop, the shared-memory buffers made for it: {(tile shape, dtype): number of stages}."""
+    loops, buffers = [], {}
+    for line in ttgir.splitlines():
+        if allocated := re.search(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<([\dx]+)x(\w+),", line):
+            stages, *tile = map(int, allocated[1].split("x"))
+            buffers[*tile, allocated[2]] = stages
+        elif " scf.for " in line:
+            loops.append(buffers)
+            buffers = {}
+    return loops
+
+
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
-@pytest.mark.parametrize(("high", "low"), [("mxfp8", None), (None, "mxfp4"), (None, "nvfp4")])
-def test_operands_and_scales_arrive_asynchronously_over_two_stages(high, low, head_dim):
-    compiled = attend("sm_100", high, low, head_dim)
-    buffers = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<([\dx]+)x(\w+),", compiled.asm["ttgir"])
-    stages = {}
-    for shape, dtype in buffers:
-        count, *tile = map(int, shape.split("x"))
-        stages[(*tile, dtype)] = max(count, stages.get((*tile, dtype), 0))
-    row_bytes = head_dim if high else head_dim // 2
-    values = "bf16" if high else "f8E4M3FN"
-    assert stages[128, row_bytes, "i8"] >= 2  # K
-    assert stages[128, head_dim, values] >= 2  # V
-    columns = head_dim // (16 if low == "nvfp4" else 32)
-    scale = "f8E4M3FN" if low == "nvfp4" else "i8"
-    scales = (1, 1, columns // 4, 2, 256, scale) if columns % 4 == 0 else (1, 128 * columns, scale)
-    assert stages[scales] >= 2
+@pytest.mark.parametrize(
+    ("high", "low"), [("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"), ("mxfp8", None), (None, "mxfp4")]
+)
+@pytest.mark.parametrize("masks_keys", [False, True])
+def test_operands_and_scales_arrive_asynchronously_over_two_stages(high, low, head_dim, masks_keys):
+    compiled = attend("sm_100", high, low, head_dim, False, masks_keys)
+    loops = buffers_of_each_loop(compiled.asm["ttgir"])
+    classes = [high, low, high] if high and low else [high, high] if high else [low]
+    assert len(loops) == len(classes)
+    for fmt, buffers in zip(classes, loops, strict=True):
+        columns = head_dim // (16 if fmt == "nvfp4" else 32)
+        scale = "f8E4M3FN" if fmt == "nvfp4" else "i8"
+        assert buffers[128, head_dim if fmt == high else head_dim // 2, "i8"] >= 2  # K
+        assert buffers[128, head_dim, "bf16" if fmt == high else "f8E4M3FN"] >= 2  # V
+        assert (
+            buffers[(1, 1, columns // 4, 2, 256, scale) if columns % 4 == 0 else (1, 128 * columns, scale)]
+            >= 2
+        )
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
     if head_dim == 128:
         assert "tcgen05.cp" in compiled.asm["ptx"]  # scales go to tensor memory without passing registers
@@ -84,8 +100,12 @@ def test_no_variant_spills_on_a_b200():
     assert all(v["shared_bytes"] <= 227 * 1024 and 0 < v["registers"] <= 255 for v in variants)
 
 
-def test_causal_variant_compiles_natively():
-    assert "kind::mxf4" in ahead.mma_kinds(attend("sm_100", "mxfp8", "mxfp4", 64, True).asm["ptx"])
+@pytest.mark.parametrize(("is_causal", "masks_keys"), [(True, False), (False, True)])
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+def test_masked_variants_are_native_and_do_not_spill(is_causal, masks_keys, head_dim):
+    ptx = attend("sm_100", "mxfp8", "mxfp4", head_dim, is_causal, masks_keys).asm["ptx"]
+    assert {"kind::mxf4", "kind::mxf8f6f4"} <= set(ahead.mma_kinds(ptx))
+    assert ahead.ptxas_report(ptx)[1] == 0
 
 
 @pytest.mark.parametrize("low", ["mxfp4", "nvfp4"])
@@ -113,23 +133,20 @@ def test_bad_requests():
         ahead.compile_all("sm_100", low="int8")
 
 
-def test_a_new_length_runs_the_same_kernel():
-    """Lengths are run-time arguments: what is compiled in does not change with them."""
+@pytest.mark.parametrize("lengths", [(257, 1000), (1024, 1040), (1024, 257)])
+def test_a_new_length_runs_the_same_kernels(lengths):
+    """Nothing that Triton compiles in, constants or divisibility, changes with the length."""
     from dma_diffusers.kernels.attention import launch
     from tests.kernels.calls import Call
 
     def compiled_in(length):
         recorded = []
-        call = Call(length, length, 64)
+        call = Call(length, length, 64, dtype=torch.bfloat16, tokens_first=True)
         q, k, v, _ = call.tensors()
         launch.attention(
             q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=None, scale=1.0, is_causal=False, emulated=False,
             run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
         )  # fmt: skip
-        kernel, arguments, options = recorded[-1]
-        values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-        shapes = [list(x.block_shape) for x in arguments if hasattr(x, "block_shape")]
-        return constants, shapes
+        return [ahead.specialisation(kernel, arguments, options) for kernel, arguments, options in recorded]
 
-    assert compiled_in(257) == compiled_in(1000)
+    assert compiled_in(lengths[0]) == compiled_in(lengths[1])

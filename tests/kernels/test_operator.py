@@ -1,5 +1,9 @@
 """The registered operator: what it computes, what it refuses, what torch.compile sees."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,3 +93,27 @@ def test_bad_calls_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         operator.attention(**({"q": Q, "k": Q, "v": Q} | change))
     assert "\n" not in str(error.value)
+
+
+def test_autocast_changes_nothing():
+    q = torch.randn(1, 2, 300, 64)
+    plain = operator.attention(q, q, q, lowering="reference")[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(operator.attention(q, q, q, lowering="reference")[0], plain)
+
+
+def test_without_triton_the_reference_runs():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from dma_diffusers.kernels import operator
+q = torch.randn(1, 2, 300, 64)
+assert operator.attention(q, q, q)[0].isfinite().all()
+print(operator.choose(q.device, 64, "mxfp8", "mxfp4").lowering)
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "reference"

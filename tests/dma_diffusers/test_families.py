@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers import apply
+from dma_diffusers.families import FAMILIES, family_of
 from dma_diffusers.kernels import operator
-from dma_diffusers.layouts import FAMILIES, family_of
 from tests import tiny_pipelines
 
 TEXT = 21  # tokens
