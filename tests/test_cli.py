@@ -45,6 +45,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command line, in this process."""
     monkeypatch.setattr(sys, "argv", ["dma-diffusers", *arguments])
+    monkeypatch.delenv("FORCE_COLOR", raising=False)  # it shows bars, on standard error
     with pytest.raises(SystemExit) as ended:
         main()
     output, error = capsys.readouterr()
