@@ -14,7 +14,7 @@ from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value
 from dma_diffusers.kernels.run import Run, run
 
 
-def _stages(dim: int, loads_first: bool) -> int:
+def _stages(dim: int, loads_first: bool, emulated: bool) -> int:
     """Pipeline stages of a loop, such that on sm_100 operands and scales of every loop have two buffers or more.
 
     loads_first: small loads (the tile's index, unless a mask needs it too; the key mask) go before the operands',
@@ -22,6 +22,8 @@ def _stages(dim: int, loads_first: bool) -> int:
     """
     if dim == 256:
         return 1  # more don't fit shared memory
+    if emulated:
+        return 2
     return 5 if loads_first else 3
 
 
@@ -91,7 +93,7 @@ def attention(
         *out.stride()[:3], 0.0,
         *constants(classes[0]), *constants(classes[1]),
         CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
-        STAGES=_stages(dim, True), MASKED_STAGES=_stages(dim, key_mask is not None),
+        STAGES=_stages(dim, True, emulated), MASKED_STAGES=_stages(dim, key_mask is not None, emulated),
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse

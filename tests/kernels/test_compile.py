@@ -100,10 +100,12 @@ def test_no_variant_spills_on_a_b200():
     assert all(v["shared_bytes"] <= 227 * 1024 and 0 < v["registers"] <= 255 for v in variants)
 
 
-@pytest.mark.parametrize(("is_causal", "masks_keys"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("is_causal", "masks_keys"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 def test_masked_variants_are_native_and_do_not_spill(is_causal, masks_keys, head_dim):
-    ptx = attend("sm_100", "mxfp8", "mxfp4", head_dim, is_causal, masks_keys).asm["ptx"]
+    compiled = attend("sm_100", "mxfp8", "mxfp4", head_dim, is_causal, masks_keys)
+    ptx = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
     assert {"kind::mxf4", "kind::mxf8f6f4"} <= set(ahead.mma_kinds(ptx))
     assert ahead.ptxas_report(ptx)[1] == 0
 
