@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dma_diffusers.kernels.formats import pack
+from dma_diffusers.kernels.formats import get_format, pack
 from dma_diffusers.kernels.quantiser import reference
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
@@ -89,3 +89,24 @@ def test_values_equal_the_reference(kernel_device):
     expected = tiles_of(reference.quantised_v(v, stats).float(), 64)
     torch.testing.assert_close(encoded.float(), expected, rtol=0, atol=0, equal_nan=True)
     assert encoded.float().nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_ties_go_to_even(fmt, kernel_device):
+    """Halfway between every two neighbouring numbers of the element, in blocks whose scale is one."""
+    from dma_diffusers.kernels.quantiser.encode import encode
+
+    element, block = get_format(fmt).element, get_format(fmt).block
+    codes = torch.arange(2 ** (element.bits - 1), dtype=torch.uint8)
+    numbers = element.decode(codes)
+    numbers = numbers[numbers.isfinite()]
+    ties = (numbers[:-1] + numbers[1:]) / 2
+    ties = torch.cat([ties, -ties])
+    blocks = torch.nn.functional.pad(ties, (0, -len(ties) % (block - 1))).reshape(-1, block - 1)
+    blocks = torch.cat([torch.full((len(blocks), 1), element.max), blocks], dim=1)  # amax is q_max
+    x = torch.zeros(1, 1, len(blocks), 64)
+    x[..., :block] = blocks
+    amax = torch.full((1, 1, 1, 1), 448.0 * element.max)  # tensor scale one
+    operand = encode(x.to(kernel_device), (fmt, None), amax.to(kernel_device), 1.0, None)[0]
+    expected = pack(x[0, 0], fmt, tensor_amax=amax[0, 0])
+    assert torch.equal(operand.elements[: len(blocks), : expected.data.shape[-1]].cpu(), expected.data)
