@@ -11,12 +11,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
-_PICTURES_IN = {
-    "strength",
-    "mask_image",
-    "control_image",
-    "video",
-}  # arguments of what edits or follows a picture
+# Arguments of pipelines that edit or follow a picture.
+_PICTURES_IN = {"strength", "mask_image", "control_image", "video"}
 
 
 def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:

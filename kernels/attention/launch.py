@@ -17,8 +17,8 @@ from dma_diffusers.kernels.run import Run, run
 def _stages(dim: int, loads_first: bool, emulated: bool) -> int:
     """Pipeline stages of a loop, such that on sm_100 operands and scales of every loop have two buffers or more.
 
-    loads_first: small loads (the tile's index, unless a mask needs it too; the key mask) go before the operands',
-    and take two stages.
+    loads_first: whether Triton pipelines small loads (a tile's index, the key mask) ahead of the operands, which
+    takes two stages more: it does in every loop but MASKED without a key mask.
     """
     if dim == 256:
         return 1  # more don't fit shared memory

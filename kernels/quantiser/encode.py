@@ -67,9 +67,8 @@ def encode(
 ) -> list[Operand | None]:
     """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
 
-    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded, for formats
-    with a tensor scale; mean `[B, H, 1, D]`,
-    contiguous; both float32.
+    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded, needed by formats with a
+    tensor scale; mean `[B, H, 1, D]`, contiguous; both float32.
     """
     batch, heads, length, head_dim = x.shape
     dim, rows = padded_dim(head_dim), tiles(length)
