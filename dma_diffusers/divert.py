@@ -98,11 +98,11 @@ class Diversion:
         self._diverted(query)
         config = self.config
         text = text if config.protect_text else (0, 0)
-        out, _ = operator.attention(
+        out = operator.attention(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
             high=config.high, low=config.low, window=config.window, sink=config.sink,
             text_start=text[0], text_stop=text[1], mapped=self.mapped, lowering=config.operator_lowering,
-        )  # fmt: skip
+        ).out  # fmt: skip
         return out
 
     def receipt(self, module: str, device: torch.device) -> ModuleReceipt:

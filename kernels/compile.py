@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention import launch
 from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, KERNEL_FORMATS
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
 from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
 
@@ -32,7 +32,7 @@ _TOKENS, _HEADS = 256, 16
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -48,10 +48,8 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
     pairs = PAIRS if high is None and low is None else ((high or "mxfp8", low or "mxfp4"),)
     for name in dict.fromkeys(name for pair in pairs for name in pair):
-        if name not in KERNEL_FORMATS:
-            raise ValueError(
-                f"no kernel multiplies {name} on {target}: choose from {', '.join(KERNEL_FORMATS)}"
-            )
+        if name not in NATIVE:
+            raise ValueError(f"no kernel multiplies {name} on {target}: choose from {', '.join(NATIVE)}")
     results: dict[tuple, dict[str, Any]] = {}
     for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
         for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
@@ -85,8 +83,8 @@ def launches(
     launch.attention(
         q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
-        scale=1.0, is_causal=is_causal, run=record,
-        emulated=target not in BLOCK_SCALED_ARCHITECTURES,
+        scale=1.0, is_causal=is_causal, run=record, target=target,
+        lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip
     return iter(recorded)
 

@@ -2,13 +2,37 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
+from dma_diffusers.kernels.formats import FORMATS
+
 MAX_HEAD_DIM = 256
 BLOCK_SCALED_ARCHITECTURES = ("sm_100", "sm_103", "sm_120")
-KERNEL_FORMATS = ("mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4")
 _FP8_CAPABILITY = 89
+
+
+class Storage(StrEnum):
+    """How the numbers of a format lie in memory, and so which MMA multiplies them."""
+
+    BLOCK = "block"
+    """Elements and a scale for each block: block-scaled MMA."""
+    ROW = "row"
+    """e4m3 or int8 elements and one float32 scale for each token: FP8 or INT8 MMA."""
+    PLAIN = "plain"
+    """bfloat16 numbers, scales multiplied in (a tensor scale stays outside): bf16 MMA."""
+
+
+_EVERYWHERE = {"bf16": Storage.PLAIN, "fp8": Storage.ROW, "int8": Storage.ROW}
+NATIVE = _EVERYWHERE | dict.fromkeys(
+    ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"), Storage.BLOCK
+)
+FAITHFUL = (
+    _EVERYWHERE
+    | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4"), Storage.PLAIN)
+    | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
+)
 
 
 def architecture(device: torch.device) -> str:
@@ -34,50 +58,52 @@ def has_triton() -> bool:
 class Lowering:
     """One way to run a call.
 
-    automatic: whether `auto` may choose it.
-    why_not: from (architecture, high, low) to the reason why it can't run there, or None.
+    stores: how it stores each format that it can multiply.
+    why_not: from an architecture and the storages of a call to the reason why it can't run there, or None.
     """
 
     name: str
     description: str
-    automatic: bool
-    why_not: Callable[[str, str, str], str | None]
+    stores: dict[str, Storage]
+    why_not: Callable[[str, set[Storage]], str | None]
 
     def refuses(self, architecture: str, head_dim: int, high: str, low: str) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""
         if head_dim > MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {MAX_HEAD_DIM}"
-        return self.why_not(architecture, high, low)
+        formats = tuple(dict.fromkeys((high, low)))
+        if others := [name for name in formats if name not in self.stores]:
+            return f"the kernel multiplies {', '.join(self.stores)}, not {', '.join(others)}"
+        return self.why_not(architecture, {self.stores[name] for name in formats})
 
 
-def _kernel_formats_only(high: str, low: str) -> str | None:
-    others = [name for name in dict.fromkeys((high, low)) if name not in KERNEL_FORMATS]
-    if others:
-        return f"the kernel multiplies {', '.join(KERNEL_FORMATS)}, not {', '.join(others)}"
-    return None
-
-
-def _block_scaled(architecture: str, high: str, low: str) -> str | None:
-    if architecture not in BLOCK_SCALED_ARCHITECTURES:
+def _native(architecture: str, storages: set[Storage]) -> str | None:
+    if Storage.BLOCK in storages and architecture not in BLOCK_SCALED_ARCHITECTURES:
         return f"{architecture} has no block-scaled MMA ({', '.join(BLOCK_SCALED_ARCHITECTURES)} have)"
-    if not has_triton():
-        return "Triton is not installed"
-    return _kernel_formats_only(high, low)
+    return _faithful(architecture, storages)
 
 
-def _emulated(architecture: str, high: str, low: str) -> str | None:
+def _faithful(architecture: str, storages: set[Storage]) -> str | None:
     capability = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else 0
     if capability < _FP8_CAPABILITY:
-        return f"{architecture} has no FP8 conversions (NVIDIA GPUs from sm_{_FP8_CAPABILITY} have)"
-    if not has_triton():
-        return "Triton is not installed"
-    return _kernel_formats_only(high, low)
+        return f"{architecture} has no FP8 MMA (NVIDIA GPUs from sm_{_FP8_CAPABILITY} have)"
+    return None if has_triton() else "Triton is not installed"
 
 
 LOWERINGS = (
-    Lowering("block_scaled", "the fused kernel on native block-scaled MMA", True, _block_scaled),
-    Lowering("emulated", "the fused kernel with products widened to bf16: slow", False, _emulated),
-    Lowering("reference", "torch: exact about the formats, slow", True, lambda *_: None),
+    Lowering("native", "the fused kernel, each format multiplied by its own MMA", NATIVE, _native),
+    Lowering(
+        "faithful",
+        "the fused kernel, block formats re-encoded for FP8 and bf16 MMA: the numbers a B200 would compute",
+        FAITHFUL,
+        _faithful,
+    ),
+    Lowering(
+        "reference",
+        "torch: exact about the formats, slow",
+        dict.fromkeys(FORMATS, Storage.PLAIN),
+        lambda *_: None,
+    ),
 )
 
 
@@ -104,8 +130,6 @@ def choose(architecture: str, head_dim: int, high: str, low: str, lowering: str 
         return Choice(lowering, "asked for")
     refusals = []
     for candidate in LOWERINGS:
-        if not candidate.automatic:
-            continue
         refusal = candidate.refuses(architecture, head_dim, high, low)
         if refusal is None:
             return Choice(candidate.name, "; ".join(refusals) or candidate.description)

@@ -54,6 +54,10 @@ class PrecisionMap:
         """The same map on `device`."""
         return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device))
 
+    def used(self, high: str, low: str) -> tuple[str | None, str | None]:
+        """The formats of HIGH and LOW, None for a class without tiles."""
+        return high if self.has_high else None, low if self.has_low else None
+
 
 def causal_classes(classes: torch.Tensor) -> torch.Tensor:
     """`classes` without the tiles that lie wholly above the diagonal."""

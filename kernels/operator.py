@@ -4,7 +4,9 @@ The operator takes tensors, numbers and names; the plan (the precision map on th
 for each length and kept, so `torch.compile` sees one node and a new length compiles nothing.
 """
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -13,13 +15,27 @@ from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.maps import Class, PrecisionMap, build_map
+from dma_diffusers.kernels.maps import TILE, Class, PrecisionMap, build_map, tiles
 from dma_diffusers.kernels.policies import Dense, Diagonal, Policy
+from dma_diffusers.kernels.quantiser.reference import Rope
 
 
 def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: str = "auto") -> Choice:
     """The lowering that calls on `device` take; raises ValueError as `lowerings.choose` does."""
     return lowerings.choose(lowerings.architecture(device), head_dim, high, low, lowering)
+
+
+class Result(NamedTuple):
+    """What an attention call gives.
+
+    out: `[B, H, Sq, D]` in q's dtype. lse: the natural log-sum-exp, float32 `[B, H, Sq]`; empty unless wanted.
+    inexact_rows: int32 `[1]` on the device, how many rows of q and k are not what their format says because e4m3
+        and one power of two can't hold them (lowering `faithful`); empty where that can't happen.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    inexact_rows: torch.Tensor
 
 
 def attention(
@@ -30,6 +46,8 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     *,
+    q_rope: Rope | None = None,
+    k_rope: Rope | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
     window: int = 128,
@@ -39,23 +57,39 @@ def attention(
     mapped: bool = True,
     lowering: str = "auto",
     return_lse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """Diagonal-tiled mixed-precision attention (DMA, arXiv 2604.03950).
 
-    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, any strides, bf16, fp16 or fp32, D ≤ 256, Hkv dividing H.
-    key_mask: bool `[B, Sk]`, True where a key is seen. scale: of the scores, D^-½ by default.
+    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, bf16, fp16 or fp32, D ≤ 256, Hkv dividing H; any strides under
+    which no two elements share memory.
+    key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
+    scale: of the scores, D^-½ by default, more than 0.
+    q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
     high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`. text_start, text_stop: the text
     tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
-    Returns the output (q's shape and dtype) and the natural log-sum-exp, float32 `[B, H, Sq]` if asked for,
-    else empty. Raises ValueError for what it can't take.
+    Waits for no device. Raises ValueError for what it can't take, before anything is launched.
     """
     _check(q, k, v, key_mask)
+    _check_rope("q", q, q_rope)
+    _check_rope("k", k, k_rope)
     get_format(high), get_format(low)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.dma_diffusers.attention(
-        q, k, v, key_mask, scale, is_causal,
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be finite and more than 0, got {scale}")
+    return Result(*torch.ops.dma_diffusers.attention(
+        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
         high, low, window, sink, text_start, text_stop, mapped, lowering, return_lse,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def aliases(x: torch.Tensor) -> bool:
+    """Whether elements of x share memory, as after `expand`."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _check(q, k, v, key_mask) -> None:
@@ -72,6 +106,34 @@ def _check(q, k, v, key_mask) -> None:
         raise ValueError(
             f"key_mask must be bool [{k.shape[0]}, {k.shape[2]}], got {key_mask.dtype} {list(key_mask.shape)}"
         )
+    devices = [x.device for x in (q, k, v, key_mask) if x is not None]
+    if any(device != q.device for device in devices):
+        raise ValueError(f"q, k, v and key_mask must be on one device, got {', '.join(map(str, devices))}")
+
+
+def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
+    if rope is None:
+        return
+    expected = (x.shape[2], x.shape[3] / 2)
+    for table in rope:
+        if table.shape != expected or table.dtype != torch.float32 or table.device != x.device:
+            raise ValueError(
+                f"{name}_rope must be two float32 tables [S, D/2] for {name} {list(x.shape)} on {x.device}, "
+                f"got {table.dtype} {list(table.shape)} on {table.device}"
+            )
+
+
+def _check_memory(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if aliases(x):
+            raise ValueError(
+                f"elements of {name} share memory (shape {list(x.shape)}, strides {list(x.stride())}): "
+                "give it fewer heads, or make it contiguous"
+            )
+        if x.shape[0] * x.shape[1] * tiles(x.shape[2]) * TILE >= 2**31:
+            raise ValueError(
+                f"{name} {list(x.shape)} has too many rows: heads times tokens must stay below 2^31"
+            )
 
 
 @lru_cache(maxsize=256)
@@ -85,6 +147,10 @@ def _attention(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    q_cos: torch.Tensor | None,
+    q_sin: torch.Tensor | None,
+    k_cos: torch.Tensor | None,
+    k_sin: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     high: str,
@@ -96,22 +162,30 @@ def _attention(
     mapped: bool,
     lowering: str,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop))
+    _check_memory(q, k, v)
     policy = Diagonal(window, sink) if mapped else Dense(Class.HIGH)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
     precision_map = _plan(policy, layout, is_causal, q.device)
-    call = {"key_mask": key_mask, "scale": scale, "is_causal": is_causal}
+    call = {
+        "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
+        "q_rope": None if q_cos is None else (q_cos, q_sin),
+        "k_rope": None if k_cos is None else (k_cos, k_sin),
+    }  # fmt: skip
+    inexact_rows = None
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it would round the scores
             result, lse = reference.attention(q, k, v, precision_map, high, low, **call)
         out = _empty_output(q).copy_(result)
+        lse = lse if return_lse else None
     else:
         from dma_diffusers.kernels.attention import launch
 
-        call |= {"emulated": chosen == "emulated", "return_lse": return_lse}
-        out, lse = launch.attention(q, k, v, precision_map, high, low, **call)
-    return out, lse if return_lse else lse.new_empty(0)
+        call |= {"lowering": chosen, "return_lse": return_lse}
+        out, lse, inexact_rows = launch.attention(q, k, v, precision_map, high, low, **call)
+    empty = torch.empty(0, device=q.device)
+    return out, empty if lse is None else lse, empty.int() if inexact_rows is None else inexact_rows
 
 
 @_attention.register_fake
@@ -120,6 +194,10 @@ def _(
     k,
     v,
     key_mask,
+    q_cos,
+    q_sin,
+    k_cos,
+    k_sin,
     scale,
     is_causal,
     high,
@@ -133,7 +211,9 @@ def _(
     return_lse,
 ):
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-    return _empty_output(q), lse
+    chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
+    counts = chosen == "faithful"
+    return _empty_output(q), lse, q.new_empty(1 if counts else 0, dtype=torch.int32)
 
 
 def _empty_output(q: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Narrowing casts, to nearest even everywhere, and operands of matrix products.
 
 On a GPU these are the hardware's conversions. Triton's interpreter truncates to bfloat16, loses the carry
-of a float8 that rounds up to the next power of two, knows no NaN in float8, and multiplies bfloat16
-matrices as raw integers. There, rounding is done in float32 first, and products are float32.
+of a float8 that rounds up to the next power of two, knows no NaN in float8, multiplies bfloat16 matrices as raw
+integers, and takes E4M3 block scales for E8M0. There, rounding is done in float32 first, and products are float32.
 """
 
 import triton
@@ -12,8 +12,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
-    """float32 x at the given precision. Added to 1.5·2^23 steps, a number loses what lies below one step."""
+def rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
+    """float32 x to nearest even at the given precision. Added to 1.5·2^23 steps, a number loses what lies below one step."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     anchor = tl.maximum(power, SMALLEST_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA_BITS))
     return (x + anchor) - anchor
@@ -31,7 +31,7 @@ def _rounded_to_bf16(x):
 def to_e4m3(x):
     """float32 within ±448 (or NaN) to e4m3."""
     if INTERPRETED:
-        bits = _rounded(x, 3, 2.0**-6).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        bits = rounded(x, 3, 2.0**-6).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         y = tl.where(x == x, bits, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     else:
         y = x.to(tl.float8e4nv)
@@ -42,8 +42,14 @@ def to_e4m3(x):
 def to_e5m2(x):
     """float32 within ±57344 to e5m2."""
     if INTERPRETED:
-        x = _rounded(x, 2, 2.0**-14)
+        x = rounded(x, 2, 2.0**-14)
     return x.to(tl.float8e5)
+
+
+@triton.jit
+def to_bf16(x):
+    """float32 to bfloat16."""
+    return (_rounded_to_bf16(x) if INTERPRETED else x).to(tl.bfloat16)
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def bf16_operand(x):
 @triton.jit
 def e4m3_operand(x):
     """float32 within ±448 to e4m3, for a matrix product."""
-    return _rounded(x, 3, 2.0**-6) if INTERPRETED else x.to(tl.float8e4nv)
+    return rounded(x, 3, 2.0**-6) if INTERPRETED else x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -81,3 +87,15 @@ def loaded_e4m3(x):
         is_nan = (x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
         x = tl.where(is_nan, float("nan"), x.to(tl.float32))
     return x
+
+
+@triton.jit
+def decoded_nvfp4(packed, scales, D: tl.constexpr):
+    """NVFP4 elements [ROWS, D/2] and block scales as a bf16 operand [ROWS, D], exactly."""
+    codes = tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], D)).to(tl.int32)
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    half = mantissa.to(tl.float32) * 0.5
+    value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
+    value = tl.where(codes >= 8, -value, value)
+    value = tl.reshape(value, (packed.shape[0], D // 16, 16)) * scales.to(tl.float32)[:, :, None]
+    return bf16_operand(tl.reshape(value, (packed.shape[0], D)))

@@ -1,23 +1,35 @@
 """The fused attention kernel: contiguous phases of one class each, one online softmax across them.
 
-Written for `tl.dot_scaled` and host tensor descriptors: on Blackwell Q·K is a native block-scaled MMA and the
-descriptors are TMA loads; elsewhere Triton emulates the products. The reference beside this file defines
-what is correct.
+Q·K of a class is a block-scaled MMA (`tl.dot_scaled`), or a plain one of e4m3, int8 or bf16 numbers, as the
+lowering stores its format. Tiles come through tensor descriptors, TMA where there is one. The reference beside
+this file defines what is correct.
 """
 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.rounding import bf16_operand, e4m3_operand, loaded_bf16, loaded_e4m3, to_output
+from dma_diffusers.kernels.attention.exponential import shared_exp2
+from dma_diffusers.kernels.rounding import (
+    INTERPRETED,
+    bf16_operand,
+    decoded_nvfp4,
+    e4m3_operand,
+    loaded_bf16,
+    loaded_e4m3,
+    to_output,
+)
 
 TILE = tl.constexpr(128)
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
 P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Before Triton 3.9, dot_scaled can't start from nothing in a loop.
+STARTS_FROM_NOTHING = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 
 
 @triton.jit
-def _load_scales(descriptor, tile, COLUMNS: tl.constexpr):
+def _load_block_scales(descriptor, tile, COLUMNS: tl.constexpr):
     """The scales of one tile, [128, COLUMNS]."""
     if COLUMNS % 4 == 0:
         scales = tl.reshape(descriptor.load([0, tile, 0, 0, 0]), (1, COLUMNS // 4, 32, 4, 4))
@@ -28,54 +40,90 @@ def _load_scales(descriptor, tile, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _decode_nvfp4(packed, scales, D: tl.constexpr):
-    """NVFP4 to bfloat16, exactly (an e2m1 times an e4m3 has at most six significant bits)."""
-    codes = tl.reshape(tl.join(packed & 15, packed >> 4), (TILE, D)).to(tl.int32)
-    exponent, mantissa = (codes >> 1) & 3, codes & 1
-    half = mantissa.to(tl.float32) * 0.5
-    value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
-    value = tl.where(codes >= 8, -value, value)
-    value = tl.reshape(value, (TILE, D // 16, 16)) * scales.to(tl.float32)[:, :, None]
-    return bf16_operand(tl.reshape(value, (TILE, D)))
+def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
+              BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Q·Kᵀ of one pair of tiles, float32 [ROWS, 128], short of the rows' factors."""
+    if STORAGE == "block":
+        scales = _load_block_scales(k_scales, kv_tile, D // BLOCK)
+        if INTERPRETED and BLOCK == 16:
+            s = tl.dot(decoded_nvfp4(q, q_scales, D), tl.trans(decoded_nvfp4(k, scales, D)))
+        elif STARTS_FROM_NOTHING:
+            s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT)
+        else:
+            accumulator = tl.zeros((q.shape[0], TILE), tl.float32) + zero  # known to be zero at run time only
+            s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT, accumulator)
+    elif STORAGE == "plain":
+        s = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
+    else:
+        if ELEMENT == "int8":
+            s = tl.dot(q, tl.trans(k)).to(tl.float32)
+        else:
+            s = tl.dot(loaded_e4m3(q), tl.trans(loaded_e4m3(k)))
+        s *= tl.load(k_scales + kv_tile.to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
+    return s
 
 
 @triton.jit
-def _scores(q, q_scales, k, k_scales, zero, ELEMENT: tl.constexpr, DECODE: tl.constexpr, D: tl.constexpr):
-    """Q·Kᵀ of one pair of tiles, float32 [128, 128]."""
-    if DECODE:
-        return tl.dot(_decode_nvfp4(q, q_scales, D), tl.trans(_decode_nvfp4(k, k_scales, D)))
-    # Triton 3.6 to 3.8 can't compile a fresh zero accumulator here; one that is zero at run time they can.
-    accumulator = tl.zeros((TILE, TILE), tl.float32) + zero
-    return tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), k_scales, ELEMENT, accumulator)
+def _seen(tile, key_mask, k_length, q_tokens, CAUSAL: tl.constexpr):
+    """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
+    columns = tl.arange(0, TILE)
+    if CAUSAL:
+        seen = columns[None, :] < tl.minimum(q_tokens + 1, k_length)[:, None] - tile * TILE
+    else:
+        seen = (columns < k_length - tile * TILE)[None, :]
+    if key_mask is not None:
+        unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
+        seen = (seen & unmasked) if CAUSAL else unmasked
+    return seen
 
 
 @triton.jit
 def _phase(
-    accumulator, l, m, q, q_scales, factor, k_elements, k_scales, v,
-    batch, kv_head, kv_heads, k_tiles, indices, first, last, key_mask, k_length, q_tokens, zero,
-    ELEMENT: tl.constexpr, BLOCK: tl.constexpr, DECODE: tl.constexpr, LOW_PV: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+    accumulator, l, m, q_elements, q_scales, factors, offset, k_elements, k_scales, v,
+    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, k_length,
+    start, zero,
+    ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    EXP_SHARE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk the KV tiles `indices[first:last]`, all of one class."""
-    for step in tl.range(first, last, num_stages=STAGES):
+    """Walk the KV tiles `indices[first:last]`, all of one class, for queries from `start` on."""
+    head = batch * heads + head_in_batch
+    q_tokens = start + tl.arange(0, ROWS)
+    q = q_elements.load([batch, head_in_batch, start, 0])
+    q = tl.reshape(q, (ROWS, q.shape[3]))
+    if STORAGE == "row":
+        factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+    else:
+        factor = tl.load(factors + head * 2 + LOW) + tl.zeros((ROWS,), tl.float32)
+    if STORAGE == "block":
+        tl.static_assert(ROWS == TILE)
+        q_scales = _load_block_scales(q_scales, head * q_tiles + start // TILE, D // BLOCK)
+    if offset is None or ELEMENT != "bf16":
+        shift = tl.zeros((ROWS,), tl.float32)
+    else:
+        shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+    for step in tl.range(first, last, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
         tile = tl.load(indices + step)
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
-        k = k_elements.load([kv_tile * TILE, 0])
-        scales = _load_scales(k_scales, kv_tile, D // BLOCK)
-        s = _scores(q, q_scales, k, scales, zero, ELEMENT, DECODE, D) * factor
-        if MASKED or KEY_MASK:
-            tokens = tile * TILE + tl.arange(0, TILE)
-            seen = (tl.load(key_mask + tokens) != 0)[None, :] if KEY_MASK else (tokens < k_length)[None, :]
-            if MASKED and CAUSAL:
-                seen = seen & (tokens[None, :] <= q_tokens[:, None])
-            s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1) - P_SHIFT)
-        p = tl.exp2(s - m_new[:, None])
+        k = k_elements.load([batch, kv_head, tile * TILE, 0])
+        k = tl.reshape(k, (TILE, k.shape[3]))
+        s = _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT, STORAGE, BLOCK, D)
+        if MASKED or key_mask is not None:
+            s = tl.where(_seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL), s, float("-inf"))
+        # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add.
+        m_new = tl.maximum(m, tl.max(s, axis=1) * factor - (shift + P_SHIFT))
+        p = shared_exp2(s * factor[:, None] - (m_new + shift)[:, None], EXP_SHARE)
         rescale = tl.exp2(m - m_new)
         l = l * rescale + tl.sum(p, axis=1)
+        rescale = tl.where(
+            l < 0.0, 0.0, rescale
+        )  # never: p is summed before it's needed, or all of it is kept
         accumulator = accumulator * rescale[:, None]
-        if LOW_PV:
-            value = v.load([kv_tile * TILE, 0])
+        if LOW:
+            if V_TRANSPOSED:
+                value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
+            else:
+                value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
             accumulator = tl.dot(e4m3_operand(p), loaded_e4m3(value), accumulator)
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
@@ -88,64 +136,71 @@ def _phase(
 def attend(
     q_high, q_high_scales, k_high, k_high_scales, v_high,
     q_low, q_low_scales, k_low, k_low_scales, v_low,
-    v_scale, factors, indices, bounds, key_mask, out, lse,
+    v_scale, factors, offset, indices, bounds, key_mask, out, lse,
     heads, kv_heads, q_length, k_length, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, zero,
-    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_DECODE: tl.constexpr,
-    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_DECODE: tl.constexpr,
-    CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
+    LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, V_TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    EXP_SHARE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one Q tile of one head.
+    """Attention of ROWS queries of one head.
 
     The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
-    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2]
-    undoes the tensor scales of HIGH and LOW. `key_mask` is uint8 [B, whole tiles], 0 past the keys. A class that
-    the map doesn't use is None.
+    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2] is
+    what products of HIGH and LOW still have to be multiplied by; where rows have scales of their own, those are.
+    `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
+    lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
+    map doesn't use, no smoothing, no key mask, no log-sum-exp wanted.
     """
-    q_tile, head = tl.program_id(0), tl.program_id(1)
-    q_tiles, k_tiles = tl.num_programs(0), tl.cdiv(k_length, TILE)
+    q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
+    blocks = tl.cdiv(q_length, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    start = block * ROWS
     batch, head_in_batch = head // heads, head % heads
     kv_head = head_in_batch // (heads // kv_heads)
-    row = batch * map_stride_b + head_in_batch * map_stride_h + q_tile
-    indices += row.to(tl.int64) * map_length
+    row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
+    indices += row * map_length
     high_end = tl.load(bounds + row * 3)
     low_end = tl.load(bounds + row * 3 + 1)
     end = tl.load(bounds + row * 3 + 2)
-    q_tokens = q_tile * TILE + tl.arange(0, TILE)
+    q_tokens = start + tl.arange(0, ROWS)
     channels = tl.arange(0, D)
-    key_mask += batch.to(tl.int64) * (k_tiles * TILE)
+    if key_mask is not None:
+        key_mask += batch.to(tl.int64) * (k_tiles * TILE)
 
-    q_row = head * q_tiles + q_tile
-    m = tl.full((TILE,), LOWEST, tl.float32)
-    l = tl.zeros((TILE,), tl.float32)
-    accumulator = tl.zeros((TILE, D), tl.float32)
+    m = tl.full((ROWS,), LOWEST, tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)
+    accumulator = tl.zeros((ROWS, D), tl.float32)
     if HIGH is not None:
-        q = q_high.load([q_row * TILE, 0])
-        q_scales = _load_scales(q_high_scales, q_row, D // HIGH_BLOCK)
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
-            batch, kv_head, kv_heads, k_tiles, indices, 0, high_end, key_mask, k_length, q_tokens, zero,
-            HIGH, HIGH_BLOCK, HIGH_DECODE, False, False, CAUSAL, KEY_MASK, D, STAGES,
+            accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, 0, high_end, key_mask, k_length,
+            start, zero,
+            HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D, 0, False, STAGES,
         )  # fmt: skip
     if LOW is not None:
-        v_unit = tl.load(v_scale + (batch * kv_heads + kv_head) * D + channels)[None, :]
-        accumulator = accumulator / v_unit
-        q = q_low.load([q_row * TILE, 0])
-        q_scales = _load_scales(q_low_scales, q_row, D // LOW_BLOCK)
+        v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
+        accumulator = accumulator / tl.load(v_units)[None, :]
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2 + 1), k_low, k_low_scales, v_low,
-            batch, kv_head, kv_heads, k_tiles, indices, high_end, low_end, key_mask, k_length, q_tokens, zero,
-            LOW, LOW_BLOCK, LOW_DECODE, True, False, CAUSAL, KEY_MASK, D, STAGES,
+            accumulator, l, m, q_low, q_low_scales, factors, offset, k_low, k_low_scales, v_low,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, high_end, low_end, key_mask, k_length,
+            start, zero,
+            LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+            EXP_SHARE, WARP_SPECIALIZE, STAGES,
         )  # fmt: skip
-        accumulator = accumulator * v_unit
+        accumulator = (
+            accumulator * tl.load(v_units, volatile=True)[None, :]
+        )  # read anew: not kept over the loop
     if HIGH is not None:
-        q = q_high.load([q_row * TILE, 0])
-        q_scales = _load_scales(q_high_scales, q_row, D // HIGH_BLOCK)
         accumulator, l, m = _phase(
-            accumulator, l, m, q, q_scales, tl.load(factors + head * 2), k_high, k_high_scales, v_high,
-            batch, kv_head, kv_heads, k_tiles, indices, low_end, end, key_mask, k_length, q_tokens, zero,
-            HIGH, HIGH_BLOCK, HIGH_DECODE, False, True, CAUSAL, KEY_MASK, D, MASKED_STAGES,
+            accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, low_end, end, key_mask, k_length,
+            start, zero,
+            HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D, 0, False,
+            MASKED_STAGES,
         )  # fmt: skip
 
     nothing_seen = l == 0.0
@@ -154,5 +209,9 @@ def attend(
     place = place + q_tokens[:, None].to(tl.int64) * out_stride_s + channels[None, :]
     inside = (q_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
     tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
-    log_sum = tl.where(nothing_seen, float("-inf"), m + tl.log2(tl.where(nothing_seen, 1.0, l)))
-    tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)
+    if lse is not None:
+        log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
+        if offset is not None:
+            log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+        log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
+        tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)

@@ -2,36 +2,24 @@
 
 import torch
 import torch.nn.functional as F
-import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention.kernel import attend
-from dma_diffusers.kernels.attention.reference import natural_lse
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.maps import TILE, PrecisionMap, tiles
+from dma_diffusers.kernels.lowerings import LOWERINGS, Storage, architecture
+from dma_diffusers.kernels.maps import TILE, PrecisionMap
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.encode import Operand, encode, encode_value, padded_dim
+from dma_diffusers.kernels.quantiser.encode import (
+    Operand,
+    Stored,
+    encode,
+    encode_value,
+    padded_dim,
+    row_descriptor,
+    scale_descriptor,
+)
+from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.run import Run, run
-
-
-def _stages(dim: int, loads_first: bool, emulated: bool) -> int:
-    """Pipeline stages of a loop, such that on sm_100 operands and scales of every loop have two buffers or more.
-
-    loads_first: whether Triton pipelines small loads (a tile's index, the key mask) ahead of the operands, which
-    takes two stages more: it does in every loop but MASKED without a key mask.
-    """
-    if dim == 256:
-        return 1  # more don't fit shared memory
-    if emulated:
-        return 2
-    return 5 if loads_first else 3
-
-
-def bf16_for_tma(v: torch.Tensor) -> torch.Tensor:
-    """v in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where v has others."""
-    v = v.to(torch.bfloat16)
-    aligned = v.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in v.stride()[:-1])
-    return v if aligned else F.pad(v, (0, -v.shape[-1] % 8)).contiguous()
+from dma_diffusers.kernels.tuning import Tuning, tuning
 
 
 def attention(
@@ -45,58 +33,124 @@ def attention(
     key_mask: torch.Tensor | None,
     scale: float,
     is_causal: bool,
-    emulated: bool,
+    lowering: str,
+    q_rope: Rope | None = None,
+    k_rope: Rope | None = None,
     return_lse: bool = True,
+    target: str | None = None,
     run: Run = run,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The reference's call on the fused kernel, with the map on q's device.
 
-    Only the classes that the map has are encoded and compiled. emulated: the device has no block-scaled MMA.
-    Without `return_lse`, what stands in its place means nothing.
+    Only the classes that the map has are encoded and compiled. lowering: the name of one that has a kernel.
+    target: the architecture to tune for, that of q's device by default.
+    Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
+    their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
     """
-    classes = _classes(precision_map, high, low, emulated)
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
     dim = padded_dim(head_dim)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    stats = quantiser.statistics(q, k, v, scale, filter(None, classes))
-    q_operands = encode(q, classes, stats.q_amax, quantiser.fold(scale), None, run)
-    k_operands = encode(k, classes, stats.k_amax, 1.0, stats.k_mean.contiguous(), run)
-    v_scale = F.pad(stats.v_scale, (0, dim - head_dim), value=1.0).contiguous()
+    formats = precision_map.used(high, low)
+    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
+    classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
+    tuned = tuning(target or architecture(q.device), dim, tuple(c and c.storage for c in classes))
 
-    def operands(index: int) -> list[TensorDescriptor | None]:
-        q_operand, k_operand = q_operands[index], k_operands[index]
-        if q_operand is None:
-            return [None] * 4
-        return [*q_operand.descriptors(), *k_operand.descriptors()]
+    factor = quantiser.fold(scale)
+    mean = quantiser.key_mean(k, k_rope) if quantiser.smooths(*formats) else None
+    q_amax, k_amax = None, None
+    if any(c and c.format.has_tensor_scale for c in classes):
+        q_amax = quantiser.finite_amax(quantiser.rotate(q, q_rope) * factor, (-2, -1))
+        k_amax = quantiser.finite_amax(quantiser.rotate(k, k_rope) - mean, (-2, -1))
+    wants_offset = mean is not None and (return_lse or "bf16" in formats)
+    inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
+    q_operands, offset = _operands(
+        q, classes, q_amax, factor, rope=q_rope, inexact_rows=inexact_rows, run=run,
+        key_mean=mean if wants_offset else None, rounds="bf16" in formats,
+    )  # fmt: skip
+    k_operands, _ = _operands(
+        k, classes, k_amax, 1.0, mean=mean, rope=k_rope, inexact_rows=inexact_rows, run=run
+    )
+    v_high, v_low, v_scale = None, None, None
+    if classes[0]:
+        v_high = row_descriptor(bf16_for_tma(v), TILE, dim)
+    if classes[1]:
+        v_scale = F.pad(quantiser.value_scale(v), (0, dim - head_dim), value=1.0).contiguous()
+        values = encode_value(v, v_scale, tuned.transposed_v, run)
+        v_low = row_descriptor(values, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
 
-    def constants(fmt: str | None) -> list:
-        if fmt is None:
-            return [None, None, False]
-        format = get_format(fmt)
-        return [format.element.name, format.block, decodes_nvfp4 and format.has_tensor_scale]
-
-    # dot_scaled takes E4M3 scales for E8M0 in the interpreter, and asserts on sm_90 before Triton 3.8.
-    decodes_nvfp4 = emulated or triton.knobs.runtime.interpret
-    v_high = classes[0] and TensorDescriptor.from_tensor(bf16_for_tma(v), [1, 1, TILE, dim])
-    v_low = classes[1] and TensorDescriptor.from_tensor(encode_value(v, v_scale, run), [TILE, dim])
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device) if return_lse else None
     indices, bounds = precision_map.indices, precision_map.bounds
     run(
-        attend, (tiles(q_length), batch * heads),
-        *operands(0), v_high, *operands(1), v_low,
-        v_scale, _factors(q_operands, k_operands, batch * heads, q.device), indices, bounds,
-        lse if key_mask is None else _whole_tiles(key_mask), out, lse,
+        attend, (-(-q_length // tuned.rows) * batch * heads,),
+        *_descriptors(q_operands[0], k_operands[0], tuned, dim), v_high,
+        *_descriptors(q_operands[1], k_operands[1], tuned, dim), v_low,
+        v_scale, _factors(classes, q_operands, k_operands, batch * heads, factor, q.device), offset,
+        indices, bounds, None if key_mask is None else _whole_tiles(key_mask), out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
         *out.stride()[:3], 0.0,
-        *constants(classes[0]), *constants(classes[1]),
-        CAUSAL=is_causal, KEY_MASK=key_mask is not None, D=dim,
-        STAGES=_stages(dim, True, emulated), MASKED_STAGES=_stages(dim, key_mask is not None, emulated),
-        num_warps=8, enable_fp_fusion=True,
+        *_constants(classes[0]), *_constants(classes[1]),
+        CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
+        EXP_SHARE=tuned.exp_share, WARP_SPECIALIZE=tuned.warp_specialize,
+        STAGES=tuned.stages, MASKED_STAGES=tuned.stages if key_mask is not None else tuned.masked_stages,
+        num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,
     )  # fmt: skip
-    return out, natural_lse(lse, q, stats.k_mean, scale) if return_lse else lse
+    return out, lse, inexact_rows
+
+
+def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
+    """x in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where x has others."""
+    x = x.to(torch.bfloat16)
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if aligned else F.pad(x, (0, -x.shape[-1] % 8)).contiguous()
+
+
+def _operands(
+    x: torch.Tensor,
+    classes: tuple[Stored | None, Stored | None],
+    amax: torch.Tensor | None,
+    factor: float,
+    **options,
+) -> tuple[list[Operand | None], torch.Tensor | None]:
+    """`encode`, but bf16 is read where the model has it, if nothing has to be done to it."""
+    as_it_is = [c is not None and c.format.name == "bf16" and options["rope"] is None for c in classes]
+    to_encode = tuple(None if is_there else c for c, is_there in zip(classes, as_it_is, strict=True))
+    operands, offset = [None, None], None
+    if any(to_encode) or options.get("key_mean") is not None:
+        operands, offset = encode(x, to_encode, amax, factor, **options)
+    for index in range(2):
+        if as_it_is[index]:
+            operands[index] = Operand(bf16_for_tma(x), None, None)
+    return operands, offset
+
+
+def _descriptors(q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
+    """Elements and scales of q and of k, as the kernel takes them."""
+    if q is None:
+        return [None] * 4
+    arguments = []
+    for operand, rows in ((q, tuned.rows), (k, TILE)):
+        columns = dim // 2 if operand.elements.shape[-1] * 2 == dim else dim
+        is_blocks = operand.elements.dtype == torch.uint8
+        arguments += [
+            row_descriptor(operand.elements, rows, columns),
+            scale_descriptor(operand.scales) if is_blocks else operand.scales,
+        ]
+    return arguments
+
+
+def _constants(stored: Stored | None) -> list:
+    if stored is None:
+        return [None, None, None]
+    format = stored.format
+    if stored.storage is Storage.PLAIN:
+        # only numbers that are the model's own lack the smoothing
+        return [format.name if format.element is None else "bf16 of blocks", "plain", None]
+    if stored.storage is Storage.ROW:
+        return ["int8" if format.name == "int8" else "e4m3", "row", None]
+    return [format.element.name if format.bits != 6 else "e4m3", "block", format.block]
 
 
 def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
@@ -104,22 +158,20 @@ def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
     return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE))
 
 
-def _classes(
-    precision_map: PrecisionMap, high: str, low: str, emulated: bool
-) -> tuple[str | None, str | None]:
-    """The formats of HIGH and LOW, None for a class that is not needed."""
-    # Triton 3.6 miscompiles LOW alone for sm_90 at head_dim 128: from the second tile on, scores are garbage.
-    needs_high = precision_map.has_high or not precision_map.has_low or emulated
-    return high if needs_high else None, low if precision_map.has_low else None
-
-
 def _factors(
-    q: list[Operand | None], k: list[Operand | None], heads: int, device: torch.device
+    classes: tuple[Stored | None, Stored | None],
+    q: list[Operand | None],
+    k: list[Operand | None],
+    heads: int,
+    fold: float,
+    device: torch.device,
 ) -> torch.Tensor:
-    """What undoes the tensor scales of q and k: float32 `[B·H, 2]`, HIGH then LOW."""
+    """What products of q and k have to be multiplied by: float32 `[B·H, 2]`, HIGH then LOW."""
     factors = torch.ones(heads, len(q), device=device)
-    for index, (a, b) in enumerate(zip(q, k, strict=True)):
-        if a and a.tensor_scale is not None:
+    for index, (stored, a, b) in enumerate(zip(classes, q, k, strict=True)):
+        if stored and stored.format.name == "bf16":
+            factors[:, index] = fold
+        elif a and a.tensor_scale is not None:
             factors[:, index] = a.tensor_scale * b.tensor_scale.repeat_interleave(
                 heads // len(b.tensor_scale)
             )

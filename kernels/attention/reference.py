@@ -18,10 +18,6 @@ def _tiled(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, TILE, x.shape[-1])
 
 
-def _operand(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    return x.to(torch.bfloat16).float() if fmt == "bf16" else x
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -33,27 +29,41 @@ def attention(
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    q_rope: quantiser.Rope | None = None,
+    k_rope: quantiser.Rope | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
 
     q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, Hkv dividing H; key_mask bool `[B, Sk]`, True where a key is
-    seen. Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32.
-    A row that sees no key gives zeros and −inf. Source: DMA, arXiv 2604.03950.
+    seen. q_rope, k_rope: q and k are rotated by them first. Returns the output, of q's shape and dtype, and the
+    natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
+    A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards what smoothing
+    takes from those of the other class. Source: DMA, arXiv 2604.03950.
     """
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
     q_tiles, k_tiles = tiles(q_length), tiles(k_length)
-    device = q.device
+    device, dtype = q.device, q.dtype
     scale = head_dim**-0.5 if scale is None else scale
-    stats = quantiser.statistics(q, k, v, scale, (high, low))
+    q, k = quantiser.rotate(q, q_rope), quantiser.rotate(k, k_rope)
+    used = precision_map.used(high, low)
+    mean = quantiser.key_mean(k) if quantiser.smooths(*used) else torch.zeros_like(k[:, :, :1])
+    offset = quantiser.key_offset(q.bfloat16().float() if "bf16" in used else q, mean, scale)
+    folded, smoothed = q * quantiser.fold(scale), k - mean
+    v_scale = quantiser.value_scale(v)
 
-    high_qk = [_operand(quantiser.quantised_q(q, high, scale, stats), high),
-               _operand(quantiser.quantised_k(k, high, stats), high)]  # fmt: skip
-    low_qk = [_operand(quantiser.quantised_q(q, low, scale, stats), low),
-              _operand(quantiser.quantised_k(k, low, stats), low)]  # fmt: skip
-    high_operands = [*map(_tiled, high_qk), _tiled(v.to(torch.bfloat16)).float()]
-    low_operands = [*map(_tiled, low_qk), _tiled(quantiser.quantised_v(v, stats).float())]
-    operands = {Phase.HIGH: high_operands, Phase.LOW: low_operands, Phase.MASKED: high_operands}
+    def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v in tiles, and the factor and the offset that make products scores."""
+        if fmt == "bf16":
+            pair, factor, shift = (q, k), quantiser.fold(scale), offset
+        else:
+            pair, factor, shift = (folded, smoothed), 1.0, torch.zeros_like(offset)
+        pair = [quantiser.quantised(x, fmt, quantiser.finite_amax(x, (-2, -1))) for x in pair]
+        return *map(_tiled, (*pair, values.float())), factor, _tiled(shift[..., None])
+
+    of_high = operands(high, v.to(torch.bfloat16))
+    of_low = operands(low, quantiser.quantised_v(v, v_scale))
+    of_phase = {Phase.HIGH: of_high, Phase.LOW: of_low, Phase.MASKED: of_high}
 
     # One row per (batch, head, Q tile). Within a phase, rows with longer lists come first: the rows that still have
     # a KV tile to visit are then the first `count`.
@@ -69,13 +79,13 @@ def attention(
     m = torch.full((rows, TILE, 1), LOWEST, device=device)
     l = torch.zeros(rows, TILE, 1, device=device)
     accumulator = torch.zeros(rows, TILE, head_dim, device=device)
-    v_unit = stats.v_scale.reshape(-1, 1, head_dim)[row_kv_head]
+    v_unit = v_scale.reshape(-1, 1, head_dim)[row_kv_head]
     start = torch.zeros_like(row)
     for phase in Phase:
         end = bounds[:, phase]
         length, order = (end - start).sort(descending=True, stable=True)
-        phase_q, phase_k, phase_v = operands[phase]
-        phase_q = phase_q[order]
+        phase_q, phase_k, phase_v, factor, shift = of_phase[phase]
+        phase_q, shift = phase_q[order], shift[order]
         if phase is Phase.LOW:
             accumulator = accumulator / v_unit
         m, l, accumulator = m[order], l[order], accumulator[order]
@@ -84,7 +94,7 @@ def attention(
             active = order[:count]
             tile = indices[active, start[active] + step]
             kv_tile = row_kv_head[active] * k_tiles + tile
-            s = phase_q[:count] @ phase_k[kv_tile].mT
+            s = (phase_q[:count] @ phase_k[kv_tile].mT) * factor - shift[:count]
             if phase is Phase.MASKED or key_mask is not None:
                 tokens = tile[:, None] * TILE + inner
                 seen = (tokens < k_length)[:, None, :]
@@ -108,13 +118,6 @@ def attention(
         start = end
 
     out = accumulator / torch.where(l == 0, 1, l)
-    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(q.dtype)
+    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(dtype)
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
-    return out, natural_lse(lse, q, stats.k_mean, scale)
-
-
-def natural_lse(lse: torch.Tensor, q: torch.Tensor, k_mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """From the kernel's log2 of the smoothed scores to the natural log-sum-exp of the call's own scores."""
-    groups = q.shape[1] // k_mean.shape[1]
-    smoothed = (q.float() * k_mean.repeat_interleave(groups, dim=1)).sum(-1) * scale
-    return lse * math.log(2) + smoothed
+    return out, (lse + offset) * math.log(2)

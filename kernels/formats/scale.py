@@ -78,17 +78,22 @@ def _float32(bits: int) -> float:
 
 def encode_e4m3(amax: Tensor, element: Element, tensor_scale: Tensor) -> Tensor:
     """E4M3 codes (uint8) of amax / q_max / tensor_scale, saturated; 0x7F (NaN) where amax is not finite."""
-    return E4M3.encode(amax / element.max / tensor_scale).masked_fill(~amax.isfinite(), 0x7F)
+    return E4M3.encode(_divided(amax, element.max) / tensor_scale).masked_fill(~amax.isfinite(), 0x7F)
 
 
 def fp32_scale(amax: Tensor, element: Element) -> Tensor:
     """amax / q_max (float32); NaN where amax is not finite."""
-    return (amax / element.max).masked_fill(~amax.isfinite(), math.nan)
+    return _divided(amax, element.max).masked_fill(~amax.isfinite(), math.nan)
 
 
 def fp32_tensor_scale(amax: Tensor, element: Element) -> Tensor:
     """amax / (448 · q_max) (float32), never zero: the largest block scale becomes 448."""
-    return (amax / (E4M3.max * element.max)).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    return _divided(amax, E4M3.max * element.max).clamp_min(torch.finfo(torch.float32).smallest_normal)
+
+
+def _divided(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded: on a GPU, torch multiplies by the inverse of a number that is no tensor."""
+    return x / torch.full_like(x, divisor)
 
 
 def decode_scales(scales: Tensor, scale: Scale) -> Tensor:

@@ -1,41 +1,54 @@
 """Runs the quantiser's kernel: from q and k to the operands that the attention kernel's descriptors read."""
 
+import math
 import struct
 from dataclasses import dataclass
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.formats import Format
+from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
+from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
+from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.run import Run, run
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A format and how its numbers are stored."""
+
+    format: Format
+    storage: Storage
+
+    @property
+    def constants(self) -> list:
+        """What the quantiser's kernel compiles in: element, block, storage, q_max and its bits, room in e4m3."""
+        element = self.format.element
+        if element is None:
+            return [self.format.name, None, self.storage.value, 0.0, 0, 0]
+        bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
+        room = math.floor(math.log2(E4M3.max / element.max))
+        return [element.name, self.format.block, self.storage.value, element.max, bits, room]
 
 
 @dataclass(frozen=True)
 class Operand:
     """Q or K in one format, as the MMA reads it.
 
-    elements: uint8 `[heads·tiles·128, D or D/2]`, two e2m1 to a byte.
-    scales: one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
-        `[1, heads·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
-        `[heads·tiles, 128·columns]`.
-    tensor_scale: float32 `[heads]`, None in formats without one.
+    elements: `[B, H, tiles·128, D]`: uint8 as `dot_scaled` reads it (two e2m1 to a byte, D/2), e4m3, int8 or bf16.
+    scales: of blocks, one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
+        `[1, B·H·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
+        `[B·H·tiles, 128·columns]`; of rows, float32 `[B·H·tiles·128]`; None for plain numbers.
+    tensor_scale: float32 `[B·H]`, None in formats without one.
     """
 
     elements: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     tensor_scale: torch.Tensor | None
-
-    def descriptors(self) -> tuple[TensorDescriptor, TensorDescriptor]:
-        """Descriptors that load one tile of elements and one tile of scales."""
-        rows = [TILE, self.elements.shape[1]]
-        one_tile = [1, *self.scales.shape[1:]] if self.scales.ndim == 2 else [1, 1, *self.scales.shape[2:]]
-        return (
-            TensorDescriptor.from_tensor(self.elements, rows),
-            TensorDescriptor.from_tensor(self.scales, one_tile),
-        )
 
 
 def padded_dim(head_dim: int) -> int:
@@ -43,61 +56,95 @@ def padded_dim(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def _empty(fmt: str, heads: int, rows: int, dim: int, x: torch.Tensor, amax: torch.Tensor | None) -> Operand:
-    format = get_format(fmt)
-    columns = dim // format.block
-    row_bytes = dim * format.bits // 8
-    shape = (1, heads * rows, columns // 4, 2, 256) if columns % 4 == 0 else (heads * rows, TILE * columns)
-    scale_dtype = torch.float8_e4m3fn if format.has_tensor_scale else torch.uint8
+def row_descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Loads `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor."""
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
+
+
+def scale_descriptor(scales: torch.Tensor) -> TensorDescriptor:
+    """Loads the block scales of one tile."""
+    one_tile = [1, *scales.shape[1:]] if scales.ndim == 2 else [1, 1, *scales.shape[2:]]
+    return TensorDescriptor.from_tensor(scales, one_tile)
+
+
+def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None) -> Operand:
+    batch, heads, length, head_dim = x.shape
+    dim, rows = padded_dim(head_dim), batch * heads * tiles(length)
+    format, storage = stored.format, stored.storage
     tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
-    return Operand(
-        torch.empty(heads * rows * TILE, row_bytes, dtype=torch.uint8, device=x.device),
-        torch.empty(shape, dtype=torch.uint8, device=x.device).view(scale_dtype),
-        tensor_scale,
-    )
+    element_dtype, columns, scales = torch.bfloat16, dim, None
+    if storage is Storage.ROW:
+        element_dtype = torch.int8 if format.name == "int8" else torch.float8_e4m3fn
+        scales = torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
+    elif storage is Storage.BLOCK:
+        element_dtype, columns, blocks = (
+            torch.uint8,
+            dim // 2 if format.bits == 4 else dim,
+            dim // format.block,
+        )
+        shape = (1, rows, blocks // 4, 2, 256) if blocks % 4 == 0 else (rows, TILE * blocks)
+        scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
+        scales = scales.view(torch.float8_e4m3fn) if format.has_tensor_scale else scales
+    shape = (batch, heads, tiles(length) * TILE, columns)
+    return Operand(torch.empty(shape, dtype=element_dtype, device=x.device), scales, tensor_scale)
 
 
 def encode(
     x: torch.Tensor,
-    formats: tuple[str | None, str | None],
+    classes: tuple[Stored | None, Stored | None],
     amax: torch.Tensor | None,
     factor: float,
-    mean: torch.Tensor | None,
+    *,
+    mean: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
+    rounds: bool = False,
+    rope: Rope | None = None,
+    inexact_rows: torch.Tensor | None = None,
     run: Run = run,
-) -> list[Operand | None]:
-    """(x − mean)·factor in each of `formats` (HIGH, LOW; None where the map has no such tile), in one pass.
+) -> tuple[list[Operand | None], torch.Tensor | None]:
+    """(x − mean)·factor, or in bf16 x itself, for HIGH and LOW (None where nothing is wanted), in one pass.
 
-    x `[B, H, S, D]`, last dimension contiguous; amax `[B, H, 1, 1]` of what is encoded, needed by formats with a
-    tensor scale; mean `[B, H, 1, D]`, contiguous; both float32.
+    x: `[B, H, S, D]`, last dimension contiguous; it is rotated by `rope` first. amax: `[B, H, 1, 1]` of what is
+    encoded, needed by formats with a tensor scale. mean `[B, H, 1, D]`, float32.
+    key_mean: `[B, Hkv, 1, D]`, float32; with it, the second result is factor·x·key_mean, float32
+        `[B·H·tiles·128]`, of x rounded to bf16 if `rounds`.
+    inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
     """
     batch, heads, length, head_dim = x.shape
-    dim, rows = padded_dim(head_dim), tiles(length)
-    operands = [fmt and _empty(fmt, batch * heads, rows, dim, x, amax) for fmt in formats]
+    rows = batch * heads * tiles(length)
+    operands = [stored and _empty(stored, x, amax) for stored in classes]
+    offset = None if key_mean is None else torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
+    cos, sin = rope or (None, None)
     arguments, constants = [], []
-    for fmt, operand in zip(formats, operands, strict=True):
+    for stored, operand in zip(classes, operands, strict=True):
         if operand is None:
             arguments += [None, None, None]
-            constants += [None, None, None, None]
+            constants += [None, None, None, None, None, None]
             continue
-        element = get_format(fmt).element
-        bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
-        arguments += [operand.elements, operand.scales.view(torch.uint8), operand.tensor_scale]
-        constants += [element.name, get_format(fmt).block, element.max, bits]
+        scales = operand.scales
+        if stored.storage is Storage.BLOCK:
+            scales = scales.view(torch.uint8)
+        arguments += [operand.elements, scales, operand.tensor_scale]
+        constants += stored.constants
     run(
-        quantise, (rows, batch * heads),
-        x, mean, factor, *arguments, heads, length, head_dim, *x.stride()[:3], *constants,
-        SMOOTH=mean is not None, D=dim, num_warps=8 if dim == 64 else 16,
+        quantise, (rows,),
+        x, mean, factor, cos, sin, key_mean, offset, *arguments, inexact_rows,
+        heads, 1 if key_mean is None else heads // key_mean.shape[1], length, head_dim, *x.stride()[:3],
+        *(cos.stride() if rope else (0, 0)), *constants,
+        ROUND=rounds, D=padded_dim(head_dim), num_warps=8 if head_dim <= 64 else 16, enable_fp_fusion=False,
     )  # fmt: skip
-    return operands
+    return operands, offset
 
 
-def encode_value(v: torch.Tensor, v_scale: torch.Tensor, run: Run = run) -> torch.Tensor:
-    """v / v_scale in e4m3, `[B·H·tiles·128, D]`; v_scale `[B, H, 1, D]`, float32, padded."""
+def encode_value(v: torch.Tensor, v_scale: torch.Tensor, transposed: bool, run: Run = run) -> torch.Tensor:
+    """v / v_scale in e4m3, `[B, H, tiles·128, D]` or transposed; v_scale `[B, H, 1, D]`, float32, padded."""
     batch, heads, length, head_dim = v.shape
-    dim, rows = padded_dim(head_dim), tiles(length)
-    elements = torch.empty(batch * heads * rows * TILE, dim, dtype=torch.float8_e4m3fn, device=v.device)
+    dim, padded = padded_dim(head_dim), tiles(length) * TILE
+    shape = (batch, heads, dim, padded) if transposed else (batch, heads, padded, dim)
+    elements = torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
     run(
-        quantise_value, (rows, batch * heads),
-        v, v_scale, elements.view(torch.uint8), heads, length, head_dim, *v.stride()[:3], D=dim, num_warps=8,
+        quantise_value, (batch * heads * tiles(length),),
+        v, v_scale, elements.view(torch.uint8), heads, length, head_dim, *v.stride()[:3],
+        TRANSPOSED=transposed, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return elements

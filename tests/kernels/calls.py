@@ -28,6 +28,7 @@ class Call:
     text: tuple[int, int] = (0, 0)
     is_causal: bool = False
     masks_keys: bool = False
+    has_rope: bool = False
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
     seed: int = 0
@@ -59,6 +60,20 @@ class Call:
         if self.masks_keys:
             mask = (torch.rand(self.batch, self.k_length, generator=generator) > 0.3).to(device)
         return q, k, v, mask
+
+    def ropes(
+        self, device: torch.device | str = "cpu"
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The keyword arguments `q_rope` and `k_rope`: queries stand at other places than keys."""
+        if not self.has_rope:
+            return {"q_rope": None, "k_rope": None}
+
+        def tables(length: int, first: float) -> tuple[torch.Tensor, torch.Tensor]:
+            speed = 100.0 ** (-torch.arange(self.head_dim // 2) / (self.head_dim // 2))
+            angles = (first + torch.arange(length))[:, None] * speed
+            return angles.cos().to(device), angles.sin().to(device)
+
+        return {"q_rope": tables(self.q_length, 7.0), "k_rope": tables(self.k_length, 0.0)}
 
     def __str__(self) -> str:
         return self.name or (
@@ -96,22 +111,36 @@ def is_high(call: Call) -> torch.Tensor:
     return high
 
 
+def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Pairs of neighbouring channels as complex numbers, times e^(i·angle)."""
+    if rope is None:
+        return x
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
+    return torch.view_as_real(turned).flatten(-2)
+
+
 def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
     q, k, v = (x.cpu().float() for x in (q, k, v))
+    ropes = call.ropes()
+    q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mean = k.mean(-2, keepdim=True)
+    mean = k.mean(-2, keepdim=True)  # any constant will do
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean
 
     def scores(fmt: str) -> torch.Tensor:
+        if fmt == "bf16":
+            a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
+            return (a @ b.mT) * call.head_dim**-0.5
         tall = [x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed)]
         a, b = (fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), tall, strict=True))
         return (a.double() @ b.double().mT) * math.log(2)
 
     s = torch.where(is_high(call), scores(call.high), scores(call.low))
-    s = s + (q.double() @ mean.double().mT) * call.head_dim**-0.5
+    takes_bf16 = "bf16" in call.map().used(call.high, call.low)
+    s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
     s = s.masked_fill(~seen(call, mask), -math.inf)
     lse = s.logsumexp(-1)
     p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
@@ -153,6 +182,19 @@ NAMED_CALLS = [
     Call(384, 384, 64, low="mxfp8", high="mxfp8_e5m2", name="mxfp8-e5m2"),
     Call(256, 256, 256, name="head-dim-256"),
     Call(130, 260, 160, name="head-dim-160"),
+    Call(384, 384, 128, high="bf16", low="int8", name="bf16-int8"),
+    Call(300, 300, 64, high="bf16", low="fp8", window=0, sink=0, is_causal=True, name="bf16-fp8-causal"),
+    Call(200, 200, 64, high="bf16", low="bf16", dtype=torch.bfloat16, name="bf16-everywhere"),
+    Call(300, 300, 128, high="bf16", low="mxfp4", dtype=torch.bfloat16, tokens_first=True, name="bf16-mxfp4"),
+    Call(300, 300, 64, high="int8", low="fp8", batch=2, masks_keys=True, name="int8-fp8-key-mask"),
+    Call(384, 384, 64, low="mxfp6_e2m3", name="mxfp6-e2m3"),
+    Call(300, 300, 72, low="mxfp6_e3m2", window=0, sink=0, name="mxfp6-e3m2"),
+    Call(384, 384, 64, has_rope=True, name="rope"),
+    Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),
+    Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
+    Call(
+        4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"
+    ),
 ]
 
 
@@ -173,9 +215,11 @@ def random_calls(count: int) -> list[Call]:
             Call(
                 q_length, k_length, pick([40, 64, 72, 128]), batch=pick([1, 2]),
                 heads=kv_heads * pick([1, 2]), kv_heads=kv_heads, window=pick([0, 128, 384]), sink=pick([0, 128]),
-                high=pick(["mxfp8", "mxfp4"]), low=pick(["mxfp4", "mxfp8", "mxfp8_e5m2"]),
+                high=pick(["mxfp8", "mxfp4", "bf16"]),
+                low=pick(["mxfp4", "mxfp8", "mxfp8_e5m2", "int8", "fp8", "mxfp6_e2m3"]),
                 text=pick([(0, 0), (0, min(k_length, 77))]) if not is_cross else (0, 0),
                 is_causal=pick([False, True]), masks_keys=pick([False, False, True]),
+                has_rope=pick([False, False, True]),
                 dtype=pick([torch.float32, torch.bfloat16, torch.float16]),
                 tokens_first=pick([False, True]), seed=seed, name=f"random-{seed}",
             )

@@ -23,11 +23,11 @@ def kernel_device() -> torch.device:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """`torch.empty` full of NaN (bytes: 0xFF, which is NaN in e4m3 and E8M0): what isn't written shows."""
+    """`torch.empty` full of NaN (bytes: 0xFF, which is NaN in e4m3 and E8M0; int8: −128): what isn't written shows."""
     empty = torch.empty
 
     def poisoned_empty(*args, **kwargs):
         x = empty(*args, **kwargs)
-        return x.fill_(0xFF if x.dtype == torch.uint8 else torch.nan)
+        return x.fill_({torch.uint8: 0xFF, torch.int8: -128}.get(x.dtype, torch.nan))
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)

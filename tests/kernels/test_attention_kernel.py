@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, architecture
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
 from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense
 from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2
@@ -16,57 +16,81 @@ from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 
-def launched(q, k, v, precision_map, high, low, **call):
+def launched(q, k, v, precision_map, high, low, lowering="native", **call):
     from dma_diffusers.kernels.attention import launch
 
-    emulated = q.is_cuda and architecture(q.device) not in BLOCK_SCALED_ARCHITECTURES
-    call = {"key_mask": None, "scale": q.shape[-1] ** -0.5, "is_causal": False, "emulated": emulated} | call
-    return launch.attention(q, k, v, precision_map.to(q.device), high, low, **call)
+    call = {"key_mask": None, "scale": q.shape[-1] ** -0.5, "is_causal": False} | call
+    return launch.attention(q, k, v, precision_map.to(q.device), high, low, lowering=lowering, **call)
 
 
-def run(call: Call, device: torch.device, tensors=None):
+def run(call: Call, device: torch.device, tensors=None, lowering="native"):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
-    return launched(q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal)
+    return launched(
+        q, k, v, call.map(), call.high, call.low, lowering,
+        key_mask=mask, is_causal=call.is_causal, **call.ropes(device),
+    )[:2]  # fmt: skip
 
 
 def expected(call: Call, device: torch.device):
     q, k, v, mask = call.tensors(device)
     return reference.attention(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal
-    )
+        q, k, v, call.map(), call.high, call.low,
+        key_mask=mask, is_causal=call.is_causal, **call.ropes(device),
+    )  # fmt: skip
 
 
-def assert_agree(call: Call, device: torch.device, interpreted: float = 1e-4, gpu: float = 2e-3) -> None:
-    out, lse = run(call, device)
+def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device) -> None:
+    """Where there is no block-scaled MMA, Triton widens its operands; Triton 3.6 can't in these cases."""
+    formats = call.map().used(call.high, call.low)
+    blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
+    if lowering != "native" or device.type == "cpu" or not blocks:
+        return
+    if architecture(device) not in BLOCK_SCALED_ARCHITECTURES and ("nvfp4" in blocks or formats[0] is None):
+        pytest.skip("Triton 3.6 asserts on widened NVFP4, and miscompiles LOW alone")
+
+
+def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
+    """In the interpreter only sums differ, in their order; on Hopper, FP8 MMA also keeps few bits of a sum."""
+    skip_what_triton_gets_wrong(call, lowering, device)
+    out, lse = run(call, device, lowering=lowering)
     reference_out, reference_lse = expected(call, device)
     assert out.shape == reference_out.shape and out.dtype == reference_out.dtype
+    is_fp8 = device.type == "cuda" and (call.low == "fp8" or call.low.startswith("mxfp6"))
+    tolerance = (
+        1e-3 if "nvfp4" in (call.high, call.low) else 1e-4
+    )  # its tensor scale multiplies finished sums
+    if device.type == "cuda":
+        tolerance = 1e-2 if is_fp8 else 2e-3
     if call.dtype == torch.bfloat16:  # a difference in float32's last bits may round to the next output
-        gpu += torch.finfo(torch.bfloat16).eps / 4
-    assert relative_l2(out, reference_out) <= (interpreted if device.type == "cpu" else gpu)
+        tolerance += torch.finfo(torch.bfloat16).eps / 4
+    assert relative_l2(out, reference_out) <= tolerance
     assert torch.equal(lse.isinf(), reference_lse.isinf())
     finite = reference_lse.isfinite()
-    torch.testing.assert_close(lse[finite], reference_lse[finite], rtol=1e-5, atol=1e-4)
+    atol = 5e-2 if is_fp8 else 1e-4
+    torch.testing.assert_close(lse[finite], reference_lse[finite], rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("lowering", ["native", "faithful"])
 @pytest.mark.parametrize("call", NAMED_CALLS, ids=str)
-def test_named_calls(call, kernel_device):
-    assert_agree(call, kernel_device)
+def test_named_calls(call, lowering, kernel_device):
+    assert_agree(call, kernel_device, lowering)
 
 
+@pytest.mark.parametrize("lowering", ["native", "faithful"])
 @pytest.mark.parametrize("call", random_calls(100), ids=str)
-def test_random_calls(call, kernel_device):
-    assert_agree(call, kernel_device)
+def test_random_calls(call, lowering, kernel_device):
+    assert_agree(call, kernel_device, lowering)
 
 
+@pytest.mark.parametrize("lowering", ["native", "faithful"])
 @pytest.mark.parametrize(
     "call",
     [Call(512, 512, 128, low="nvfp4"), Call(300, 300, 64, low="nvfp4", window=0, sink=0),
      Call(257, 257, 72, high="nvfp4", low="nvfp4", is_causal=True)],
     ids=str,
 )  # fmt: skip
-def test_nvfp4(call, kernel_device):
-    """The tensor scale is applied to finished sums here, to every element there: last bits differ."""
-    assert_agree(call, kernel_device, interpreted=1e-3)
+def test_nvfp4(call, lowering, kernel_device):
+    assert_agree(call, kernel_device, lowering)
 
 
 def test_maps_of_each_head_and_batch(kernel_device):
@@ -76,7 +100,7 @@ def test_maps_of_each_head_and_batch(kernel_device):
     classes = torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
     classes[0, 0, 0] = Class.SKIP
     precision_map = build_map(classes, call.layout)
-    out, lse = launched(q, k, v, precision_map, "mxfp8", "mxfp4")
+    out, lse, _ = launched(q, k, v, precision_map, "mxfp8", "mxfp4")
     reference_out, reference_lse = reference.attention(q, k, v, precision_map, "mxfp8", "mxfp4")
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
     assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
@@ -126,13 +150,13 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     call = Call(256, 256, 64)
     q, k, v, _ = call.tensors(kernel_device)
     launched(
-        q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout), "mxfp8", "mxfp4", emulated=False,
+        q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout), "mxfp8", "mxfp4",
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
     )  # fmt: skip
     names = [name for name, _ in recorded]
     value_pass = ["quantise_value"] if everywhere == Class.LOW else []
     assert names == ["quantise", "quantise", *value_pass, "attend"]
-    elements = recorded[0][1][3:9:3]
+    elements = recorded[0][1][7:13:3]
     assert [x is None for x in elements] == [everywhere == Class.LOW, everywhere == Class.HIGH]
 
 

@@ -5,16 +5,30 @@ from dma_diffusers.kernels.lowerings import LOWERINGS, architecture, choose
 
 
 @pytest.mark.parametrize("target", ["sm_100", "sm_103", "sm_120"])
-@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"), ("mxfp8_e5m2", "mxfp8")])
-def test_blackwell_runs_block_formats_natively(target, pair):
+@pytest.mark.parametrize(
+    "pair", [("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"), ("mxfp8_e5m2", "mxfp6_e2m3"), ("bf16", "int8")]
+)
+def test_blackwell_runs_every_format_natively(target, pair):
     pytest.importorskip("triton")
-    assert choose(target, 128, *pair).lowering == "block_scaled"
+    assert choose(target, 128, *pair).lowering == "native"
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90"])
+@pytest.mark.parametrize(("pair", "lowering"), [
+    (("bf16", "int8"), "native"), (("bf16", "fp8"), "native"),
+    (("mxfp8", "mxfp4"), "faithful"), (("mxfp8", "nvfp4"), "faithful"), (("bf16", "mxfp6_e3m2"), "faithful"),
+])  # fmt: skip
+def test_hopper_reencodes_block_formats(target, pair, lowering):
+    pytest.importorskip("triton")
+    chosen = choose(target, 128, *pair)
+    assert chosen.lowering == lowering
+    assert lowering == "native" or f"native: {target} has no block-scaled MMA" in chosen.reason
 
 
 @pytest.mark.parametrize(("target", "high", "low", "why"), [
     ("cpu", "mxfp8", "mxfp4", "cpu has no block-scaled MMA"),
-    ("sm_90", "mxfp8", "mxfp4", "sm_90 has no block-scaled MMA"),
-    ("sm_100", "bf16", "int8", "the kernel multiplies mxfp8, mxfp8_e5m2, mxfp4, nvfp4, not bf16, int8"),
+    ("sm_80", "bf16", "int8", "sm_80 has no FP8 MMA"),
+    ("sm_100", "mxfp8", "mxint4", "mxfp4, nvfp4, not mxint4"),
 ])  # fmt: skip
 def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
     chosen = choose(target, 64, high, low)
@@ -22,17 +36,11 @@ def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
     assert why in chosen.reason
 
 
-def test_automatic_choice_never_takes_the_slow_emulation():
-    assert choose("sm_90", 128, "mxfp8", "mxfp4").lowering == "reference"
-    pytest.importorskip("triton")
-    assert choose("sm_90", 128, "mxfp8", "mxfp4", "emulated").lowering == "emulated"
-
-
 @pytest.mark.parametrize(("target", "pair", "lowering", "message"), [
-    ("cpu", ("mxfp8", "mxfp4"), "block_scaled", "lowering block_scaled can't run mxfp8 | mxfp4 on cpu: cpu has no"),
-    ("sm_80", ("mxfp8", "mxfp4"), "emulated", "sm_80 has no FP8 conversions"),
-    ("sm_90", ("mxfp8", "mxint4"), "emulated", "not mxint4"),
-    ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, block_scaled"),
+    ("cpu", ("mxfp8", "mxfp4"), "native", "lowering native can't run mxfp8 | mxfp4 on cpu: cpu has no"),
+    ("sm_80", ("mxfp8", "mxfp4"), "faithful", "sm_80 has no FP8 MMA"),
+    ("sm_90", ("mxfp8", "mxint4"), "faithful", "not mxint4"),
+    ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, native, faithful"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):
     with pytest.raises(ValueError) as error:
@@ -43,7 +51,7 @@ def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):
 def test_no_lowering_takes_a_wide_head():
     for lowering in LOWERINGS:
         assert lowering.refuses("sm_100", 257, "mxfp8", "mxfp4") == "head_dim 257 is more than 256"
-    with pytest.raises(ValueError, match=r"no lowering runs mxfp8 \| mxfp4: block_scaled: head_dim 257"):
+    with pytest.raises(ValueError, match=r"no lowering runs mxfp8 \| mxfp4: native: head_dim 257"):
         choose("sm_100", 257, "mxfp8", "mxfp4")
 
 

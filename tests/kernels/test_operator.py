@@ -15,16 +15,18 @@ from tests.kernels.calls import Call, oracle
 def test_it_is_the_reference_on_this_machine():
     call = Call(300, 300, 64, batch=2, text=(0, 20), tokens_first=True)
     q, k, v, _ = call.tensors()
-    out, lse = operator.attention(q, k, v, text_start=0, text_stop=20, lowering="reference", return_lse=True)
+    out, lse, inexact_rows = operator.attention(
+        q, k, v, text_start=0, text_stop=20, lowering="reference", return_lse=True
+    )
     expected, expected_lse = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")
-    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
-    assert operator.attention(q, k, v, lowering="reference")[1].numel() == 0
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and inexact_rows.numel() == 0
+    assert operator.attention(q, k, v, lowering="reference").lse.numel() == 0
 
 
 def test_unmapped_calls_are_high_everywhere():
     call = Call(400, 400, 64, window=10_000)
     q, k, v, _ = call.tensors()
-    out, _ = operator.attention(q, k, v, mapped=False, lowering="reference")
+    out = operator.attention(q, k, v, mapped=False, lowering="reference").out
     assert torch.equal(out, reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")[0])
     assert not torch.equal(out, operator.attention(q, k, v, lowering="reference")[0])
 
@@ -32,7 +34,7 @@ def test_unmapped_calls_are_high_everywhere():
 def test_no_band_no_sink_no_text_is_low_everywhere():
     call = Call(384, 384, 64, window=0, sink=0)
     q, k, v, _ = call.tensors()
-    _, lse = operator.attention(q, k, v, window=0, sink=0, lowering="reference", return_lse=True)
+    lse = operator.attention(q, k, v, window=0, sink=0, lowering="reference", return_lse=True).lse
     torch.testing.assert_close(lse.double(), oracle(call, q, k, v, None)[1], rtol=2e-5, atol=2e-5)
 
 
@@ -42,7 +44,25 @@ def test_registration(low):
     k = torch.randn(1, 2, 130, 40)
     mask = torch.rand(1, 130) > 0.5
     for return_lse in (False, True):
-        arguments = (q, k, k, mask, 0.1, False, "mxfp8", low, 128, 128, 0, 0, True, "auto", return_lse)
+        ropes = (torch.randn(200, 20), torch.randn(200, 20), None, None)
+        arguments = (
+            q,
+            k,
+            k,
+            mask,
+            *ropes,
+            0.1,
+            False,
+            "mxfp8",
+            low,
+            128,
+            128,
+            0,
+            0,
+            True,
+            "auto",
+            return_lse,
+        )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
 
 
@@ -67,7 +87,7 @@ def test_compiles_to_one_node_and_new_lengths_compile_nothing():
 
 def test_output_lies_as_models_go_on_with_it():
     q = torch.randn(2, 3, 100, 64)
-    out, _ = operator.attention(q, q, q)
+    out = operator.attention(q, q, q).out
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -84,7 +104,16 @@ Q = torch.randn(1, 4, 64, 64)
     ({"high": "fp3"}, "unknown format 'fp3': choose from bf16"),
     ({"window": -1}, "window must be 0 tokens or more, got -1"),
     ({"text_start": 5, "text_stop": 99}, r"text range \(5, 99\) does not lie within the 64 keys"),
-    ({"lowering": "block_scaled"}, "can't run mxfp8"),
+    ({"lowering": "native"}, "can't run mxfp8"),
+    ({"scale": 0.0}, "scale must be finite and more than 0, got 0.0"),
+    ({"scale": -0.1}, "scale must be finite and more than 0, got -0.1"),
+    ({"k": Q[:, :1].expand(-1, 4, -1, -1)}, r"elements of k share memory \(shape \[1, 4, 64, 64\], strides"),
+    ({"v": torch.as_strided(Q, Q.shape, (1, 64, 64, 1))}, "elements of v share memory"),
+    ({"v": Q.to("meta")}, "must be on one device, got cpu, cpu, meta"),
+    ({"key_mask": torch.ones(1, 64, dtype=torch.bool, device="meta")}, "must be on one device"),
+    ({"q_rope": (torch.ones(63, 32), torch.ones(63, 32))}, r"q_rope must be two float32 tables \[S, D/2\] for q"),
+    ({"k_rope": (torch.ones(64, 64), torch.ones(64, 64))}, r"k_rope must be .* got torch.float32 \[64, 64\]"),
+    ({"k_rope": (torch.ones(64, 32).double(),) * 2}, "got torch.float64"),
     ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
      "head_dim 300 is more than 256"),
     ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),
@@ -117,3 +146,31 @@ print(operator.choose(q.device, 64, "mxfp8", "mxfp4").lowering)
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "reference"
+
+
+def test_rope_tables_are_views_of_what_models_have():
+    """Diffusers repeats each angle for both channels of a pair: every other column is the table."""
+    call = Call(130, 130, 64, has_rope=True)
+    q, k, v, _ = call.tensors()
+    ropes = call.ropes()
+    repeated = {
+        name: tuple(table.repeat_interleave(2, -1)[:, ::2] for table in rope) for name, rope in ropes.items()
+    }
+    expected = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", **ropes)[0]
+    assert torch.equal(operator.attention(q, k, v, **repeated).out, expected)
+    assert not torch.equal(operator.attention(q, k, v).out, expected)
+
+
+@pytest.mark.parametrize(("shape", "strides", "expected"), [
+    ((2, 3, 5, 8), None, False), ((2, 3, 5, 8), (120, 8, 24, 1), False), ((2, 1, 5, 8), (40, 0, 8, 1), False),
+    ((2, 3, 5, 8), (40, 0, 8, 1), True), ((1, 1, 5, 8), (0, 0, 4, 1), True), ((1, 1, 1, 1), (0, 0, 0, 0), False),
+])  # fmt: skip
+def test_aliases(shape, strides, expected):
+    x = torch.empty(1000).as_strided(shape, strides) if strides else torch.empty(shape)
+    assert operator.aliases(x) is expected
+
+
+def test_too_many_rows_are_refused():
+    q = torch.empty(2**17, 2**7, 1, 64, device="meta")  # tiles of 128 rows
+    with pytest.raises(ValueError, match="heads times tokens must stay below 2"):
+        operator._check_memory(q, Q, Q)

@@ -3,11 +3,34 @@
 import pytest
 import torch
 
-from dma_diffusers.kernels.formats import get_format, pack
+from dma_diffusers.kernels.formats import fake_quantize, get_format, pack
+from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
 from dma_diffusers.kernels.quantiser import reference
+from tests.kernels.calls import Call, relative_l2, rotated
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
+
+
+def encoded(x, fmt, amax, factor=1.0, mean=None, stores=NATIVE, **options):
+    """One format's operand, through the kernel."""
+    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+
+    return encode(x, (Stored(get_format(fmt), stores[fmt]), None), amax, factor, mean=mean, **options)[0][0]
+
+
+def decoded(data: torch.Tensor, fmt: str) -> torch.Tensor:
+    """Elements of a block format from their bytes, scales left out."""
+    element = get_format(fmt).element
+    nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+    return element.decode(nibbles if element.bits == 4 else data)
+
+
+def numbers_of(operand, head_dim: int) -> torch.Tensor:
+    """The numbers that an operand with row scales or plain numbers stores, float32 `[rows, head_dim]`."""
+    elements = operand.elements.flatten(0, 2).float()
+    scaled = elements if operand.scales is None else elements * operand.scales[:, None]
+    return scaled[:, :head_dim]
 
 
 def tiles_of(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -30,7 +53,7 @@ def plain_scales(operand, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_bytes_equal_the_codec(fmt, length, head_dim, smooth, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import encode, padded_dim
+    from dma_diffusers.kernels.quantiser.encode import padded_dim
 
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(2, 3, length, head_dim, generator=generator)
@@ -40,62 +63,145 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, smooth, kernel_device):
     mean = x.mean(-2, keepdim=True).contiguous() if smooth else None
     value = (x - mean if smooth else x) * 0.3
     amax = value.abs().amax((-2, -1), keepdim=True)
-    operand, other = encode(x, (fmt, None), amax, 0.3, mean)
-    assert other is None
+    operand = encoded(x, fmt, amax, 0.3, mean)
     dim = padded_dim(head_dim)
     per_row = amax.expand(2, 3, -(-length // 128) * 128, 1).reshape(-1, 1)
     expected = pack(tiles_of(value, dim), fmt, tensor_amax=per_row)
     block = 16 if fmt == "nvfp4" else 32
     nonzero = (tiles_of(value, dim).unflatten(-1, (-1, block)) != 0).any(-1)
     assert torch.equal(plain_scales(operand, dim // block)[nonzero], expected.scales[nonzero])
-    magnitude = operand.elements & (0x77 if expected.format.bits == 4 else 0x7F)
-    assert torch.equal(magnitude, expected.data & (0x77 if expected.format.bits == 4 else 0x7F))
-    kept = magnitude != 0
-    assert torch.equal(operand.elements[kept], expected.data[kept])
+    assert torch.equal(
+        decoded(operand.elements.flatten(0, 2), fmt), decoded(expected.data, fmt)
+    )  # zeros may differ in sign
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_block_is_nan_and_no_other(fmt, bad, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import encode
-
     x = torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0)).to(kernel_device)
     amax = reference.finite_amax(x, (-2, -1))
     x[0, 0, 5, 70] = bad
     block = 16 if fmt == "nvfp4" else 32
-    scales = plain_scales(encode(x, (fmt, None), amax, 1.0, None)[0], 128 // block)
+    scales = plain_scales(encoded(x, fmt, amax), 128 // block)
     is_nan = scales == (0x7F if fmt == "nvfp4" else 0xFF)
     assert is_nan[5, 70 // block] and is_nan.sum() == 1
 
 
 def test_both_classes_in_one_pass(kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import encode
+    from dma_diffusers.kernels.quantiser.encode import Stored, encode
 
     x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(1)).to(kernel_device)
-    amax = x.abs().amax((-2, -1), keepdim=True)
-    together = encode(x, ("mxfp8", "mxfp4"), amax, 1.0, None)
-    alone = [encode(x, ("mxfp8", None), amax, 1.0, None)[0], encode(x, (None, "mxfp4"), amax, 1.0, None)[1]]
+    stored = [Stored(get_format(name), Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
+    together, _ = encode(x, tuple(stored), None, 1.0)
+    alone = [encode(x, (stored[0], None), None, 1.0)[0][0], encode(x, (None, stored[1]), None, 1.0)[0][1]]
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
 
 
-def test_values_equal_the_reference(kernel_device):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_equal_the_reference(transposed, kernel_device):
     from dma_diffusers.kernels.quantiser.encode import encode_value
 
     v = torch.randn(2, 2, 300, 64, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
     v[0, 0, 3, 7] = torch.nan
-    stats = reference.statistics(v, v, v, 1.0, ("mxfp8",))
-    encoded = encode_value(v, stats.v_scale.contiguous())
-    expected = tiles_of(reference.quantised_v(v, stats).float(), 64)
-    torch.testing.assert_close(encoded.float(), expected, rtol=0, atol=0, equal_nan=True)
-    assert encoded.float().nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
+    scale = reference.value_scale(v)
+    elements = encode_value(v, scale.contiguous(), transposed).float()
+    elements = (elements.mT if transposed else elements).flatten(0, 2)
+    expected = tiles_of(reference.quantised_v(v, scale).float(), 64)
+    torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
+    assert elements.nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
+def test_rows_equal_the_codec(fmt, length, head_dim, kernel_device):
+    x = torch.randn(2, 3, length, head_dim, generator=torch.Generator().manual_seed(length)).to(kernel_device)
+    x[..., length // 2, :] = 0
+    mean = x.mean(-2, keepdim=True).contiguous()
+    operand = encoded(x, fmt, None, 0.3, mean)
+    expected = tiles_of(fake_quantize((x - mean) * 0.3, fmt), head_dim)
+    assert torch.equal(numbers_of(operand, head_dim), expected)
+    assert operand.scales.isfinite().all() and (operand.scales > 0).all()
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_row_is_nan_and_no_other(fmt, bad, kernel_device):
+    x = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    x[0, 0, 5, 30] = bad
+    is_nan = numbers_of(encoded(x, fmt, None), 64).isnan().any(-1)
+    assert is_nan[5] and is_nan.sum() == 1
+
+
+def spanning(span: int, device: torch.device) -> torch.Tensor:
+    """Rows of two blocks of 32, the second `span` binades under the first."""
+    x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(span))
+    x[..., 0], x[..., 32] = 7.9, 7.9  # blocks reach their format's largest binade
+    x[..., 32:] *= 2.0**-span
+    return x.to(device)
+
+
+@pytest.mark.parametrize(("fmt", "span"), [("mxfp4", 14), ("mxfp6_e2m3", 11), ("mxfp6_e3m2", 9)])
+def test_reencoded_rows_are_the_same_numbers(fmt, span, kernel_device):
+    """As far as the scales of a row's blocks may lie apart (hardware.md: 14 binades for e2m1), and no further."""
+    for distance, is_exact in ((0, True), (span, True), (span + 1, False)):
+        x = spanning(distance, kernel_device)
+        inexact = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+        operand = encoded(x, fmt, None, stores=FAITHFUL, inexact_rows=inexact)
+        numbers, expected = numbers_of(operand, 64), tiles_of(fake_quantize(x, fmt), 64)
+        differs = (numbers != expected).any(-1)
+        assert operand.elements.dtype == torch.float8_e4m3fn
+        assert differs.sum() == inexact.item()
+        assert differs.any().item() is not is_exact
+        assert relative_l2(numbers[:, :32], expected[:, :32]) == 0
+
+
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8_e5m2", "nvfp4"])
+def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
+    x = torch.randn(2, 1, 200, 72, generator=torch.Generator().manual_seed(3)).to(kernel_device)
+    x *= torch.exp2(torch.arange(200.0, device=kernel_device) / 4 - 20)[:, None]
+    amax = x.abs().amax((-2, -1), keepdim=True)
+    operand = encoded(x, fmt, amax, stores=FAITHFUL)
+    numbers = numbers_of(operand, 72).reshape(2, 1, -1, 72)
+    if operand.tensor_scale is not None:
+        numbers = numbers * operand.tensor_scale[:, None, None, None]
+    expected = tiles_of(fake_quantize(x, fmt, tensor_amax=amax), 72).reshape(2, 1, -1, 72)
+    assert relative_l2(numbers, expected) < (1e-6 if fmt == "nvfp4" else 1e-30)
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "bf16"])
+def test_rope_and_offset(fmt, kernel_device):
+    """q is rotated before anything else; the offset is what K's mean contributes to each row's scores."""
+    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+
+    call = Call(130, 130, 40, heads=4, has_rope=True)
+    q, k, _, _ = call.tensors(kernel_device)
+    rope = call.ropes(kernel_device)["q_rope"]
+    turned = rotated(q.cpu(), tuple(table.cpu() for table in rope))
+    mean = k.mean(-2, keepdim=True).contiguous()
+    rounds = fmt == "bf16"
+    stored = Stored(get_format(fmt), FAITHFUL[fmt])
+    count = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    (operand, _), offset = encode(
+        q, (stored, None), None, 0.7, key_mean=mean, rounds=rounds, rope=rope, inexact_rows=count
+    )
+    expected = turned.bfloat16() if rounds else fake_quantize(turned * 0.7, fmt)
+    assert (
+        relative_l2(numbers_of(operand, 40), tiles_of(expected.float(), 40)) < 1e-2
+    )  # ties may fall otherwise
+    rows = turned.bfloat16().double() if rounds else turned.double()
+    expected_offset = (rows * mean.cpu().double().repeat_interleave(2, 1)).sum(-1) * 0.7
+    torch.testing.assert_close(
+        offset.reshape(1, 4, -1)[..., :130].cpu().double(),
+        expected_offset,
+        rtol=1e-4,
+        atol=1e-2 if rounds else 1e-5,
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_ties_go_to_even(fmt, kernel_device):
     """Halfway between every two neighbouring numbers of the element, in blocks whose scale is one."""
-    from dma_diffusers.kernels.quantiser.encode import encode
-
     element, block = get_format(fmt).element, get_format(fmt).block
     codes = torch.arange(2 ** (element.bits - 1), dtype=torch.uint8)
     numbers = element.decode(codes)
@@ -107,11 +213,6 @@ def test_ties_go_to_even(fmt, kernel_device):
     x = torch.zeros(1, 1, len(blocks), 64)
     x[..., :block] = blocks
     amax = torch.full((1, 1, 1, 1), 448.0 * element.max)  # tensor scale one
-    operand = encode(x.to(kernel_device), (fmt, None), amax.to(kernel_device), 1.0, None)[0]
+    operand = encoded(x.to(kernel_device), fmt, amax.to(kernel_device))
     expected = pack(x[0, 0], fmt, tensor_amax=amax[0, 0])
-
-    def numbers(data: torch.Tensor) -> torch.Tensor:
-        nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
-        return element.decode(nibbles if element.bits == 4 else data)
-
-    assert torch.equal(numbers(operand.elements[: len(blocks)].cpu()), numbers(expected.data))
+    assert torch.equal(decoded(operand.elements[0, 0, : len(blocks)].cpu(), fmt), decoded(expected.data, fmt))
