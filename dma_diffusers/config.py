@@ -32,8 +32,9 @@ class DMAConfig:
     dense_layers: attention modules that run with every tile HIGH, as indices into those that are diverted, in
         module order; negative ones count from the end.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
-        down to the torch reference; "fastest" leaves devices that have only the reference to stock; "stock"
-        quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.
+        down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and leaves
+        everything else to stock, because nothing else is shown to be faster; "stock" quantises nothing. A
+        lowering that is named and cannot run raises ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     """
@@ -71,8 +72,8 @@ class DMAConfig:
     def preset(cls, name: str, **changes) -> "DMAConfig":
         """The configuration called `name`, with some fields changed.
 
-        "b200": MXFP8 and MXFP4. "hopper": bf16 and int8. "auto": as "b200" on GPUs whose MMA reads these
-        formats, stock attention elsewhere. "exact": stock attention everywhere; it takes no changes.
+        "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": as
+        "b200" on Blackwell, stock attention elsewhere. "exact": stock attention everywhere; it takes no changes.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
@@ -113,5 +114,10 @@ def _is_integer(value) -> bool:
 
 @torch.compiler.assume_constant_result  # a graph cannot ask a device what it is
 def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str) -> str:
-    choice = lowerings.choose(lowerings.architecture(device), head_dim, high, low)
-    return f"nothing is faster than stock: {choice.reason}" if choice.lowering == "reference" else ""
+    architecture = lowerings.architecture(device)
+    choice = lowerings.choose(architecture, head_dim, high, low)
+    if choice.lowering == "reference":
+        return f"nothing is faster than stock: {choice.reason}"
+    if choice.lowering == "native" and architecture in lowerings.BLOCK_SCALED_ARCHITECTURES:
+        return ""
+    return f"lowering {choice.lowering} is not shown to be faster than stock on {architecture}"

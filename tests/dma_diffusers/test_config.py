@@ -66,6 +66,26 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
     assert "head_dim 264" in auto.why_stock(CPU, 264)
 
 
+@pytest.mark.parametrize(
+    "architecture, formats, reason",
+    [
+        ("sm_100", {}, ""),
+        ("sm_103", {"low": "nvfp4"}, ""),
+        ("sm_120", {"high": "bf16", "low": "int8"}, ""),
+        ("sm_100", {"low": "mxint4"}, "nothing is faster than stock: native: the kernel multiplies"),
+        ("sm_90", {}, "lowering faithful is not shown to be faster than stock on sm_90"),
+        ("sm_90", {"high": "bf16", "low": "int8"}, "lowering native is not shown to be faster than stock"),
+        ("sm_89", {"high": "bf16", "low": "fp8"}, "lowering native is not shown to be faster than stock"),
+        ("sm_80", {"high": "bf16", "low": "int8"}, "nothing is faster than stock: native: sm_80 has no"),
+    ],
+)
+def test_only_blackwell_is_taken_to_be_faster(monkeypatch, architecture, formats, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: architecture)
+    why = DMAConfig.preset("auto", **formats).why_stock(CPU, 128)
+    assert why.startswith(reason) and bool(why) == bool(reason)
+
+
 def test_lists_become_tuples_so_that_a_config_can_be_a_key():
     assert hash(DMAConfig(dense_layers=[0, -1])) == hash(DMAConfig(dense_layers=(0, -1)))
 
