@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections import Counter
 from typing import Any
 
@@ -70,6 +71,7 @@ class Diversion:
         self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.diverted = 0
         self.left: Counter[str] = Counter()
+        self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
         self.device: torch.device | None = None
         self.head_dim = head_dim
         forward.diversions.append(self)
@@ -89,7 +91,7 @@ class Diversion:
         hidden, encoder: tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
         """
         text = self.family.text_range(key.shape[-2], hidden, encoder, self.forward.text_length)
-        reason = self._why_stock(query, key, value, attn_mask, dropout_p, enable_gqa, text)
+        reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if reason:
             self._left(reason)
             return scaled_dot_product_attention(
@@ -98,19 +100,24 @@ class Diversion:
         self._diverted(query)
         config = self.config
         text = text if config.protect_text else (0, 0)
-        out = operator.attention(
+        result = operator.attention(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
             high=config.high, low=config.low, window=config.window, sink=config.sink,
             text_start=text[0], text_stop=text[1], mapped=self.mapped, lowering=config.operator_lowering,
-        ).out  # fmt: skip
-        return out
+        )  # fmt: skip
+        self._count_inexact(result.inexact_rows)
+        return result.out
 
     def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
-        """What the module of this name runs on the device of its last call, or else on `device`, and why."""
+        """What the module of this name runs on the device of its last call, or else on `device`, and why.
+
+        Waits for a device that has counted inexact rows.
+        """
         lowering, reason = self._choice(self.device or device)
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.diverted, dict(self.left), architecture(self.device or device),
+            sum(int(rows) for rows in self.inexact_rows),
         )  # fmt: skip
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
@@ -133,11 +140,13 @@ class Diversion:
         sigma = self.config.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
 
-    def _why_stock(self, query, key, value, attn_mask, dropout_p, enable_gqa, text) -> str:
+    def _why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
         """Why one call is left to stock; empty if it is not."""
         tensors = (query, key, value)
         if any(x.ndim != 4 or x.dtype not in DTYPES for x in tensors) or value.shape[-1] != query.shape[-1]:
             return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
+        if query.shape[0] != key.shape[0] or key.shape != value.shape:
+            return "q, k and v of different batches, or k and v of different heads"
         if query.shape[-2] != key.shape[-2]:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
@@ -150,6 +159,10 @@ class Diversion:
             return "fewer heads of keys than of queries, without enable_gqa"
         if attn_mask is not None and not _masks_keys(attn_mask, key):
             return "a mask that is not boolean over keys alone"
+        if scale is not None and not 0 < scale < math.inf:
+            return "a scale that is not a positive number"
+        if any(_shares_memory(x) for x in tensors):
+            return "elements of q, k or v share memory, as after expand"
         if dropout_p > 0:
             return "dropout"
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -169,6 +182,20 @@ class Diversion:
             self.diverted += 1
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)
+
+    def _count_inexact(self, rows: torch.Tensor) -> None:
+        """Adds up on the device, which nothing waits for."""
+        # Inductor makes no CUDA graph of what changes its inputs, so compiled graphs leave the sum alone.
+        if torch.compiler.is_compiling() or not rows.numel():
+            return
+        total = next((total for total in self.inexact_rows if total.device == rows.device), None)
+        if total is None:
+            if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+                return  # a sum made here would be the graph's, and say nothing until it is replayed
+            with torch.inference_mode(False):  # a tensor made in that mode could not be changed outside it
+                total = torch.zeros(1, dtype=torch.int64, device=rows.device)
+            self.inexact_rows.append(total)
+        total += rows
 
     def _announce(self, device: torch.device) -> None:
         if not self.forward.announced:
@@ -192,6 +219,13 @@ class Diverting(TorchFunctionMode):
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # torch.compile of PyTorch 2.11 cannot trace the method inside a mode
         return func(*args, **kwargs)
+
+
+def _shares_memory(x: torch.Tensor) -> bool:
+    """Whether elements of x share memory; in a compiled graph, whether it was expanded."""
+    if torch.compiler.is_compiling():  # to order strides would tie the graph to their order
+        return any(stride == 0 and size != 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return operator.aliases(x)
 
 
 def _masks_keys(mask: torch.Tensor, key: torch.Tensor) -> bool:

@@ -14,7 +14,9 @@ class ModuleReceipt:
     lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
     high, low, policy: what was asked for; None for a module that keeps its stock processor.
     reason: why that lowering.
-    diverted: calls taken by the operator. left: calls left to stock, by reason. Neither counts calls inside a
+    diverted: calls taken by the operator. left: calls left to stock, by reason. inexact_rows: rows of q and k
+        (one token of one head each), summed over calls, that were not stored as their format says, because the
+        scales of their blocks are too far apart for lowering "faithful". None of them counts calls inside a
         compiled graph.
     """
 
@@ -27,6 +29,7 @@ class ModuleReceipt:
     diverted: int = 0
     left: dict[str, int] = field(default_factory=dict)
     architecture: str | None = None
+    inexact_rows: int = 0
 
     def __str__(self) -> str:
         if self.lowering == "stock":
@@ -55,4 +58,9 @@ class Receipt:
             left = sum((Counter(member.left) for member in members), Counter())
             lines.append(f"  {sum(member.diverted for member in members)} calls diverted")
             lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
+            if inexact := sum(member.inexact_rows for member in members):
+                lines.append(
+                    f"  {inexact} rows of q and k lost small numbers that {members[0].high}|{members[0].low} "
+                    "would keep: the scales of their blocks are too far apart for FP8"
+                )
         return "\n".join(lines)

@@ -148,6 +148,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "reason": "asked for",
         "diverted": 2,
         "left": {},
+        "inexact_rows": 0,
     }
     assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference on cpu: asked for" in str(receipt)
 
@@ -175,10 +176,54 @@ def test_the_report_counts_calls_left_to_stock():
     assert "2 calls left to stock: fewer than 400 keys" in str(report(pipe))
 
 
+def test_the_report_says_how_many_rows_are_inexact(pipe, monkeypatch):
+    genuine, calls = operator.attention, []
+
+    def attention(*args, **kwargs):
+        calls.append(len(calls))
+        rows = torch.tensor([len(calls)], dtype=torch.int32)
+        return genuine(*args, **kwargs)._replace(inexact_rows=rows)
+
+    apply(pipe)
+    draw(pipe)
+    assert "rows of q and k" not in str(report(pipe))
+    monkeypatch.setattr(operator, "attention", attention)
+    draw(pipe)
+    receipt = report(pipe)
+    assert [module.inexact_rows for module in receipt.modules] == [1 + 4, 2 + 5, 3 + 6]
+    assert "21 rows of q and k lost small numbers that mxfp8|mxfp4 would keep" in str(receipt)
+    assert json.loads(json.dumps(receipt.to_dict()))["modules"][0]["inexact_rows"] == 5
+    apply(pipe)
+    assert {module.inexact_rows for module in report(pipe).modules} == {0}
+
+
+class OneHead(torch.nn.Module):
+    """The norm of the first head in the place of every head's."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x[:, :1]).expand(x.shape)
+
+
+def test_keys_that_share_memory_are_left_to_stock():
+    pipe = tiny_pipelines.sd3()
+    attention = pipe.transformer.transformer_blocks[0].attn2  # its keys go from the norm to attention
+    attention.norm_k = OneHead(attention.norm_k)
+    apply(pipe)
+    draw(pipe)
+    reasons = {module.module: list(module.left) for module in report(pipe).modules if module.left}
+    assert reasons == {
+        "transformer.transformer_blocks.0.attn2": ["elements of q, k or v share memory, as after expand"]
+    }
+
+
 def test_the_report_knows_lowerings_before_the_first_call(pipe):
     apply(pipe)
     assert {module.lowering for module in report(pipe).modules} == {"reference"}
-    apply(pipe, lowering="block_scaled")
+    apply(pipe, lowering="native")
     assert {module.lowering for module in report(pipe).modules} == {"none"}
     assert "no block-scaled MMA" in report(pipe).modules[0].reason
 

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from dma_diffusers import apply
+from dma_diffusers import DMAConfig, apply, report
+from dma_diffusers.divert import Diversion, Diverting, Forward
+from dma_diffusers.families import Family
+from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
 from tests.tiny_pipelines import draw
 
@@ -82,6 +86,51 @@ def test_models_left_to_stock_compile_too(dynamic):
     pipe.transformer.compile(backend=graphs, fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(draw(pipe), eager)
     assert set(graphs.nodes) == {0}
+
+
+class Call(torch.nn.Module):
+    """One attention call, keys a single head in the place of all."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        family = Family("none")
+        config = DMAConfig(min_length=0)
+        self.diversion = Diversion(config, family, Forward(self, family, None), False, None)
+        self.fields = fields
+
+    def forward(self, q, k, v):
+        with Diverting(self.diversion, q.transpose(1, 2), None):
+            return scaled_dot_product_attention(q, k.expand(q.shape), v, **self.fields)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("heads, fields, nodes", [(1, {}, 0), (4, {}, 1), (4, {"scale": -0.3}, 0)])
+def test_calls_that_the_operator_refuses_are_stock_in_a_graph_too(heads, fields, nodes, dynamic):
+    call, graphs = Call(**fields), Graphs()
+    compiled = torch.compile(call, backend=graphs, fullgraph=True, dynamic=dynamic)
+    for length in (137, 150, 200):
+        q, v = (torch.randn(2, 4, length, 40, dtype=torch.bfloat16) for _ in range(2))
+        k = torch.randn(2, heads, length, 40, dtype=torch.bfloat16)
+        assert torch.equal(compiled(q, k, v), call(q, k, v))
+    assert set(graphs.nodes) == {nodes}
+    assert len(graphs.nodes) <= 2  # a first length, and any other
+
+
+def test_inexact_rows_are_not_counted_in_a_graph(monkeypatch):
+    genuine = operator.attention
+
+    def attention(*args, **kwargs):
+        result = genuine(*args, **kwargs)
+        return result._replace(inexact_rows=torch.ones(1, dtype=torch.int32))
+
+    monkeypatch.setattr(operator, "attention", attention)
+    pipe = tiny_pipelines.flux()
+    apply(pipe)
+    graphs = Graphs()
+    pipe.transformer.compile(backend=graphs, fullgraph=True)
+    draw(pipe)
+    assert [nodes for nodes in graphs.nodes if nodes] == [LAYERS["flux"]]
+    assert {module.inexact_rows for module in report(pipe).modules} == {0}
 
 
 def test_a_model_that_was_wrapped_by_torch_compile_is_found():

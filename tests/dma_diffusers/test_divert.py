@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig
 from dma_diffusers.divert import Diversion, Diverting, Forward
@@ -79,6 +80,9 @@ LEFT = {
     "mask of each query": ({"attn_mask": padding()[:, None, :, None] & padding()[:, None, None]}, "mask"),
     "mask of each head": ({"attn_mask": padding()[:, None, None].repeat(1, H, 1, 1)}, "mask"),
     "dropout": ({"dropout_p": 0.5}, "dropout"),
+    "scale of zero": ({"scale": 0.0}, "a scale that is not a positive number"),
+    "negative scale": ({"scale": -0.3}, "a scale that is not a positive number"),
+    "scale that is no number": ({"scale": float("nan")}, "a scale that is not a positive number"),
 }
 
 
@@ -96,9 +100,20 @@ def test_what_is_left_to_stock_is_stock(name):
     assert [calls for key, calls in taken.left.items() if reason in key] == [1]
 
 
+def expanded(which: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v, one of them a single head in the place of all."""
+    return tuple(x[:, :1].expand(x.shape) if index == which else x for index, x in enumerate(qkv()))
+
+
 @pytest.mark.parametrize(
     "tensors, fields, reason",
     [
+        (expanded(0), {}, "share memory"),
+        (expanded(1), {}, "share memory"),
+        (expanded(2), {}, "share memory"),
+        (tuple(x[:1].expand(x.shape) for x in qkv()), {}, "share memory"),
+        ((*qkv()[:2], qkv()[2].as_strided((B, H, S, D), (H * S, S, 1, 1))), {}, "share memory"),
+        ((qkv()[0], *(x[:1] for x in qkv()[1:])), {}, "different batches"),
         (qkv(keys=S + 1), {}, "cross-attention"),
         (qkv(), {"min_length": S + 1}, f"fewer than {S + 1} keys"),
         (qkv(head_dim=264), {"lowering": "fastest"}, "head_dim 264 is more than 256"),
@@ -106,7 +121,7 @@ def test_what_is_left_to_stock_is_stock(name):
         (tuple(x[0] for x in qkv()), {}, "[batch, heads, tokens, head_dim]"),
         (tuple(x.requires_grad_() for x in qkv()), {}, "gradients"),
         (qkv(), {"lowering": "stock"}, "exact"),
-        (qkv(), {"lowering": "fastest"}, "block-scaled MMA"),
+        (qkv(), {"lowering": "fastest"}, "nothing is faster than stock: native: cpu has no block-scaled MMA"),
     ],
 )
 def test_calls_that_dma_does_not_take(tensors, fields, reason):
@@ -116,6 +131,12 @@ def test_calls_that_dma_does_not_take(tensors, fields, reason):
     assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
     assert taken.diverted == 0
     assert [calls for key, calls in taken.left.items() if reason in key] == [1]
+
+
+def test_one_expanded_head_is_no_shared_memory():
+    taken, (q, k, v) = diversion(), qkv(kv_heads=1)
+    run(taken, q, k.expand(B, 1, S, D), v, enable_gqa=True)
+    assert taken.diverted == 1
 
 
 def test_calls_without_gradients_are_taken_even_if_weights_have_them():
@@ -128,8 +149,8 @@ def test_calls_without_gradients_are_taken_even_if_weights_have_them():
 def test_an_explicit_lowering_that_cannot_run_raises():
     with pytest.raises(ValueError, match="head_dim"):
         run(diversion(lowering="reference"), *qkv(head_dim=264))
-    with pytest.raises(ValueError, match="block_scaled can't run"):
-        run(diversion(lowering="block_scaled"), *qkv())
+    with pytest.raises(ValueError, match="native can't run"):
+        run(diversion(lowering="native"), *qkv())
 
 
 def test_a_guider_that_skips_attention_scores_still_does():
@@ -170,8 +191,8 @@ def test_text_is_high_unless_that_is_switched_off(protected):
     with Diverting(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
         out = F.scaled_dot_product_attention(q, k, v)
     text_stop = 84 if protected else 0
-    expected, _ = operator.attention(q, k, v, window=0, sink=0, text_stop=text_stop)
-    other, _ = operator.attention(q, k, v, window=0, sink=0, text_stop=84 - text_stop)
+    expected = operator.attention(q, k, v, window=0, sink=0, text_stop=text_stop).out
+    other = operator.attention(q, k, v, window=0, sink=0, text_stop=84 - text_stop).out
     assert torch.equal(out, expected) and not torch.equal(out, other)
     assert ("without protected text" in taken.receipt("attn", q.device).policy) == (not protected)
 
@@ -179,3 +200,57 @@ def test_text_is_high_unless_that_is_switched_off(protected):
 def test_a_head_that_no_lowering_takes_raises_unless_the_choice_is_automatic():
     with pytest.raises(ValueError, match="head_dim 264 is more than 256"):
         run(diversion(), *qkv(head_dim=264))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a number off a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def inexact(monkeypatch):
+    """Sets how many inexact rows each further call of the operator counts, as lowering `faithful` does."""
+    genuine, counts = operator.attention, []
+
+    def attention(*args, **kwargs):
+        with (
+            torch.utils._python_dispatch._disable_current_modes()
+        ):  # what the operator reads is its own affair
+            result = genuine(*args, **kwargs)
+        return result._replace(inexact_rows=torch.tensor([counts.pop(0)], dtype=torch.int32))
+
+    monkeypatch.setattr(operator, "attention", attention)
+    return counts
+
+
+def test_inexact_rows_are_summed_without_waiting_for_them(inexact):
+    taken, other = diversion(), diversion()
+    inexact += [3, 0, 2**31 - 1, 1]
+    with NoWaiting():
+        for _ in range(3):
+            run(taken, *qkv())
+        run(other, *qkv())
+    with pytest.raises(AssertionError), NoWaiting():
+        taken.receipt("attn", torch.device("cpu"))
+    assert taken.receipt("attn", torch.device("cpu")).inexact_rows == 2**31 + 2
+    assert other.receipt("attn", torch.device("cpu")).inexact_rows == 1
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_inexact_rows_are_summed_in_and_out_of_inference_mode(inexact, modes):
+    taken = diversion()
+    inexact += [3, 4]
+    for mode in modes:
+        with torch.inference_mode(mode):
+            run(taken, *qkv())
+    assert taken.receipt("attn", torch.device("cpu")).inexact_rows == 7
+
+
+def test_lowerings_that_store_every_row_exactly_count_none():
+    taken = diversion()
+    run(taken, *qkv())
+    assert (taken.diverted, taken.inexact_rows) == (1, [])
+    assert taken.receipt("attn", torch.device("cpu")).inexact_rows == 0
