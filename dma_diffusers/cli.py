@@ -60,7 +60,8 @@ def generate(
     window: Tokens = None,
     sink: Tokens = None,
     lowering: Annotated[
-        str | None, typer.Option(help="How the formats run; `doctor` lists the ways.")
+        str | None,
+        typer.Option(help="auto, fastest, stock, native, faithful or reference; `doctor` says which run."),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -134,9 +135,10 @@ def doctor(as_json: Json = False) -> None:
         f"torch {findings['torch']}, triton {findings['triton'] or 'absent'}, {findings['gpu'] or 'no GPU'}"
     )
     rows = [
-        (found["name"], "yes" if found["runs"] else "no", found["reason"]) for found in findings["lowerings"]
+        (found["formats"], found["name"], "yes" if found["runs"] else "no", found["reason"])
+        for found in findings["lowerings"]
     ]
-    _print_table(("lowering", "runs", "why"), rows)
+    _print_table(("formats", "lowering", "runs", "why"), rows)
 
 
 @app.command("compile")

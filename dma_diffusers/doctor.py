@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.config import DMAConfig
 from dma_diffusers.kernels.lowerings import LOWERINGS, Lowering, architecture
 
-_CALL = {"head_dim": 128, "high": "mxfp8", "low": "mxfp4"}
+_HEAD_DIM = 128
+_PRESETS = ("b200", "hopper")
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, the GPU, and for every lowering whether it runs DMA's default here, with the reason in words.
+    """Versions, the GPU, and whether each lowering runs the formats of each preset here, and why, in words.
 
     A version is None where the package is absent, `gpu` where there is none.
     """
@@ -19,7 +21,11 @@ def diagnose() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "lowerings": [_diagnose(lowering, architecture(device)) for lowering in LOWERINGS],
+        "lowerings": [
+            _diagnose(lowering, architecture(device), DMAConfig.preset(preset))
+            for preset in _PRESETS
+            for lowering in LOWERINGS
+        ],
     }
 
 
@@ -31,6 +37,11 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def _diagnose(lowering: Lowering, architecture: str) -> dict[str, Any]:
-    refusal = lowering.refuses(architecture, **_CALL)
-    return {"name": lowering.name, "runs": refusal is None, "reason": refusal or lowering.description}
+def _diagnose(lowering: Lowering, architecture: str, config: DMAConfig) -> dict[str, Any]:
+    refusal = lowering.refuses(architecture, _HEAD_DIM, config.high, config.low)
+    return {
+        "formats": f"{config.high}|{config.low}",
+        "name": lowering.name,
+        "runs": refusal is None,
+        "reason": refusal or lowering.description,
+    }

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dma_diffusers.cli import main
+from dma_diffusers.config import CHOICES
+from dma_diffusers.kernels.lowerings import LOWERINGS
 from tests.pipelines.saved_flux import CALL, save_flux
 from tests.tiny_pipelines import flux
 
@@ -159,8 +161,8 @@ BAD_INPUT = {
     "negative sink": (("--sink", "-1"), "sink"),
     "unknown lowering": (("--lowering", "no-such-lowering"), "unknown lowering 'no-such-lowering'"),
     "formats that the lowering does not run": (
-        ("--lowering", "block_scaled", "--low", "mxint4"),
-        r"can't run mxfp8 \| mxint4 on \w+: (\w+ has no block-scaled MMA|the kernel multiplies .*, not mxint4)",
+        ("--lowering", "native", "--low", "mxint4"),
+        r"lowering native can't run mxfp8 \| mxint4 on \w+: the kernel multiplies .*, not mxint4",
     ),
     "exact with formats": (("--preset", "exact", "--low", "mxfp4"), "exact"),
     "model folder that is no pipeline": (("--model", str(ROOT / "tests")), "model_index.json"),
@@ -267,12 +269,28 @@ def test_doctor_says_why(monkeypatch, capsys):
     findings = json.loads(output)
     assert code == 0
     assert set(findings) == {"torch", "triton", "gpu", "lowerings"}
-    by_name = {lowering.pop("name"): lowering for lowering in findings["lowerings"]}
-    assert by_name["reference"]["runs"]
-    assert all(set(lowering) == {"runs", "reason"} and lowering["reason"] for lowering in by_name.values())
+    found = {(row.pop("formats"), row.pop("name")): row for row in findings["lowerings"]}
+    pairs, names = ("mxfp8|mxfp4", "bf16|int8"), ("native", "faithful", "reference")
+    assert list(found) == [(pair, name) for pair in pairs for name in names]
+    assert all(set(row) == {"runs", "reason"} and row["reason"] for row in found.values())
+    assert all(found[pair, "reference"]["runs"] for pair in pairs)
     if findings["gpu"] is None:
-        assert not by_name["block_scaled"]["runs"]
-        assert "sm_100" in by_name["block_scaled"]["reason"]
+        assert not any(found[pair, name]["runs"] for pair in pairs for name in names[:2])
+        assert "sm_100" in found["mxfp8|mxfp4", "native"]["reason"]
+
+
+def test_doctor_on_hopper(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("dma_diffusers.doctor.architecture", lambda device: "sm_90")
+    _, output, _ = run(monkeypatch, capsys, "doctor", "--json")
+    runs = {(row["formats"], row["name"]): row["runs"] for row in json.loads(output)["lowerings"]}
+    assert [row for row, can in runs.items() if not can] == [("mxfp8|mxfp4", "native")]
+
+
+def test_help_names_every_lowering(monkeypatch, capsys):
+    code, output, _ = run(monkeypatch, capsys, "generate", "--help")
+    assert code == 0
+    assert all(re.search(rf"\b{name}\b", output) for name in (*CHOICES, *(way.name for way in LOWERINGS)))
 
 
 def test_doctor_in_words(monkeypatch, capsys):
