@@ -33,8 +33,8 @@ class DMAConfig:
         module order; negative ones count from the end.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and leaves
-        everything else to stock, because nothing else is shown to be faster; "stock" quantises nothing. A
-        lowering that is named and cannot run raises ValueError when the model is called.
+        other calls to stock; "stock" quantises nothing. A lowering that is named and cannot run raises
+        ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     """
