@@ -17,6 +17,7 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	$(PYTEST) | $(SOME_PASSED)
 	TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
+	TRITON_INTERPRET=1 $(PYTEST) -m fuzz | $(SOME_PASSED)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

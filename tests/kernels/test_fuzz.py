@@ -1,0 +1,384 @@
+"""Whole calls drawn by Hypothesis: the fused kernel gives what the reference gives, and touches nothing else.
+
+FUZZ_CALLS calls (2,000 by default), always the same ones; another FUZZ_SEED draws others. They are spread over
+SHARDS tests, for `pytest -n` (pytest-xdist). A failure prints the smallest call found that still fails.
+"""
+
+import itertools
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from random import Random
+
+import pytest
+import torch
+from hypothesis import Phase, assume, given, seed, settings
+from hypothesis import strategies as st
+
+from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    FAITHFUL,
+    NATIVE,
+    Storage,
+    architecture,
+)
+from dma_diffusers.kernels.maps import TILE, Class, PrecisionMap, build_map, tiles
+from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.tuning import tuning
+from tests.kernels.calls import Call, seen
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
+
+SHARDS = 20
+CALLS = int(os.environ.get("FUZZ_CALLS", "2000"))
+SEED = os.environ.get("FUZZ_SEED", "0")
+COMBINATIONS = 200  # that a GPU compiles kernels for, at seconds each
+GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 256
+
+STORES = {"native": NATIVE, "faithful": FAITHFUL}
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 255, 256, 257]
+LONG_EDGES = [*EDGES, 384, 511, 513, 897, 1024, 1281, 1500]
+HEAD_DIMS = [40, 64, 72, 96, 128]
+
+
+def rows(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One row in ten."""
+    return torch.rand(x.shape[:3], generator=generator)[..., None] < 0.1
+
+
+def channels(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One channel in ten."""
+    return torch.rand(x.shape[-1], generator=generator) < 0.1
+
+
+CONTENTS = {
+    "ordinary": lambda x, _: x,
+    "tiny": lambda x, _: x * 2.0**-10,
+    "large": lambda x, _: x * 2.0**10,
+    "zeros": lambda x, _: x * 0.0,
+    "zero rows": lambda x, generator: x.masked_fill(rows(x, generator), 0.0),
+    "huge rows": lambda x, generator: torch.where(rows(x, generator), 32.0 * x, x),
+    "outlier channels": lambda x, generator: torch.where(channels(x, generator), 32.0 * x, x),
+    "constant added": lambda x, generator: x + 8 * torch.randn(x.shape[-1], generator=generator),
+    "few bits": lambda x, _: (4 * x).round() / 4,
+}
+# Never both large: of scores in the thousands float32 loses thousandths, and of their probabilities as much.
+CONTENTS_OF_Q_AND_K = [
+    ("ordinary", "ordinary"), ("ordinary", "constant added"), ("ordinary", "outlier channels"),
+    ("ordinary", "huge rows"), ("ordinary", "zero rows"), ("ordinary", "few bits"), ("ordinary", "zeros"),
+    ("huge rows", "ordinary"), ("outlier channels", "ordinary"), ("zero rows", "constant added"),
+    ("few bits", "few bits"), ("tiny", "ordinary"), ("tiny", "tiny"), ("tiny", "large"), ("zeros", "ordinary"),
+]  # fmt: skip
+MAPS = [
+    (), ("HIGH", "LOW", "SKIP"), ("HIGH", "LOW"), ("LOW", "SKIP"), ("HIGH", "SKIP"), ("HIGH",), ("LOW",),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class Drawn(Call):
+    """A call, and how it is run.
+
+    among: of which classes each pair of tiles gets one at random; empty for the Diagonal policy.
+    by_batch, by_head: whether such a map differs between them.
+    used: whether the map claims HIGH and LOW tiles, which kernels are compiled for; None for the truth.
+    memory: how q, k and v lie in larger tensors of NaN.
+    keys: where `masks_keys`, which ones are seen.
+    target: the architecture whose tuning is used.
+    """
+
+    lowering: str = "native"
+    target: str | None = None
+    among: tuple[str, ...] = ()
+    by_batch: bool = False
+    by_head: bool = False
+    used: tuple[bool, bool] | None = None
+    memory: str = "heads first"
+    contents: tuple[str, str, str] = ("ordinary", "ordinary", "ordinary")
+    keys: str = "random"
+    interleaves_rope: bool = False
+    scale: float | None = None
+    returns_lse: bool = True
+
+    def __repr__(self) -> str:
+        """What differs from a Call of no options."""
+        options = [
+            f"{field.name}={value!r}"
+            for field in fields(self)[3:]
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"Drawn({', '.join([str(self.q_length), str(self.k_length), str(self.head_dim), *options])})"
+
+    def classes(self) -> torch.Tensor:
+        if not self.among:
+            return Diagonal(self.window, self.sink).classes(self.layout, self.is_causal)
+        shape = (
+            self.batch if self.by_batch else 1, self.heads if self.by_head else 1,
+            tiles(self.q_length), tiles(self.k_length),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(self.seed)
+        among = torch.tensor([Class[name] for name in self.among])
+        return among[torch.randint(len(among), shape, generator=generator)]
+
+    def map(self) -> PrecisionMap:
+        precision_map = build_map(self.classes(), self.layout, self.is_causal)
+        if self.used is None:
+            return precision_map
+        return replace(precision_map, has_high=self.used[0], has_low=self.used[1])
+
+    def sees_nothing(self, mask: torch.Tensor | None) -> torch.Tensor:
+        """Which rows see no key: bool `[B or 1, H or 1, Sq]`."""
+        visited = (self.classes() != Class.SKIP).repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)
+        return ~(visited[..., : self.q_length, : self.k_length] & seen(self, mask)).any(-1)
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(heads: int, length: int, contents: str) -> torch.Tensor:
+            shape = (self.batch, heads, length, self.head_dim)
+            x = CONTENTS[contents](torch.randn(shape, generator=generator), generator)
+            view = self.view_of_nan(shape, device)
+            return view.copy_(x)
+
+        q = random(self.heads, self.q_length, self.contents[0])
+        k, v = (random(self.kv_heads, self.k_length, contents) for contents in self.contents[1:])
+        mask = None
+        if self.masks_keys:
+            mask = torch.ones(self.batch, self.k_length + 2, dtype=torch.bool)[:, 1:-1]
+            match self.keys:
+                case "random":
+                    mask &= torch.rand(mask.shape, generator=generator) > 0.3
+                case "first":
+                    mask[:, 1:] = False
+                case "none of the first batch":
+                    mask[0] = False
+            mask = mask.to(device)
+        return q, k, v, mask
+
+    def view_of_nan(self, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+        """`shape` within a larger tensor, as models hand it over."""
+        batch, heads, length, head_dim = shape
+
+        def nan(*larger: int) -> torch.Tensor:
+            return torch.full(larger, torch.nan, dtype=self.dtype, device=device)
+
+        match self.memory:
+            case "heads first":
+                return nan(batch, heads, length + 2, head_dim)[:, :, 1:-1]
+            case "tokens first":
+                return nan(batch, length + 2, heads, head_dim)[:, 1:-1].transpose(1, 2)
+            case "fused":
+                return nan(batch, length, 3 * heads, head_dim)[:, :, heads : 2 * heads].transpose(1, 2)
+            case "unaligned":
+                return nan(math.prod(shape) + 2)[1:-1].view(shape)
+
+    def ropes(self, device: torch.device | str = "cpu") -> dict:
+        ropes = super().ropes(device)
+        if self.has_rope and self.interleaves_rope:
+            ropes = {name: torch.stack(tables, -1).unbind(-1) for name, tables in ropes.items()}
+        return ropes
+
+
+def constants(random: Random, arch: str) -> dict:
+    """What the kernels of a call are compiled for."""
+    pick = random.choice
+    on_gpu = arch != "cpu"
+    lowering = pick(list(STORES))
+    kv_heads = pick([1, 1, 2])
+    has_rope = pick([False, False, True])
+    among = pick(MAPS)
+    used = ("HIGH" in among or not among, "LOW" in among or not among)
+    return {
+        "head_dim": pick(pick([HEAD_DIMS] * 9 + [range(8, 129, 4)] * 4 + [range(132, 257, 4)])),
+        "heads": kv_heads * pick([1, 1, 2, 3, 4] if kv_heads == 1 else [1, 2]), "kv_heads": kv_heads,
+        "high": pick(list(STORES[lowering])), "low": pick(list(STORES[lowering])), "lowering": lowering,
+        "target": None if on_gpu else pick([None, "sm_90", "sm_100", "sm_120"]),
+        "among": among, "used": used if on_gpu else None,
+        "is_causal": pick([False, True]) and not (on_gpu and used == (False, True)),
+        "masks_keys": pick([False, False, True]),
+        "has_rope": has_rope, "interleaves_rope": has_rope and pick([False, True]),
+        "dtype": pick([torch.float32, torch.bfloat16, torch.float16]),
+        "memory": pick(["heads first", "tokens first", "fused", "unaligned"]),
+        "returns_lse": pick([True, True, False]),
+    }  # fmt: skip
+
+
+def triton_gets_it_wrong(drawn: dict, arch: str) -> bool:
+    """`skip_what_triton_gets_wrong` of test_attention_kernel.py, of constants."""
+    if drawn["lowering"] != "native" or arch in ("cpu", *BLOCK_SCALED_ARCHITECTURES):
+        return False
+    blocks = [
+        drawn[name]
+        for name, used in zip(("high", "low"), drawn["used"], strict=True)
+        if used and NATIVE[drawn[name]] is Storage.BLOCK
+    ]
+    return bool(blocks) and ("nvfp4" in blocks or not drawn["used"][0])
+
+
+@lru_cache
+def combinations(arch: str) -> list[dict]:
+    """The constants of every call on a GPU: always the same ones."""
+    drawn = (constants(Random(number), arch) for number in itertools.count())
+    return list(itertools.islice((d for d in drawn if not triton_gets_it_wrong(d, arch)), COMBINATIONS))
+
+
+def drawn_call(random: Random, arch: str) -> Drawn:
+    """A call that is quick enough where it runs."""
+    pick = random.choice
+    on_gpu = arch != "cpu"
+    fixed = pick(combinations(arch)) if on_gpu else constants(random, arch)
+    batch = pick([1, 2]) if fixed["heads"] <= 2 or on_gpu else 1
+    # The interpreter takes a twentieth of a second for each pair of tiles and head.
+    pairs = 144 if on_gpu else {1: 9, 2: 4, 3: 2, 4: 2}[batch * fixed["heads"]]
+
+    def length(most_tiles: int) -> int:
+        most = min(TILE * most_tiles, 1500 if on_gpu else 384)
+        edges = [edge for edge in (LONG_EDGES if on_gpu else EDGES) if edge <= most]
+        return pick([pick(edges), random.randint(1, most)])
+
+    is_cross = pick([False, True])
+    q_length = length(pairs if is_cross else math.isqrt(pairs))
+    k_length = length(pairs // tiles(q_length)) if is_cross else q_length
+    if fixed["used"] == (False, True):  # a cut tile would be HIGH
+        k_length = tiles(k_length) * TILE
+    drawn = {
+        "contents": (*pick(CONTENTS_OF_Q_AND_K), pick(list(CONTENTS))),
+        "scale": pick([None, None, 0.02, 1.0]),
+    }
+    if fixed["masks_keys"]:
+        drawn["keys"] = pick(["random", "first", "none of the first batch"])
+    if not fixed["among"]:
+        drawn |= {"window": pick([0, 128, 384]), "sink": pick([0, 128])}
+        drawn["text"] = pick([(0, 0), (0, min(k_length, 77))])
+    elif len(fixed["among"]) > 1:
+        drawn |= {"by_batch": pick([False, True]), "by_head": pick([False, True])}
+    return Drawn(q_length, k_length, batch=batch, seed=random.randrange(2**32), **fixed, **drawn)
+
+
+def calls(arch: str) -> st.SearchStrategy[Drawn]:
+    """Choices come from one random number generator: of many strategies, Hypothesis would vary each call six times."""
+    return st.randoms(use_true_random=False).map(lambda random: drawn_call(random, arch))
+
+
+def guarded(kernel, grid, *arguments, **options) -> None:
+    """`run` on copies of the tensors, each amid bytes of 0xFF (NaN, or a key that is seen) that must stay so."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from dma_diffusers.kernels.run import run
+
+    copies = []
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        size = x.element_size()
+        bits = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
+        start = GUARD + x.data_ptr() % 16
+        reach = size * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+        memory = torch.full((start + reach + GUARD,), -1, dtype=torch.int8, device=x.device)
+        copy = memory[start : start + reach].view(bits.dtype).as_strided(x.shape, x.stride(), start // size)
+        copies.append((memory, copy.copy_(bits), bits))
+        return copy.view(x.dtype)
+
+    def own(argument):
+        if isinstance(argument, TensorDescriptor):
+            return replace(argument, base=copied(argument.base))
+        return copied(argument) if isinstance(argument, torch.Tensor) else argument
+
+    run(kernel, grid, *map(own, arguments), **options)
+    for memory, copy, bits in copies:
+        bits.copy_(copy)
+        copy.fill_(-1)
+        assert (memory == -1).all(), f"{kernel.fn.__name__} wrote beside a tensor of shape {list(bits.shape)}"
+
+
+def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> torch.Tensor:
+    """How far a score in base 2 may be off, `[B, H, Sq]`, and so a probability, relatively.
+
+    A sum of products loses a share of the sum of their magnitudes: in float32, by its order, up to 3.4·2^-24 as
+    seen in the interpreter; on Hopper FP8 MMA keeps 13 bits.
+    """
+    from dma_diffusers.kernels.quantiser.encode import padded_dim
+
+    ropes = call.ropes(device)
+    keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
+    reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
+    reach *= quantiser.fold(call.head_dim**-0.5 if call.scale is None else call.scale)
+    formats = call.map().used(call.high, call.low)
+    classes = [name and STORES[call.lowering][name] for name in formats]
+    lost, absolute = 2**-21, 2**-19
+    if device.type == "cuda":
+        is_e4m3 = any(c is Storage.ROW and name != "int8" for c, name in zip(classes, formats, strict=True))
+        is_short = is_e4m3 and architecture(device) not in BLOCK_SCALED_ARCHITECTURES
+        lost, absolute = 2**-12 if is_short else 2**-18, 2**-13
+    if inexact_rows is not None and inexact_rows.item():
+        lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
+    tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
+    if tuned.exp_share:
+        absolute += 2e-4  # polynomial_exp2 is within 7.5e-5, in base 2 1.1e-4
+    return lost * reach + absolute
+
+
+def row_errors(out, reference_out, v) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the norm of its error, and what it is relative to: its own norm and that of its head's rows.
+
+    Each channel counts in units of its largest value, so that outliers don't drown the others.
+    """
+    unit = quantiser.value_scale(v).repeat_interleave(out.shape[1] // v.shape[1], 1).double()
+    size = (reference_out / unit).norm(dim=-1)
+    size = size + size.square().mean(-1, keepdim=True).sqrt()
+    return ((out.double() - reference_out.double()) / unit).norm(dim=-1), size
+
+
+def assert_agree(call: Drawn, device: torch.device) -> None:
+    from dma_diffusers.kernels.attention import launch
+
+    q, k, v, mask = call.tensors(device)
+    scale = call.head_dim**-0.5 if call.scale is None else call.scale
+    ropes = call.ropes(device)
+    positional = (q, k, v, call.map().to(device), call.high, call.low)
+    shared = {"key_mask": mask, "scale": scale, "is_causal": call.is_causal, **ropes}
+    reference_out, reference_lse = reference.attention(*positional, **shared)
+    out, lse, inexact_rows = launch.attention(
+        *positional, **shared,
+        lowering=call.lowering, return_lse=call.returns_lse, target=call.target, run=guarded,
+    )  # fmt: skip
+
+    assert out.shape == reference_out.shape and out.dtype == reference_out.dtype
+    assert (lse is not None) == call.returns_lse
+    nothing = call.sees_nothing(mask).to(device).expand(reference_lse.shape)
+    assert torch.equal(reference_lse == -torch.inf, nothing)
+    assert (out[nothing] == 0).all()
+    if call.returns_lse:
+        assert lse.shape == reference_lse.shape and lse.dtype == torch.float32
+        assert torch.equal(lse == -torch.inf, nothing)
+    if nothing.all():
+        return
+    tolerance = scores_tolerance(call, q, k, inexact_rows, device)
+    if call.returns_lse:
+        assert ((lse - reference_lse).abs() <= tolerance)[~nothing].all()
+    error, size = row_errors(out, reference_out, v)
+    # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
+    tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
+    one_step = 2**-4 if call.map().has_low else 2**-8
+    assert (error <= (tolerance + one_step) * size)[~nothing].all()
+    if (~nothing).sum() >= 16:
+        assert (error <= tolerance * size)[~nothing].float().mean() >= 0.5
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_calls(shard, kernel_device):
+    @seed(f"{SEED}-{shard}")
+    @settings(
+        max_examples=-(-CALLS // SHARDS), deadline=None, database=None, report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    @given(calls(architecture(kernel_device)))
+    def search(drawn):
+        # The two tensor scales of NVFP4 multiply to 0 if K is constant and q tiny: −∞·0, of a masked score, is NaN.
+        assume(
+            "nvfp4" not in (drawn.high, drawn.low) or drawn.contents[0] not in ("tiny", "zeros", "zero rows")
+        )
+        assert_agree(drawn, kernel_device)
+
+    search()
