@@ -9,25 +9,27 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention import launch
+from dma_diffusers.kernels.instructions import describe
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
-from dma_diffusers.kernels.maps import Class, build_map
+from dma_diffusers.kernels.maps import TILE, Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
-PAIRS = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
+_BLOCK_PAIRS = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
+PAIRS = dict.fromkeys(BLOCK_SCALED_ARCHITECTURES, _BLOCK_PAIRS) | {
+    "sm_90": (("bf16", "int8"), ("bf16", "fp8"), ("mxfp8", "mxfp4"))
+}
 _TOKENS, _HEADS = 256, 16
 
 _TYPES = {
@@ -40,26 +42,26 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     """What each kernel variant compiles to on `target`, one of `TARGETS`.
 
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
-    attention kernel at each head dimension: mixed, HIGH alone and, where products are native, LOW alone.
-    Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (ptxas spill bytes,
-    stores and loads) and `shared_bytes`. Raises ValueError for an unknown target or a pair no kernel runs.
+    attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
+    Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (bytes of stack that a
+    thread needs), `shared_bytes` and `loops` (of the attention kernel: see `instructions.describe`). Raises
+    ValueError for an unknown target or a pair no kernel runs.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
-    pairs = PAIRS if high is None and low is None else ((high or "mxfp8", low or "mxfp4"),)
+    pairs = PAIRS[target] if high is None and low is None else ((high or "mxfp8", low or "mxfp4"),)
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         if name not in NATIVE:
             raise ValueError(f"no kernel multiplies {name} on {target}: choose from {', '.join(NATIVE)}")
     results: dict[tuple, dict[str, Any]] = {}
     for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
         for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
-            if formats[0] is None and target not in BLOCK_SCALED_ARCHITECTURES:
-                continue  # emulated, LOW is never compiled alone
             for kernel, arguments, options in launches(target, *formats, head_dim):
                 own_formats = () if kernel.__name__ == "quantise_value" else formats
                 key = (kernel.__name__, own_formats, head_dim)
                 if key not in results:
-                    results[key] = _describe(compile_launch(kernel, arguments, options, target), *key)
+                    compiled = compile_launch(kernel, arguments, options, target)
+                    results[key] = _describe(compiled, target, options, *key)
     return list(results.values())
 
 
@@ -130,9 +132,18 @@ def _type_of(value: Any) -> str:
 
 
 def _describe(
-    compiled: Any, kernel: str, formats: tuple[str | None, str | None], head_dim: int
+    compiled: Any,
+    target: str,
+    options: dict[str, Any],
+    kernel: str,
+    formats: tuple[str | None, str | None],
+    head_dim: int,
 ) -> dict[str, Any]:
-    registers, spills = ptxas_report(compiled.asm["ptx"])
+    registers, spills = resources(compiled.asm["cubin"])
+    rows, threads = (
+        options.get("ROWS"),
+        32 * options["num_warps"],
+    )  # those of softmax, if warps are specialised
     return {
         "kernel": kernel,
         "formats": [name for name in formats if name],
@@ -141,30 +152,26 @@ def _describe(
         "registers": registers,
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
+        "loops": describe(compiled.asm["cubin"], target, head_dim, threads, rows, TILE) if rows else [],
     }
 
 
 def mma_kinds(ptx: str) -> list[str]:
     """The matrix instructions in `ptx`: `kind::mxf4` and the like if there are kinds, else operand types."""
     kinds = set(re.findall(r"mma\S*?(kind::\w+)", ptx))
-    kinds |= {f"wgmma {types}" for types in re.findall(r"wgmma\.mma_async\S*?\.f32\.(\w+)\.\w+", ptx)}
+    kinds |= {f"wgmma {types}" for types in re.findall(r"wgmma\.mma_async\S*?\.[fs]32\.(\w+)\.\w+", ptx)}
     kinds |= {
         f"mma.sync {types}"
-        for types in re.findall(r"mma\.sync\.aligned\.m\w+\.\S*?\.f32\.(\w+)\.\w+\.f32", ptx)
+        for types in re.findall(r"mma\.sync\.aligned\.m\w+\.\S*?\.[fs]32\.(\w+)\.\w+\.[fs]32", ptx)
     }
     return sorted(kinds)
 
 
-def ptxas_report(ptx: str) -> tuple[int, int]:
-    """Registers per thread, and bytes of spill stores and loads."""
-    architecture = re.search(r"\.target (sm_(\d+)\w*)", ptx)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [
-            get_ptxas(int(architecture[2])).path, "-v", f"--gpu-name={architecture[1]}",
-            str(source), "-o", str(source.with_suffix(".cubin")),
-        ]  # fmt: skip
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
-    return int(re.search(r"Used (\d+) registers", report)[1]), spills
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of stack: what was spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups()))

@@ -59,13 +59,14 @@ class Lowering:
     """One way to run a call.
 
     stores: how it stores each format that it can multiply.
-    why_not: from an architecture and the storages of a call to the reason why it can't run there, or None.
+    why_not: from an architecture, a head dimension and the storages of a call to the reason why it can't run
+        there, or None.
     """
 
     name: str
     description: str
     stores: dict[str, Storage]
-    why_not: Callable[[str, set[Storage]], str | None]
+    why_not: Callable[[str, int, set[Storage]], str | None]
 
     def refuses(self, architecture: str, head_dim: int, high: str, low: str) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""
@@ -74,16 +75,20 @@ class Lowering:
         formats = tuple(dict.fromkeys((high, low)))
         if others := [name for name in formats if name not in self.stores]:
             return f"the kernel multiplies {', '.join(self.stores)}, not {', '.join(others)}"
-        return self.why_not(architecture, {self.stores[name] for name in formats})
+        return self.why_not(architecture, head_dim, {self.stores[name] for name in formats})
 
 
-def _native(architecture: str, storages: set[Storage]) -> str | None:
+def _native(architecture: str, head_dim: int, storages: set[Storage]) -> str | None:
     if Storage.BLOCK in storages and architecture not in BLOCK_SCALED_ARCHITECTURES:
         return f"{architecture} has no block-scaled MMA ({', '.join(BLOCK_SCALED_ARCHITECTURES)} have)"
-    return _faithful(architecture, storages)
+    if Storage.BLOCK in storages and architecture in ("sm_100", "sm_103") and head_dim > 128:
+        return (
+            f"head_dim {head_dim} fills {architecture}'s tensor memory, which leaves no room for block scales"
+        )
+    return _faithful(architecture, head_dim, storages)
 
 
-def _faithful(architecture: str, storages: set[Storage]) -> str | None:
+def _faithful(architecture: str, head_dim: int, storages: set[Storage]) -> str | None:
     capability = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else 0
     if capability < _FP8_CAPABILITY:
         return f"{architecture} has no FP8 MMA (NVIDIA GPUs from sm_{_FP8_CAPABILITY} have)"

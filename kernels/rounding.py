@@ -13,7 +13,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
-    """float32 x to nearest even at the given precision. Added to 1.5·2^23 steps, a number loses what lies below one step."""
+    """float32 x to nearest even at the given precision.
+
+    Added to 1.5·2^23 steps, a number loses what lies below one step.
+    """
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     anchor = tl.maximum(power, SMALLEST_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA_BITS))
     return (x + anchor) - anchor

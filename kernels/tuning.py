@@ -1,50 +1,72 @@
-"""How the attention kernel is built for each architecture, head dimension and pair of storages: data, not search."""
+"""How the attention kernel is built for each architecture, head dimension and pair of storages: data, not search.
+
+sm_100, sm_103 and sm_120: from what the compiler makes of each variant (attention/instructions.md). sm_90: from
+times on an H200.
+"""
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 from dma_diffusers.kernels.lowerings import Storage
-
-BLOCK, ROW, PLAIN = Storage.BLOCK, Storage.ROW, Storage.PLAIN
-Classes = tuple[Storage | None, Storage | None]
 
 
 @dataclass(frozen=True)
 class Tuning:
     """One variant of the attention kernel.
 
-    rows: queries that one program handles; it divides the map's tile, and block scales need all 128.
+    rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
     warps: of one program.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
-        or more. masked_stages: of the loop over MASKED tiles, where there is no key mask.
-    transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
-    exp_share: of every 32 exponentials of LOW tiles, how many are polynomials (exponential.py).
-    warp_specialize: whether Triton gives loads, MMA and softmax of the LOW loop to different warps.
+        or more. masked_stages: of the loop over MASKED tiles; with a key mask alone, Triton loads that first, and
+        the loop takes `stages`.
     registers: the most that a thread may use; None leaves it to the compiler.
+    programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
+    transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
+    exp_share: of every 32 exponentials, how many are polynomials (exponential.py).
+    in_pairs: whether float32 multiply-adds are issued two to an instruction.
     """
 
     rows: int = 128
     warps: int = 8
     stages: int = 5
     masked_stages: int = 3
+    registers: int | None = None
+    programs: int | None = None
     transposed_v: bool = False
     exp_share: int = 0
-    warp_specialize: bool = False
-    registers: int | None = None
+    in_pairs: bool = False
 
 
-TABLE: dict[tuple[str, int, Classes], Tuning] = {}
+_TCGEN05 = ("sm_100", "sm_103")
+_BLACKWELL = {"in_pairs": True, "programs": 1}
+_HOPPER = {"rows": 64, "warps": 4, "transposed_v": True}
+TABLE = (
+    # architectures, head dimension, storages of HIGH|LOW (- for a class without tiles), variant: the first that fits
+    (("sm_103",), 64, "*", Tuning(**_BLACKWELL)),  # twice the exponentials of sm_100 a clock
+    (("sm_103",), 128, "*", Tuning(registers=190, **_BLACKWELL)),
+    (("sm_100",), 64, "*", Tuning(exp_share=5, **_BLACKWELL)),
+    (("sm_100",), 128, "plain|*", Tuning(exp_share=5, **_BLACKWELL)),
+    (("sm_100",), 128, "*", Tuning(exp_share=5, registers=190, **_BLACKWELL)),
+    (_TCGEN05, 256, "*", Tuning(stages=1, masked_stages=1)),
+    (("sm_120",), 128, "*", Tuning(rows=64, stages=3, masked_stages=2, transposed_v=True)),
+    (("sm_120",), 64, "*", Tuning(rows=64, warps=4, stages=3, masked_stages=2, transposed_v=True)),
+    (("sm_120",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1, transposed_v=True)),
+    (("sm_90",), 64, "*", Tuning(stages=2, masked_stages=2, **_HOPPER)),
+    (("sm_90",), 128, "-|row", Tuning(stages=3, masked_stages=2, **_HOPPER)),
+    (("sm_90",), 128, "*", Tuning(stages=3, masked_stages=3, transposed_v=True)),
+    (("sm_90",), 256, "*", Tuning(stages=1, masked_stages=1, **_HOPPER)),
+    (("*",), 256, "*", Tuning(stages=1, masked_stages=1)),
+    (("*",), "*", "*", Tuning(stages=2, masked_stages=2)),
+)
 
 
-def tuning(architecture: str, dim: int, classes: Classes) -> Tuning:
-    """The row for the storages of HIGH and LOW (None for a class without tiles); dim is 64, 128 or 256."""
-    if (architecture, dim, classes) in TABLE:
-        return TABLE[architecture, dim, classes]
-    if architecture in ("sm_100", "sm_103", "sm_120"):
-        if dim == 256:
-            return Tuning(stages=1, masked_stages=1)
-        return Tuning()
-    if BLOCK in classes:
-        return Tuning(stages=2 if dim < 256 else 1, masked_stages=2 if dim < 256 else 1, transposed_v=True)
-    if dim == 256:
-        return Tuning(rows=64, warps=4, stages=1, masked_stages=1, transposed_v=True)
-    return Tuning(rows=64, warps=4, stages=3, masked_stages=3, transposed_v=True)
+def tuning(architecture: str, dim: int, classes: tuple[Storage | None, Storage | None]) -> Tuning:
+    """The first row of the table that fits; dim is 64, 128 or 256, classes the storages of HIGH and LOW."""
+    storages = "|".join(storage or "-" for storage in classes)
+    return next(
+        row
+        for architectures, dims, pattern, row in TABLE
+        if any(fnmatch(architecture, name) for name in architectures)
+        and dims in (dim, "*")
+        and fnmatch(storages, pattern)
+    )

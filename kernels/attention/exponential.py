@@ -1,4 +1,6 @@
-"""exp2 on two pipes at once: most elements on the special-function unit, a share of them as a polynomial.
+"""Softmax's arithmetic as the pipes of an SM like it.
+
+exp2 on two pipes at once: most elements on the special-function unit, a share of them as a polynomial.
 
 The special-function unit gives 16 exponentials a clock and SM, an eighth of what the multiply-add units take:
 FlashAttention-4's trick is to let those do a part. The polynomial is a minimax fit of 2^f over [-½, ½].
@@ -7,8 +9,30 @@ FlashAttention-4's trick is to let those do a part. The polynomial is a minimax 
 import triton
 import triton.language as tl
 
+from dma_diffusers.kernels.rounding import INTERPRETED
+
 # 1.5·2^23 + 127: added to x, it leaves round(x) + 127, the exponent field of 2^round(x), in the lowest bits.
 _ANCHOR = tl.constexpr(12583039.0)
+_FMA_OF_PAIRS = tl.constexpr("""{
+    .reg .b64 a, b, c, d;
+    mov.b64 a, {$2, $3};
+    mov.b64 b, {$4, $5};
+    mov.b64 c, {$6, $7};
+    fma.rn.f32x2 d, a, b, c;
+    mov.b64 {$0, $1}, d;
+}""")
+
+
+@triton.jit
+def multiply_add(x, y, z, IN_PAIRS: tl.constexpr):
+    """x·y + z in float32, y and z broadcast to x; IN_PAIRS: two to an instruction, from sm_100 on."""
+    if IN_PAIRS and not INTERPRETED:
+        operands = (x, tl.broadcast_to(y, x.shape), tl.broadcast_to(z, x.shape))
+        return tl.inline_asm_elementwise(
+            _FMA_OF_PAIRS, "=r,=r,r,r,r,r,r,r", operands, tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x * y + z
 
 
 @triton.jit

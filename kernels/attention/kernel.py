@@ -8,7 +8,7 @@ this file defines what is correct.
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.attention.exponential import shared_exp2
+from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
 from dma_diffusers.kernels.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -37,6 +37,17 @@ def _load_block_scales(descriptor, tile, COLUMNS: tl.constexpr):
     else:
         scales = tl.reshape(descriptor.load([tile, 0]), (TILE, COLUMNS))
     return scales
+
+
+@triton.jit
+def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The scales of some rows of one tile, [ROWS, COLUMNS], by pointers."""
+    row, column = (first + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :]
+    if COLUMNS % 4 == 0:
+        place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
+    else:
+        place = row * COLUMNS + column
+    return tl.load(scales + tile.to(tl.int64) * (TILE * COLUMNS) + place)
 
 
 @triton.jit
@@ -84,7 +95,7 @@ def _phase(
     start, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, IN_PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk the KV tiles `indices[first:last]`, all of one class, for queries from `start` on."""
     head = batch * heads + head_in_batch
@@ -96,13 +107,12 @@ def _phase(
     else:
         factor = tl.load(factors + head * 2 + LOW) + tl.zeros((ROWS,), tl.float32)
     if STORAGE == "block":
-        tl.static_assert(ROWS == TILE)
-        q_scales = _load_block_scales(q_scales, head * q_tiles + start // TILE, D // BLOCK)
+        q_scales = _load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
     if offset is None or ELEMENT != "bf16":
         shift = tl.zeros((ROWS,), tl.float32)
     else:
         shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
-    for step in tl.range(first, last, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE):
+    for step in tl.range(first, last, num_stages=STAGES):
         tile = tl.load(indices + step)
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         k = k_elements.load([batch, kv_head, tile * TILE, 0])
@@ -112,13 +122,12 @@ def _phase(
             s = tl.where(_seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL), s, float("-inf"))
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add.
         m_new = tl.maximum(m, tl.max(s, axis=1) * factor - (shift + P_SHIFT))
-        p = shared_exp2(s * factor[:, None] - (m_new + shift)[:, None], EXP_SHARE)
+        p = shared_exp2(multiply_add(s, factor[:, None], -(m_new + shift)[:, None], IN_PAIRS), EXP_SHARE)
         rescale = tl.exp2(m - m_new)
         l = l * rescale + tl.sum(p, axis=1)
-        rescale = tl.where(
-            l < 0.0, 0.0, rescale
-        )  # never: p is summed before it's needed, or all of it is kept
-        accumulator = accumulator * rescale[:, None]
+        # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
+        rescale = tl.where(l < 0.0, 0.0, rescale)
+        accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), IN_PAIRS)
         if LOW:
             if V_TRANSPOSED:
                 value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
@@ -132,17 +141,18 @@ def _phase(
     return accumulator, l, m
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "map_stride_b", "map_stride_h", "map_length"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "map_stride_b", "map_stride_h", "map_length", "total"])
 def attend(
     q_high, q_high_scales, k_high, k_high_scales, v_high,
     q_low, q_low_scales, k_low, k_low_scales, v_low,
     v_scale, factors, offset, indices, bounds, key_mask, out, lse,
     heads, kv_heads, q_length, k_length, head_dim, map_stride_b, map_stride_h, map_length,
-    out_stride_b, out_stride_h, out_stride_s, zero,
+    out_stride_b, out_stride_h, out_stride_s, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, V_TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, IN_PAIRS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -155,63 +165,63 @@ def attend(
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    if CAUSAL:
-        block = blocks - 1 - block  # the longest rows first
-    start = block * ROWS
-    batch, head_in_batch = head // heads, head % heads
-    kv_head = head_in_batch // (heads // kv_heads)
-    row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
-    indices += row * map_length
-    high_end = tl.load(bounds + row * 3)
-    low_end = tl.load(bounds + row * 3 + 1)
-    end = tl.load(bounds + row * 3 + 2)
-    q_tokens = start + tl.arange(0, ROWS)
-    channels = tl.arange(0, D)
-    if key_mask is not None:
-        key_mask += batch.to(tl.int64) * (k_tiles * TILE)
+    for work in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1, disable_licm=True):
+        head, block = work // blocks, work % blocks
+        if CAUSAL:
+            block = blocks - 1 - block  # the longest rows first
+        start = block * ROWS
+        batch, head_in_batch = head // heads, head % heads
+        kv_head = head_in_batch // (heads // kv_heads)
+        row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
+        tiles = indices + row * map_length
+        high_end = tl.load(bounds + row * 3)
+        low_end = tl.load(bounds + row * 3 + 1)
+        end = tl.load(bounds + row * 3 + 2)
+        q_tokens = start + tl.arange(0, ROWS)
+        channels = tl.arange(0, D)
+        own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
 
-    m = tl.full((ROWS,), LOWEST, tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
-    accumulator = tl.zeros((ROWS, D), tl.float32)
-    if HIGH is not None:
-        accumulator, l, m = _phase(
-            accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
-            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, 0, high_end, key_mask, k_length,
-            start, zero,
-            HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D, 0, False, STAGES,
-        )  # fmt: skip
-    if LOW is not None:
-        v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
-        accumulator = accumulator / tl.load(v_units)[None, :]
-        accumulator, l, m = _phase(
-            accumulator, l, m, q_low, q_low_scales, factors, offset, k_low, k_low_scales, v_low,
-            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, high_end, low_end, key_mask, k_length,
-            start, zero,
-            LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-            EXP_SHARE, WARP_SPECIALIZE, STAGES,
-        )  # fmt: skip
-        accumulator = (
-            accumulator * tl.load(v_units, volatile=True)[None, :]
-        )  # read anew: not kept over the loop
-    if HIGH is not None:
-        accumulator, l, m = _phase(
-            accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
-            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, low_end, end, key_mask, k_length,
-            start, zero,
-            HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D, 0, False,
-            MASKED_STAGES,
-        )  # fmt: skip
+        m = tl.full((ROWS,), LOWEST, tl.float32)
+        l = tl.zeros((ROWS,), tl.float32)
+        accumulator = tl.zeros((ROWS, D), tl.float32)
+        if HIGH is not None:
+            accumulator, l, m = _phase(
+                accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                tiles, 0, high_end, own_mask, k_length, start, zero,
+                HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
+            EXP_SHARE, IN_PAIRS, STAGES,
+            )  # fmt: skip
+        if LOW is not None:
+            v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
+            accumulator = accumulator / tl.load(v_units)[None, :]
+            accumulator, l, m = _phase(
+                accumulator, l, m, q_low, q_low_scales, factors, offset, k_low, k_low_scales, v_low,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                tiles, high_end, low_end, own_mask, k_length, start, zero,
+                LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+                EXP_SHARE, IN_PAIRS, STAGES,
+            )  # fmt: skip
+            # volatile: read anew, not kept in registers throughout the loop
+            accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+        if HIGH is not None:
+            accumulator, l, m = _phase(
+                accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                tiles, low_end, end, own_mask, k_length, start, zero,
+                HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
+                EXP_SHARE, IN_PAIRS, MASKED_STAGES,
+            )  # fmt: skip
 
-    nothing_seen = l == 0.0
-    result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
-    place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
-    place = place + q_tokens[:, None].to(tl.int64) * out_stride_s + channels[None, :]
-    inside = (q_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
-    tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
-    if lse is not None:
-        log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
-        if offset is not None:
-            log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
-        log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
-        tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)
+        nothing_seen = l == 0.0
+        result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
+        place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
+        place = place + q_tokens[:, None].to(tl.int64) * out_stride_s + channels[None, :]
+        inside = (q_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
+        tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
+        if lse is not None:
+            log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
+            if offset is not None:
+                log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+            log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
+            tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)

@@ -82,22 +82,30 @@ def attention(
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device) if return_lse else None
     indices, bounds = precision_map.indices, precision_map.bounds
+    blocks = -(-q_length // tuned.rows) * batch * heads
+    programs = blocks if tuned.programs is None else min(blocks, tuned.programs * _multiprocessors(q.device))
     run(
-        attend, (-(-q_length // tuned.rows) * batch * heads,),
-        *_descriptors(q_operands[0], k_operands[0], tuned, dim), v_high,
-        *_descriptors(q_operands[1], k_operands[1], tuned, dim), v_low,
+        attend, (programs,),
+        *_tensors(q_operands[0], k_operands[0], tuned, dim), v_high,
+        *_tensors(q_operands[1], k_operands[1], tuned, dim), v_low,
         v_scale, _factors(classes, q_operands, k_operands, batch * heads, factor, q.device), offset,
         indices, bounds, None if key_mask is None else _whole_tiles(key_mask), out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
-        *out.stride()[:3], 0.0,
+        *out.stride()[:3], blocks, 0.0,
         *_constants(classes[0]), *_constants(classes[1]),
         CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-        EXP_SHARE=tuned.exp_share, WARP_SPECIALIZE=tuned.warp_specialize,
-        STAGES=tuned.stages, MASKED_STAGES=tuned.stages if key_mask is not None else tuned.masked_stages,
+        EXP_SHARE=tuned.exp_share, IN_PAIRS=tuned.in_pairs,
+        STAGES=tuned.stages,
+        MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
         num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse, inexact_rows
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors there are; a few in the interpreter, so that programs have more than one block."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
@@ -126,19 +134,16 @@ def _operands(
     return operands, offset
 
 
-def _descriptors(q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
-    """Elements and scales of q and of k, as the kernel takes them."""
+def _tensors(q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
+    """Elements and scales of q and of k, as the kernel takes them: what its loops read comes by descriptors."""
     if q is None:
         return [None] * 4
-    arguments = []
-    for operand, rows in ((q, tuned.rows), (k, TILE)):
-        columns = dim // 2 if operand.elements.shape[-1] * 2 == dim else dim
-        is_blocks = operand.elements.dtype == torch.uint8
-        arguments += [
-            row_descriptor(operand.elements, rows, columns),
-            scale_descriptor(operand.scales) if is_blocks else operand.scales,
-        ]
-    return arguments
+    columns = dim // 2 if 2 * q.elements.shape[-1] == dim else dim
+    is_blocks = k.elements.dtype == torch.uint8
+    return [
+        row_descriptor(q.elements, tuned.rows, columns), q.scales,
+        row_descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
+    ]  # fmt: skip
 
 
 def _constants(stored: Stored | None) -> list:
@@ -172,7 +177,6 @@ def _factors(
         if stored and stored.format.name == "bf16":
             factors[:, index] = fold
         elif a and a.tensor_scale is not None:
-            factors[:, index] = a.tensor_scale * b.tensor_scale.repeat_interleave(
-                heads // len(b.tensor_scale)
-            )
+            product = a.tensor_scale * b.tensor_scale.repeat_interleave(heads // len(b.tensor_scale))
+            factors[:, index] = product.clamp_min(torch.finfo(torch.float32).smallest_normal)  # 0·−inf is NaN
     return factors

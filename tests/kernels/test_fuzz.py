@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, seed, settings
+from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dma_diffusers.kernels.attention import reference
@@ -375,10 +375,6 @@ def test_calls(shard, kernel_device):
     )  # fmt: skip
     @given(calls(architecture(kernel_device)))
     def search(drawn):
-        # The two tensor scales of NVFP4 multiply to 0 if K is constant and q tiny: −∞·0, of a masked score, is NaN.
-        assume(
-            "nvfp4" not in (drawn.high, drawn.low) or drawn.contents[0] not in ("tiny", "zeros", "zero rows")
-        )
         assert_agree(drawn, kernel_device)
 
     search()
