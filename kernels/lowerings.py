@@ -9,7 +9,8 @@ import torch
 from dma_diffusers.kernels.formats import FORMATS
 
 MAX_HEAD_DIM = 256
-BLOCK_SCALED_ARCHITECTURES = ("sm_100", "sm_103", "sm_120")
+TCGEN05_ARCHITECTURES = ("sm_100", "sm_103")
+BLOCK_SCALED_ARCHITECTURES = (*TCGEN05_ARCHITECTURES, "sm_120")
 _FP8_CAPABILITY = 89
 
 
@@ -81,7 +82,7 @@ class Lowering:
 def _native(architecture: str, head_dim: int, storages: set[Storage]) -> str | None:
     if Storage.BLOCK in storages and architecture not in BLOCK_SCALED_ARCHITECTURES:
         return f"{architecture} has no block-scaled MMA ({', '.join(BLOCK_SCALED_ARCHITECTURES)} have)"
-    if Storage.BLOCK in storages and architecture in ("sm_100", "sm_103") and head_dim > 128:
+    if Storage.BLOCK in storages and architecture in TCGEN05_ARCHITECTURES and head_dim > 128:
         return (
             f"head_dim {head_dim} fills {architecture}'s tensor memory, which leaves no room for block scales"
         )

@@ -95,7 +95,7 @@ def _phase(
     start, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, IN_PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk the KV tiles `indices[first:last]`, all of one class, for queries from `start` on."""
     head = batch * heads + head_in_batch
@@ -122,18 +122,22 @@ def _phase(
             s = tl.where(_seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL), s, float("-inf"))
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add.
         m_new = tl.maximum(m, tl.max(s, axis=1) * factor - (shift + P_SHIFT))
-        p = shared_exp2(multiply_add(s, factor[:, None], -(m_new + shift)[:, None], IN_PAIRS), EXP_SHARE)
+        p = shared_exp2(multiply_add(s, factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE)
         rescale = tl.exp2(m - m_new)
         l = l * rescale + tl.sum(p, axis=1)
-        # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
-        rescale = tl.where(l < 0.0, 0.0, rescale)
-        accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), IN_PAIRS)
+        if TCGEN05:
+            # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
+            rescale = tl.where(l < 0.0, 0.0, rescale)
+        accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
         if LOW:
             if V_TRANSPOSED:
                 value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
             else:
                 value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-            accumulator = tl.dot(e4m3_operand(p), loaded_e4m3(value), accumulator)
+            if TCGEN05:
+                accumulator = tl.dot(e4m3_operand(p), loaded_e4m3(value), accumulator)
+            else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
+                accumulator += tl.dot(e4m3_operand(p), loaded_e4m3(value))
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
             accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
@@ -151,7 +155,7 @@ def attend(
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, V_TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, IN_PAIRS: tl.constexpr,
+    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
@@ -161,7 +165,7 @@ def attend(
     what products of HIGH and LOW still have to be multiplied by; where rows have scales of their own, those are.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
-    map doesn't use, no smoothing, no key mask, no log-sum-exp wanted.
+    map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
@@ -190,7 +194,7 @@ def attend(
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, own_mask, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
-            EXP_SHARE, IN_PAIRS, STAGES,
+            EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
         if LOW is not None:
             v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
@@ -200,7 +204,7 @@ def attend(
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, high_end, low_end, own_mask, k_length, start, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                EXP_SHARE, IN_PAIRS, STAGES,
+                EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
             # volatile: read anew, not kept in registers throughout the loop
             accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
@@ -210,7 +214,7 @@ def attend(
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, low_end, end, own_mask, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
-                EXP_SHARE, IN_PAIRS, MASKED_STAGES,
+                EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip
 
         nothing_seen = l == 0.0

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.attention.kernel import attend
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.lowerings import LOWERINGS, Storage, architecture
+from dma_diffusers.kernels.lowerings import LOWERINGS, TCGEN05_ARCHITECTURES, Storage, architecture
 from dma_diffusers.kernels.maps import TILE, PrecisionMap
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.quantiser.encode import (
@@ -54,7 +54,8 @@ def attention(
     formats = precision_map.used(high, low)
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
     classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
-    tuned = tuning(target or architecture(q.device), dim, tuple(c and c.storage for c in classes))
+    target = target or architecture(q.device)
+    tuned = tuning(target, dim, tuple(c and c.storage for c in classes))
 
     factor = quantiser.fold(scale)
     mean = quantiser.key_mean(k, k_rope) if quantiser.smooths(*formats) else None
@@ -95,7 +96,7 @@ def attention(
         *out.stride()[:3], blocks, 0.0,
         *_constants(classes[0]), *_constants(classes[1]),
         CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-        EXP_SHARE=tuned.exp_share, IN_PAIRS=tuned.in_pairs,
+        EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
         STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
         num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,

@@ -41,12 +41,16 @@ def expected(call: Call, device: torch.device):
 
 def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device) -> None:
     """Where there is no block-scaled MMA, Triton widens its operands; Triton 3.6 can't in these cases."""
+    from dma_diffusers.kernels.quantiser.encode import padded_dim
+
     formats = call.map().used(call.high, call.low)
     blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
     if lowering != "native" or device.type == "cpu" or not blocks:
         return
-    if architecture(device) not in BLOCK_SCALED_ARCHITECTURES and ("nvfp4" in blocks or formats[0] is None):
-        pytest.skip("Triton 3.6 asserts on widened NVFP4, and miscompiles LOW alone")
+    if architecture(device) in BLOCK_SCALED_ARCHITECTURES:
+        return
+    if "nvfp4" in blocks or formats[0] is None or padded_dim(call.head_dim) == 128:
+        pytest.skip("Triton 3.6 asserts on widened NVFP4, and miscompiles LOW alone and 128 channels")
 
 
 def assert_agree(call: Call, device: torch.device, lowering: str) -> None:

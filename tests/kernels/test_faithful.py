@@ -9,6 +9,8 @@ from dma_diffusers.kernels.lowerings import FAITHFUL, Storage
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from dma_diffusers.kernels.attention.kernel import _products  # noqa: E402
+
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 # Hopper's FP8 MMA adds 32 products and the sum so far at a time. It aligns them to the largest exponent among them
@@ -21,8 +23,6 @@ LOST_PER_ADDEND = 2.0**-13
 @triton.jit
 def scores(q, k, q_scales, k_scales, out, ELEMENT: tl.constexpr, STORAGE: tl.constexpr, D: tl.constexpr):
     """The attention kernel's own products of one pair of tiles, with the rows' scales."""
-    from dma_diffusers.kernels.attention.kernel import _products
-
     rows = tl.arange(0, 128)
     tile = tl.program_id(0)
     s = _products(

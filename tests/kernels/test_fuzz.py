@@ -21,6 +21,7 @@ from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
     FAITHFUL,
     NATIVE,
+    TCGEN05_ARCHITECTURES,
     Storage,
     architecture,
 )
@@ -214,7 +215,8 @@ def triton_gets_it_wrong(drawn: dict, arch: str) -> bool:
         for name, used in zip(("high", "low"), drawn["used"], strict=True)
         if used and NATIVE[drawn[name]] is Storage.BLOCK
     ]
-    return bool(blocks) and ("nvfp4" in blocks or not drawn["used"][0])
+    is_128 = 64 < drawn["head_dim"] <= 128
+    return bool(blocks) and ("nvfp4" in blocks or not drawn["used"][0] or is_128)
 
 
 @lru_cache
@@ -296,7 +298,8 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     """How far a score in base 2 may be off, `[B, H, Sq]`, and so a probability, relatively.
 
     A sum of products loses a share of the sum of their magnitudes: in float32, by its order, up to 3.4·2^-24 as
-    seen in the interpreter; on Hopper FP8 MMA keeps 13 bits.
+    seen in the interpreter. On Hopper FP8 MMA adds 32 products to a sum at a time and cuts each 13 bits below the
+    largest of them, which may be a single product or, at the end, the score itself.
     """
     from dma_diffusers.kernels.quantiser.encode import padded_dim
 
@@ -310,7 +313,14 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     if device.type == "cuda":
         is_e4m3 = any(c is Storage.ROW and name != "int8" for c, name in zip(classes, formats, strict=True))
         is_short = is_e4m3 and architecture(device) not in BLOCK_SCALED_ARCHITECTURES
-        lost, absolute = 2**-12 if is_short else 2**-18, 2**-13
+        lost, absolute = 2**-18, 2**-13
+        if is_short:
+            dim = padded_dim(call.head_dim)
+            turned = quantiser.rotate(q, ropes["q_rope"])
+            product = (turned.abs() * keys.abs().amax(-2, keepdim=True)).amax(-1)
+            largest = product + (turned @ keys.mT).abs().amax(-1)
+            scale = call.head_dim**-0.5 if call.scale is None else call.scale
+            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * quantiser.fold(scale)
     if inexact_rows is not None and inexact_rows.item():
         lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
     tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
@@ -360,6 +370,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
     error, size = row_errors(out, reference_out, v)
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
+    if device.type == "cuda" and call.map().has_low and architecture(device) not in TCGEN05_ARCHITECTURES:
+        tolerance += 1e-2  # of V that hardly varies, FP8 MMA loses up to 2^-13·32·(1 + 2 + 3 + 4)/4 in a tile
     one_step = 2**-4 if call.map().has_low else 2**-8
     assert (error <= (tolerance + one_step) * size)[~nothing].all()
     if (~nothing).sum() >= 16:
