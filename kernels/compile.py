@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention import launch
-from dma_diffusers.kernels.instructions import describe
+from dma_diffusers.kernels.instructions import describe, markdown
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
 from dma_diffusers.kernels.maps import TILE, Class, build_map
@@ -63,6 +63,18 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
                     compiled = compile_launch(kernel, arguments, options, target)
                     results[key] = _describe(compiled, target, options, *key)
     return list(results.values())
+
+
+def loops_of_mixed_kernels() -> str:
+    """The table of attention/instructions.md: every loop of each target's first pair at head_dim 128."""
+    rows = []
+    for target in TARGETS:
+        kernel, arguments, options = list(launches(target, *PAIRS[target][0], 128))[-1]
+        compiled = compile_launch(kernel, arguments, options, target)
+        described = _describe(compiled, target, options, kernel.__name__, PAIRS[target][0], 128)
+        for phase, loop in zip(("HIGH", "LOW", "MASKED"), described["loops"], strict=True):
+            rows.append({"architecture": target, "head_dim": 128, "loop": phase} | loop)
+    return markdown(rows)
 
 
 def launches(

@@ -1,6 +1,8 @@
 """What is counted in a kernel's loops: on handwritten machine code, and on what the compiler makes of ours."""
 
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
@@ -189,29 +191,39 @@ def test_table():
     assert (table["xu clocks"], table["issue clocks"]) == ("1,040", "1,178")
 
 
-HIGH_MATRIX = {"sm_100": {"UTCQMMA", "UTCHMMA"}, "sm_90": {"HGMMA"}}
-LOW_MATRIX = {"sm_100": {"UTCOMMA", "UTCQMMA"}, "sm_90": {"HGMMA", "QGMMA"}}
+MATRIX = {
+    "mxfp8": {"UTCQMMA", "UTCHMMA"}, "mxfp4": {"UTCOMMA", "UTCQMMA"}, "bf16": {"HGMMA"}, "int8": {"IGMMA", "QGMMA"}
+}  # fmt: skip
 
 
 @lru_cache
 def described(target, high, low):
     kernel, arguments, options = list(ahead.launches(target, high, low, 128))[-1]
     compiled = ahead.compile_launch(kernel, arguments, options, target)
-    threads = 32 * compiled.metadata.num_warps
-    return instructions.describe(compiled.asm["cubin"], target, 128, threads, 128, 128)
+    threads = 32 * options["num_warps"]
+    return instructions.describe(compiled.asm["cubin"], target, 128, threads, options["ROWS"], 128)
 
 
 @pytest.mark.parametrize(
     ("target", "high", "low"),
-    [("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_90", "mxfp8", "mxfp4")],
+    [("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_90", "bf16", "int8")],
 )  # fmt: skip
 def test_each_class_has_its_loop(target, high, low):
     """HIGH, LOW and MASKED, in this order, each with one exponential a score and a few for the rescale."""
     loops = described(target, high, low)
-    expected = [HIGH_MATRIX] * bool(high) + [LOW_MATRIX] * bool(low) + [HIGH_MATRIX] * bool(high)
-    assert [set(loop["matrix"]) for loop in loops] == [matrix[target] for matrix in expected]
+    assert [set(loop["matrix"]) for loop in loops] == [MATRIX[name] for name in (high, low, high) if name]
+    on_mufu = 27 / 32 if target == "sm_100" else 1  # tuning.py's exp_share
     for loop in loops:
-        assert 1 <= loop["per_score_element"]["mufu"] < 1.05
+        assert on_mufu <= loop["per_score_element"]["mufu"] < on_mufu + 0.05
         assert "other" not in loop["per_score_element"]
-        assert loop["clocks"]["xu"] >= 1024
+        assert loop["clocks"]["xu"] >= on_mufu * 1024
         assert loop["longest"] == max(loop["clocks"], key=loop["clocks"].get)
+
+
+def test_the_page_has_these_counts():
+    page = Path(instructions.__file__).with_name("attention").joinpath("instructions.md").read_text()
+    counted_with = re.search(r"Triton (\d+\.\d+)", page)[1]
+    if not triton.__version__.startswith(f"{counted_with}."):
+        pytest.skip(f"the page was counted with Triton {counted_with}, not {triton.__version__}")
+    table = page.split("<!-- counts -->\n")[1].split("<!-- /counts -->")[0]
+    assert table == ahead.loops_of_mixed_kernels()

@@ -1,0 +1,41 @@
+"""The tuning table: complete, without dead rows, and nothing in it that the kernel cannot do."""
+
+from itertools import product
+
+import pytest
+
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, TCGEN05_ARCHITECTURES, Storage
+from dma_diffusers.kernels.tuning import TABLE, tuning
+
+ARCHITECTURES = ("cpu", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+CLASSES = [classes for classes in product((None, *Storage), repeat=2) if any(classes)]
+CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_call_has_a_row_the_kernel_can_build(architecture):
+    for dim, classes in product((64, 128, 256), CLASSES):
+        row = tuning(architecture, dim, classes)
+        assert row.rows in (64, 128) and row.warps in (4, 8)
+        assert 0 <= row.exp_share <= 32 and row.stages >= 1 and row.masked_stages >= 1
+        if architecture in TCGEN05_ARCHITECTURES and Storage.BLOCK in classes:
+            assert row.rows == 128, "block-scaled MMA of tcgen05 silently becomes bf16 at 64 rows"
+        if architecture in TCGEN05_ARCHITECTURES:
+            assert not row.transposed_v
+        elif architecture in BLOCK_SCALED_ARCHITECTURES or (
+            architecture == "sm_90" and Storage.BLOCK not in classes
+        ):
+            assert row.transposed_v, "FP8 MMA before tcgen05 wants V as [D, tokens]"
+
+
+def test_every_row_is_some_calls():
+    taken = {id(tuning(*call)) for call in CALLS}
+    assert [row for *_, row in TABLE if id(row) not in taken] == []
+
+
+def test_b300_is_b200_without_polynomials():
+    """A B300 has twice the exponentials: the same variants, no polynomials."""
+    for dim, classes in product((64, 128), CLASSES):
+        b200, b300 = tuning("sm_100", dim, classes), tuning("sm_103", dim, classes)
+        assert (b200.exp_share, b300.exp_share) == (5, 0)
+        assert (b200.rows, b200.warps, b200.stages) == (b300.rows, b300.warps, b300.stages)
