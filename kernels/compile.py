@@ -152,10 +152,7 @@ def _describe(
     head_dim: int,
 ) -> dict[str, Any]:
     registers, spills = resources(compiled.asm["cubin"])
-    rows, threads = (
-        options.get("ROWS"),
-        32 * options["num_warps"],
-    )  # those of softmax, if warps are specialised
+    rows, threads = options.get("ROWS"), 32 * options["num_warps"]
     return {
         "kernel": kernel,
         "formats": [name for name in formats if name],

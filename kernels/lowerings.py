@@ -11,7 +11,7 @@ from dma_diffusers.kernels.formats import FORMATS
 MAX_HEAD_DIM = 256
 TCGEN05_ARCHITECTURES = ("sm_100", "sm_103")
 BLOCK_SCALED_ARCHITECTURES = (*TCGEN05_ARCHITECTURES, "sm_120")
-_FP8_CAPABILITY = 89
+KERNEL_ARCHITECTURES = ("sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
 class Storage(StrEnum):
@@ -60,14 +60,14 @@ class Lowering:
     """One way to run a call.
 
     stores: how it stores each format that it can multiply.
-    why_not: from an architecture, a head dimension and the storages of a call to the reason why it can't run
-        there, or None.
+    why_not: from an architecture, a head dimension and the formats of a call, with their storages, to the reason
+        why it can't run there, or None.
     """
 
     name: str
     description: str
     stores: dict[str, Storage]
-    why_not: Callable[[str, int, set[Storage]], str | None]
+    why_not: Callable[[str, int, dict[str, Storage]], str | None]
 
     def refuses(self, architecture: str, head_dim: int, high: str, low: str) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""
@@ -76,23 +76,25 @@ class Lowering:
         formats = tuple(dict.fromkeys((high, low)))
         if others := [name for name in formats if name not in self.stores]:
             return f"the kernel multiplies {', '.join(self.stores)}, not {', '.join(others)}"
-        return self.why_not(architecture, head_dim, {self.stores[name] for name in formats})
+        return self.why_not(architecture, head_dim, {name: self.stores[name] for name in formats})
 
 
-def _native(architecture: str, head_dim: int, storages: set[Storage]) -> str | None:
-    if Storage.BLOCK in storages and architecture not in BLOCK_SCALED_ARCHITECTURES:
+def _native(architecture: str, head_dim: int, formats: dict[str, Storage]) -> str | None:
+    has_blocks = Storage.BLOCK in formats.values()
+    if has_blocks and architecture not in BLOCK_SCALED_ARCHITECTURES:
         return f"{architecture} has no block-scaled MMA ({', '.join(BLOCK_SCALED_ARCHITECTURES)} have)"
-    if Storage.BLOCK in storages and architecture in TCGEN05_ARCHITECTURES and head_dim > 128:
+    if has_blocks and architecture in TCGEN05_ARCHITECTURES and head_dim > 128:
         return (
             f"head_dim {head_dim} fills {architecture}'s tensor memory, which leaves no room for block scales"
         )
-    return _faithful(architecture, head_dim, storages)
+    return _faithful(architecture, head_dim, formats)
 
 
-def _faithful(architecture: str, head_dim: int, storages: set[Storage]) -> str | None:
-    capability = int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else 0
-    if capability < _FP8_CAPABILITY:
-        return f"{architecture} has no FP8 MMA (NVIDIA GPUs from sm_{_FP8_CAPABILITY} have)"
+def _faithful(architecture: str, head_dim: int, formats: dict[str, Storage]) -> str | None:
+    if architecture not in KERNEL_ARCHITECTURES:
+        return f"no kernel is built for {architecture} (there are some for {', '.join(KERNEL_ARCHITECTURES)})"
+    if architecture == "sm_103" and "int8" in formats:
+        return "sm_103 has no INT8 MMA in tensor memory"
     return None if has_triton() else "Triton is not installed"
 
 

@@ -5,7 +5,7 @@ for each length and kept, so `torch.compile` sees one node and a new length comp
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
     out: `[B, H, Sq, D]` in q's dtype. lse: the natural log-sum-exp, float32 `[B, H, Sq]`; empty unless wanted.
     inexact_rows: int32 `[1]` on the device, how many rows of q and k are not what their format says because e4m3
-        and one power of two can't hold them (lowering `faithful`); empty where that can't happen.
+        and one power of two can't hold them; empty for lowerings other than `faithful`.
     """
 
     out: torch.Tensor
@@ -67,7 +67,8 @@ def attention(
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
     high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`. text_start, text_stop: the text
     tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
-    Waits for no device. Raises ValueError for what it can't take, before anything is launched.
+    Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
+    Raises ValueError for what it can't take, before anything is launched.
     """
     _check(q, k, v, key_mask)
     _check_rope("q", q, q_rope)
@@ -98,6 +99,10 @@ def _check(q, k, v, key_mask) -> None:
             "q must be [B, H, Sq, D], k and v alike [B, Hkv, Sk, D], "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
+    if min(q.shape) < 1 or min(k.shape) < 1:
+        raise ValueError(
+            f"lengths must be at least 1, as batch, heads and D, got q {list(q.shape)}, k {list(k.shape)}"
+        )
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"k {list(k.shape)} doesn't fit q {list(q.shape)}: B and D are equal, Hkv divides H")
     if {q.dtype, k.dtype, v.dtype} - {torch.bfloat16, torch.float16, torch.float32}:
@@ -114,6 +119,8 @@ def _check(q, k, v, key_mask) -> None:
 def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
     if rope is None:
         return
+    if len(rope) != 2:
+        raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
     expected = (x.shape[2], x.shape[3] / 2)
     for table in rope:
         if table.shape != expected or table.dtype != torch.float32 or table.device != x.device:
@@ -136,8 +143,10 @@ def _check_memory(q, k, v) -> None:
             )
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a captured CUDA graph goes on reading its map
 def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> PrecisionMap:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
     return build_map(policy.classes(layout, is_causal), layout, is_causal).to(device)
 
 
@@ -184,7 +193,7 @@ def _attention(
 
         call |= {"lowering": chosen, "return_lse": return_lse}
         out, lse, inexact_rows = launch.attention(q, k, v, precision_map, high, low, **call)
-    empty = torch.empty(0, device=q.device)
+    empty = torch.empty(0, dtype=torch.float32, device=q.device)
     return out, empty if lse is None else lse, empty.int() if inexact_rows is None else inexact_rows
 
 

@@ -52,6 +52,7 @@ TABLE = (
     (("sm_90",), 128, "-|row", Tuning(stages=3, masked_stages=2, **_HOPPER)),
     (("sm_90",), 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), 256, "*", Tuning(stages=1, masked_stages=1, **_HOPPER)),
+    (("sm_89",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
     (("*",), "*", "*", Tuning(stages=1, masked_stages=1)),
 )
 

@@ -1,6 +1,4 @@
-"""Softmax's arithmetic as the pipes of an SM like it.
-
-exp2 on two pipes at once: most elements on the special-function unit, a share of them as a polynomial.
+"""exp2 on two pipes at once, and its argument: most elements on the special-function unit, some as a polynomial.
 
 The special-function unit gives 16 exponentials a clock and SM, an eighth of what the multiply-add units take:
 FlashAttention-4's trick is to let those do a part. The polynomial is a minimax fit of 2^f over [-½, ½].

@@ -194,7 +194,7 @@ def attend(
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, own_mask, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
-            EXP_SHARE, TCGEN05, STAGES,
+                EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
         if LOW is not None:
             v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels

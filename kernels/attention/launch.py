@@ -50,7 +50,7 @@ def attention(
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
     dim = padded_dim(head_dim)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (q, k, v))
     formats = precision_map.used(high, low)
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
     classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
@@ -87,8 +87,8 @@ def attention(
     programs = blocks if tuned.programs is None else min(blocks, tuned.programs * _multiprocessors(q.device))
     run(
         attend, (programs,),
-        *_tensors(q_operands[0], k_operands[0], tuned, dim), v_high,
-        *_tensors(q_operands[1], k_operands[1], tuned, dim), v_low,
+        *_tensors(classes[0], q_operands[0], k_operands[0], tuned, dim), v_high,
+        *_tensors(classes[1], q_operands[1], k_operands[1], tuned, dim), v_low,
         v_scale, _factors(classes, q_operands, k_operands, batch * heads, factor, q.device), offset,
         indices, bounds, None if key_mask is None else _whole_tiles(key_mask), out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
@@ -113,7 +113,12 @@ def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
     """x in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where x has others."""
     x = x.to(torch.bfloat16)
     aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if aligned else F.pad(x, (0, -x.shape[-1] % 8)).contiguous()
+    return x if aligned else _row_major(F.pad(x, (0, -x.shape[-1] % 8)))
+
+
+def _row_major(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the strides of its shape; `contiguous` leaves dimensions of size 1 any stride."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _operands(
@@ -135,12 +140,12 @@ def _operands(
     return operands, offset
 
 
-def _tensors(q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
+def _tensors(stored: Stored | None, q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
     """Elements and scales of q and of k, as the kernel takes them: what its loops read comes by descriptors."""
-    if q is None:
+    if stored is None:
         return [None] * 4
-    columns = dim // 2 if 2 * q.elements.shape[-1] == dim else dim
-    is_blocks = k.elements.dtype == torch.uint8
+    is_blocks = stored.storage is Storage.BLOCK
+    columns = dim // 2 if is_blocks and stored.format.bits == 4 else dim
     return [
         row_descriptor(q.elements, tuned.rows, columns), q.scales,
         row_descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
@@ -161,7 +166,7 @@ def _constants(stored: Stored | None) -> list:
 
 def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
     """uint8 `[B, tiles·128]`, 0 past the keys."""
-    return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE))
+    return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE)).contiguous()
 
 
 def _factors(
@@ -173,7 +178,7 @@ def _factors(
     device: torch.device,
 ) -> torch.Tensor:
     """What products of q and k have to be multiplied by: float32 `[B·H, 2]`, HIGH then LOW."""
-    factors = torch.ones(heads, len(q), device=device)
+    factors = torch.ones(heads, len(q), dtype=torch.float32, device=device)
     for index, (stored, a, b) in enumerate(zip(classes, q, k, strict=True)):
         if stored and stored.format.name == "bf16":
             factors[:, index] = fold

@@ -76,9 +76,10 @@ def attention(
     row_kv_head = row_batch * kv_heads + row_head // (heads // kv_heads)
     inner = torch.arange(TILE, device=device)
 
-    m = torch.full((rows, TILE, 1), LOWEST, device=device)
-    l = torch.zeros(rows, TILE, 1, device=device)
-    accumulator = torch.zeros(rows, TILE, head_dim, device=device)
+    state = {"dtype": torch.float32, "device": device}
+    m = torch.full((rows, TILE, 1), LOWEST, **state)
+    l = torch.zeros(rows, TILE, 1, **state)
+    accumulator = torch.zeros(rows, TILE, head_dim, **state)
     v_unit = v_scale.reshape(-1, 1, head_dim)[row_kv_head]
     start = torch.zeros_like(row)
     for phase in Phase:

@@ -115,6 +115,8 @@ def encode(
     operands = [stored and _empty(stored, x, amax) for stored in classes]
     offset = None if key_mean is None else torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
     cos, sin = rope or (None, None)
+    if rope and cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     arguments, constants = [], []
     for stored, operand in zip(classes, operands, strict=True):
         if operand is None:

@@ -173,3 +173,50 @@ def test_v_is_read_where_it_lies(kernel_device):
         assert bf16_for_tma(v).data_ptr() == v.data_ptr()
     odd = Call(300, 300, 36, dtype=torch.bfloat16).tensors(kernel_device)[2]
     assert all(stride % 8 == 0 for stride in bf16_for_tma(odd).stride()[:-1])
+
+
+def one_head_innermost(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the head dimension of size 1 with a stride of 1, as einops leaves it."""
+    return x[:, 0].clone().unsqueeze(-1).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+def test_strides_that_models_leave(pair, kernel_device):
+    """Dimensions of size 1 with odd strides, RoPE tables laid out differently, a transposed key mask."""
+    call = Call(
+        256, 256, 64, batch=2, heads=1, kv_heads=1, high=pair[0], low=pair[1], window=0, sink=0,
+        dtype=torch.bfloat16, has_rope=True, masks_keys=True,
+    )  # fmt: skip
+    q, k, v, mask = call.tensors(kernel_device)
+    ropes = call.ropes(kernel_device)
+    plain = launched(q, k, v, call.map(), *pair, key_mask=mask, **ropes)
+    cos, sin = ropes["k_rope"]
+    ropes["k_rope"] = cos, torch.stack((sin, sin), dim=-1)[..., 0]
+    odd = (one_head_innermost(x) for x in (q, k, v))
+    result = launched(*odd, call.map(), *pair, key_mask=mask.t().contiguous().t(), **ropes)
+    assert torch.equal(result[0], plain[0]) and torch.equal(result[1], plain[1])
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+def test_two_halves_of_the_keys_merge_to_the_whole(pair, kernel_device):
+    """Each half takes its own mean from its keys: the kernel gives that back in the log-sum-exp."""
+    call = Call(200, 512, 64, high=pair[0], low=pair[1], window=100_000)
+    q, k, v, _ = call.tensors(kernel_device)
+    k[:, :, 256:] += 3.0
+    half = Call(200, 256, 64, high=pair[0], low=pair[1], window=100_000)
+    parts = [
+        launched(q, k[:, :, part], v[:, :, part], half.map(), *pair)[:2]
+        for part in (slice(0, 256), slice(256, 512))
+    ]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(out * (one - lse).exp()[..., None] for out, one in parts)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative_l2(merged, exact) < (0.01 if pair[0] == "bf16" else 0.06)
+
+
+def test_the_device_of_the_tensors_is_taken():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    call = Call(300, 300, 64, high="bf16", low="int8")
+    here, there = (run(call, torch.device("cuda", index))[0].cpu() for index in (0, 1))
+    assert torch.equal(here, there)

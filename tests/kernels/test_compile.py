@@ -21,7 +21,13 @@ KIND_OF_QK = {
     "nvfp4": "kind::mxf4nvf4",
 }
 SINGLE = [("mxfp8", None), ("mxfp8_e5m2", None), (None, "mxfp4"), (None, "nvfp4")]
-MOST_SHARED_BYTES = {"sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_103": 227 * 1024, "sm_120": 99 * 1024}
+MOST_SHARED_BYTES = {
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_89": 99 * 1024,
+}
 
 
 @lru_cache
@@ -172,10 +178,12 @@ def test_hopper_multiplies_at_its_own_rates(high, low, kinds, head_dim):
 
 def test_every_head_dim_fits():
     """What does not fit tensor or shared memory Triton compiles all the same, to something that can't start."""
-    for target, high, low in (("sm_100", "mxfp8", "mxfp4"), ("sm_100", "bf16", "int8"), ("sm_90", "bf16", "int8"),
-                              ("sm_120", "mxfp8", "mxfp4")):  # fmt: skip
+    for target, high, low, head_dim in (
+        ("sm_100", "mxfp8", "mxfp4", 256), ("sm_100", "bf16", "int8", 256), ("sm_90", "bf16", "int8", 256),
+        ("sm_120", "mxfp8", "mxfp4", 256), ("sm_89", "bf16", "int8", 256), ("sm_103", "bf16", "fp8", 128),
+    ):  # fmt: skip
         for classes in ((high, low), (high, None), (None, low)):
-            compiled = attend(target, *classes, 256)
+            compiled = attend(target, *classes, head_dim)
             assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
             assert getattr(compiled.metadata, "tmem_size", None) in (None, 0, 64, 128, 256, 512)
             assert ahead.resources(compiled.asm["cubin"])[0] > 20

@@ -27,7 +27,9 @@ def test_hopper_reencodes_block_formats(target, pair, lowering):
 
 @pytest.mark.parametrize(("target", "high", "low", "why"), [
     ("cpu", "mxfp8", "mxfp4", "cpu has no block-scaled MMA"),
-    ("sm_80", "bf16", "int8", "sm_80 has no FP8 MMA"),
+    ("sm_80", "bf16", "int8", "no kernel is built for sm_80"),
+    ("sm_121", "mxfp8", "mxfp4", "no kernel is built for sm_121"),
+    ("sm_103", "bf16", "int8", "sm_103 has no INT8 MMA in tensor memory"),
     ("sm_100", "mxfp8", "mxint4", "mxfp4, nvfp4, not mxint4"),
 ])  # fmt: skip
 def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
@@ -38,7 +40,7 @@ def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
 
 @pytest.mark.parametrize(("target", "pair", "lowering", "message"), [
     ("cpu", ("mxfp8", "mxfp4"), "native", "lowering native can't run mxfp8 | mxfp4 on cpu: cpu has no"),
-    ("sm_80", ("mxfp8", "mxfp4"), "faithful", "sm_80 has no FP8 MMA"),
+    ("sm_80", ("mxfp8", "mxfp4"), "faithful", "no kernel is built for sm_80"),
     ("sm_90", ("mxfp8", "mxint4"), "faithful", "not mxint4"),
     ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, native, faithful"),
 ])  # fmt: skip

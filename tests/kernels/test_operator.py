@@ -105,6 +105,9 @@ Q = torch.randn(1, 4, 64, 64)
     ({"window": -1}, "window must be 0 tokens or more, got -1"),
     ({"text_start": 5, "text_stop": 99}, r"text range \(5, 99\) does not lie within the 64 keys"),
     ({"lowering": "native"}, "can't run mxfp8"),
+    ({"q_rope": (torch.ones(64, 32),)}, "q_rope must be cosines and sines, got 1 tables"),
+    ({"q": Q[:0], "k": Q[:0], "v": Q[:0]}, "lengths must be at least 1, as batch, heads and D"),
+    ({"k": Q[:, :0], "v": Q[:, :0]}, "lengths must be at least 1"),
     ({"scale": 0.0}, "scale must be finite and more than 0, got 0.0"),
     ({"scale": -0.1}, "scale must be finite and more than 0, got -0.1"),
     ({"k": Q[:, :1].expand(-1, 4, -1, -1)}, r"elements of k share memory \(shape \[1, 4, 64, 64\], strides"),
@@ -174,3 +177,17 @@ def test_too_many_rows_are_refused():
     q = torch.empty(2**17, 2**7, 1, 64, device="meta")  # tiles of 128 rows
     with pytest.raises(ValueError, match="heads times tokens must stay below 2"):
         operator._check_memory(q, Q, Q)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(default):
+    q = torch.randn(1, 2, 300, 64)
+    expected = operator.attention(q, q, q, high="bf16", low="nvfp4", return_lse=True)
+    torch.set_default_dtype(default)
+    try:
+        given = operator.attention(q, q, q, high="bf16", low="nvfp4", return_lse=True)
+        empty = operator.attention(q, q, q).lse
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(given.out, expected.out) and torch.equal(given.lse, expected.lse)
+    assert given.lse.dtype == empty.dtype == torch.float32
