@@ -76,7 +76,11 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         ("sm_90", {}, "lowering faithful is not shown to be faster than stock on sm_90"),
         ("sm_90", {"high": "bf16", "low": "int8"}, "lowering native is not shown to be faster than stock"),
         ("sm_89", {"high": "bf16", "low": "fp8"}, "lowering native is not shown to be faster than stock"),
-        ("sm_80", {"high": "bf16", "low": "int8"}, "nothing is faster than stock: native: sm_80 has no"),
+        (
+            "sm_80",
+            {"high": "bf16", "low": "int8"},
+            "nothing is faster than stock: native: no kernel is built for sm_80",
+        ),
     ],
 )
 def test_only_blackwell_is_taken_to_be_faster(monkeypatch, architecture, formats, reason):

@@ -179,6 +179,8 @@ NAMED_CALLS = [
     Call(384, 384, 64, dtype=torch.bfloat16, tokens_first=True, name="bf16"),
     Call(257, 257, 96, dtype=torch.float16, name="fp16-head-dim-96"),
     Call(257, 257, 36, dtype=torch.bfloat16, name="head-dim-36-unaligned-rows"),
+    Call(130, 130, 33, high="bf16", dtype=torch.bfloat16, name="head-dim-33"),
+    Call(65, 65, 1, name="head-dim-1"),
     Call(384, 384, 64, low="mxfp8", high="mxfp8_e5m2", name="mxfp8-e5m2"),
     Call(256, 256, 256, name="head-dim-256"),
     Call(130, 260, 160, name="head-dim-160"),

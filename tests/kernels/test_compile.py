@@ -21,13 +21,8 @@ KIND_OF_QK = {
     "nvfp4": "kind::mxf4nvf4",
 }
 SINGLE = [("mxfp8", None), ("mxfp8_e5m2", None), (None, "mxfp4"), (None, "nvfp4")]
-MOST_SHARED_BYTES = {
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_103": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "sm_89": 99 * 1024,
-}
+MOST_SHARED_BYTES = dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024)
+MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
 @lru_cache

@@ -156,6 +156,8 @@ class Drawn(Call):
                 case "none of the first batch":
                     mask[0] = False
             mask = mask.to(device)
+            if self.memory == "tokens first":
+                mask = mask.t().contiguous().t()
         return q, k, v, mask
 
     def view_of_nan(self, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
@@ -178,7 +180,7 @@ class Drawn(Call):
     def ropes(self, device: torch.device | str = "cpu") -> dict:
         ropes = super().ropes(device)
         if self.has_rope and self.interleaves_rope:
-            ropes = {name: torch.stack(tables, -1).unbind(-1) for name, tables in ropes.items()}
+            ropes = {name: (cos, torch.stack((sin, cos), -1)[..., 0]) for name, (cos, sin) in ropes.items()}
         return ropes
 
 

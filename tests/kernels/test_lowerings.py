@@ -6,7 +6,7 @@ from dma_diffusers.kernels.lowerings import LOWERINGS, architecture, choose
 
 @pytest.mark.parametrize("target", ["sm_100", "sm_103", "sm_120"])
 @pytest.mark.parametrize(
-    "pair", [("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"), ("mxfp8_e5m2", "mxfp6_e2m3"), ("bf16", "int8")]
+    "pair", [("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"), ("mxfp8_e5m2", "mxfp6_e2m3"), ("bf16", "fp8")]
 )
 def test_blackwell_runs_every_format_natively(target, pair):
     pytest.importorskip("triton")
