@@ -145,6 +145,8 @@ class Diversion:
         tensors = (query, key, value)
         if any(x.ndim != 4 or x.dtype not in DTYPES for x in tensors) or value.shape[-1] != query.shape[-1]:
             return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
+        if 0 in query.shape or 0 in key.shape:
+            return "an empty call"
         if query.shape[0] != key.shape[0] or key.shape != value.shape:
             return "q, k and v of different batches, or k and v of different heads"
         if query.shape[-2] != key.shape[-2]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
+from dma_diffusers.kernels.quantiser.kernel import scale_place
 from dma_diffusers.kernels.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -42,11 +43,7 @@ def _load_block_scales(descriptor, tile, COLUMNS: tl.constexpr):
 @triton.jit
 def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The scales of some rows of one tile, [ROWS, COLUMNS], by pointers."""
-    row, column = (first + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :]
-    if COLUMNS % 4 == 0:
-        place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
-    else:
-        place = row * COLUMNS + column
+    place = scale_place((first + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS)
     return tl.load(scales + tile.to(tl.int64) * (TILE * COLUMNS) + place)
 
 

@@ -94,7 +94,7 @@ def attention(
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
         *out.stride()[:3], blocks, 0.0,
-        *_constants(classes[0]), *_constants(classes[1]),
+        *(constant for c in classes for constant in (c.multiplied if c else [None, None, None])),
         CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
         EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
         STAGES=tuned.stages,
@@ -145,23 +145,11 @@ def _tensors(stored: Stored | None, q: Operand | None, k: Operand | None, tuned:
     if stored is None:
         return [None] * 4
     is_blocks = stored.storage is Storage.BLOCK
-    columns = dim // 2 if is_blocks and stored.format.bits == 4 else dim
+    columns = stored.columns(dim)
     return [
         row_descriptor(q.elements, tuned.rows, columns), q.scales,
         row_descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
     ]  # fmt: skip
-
-
-def _constants(stored: Stored | None) -> list:
-    if stored is None:
-        return [None, None, None]
-    format = stored.format
-    if stored.storage is Storage.PLAIN:
-        # only numbers that are the model's own lack the smoothing
-        return [format.name if format.element is None else "bf16 of blocks", "plain", None]
-    if stored.storage is Storage.ROW:
-        return ["int8" if format.name == "int8" else "e4m3", "row", None]
-    return [format.element.name if format.bits != 6 else "e4m3", "block", format.block]
 
 
 def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,12 @@ class Stored:
     format: Format
     storage: Storage
 
+    def columns(self, dim: int) -> int:
+        """Elements of a tensor in memory for `dim` channels: two e2m1 of a block format share a byte."""
+        return dim // 2 if self.storage is Storage.BLOCK and self.format.bits == 4 else dim
+
     @property
-    def constants(self) -> list:
+    def quantised(self) -> list:
         """What the quantiser's kernel compiles in: element, block, storage, q_max and its bits, room in e4m3."""
         element = self.format.element
         if element is None:
@@ -33,6 +37,22 @@ class Stored:
         bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
         room = math.floor(math.log2(E4M3.max / element.max))
         return [element.name, self.format.block, self.storage.value, element.max, bits, room]
+
+    @property
+    def multiplied(self) -> list:
+        """What the attention kernel compiles in: element of the MMA, storage, block.
+
+        The element is "bf16" for the model's own numbers alone, which are not smoothed.
+        """
+        element = self.format.element
+        match self.storage:
+            case Storage.PLAIN:
+                return [element.name if element else "bf16", self.storage.value, None]
+            case Storage.ROW:
+                return ["int8" if element.name == "int8" else "e4m3", self.storage.value, None]
+            case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3
+                name = "e4m3" if element.bits == 6 else element.name
+                return [name, self.storage.value, self.format.block]
 
 
 @dataclass(frozen=True)
@@ -72,20 +92,16 @@ def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None) -> Operan
     dim, rows = padded_dim(head_dim), batch * heads * tiles(length)
     format, storage = stored.format, stored.storage
     tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
-    element_dtype, columns, scales = torch.bfloat16, dim, None
+    element_dtype, scales = torch.bfloat16, None
     if storage is Storage.ROW:
         element_dtype = torch.int8 if format.name == "int8" else torch.float8_e4m3fn
         scales = torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
     elif storage is Storage.BLOCK:
-        element_dtype, columns, blocks = (
-            torch.uint8,
-            dim // 2 if format.bits == 4 else dim,
-            dim // format.block,
-        )
+        element_dtype, blocks = torch.uint8, dim // format.block
         shape = (1, rows, blocks // 4, 2, 256) if blocks % 4 == 0 else (rows, TILE * blocks)
         scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
         scales = scales.view(torch.float8_e4m3fn) if format.has_tensor_scale else scales
-    shape = (batch, heads, tiles(length) * TILE, columns)
+    shape = (batch, heads, tiles(length) * TILE, stored.columns(dim))
     return Operand(torch.empty(shape, dtype=element_dtype, device=x.device), scales, tensor_scale)
 
 
@@ -127,7 +143,7 @@ def encode(
         if stored.storage is Storage.BLOCK:
             scales = scales.view(torch.uint8)
         arguments += [operand.elements, scales, operand.tensor_scale]
-        constants += stored.constants
+        constants += stored.quantised
     run(
         quantise, (rows,),
         x, mean, factor, cos, sin, key_mean, offset, *arguments, inexact_rows,

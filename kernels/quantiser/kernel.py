@@ -116,7 +116,7 @@ def _store_rows(elements, y, place, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _reencoded(y, code, ELEMENT: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr):
+def _reencoded(y, code, TOP: tl.constexpr, D: tl.constexpr):
     """Blocks with E8M0 scales as e4m3 numbers under one power of two for each row: [128, D], its code, exactness.
 
     A row's largest scale becomes 2^TOP, the largest that e4m3 has room for; smaller blocks go under it.
@@ -162,12 +162,22 @@ def _encode(
         if STORAGE == "plain":
             _store_rows(elements, to_bf16(tl.reshape(y * scale[:, :, None], (TILE, D))), place, D)
         elif STORAGE == "row":
-            stored, row_code, inexact = _reencoded(y, code, ELEMENT, TOP, D)
+            stored, row_code, inexact = _reencoded(y, code, TOP, D)
             _store_rows(elements, to_e4m3(stored), place, D)
             tl.store(scales + place, _power_of_two(row_code))
             tl.atomic_add(inexact_rows, tl.sum(inexact))
         else:
             _store_blocks(elements, scales, tile, rows, y, code, ELEMENT, BLOCK, D)
+
+
+@triton.jit
+def scale_place(row, column, COLUMNS: tl.constexpr):
+    """Where a tile's scale lies: in tcgen05's layout 4 columns of 128 rows are 32 runs of 16 bytes."""
+    if COLUMNS % 4 == 0:
+        place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
+    else:
+        place = row * COLUMNS + column
+    return place
 
 
 @triton.jit
@@ -185,12 +195,8 @@ def _store_blocks(
         _store_rows(elements, to_e5m2(y).to(tl.uint8, bitcast=True), place, D)
     else:  # e2m3 and e3m2 are e4m3 numbers too, which the same MMA multiplies at the same rate
         _store_rows(elements, to_e4m3(y).to(tl.uint8, bitcast=True), place, D)
-    row, column = rows[:, None], tl.arange(0, COLUMNS)[None, :]
-    if COLUMNS % 4 == 0:  # tcgen05's scale layout: 4 columns of 128 rows are 32 runs of 16 bytes
-        place_in_tile = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
-    else:
-        place_in_tile = row * COLUMNS + column
-    tl.store(scales + tile * TILE * COLUMNS + place_in_tile, code.to(tl.uint8))
+    place = scale_place(rows[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS)
+    tl.store(scales + tile * TILE * COLUMNS + place, code.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["length"])

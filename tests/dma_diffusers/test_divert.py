@@ -114,6 +114,7 @@ def expanded(which: int) -> tuple[torch.Tensor, ...]:
         (tuple(x[:1].expand(x.shape) for x in qkv()), {}, "share memory"),
         ((*qkv()[:2], qkv()[2].as_strided((B, H, S, D), (H * S, S, 1, 1))), {}, "share memory"),
         ((qkv()[0], *(x[:1] for x in qkv()[1:])), {}, "different batches"),
+        (tuple(x[:0] for x in qkv()), {}, "an empty call"),
         (qkv(keys=S + 1), {}, "cross-attention"),
         (qkv(), {"min_length": S + 1}, f"fewer than {S + 1} keys"),
         (qkv(head_dim=264), {"lowering": "fastest"}, "head_dim 264 is more than 256"),

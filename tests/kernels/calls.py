@@ -93,7 +93,7 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Which pair of tokens is HIGH, token by token, from design.md's words: bool `[Sq, Sk]`."""
+    """Which pair of tokens is HIGH, token by token, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     high = torch.zeros(call.q_length, call.k_length, dtype=torch.bool)
     text_tiles = range(call.text[0] // 128, -(-call.text[1] // 128)) if call.text[1] > call.text[0] else ()
     last_whole_tile = call.k_length // 128

@@ -88,7 +88,7 @@ def exact(q, k, v) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "most"), [("normal", 0.04), ("outliers", 0.006)])
 def test_errors_at_a_pictures_length(kind, most, gpu):
-    """HIGH in bf16 is as good as bf16 attention; LOW in INT8 stays under what methods.md's peers make."""
+    """HIGH in bf16 is as good as bf16 attention; LOW in INT8 stays within a few per cent."""
     q, k, v = inputs(kind, gpu)
     expected = exact(q, k, v)
     stock = relative_l2(F.scaled_dot_product_attention(q, k, v), expected)

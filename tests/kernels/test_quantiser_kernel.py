@@ -143,7 +143,7 @@ def spanning(span: int, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize(("fmt", "span"), [("mxfp4", 14), ("mxfp6_e2m3", 11), ("mxfp6_e3m2", 9)])
 def test_reencoded_rows_are_the_same_numbers(fmt, span, kernel_device):
-    """As far as the scales of a row's blocks may lie apart (hardware.md: 14 binades for e2m1), and no further."""
+    """As far as the scales of a row's blocks may lie apart (14 binades for e2m1: 2^-8 to 2^6), and no further."""
     for distance, is_exact in ((0, True), (span, True), (span + 1, False)):
         x = spanning(distance, kernel_device)
         inexact = torch.zeros(1, dtype=torch.int32, device=kernel_device)
