@@ -1,0 +1,1 @@
+"""Speed: attention beside its peers, in one run on one GPU, under the bound of the hardware."""

@@ -1,0 +1,72 @@
+"""The least time that an attention call can take on a GPU."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from dma_diffusers.eval.bench.shapes import Shape
+from dma_diffusers.kernels.instructions import MATRIX_RATES, RATES
+from dma_diffusers.kernels.lowerings import NATIVE, Storage, architecture
+
+_FOUR_BIT = ("mxfp4", "nvfp4")
+
+
+class Gpu(NamedTuple):
+    """What of a GPU sets the bound; `hz` is its highest clock."""
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    hz: float
+    l2_bytes: int
+
+
+class Products(NamedTuple):
+    """How a share of the scores is multiplied: the letters of MATRIX_RATES for Q·K and P·V."""
+
+    share: float
+    qk: str
+    pv: str
+
+
+def current_gpu() -> Gpu:
+    """The current CUDA device."""
+    import triton
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    driver = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return Gpu(
+        properties.name, architecture(device), properties.multi_processor_count,
+        1e3 * driver["sm_clock_rate"], properties.L2_cache_size,
+    )  # fmt: skip
+
+
+def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
+    """The matrix instruction that multiplies numbers in `fmt`, as a lowering stores them."""
+    match stores[fmt]:
+        case Storage.PLAIN:
+            return "H"
+        case Storage.ROW:
+            return "I" if fmt == "int8" else "Q"
+        case Storage.BLOCK:
+            return "O" if fmt in _FOUR_BIT else "Q"
+
+
+def bound_tflops(shape: Shape, products: Sequence[Products], gpu: Gpu) -> float | None:
+    """The most TFLOP/s (of `shape.flop`) that these products allow; None where a rate isn't known.
+
+    The time is the larger of the matrix products at their peak rates and one exponential for each score on the
+    special-function unit, both at the highest clock. Polynomial exponentials run on another pipe, so where
+    the exponentials are the larger, a kernel that has them can come out above.
+    """
+    if gpu.architecture not in RATES:
+        return None
+    rates = MATRIX_RATES[gpu.architecture]
+    if any(name not in rates for part in products for name in (part.qk, part.pv)):
+        return None
+    product = 2 * shape.head_dim  # FLOP for each score
+    matrix = sum(part.share * (product / rates[part.qk] + product / rates[part.pv]) for part in products)
+    clocks = max(matrix, 1 / RATES[gpu.architecture]["mufu"])  # of an SM, for each score
+    return 2 * product / clocks * gpu.multiprocessors * gpu.hz / 1e12

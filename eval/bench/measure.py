@@ -1,0 +1,69 @@
+"""One shape: every entry prepared, checked and timed in turns."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from dma_diffusers.eval.bench.bound import Gpu, bound_tflops
+from dma_diffusers.eval.bench.entries import Call, Entry
+from dma_diffusers.eval.bench.inputs import Sample, draw
+from dma_diffusers.eval.bench.peers import first_line
+from dma_diffusers.eval.bench.shapes import Shape
+from dma_diffusers.eval.bench.summary import compared
+from dma_diffusers.eval.bench.timing import take_turns
+
+PARTS = ("whole", "kernel", "quantise")
+
+
+def measure(
+    shape: Shape,
+    entries: Sequence[Entry],
+    gpu: Gpu,
+    kind: str,
+    seed: int,
+    seconds: float,
+    on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """What each entry makes of a shape: `{"size", "copies", "entries"}`, as `summary.compared` gives them.
+
+    Entries get the same inputs (`kind`, `seed`), their errors are taken over the same rows, and one that can't
+    run has the reason under `absent`. seconds: of GPU time for each thing that is timed.
+    """
+    copies = draw(shape, kind, seed, gpu.l2_bytes)
+    sample = Sample(*copies[0], seed)
+    rows: list[dict[str, Any]] = []
+    calls: dict[tuple[int, str], Call] = {}
+    for index, entry in enumerate(entries):
+        on_step(shape.label, index, len(entries) + 1)
+        row: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
+        try:
+            prepared = entry.prepare(copies)
+            error = sample.relative_l2(prepared.whole(0))
+            row["relative_l2"] = error if math.isfinite(error) else None
+            row["peak_bytes"] = _peak_bytes(partial(prepared.whole, 0))
+            row["bound_tflops"] = bound_tflops(shape, prepared.products, gpu)
+            row["products"] = [part._asdict() for part in prepared.products]
+            found = {part: getattr(prepared, part) for part in PARTS}
+            calls |= {(index, part): call for part, call in found.items() if call}
+        except Exception as error:  # a peer may fail in whatever way it likes
+            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
+            row = {"name": entry.name, "kind": entry.kind, "absent": first_line(error)}
+        rows.append(row)
+    on_step(shape.label, len(entries), len(entries) + 1)
+    for (index, part), taken in take_turns(calls, seconds).items():
+        rows[index][part] = taken
+    on_step(shape.label, len(entries) + 1, len(entries) + 1)
+    return {"size": list(shape.size), "copies": len(copies), "entries": compared(shape, rows)}
+
+
+def _peak_bytes(call: Callable[[], Any]) -> int:
+    """The memory that a call needs, its result included, over what there was before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,119 @@
+"""What others offer: kernels that are timed beside ours where they are installed."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dma_diffusers.eval.bench.bound import Products
+from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Tensors
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A kernel of others.
+
+    call: takes its module and q, k, v `[B, H, S, D]` in bf16; what it quantises, it quantises in there.
+    qk, pv: letters of MATRIX_RATES. modules: the names under which it may be installed.
+    fits: whether a module of such a name is this peer; two versions of one package can't share a name.
+    distribution: where its version is told.
+    """
+
+    name: str
+    kind: str
+    qk: str
+    pv: str
+    modules: tuple[str, ...]
+    distribution: str
+    call: Callable[[ModuleType, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    fits: Callable[[ModuleType], bool] = lambda module: True
+
+    def load(self) -> ModuleType:
+        """Its module; ImportError, in one line, that says why there is none."""
+        reasons = []
+        for name in self.modules:
+            try:
+                module = importlib.import_module(name)
+            except Exception as error:  # one built for another torch fails in whatever way it likes
+                reasons.append(first_line(error))
+                continue
+            if self.fits(module):
+                return module
+            reasons.append(f"{name} is another version")
+        raise ImportError("; ".join(reasons))
+
+    @property
+    def version(self) -> str:
+        """Of what is installed, or why nothing is."""
+        try:
+            module = self.load()
+        except ImportError as error:
+            return f"absent: {error}"
+        if module is torch:
+            return f"cuDNN {torch.backends.cudnn.version()}"
+        if module.__name__ == self.modules[0]:
+            try:
+                return metadata.version(self.distribution)
+            except metadata.PackageNotFoundError:
+                pass
+        return f"{module.__name__}, whose version isn't told"
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.name, self.kind, self._prepare)
+
+    def _prepare(self, copies: Sequence[Tensors]) -> Prepared:
+        call = partial(self.call, self.load())
+        return Prepared([Products(1.0, self.qk, self.pv)], lambda number: call(*copies[number % len(copies)]))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _cudnn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _flash_attention_4(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=False)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _sage_1(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return module.sageattn(q, k, v, tensor_layout="HND", is_causal=False, smooth_k=True)
+
+
+def _sage_2(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    is_hopper = torch.cuda.get_device_capability(q.device) == (9, 0)
+    attend = module.sageattn_qk_int8_pv_fp8_cuda_sm90 if is_hopper else module.sageattn
+    return attend(q, k, v, tensor_layout="HND", is_causal=False)
+
+
+def _is_sage_2(module: ModuleType) -> bool:
+    return hasattr(module, "sageattn_qk_int8_pv_fp8_cuda_sm90")
+
+
+PEERS = (
+    Peer("cuDNN SDPA bf16", FULL, "H", "H", ("torch",), "torch", _cudnn),
+    Peer(
+        "FlashAttention-4 bf16", FULL, "H", "H", ("flash_attn.cute",), "flash-attn-4", _flash_attention_4
+    ),
+    Peer(
+        "SageAttention 1", LOW_BIT, "I", "H", ("sageattention", "sageattention1"), "sageattention", _sage_1,
+        lambda module: not _is_sage_2(module),
+    ),
+    Peer(
+        "SageAttention 2", LOW_BIT, "I", "Q", ("sageattention", "sageattention2"), "sageattention", _sage_2,
+        _is_sage_2,
+    ),
+)  # fmt: skip

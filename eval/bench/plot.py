@@ -1,0 +1,89 @@
+"""A result as a bar chart: TFLOP/s of each entry at each shape, and its bound as a thin line."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, OURS
+
+_FILLS = {
+    FULL: ("#b5b5b5", "#8a8a8a", "#d8d8d8"),
+    LOW_BIT: ("#7fa7d1", "#4f7fb3", "#a9c4e0"),
+    OURS: ("#e4572e", "#f29e4c", "#b23a17"),
+}
+_BAR, _GAP, _LEFT, _TOP, _HEIGHT, _LABELS, _LEGEND_LINE = 18, 26, 46, 30, 260, 40, 18
+_STEP = 200  # TFLOP/s between grid lines
+
+
+def check_plot(path: Path) -> None:
+    """Raise ValueError unless `path` ends in .svg."""
+    if path.suffix != ".svg":
+        raise ValueError(f"plots are SVG: name a file that ends in .svg, not {path.name}")
+
+
+def plot(shapes: dict[str, dict[str, Any]]) -> bytes:
+    """The chart of a result's `shapes`, as SVG; entries that didn't run, or are wrong, have no bar."""
+    drawn = {
+        label: [e for e in measured["entries"] if "whole" in e and not e["wrong"]]
+        for label, measured in shapes.items()
+    }
+    return _svg(drawn, _colours([e for entries in drawn.values() for e in entries])).encode()
+
+
+def _colours(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """A fill for each entry's name: shades of its kind's colour."""
+    fills: dict[str, str] = {}
+    for entry in entries:
+        shades = _FILLS[entry["kind"]]
+        used = sum(fill in shades for fill in fills.values())
+        fills.setdefault(entry["name"], shades[used % len(shades)])
+    return fills
+
+
+def _svg(drawn: dict[str, list[dict[str, Any]]], fills: dict[str, str]) -> str:
+    every = [entry for entries in drawn.values() for entry in entries]
+    top = max((max(e["whole"]["tflops"], e["bound_tflops"] or 0) for e in every), default=_STEP)
+    top = -(-top // _STEP) * _STEP
+    widths = {label: max(_BAR * len(entries), 120) + _GAP for label, entries in drawn.items()}
+    width = max(_LEFT + sum(widths.values()), 420)
+    height = _TOP + _HEIGHT + _LABELS + _LEGEND_LINE * (len(fills) + 1)
+
+    def y(tflops: float) -> float:
+        return _TOP + _HEIGHT * (1 - tflops / top)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333">',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+    ]
+    for tflops in range(0, int(top) + 1, _STEP):
+        parts.append(f'<path d="M{_LEFT} {y(tflops):.1f}H{width}" stroke="#e6e6e6"/>')
+        parts.append(_text(_LEFT - 6, y(tflops) + 4, str(tflops), "end"))
+    parts.append(_text(4, _TOP - 16, "TFLOP/s, quantisation included"))
+    left = _LEFT + _GAP / 2
+    for label, entries in drawn.items():
+        for index, entry in enumerate(entries):
+            x, tflops, bound = left + _BAR * index, entry["whole"]["tflops"], entry["bound_tflops"]
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y(tflops):.1f}" width="{_BAR - 3}" height="{y(0) - y(tflops):.1f}" '
+                f'fill="{fills[entry["name"]]}"><title>{escape(entry["name"])}: {tflops:.0f}</title></rect>'
+            )
+            if bound:
+                parts.append(f'<path d="M{x:.1f} {y(bound):.1f}h{_BAR - 3}" stroke="#222" class="bound"/>')
+        model, _, size = label.rpartition(" ")
+        parts.append(_text(left, _TOP + _HEIGHT + 16, model))
+        parts.append(_text(left, _TOP + _HEIGHT + 30, size))
+        left += widths[label]
+    for line, (name, fill) in enumerate([*fills.items(), ("bound: matrix products or exponentials", "")]):
+        baseline = _TOP + _HEIGHT + _LABELS + _LEGEND_LINE * (line + 0.7)
+        parts.append(
+            f'<rect x="{_LEFT}" y="{baseline - 9:.1f}" width="10" height="10" fill="{fill}"/>'
+            if fill
+            else f'<path d="M{_LEFT} {baseline - 4:.1f}h10" stroke="#222"/>'
+        )
+        parts.append(_text(_LEFT + 16, baseline, name))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

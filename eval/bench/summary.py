@@ -1,0 +1,100 @@
+"""Timed entries compared with each other and with the bound: as data, as a table, as Markdown."""
+
+from typing import Any
+
+from dma_diffusers.eval.bench.entries import FULL, LOW_BIT
+from dma_diffusers.eval.bench.shapes import Shape
+
+WRONG = 0.2  # relative L2 from which a result counts as wrong
+HEADER = (
+    "Attention",
+    "ms",
+    "TFLOP/s",
+    "× best full precision",
+    "× best low bit",
+    "% of bound",
+    "relative L2",
+    "peak MiB",
+    "host µs",
+)
+_TITLES = {"kernel": "– without quantisation", "quantise": "– its quantiser's kernels"}
+_DIFFERENCE = "– whole less kernel (a difference)"
+
+
+def compared(shape: Shape, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries, with what their times mean.
+
+    Adds `wrong` (relative L2 over .2, or None, which is NaN) and `less_kernel_ms` (whole less kernel), and to `whole`
+    and `kernel` each `tflops`, `share_of_bound` (None without a bound), `over_full` and `over_low`: speed in units
+    of the best peer's of that kind, with the peer's own quantisation (None without one). Who is wrong is no best.
+    """
+    timed = [
+        entry | {"wrong": _is_wrong(entry["relative_l2"])} if "whole" in entry else entry for entry in entries
+    ]
+    best = {
+        kind: min((e["whole"]["ms"] for e in timed if e["kind"] == kind and not e.get("wrong", True)), default=None)
+        for kind in (FULL, LOW_BIT)
+    }  # fmt: skip
+    for entry in timed:
+        for part in ("whole", "kernel"):
+            if part in entry:
+                ms = entry[part]["ms"]
+                tflops, bound = shape.flop / ms / 1e9, entry["bound_tflops"]
+                entry[part] = entry[part] | {
+                    "tflops": tflops,
+                    "share_of_bound": bound and tflops / bound,
+                    "over_full": best[FULL] and best[FULL] / ms,
+                    "over_low": best[LOW_BIT] and best[LOW_BIT] / ms,
+                }
+        if "kernel" in entry:
+            entry["less_kernel_ms"] = entry["whole"]["ms"] - entry["kernel"]["ms"]
+    return timed
+
+
+def cells(entries: list[dict[str, Any]]) -> list[list[str]]:
+    """The table's lines, under `HEADER`: one for each entry, and for ours one for each part."""
+    lines = []
+    for entry in entries:
+        if "whole" not in entry:
+            lines.append([f"{entry['name']}: {entry['absent']}", *[""] * (len(HEADER) - 1)])
+            continue
+        title = entry["name"] + " (WRONG)" * entry["wrong"]
+        error = "NaN" if entry["relative_l2"] is None else f"{entry['relative_l2']:.4f}"
+        memory = f"{entry['peak_bytes'] / 2**20:,.0f}"
+        lines.append([title, *_speeds(entry["whole"]), error, memory, f"{entry['whole']['host_us']:.0f}"])
+        for part, title in _TITLES.items():
+            if part in entry:
+                lines.append([title, *_speeds(entry[part]), "", "", f"{entry[part]['host_us']:.0f}"])
+        if "kernel" in entry:
+            lines.append([_DIFFERENCE, f"{entry['less_kernel_ms']:.3f}", *[""] * (len(HEADER) - 2)])
+    return lines
+
+
+def markdown(shapes: dict[str, dict[str, Any]]) -> str:
+    """The tables of a result's `shapes`, each under its name."""
+    return "\n\n".join(
+        "\n".join(
+            [f"**{label}**\n", _line(HEADER), _line(["---", *["---:"] * (len(HEADER) - 1)])]
+            + [_line(line) for line in cells(measured["entries"])]
+        )
+        for label, measured in shapes.items()
+    )
+
+
+def _is_wrong(relative_l2: float | None) -> bool:
+    return relative_l2 is None or relative_l2 > WRONG
+
+
+def _speeds(part: dict[str, Any]) -> list[str]:
+    share = part.get("share_of_bound")
+    ratios = [part.get("over_full"), part.get("over_low")]
+    return [
+        f"{part['ms']:.3f}",
+        f"{part['tflops']:.0f}" if "tflops" in part else "",
+        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        "" if share is None else f"{100 * share:.0f}",
+    ]
+
+
+def _line(texts: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"

@@ -1,0 +1,359 @@
+"""The benchmark's parts that need no GPU: shapes, bounds, entries, peers, errors, comparisons, resuming, chart."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from dma_diffusers.eval.bench import attention as bench
+from dma_diffusers.eval.bench.bound import Gpu, Products, bound_tflops, letter
+from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, OURS, Config, default_configs, products
+from dma_diffusers.eval.bench.inputs import Sample
+from dma_diffusers.eval.bench.peers import PEERS
+from dma_diffusers.eval.bench.plot import check_plot, plot
+from dma_diffusers.eval.bench.shapes import NAMED, Shape, parse
+from dma_diffusers.eval.bench.summary import HEADER, cells, compared, markdown
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import build_map
+from dma_diffusers.kernels.policies import Diagonal
+
+# The clock at which NVIDIA's data sheet gives 989 dense bf16 TFLOP/s; the card's highest is 1.98 GHz.
+H200 = Gpu("H200", "sm_90", 132, 1.83e9, 50 * 2**20)
+BF16, FP8 = Products(1.0, "H", "H"), Products(1.0, "Q", "Q")
+
+
+def test_models_shapes():
+    assert [shape.size for shape in parse(["wan-480p"], 2)] == [(2, 12, 32760, 128), (2, 40, 32760, 128)]
+    assert parse(["cogvideox"])[0].label == "cogvideox 1×48×17776×64"
+    assert {shape.model for shape in parse(list(NAMED))} == set(NAMED)
+    assert parse(["flux-1k"])[0].flop == 4 * 24 * 4608**2 * 128
+
+
+def test_free_shapes_keep_their_batch_and_come_once():
+    assert parse(["2x24x4608x128", "2x24x4608x128"], 1) == [Shape("", 2, 24, 4608, 128)]
+    assert parse(["2x24x4608x128"])[0].label == "2×24×4608×128"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("flux", f"choose from {', '.join(NAMED)}, or BxHxNxD"),
+    ("24x4608x128", "unknown shape"),
+    ("1x24x-4608x128", "unknown shape"),
+    ("3x24x4608x128", "batch must be 1 or 2"),
+    ("1x24x4608x264", "head_dim must be 1 to 256"),
+    ("1x24x4608x0", "head_dim must be 1 to 256"),
+    ("1x1x128x64", "8192 elements are too few"),
+])  # fmt: skip
+def test_bad_shapes(text, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        parse([text])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("head_dim", "part", "expected"), [
+    (128, BF16, 989), (64, BF16, 989), (128, FP8, 1979), (64, FP8, 989),
+    (128, Products(1.0, "I", "Q"), 1979),
+    (128, Products(1.0, "I", "H"), 4 / 3 * 989),  # one product at twice the rate
+])  # fmt: skip
+def test_bounds_of_an_h200(head_dim, part, expected):
+    shape = Shape("", 1, 24, 4608, head_dim)
+    assert bound_tflops(shape, [part], H200) == pytest.approx(expected, rel=1e-3)
+    fastest = H200._replace(hz=1.98e9)
+    assert bound_tflops(shape, [part], fastest) == pytest.approx(expected * 1.98 / 1.83, rel=1e-3)
+
+
+def test_the_bound_of_two_classes_adds_their_times():
+    shape = Shape("", 1, 24, 4608, 128)
+    parts = [BF16._replace(share=0.25), Products(0.75, "I", "Q")]
+    assert bound_tflops(shape, parts, H200) == pytest.approx(1 / (0.25 / 989.3 + 0.75 / 1978.6), rel=1e-3)
+
+
+def test_no_rate_no_bound():
+    shape = Shape("", 1, 24, 4608, 128)
+    assert bound_tflops(shape, [BF16], H200._replace(architecture="sm_80")) is None
+    assert bound_tflops(shape, [Products(1.0, "I", "Q")], H200._replace(architecture="sm_103")) is None
+    assert bound_tflops(Shape("", 1, 1, 8192, 64), [FP8], H200._replace(architecture="sm_100")) > 900
+
+
+def test_letters_follow_the_storage():
+    assert [letter(name) for name in ("bf16", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4")] == list("HIQQOO")
+
+
+@pytest.mark.parametrize("tokens", [4608, 4600])
+def test_products_of_a_map_are_its_tiles(tokens):
+    layout = Layout(tokens, tokens)
+    tiles = math.ceil(tokens / 128)
+    diagonal = build_map(Diagonal(128, 128).classes(layout), layout)
+    cut = tokens % 128 > 0
+    high = (tiles + tiles - 1 + (tiles - 1) * cut) / tiles**2  # diagonal, first column, last column
+    assert products(diagonal, "bf16", "int8", "native") == [
+        (pytest.approx(high), "H", "H"),
+        (pytest.approx(1 - high), "I", "Q"),
+    ]
+    low = build_map(Diagonal(0, 0).classes(layout), layout)
+    parts = products(low, "bf16", "int8", "native")
+    assert parts == [(pytest.approx(1 / tiles), "H", "H")] * cut + [
+        (pytest.approx(1 - cut / tiles), "I", "Q")
+    ]
+
+
+def test_faithful_formats_are_multiplied_as_stored():
+    layout = Layout(4608, 4608)
+    parts = products(build_map(Diagonal().classes(layout), layout), "mxfp8", "mxfp4", "faithful")
+    assert [(part.qk, part.pv) for part in parts] == [("H", "H"), ("Q", "Q")]
+
+
+@pytest.mark.parametrize(("text", "config", "name"), [
+    ("high=bf16,low=int8,window=0,sink=0", Config("bf16", "int8", 0, 0), "LOW int8"),
+    ("high=bf16, low=fp8", Config("bf16", "fp8"), "bf16|fp8, window 128, sink 128"),
+    ("mapped=false,lowering=faithful", Config(mapped=False, lowering="faithful"), "HIGH mxfp8, faithful"),
+    ("text_stop=512,window=0,sink=0", Config(window=0, sink=0, text_stop=512),
+     "mxfp8|mxfp4, window 0, sink 0, text 0 to 512"),
+])  # fmt: skip
+def test_configs_are_the_operators_keywords(text, config, name):
+    assert Config.parse(text) == config
+    assert config.name == name
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "give each of high, low, window"),
+    ("hihg=bf16", "give each of high, low, window"),
+    ("high=bf16,high=fp8", "once at most"),
+    ("window=wide", "whole number of tokens, got 'wide'"),
+    ("sink=-1", "whole number of tokens"),
+    ("mapped=no", "true or false"),
+    ("low=fp3", "fp3"),
+])  # fmt: skip
+def test_bad_configs(text, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        Config.parse(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_default_configs_are_what_the_gpu_multiplies():
+    assert [config.name for config in default_configs("sm_90")] == [
+        "LOW int8",
+        "bf16|int8, window 128, sink 128",
+    ]
+    assert {config.low for config in default_configs("sm_100")} == {"mxfp4"}
+
+
+@pytest.mark.parametrize("kind", ["normal", "large"])
+def test_errors_against_brute_force(kind):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 100, 16, generator=generator).bfloat16() for _ in range(3))
+    if kind == "large":
+        q = q * 30
+    exact = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
+    sample = Sample(q, k, v)
+    assert sample.relative_l2(exact) < 1e-12
+    assert sample.relative_l2(1.25 * exact) == pytest.approx(0.25)
+    assert sample.relative_l2(exact.flip(2)) > 0.5
+    assert sample.relative_l2(exact.roll(1, dims=1)) > 0.5
+
+
+def entry(name, kind, ms, error=0.01, **parts):
+    times = {
+        part: {"ms": value, "ms_quartiles": [value, value], "host_us": 50.0} for part, value in parts.items()
+    }
+    whole = {"ms": ms, "ms_quartiles": [ms, ms], "host_us": 100.0}
+    return {
+        "name": name, "kind": kind, "relative_l2": error, "peak_bytes": 2**21, "bound_tflops": 1000.0,
+        "products": [], "whole": whole, **times,
+    }  # fmt: skip
+
+
+SHAPE = Shape("flux-1k", 1, 24, 4608, 128)
+ENTRIES = [
+    entry("slow full", FULL, 0.5, error=0.002),
+    entry("cuDNN", FULL, 0.4, error=0.002),
+    entry("fast and wrong", LOW_BIT, 0.1, error=0.3),
+    entry("fast and NaN", LOW_BIT, 0.1, error=None),
+    {"name": "Sage", "kind": LOW_BIT, "absent": "No module named 'sageattention'"},
+    entry("Sage 2", LOW_BIT, 0.3),
+    entry("LOW int8", OURS, 0.25, kernel=0.2, quantise=0.03),
+]
+
+
+@pytest.fixture
+def measured():
+    return {SHAPE.label: {"size": list(SHAPE.size), "copies": 5, "entries": compared(SHAPE, ENTRIES)}}
+
+
+def test_ratios_are_to_the_best_peer_that_is_right(measured):
+    found = {e["name"]: e for e in measured[SHAPE.label]["entries"]}
+    ours = found["LOW int8"]
+    assert (ours["whole"]["over_full"], ours["whole"]["over_low"]) == pytest.approx((0.4 / 0.25, 0.3 / 0.25))
+    assert (ours["kernel"]["over_full"], ours["kernel"]["over_low"]) == pytest.approx((2.0, 1.5))
+    assert ours["whole"]["tflops"] == pytest.approx(4 * 24 * 4608**2 * 128 / 0.25e-3 / 1e12)
+    assert ours["whole"]["share_of_bound"] == pytest.approx(ours["whole"]["tflops"] / 1000)
+    assert ours["less_kernel_ms"] == pytest.approx(0.05)
+    assert [name for name, e in found.items() if e.get("wrong")] == ["fast and wrong", "fast and NaN"]
+    assert found["cuDNN"]["whole"]["over_full"] == 1
+    assert found["Sage"] == ENTRIES[4]
+
+
+def test_without_peers_or_bound_there_are_no_ratios():
+    (alone,) = compared(SHAPE, [ENTRIES[-1] | {"bound_tflops": None}])
+    assert [alone["whole"][name] for name in ("over_full", "over_low", "share_of_bound")] == [None] * 3
+    assert cells([alone])[0][3:6] == [""] * 3
+
+
+def test_the_table_says_all(measured):
+    lines = cells(measured[SHAPE.label]["entries"])
+    assert {len(line) for line in lines} == {len(HEADER)}
+    titles = [line[0] for line in lines]
+    assert titles[2:5] == [
+        "fast and wrong (WRONG)",
+        "fast and NaN (WRONG)",
+        "Sage: No module named 'sageattention'",
+    ]
+    assert lines[6] == ["LOW int8", "0.250", "1044", "1.60", "1.20", "104", "0.0100", "2", "100"]
+    assert lines[7][:6] == ["– without quantisation", "0.200", "1305", "2.00", "1.50", "130"]
+    assert [line[1] for line in lines[8:]] == ["0.030", "0.050"]
+    text = markdown(measured)
+    assert text.startswith("**flux-1k 1×24×4608×128**\n\n| Attention | ms |")
+    assert len(text.splitlines()) == 2 + 2 + len(lines)
+    assert r"bf16\|int8" in markdown({"a": {"entries": compared(SHAPE, [entry("bf16|int8", OURS, 1.0)])}})
+
+
+def test_the_chart_has_a_bar_for_each_right_entry(measured):
+    root = ElementTree.fromstring(plot(measured))
+    bars = [node for node in root.findall(".//{*}rect") if node.find("{*}title") is not None]
+    assert [bar.find("{*}title").text for bar in bars] == [
+        "slow full: 522",
+        "cuDNN: 652",
+        "Sage 2: 870",
+        "LOW int8: 1044",
+    ]
+    heights = [float(bar.get("height")) for bar in bars]
+    assert heights[3] / heights[0] == pytest.approx(2, rel=0.01)
+    assert len({bar.get("fill") for bar in bars}) == 4
+    lines = [node for node in root.findall(".//{*}path") if node.get("class") == "bound"]
+    assert len(lines) == 4 and len({node.get("d").split()[1].split("h")[0] for node in lines}) == 1
+    texts = [node.text for node in root.findall(".//{*}text")]
+    assert {"flux-1k", "1×24×4608×128", "LOW int8"} <= set(texts)
+    assert not {"Sage", "fast and wrong"} & set(texts)
+
+
+def test_plots_are_svg(tmp_path):
+    check_plot(tmp_path / "plot.svg")
+    with pytest.raises(ValueError, match=r"ends in \.svg, not plot\.png"):
+        check_plot(tmp_path / "plot.png")
+
+
+Q, K, V = (torch.full((1, 2, 5, 4), value) for value in (1.0, 2.0, 3.0))
+
+
+def sage(calls, **functions):
+    def attend(q, k, v, **options):
+        calls.append((q.shape, options))
+        return v
+
+    return SimpleNamespace(__name__="fake", sageattn=attend, **{name: attend for name in functions})
+
+
+def peer(name):
+    return next(peer for peer in PEERS if peer.name == name)
+
+
+def test_two_versions_of_one_package_are_told_apart(monkeypatch):
+    first, second = sage([]), sage([], sageattn_qk_int8_pv_fp8_cuda_sm90=True)
+    monkeypatch.setitem(sys.modules, "sageattention", second)
+    monkeypatch.setitem(sys.modules, "sageattention1", None)
+    assert peer("SageAttention 2").load() is second
+    with pytest.raises(ImportError, match="sageattention is another version; "):
+        peer("SageAttention 1").load()
+    assert peer("SageAttention 1").version.startswith("absent: sageattention is another version")
+    monkeypatch.setitem(sys.modules, "sageattention1", first)
+    assert peer("SageAttention 1").load() is first
+    assert peer("SageAttention 1").version == "fake, whose version isn't told"
+
+
+def test_a_peer_that_breaks_on_import_is_absent(monkeypatch, tmp_path):
+    (tmp_path / "sageattention2.py").write_text("raise AssertionError('built for another torch\\nand more')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "sageattention", None)
+    with pytest.raises(ImportError, match=r"built for another torch$"):
+        peer("SageAttention 2").entry.prepare([(Q, K, V)])
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+def test_peers_are_called_in_their_layout(monkeypatch, capability):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    module = sage(calls, sageattn_qk_int8_pv_fp8_cuda_sm90=True)
+    module.sageattn = None if capability == (9, 0) else module.sageattn
+    monkeypatch.setitem(sys.modules, "sageattention", module)
+    prepared = peer("SageAttention 2").entry.prepare([(Q, K, V), (V, K, Q)])
+    assert [prepared.whole(number)[0, 0, 0, 0] for number in range(3)] == [3, 1, 3]
+    assert calls[0] == (Q.shape, {"tensor_layout": "HND", "is_causal": False})
+    assert (prepared.kernel, prepared.quantise) == (None, None)
+
+    def flash(q, k, v, causal):
+        assert q.shape == (1, 5, 2, 4) and not causal
+        return v, None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=flash))
+    assert torch.equal(peer("FlashAttention-4 bf16").entry.prepare([(Q, K, V)]).whole(0), V)
+
+
+@pytest.fixture
+def has_gpu(monkeypatch):
+    monkeypatch.setattr(bench, "require_gpu", lambda: None)
+    monkeypatch.setattr(bench, "current_gpu", lambda: H200)
+
+
+def run(output, shapes, done, interrupt_at=None, **options):
+    def measure(shape, entries, gpu, kind, seed, seconds, on_step):
+        if len(done) == interrupt_at:
+            raise KeyboardInterrupt
+        done.append(shape.label)
+        return {"size": list(shape.size), "copies": 1, "entries": [{"name": e.name} for e in entries]}
+
+    return bench.bench_attention(parse(shapes), output=output, measure=measure, **options)
+
+
+def test_an_interrupted_run_is_resumed(has_gpu, tmp_path):
+    output, done = tmp_path / "result.json", []
+    with pytest.raises(KeyboardInterrupt):
+        run(output, ["flux-1k", "cogvideox"], done, interrupt_at=1)
+    assert list(json.loads(output.read_text())["shapes"]) == ["flux-1k 1×24×4608×128"]
+    result = run(output, ["flux-1k", "cogvideox", "flux-2k"], done, command="again")
+    assert done == ["flux-1k 1×24×4608×128", "cogvideox 1×48×17776×64", "flux-2k 1×24×16896×128"]
+    assert json.loads(output.read_text()) == json.loads(json.dumps(result))
+    assert list(result["shapes"]) == done
+    names = [row["name"] for row in result["shapes"][done[0]]["entries"]]
+    assert names == [*(peer.name for peer in PEERS), "LOW int8", "bf16|int8, window 128, sink 128"]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"inputs": "outliers"}, {"configs": [Config()]}])
+def test_a_result_with_other_settings_is_not_overwritten(has_gpu, tmp_path, change):
+    output = tmp_path / "result.json"
+    run(output, ["flux-1k"], [])
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=f"different {', '.join(change)}: choose another file"):
+        run(output, ["flux-1k", "flux-2k"], [], **change)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3, "shapes": {}}'])
+def test_another_file_is_not_overwritten(has_gpu, tmp_path, content):
+    output = tmp_path / "notes.json"
+    output.write_text(content)
+    with pytest.raises(ValueError, match="no result of bench attention"):
+        run(output, ["flux-1k"], [])
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"inputs": "zeros"}, "unknown inputs 'zeros': choose from normal, outliers"),
+    ({"configs": [Config(), Config()]}, "two configs are the same"),
+])  # fmt: skip
+def test_bad_options(has_gpu, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(None, ["flux-1k"], [], **options)
