@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
@@ -241,7 +242,8 @@ def bench_attention(
         return
     for label, measured in result["shapes"].items():
         print(f"\n{label}, {inputs} inputs, {result['settings']['gpu']['name']}")
-        _print_table(summary.HEADER, summary.cells(measured["entries"]))
+        lines = summary.cells(measured["entries"])
+        _print_table(summary.HEADER, ([escape(text) for text in line] for line in lines))
 
 
 def _require(packages: tuple[str, ...], remedy: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_diffusers.eval.bench.bound import Products
+from dma_diffusers.eval.bench.cudnn_fp8 import cudnn_fp8
 from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Tensors
 
 
@@ -116,4 +117,5 @@ PEERS = (
         "SageAttention 2", LOW_BIT, "I", "Q", ("sageattention", "sageattention2"), "sageattention", _sage_2,
         _is_sage_2,
     ),
+    Peer("cuDNN SDPA FP8", LOW_BIT, "Q", "Q", ("cudnn",), "nvidia-cudnn-frontend", cudnn_fp8),
 )  # fmt: skip

@@ -30,7 +30,9 @@ def take_turns(
     counts, hosts = {}, {}
     for key, call in calls.items():
         gpu, host = _timed(call, 0, 2, 0.01)
-        counts[key] = min(max(math.ceil(seconds / _ROUNDS / (1e-3 * gpu[-1])), 1), _MOST_IN_A_ROUND)
+        counts[key] = min(
+            max(math.ceil(seconds / _ROUNDS / (1e-3 * max(gpu[-1], 1e-3))), 1), _MOST_IN_A_ROUND
+        )
         hosts[key] = host[-1]
     taken = {key: ([], []) for key in calls}
     for turn in range(_ROUNDS):

@@ -1,17 +1,29 @@
-"""The benchmark's parts that need no GPU: shapes, bounds, entries, peers, errors, comparisons, resuming, chart."""
+"""The benchmark's parts that need no GPU: shapes, bounds, entries, errors, comparisons, turns, resuming, chart."""
 
 import json
 import math
-import sys
-from types import SimpleNamespace
+import time
+from functools import partial
+from itertools import groupby
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dma_diffusers.eval.bench import attention as bench
+from dma_diffusers.eval.bench import measure as measuring
 from dma_diffusers.eval.bench.bound import Gpu, Products, bound_tflops, letter
-from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, OURS, Config, default_configs, products
+from dma_diffusers.eval.bench.entries import (
+    FULL,
+    LOW_BIT,
+    OURS,
+    Config,
+    Entry,
+    Prepared,
+    default_configs,
+    products,
+)
 from dma_diffusers.eval.bench.inputs import Sample
 from dma_diffusers.eval.bench.peers import PEERS
 from dma_diffusers.eval.bench.plot import check_plot, plot
@@ -245,61 +257,75 @@ def test_plots_are_svg(tmp_path):
         check_plot(tmp_path / "plot.png")
 
 
-Q, K, V = (torch.full((1, 2, 5, 4), value) for value in (1.0, 2.0, 3.0))
+class Event:
+    """An event of a GPU that is done with everything at once."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
 
 
-def sage(calls, **functions):
-    def attend(q, k, v, **options):
-        calls.append((q.shape, options))
-        return v
-
-    return SimpleNamespace(__name__="fake", sageattn=attend, **{name: attend for name in functions})
-
-
-def peer(name):
-    return next(peer for peer in PEERS if peer.name == name)
-
-
-def test_two_versions_of_one_package_are_told_apart(monkeypatch):
-    first, second = sage([]), sage([], sageattn_qk_int8_pv_fp8_cuda_sm90=True)
-    monkeypatch.setitem(sys.modules, "sageattention", second)
-    monkeypatch.setitem(sys.modules, "sageattention1", None)
-    assert peer("SageAttention 2").load() is second
-    with pytest.raises(ImportError, match="sageattention is another version; "):
-        peer("SageAttention 1").load()
-    assert peer("SageAttention 1").version.startswith("absent: sageattention is another version")
-    monkeypatch.setitem(sys.modules, "sageattention1", first)
-    assert peer("SageAttention 1").load() is first
-    assert peer("SageAttention 1").version == "fake, whose version isn't told"
+@pytest.fixture
+def pretends(monkeypatch):
+    """`torch.cuda` on the CPU; what the GPU was told to wait for."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    generator = torch.Generator().manual_seed(0)
+    copies = [tuple(torch.randn(3, 1, 2, 64, 16, generator=generator).bfloat16()) for _ in range(3)]
+    monkeypatch.setattr(measuring, "draw", lambda *_: copies)
+    return waits
 
 
-def test_a_peer_that_breaks_on_import_is_absent(monkeypatch, tmp_path):
-    (tmp_path / "sageattention2.py").write_text("raise AssertionError('built for another torch\\nand more')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "sageattention", None)
-    with pytest.raises(ImportError, match=r"built for another torch$"):
-        peer("SageAttention 2").entry.prepare([(Q, K, V)])
+def test_entries_are_checked_and_timed_in_turns(pretends):
+    order = []
 
+    def prepared(name, milliseconds, error, copies):
+        def whole(number):
+            order.append((name, number))
+            time.sleep(1e-3 * milliseconds)
+            q, k, v = copies[number % len(copies)]
+            return F.scaled_dot_product_attention(q.double(), k.double(), v.double()) * (1 + error)
 
-@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
-def test_peers_are_called_in_their_layout(monkeypatch, capability):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    module = sage(calls, sageattn_qk_int8_pv_fp8_cuda_sm90=True)
-    module.sageattn = None if capability == (9, 0) else module.sageattn
-    monkeypatch.setitem(sys.modules, "sageattention", module)
-    prepared = peer("SageAttention 2").entry.prepare([(Q, K, V), (V, K, Q)])
-    assert [prepared.whole(number)[0, 0, 0, 0] for number in range(3)] == [3, 1, 3]
-    assert calls[0] == (Q.shape, {"tensor_layout": "HND", "is_causal": False})
-    assert (prepared.kernel, prepared.quantise) == (None, None)
+        return Prepared([BF16], whole, kernel=lambda number: time.sleep(1e-3 * milliseconds / 2))
 
-    def flash(q, k, v, causal):
-        assert q.shape == (1, 5, 2, 4) and not causal
-        return v, None
+    def refuse(copies):
+        raise RuntimeError("\n no kernel for this\nmachine")
 
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(__path__=[]))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=flash))
-    assert torch.equal(peer("FlashAttention-4 bf16").entry.prepare([(Q, K, V)]).whole(0), V)
+    entries = [
+        Entry("exact", FULL, partial(prepared, "exact", 20, 0.0)),
+        Entry("wrong", LOW_BIT, partial(prepared, "wrong", 0, 0.25)),
+        Entry("refuses", LOW_BIT, refuse),
+        Entry("fast", OURS, partial(prepared, "fast", 2, 0.1)),
+    ]
+    shape, steps = Shape("", 1, 2, 64, 16), []
+    result = measuring.measure(shape, entries, H200, "normal", 0, 0.04, lambda *step: steps.append(step))
+    exact, wrong, refuses, fast = result["entries"]
+    assert refuses == {"name": "refuses", "kind": LOW_BIT, "absent": "no kernel for this"}
+    assert [e["relative_l2"] for e in (exact, wrong, fast)] == pytest.approx([0, 0.25, 0.1], abs=1e-9)
+    assert [e["wrong"] for e in (exact, wrong, fast)] == [False, True, False]
+    assert [e["peak_bytes"] for e in (exact, wrong, fast)] == [250] * 3
+    assert exact["whole"]["ms"] >= 20 and exact["kernel"]["ms"] >= 10 and exact["whole"]["host_us"] >= 20_000
+    assert fast["whole"]["over_full"] == pytest.approx(exact["whole"]["ms"] / fast["whole"]["ms"])
+    assert fast["whole"]["over_low"] is None
+    assert json.loads(json.dumps(result, allow_nan=False))["copies"] == 3
+    assert steps[-1] == (shape.label, 5, 5)
+
+    timed = [name for name, _ in order[6 + 6 :]]  # twice checked and twice for an estimate, each of three
+    turns = [name for name, _ in groupby(timed)]
+    assert turns == ["exact", "wrong", "fast"] * 5
+    assert timed.count("wrong") > timed.count("exact") == 5
+    assert {number % 3 for name, number in order if name == "wrong"} == {0, 1, 2}
+    assert all(wait > 0 for wait in pretends) and len(pretends) == 6 * (1 + 5)
 
 
 @pytest.fixture
