@@ -7,12 +7,15 @@ keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 
 from dma_diffusers.kernels.layout import Layout
 
 TILE = 128
+# A shared walk's program: so many blocks of so many queries; entries hold the KV tile in their lowest bits.
+SHARED_BLOCKS, SHARED_ROWS, SHARED_TILE_BITS = 3, 64, 24
 
 
 class Class(IntEnum):
@@ -53,6 +56,37 @@ class PrecisionMap:
     def to(self, device: torch.device) -> "PrecisionMap":
         """The same map on `device`."""
         return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device))
+
+    @cached_property
+    def shared(self) -> "PrecisionMap":
+        """The walks of programs of 192 queries: three blocks of 64, each of which visits its own Q tile's KV tiles.
+
+        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it.
+        """
+        q_tiles = self.indices.shape[-2]
+        programs = -(-q_tiles * TILE // (SHARED_BLOCKS * SHARED_ROWS))
+        k_tiles = int(self.indices.max()) + 1
+        place = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        ends = self.bounds[..., None]
+        starts = torch.cat((torch.zeros_like(ends[..., :1, :]), ends[..., :-1, :]), dim=-2)
+        is_visited = (place >= starts) & (place < ends)  # [..., q_tiles, phases, n]
+        tile = self.indices[..., None, :].expand(is_visited.shape).long()
+        visits = torch.zeros(*is_visited.shape[:-1], k_tiles, dtype=torch.int32, device=place.device)
+        visits.scatter_add_(-1, tile, is_visited.int())
+
+        block = torch.arange(programs * SHARED_BLOCKS, device=place.device)
+        own_tile = block * SHARED_ROWS // TILE
+        of_block = visits[..., own_tile.clamp(max=q_tiles - 1), :, :] * (own_tile < q_tiles).int()[:, None, None]
+        of_block = of_block.unflatten(-3, (programs, SHARED_BLOCKS))
+        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS, device=place.device)
+        visitors = (of_block * bits[:, None, None]).sum(-3)  # [..., programs, phases, k_tiles]
+        entries = (visitors + torch.arange(k_tiles, device=place.device)).flatten(-2)
+        is_walked = (visitors > 0).flatten(-2)
+        order = (~is_walked).int().argsort(dim=-1, stable=True)
+        bounds = (visitors > 0).sum(-1).cumsum(-1)
+        longest = max(int(bounds[..., -1].max()), 1)
+        indices = entries.gather(-1, order)[..., :longest].int().contiguous()
+        return replace(self, indices=indices, bounds=bounds.int().contiguous())
 
     def used(self, high: str, low: str) -> tuple[str | None, str | None]:
         """The formats of HIGH and LOW, None for a class without tiles."""

@@ -1,12 +1,14 @@
 """Maps and policies against brute force."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class, Phase, build_map
+from dma_diffusers.kernels.maps import Class, Phase, build_map, tiles
 from dma_diffusers.kernels.policies import Dense, Diagonal
 from tests.kernels.calls import Call, is_high
 
@@ -89,3 +91,33 @@ def test_negative_width_is_refused():
         Diagonal(window=-1)
     with pytest.raises(ValueError, match="sink must be 0 tokens or more, got -128"):
         Diagonal(sink=-128)
+
+
+def random_map(seed: int, batch: int, heads: int, q_length: int, k_length: int, is_causal: bool):
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout(q_length, k_length)
+    shape = (batch, heads, tiles(q_length), tiles(k_length))
+    return build_map(torch.randint(0, 3, shape, generator=generator), layout, is_causal)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_shared_walk_visits_for_each_block_what_its_own_tile_visits(seed):
+    q_length, k_length = 64 * (1 + seed * 7 % 23), 1 + seed * 97 % 1500
+    precision_map = random_map(seed, 1 + seed % 2, 1 + seed % 3, q_length, k_length, seed % 4 == 0)
+    shared = precision_map.shared
+    assert shared.indices.shape[-2] == -(-tiles(q_length) * 2 // 3)
+    for batch, head in product(*map(range, precision_map.bounds.shape[:2])):
+        for block in range(2 * tiles(q_length)):
+            walks = walk(shared, block // 3, batch, head)
+            for phase, own_tiles in enumerate(walk(precision_map, block // 2, batch, head)):
+                visited = [entry & 0xFFFFFF for entry in walks[phase] if entry >> (24 + block % 3) & 1]
+                assert visited == own_tiles
+
+
+def test_a_shared_walk_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
+    shared = random_map(3, 1, 2, 640, 900, False).shared
+    for _, head, program in product(*map(range, shared.bounds.shape[:3])):
+        for entries in walk(shared, program, head=head):
+            assert all(0 < entry >> 24 < 8 for entry in entries)
+            found = [entry & 0xFFFFFF for entry in entries]
+            assert found == sorted(set(found))
