@@ -20,12 +20,14 @@ class Storage(StrEnum):
     BLOCK = "block"
     """Elements and a scale for each block: block-scaled MMA."""
     ROW = "row"
-    """e4m3 or int8 elements and one float32 scale for each token: FP8 or INT8 MMA."""
+    """e4m3 elements, a block format's re-encoded; one float32 scale for each token, of Q and of K: FP8 MMA."""
+    TILE = "tile"
+    """e4m3 or int8 elements; one float32 scale for each token of Q, for each tile of K: FP8 or INT8 MMA."""
     PLAIN = "plain"
     """bfloat16 numbers, scales multiplied in (a tensor scale stays outside): bf16 MMA."""
 
 
-_EVERYWHERE = {"bf16": Storage.PLAIN, "fp8": Storage.ROW, "int8": Storage.ROW}
+_EVERYWHERE = {"bf16": Storage.PLAIN, "fp8": Storage.TILE, "int8": Storage.TILE}
 NATIVE = _EVERYWHERE | dict.fromkeys(
     ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"), Storage.BLOCK
 )

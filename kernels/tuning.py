@@ -49,7 +49,7 @@ TABLE = (
     (("sm_120",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1, transposed_v=True)),
     (("sm_90",), "*", "*block*", Tuning(stages=1, masked_stages=1)),  # widened by Triton: for tests alone
     (("sm_90",), 64, "*", Tuning(stages=2, masked_stages=2, **_HOPPER)),
-    (("sm_90",), 128, "-|row", Tuning(stages=3, masked_stages=2, **_HOPPER)),
+    (("sm_90",), 128, "-|[rt]*", Tuning(stages=3, masked_stages=2, **_HOPPER)),
     (("sm_90",), 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), 256, "*", Tuning(stages=1, masked_stages=1, **_HOPPER)),
     (("sm_89",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),

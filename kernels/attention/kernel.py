@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
-from dma_diffusers.kernels.quantiser.kernel import scale_place
+from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
 from dma_diffusers.kernels.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -50,7 +50,8 @@ def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.conste
 @triton.jit
 def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
               BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of one pair of tiles, float32 [ROWS, 128], short of the rows' factors."""
+    """Q·Kᵀ of one pair of tiles, [ROWS, 128], int32 of int8, else float32; short of the rows' factors, and of the
+    tile's under "tile"."""
     if STORAGE == "block":
         scales = _load_block_scales(k_scales, kv_tile, D // BLOCK)
         if INTERPRETED and BLOCK == 16:
@@ -62,13 +63,21 @@ def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, ST
             s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT, accumulator)
     elif STORAGE == "plain":
         s = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
+    elif ELEMENT == "int8":
+        s = tl.dot(q, tl.trans(k))
     else:
-        if ELEMENT == "int8":
-            s = tl.dot(q, tl.trans(k)).to(tl.float32)
-        else:
-            s = tl.dot(loaded_e4m3(q), tl.trans(loaded_e4m3(k)))
-        s *= tl.load(k_scales + kv_tile.to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
+        s = tl.dot(loaded_e4m3(q), tl.trans(loaded_e4m3(k)))
+        if STORAGE == "row":
+            s *= tl.load(k_scales + kv_tile.to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
     return s
+
+
+@triton.jit
+def _in_order_of_v(p):
+    """Columns in the order of transposed V's tokens (`_stored_at` of the quantiser)."""
+    ROWS: tl.constexpr = p.shape[0]
+    runs = tl.reshape(p, (ROWS, TILE // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, TILE))
 
 
 @triton.jit
@@ -99,10 +108,10 @@ def _phase(
     q_tokens = start + tl.arange(0, ROWS)
     q = q_elements.load([batch, head_in_batch, start, 0])
     q = tl.reshape(q, (ROWS, q.shape[3]))
-    if STORAGE == "row":
-        factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+    if STORAGE == "row" or STORAGE == "tile":
+        row_factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     else:
-        factor = tl.load(factors + head * 2 + LOW) + tl.zeros((ROWS,), tl.float32)
+        row_factor = tl.load(factors + head * 2 + LOW) + tl.zeros((ROWS,), tl.float32)
     if STORAGE == "block":
         q_scales = _load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
     if offset is None or ELEMENT != "bf16":
@@ -115,26 +124,38 @@ def _phase(
         k = k_elements.load([batch, kv_head, tile * TILE, 0])
         k = tl.reshape(k, (TILE, k.shape[3]))
         s = _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT, STORAGE, BLOCK, D)
+        factor = row_factor
+        if STORAGE == "tile":
+            factor *= tl.load(k_scales + kv_tile)
         if MASKED or key_mask is not None:
-            s = tl.where(_seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL), s, float("-inf"))
-        # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add.
-        m_new = tl.maximum(m, tl.max(s, axis=1) * factor - (shift + P_SHIFT))
-        p = shared_exp2(multiply_add(s, factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE)
+            seen = _seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL)
+            s = tl.where(seen, s.to(tl.float32), float("-inf"))
+            if STORAGE == "tile":  # 0·−inf is NaN
+                factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
+        # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
+        # and of int8 products before they are converted: Hopper compares three integers at once.
+        m_new = tl.maximum(m, tl.max(s, axis=1).to(tl.float32) * factor - (shift + P_SHIFT))
+        p = shared_exp2(
+            multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
+        )
         rescale = tl.exp2(m - m_new)
         l = l * rescale + tl.sum(p, axis=1)
         if TCGEN05:
             # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
             rescale = tl.where(l < 0.0, 0.0, rescale)
-        accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
+        if TCGEN05 or not LOW:
+            accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
         if LOW:
             if V_TRANSPOSED:
                 value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
+                probabilities = _in_order_of_v(e4m3_operand(p))
             else:
                 value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
+                probabilities = e4m3_operand(p)
             if TCGEN05:
-                accumulator = tl.dot(e4m3_operand(p), loaded_e4m3(value), accumulator)
+                accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
             else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
-                accumulator += tl.dot(e4m3_operand(p), loaded_e4m3(value))
+                accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
         else:
             value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
             accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
@@ -159,7 +180,8 @@ def attend(
 
     The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
     tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2] is
-    what products of HIGH and LOW still have to be multiplied by; where rows have scales of their own, those are.
+    what products of HIGH and LOW still have to be multiplied by; where rows (and K's tiles) have scales of their
+    own, those are.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.

@@ -59,10 +59,14 @@ def attention(
 
     factor = quantiser.fold(scale)
     mean = quantiser.key_mean(k, k_rope) if quantiser.smooths(*formats) else None
+    whole_mask = None if key_mask is None else _whole_tiles(key_mask)
     q_amax, k_amax = None, None
     if any(c and c.format.has_tensor_scale for c in classes):
         q_amax = quantiser.finite_amax(quantiser.rotate(q, q_rope) * factor, (-2, -1))
-        k_amax = quantiser.finite_amax(quantiser.rotate(k, k_rope) - mean, (-2, -1))
+        smoothed = quantiser.rotate(k, k_rope) - mean
+        if key_mask is not None:
+            smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
+        k_amax = quantiser.finite_amax(smoothed, (-2, -1))
     wants_offset = mean is not None and (return_lse or "bf16" in formats)
     inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
     q_operands, offset = _operands(
@@ -70,8 +74,9 @@ def attention(
         key_mean=mean if wants_offset else None, rounds="bf16" in formats,
     )  # fmt: skip
     k_operands, _ = _operands(
-        k, classes, k_amax, 1.0, mean=mean, rope=k_rope, inexact_rows=inexact_rows, run=run
-    )
+        k, classes, k_amax, 1.0, is_key=True, mean=mean, key_mask=whole_mask, rope=k_rope,
+        inexact_rows=inexact_rows, run=run,
+    )  # fmt: skip
     v_high, v_low, v_scale = None, None, None
     if classes[0]:
         v_high = row_descriptor(bf16_for_tma(v), TILE, dim)
@@ -90,7 +95,7 @@ def attention(
         *_tensors(classes[0], q_operands[0], k_operands[0], tuned, dim), v_high,
         *_tensors(classes[1], q_operands[1], k_operands[1], tuned, dim), v_low,
         v_scale, _factors(classes, q_operands, k_operands, batch * heads, factor, q.device), offset,
-        indices, bounds, None if key_mask is None else _whole_tiles(key_mask), out, lse,
+        indices, bounds, whole_mask, out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
         *out.stride()[:3], blocks, 0.0,

@@ -50,6 +50,8 @@ def attention(
     mean = quantiser.key_mean(k) if quantiser.smooths(*used) else torch.zeros_like(k[:, :, :1])
     offset = quantiser.key_offset(q.bfloat16().float() if "bf16" in used else q, mean, scale)
     folded, smoothed = q * quantiser.fold(scale), k - mean
+    if key_mask is not None:  # a hidden key counts for no scale
+        smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
     v_scale = quantiser.value_scale(v)
 
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -58,7 +60,7 @@ def attention(
             pair, factor, shift = (q, k), quantiser.fold(scale), offset
         else:
             pair, factor, shift = (folded, smoothed), 1.0, torch.zeros_like(offset)
-        pair = [quantiser.quantised(x, fmt, quantiser.finite_amax(x, (-2, -1))) for x in pair]
+        pair = quantiser.quantised_q(pair[0], fmt), quantiser.quantised_k(pair[1], fmt)
         return *map(_tiled, (*pair, values.float())), factor, _tiled(shift[..., None])
 
     of_high = operands(high, v.to(torch.bfloat16))

@@ -28,15 +28,18 @@ class Stored:
         """Elements of a tensor in memory for `dim` channels: two e2m1 of a block format share a byte."""
         return dim // 2 if self.storage is Storage.BLOCK and self.format.bits == 4 else dim
 
-    @property
-    def quantised(self) -> list:
+    def quantised(self, is_key: bool) -> list:
         """What the quantiser's kernel compiles in: element, block, storage, q_max and its bits, room in e4m3."""
-        element = self.format.element
+        element, storage = self.format.element, self.scaled(is_key)
         if element is None:
-            return [self.format.name, None, self.storage.value, 0.0, 0, 0]
+            return [self.format.name, None, storage.value, 0.0, 0, 0]
         bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
         room = math.floor(math.log2(E4M3.max / element.max))
-        return [element.name, self.format.block, self.storage.value, element.max, bits, room]
+        return [element.name, self.format.block, storage.value, element.max, bits, room]
+
+    def scaled(self, is_key: bool) -> Storage:
+        """The storage, as it is of K or of Q: under `Storage.TILE` Q has scales for rows."""
+        return Storage.ROW if self.storage is Storage.TILE and not is_key else self.storage
 
     @property
     def multiplied(self) -> list:
@@ -48,7 +51,7 @@ class Stored:
         match self.storage:
             case Storage.PLAIN:
                 return [element.name if element else "bf16", self.storage.value, None]
-            case Storage.ROW:
+            case Storage.ROW | Storage.TILE:
                 return ["int8" if element.name == "int8" else "e4m3", self.storage.value, None]
             case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3
                 name = "e4m3" if element.bits == 6 else element.name
@@ -62,7 +65,8 @@ class Operand:
     elements: `[B, H, tiles·128, D]`: uint8 as `dot_scaled` reads it (two e2m1 to a byte, D/2), e4m3, int8 or bf16.
     scales: of blocks, one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
         `[1, B·H·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
-        `[B·H·tiles, 128·columns]`; of rows, float32 `[B·H·tiles·128]`; None for plain numbers.
+        `[B·H·tiles, 128·columns]`; of rows, float32 `[B·H·tiles·128]`; of tiles, float32 `[B·H·tiles]`; None for
+        plain numbers.
     tensor_scale: float32 `[B·H]`, None in formats without one.
     """
 
@@ -87,15 +91,16 @@ def scale_descriptor(scales: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(scales, one_tile)
 
 
-def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None) -> Operand:
+def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None, is_key: bool) -> Operand:
     batch, heads, length, head_dim = x.shape
     dim, rows = padded_dim(head_dim), batch * heads * tiles(length)
     format, storage = stored.format, stored.storage
     tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
     element_dtype, scales = torch.bfloat16, None
-    if storage is Storage.ROW:
+    if storage in (Storage.ROW, Storage.TILE):
         element_dtype = torch.int8 if format.name == "int8" else torch.float8_e4m3fn
-        scales = torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
+        count = rows if stored.scaled(is_key) is Storage.TILE else rows * TILE
+        scales = torch.empty(count, dtype=torch.float32, device=x.device)
     elif storage is Storage.BLOCK:
         element_dtype, blocks = torch.uint8, dim // format.block
         shape = (1, rows, blocks // 4, 2, 256) if blocks % 4 == 0 else (rows, TILE * blocks)
@@ -111,7 +116,9 @@ def encode(
     amax: torch.Tensor | None,
     factor: float,
     *,
+    is_key: bool = False,
     mean: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
     key_mean: torch.Tensor | None = None,
     rounds: bool = False,
     rope: Rope | None = None,
@@ -121,14 +128,15 @@ def encode(
     """(x − mean)·factor, or in bf16 x itself, for HIGH and LOW (None where nothing is wanted), in one pass.
 
     x: `[B, H, S, D]`, last dimension contiguous; it is rotated by `rope` first. amax: `[B, H, 1, 1]` of what is
-    encoded, needed by formats with a tensor scale. mean `[B, H, 1, D]`, float32.
+    encoded, needed by formats with a tensor scale. is_key: x is K; then, mean `[B, H, 1, D]`, float32, and key_mask,
+    uint8 `[B, tiles·128]`, 0 for what is encoded as zeros.
     key_mean: `[B, Hkv, 1, D]`, float32; with it, the second result is factor·x·key_mean, float32
         `[B·H·tiles·128]`, of x rounded to bf16 if `rounds`.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
     """
     batch, heads, length, head_dim = x.shape
     rows = batch * heads * tiles(length)
-    operands = [stored and _empty(stored, x, amax) for stored in classes]
+    operands = [stored and _empty(stored, x, amax, is_key) for stored in classes]
     offset = None if key_mean is None else torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
     cos, sin = rope or (None, None)
     if rope and cos.stride() != sin.stride():
@@ -143,10 +151,10 @@ def encode(
         if stored.storage is Storage.BLOCK:
             scales = scales.view(torch.uint8)
         arguments += [operand.elements, scales, operand.tensor_scale]
-        constants += stored.quantised
+        constants += stored.quantised(is_key)
     run(
         quantise, (rows,),
-        x, mean, factor, cos, sin, key_mean, offset, *arguments, inexact_rows,
+        x, mean, factor, cos, sin, key_mean, key_mask, offset, *arguments, inexact_rows,
         heads, 1 if key_mean is None else heads // key_mean.shape[1], length, head_dim, *x.stride()[:3],
         *(cos.stride() if rope else (0, 0)), *constants,
         ROUND=rounds, D=padded_dim(head_dim), num_warps=8 if head_dim <= 64 else 16, enable_fp_fusion=False,
@@ -155,7 +163,10 @@ def encode(
 
 
 def encode_value(v: torch.Tensor, v_scale: torch.Tensor, transposed: bool, run: Run = run) -> torch.Tensor:
-    """v / v_scale in e4m3, `[B, H, tiles·128, D]` or transposed; v_scale `[B, H, 1, D]`, float32, padded."""
+    """v / v_scale in e4m3, `[B, H, tiles·128, D]`, or transposed and in the MMA's order of tokens.
+
+    v_scale: `[B, H, 1, D]`, float32, padded.
+    """
     batch, heads, length, head_dim = v.shape
     dim, padded = padded_dim(head_dim), tiles(length) * TILE
     shape = (batch, heads, dim, padded) if transposed else (batch, heads, padded, dim)

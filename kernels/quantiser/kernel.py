@@ -7,6 +7,7 @@ from dma_diffusers.kernels.rounding import rounded, to_bf16, to_e4m3, to_e5m2
 
 TILE = tl.constexpr(128)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
 
 
 @triton.jit
@@ -54,10 +55,13 @@ def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
         y = rounded(y, 2, 0.25)
     elif ELEMENT == "e2m1":
         y = rounded(y, 1, 1.0)
-    else:
-        tl.static_assert(ELEMENT == "int8")
-        y = (y + 1.5 * 2.0**23) - 1.5 * 2.0**23
     return y
+
+
+@triton.jit
+def _to_int8(y):
+    """float32 y, which must round to within ±127, as int8: of NaN, anything."""
+    return (y + 1.5 * 2.0**23).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -146,17 +150,23 @@ def _encode(
         _store_rows(elements, to_bf16(x), place, D)
     elif BLOCK is None:
         amax_bits = tl.max(_magnitude_bits(x), axis=1)
+        if STORAGE == "tile":
+            amax_bits = tl.max(amax_bits, axis=0)
+            if ELEMENT == "e4m3" and amax_bits >= NOT_FINITE:  # e4m3 has NaN: other elements need not suffer
+                is_bad = _magnitude_bits(x) >= NOT_FINITE
+                amax_bits = tl.max(tl.max(tl.where(is_bad, 0, _magnitude_bits(x)), axis=1), axis=0)
+                x = tl.where(is_bad, float("nan"), x)
+        bad = amax_bits >= NOT_FINITE
         amax = amax_bits.to(tl.float32, bitcast=True)
-        scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32)), SMALLEST_NORMAL)
-        scale = tl.where(amax_bits == 0, 1.0, scale)
-        bad = amax_bits >= 0x7F800000
-        y = tl.div_rn(x, tl.where(bad, 1.0, scale)[:, None] + tl.zeros_like(x))
-        y = _to_element(tl.where(bad[:, None], 0.0, y), ELEMENT, Q_MAX)
+        ones = tl.full(amax.shape, 1.0, tl.float32)
+        scale = tl.where(amax_bits == 0, 1.0, tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL))
+        inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
+        y = x * (inverse if STORAGE == "tile" else inverse[:, None])
         if ELEMENT == "int8":
-            _store_rows(elements, y.to(tl.int8), place, D)
+            _store_rows(elements, _to_int8(y), place, D)
         else:
             _store_rows(elements, to_e4m3(y), place, D)
-        tl.store(scales + place, tl.where(bad, float("nan"), scale))
+        tl.store(scales + (tile if STORAGE == "tile" else place), tl.where(bad, float("nan"), scale))
     else:
         y, code, scale = _in_blocks(x, tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
@@ -201,7 +211,7 @@ def _store_blocks(
 
 @triton.jit(do_not_specialize=["length"])
 def quantise(
-    x, mean, factor, cos, sin, key_mean, offset,
+    x, mean, factor, cos, sin, key_mean, key_mask, offset,
     high_elements, high_scales, high_tensor_scale, low_elements, low_scales, low_tensor_scale, inexact_rows,
     heads, heads_per_key_head, length, head_dim, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -213,7 +223,8 @@ def quantise(
     """Encode one 128-row tile of one head of `x` ([B, H, S, head_dim], any strides) in the classes asked for.
 
     x is rotated by `cos` and `sin` if they are given. In bf16 it is then written as it is; other formats encode
-    (x − mean)·factor, mean or no mean. Rows past `length` and columns past `head_dim` are written as zeros.
+    (x − mean)·factor, mean or no mean. Rows past `length`, rows that `key_mask` (uint8 [B, tiles·128]) hides from
+    formats other than bf16, and columns past `head_dim` are written as zeros.
     `offset` takes factor·x·key_mean, of x rounded to bf16 if ROUND. `inexact_rows` counts rows that one
     power of two could not bring into e4m3.
     """
@@ -236,6 +247,9 @@ def quantise(
     if mean is not None:
         own_mean = mean + head.to(tl.int64) * head_dim + columns
         value -= tl.load(own_mean, mask=columns < head_dim, other=0.0)[None, :]
+    if key_mask is not None:
+        seen = tl.load(key_mask + (head // heads).to(tl.int64) * (tiles * TILE) + tile_in_head * TILE + rows)
+        inside &= (seen != 0)[:, None]
     value = tl.where(inside, value * factor, 0.0)
     if HIGH is not None:
         scale = tl.load(high_tensor_scale + head) if HIGH_BLOCK == 16 else 1.0
@@ -251,6 +265,16 @@ def quantise(
         )  # fmt: skip
 
 
+@triton.jit
+def _stored_at(position):
+    """Which token of transposed V is stored at a position: of each 16, 8h+2j+p at 4j+2h+p (j < 4, h and p < 2).
+
+    An accumulator of the MMA gives each thread two neighbouring columns of every eight, an 8-bit operand takes four
+    neighbouring ones of every sixteen: in this order the probabilities stay in the threads that computed them.
+    """
+    return (position & ~14) | ((position & 2) << 2) | ((position >> 1) & 6)
+
+
 @triton.jit(do_not_specialize=["length"])
 def quantise_value(
     v, v_scale, elements, heads, length, head_dim, stride_b, stride_h, stride_s,
@@ -258,12 +282,13 @@ def quantise_value(
 ):  # fmt: skip
     """One 128-row tile of v / v_scale in e4m3; `v_scale` is float32 [B·H, D], powers of two.
 
-    elements: [B·H, tiles·128, D], or [B·H, D, tiles·128] if TRANSPOSED.
+    elements: [B·H, tiles·128, D], or [B·H, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
     """
     tiles = tl.cdiv(length, TILE)
     head, tile_in_head = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = (tile_in_head * TILE + rows)[:, None]
+    place = tile_in_head * TILE + rows
+    tokens = (tile_in_head * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
     inside = (tokens < length) & (columns[None, :] < head_dim)
     value = _load_tile(v, head // heads, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
     channels = head.to(tl.int64) * D + columns
@@ -271,6 +296,6 @@ def quantise_value(
         tl.uint8, bitcast=True
     )
     if TRANSPOSED:
-        tl.store(elements + channels[:, None] * (tiles * TILE) + tokens.trans(1, 0), encoded.trans(1, 0))
+        tl.store(elements + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
     else:
         _store_rows(elements, encoded, tl.program_id(0).to(tl.int64) * TILE + rows, D)

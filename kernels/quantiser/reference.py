@@ -3,9 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
-from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
+from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
+from dma_diffusers.kernels.maps import TILE
 
 SAMPLED_TOKENS = 4096
 
@@ -57,9 +60,39 @@ def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim, keepdim=True)
 
 
-def quantised(x: torch.Tensor, fmt: str, amax: torch.Tensor) -> torch.Tensor:
-    """x `[B, H, S, D]` in `fmt`, as float32 values; amax of each head, `[B, H, 1, 1]`, for a tensor scale."""
-    return x.bfloat16().float() if fmt == "bf16" else fake_quantize(x.float(), fmt, tensor_amax=amax)
+def quantised_q(q: torch.Tensor, fmt: str) -> torch.Tensor:
+    """q `[B, H, S, D]` in `fmt`, as float32 values; each head has a tensor scale of its own."""
+    return _quantised(q, get_format(fmt), get_format(fmt).block_rows)
+
+
+def quantised_k(k: torch.Tensor, fmt: str) -> torch.Tensor:
+    """k `[B, Hkv, S, D]` in `fmt`, as float32 values; where q has one scale for each row, k has one for each tile."""
+    return _quantised(k, get_format(fmt), TILE)
+
+
+def _quantised(x: torch.Tensor, format: Format, rows: int) -> torch.Tensor:
+    if format.name == "bf16":
+        return x.bfloat16().float()
+    if format.scale is Scale.FP32:
+        return _under_shared_scales(x.float(), format, rows)
+    return fake_quantize(x.float(), format, tensor_amax=finite_amax(x, (-2, -1)))
+
+
+def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Tensor:
+    """x with one scale for each run of `rows` rows, multiplied by its inverse rather than divided by it.
+
+    What isn't finite counts for no scale. It becomes NaN alone if the element has NaN and several rows share the
+    scale, otherwise with all that shares it.
+    """
+    runs = F.pad(x, (0, 0, 0, -x.shape[-2] % rows)).unflatten(-2, (-1, rows))
+    amax = finite_amax(runs, (-2, -1))
+    scale = fp32_scale(amax, format.element).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    scale = torch.where(amax == 0, 1, scale)
+    spoilt = ~runs.isfinite()
+    if rows == 1 or format.element is not E4M3:
+        spoilt = spoilt.any((-2, -1), keepdim=True)
+    values = format.element.round(runs * (1 / scale)) * scale
+    return values.masked_fill(spoilt, math.nan).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
 def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.formats import fake_quantize, get_format
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import PrecisionMap, build_map
 from dma_diffusers.kernels.policies import Diagonal
@@ -128,14 +128,15 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     mean = k.mean(-2, keepdim=True)  # any constant will do
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
-    smoothed = k - mean
+    smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
     def scores(fmt: str) -> torch.Tensor:
         if fmt == "bf16":
             a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
             return (a @ b.mT) * call.head_dim**-0.5
-        tall = [x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed)]
-        a, b = (fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), tall, strict=True))
+        of_k = replace(get_format(fmt), block_rows=128) if fmt in ("int8", "fp8") else fmt
+        operands = ((folded, fmt), (smoothed, of_k))
+        a, b = (fake_quantize(x, f, tensor_amax=x.abs().amax((-2, -1), keepdim=True)) for x, f in operands)
         return (a.double() @ b.double().mT) * math.log(2)
 
     s = torch.where(is_high(call), scores(call.high), scores(call.low))

@@ -122,25 +122,44 @@ def test_a_row_that_sees_nothing_is_zero(kernel_device):
     assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("fp8", "int8"), ("int8", "fp8")])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_is_where_the_reference_has_it(which, bad, kernel_device):
-    call = Call(400, 400, 64, is_causal=True)
+def test_nan_is_where_the_reference_has_it(which, bad, pair, kernel_device):
+    call = Call(400, 400, 64, is_causal=True, high=pair[0], low=pair[1])
     tensors = dict(zip("qkv", call.tensors(kernel_device), strict=False))
     tensors[which][0, 0, 150, 3] = bad
     q, k, v = tensors.values()
     out, _ = run(call, kernel_device, (q, k, v, None))
-    reference_out, _ = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", is_causal=True)
+    reference_out, _ = reference.attention(q, k, v, call.map(), *pair, is_causal=True)
     assert torch.equal(out.isnan(), reference_out.isnan()) and out.isnan().any() and not out.isnan().all()
 
 
-def test_zeros(kernel_device):
-    call = Call(300, 300, 64)
-    v = call.tensors(kernel_device)[2]
-    zeros = torch.zeros_like(v)
-    out, _ = run(call, kernel_device, (zeros, zeros, v, None))
-    reference_out, _ = reference.attention(zeros, zeros, v, call.map(), "mxfp8", "mxfp4")
-    assert relative_l2(out, reference_out) <= 1e-4
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("int8", "fp8"), ("bf16", "nvfp4")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
+    """What isn't finite reaches neither K's mean nor a scale of the keys beside it."""
+    call = Call(300, 300, 64, batch=2, high=pair[0], low=pair[1], masks_keys=True, window=0, sink=0)
+    q, k, v, mask = call.tensors(kernel_device)
+    outs = []
+    for content in (torch.nan, bad):
+        hidden = k.masked_fill(~mask[:, None, :, None], content)
+        outs.append(run(call, kernel_device, (q, hidden, v, mask))[0])
+    assert torch.equal(*outs)
+    reference_out, _ = reference.attention(q, hidden, v, call.map(), *pair, key_mask=mask)
+    assert relative_l2(outs[0], reference_out) <= (1e-3 if kernel_device.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("int8", "fp8")])
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_zeros(size, pair, kernel_device):
+    """Also of next to nothing: the scales' product is below the smallest float."""
+    call = Call(300, 300, 64, high=pair[0], low=pair[1])
+    q, k, v, _ = call.tensors(kernel_device)
+    q, k = q * size, k * size
+    out, _ = run(call, kernel_device, (q, k, v, None))
+    reference_out, _ = reference.attention(q, k, v, call.map(), *pair)
+    assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 1e-2)
 
 
 def test_same_inputs_same_bits(kernel_device):
@@ -160,7 +179,7 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     names = [name for name, _ in recorded]
     value_pass = ["quantise_value"] if everywhere == Class.LOW else []
     assert names == ["quantise", "quantise", *value_pass, "attend"]
-    elements = recorded[0][1][7:13:3]
+    elements = recorded[0][1][8:14:3]
     assert [x is None for x in elements] == [everywhere == Class.LOW, everywhere == Class.HIGH]
 
 

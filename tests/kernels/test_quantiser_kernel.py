@@ -1,5 +1,7 @@
 """The quantiser's kernel against the codecs: the same bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,10 +29,11 @@ def decoded(data: torch.Tensor, fmt: str) -> torch.Tensor:
 
 
 def numbers_of(operand, head_dim: int) -> torch.Tensor:
-    """The numbers that an operand with row scales or plain numbers stores, float32 `[rows, head_dim]`."""
-    elements = operand.elements.flatten(0, 2).float()
-    scaled = elements if operand.scales is None else elements * operand.scales[:, None]
-    return scaled[:, :head_dim]
+    """The numbers that an operand with scales of rows or tiles or none stores, float32 `[rows, head_dim]`."""
+    numbers = operand.elements.flatten(0, 2).float()
+    if operand.scales is not None:
+        numbers = numbers * operand.scales.repeat_interleave(len(numbers) // len(operand.scales))[:, None]
+    return numbers[:, :head_dim]
 
 
 def tiles_of(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -98,6 +101,11 @@ def test_both_classes_in_one_pass(kernel_device):
         assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
 
 
+def in_order(transposed: torch.Tensor) -> torch.Tensor:
+    """Transposed values `[B, H, D, tiles·128]` as `[B, H, tiles·128, D]`; of 16 tokens 8h+2j+p lies at 4j+2h+p."""
+    return transposed.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_equal_the_reference(transposed, kernel_device):
     from dma_diffusers.kernels.quantiser.encode import encode_value
@@ -106,31 +114,77 @@ def test_values_equal_the_reference(transposed, kernel_device):
     v[0, 0, 3, 7] = torch.nan
     scale = reference.value_scale(v)
     elements = encode_value(v, scale.contiguous(), transposed).float()
-    elements = (elements.mT if transposed else elements).flatten(0, 2)
+    elements = (in_order(elements) if transposed else elements).flatten(0, 2)
     expected = tiles_of(reference.quantised_v(v, scale).float(), 64)
     torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
     assert elements.nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
 
 
+@pytest.mark.parametrize("is_key", [False, True])
 @pytest.mark.parametrize("fmt", ["fp8", "int8"])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
-def test_rows_equal_the_codec(fmt, length, head_dim, kernel_device):
+def test_shared_scales_equal_the_reference(fmt, length, head_dim, is_key, kernel_device):
     x = torch.randn(2, 3, length, head_dim, generator=torch.Generator().manual_seed(length)).to(kernel_device)
     x[..., length // 2, :] = 0
-    mean = x.mean(-2, keepdim=True).contiguous()
-    operand = encoded(x, fmt, None, 0.3, mean)
-    expected = tiles_of(fake_quantize((x - mean) * 0.3, fmt), head_dim)
+    mean = 0.1 * x.mean(-2, keepdim=True).contiguous()
+    operand = encoded(x, fmt, None, 0.3, mean, is_key=is_key)
+    quantised = reference.quantised_k if is_key else reference.quantised_q
+    expected = tiles_of(quantised((x - mean) * 0.3, fmt), head_dim)
     assert torch.equal(numbers_of(operand, head_dim), expected)
     assert operand.scales.isfinite().all() and (operand.scales > 0).all()
+    assert operand.scales.numel() == 6 * -(-length // 128) * (1 if is_key else 128)
+
+
+@pytest.mark.parametrize("is_key", [False, True])
+@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+def test_the_reference_is_the_codec_but_for_ties(fmt, is_key):
+    """It multiplies by a rounded inverse: only a number halfway between two others may go to the other one."""
+    x = torch.randn(2, 3, 300, 64, generator=torch.Generator().manual_seed(5))
+    x[:, 0] = (60 * x[:, 0]).round().clamp(-253, 253) / 2 * 0.3  # ties of int8
+    x[:, 0, :, 0] = 127 * 0.3
+    expected = fake_quantize(x, replace(get_format(fmt), block_rows=128 if is_key else 1))
+    values = (reference.quantised_k if is_key else reference.quantised_q)(x, fmt)
+    same = torch.isclose(values, expected, rtol=1e-6, atol=0)
+    assert (same | torch.isclose(x, (values + expected) / 2, rtol=1e-6, atol=0)).all()
+    assert same[:, 1:].float().mean() > 0.9999
 
 
 @pytest.mark.parametrize("fmt", ["fp8", "int8"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_row_is_nan_and_no_other(fmt, bad, kernel_device):
     x = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
     x[0, 0, 5, 30] = bad
-    is_nan = numbers_of(encoded(x, fmt, None), 64).isnan().any(-1)
-    assert is_nan[5] and is_nan.sum() == 1
+    is_nan = numbers_of(encoded(x, fmt, None), 64).isnan()
+    assert is_nan[5].all() and is_nan.sum() == 64
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_key_spoils_itself_or_in_int8_its_tile(fmt, bad, kernel_device):
+    x = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    sound = numbers_of(encoded(x, fmt, None, is_key=True), 64)
+    x[0, 0, 135, 30] = bad
+    numbers = numbers_of(encoded(x, fmt, None, is_key=True), 64)
+    expected = tiles_of(reference.quantised_k(x, fmt), 64)
+    is_nan = numbers.isnan()
+    assert torch.equal(is_nan[:300], expected.isnan()[:300])
+    assert is_nan[128:256].all() and is_nan.sum() == 128 * 64 if fmt == "int8" else is_nan.sum() == 1
+    assert torch.equal(numbers[~is_nan], sound[~is_nan])
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "int8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
+def test_hidden_keys_are_encoded_as_zeros(fmt, bad, kernel_device):
+    """They change no other key's scale, whatever they hold."""
+    x = torch.randn(2, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    mask = torch.zeros(2, 384, dtype=torch.uint8, device=kernel_device)
+    mask[:, :300] = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) > 0.5
+    hidden = (mask[:, :300] == 0)[:, None, :, None]
+    amax = x.masked_fill(hidden, 0).abs().amax((-2, -1), keepdim=True)
+    expected = encoded(x.masked_fill(hidden, 0), fmt, amax, is_key=True)
+    operand = encoded(x.masked_fill(hidden, bad), fmt, amax, is_key=True, key_mask=mask)
+    assert torch.equal(operand.elements.view(torch.uint8), expected.elements.view(torch.uint8))
+    assert torch.equal(operand.scales.view(torch.uint8), expected.scales.view(torch.uint8))
 
 
 def spanning(span: int, device: torch.device) -> torch.Tensor:
