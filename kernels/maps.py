@@ -1,8 +1,8 @@
 """Precision maps: which class each pair (Q tile, KV tile) gets, as the kernel walks it.
 
 The kernel of one Q tile walks three contiguous phases, each of one kind of tile: HIGH, LOW, and MASKED, the
-tiles that a fine mask cuts (the causal diagonal, the end of the keys), which are HIGH too. Splitting the walk
-keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
+tiles that a fine mask cuts (the causal diagonal, the end of the keys), which are HIGH too, or LOW in a map that has
+nothing HIGH. Splitting the walk keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from enum import IntEnum
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from dma_diffusers.kernels.layout import Layout
 
@@ -45,7 +46,7 @@ class PrecisionMap:
 
     indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers, ascending within each phase.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
-    has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH.
+    has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
     """
 
     indices: torch.Tensor
@@ -61,7 +62,8 @@ class PrecisionMap:
     def shared(self) -> "PrecisionMap":
         """The walks of programs of 192 queries: three blocks of 64, each of which visits its own Q tile's KV tiles.
 
-        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it.
+        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it; the longest walk is
+        followed by one more entry, which a program may read ahead.
         """
         q_tiles = self.indices.shape[-2]
         programs = -(-q_tiles * TILE // (SHARED_BLOCKS * SHARED_ROWS))
@@ -84,8 +86,8 @@ class PrecisionMap:
         is_walked = (visitors > 0).flatten(-2)
         order = (~is_walked).int().argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
-        longest = max(int(bounds[..., -1].max()), 1)
-        indices = entries.gather(-1, order)[..., :longest].int().contiguous()
+        walks = F.pad(entries.gather(-1, order), (0, 1))
+        indices = walks[..., : int(bounds[..., -1].max()) + 1].int().contiguous()
         return replace(self, indices=indices, bounds=bounds.int().contiguous())
 
     def used(self, high: str, low: str) -> tuple[str | None, str | None]:
@@ -129,6 +131,7 @@ def build_map(classes: torch.Tensor, layout: Layout, is_causal: bool = False) ->
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
-    has_high, has_low, has_masked = (bool(counts[..., phase].any()) for phase in Phase)
+    has_high = bool((classes == Class.HIGH).any())
+    has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
     indices = order[..., :longest].int().contiguous()
-    return PrecisionMap(indices, bounds.int().contiguous(), has_high or has_masked, has_low)
+    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)

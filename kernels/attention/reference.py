@@ -65,7 +65,7 @@ def attention(
 
     of_high = operands(high, v.to(torch.bfloat16))
     of_low = operands(low, quantiser.quantised_v(v, v_scale))
-    of_phase = {Phase.HIGH: of_high, Phase.LOW: of_low, Phase.MASKED: of_high}
+    low_phases = (Phase.LOW,) if precision_map.has_high else (Phase.LOW, Phase.MASKED)
 
     # One row per (batch, head, Q tile). Within a phase, rows with longer lists come first: the rows that still have
     # a KV tile to visit are then the first `count`.
@@ -87,9 +87,10 @@ def attention(
     for phase in Phase:
         end = bounds[:, phase]
         length, order = (end - start).sort(descending=True, stable=True)
-        phase_q, phase_k, phase_v, factor, shift = of_phase[phase]
+        is_low = phase in low_phases
+        phase_q, phase_k, phase_v, factor, shift = of_low if is_low else of_high
         phase_q, shift = phase_q[order], shift[order]
-        if phase is Phase.LOW:
+        if is_low:
             accumulator = accumulator / v_unit
         m, l, accumulator = m[order], l[order], accumulator[order]
         still_active = (length[None, :] > torch.arange(int(length[0]), device=device)[:, None]).sum(-1)
@@ -112,11 +113,11 @@ def attention(
             p = torch.exp2(s - m_new)
             rescale = torch.exp2(m[:count] - m_new)
             l[:count] = l[:count] * rescale + p.sum(-1, keepdim=True)
-            p = p.to(torch.float8_e4m3fn if phase is Phase.LOW else torch.bfloat16).float()
+            p = p.to(torch.float8_e4m3fn if is_low else torch.bfloat16).float()
             accumulator[:count] = accumulator[:count] * rescale + p @ phase_v[kv_tile]
             m[:count] = m_new
         m, l, accumulator = (torch.empty_like(x).index_copy_(0, order, x) for x in (m, l, accumulator))
-        if phase is Phase.LOW:
+        if is_low:
             accumulator = accumulator * v_unit
         start = end
 

@@ -95,6 +95,7 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 def is_high(call: Call) -> torch.Tensor:
     """Which pair of tokens is HIGH, token by token, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     high = torch.zeros(call.q_length, call.k_length, dtype=torch.bool)
+    cut = high.clone()
     text_tiles = range(call.text[0] // 128, -(-call.text[1] // 128)) if call.text[1] > call.text[0] else ()
     last_whole_tile = call.k_length // 128
     for i in range(call.q_length):
@@ -106,9 +107,11 @@ def is_high(call: Call) -> torch.Tensor:
             in_band = in_band or (call.window > 0 and distance == 0)
             is_sink = j < call.sink
             is_text = q_tile in text_tiles or k_tile in text_tiles
-            is_cut = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile)
-            high[i, j : j + 128] = in_band or is_sink or is_text or is_cut
-    return high
+            if call.is_causal and k_tile > q_tile:
+                continue
+            high[i, j : j + 128] = in_band or is_sink or is_text
+            cut[i, j : j + 128] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile)
+    return high | cut if high.any() else high
 
 
 def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

@@ -199,7 +199,7 @@ def constants(random: Random, arch: str) -> dict:
         "high": pick(list(STORES[lowering])), "low": pick(list(STORES[lowering])), "lowering": lowering,
         "target": None if on_gpu else pick([None, "sm_90", "sm_100", "sm_120"]),
         "among": among, "used": used if on_gpu else None,
-        "is_causal": pick([False, True]) and not (on_gpu and used == (False, True)),
+        "is_causal": pick([False, True]),
         "masks_keys": pick([False, False, True]),
         "has_rope": has_rope, "interleaves_rope": has_rope and pick([False, True]),
         "dtype": pick([torch.float32, torch.bfloat16, torch.float16]),
@@ -245,8 +245,6 @@ def drawn_call(random: Random, arch: str) -> Drawn:
     is_cross = pick([False, True])
     q_length = length(pairs if is_cross else math.isqrt(pairs))
     k_length = length(pairs // tiles(q_length)) if is_cross else q_length
-    if fixed["used"] == (False, True):  # a cut tile would be HIGH
-        k_length = tiles(k_length) * TILE
     drawn = {
         "contents": (*pick(CONTENTS_OF_Q_AND_K), pick(list(CONTENTS))),
         "scale": pick([None, None, 0.02, 1.0]),
