@@ -48,7 +48,7 @@ def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
     match stores[fmt]:
         case Storage.PLAIN:
             return "H"
-        case Storage.ROW:
+        case Storage.ROW | Storage.TILE:
             return "I" if fmt == "int8" else "Q"
         case Storage.BLOCK:
             return "O" if fmt in _FOUR_BIT else "Q"

@@ -147,9 +147,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 def products(precision_map: PrecisionMap, high: str, low: str, lowering: str) -> list[Products]:
     """How the tiles of a map are multiplied: HIGH has bf16 P·V, LOW has FP8."""
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
-    ends = (
-        precision_map.bounds.double().mean((0, 1, 2)).tolist()
-    )  # of HIGH, LOW and MASKED, which is HIGH too
-    share = (ends[1] - ends[0]) / ends[2]
+    ends = precision_map.bounds.double().mean((0, 1, 2)).tolist()  # of HIGH, LOW and MASKED
+    share = (ends[1] - ends[0]) / ends[2] if precision_map.has_high else 1.0
     both = [Products(1 - share, letter(high, stores), "H"), Products(share, letter(low, stores), "Q")]
     return [part for part in both if part.share]

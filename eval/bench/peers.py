@@ -23,6 +23,7 @@ class Peer:
     call: takes its module and q, k, v `[B, H, S, D]` in bf16; what it quantises, it quantises in there.
     qk, pv: letters of MATRIX_RATES. modules: the names under which it may be installed.
     fits: whether a module of such a name is this peer; two versions of one package can't share a name.
+    writes_inputs: whether it changes what it is given, and so gets copies of its own.
     distribution: where its version is told.
     """
 
@@ -34,6 +35,7 @@ class Peer:
     distribution: str
     call: Callable[[ModuleType, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     fits: Callable[[ModuleType], bool] = lambda module: True
+    writes_inputs: bool = False
 
     def load(self) -> ModuleType:
         """Its module; ImportError, in one line, that says why there is none."""
@@ -71,6 +73,8 @@ class Peer:
 
     def _prepare(self, copies: Sequence[Tensors]) -> Prepared:
         call = partial(self.call, self.load())
+        if self.writes_inputs:
+            copies = [tuple(x.clone() for x in copy) for copy in copies]
         return Prepared([Products(1.0, self.qk, self.pv)], lambda number: call(*copies[number % len(copies)]))
 
 
@@ -111,7 +115,7 @@ PEERS = (
     ),
     Peer(
         "SageAttention 1", LOW_BIT, "I", "H", ("sageattention", "sageattention1"), "sageattention", _sage_1,
-        lambda module: not _is_sage_2(module),
+        lambda module: not _is_sage_2(module), writes_inputs=True,  # it takes K's mean out in place
     ),
     Peer(
         "SageAttention 2", LOW_BIT, "I", "Q", ("sageattention", "sageattention2"), "sageattention", _sage_2,
