@@ -57,8 +57,7 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
         for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
             for kernel, arguments, options in launches(target, *formats, head_dim):
-                own_formats = () if kernel.__name__ == "quantise_value" else formats
-                key = (kernel.__name__, own_formats, head_dim)
+                key = (kernel.__name__, formats, head_dim)
                 if key not in results:
                     compiled = compile_launch(kernel, arguments, options, target)
                     results[key] = _describe(compiled, target, options, *key)

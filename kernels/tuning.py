@@ -6,6 +6,7 @@ times on an H200.
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 
 from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage
 
@@ -57,6 +58,7 @@ TABLE = (
 )
 
 
+@cache
 def tuning(architecture: str, dim: int, classes: tuple[Storage | None, Storage | None]) -> Tuning:
     """The first row of the table that fits; dim is 64, 128 or 256, classes the storages of HIGH and LOW."""
     storages = "|".join(storage or "-" for storage in classes)

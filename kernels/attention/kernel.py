@@ -96,7 +96,7 @@ def _seen(tile, key_mask, k_length, q_tokens, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _phase(
-    accumulator, l, m, q_elements, q_scales, factors, offset, k_elements, k_scales, v,
+    accumulator, l, m, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold, offset,
     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, k_length,
     start, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
@@ -110,8 +110,13 @@ def _phase(
     q = tl.reshape(q, (ROWS, q.shape[3]))
     if STORAGE == "row" or STORAGE == "tile":
         row_factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+    elif ELEMENT == "bf16":
+        row_factor = tl.zeros((ROWS,), tl.float32) + fold
+    elif q_tensor_scale is not None:
+        scale = tl.load(q_tensor_scale + head) * tl.load(k_tensor_scale + batch * kv_heads + kv_head)
+        row_factor = tl.zeros((ROWS,), tl.float32) + tl.maximum(scale, SMALLEST_NORMAL)  # 0·−inf is NaN
     else:
-        row_factor = tl.load(factors + head * 2 + LOW) + tl.zeros((ROWS,), tl.float32)
+        row_factor = tl.full((ROWS,), 1.0, tl.float32)
     if STORAGE == "block":
         q_scales = _load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
     if offset is None or ELEMENT != "bf16":
@@ -165,9 +170,9 @@ def _phase(
 
 @triton.jit(do_not_specialize=["q_length", "k_length", "map_stride_b", "map_stride_h", "map_length", "total"])
 def attend(
-    q_high, q_high_scales, k_high, k_high_scales, v_high,
-    q_low, q_low_scales, k_low, k_low_scales, v_low,
-    v_scale, factors, offset, indices, bounds, key_mask, out, lse,
+    q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
+    q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
+    v_scale, fold, offset, indices, bounds, key_mask, out, lse,
     heads, kv_heads, q_length, k_length, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
@@ -179,9 +184,9 @@ def attend(
     """Attention of ROWS queries of one head.
 
     The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
-    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). `factors` [B·H, 2] is
-    what products of HIGH and LOW still have to be multiplied by; where rows (and K's tiles) have scales of their
-    own, those are.
+    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). Products of bf16
+    numbers still have to be multiplied by `fold`, others by the scales of rows, tiles or tensors, where there are
+    any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
@@ -209,7 +214,8 @@ def attend(
         accumulator = tl.zeros((ROWS, D), tl.float32)
         if HIGH is not None:
             accumulator, l, m = _phase(
-                accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+                accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
+                k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, own_mask, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
@@ -219,17 +225,28 @@ def attend(
             v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
             accumulator = accumulator / tl.load(v_units)[None, :]
             accumulator, l, m = _phase(
-                accumulator, l, m, q_low, q_low_scales, factors, offset, k_low, k_low_scales, v_low,
+                accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
+                k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, high_end, low_end, own_mask, k_length, start, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
+            if HIGH is None:
+                accumulator, l, m = _phase(
+                    accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
+                    k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    tiles, low_end, end, own_mask, k_length, start, zero,
+                    LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
+                    EXP_SHARE, TCGEN05, MASKED_STAGES,
+                )  # fmt: skip
             # volatile: read anew, not kept in registers throughout the loop
             accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
         if HIGH is not None:
             accumulator, l, m = _phase(
-                accumulator, l, m, q_high, q_high_scales, factors, offset, k_high, k_high_scales, v_high,
+                accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
+                k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, low_end, end, own_mask, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,

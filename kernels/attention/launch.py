@@ -12,13 +12,13 @@ from dma_diffusers.kernels.quantiser.encode import (
     Operand,
     Stored,
     encode,
-    encode_value,
     padded_dim,
     row_descriptor,
     scale_descriptor,
+    statistics_of,
 )
 from dma_diffusers.kernels.quantiser.reference import Rope
-from dma_diffusers.kernels.run import Run, run
+from dma_diffusers.kernels.run import Run, multiprocessors, run
 from dma_diffusers.kernels.tuning import Tuning, tuning
 
 
@@ -57,44 +57,38 @@ def attention(
     target = target or architecture(q.device)
     tuned = tuning(target, dim, tuple(c and c.storage for c in classes))
 
-    factor = quantiser.fold(scale)
-    mean = quantiser.key_mean(k, k_rope) if quantiser.smooths(*formats) else None
+    fold = quantiser.fold(scale)
+    smooths = quantiser.smooths(*formats)
     whole_mask = None if key_mask is None else _whole_tiles(key_mask)
+    of_v = v if classes[1] else None
+    partials = statistics_of(k if smooths else None, of_v, k_rope, run) if smooths or classes[1] else None
     q_amax, k_amax = None, None
     if any(c and c.format.has_tensor_scale for c in classes):
-        q_amax = quantiser.finite_amax(quantiser.rotate(q, q_rope) * factor, (-2, -1))
-        smoothed = quantiser.rotate(k, k_rope) - mean
-        if key_mask is not None:
-            smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-        k_amax = quantiser.finite_amax(smoothed, (-2, -1))
-    wants_offset = mean is not None and (return_lse or "bf16" in formats)
+        q_amax, k_amax = _tensor_amax(q, k, fold, q_rope, k_rope, key_mask)
     inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
-    q_operands, offset = _operands(
-        q, classes, q_amax, factor, rope=q_rope, inexact_rows=inexact_rows, run=run,
-        key_mean=mean if wants_offset else None, rounds="bf16" in formats,
-    )  # fmt: skip
-    k_operands, _ = _operands(
-        k, classes, k_amax, 1.0, is_key=True, mean=mean, key_mask=whole_mask, rope=k_rope,
+    encoded = encode(
+        q, k, of_v, classes, fold, partials,
+        q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask,
+        wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
         inexact_rows=inexact_rows, run=run,
+        registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
-    v_high, v_low, v_scale = None, None, None
+    v_high, v_low = None, None
     if classes[0]:
         v_high = row_descriptor(bf16_for_tma(v), TILE, dim)
     if classes[1]:
-        v_scale = F.pad(quantiser.value_scale(v), (0, dim - head_dim), value=1.0).contiguous()
-        values = encode_value(v, v_scale, tuned.transposed_v, run)
-        v_low = row_descriptor(values, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
+        v_low = row_descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
 
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device) if return_lse else None
     indices, bounds = precision_map.indices, precision_map.bounds
     blocks = -(-q_length // tuned.rows) * batch * heads
-    programs = blocks if tuned.programs is None else min(blocks, tuned.programs * _multiprocessors(q.device))
+    programs = blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
     run(
         attend, (programs,),
-        *_tensors(classes[0], q_operands[0], k_operands[0], tuned, dim), v_high,
-        *_tensors(classes[1], q_operands[1], k_operands[1], tuned, dim), v_low,
-        v_scale, _factors(classes, q_operands, k_operands, batch * heads, factor, q.device), offset,
+        *_tensors(classes[0], encoded.q[0], encoded.k[0], q, k, tuned, dim), v_high,
+        *_tensors(classes[1], encoded.q[1], encoded.k[1], q, k, tuned, dim), v_low,
+        encoded.v_scale, fold, encoded.offset,
         indices, bounds, whole_mask, out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
@@ -109,11 +103,6 @@ def attention(
     return out, lse, inexact_rows
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors there are; a few in the interpreter, so that programs have more than one block."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
     """x in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where x has others."""
     x = x.to(torch.bfloat16)
@@ -126,56 +115,44 @@ def _row_major(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _operands(
-    x: torch.Tensor,
-    classes: tuple[Stored | None, Stored | None],
-    amax: torch.Tensor | None,
-    factor: float,
-    **options,
-) -> tuple[list[Operand | None], torch.Tensor | None]:
-    """`encode`, but bf16 is read where the model has it, if nothing has to be done to it."""
-    as_it_is = [c is not None and c.format.name == "bf16" and options["rope"] is None for c in classes]
-    to_encode = tuple(None if is_there else c for c, is_there in zip(classes, as_it_is, strict=True))
-    operands, offset = [None, None], None
-    if any(to_encode) or options.get("key_mean") is not None:
-        operands, offset = encode(x, to_encode, amax, factor, **options)
-    for index in range(2):
-        if as_it_is[index]:
-            operands[index] = Operand(bf16_for_tma(x), None, None)
-    return operands, offset
+def _tensor_amax(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    fold: float,
+    q_rope: Rope | None,
+    k_rope: Rope | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
+    smoothed = quantiser.rotate(k, k_rope) - quantiser.key_mean(k, k_rope)
+    if key_mask is not None:
+        smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
+    folded = quantiser.rotate(q, q_rope) * fold
+    return quantiser.finite_amax(folded, (-2, -1)), quantiser.finite_amax(smoothed, (-2, -1))
 
 
-def _tensors(stored: Stored | None, q: Operand | None, k: Operand | None, tuned: Tuning, dim: int) -> list:
-    """Elements and scales of q and of k, as the kernel takes them: what its loops read comes by descriptors."""
+def _tensors(
+    stored: Stored | None,
+    q: Operand | None,
+    k: Operand | None,
+    model_q: torch.Tensor,
+    model_k: torch.Tensor,
+    tuned: Tuning,
+    dim: int,
+) -> list:
+    """Elements, scales and tensor scale of q and of k, as the kernel takes them: what its loops read by descriptors."""
     if stored is None:
-        return [None] * 4
+        return [None] * 6
+    q, k = q or Operand(bf16_for_tma(model_q), None, None), k or Operand(bf16_for_tma(model_k), None, None)
     is_blocks = stored.storage is Storage.BLOCK
     columns = stored.columns(dim)
     return [
-        row_descriptor(q.elements, tuned.rows, columns), q.scales,
+        row_descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
         row_descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
+        k.tensor_scale,
     ]  # fmt: skip
 
 
 def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
     """uint8 `[B, tiles·128]`, 0 past the keys."""
     return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE)).contiguous()
-
-
-def _factors(
-    classes: tuple[Stored | None, Stored | None],
-    q: list[Operand | None],
-    k: list[Operand | None],
-    heads: int,
-    fold: float,
-    device: torch.device,
-) -> torch.Tensor:
-    """What products of q and k have to be multiplied by: float32 `[B·H, 2]`, HIGH then LOW."""
-    factors = torch.ones(heads, len(q), dtype=torch.float32, device=device)
-    for index, (stored, a, b) in enumerate(zip(classes, q, k, strict=True)):
-        if stored and stored.format.name == "bf16":
-            factors[:, index] = fold
-        elif a and a.tensor_scale is not None:
-            product = a.tensor_scale * b.tensor_scale.repeat_interleave(heads // len(b.tensor_scale))
-            factors[:, index] = product.clamp_min(torch.finfo(torch.float32).smallest_normal)  # 0·−inf is NaN
-    return factors

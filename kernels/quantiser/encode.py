@@ -1,4 +1,4 @@
-"""Runs the quantiser's kernel: from q and k to the operands that the attention kernel's descriptors read."""
+"""Runs the quantiser's kernels: from q, k and v to the operands that the attention kernel's descriptors read."""
 
 import math
 import struct
@@ -12,9 +12,9 @@ from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.maps import TILE, tiles
-from dma_diffusers.kernels.quantiser.kernel import quantise, quantise_value
-from dma_diffusers.kernels.quantiser.reference import Rope
-from dma_diffusers.kernels.run import Run, run
+from dma_diffusers.kernels.quantiser import kernel, statistics
+from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS, Rope
+from dma_diffusers.kernels.run import Run, multiprocessors, run
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,15 @@ class Stored:
         """Elements of a tensor in memory for `dim` channels: two e2m1 of a block format share a byte."""
         return dim // 2 if self.storage is Storage.BLOCK and self.format.bits == 4 else dim
 
-    def quantised(self, is_key: bool) -> list:
+    @property
+    def quantised(self) -> list:
         """What the quantiser's kernel compiles in: element, block, storage, q_max and its bits, room in e4m3."""
-        element, storage = self.format.element, self.scaled(is_key)
+        element = self.format.element
         if element is None:
-            return [self.format.name, None, storage.value, 0.0, 0, 0]
+            return [self.format.name, None, self.storage.value, 0.0, 0, 0]
         bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
         room = math.floor(math.log2(E4M3.max / element.max))
-        return [element.name, self.format.block, storage.value, element.max, bits, room]
-
-    def scaled(self, is_key: bool) -> Storage:
-        """The storage, as it is of K or of Q: under `Storage.TILE` Q has scales for rows."""
-        return Storage.ROW if self.storage is Storage.TILE and not is_key else self.storage
+        return [element.name, self.format.block, self.storage.value, element.max, bits, room]
 
     @property
     def multiplied(self) -> list:
@@ -75,6 +72,23 @@ class Operand:
     tensor_scale: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the attention kernel reads of one call; None where nothing is wanted.
+
+    q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
+    v: LOW's, e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
+    v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
+    offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
+    """
+
+    q: list[Operand | None]
+    k: list[Operand | None]
+    v: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    offset: torch.Tensor | None
+
+
 def padded_dim(head_dim: int) -> int:
     """The head dimension that the kernels compute with: 64, 128 or 256; the zeros added change no score."""
     return max(64, 1 << (head_dim - 1).bit_length())
@@ -99,7 +113,7 @@ def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None, is_key: b
     element_dtype, scales = torch.bfloat16, None
     if storage in (Storage.ROW, Storage.TILE):
         element_dtype = torch.int8 if format.name == "int8" else torch.float8_e4m3fn
-        count = rows if stored.scaled(is_key) is Storage.TILE else rows * TILE
+        count = rows if is_key and storage is Storage.TILE else rows * TILE
         scales = torch.empty(count, dtype=torch.float32, device=x.device)
     elif storage is Storage.BLOCK:
         element_dtype, blocks = torch.uint8, dim // format.block
@@ -110,70 +124,140 @@ def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None, is_key: b
     return Operand(torch.empty(shape, dtype=element_dtype, device=x.device), scales, tensor_scale)
 
 
-def encode(
-    x: torch.Tensor,
+def _operands(
+    x: torch.Tensor | None,
     classes: tuple[Stored | None, Stored | None],
     amax: torch.Tensor | None,
-    factor: float,
-    *,
-    is_key: bool = False,
-    mean: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-    key_mean: torch.Tensor | None = None,
-    rounds: bool = False,
-    rope: Rope | None = None,
-    inexact_rows: torch.Tensor | None = None,
-    run: Run = run,
-) -> tuple[list[Operand | None], torch.Tensor | None]:
-    """(x − mean)·factor, or in bf16 x itself, for HIGH and LOW (None where nothing is wanted), in one pass.
+    rope: Rope | None,
+    is_key: bool,
+) -> list[Operand | None]:
+    """Room for one tensor's operands; none for bf16 numbers to which nothing has to be done."""
+    return [
+        None
+        if x is None or stored is None or (stored.format.name == "bf16" and rope is None)
+        else _empty(stored, x, amax, is_key)
+        for stored in classes
+    ]
 
-    x: `[B, H, S, D]`, last dimension contiguous; it is rotated by `rope` first. amax: `[B, H, 1, 1]` of what is
-    encoded, needed by formats with a tensor scale. is_key: x is K; then, mean `[B, H, 1, D]`, float32, and key_mask,
-    uint8 `[B, tiles·128]`, 0 for what is encoded as zeros.
-    key_mean: `[B, Hkv, 1, D]`, float32; with it, the second result is factor·x·key_mean, float32
-        `[B·H·tiles·128]`, of x rounded to bf16 if `rounds`.
-    inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
-    """
-    batch, heads, length, head_dim = x.shape
-    rows = batch * heads * tiles(length)
-    operands = [stored and _empty(stored, x, amax, is_key) for stored in classes]
-    offset = None if key_mean is None else torch.empty(rows * TILE, dtype=torch.float32, device=x.device)
-    cos, sin = rope or (None, None)
-    if rope and cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    arguments, constants = [], []
-    for stored, operand in zip(classes, operands, strict=True):
+
+def _pointers(operands: list[Operand | None]) -> list[torch.Tensor | None]:
+    """Elements, scales and tensor scale of both classes; E4M3 scales as bytes."""
+    pointers = []
+    for operand in operands:
         if operand is None:
-            arguments += [None, None, None]
-            constants += [None, None, None, None, None, None]
+            pointers += [None, None, None]
             continue
-        scales = operand.scales
-        if stored.storage is Storage.BLOCK:
-            scales = scales.view(torch.uint8)
-        arguments += [operand.elements, scales, operand.tensor_scale]
-        constants += stored.quantised(is_key)
-    run(
-        quantise, (rows,),
-        x, mean, factor, cos, sin, key_mean, key_mask, offset, *arguments, inexact_rows,
-        heads, 1 if key_mean is None else heads // key_mean.shape[1], length, head_dim, *x.stride()[:3],
-        *(cos.stride() if rope else (0, 0)), *constants,
-        ROUND=rounds, D=padded_dim(head_dim), num_warps=8 if head_dim <= 64 else 16, enable_fp_fusion=False,
-    )  # fmt: skip
-    return operands, offset
+        is_e4m3 = operand.tensor_scale is not None and operand.scales is not None
+        scales = operand.scales.view(torch.uint8) if is_e4m3 else operand.scales
+        pointers += [operand.elements, scales, operand.tensor_scale]
+    return pointers
 
 
-def encode_value(v: torch.Tensor, v_scale: torch.Tensor, transposed: bool, run: Run = run) -> torch.Tensor:
-    """v / v_scale in e4m3, `[B, H, tiles·128, D]`, or transposed and in the MMA's order of tokens.
+def _tables(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, int]]:
+    """Cosines and sines, and the strides that both have."""
+    if rope is None:
+        return [None, None], (0, 0)
+    cos, sin = rope if rope[0].stride() == rope[1].stride() else (x.contiguous() for x in rope)
+    return [cos, sin], cos.stride()
 
-    v_scale: `[B, H, 1, D]`, float32, padded.
+
+def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def chunks(heads: int, device: torch.device) -> int:
+    """Into how many chunks the statistics divide each of B·Hkv heads: few, but enough for every multiprocessor."""
+    wanted = 2 * multiprocessors(device) // heads
+    return min(max(4, 1 << wanted.bit_length()), 32)
+
+
+def statistics_of(
+    k: torch.Tensor | None, v: torch.Tensor | None, rope: Rope | None = None, run: Run = run
+) -> torch.Tensor:
+    """Partial results for K's mean and V's range (of either, if the other is None): float32 `[4, B·Hkv, chunks, D]`.
+
+    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k is rotated by `rope` first.
     """
-    batch, heads, length, head_dim = v.shape
-    dim, padded = padded_dim(head_dim), tiles(length) * TILE
-    shape = (batch, heads, dim, padded) if transposed else (batch, heads, padded, dim)
-    elements = torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
+    x = v if k is None else k
+    batch, heads, length, head_dim = x.shape
+    dim, count = padded_dim(head_dim), chunks(batch * heads, x.device)
+    partials = torch.empty(4, batch * heads, count, dim, dtype=torch.float32, device=x.device)
+    tables, rope_strides = _tables(None if k is None else rope)
+    programs = batch * heads * ((0 if k is None else count // 2) + (0 if v is None else count))
     run(
-        quantise_value, (batch * heads * tiles(length),),
-        v, v_scale, elements.view(torch.uint8), heads, length, head_dim, *v.stride()[:3],
-        TRANSPOSED=transposed, D=dim, num_warps=8, enable_fp_fusion=False,
+        statistics.statistics, (programs,),
+        k, v, partials, *tables, batch * heads, heads, length, max(1, length // SAMPLED_TOKENS),
+        *_strides(k), *_strides(v), *rope_strides,
+        CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return elements
+    return partials
+
+
+def encode(
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    classes: tuple[Stored | None, Stored | None],
+    factor: float,
+    partials: torch.Tensor | None,
+    *,
+    q_amax: torch.Tensor | None = None,
+    k_amax: torch.Tensor | None = None,
+    q_rope: Rope | None = None,
+    k_rope: Rope | None = None,
+    key_mask: torch.Tensor | None = None,
+    wants_offset: bool = False,
+    transposed_v: bool = False,
+    inexact_rows: torch.Tensor | None = None,
+    registers: int | None = None,
+    run: Run = run,
+) -> Encoded:
+    """q·factor and k less its mean for HIGH and LOW (None: a class without tiles), in bf16 q and k as they are; v.
+
+    q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous, None where nothing is wanted of them; q and k are
+    rotated by q_rope and k_rope first. partials: `statistics_of` k and v, as far as they are encoded.
+    q_amax, k_amax: `[B, H or Hkv, 1, 1]` of what is encoded, needed by formats with a tensor scale.
+    key_mask: uint8 `[B, tiles·128]`, 0 for keys that are encoded as zeros.
+    wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
+    inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
+    registers: the most that a thread may use; None leaves it to the compiler.
+    """
+    q_operands = _operands(q, classes, q_amax, q_rope, is_key=False)
+    k_operands = _operands(k, classes, k_amax, k_rope, is_key=True)
+    first = next(x for x in (v, k, q) if x is not None)
+    device, (batch, kv_heads, k_length, head_dim) = first.device, first.shape
+    heads, q_length = (kv_heads, 1) if q is None else q.shape[1:3]
+    dim = padded_dim(head_dim)
+    offset, values, v_scale = None, None, None
+    if wants_offset:
+        offset = torch.empty(batch * heads * tiles(q_length) * TILE, dtype=torch.float32, device=device)
+    if v is not None:
+        rows = tiles(k_length) * TILE
+        shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
+        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        v_scale = torch.empty(batch * kv_heads, dim, dtype=torch.float32, device=device)
+    encoded = Encoded(q_operands, k_operands, values, v_scale, offset)
+    q = q if wants_offset or any(q_operands) else None
+    k = k if any(k_operands) else None
+    of_keys = kv_heads * tiles(k_length)
+    programs = batch * (
+        (0 if v is None else of_keys)
+        + (0 if k is None else of_keys)
+        + (0 if q is None else heads * tiles(q_length))
+    )
+    if programs == 0:
+        return encoded
+    (q_tables, q_rope_strides), (k_tables, k_rope_strides) = _tables(q_rope), _tables(k_rope)
+    run(
+        kernel.encode, (programs,),
+        q, k, v, partials, factor, *q_tables, *k_tables, key_mask, offset,
+        *_pointers(q_operands), *_pointers(k_operands),
+        values, v_scale, inexact_rows,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, *_strides(q), *_strides(k), *_strides(v),
+        *q_rope_strides, *k_rope_strides,
+        *(constant for c in classes for constant in (c.quantised if c else [None] * 6)),
+        ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
+        CHUNKS=4 if partials is None else partials.shape[2], HEAD_DIM=head_dim, D=dim,
+        num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
+    )  # fmt: skip
+    return encoded

@@ -1,38 +1,15 @@
-"""The quantiser on the GPU: one pass over Q or K writes the elements and scales of every class read later."""
+"""The quantiser on the GPU: one pass over Q, K and V writes the elements and scales of every class read later."""
 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.rounding import rounded, to_bf16, to_e4m3, to_e5m2
+from dma_diffusers.kernels.quantiser.statistics import key_mean, value_amax
+from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
+from dma_diffusers.kernels.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 
 TILE = tl.constexpr(128)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
-
-
-@triton.jit
-def _magnitude_bits(x):
-    """|x| as int32 bits: ordered like the magnitudes, with infinities and NaN above every finite number."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, stride_s):
-    """float32 [128, D] of one head, zeros outside."""
-    place = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_s
-    return tl.load(x + place + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rotated(x, cos, sin, tokens, length, head_dim, stride_s, stride_d, D: tl.constexpr):
-    """float32 [128, D], channels 2i and 2i+1 turned by the angle i of their token."""
-    pairs = tl.arange(0, D // 2)[None, :]
-    inside = (tokens < length) & (2 * pairs < head_dim)
-    place = tokens.to(tl.int64) * stride_s + pairs * stride_d
-    c = tl.load(cos + place, mask=inside, other=0.0)
-    s = tl.load(sin + place, mask=inside, other=0.0)
-    even, odd = tl.split(tl.reshape(x, (TILE, D // 2, 2)))
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (TILE, D))
+E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 
 
 @triton.jit
@@ -67,7 +44,7 @@ def _to_int8(y):
 @triton.jit
 def _e2m1_code(y):
     """The codes of float32 numbers that e2m1 has."""
-    bits = _magnitude_bits(y)
+    bits = magnitude_bits(y)
     code = tl.where(
         bits >= 0x3F800000, (bits >> 22) - 252, (bits != 0).to(tl.int32)
     )  # 1.0 is code 2, .5 code 1
@@ -94,7 +71,7 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
                Q_MAX_BITS: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """A tile [128, D] in a block format: elements [128, blocks, BLOCK], codes and values of the scales."""
     blocks = tl.reshape(x, (TILE, D // BLOCK, BLOCK))
-    amax_bits = tl.max(_magnitude_bits(blocks), axis=2)
+    amax_bits = tl.max(magnitude_bits(blocks), axis=2)
     if BLOCK == 16:  # E4M3 block scales under a float32 tensor scale
         amax = amax_bits.to(tl.float32, bitcast=True)
         ratio = tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32))
@@ -125,7 +102,7 @@ def _reencoded(y, code, TOP: tl.constexpr, D: tl.constexpr):
 
     A row's largest scale becomes 2^TOP, the largest that e4m3 has room for; smaller blocks go under it.
     """
-    is_number = (code != 255) & (tl.max(_magnitude_bits(y), axis=2) != 0)
+    is_number = (code != 255) & (tl.max(magnitude_bits(y), axis=2) != 0)
     row_code = tl.maximum(tl.max(tl.where(is_number, code, 0), axis=1) - TOP, 1)
     exponent = tl.where(code == 255, 0, tl.maximum(code - row_code[:, None], -127)) + 127
     factor = tl.where(is_number, (exponent << 23).to(tl.float32, bitcast=True), 0.0)
@@ -142,31 +119,32 @@ def _reencoded(y, code, TOP: tl.constexpr, D: tl.constexpr):
 def _encode(
     x, elements, scales, tile, rows, tensor_scale, inexact_rows,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STORAGE: tl.constexpr,
-    Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr,
+    Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr, TOP: tl.constexpr, IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Write one tile `x` (float32 [128, D]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
+    ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
     if ELEMENT == "bf16":
         _store_rows(elements, to_bf16(x), place, D)
     elif BLOCK is None:
-        amax_bits = tl.max(_magnitude_bits(x), axis=1)
-        if STORAGE == "tile":
+        amax_bits = tl.max(magnitude_bits(x), axis=1)
+        if ONE_SCALE:
             amax_bits = tl.max(amax_bits, axis=0)
             if ELEMENT == "e4m3" and amax_bits >= NOT_FINITE:  # e4m3 has NaN: other elements need not suffer
-                is_bad = _magnitude_bits(x) >= NOT_FINITE
-                amax_bits = tl.max(tl.max(tl.where(is_bad, 0, _magnitude_bits(x)), axis=1), axis=0)
+                is_bad = magnitude_bits(x) >= NOT_FINITE
+                amax_bits = tl.max(tl.max(tl.where(is_bad, 0, magnitude_bits(x)), axis=1), axis=0)
                 x = tl.where(is_bad, float("nan"), x)
         bad = amax_bits >= NOT_FINITE
         amax = amax_bits.to(tl.float32, bitcast=True)
         ones = tl.full(amax.shape, 1.0, tl.float32)
         scale = tl.where(amax_bits == 0, 1.0, tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL))
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
-        y = x * (inverse if STORAGE == "tile" else inverse[:, None])
+        y = x * (inverse if ONE_SCALE else inverse[:, None])
         if ELEMENT == "int8":
             _store_rows(elements, _to_int8(y), place, D)
         else:
             _store_rows(elements, to_e4m3(y), place, D)
-        tl.store(scales + (tile if STORAGE == "tile" else place), tl.where(bad, float("nan"), scale))
+        tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
     else:
         y, code, scale = _in_blocks(x, tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
@@ -209,59 +187,28 @@ def _store_blocks(
     tl.store(scales + tile * TILE * COLUMNS + place, code.to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["length"])
-def quantise(
-    x, mean, factor, cos, sin, key_mean, key_mask, offset,
-    high_elements, high_scales, high_tensor_scale, low_elements, low_scales, low_tensor_scale, inexact_rows,
-    heads, heads_per_key_head, length, head_dim, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+@triton.jit
+def _encode_classes(
+    x, value, tile, head, rows, inexact_rows,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, D: tl.constexpr,
+    IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Encode one 128-row tile of one head of `x` ([B, H, S, head_dim], any strides) in the classes asked for.
-
-    x is rotated by `cos` and `sin` if they are given. In bf16 it is then written as it is; other formats encode
-    (x − mean)·factor, mean or no mean. Rows past `length`, rows that `key_mask` (uint8 [B, tiles·128]) hides from
-    formats other than bf16, and columns past `head_dim` are written as zeros.
-    `offset` takes factor·x·key_mean, of x rounded to bf16 if ROUND. `inexact_rows` counts rows that one
-    power of two could not bring into e4m3.
-    """
-    tiles = tl.cdiv(length, TILE)
-    head, tile_in_head = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = (tile_in_head * TILE + rows)[:, None]
-    inside = (tokens < length) & (columns[None, :] < head_dim)
-    x = _load_tile(x, head // heads, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
-    if cos is not None:
-        x = _rotated(x, cos, sin, tokens, length, head_dim, rope_stride_s, rope_stride_d, D)
-    tile = tl.program_id(0).to(tl.int64)
-    if offset is not None:
-        own_mean = key_mean + (head // heads_per_key_head).to(tl.int64) * head_dim + columns
-        product = (to_bf16(x).to(tl.float32) if ROUND else x) * tl.load(
-            own_mean, mask=columns < head_dim, other=0.0
-        )
-        tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
-    value = x
-    if mean is not None:
-        own_mean = mean + head.to(tl.int64) * head_dim + columns
-        value -= tl.load(own_mean, mask=columns < head_dim, other=0.0)[None, :]
-    if key_mask is not None:
-        seen = tl.load(key_mask + (head // heads).to(tl.int64) * (tiles * TILE) + tile_in_head * TILE + rows)
-        inside &= (seen != 0)[:, None]
-    value = tl.where(inside, value * factor, 0.0)
-    if HIGH is not None:
+    """Write one tile in the classes that are wanted: in bf16 `x`, in other formats `value`."""
+    if high is not None:
         scale = tl.load(high_tensor_scale + head) if HIGH_BLOCK == 16 else 1.0
         _encode(
-            x if HIGH == "bf16" else value, high_elements, high_scales, tile, rows, scale, inexact_rows,
-            HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP, D,
+            x if HIGH == "bf16" else value, high, high_scales, tile, rows, scale, inexact_rows,
+            HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP, IS_KEY, D,
         )  # fmt: skip
-    if LOW is not None:
+    if low is not None:
         scale = tl.load(low_tensor_scale + head) if LOW_BLOCK == 16 else 1.0
         _encode(
-            x if LOW == "bf16" else value, low_elements, low_scales, tile, rows, scale, inexact_rows,
-            LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, D,
+            x if LOW == "bf16" else value, low, low_scales, tile, rows, scale, inexact_rows,
+            LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, IS_KEY, D,
         )  # fmt: skip
 
 
@@ -275,27 +222,126 @@ def _stored_at(position):
     return (position & ~14) | ((position & 2) << 2) | ((position >> 1) & 6)
 
 
-@triton.jit(do_not_specialize=["length"])
-def quantise_value(
-    v, v_scale, elements, heads, length, head_dim, stride_b, stride_h, stride_s,
-    TRANSPOSED: tl.constexpr, D: tl.constexpr,
+@triton.jit
+def _encode_value(
+    v, partials, elements, v_scale, batch, head_in_batch, head, heads, tile, tiles, length,
+    stride_b, stride_h, stride_s,
+    TRANSPOSED: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One 128-row tile of v / v_scale in e4m3; `v_scale` is float32 [B·H, D], powers of two.
-
-    elements: [B·H, tiles·128, D], or [B·H, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
-    """
-    tiles = tl.cdiv(length, TILE)
-    head, tile_in_head = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """One tile of V in e4m3 under a power of two for each channel, which the head's first tile writes too."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    place = tile_in_head * TILE + rows
-    tokens = (tile_in_head * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
-    inside = (tokens < length) & (columns[None, :] < head_dim)
-    value = _load_tile(v, head // heads, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
+    tokens = (tile * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
+    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
+    value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+    amax_bits = magnitude_bits(value_amax(partials, head, heads, CHUNKS, D))
+    code = tl.where(amax_bits == 0, 127, tl.maximum(_e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
     channels = head.to(tl.int64) * D + columns
-    encoded = to_e4m3(_saturated(value / tl.load(v_scale + channels)[None, :], 448.0)).to(
-        tl.uint8, bitcast=True
-    )
+    if tile == 0:
+        tl.store(v_scale + channels, _power_of_two(code))
+    value *= _power_of_two(254 - code)[None, :]
+    if INTERPRETED:  # the hardware's conversion saturates
+        value = _saturated(value, 448.0)
+    encoded = to_e4m3(value)
+    place = tile * TILE + rows
     if TRANSPOSED:
         tl.store(elements + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
     else:
-        _store_rows(elements, encoded, tl.program_id(0).to(tl.int64) * TILE + rows, D)
+        _store_rows(elements, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
+
+
+@triton.jit(do_not_specialize=["q_length", "k_length"])
+def encode(
+    q, k, v, partials, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
+    q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
+    k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
+    v_low, v_scale, inexact_rows,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
+    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
+    HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
+    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
+    LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Encode one tile of 128 tokens of one head of V, K or Q ([B, heads, length, HEAD_DIM], any strides).
+
+    q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
+    formats encode q·factor, and k less its mean (of `partials`: statistics.py). Tokens past the length, keys that
+    `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are written as
+    zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_low is [B·Hkv, tiles·128, D], or
+    [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power
+    of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
+    """
+    # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
+    program = tl.program_id(0)
+    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
+    k_tiles = tl.cdiv(k_length, TILE)
+    if v is not None:
+        of_values = kv_heads_in_all * k_tiles
+        if program < of_values:
+            index = of_values - 1 - program
+            head = index // k_tiles
+            _encode_value(
+                v, partials, v_low, v_scale, head // kv_heads, head % kv_heads, head, kv_heads_in_all,
+                index % k_tiles, k_tiles, k_length, v_stride_b, v_stride_h, v_stride_s,
+                TRANSPOSED, CHUNKS, HEAD_DIM, D,
+            )  # fmt: skip
+        program -= of_values
+    if k is not None:
+        of_keys = kv_heads_in_all * k_tiles
+        if (program >= 0) & (program < of_keys):
+            head = program // k_tiles
+            place = program % k_tiles * TILE + rows
+            tokens = place[:, None]
+            inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
+            x = load_tile(
+                k,
+                head // kv_heads,
+                head % kv_heads,
+                tokens,
+                columns,
+                inside,
+                k_stride_b,
+                k_stride_h,
+                k_stride_s,
+            )
+            if k_cos is not None:
+                x = rotated(x, k_cos, k_sin, tokens, k_length, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D)
+            if key_mask is not None:
+                seen = tl.load(key_mask + (head // kv_heads).to(tl.int64) * (k_tiles * TILE) + place)
+                inside &= (seen != 0)[:, None]
+            value = x
+            if partials is not None:
+                value -= key_mean(partials, head, kv_heads_in_all, CHUNKS, D)[None, :]
+            value = tl.where(inside, value, 0.0)
+            _encode_classes(
+                x, value, program.to(tl.int64), head, rows, inexact_rows,
+                k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
+                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+            )  # fmt: skip
+        program -= of_keys
+    if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
+        if program >= 0:
+            q_tiles = tl.cdiv(q_length, TILE)
+            head = program // q_tiles
+            tokens = (program % q_tiles * TILE + rows)[:, None]
+            inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
+            x = load_tile(
+                q, head // heads, head % heads, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
+            )
+            if q_cos is not None:
+                x = rotated(x, q_cos, q_sin, tokens, q_length, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D)
+            tile = program.to(tl.int64)
+            if offset is not None:
+                key_head = head // (heads // kv_heads)
+                mean = key_mean(partials, key_head, kv_heads_in_all, CHUNKS, D)
+                product = (to_bf16(x).to(tl.float32) if ROUND else x) * mean[None, :]
+                tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
+            _encode_classes(
+                x, x * factor, tile, head, rows, inexact_rows,
+                q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
+                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+            )  # fmt: skip

@@ -40,19 +40,20 @@ def key_mean(k: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
     """What is subtracted from every key, float32 `[B, Hkv, 1, D]`: softmax does not see it.
 
     The mean over a regular sample of some 4096 tokens. Taken over finite numbers only: one bad token must not
-    reach rows that never attend to it.
+    reach rows that never attend to it. Summed in float64, so that another order gives the same float32.
     """
     step = max(1, k.shape[-2] // SAMPLED_TOKENS)
     k = rotate(k[..., ::step, :], rope and (rope[0][::step], rope[1][::step]))
     finite = torch.isfinite(k)
-    return torch.where(finite, k, 0).sum(-2, keepdim=True) / finite.sum(-2, keepdim=True).clamp(min=1)
+    total = torch.where(finite, k, 0).sum(-2, keepdim=True, dtype=torch.float64).float()
+    return total / finite.sum(-2, keepdim=True).clamp(min=1)
 
 
 def value_scale(v: torch.Tensor) -> torch.Tensor:
-    """The power of two that brings each channel of v within e4m3, float32 `[B, Hkv, 1, D]`; 1 for zeros."""
+    """The normal power of two that brings each channel of v within e4m3, float32 `[B, Hkv, 1, D]`; 1 for zeros."""
     mantissa, exponent = torch.frexp(finite_amax(v, (-2,)) / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return torch.ldexp(torch.ones_like(mantissa), exponent)
+    return torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126))
 
 
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:

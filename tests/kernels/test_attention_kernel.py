@@ -177,10 +177,28 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
     )  # fmt: skip
     names = [name for name, _ in recorded]
-    value_pass = ["quantise_value"] if everywhere == Class.LOW else []
-    assert names == ["quantise", "quantise", *value_pass, "attend"]
-    elements = recorded[0][1][8:14:3]
-    assert [x is None for x in elements] == [everywhere == Class.LOW, everywhere == Class.HIGH]
+    assert names == ["statistics", "encode", "attend"]
+    is_low = everywhere == Class.LOW
+    assert (recorded[0][1][1] is not None) == (recorded[1][1][2] is not None) == is_low  # V
+    elements = recorded[1][1][11:23:3]
+    assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
+
+
+@pytest.mark.parametrize(("high", "low", "everywhere", "names"), [
+    ("bf16", "int8", None, ["statistics", "encode", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
+    ("bf16", "int8", Class.LOW, ["statistics", "encode", "attend"]),
+    ("bf16", "bf16", Class.LOW, ["statistics", "encode", "attend"]),
+])  # fmt: skip
+def test_two_launches_before_the_attention_kernel_or_none(high, low, everywhere, names, kernel_device):
+    recorded = []
+    call = Call(512, 512, 64, high=high, low=low, dtype=torch.bfloat16)
+    q, k, v, _ = call.tensors(kernel_device)
+    whole = None if everywhere is None else build_map(Dense(everywhere).classes(call.layout), call.layout)
+    launched(
+        q, k, v, whole or call.map(), high, low,
+        run=lambda kernel, grid, *arguments, **options: recorded.append(kernel.fn.__name__),
+    )  # fmt: skip
+    assert recorded == names
 
 
 def test_v_is_read_where_it_lies(kernel_device):

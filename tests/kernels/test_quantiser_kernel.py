@@ -14,11 +14,32 @@ pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
 
 
-def encoded(x, fmt, amax, factor=1.0, mean=None, stores=NATIVE, **options):
-    """One format's operand, through the kernel."""
+def partials_of(mean: torch.Tensor) -> torch.Tensor:
+    """Statistics that say that keys have this mean `[B, H, 1, D]`."""
+    from dma_diffusers.kernels.quantiser.encode import padded_dim
+
+    heads, dim = mean.shape[0] * mean.shape[1], padded_dim(mean.shape[-1])
+    partials = torch.zeros(4, heads, 4, dim, device=mean.device)
+    partials[0, :, 1, : mean.shape[-1]] = mean.flatten(0, 2)
+    partials[2, :, 1] = 1
+    return partials
+
+
+def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
+    """Q as one format's operand, through the kernel."""
     from dma_diffusers.kernels.quantiser.encode import Stored, encode
 
-    return encode(x, (Stored(get_format(fmt), stores[fmt]), None), amax, factor, mean=mean, **options)[0][0]
+    classes = (Stored(get_format(fmt), stores[fmt]), None)
+    return encode(x, None, None, classes, factor, None, q_amax=amax, **options).q[0]
+
+
+def encoded_k(x, fmt, amax=None, mean=None, stores=NATIVE, **options):
+    """K as one format's operand, through the kernel; no mean means none is subtracted."""
+    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+
+    classes = (Stored(get_format(fmt), stores[fmt]), None)
+    partials = None if mean is None else partials_of(mean)
+    return encode(None, x, None, classes, 1.0, partials, k_amax=amax, **options).k[0]
 
 
 def decoded(data: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -54,8 +75,8 @@ def plain_scales(operand, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
-@pytest.mark.parametrize("smooth", [False, True])
-def test_bytes_equal_the_codec(fmt, length, head_dim, smooth, kernel_device):
+@pytest.mark.parametrize("is_key", [False, True])
+def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
     from dma_diffusers.kernels.quantiser.encode import padded_dim
 
     generator = torch.Generator().manual_seed(length)
@@ -63,10 +84,10 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, smooth, kernel_device):
     x = x * torch.exp2(torch.randint(-12, 12, (2, 3, length, 1), generator=generator).float())
     x[..., : head_dim // 2][..., ::3, :] = 0  # blocks and rows of zeros
     x = x.to(kernel_device)
-    mean = x.mean(-2, keepdim=True).contiguous() if smooth else None
-    value = (x - mean if smooth else x) * 0.3
+    mean = x.mean(-2, keepdim=True)
+    value = x - mean if is_key else x * 0.3
     amax = value.abs().amax((-2, -1), keepdim=True)
-    operand = encoded(x, fmt, amax, 0.3, mean)
+    operand = encoded_k(x, fmt, amax, mean) if is_key else encoded_q(x, fmt, amax, 0.3)
     dim = padded_dim(head_dim)
     per_row = amax.expand(2, 3, -(-length // 128) * 128, 1).reshape(-1, 1)
     expected = pack(tiles_of(value, dim), fmt, tensor_amax=per_row)
@@ -85,7 +106,7 @@ def test_a_bad_block_is_nan_and_no_other(fmt, bad, kernel_device):
     amax = reference.finite_amax(x, (-2, -1))
     x[0, 0, 5, 70] = bad
     block = 16 if fmt == "nvfp4" else 32
-    scales = plain_scales(encoded(x, fmt, amax), 128 // block)
+    scales = plain_scales(encoded_q(x, fmt, amax), 128 // block)
     is_nan = scales == (0x7F if fmt == "nvfp4" else 0xFF)
     assert is_nan[5, 70 // block] and is_nan.sum() == 1
 
@@ -95,10 +116,33 @@ def test_both_classes_in_one_pass(kernel_device):
 
     x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(1)).to(kernel_device)
     stored = [Stored(get_format(name), Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
-    together, _ = encode(x, tuple(stored), None, 1.0)
-    alone = [encode(x, (stored[0], None), None, 1.0)[0][0], encode(x, (None, stored[1]), None, 1.0)[0][1]]
+    together = encode(x, None, None, tuple(stored), 1.0, None).q
+    alone = [encoded_q(x, "mxfp8"), encoded_q(x, "mxfp4")]
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("has_rope", [False, True])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
+def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_device):
+    """K's mean to the last bit, which K's elements depend on, over the same sample; V's range exactly."""
+    from dma_diffusers.kernels.quantiser.encode import statistics_of
+
+    call = Call(length, length, head_dim, heads=2, kv_heads=2, batch=2, has_rope=has_rope)
+    _, k, v, _ = call.tensors(kernel_device)
+    k[..., 1], k[..., length // 2, 3], k[..., length // 3, 5] = torch.nan, torch.inf, -torch.inf
+    v[..., 2], v[..., length // 2, 3], v[..., length // 3, 5] = -torch.inf, torch.inf, torch.nan
+    rope = call.ropes(kernel_device)["k_rope"]
+    partials = statistics_of(k, v, rope)
+    half = partials.shape[2] // 2
+    total = partials[:2, :, :half].double().sum((0, 2)).float()
+    mean = total / partials[2, :, :half].sum(1).clamp(min=1)
+    assert torch.equal(mean[:, :head_dim], reference.key_mean(k, rope).flatten(0, 2))
+    amax = reference.finite_amax(v, (-2,)).flatten(0, 2)
+    assert torch.equal(partials[3].amax(1)[:, :head_dim], amax) and (amax[:, 2] == 0).all()
+    alone = statistics_of(k, None, rope), statistics_of(None, v)
+    assert torch.equal(alone[0][:3, :, :half], partials[:3, :, :half])
+    assert torch.equal(alone[1][3], partials[3])
 
 
 def in_order(transposed: torch.Tensor) -> torch.Tensor:
@@ -108,12 +152,17 @@ def in_order(transposed: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_equal_the_reference(transposed, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import encode_value
+    from dma_diffusers.kernels.quantiser.encode import encode, statistics_of
 
-    v = torch.randn(2, 2, 300, 64, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
-    v[0, 0, 3, 7] = torch.nan
+    v = torch.randn(2, 2, 300, 40, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
+    v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
+    v[..., 21], v[..., 22], v[..., 23] = 0.0, 1e-40, 448.0
+    v[0, 0, 3, 7], v[0, 0, 4, 8], v[0, 0, 5, 9] = torch.nan, torch.inf, -torch.inf
     scale = reference.value_scale(v)
-    elements = encode_value(v, scale.contiguous(), transposed).float()
+    result = encode(None, None, v, (None, None), 1.0, statistics_of(None, v), transposed_v=transposed)
+    expected_scale = torch.nn.functional.pad(scale, (0, 24), value=1.0)
+    assert torch.equal(result.v_scale, expected_scale.flatten(0, 2))
+    elements = result.v.float()
     elements = (in_order(elements) if transposed else elements).flatten(0, 2)
     expected = tiles_of(reference.quantised_v(v, scale).float(), 64)
     torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
@@ -126,10 +175,10 @@ def test_values_equal_the_reference(transposed, kernel_device):
 def test_shared_scales_equal_the_reference(fmt, length, head_dim, is_key, kernel_device):
     x = torch.randn(2, 3, length, head_dim, generator=torch.Generator().manual_seed(length)).to(kernel_device)
     x[..., length // 2, :] = 0
-    mean = 0.1 * x.mean(-2, keepdim=True).contiguous()
-    operand = encoded(x, fmt, None, 0.3, mean, is_key=is_key)
-    quantised = reference.quantised_k if is_key else reference.quantised_q
-    expected = tiles_of(quantised((x - mean) * 0.3, fmt), head_dim)
+    mean = 0.1 * x.mean(-2, keepdim=True)
+    operand = encoded_k(x, fmt, None, mean) if is_key else encoded_q(x, fmt, None, 0.3)
+    expected = reference.quantised_k(x - mean, fmt) if is_key else reference.quantised_q(x * 0.3, fmt)
+    expected = tiles_of(expected, head_dim)
     assert torch.equal(numbers_of(operand, head_dim), expected)
     assert operand.scales.isfinite().all() and (operand.scales > 0).all()
     assert operand.scales.numel() == 6 * -(-length // 128) * (1 if is_key else 128)
@@ -154,7 +203,7 @@ def test_the_reference_is_the_codec_but_for_ties(fmt, is_key):
 def test_a_bad_row_is_nan_and_no_other(fmt, bad, kernel_device):
     x = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
     x[0, 0, 5, 30] = bad
-    is_nan = numbers_of(encoded(x, fmt, None), 64).isnan()
+    is_nan = numbers_of(encoded_q(x, fmt), 64).isnan()
     assert is_nan[5].all() and is_nan.sum() == 64
 
 
@@ -162,9 +211,9 @@ def test_a_bad_row_is_nan_and_no_other(fmt, bad, kernel_device):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_key_spoils_itself_or_in_int8_its_tile(fmt, bad, kernel_device):
     x = torch.randn(1, 1, 300, 64, generator=torch.Generator().manual_seed(0)).to(kernel_device)
-    sound = numbers_of(encoded(x, fmt, None, is_key=True), 64)
+    sound = numbers_of(encoded_k(x, fmt), 64)
     x[0, 0, 135, 30] = bad
-    numbers = numbers_of(encoded(x, fmt, None, is_key=True), 64)
+    numbers = numbers_of(encoded_k(x, fmt), 64)
     expected = tiles_of(reference.quantised_k(x, fmt), 64)
     is_nan = numbers.isnan()
     assert torch.equal(is_nan[:300], expected.isnan()[:300])
@@ -181,8 +230,8 @@ def test_hidden_keys_are_encoded_as_zeros(fmt, bad, kernel_device):
     mask[:, :300] = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) > 0.5
     hidden = (mask[:, :300] == 0)[:, None, :, None]
     amax = x.masked_fill(hidden, 0).abs().amax((-2, -1), keepdim=True)
-    expected = encoded(x.masked_fill(hidden, 0), fmt, amax, is_key=True)
-    operand = encoded(x.masked_fill(hidden, bad), fmt, amax, is_key=True, key_mask=mask)
+    expected = encoded_k(x.masked_fill(hidden, 0), fmt, amax)
+    operand = encoded_k(x.masked_fill(hidden, bad), fmt, amax, key_mask=mask)
     assert torch.equal(operand.elements.view(torch.uint8), expected.elements.view(torch.uint8))
     assert torch.equal(operand.scales.view(torch.uint8), expected.scales.view(torch.uint8))
 
@@ -201,7 +250,7 @@ def test_reencoded_rows_are_the_same_numbers(fmt, span, kernel_device):
     for distance, is_exact in ((0, True), (span, True), (span + 1, False)):
         x = spanning(distance, kernel_device)
         inexact = torch.zeros(1, dtype=torch.int32, device=kernel_device)
-        operand = encoded(x, fmt, None, stores=FAITHFUL, inexact_rows=inexact)
+        operand = encoded_q(x, fmt, stores=FAITHFUL, inexact_rows=inexact)
         numbers, expected = numbers_of(operand, 64), tiles_of(fake_quantize(x, fmt), 64)
         differs = (numbers != expected).any(-1)
         assert operand.elements.dtype == torch.float8_e4m3fn
@@ -215,7 +264,7 @@ def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
     x = torch.randn(2, 1, 200, 72, generator=torch.Generator().manual_seed(3)).to(kernel_device)
     x *= torch.exp2(torch.arange(200.0, device=kernel_device) / 4 - 20)[:, None]
     amax = x.abs().amax((-2, -1), keepdim=True)
-    operand = encoded(x, fmt, amax, stores=FAITHFUL)
+    operand = encoded_q(x, fmt, amax, stores=FAITHFUL)
     numbers = numbers_of(operand, 72).reshape(2, 1, -1, 72)
     if operand.tensor_scale is not None:
         numbers = numbers * operand.tensor_scale[:, None, None, None]
@@ -232,13 +281,14 @@ def test_rope_and_offset(fmt, kernel_device):
     q, k, _, _ = call.tensors(kernel_device)
     rope = call.ropes(kernel_device)["q_rope"]
     turned = rotated(q.cpu(), tuple(table.cpu() for table in rope))
-    mean = k.mean(-2, keepdim=True).contiguous()
+    mean = k.mean(-2, keepdim=True)
     rounds = fmt == "bf16"
     stored = Stored(get_format(fmt), FAITHFUL[fmt])
     count = torch.zeros(1, dtype=torch.int32, device=kernel_device)
-    (operand, _), offset = encode(
-        q, (stored, None), None, 0.7, key_mean=mean, rounds=rounds, rope=rope, inexact_rows=count
+    result = encode(
+        q, k, None, (stored, None), 0.7, partials_of(mean), q_rope=rope, wants_offset=True, inexact_rows=count
     )
+    operand, offset = result.q[0], result.offset
     expected = turned.bfloat16() if rounds else fake_quantize(turned * 0.7, fmt)
     assert (
         relative_l2(numbers_of(operand, 40), tiles_of(expected.float(), 40)) < 1e-2
@@ -267,6 +317,6 @@ def test_ties_go_to_even(fmt, kernel_device):
     x = torch.zeros(1, 1, len(blocks), 64)
     x[..., :block] = blocks
     amax = torch.full((1, 1, 1, 1), 448.0 * element.max)  # tensor scale one
-    operand = encoded(x.to(kernel_device), fmt, amax.to(kernel_device))
+    operand = encoded_q(x.to(kernel_device), fmt, amax.to(kernel_device))
     expected = pack(x[0, 0], fmt, tensor_amax=amax[0, 0])
     assert torch.equal(decoded(operand.elements[0, 0, : len(blocks)].cpu(), fmt), decoded(expected.data, fmt))

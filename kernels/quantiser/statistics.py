@@ -1,0 +1,122 @@
+"""What encoding needs to know of a whole head first: K's mean and V's range, as partial results of chunks of tokens.
+
+Nothing is added up in memory, so nothing has to be zeroed and the same inputs give the same bits: whoever reads a
+head's partial results reduces them.
+"""
+
+import triton
+import triton.language as tl
+
+from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
+
+_RUNS = tl.constexpr(8)  # of rows are loaded at once, so that enough bytes are on their way
+_RUN_ELEMENTS = tl.constexpr(2048)  # of 2 bytes: what 8 warps load with one instruction
+
+
+@triton.jit
+def key_mean(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """K's mean in one head, float32 [D]."""
+    place = (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + tl.arange(0, D)[None, :]
+    plane = heads * CHUNKS * D
+    leading, rest = tl.load(partials + place), tl.load(partials + plane + place)
+    total = tl.sum(leading.to(tl.float64) + rest.to(tl.float64), axis=0).to(tl.float32)
+    mean = tl.div_rn(total, tl.maximum(tl.sum(tl.load(partials + 2 * plane + place), axis=0), 1.0))
+    # Changes nothing, but layouts don't spread through it: the compiler would lay out tiles as it does partial results.
+    return tl.gather(mean, tl.arange(0, D), axis=0)
+
+
+@triton.jit
+def value_amax(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """The largest finite magnitude of each channel of V in one head, float32 [D]."""
+    place = (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.max(tl.load(partials + 3 * heads * CHUNKS * D + place), axis=0)
+
+
+@triton.jit
+def _in_runs(x):
+    """[tokens, D] as [_RUNS, tokens / _RUNS, D]: a thread has elements of the same place in every run."""
+    return tl.reshape(x, (_RUNS, x.shape[0] // _RUNS, x.shape[1]))
+
+
+@triton.jit
+def _key_sums(
+    k, partials, cos, sin, batch, head_in_batch, head, heads, chunk, length, step,
+    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Sums and counts of the finite numbers among every `step`-th token of one chunk."""
+    samples = tl.cdiv(length, step)
+    share = tl.cdiv(samples, CHUNKS // 2)
+    last = tl.minimum((chunk + 1) * share, samples)
+    columns = tl.arange(0, D)
+    RUN: tl.constexpr = _RUN_ELEMENTS // D
+    sums, counts = tl.zeros((RUN, D), tl.float64), tl.zeros((RUN, D), tl.int32)
+    for first in range(chunk * share, last, _RUNS * RUN):
+        sample = (first + tl.arange(0, _RUNS * RUN))[:, None]
+        inside = (sample < last) & (columns < HEAD_DIM)[None, :]
+        x = load_tile(k, batch, head_in_batch, sample * step, columns, inside, stride_b, stride_h, stride_s)
+        if cos is not None:
+            x = rotated(x, cos, sin, sample * step, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
+        is_finite = magnitude_bits(x) < NOT_FINITE
+        sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0)).to(tl.float64), axis=0)
+        counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32)), axis=0)
+    # In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
+    total = tl.sum(sums, axis=0)
+    leading = total.to(tl.float32)
+    place = partials + (head * CHUNKS + chunk) * D + columns
+    plane = heads * CHUNKS * D
+    tl.store(place, leading)
+    tl.store(place + plane, (total - leading.to(tl.float64)).to(tl.float32))
+    tl.store(place + 2 * plane, tl.sum(counts, axis=0).to(tl.float32))
+
+
+@triton.jit
+def _value_range(
+    v, partials, batch, head_in_batch, head, heads, chunk, length, stride_b, stride_h, stride_s,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The largest finite magnitude of each channel in one chunk."""
+    share = tl.cdiv(length, CHUNKS)
+    last = tl.minimum((chunk + 1) * share, length)
+    columns = tl.arange(0, D)
+    RUN: tl.constexpr = _RUN_ELEMENTS // D
+    largest = tl.zeros((RUN, D), tl.int32)
+    for first in range(chunk * share, last, _RUNS * RUN):
+        tokens = (first + tl.arange(0, _RUNS * RUN))[:, None]
+        inside = (tokens < last) & (columns < HEAD_DIM)[None, :]
+        x = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+        bits = magnitude_bits(x)
+        largest = tl.maximum(largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0)), axis=0))
+    place = partials + 3 * heads * CHUNKS * D + (head * CHUNKS + chunk) * D + columns
+    tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["length", "step"])
+def statistics(
+    k, v, partials, cos, sin, heads, heads_in_batch, length, step,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
+    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, rotated first if `cos`), or of V.
+
+    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
+    of the chunks, over every `step`-th token; V's range in all of them. K or V may be None. `heads` is B·H.
+    """
+    program, of_keys = tl.program_id(0), 0
+    if k is not None:
+        of_keys = heads * (CHUNKS // 2)
+        if program < of_keys:
+            head = program // (CHUNKS // 2)
+            _key_sums(
+                k, partials, cos, sin, head // heads_in_batch, head % heads_in_batch, head, heads,
+                program % (CHUNKS // 2), length, step, k_stride_b, k_stride_h, k_stride_s,
+                rope_stride_s, rope_stride_d, CHUNKS, HEAD_DIM, D,
+            )  # fmt: skip
+    if v is not None:
+        program -= of_keys
+        if program >= 0:
+            head = program // CHUNKS
+            _value_range(
+                v, partials, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length,
+                v_stride_b, v_stride_h, v_stride_s, CHUNKS, HEAD_DIM, D,
+            )  # fmt: skip
