@@ -9,8 +9,11 @@ import triton.language as tl
 
 from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
 
-_RUNS = tl.constexpr(8)  # of rows are loaded at once, so that enough bytes are on their way
-_RUN_ELEMENTS = tl.constexpr(2048)  # of 2 bytes: what 8 warps load with one instruction
+# A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
+# enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
+_RUN_ELEMENTS = tl.constexpr(2048)
+_KEY_RUNS = tl.constexpr(4)
+_VALUE_RUNS = tl.constexpr(8)
 
 
 @triton.jit
@@ -33,9 +36,9 @@ def value_amax(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _in_runs(x):
-    """[tokens, D] as [_RUNS, tokens / _RUNS, D]: a thread has elements of the same place in every run."""
-    return tl.reshape(x, (_RUNS, x.shape[0] // _RUNS, x.shape[1]))
+def _in_runs(x, RUNS: tl.constexpr):
+    """[tokens, D] as [RUNS, tokens / RUNS, D]: a thread has elements of the same place in every run."""
+    return tl.reshape(x, (RUNS, x.shape[0] // RUNS, x.shape[1]))
 
 
 @triton.jit
@@ -51,15 +54,15 @@ def _key_sums(
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
     sums, counts = tl.zeros((RUN, D), tl.float64), tl.zeros((RUN, D), tl.int32)
-    for first in range(chunk * share, last, _RUNS * RUN):
-        sample = (first + tl.arange(0, _RUNS * RUN))[:, None]
+    for first in range(chunk * share, last, _KEY_RUNS * RUN):
+        sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
         inside = (sample < last) & (columns < HEAD_DIM)[None, :]
         x = load_tile(k, batch, head_in_batch, sample * step, columns, inside, stride_b, stride_h, stride_s)
         if cos is not None:
             x = rotated(x, cos, sin, sample * step, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
         is_finite = magnitude_bits(x) < NOT_FINITE
-        sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0)).to(tl.float64), axis=0)
-        counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32)), axis=0)
+        sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
+        counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32), _KEY_RUNS), axis=0)
     # In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
     total = tl.sum(sums, axis=0)
     leading = total.to(tl.float32)
@@ -81,12 +84,14 @@ def _value_range(
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
     largest = tl.zeros((RUN, D), tl.int32)
-    for first in range(chunk * share, last, _RUNS * RUN):
-        tokens = (first + tl.arange(0, _RUNS * RUN))[:, None]
+    for first in range(chunk * share, last, _VALUE_RUNS * RUN):
+        tokens = (first + tl.arange(0, _VALUE_RUNS * RUN))[:, None]
         inside = (tokens < last) & (columns < HEAD_DIM)[None, :]
         x = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
         bits = magnitude_bits(x)
-        largest = tl.maximum(largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0)), axis=0))
+        largest = tl.maximum(
+            largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), _VALUE_RUNS), axis=0)
+        )
     place = partials + 3 * heads * CHUNKS * D + (head * CHUNKS + chunk) * D + columns
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
