@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.statistics import key_mean, value_amax
+from dma_diffusers.kernels.quantiser.statistics import key_mean, key_sums, value_ranges
 from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
 from dma_diffusers.kernels.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 
@@ -232,8 +232,9 @@ def _encode_value(
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     tokens = (tile * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
+    ranges = value_ranges(partials, head, heads, CHUNKS, D)
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
-    amax_bits = magnitude_bits(value_amax(partials, head, heads, CHUNKS, D))
+    amax_bits = magnitude_bits(tl.max(ranges, axis=0))
     code = tl.where(amax_bits == 0, 127, tl.maximum(_e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
     channels = head.to(tl.int64) * D + columns
     if tile == 0:
@@ -295,25 +296,20 @@ def encode(
             place = program % k_tiles * TILE + rows
             tokens = place[:, None]
             inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
+            if partials is not None:
+                leading, rest, counts = key_sums(partials, head, kv_heads_in_all, CHUNKS, D)
+            batch, head_in_batch = head // kv_heads, head % kv_heads
             x = load_tile(
-                k,
-                head // kv_heads,
-                head % kv_heads,
-                tokens,
-                columns,
-                inside,
-                k_stride_b,
-                k_stride_h,
-                k_stride_s,
+                k, batch, head_in_batch, tokens, columns, inside, k_stride_b, k_stride_h, k_stride_s
             )
             if k_cos is not None:
                 x = rotated(x, k_cos, k_sin, tokens, k_length, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D)
             if key_mask is not None:
-                seen = tl.load(key_mask + (head // kv_heads).to(tl.int64) * (k_tiles * TILE) + place)
+                seen = tl.load(key_mask + batch.to(tl.int64) * (k_tiles * TILE) + place)
                 inside &= (seen != 0)[:, None]
             value = x
             if partials is not None:
-                value -= key_mean(partials, head, kv_heads_in_all, CHUNKS, D)[None, :]
+                value -= key_mean(leading, rest, counts, D)[None, :]
             value = tl.where(inside, value, 0.0)
             _encode_classes(
                 x, value, program.to(tl.int64), head, rows, inexact_rows,
@@ -328,15 +324,18 @@ def encode(
             head = program // q_tiles
             tokens = (program % q_tiles * TILE + rows)[:, None]
             inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
+            if offset is not None:
+                key_head = head // (heads // kv_heads)
+                leading, rest, counts = key_sums(partials, key_head, kv_heads_in_all, CHUNKS, D)
+            batch, head_in_batch = head // heads, head % heads
             x = load_tile(
-                q, head // heads, head % heads, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
+                q, batch, head_in_batch, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
             )
             if q_cos is not None:
                 x = rotated(x, q_cos, q_sin, tokens, q_length, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D)
             tile = program.to(tl.int64)
             if offset is not None:
-                key_head = head // (heads // kv_heads)
-                mean = key_mean(partials, key_head, kv_heads_in_all, CHUNKS, D)
+                mean = key_mean(leading, rest, counts, D)
                 product = (to_bf16(x).to(tl.float32) if ROUND else x) * mean[None, :]
                 tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
             _encode_classes(

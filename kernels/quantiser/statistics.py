@@ -17,22 +17,27 @@ _VALUE_RUNS = tl.constexpr(8)
 
 
 @triton.jit
-def key_mean(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """K's mean in one head, float32 [D]."""
-    place = (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + tl.arange(0, D)[None, :]
+def key_sums(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """K's partial results in one head, for `key_mean`: loaded before a tile is, they come along with it."""
+    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + tl.arange(0, D)[None, :]
     plane = heads * CHUNKS * D
-    leading, rest = tl.load(partials + place), tl.load(partials + plane + place)
+    return tl.load(place), tl.load(place + plane), tl.load(place + 2 * plane)
+
+
+@triton.jit
+def key_mean(leading, rest, counts, D: tl.constexpr):
+    """K's mean in one head, float32 [D], of its `key_sums`."""
     total = tl.sum(leading.to(tl.float64) + rest.to(tl.float64), axis=0).to(tl.float32)
-    mean = tl.div_rn(total, tl.maximum(tl.sum(tl.load(partials + 2 * plane + place), axis=0), 1.0))
+    mean = tl.div_rn(total, tl.maximum(tl.sum(counts, axis=0), 1.0))
     # Changes nothing, but layouts don't spread through it: the compiler would lay out tiles as it does partial results.
     return tl.gather(mean, tl.arange(0, D), axis=0)
 
 
 @triton.jit
-def value_amax(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """The largest finite magnitude of each channel of V in one head, float32 [D]."""
+def value_ranges(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """The largest finite magnitude of each channel of V in each chunk of one head, float32 [CHUNKS, D]."""
     place = (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.max(tl.load(partials + 3 * heads * CHUNKS * D + place), axis=0)
+    return tl.load(partials + 3 * heads * CHUNKS * D + place)
 
 
 @triton.jit
