@@ -7,8 +7,10 @@ import torch
 
 from dma_diffusers.kernels.formats import fake_quantize, get_format
 from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
 from dma_diffusers.kernels.maps import PrecisionMap, build_map
 from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.tuning import tuning
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mean = k.mean(-2, keepdim=True)  # any constant will do
+    mean = k.double().mean(-2, keepdim=True).float()  # any constant will do; this one rounds alike
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
@@ -149,6 +151,18 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     lse = s.logsumexp(-1)
     p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
     return p @ v.double(), lse
+
+
+def sums_rounded(call: Call, lowering: str, device: torch.device) -> bool:
+    """Whether hopper.py runs the call, which sums LOW's probabilities as it multiplies them."""
+    from dma_diffusers.kernels.attention.launch import takes_gluon
+    from dma_diffusers.kernels.quantiser.encode import Stored, padded_dim
+
+    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
+    formats = call.map().used(call.high, call.low)
+    classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
+    tuned = tuning(architecture(device), padded_dim(call.head_dim), tuple(c and c.storage for c in classes))
+    return takes_gluon(tuned, classes)
 
 
 def relative_l2(x: torch.Tensor, reference: torch.Tensor) -> float:
