@@ -15,9 +15,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dma_diffusers.kernels.attention import launch
+from dma_diffusers.kernels.attention import hopper, launch
 from dma_diffusers.kernels.instructions import describe, markdown
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
@@ -71,7 +73,8 @@ def loops_of_mixed_kernels() -> str:
         kernel, arguments, options = list(launches(target, *PAIRS[target][0], 128))[-1]
         compiled = compile_launch(kernel, arguments, options, target)
         described = _describe(compiled, target, options, kernel.__name__, PAIRS[target][0], 128)
-        for phase, loop in zip(("HIGH", "LOW", "MASKED"), described["loops"], strict=True):
+        # A kernel with several warpgroups has the three loops for each.
+        for phase, loop in zip(("HIGH", "LOW", "MASKED"), described["loops"], strict=False):
             rows.append({"architecture": target, "head_dim": 128, "loop": phase} | loop)
     return markdown(rows)
 
@@ -104,7 +107,8 @@ def launches(
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], target: str) -> Any:
     """Triton's compiled kernel for `target`, specialised on the arguments as a launch would be."""
-    source = ASTSource(kernel, *specialisation(kernel, arguments, options))
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, *specialisation(kernel, arguments, options))
     compile_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return triton.compile(source, target=gpu, options=compile_options)
@@ -133,6 +137,8 @@ def _type_of(value: Any) -> str:
     match value:
         case TensorDescriptor():
             return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        case GluonTensorDescriptor():
+            return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         case torch.Tensor():
             return f"*{_TYPES[value.dtype]}"
         case float():
@@ -151,7 +157,8 @@ def _describe(
     head_dim: int,
 ) -> dict[str, Any]:
     registers, spills = resources(compiled.asm["cubin"])
-    rows, threads = options.get("ROWS"), 32 * options["num_warps"]
+    rows = {"attend": options.get("ROWS"), "attend_hopper": hopper.ROWS.value}.get(kernel)
+    threads = 32 * options["num_warps"]
     return {
         "kernel": kernel,
         "formats": [name for name in formats if name],

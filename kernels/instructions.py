@@ -55,9 +55,9 @@ _WARP, _SCHEDULERS, _TILE = 32, 4, 128
 class Loop(TypedDict):
     """What one warp issues in one iteration, instructions by kind (`KINDS`).
 
-    every: in every iteration. some: behind a branch, so in some iterations or one elected warp alone: waiting
-    for a barrier, copies, Blackwell's matrix products, a rescale that can be skipped. matrix: the matrix
-    instructions among both, by name.
+    every: in every iteration, of those that take exponentials if there are others (which skip a tile). some: behind
+    a branch, so in some iterations or one elected warp alone: waiting for a barrier, copies, Blackwell's matrix
+    products, a rescale that can be skipped. matrix: the matrix instructions among both, by name.
     """
 
     every: dict[str, int]
@@ -80,9 +80,10 @@ def loops(cubin: bytes) -> list[Loop]:
 def loops_in(sass: str) -> list[Loop]:
     """`loops` of a disassembled kernel."""
     blocks, edges = _blocks(sass)
+    exponential = {block for block, names in enumerate(blocks) if "MUFU" in names}
     bodies = {
-        head: (body, always)
-        for head, (body, always) in _natural_loops(edges).items()
+        head: (body, _always(edges, head, body, exponential))
+        for head, body in _natural_loops(edges).items()
         if {"mma", "mufu"} & _kinds(blocks, body).keys()
     }
     return [
@@ -183,7 +184,7 @@ def _blocks(sass: str) -> tuple[list[list[str]], list[list[int]]]:
             predicate, name, operands = instruction.groups()
             blocks[-1].names.append(name)
             if name in ("BRA", "BRX", "EXIT", "RET"):
-                blocks[-1].targets = re.findall(r"`\((\.L_\w+)\)", operands)
+                blocks[-1].targets = re.findall(r"\.L_\w+", operands)
                 # BRA.U and BRA.DIV take their condition as an operand before the target.
                 blocks[-1].falls_through = bool(predicate) or (name == "BRA" and not operands.startswith("`"))
                 blocks.append(_Block())
@@ -195,20 +196,37 @@ def _blocks(sass: str) -> tuple[list[list[str]], list[list[int]]]:
     return [block.names for block in blocks], edges
 
 
-def _natural_loops(edges: list[list[int]]) -> dict[int, tuple[set[int], set[int]]]:
-    """For each loop's first block: the blocks of its body, and those of them that no iteration avoids."""
+def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
+    """For each loop's first block: the blocks of its body."""
+    reverse = _reversed(edges)
+    live = _reached(edges, {0})
+    dominated = {block: live - _reached(edges, {0}, block) for block in live}
+    return {
+        head: live & _reached(reverse, latches, head) | {head}
+        for head in sorted(live)
+        if (latches := dominated[head].intersection(reverse[head]))
+    }
+
+
+def _always(edges: list[list[int]], head: int, body: set[int], wanted: set[int]) -> set[int]:
+    """The blocks of a loop's body that no iteration avoids, of those that pass one of `wanted` if any does."""
+    inside = [[to for to in targets if to in body and to != head] for targets in edges]
+    latches = {block for block in body if head in edges[block]}
+    wanted = wanted & body or {head}
+
+    def avoided(block: int) -> bool:
+        after = _reached(_reversed(inside), latches - {block}, block)
+        return bool(wanted & _reached(inside, {head} - {block}, block) & after)
+
+    return {block for block in body if not avoided(block)}
+
+
+def _reversed(edges: list[list[int]]) -> list[list[int]]:
     reverse: list[list[int]] = [[] for _ in edges]
     for block, successors in enumerate(edges):
         for successor in successors:
             reverse[successor].append(block)
-    live = _reached(edges, {0})
-    dominated = {block: live - _reached(edges, {0}, block) for block in live}
-    found = {}
-    for head in sorted(live):
-        if latches := dominated[head].intersection(reverse[head]):
-            body = live & _reached(reverse, latches, head) | {head}
-            found[head] = body, {block for block in body if latches <= dominated[block]}
-    return found
+    return reverse
 
 
 def _reached(edges: list[list[int]], start: set[int], avoiding: int | None = None) -> set[int]:

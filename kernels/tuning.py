@@ -24,6 +24,8 @@ class Tuning:
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
     exp_share: of every 32 exponentials, how many are polynomials (exponential.py).
+    slots: of hopper.py's ring, which then runs in place of kernel.py, with `registers` for its second and third
+        warpgroup; the rest is for the interpreter, which knows no Gluon.
     """
 
     rows: int = 128
@@ -34,9 +36,13 @@ class Tuning:
     programs: int | None = None
     transposed_v: bool = False
     exp_share: int = 0
+    slots: int | None = None
 
 
-_HOPPER = {"rows": 64, "warps": 4, "transposed_v": True}
+_HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
+_GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
+# HIGH in bf16 numbers, LOW in e4m3 or int8.
+GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
     # architectures, head dimension, storages of HIGH|LOW (- for a class without tiles), variant: the first that fits
     (("sm_103",), 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
@@ -49,10 +55,10 @@ TABLE = (
     (("sm_120",), 64, "*", Tuning(rows=64, warps=4, stages=3, masked_stages=2, transposed_v=True)),
     (("sm_120",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1, transposed_v=True)),
     (("sm_90",), "*", "*block*", Tuning(stages=1, masked_stages=1)),  # widened by Triton: for tests alone
-    (("sm_90",), 64, "*", Tuning(stages=2, masked_stages=2, **_HOPPER)),
-    (("sm_90",), 128, "-|[rt]*", Tuning(stages=3, masked_stages=2, **_HOPPER)),
+    *((("sm_90",), dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
+    (("sm_90",), 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
-    (("sm_90",), 256, "*", Tuning(stages=1, masked_stages=1, **_HOPPER)),
+    (("sm_90",), 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
     (("sm_89",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
     (("*",), "*", "*", Tuning(stages=1, masked_stages=1)),
 )

@@ -1,8 +1,12 @@
 """Runs the fused attention: statistics, quantiser, kernel."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+import triton
 
+from dma_diffusers.kernels.attention import hopper
 from dma_diffusers.kernels.attention.kernel import attend
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import LOWERINGS, TCGEN05_ARCHITECTURES, Storage, architecture
@@ -73,34 +77,54 @@ def attention(
         inexact_rows=inexact_rows, run=run,
         registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
-    v_high, v_low = None, None
-    if classes[0]:
-        v_high = row_descriptor(bf16_for_tma(v), TILE, dim)
-    if classes[1]:
-        v_low = row_descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
-
     out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device) if return_lse else None
-    indices, bounds = precision_map.indices, precision_map.bounds
-    blocks = -(-q_length // tuned.rows) * batch * heads
-    programs = blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
-    run(
-        attend, (programs,),
-        *_tensors(classes[0], encoded.q[0], encoded.k[0], q, k, tuned, dim), v_high,
-        *_tensors(classes[1], encoded.q[1], encoded.k[1], q, k, tuned, dim), v_low,
-        encoded.v_scale, fold, encoded.offset,
-        indices, bounds, whole_mask, out, lse,
+    in_gluon = takes_gluon(tuned, classes)
+    descriptor = hopper.descriptor if in_gluon else row_descriptor
+    high_operands, low_operands = (
+        _tensors(c, *of_c, q, k, tuned, dim, descriptor)
+        for c, of_c in zip(classes, zip(encoded.q, encoded.k, strict=True), strict=True)
+    )
+    v_high, v_low = None, None
+    if classes[0]:
+        v_high = descriptor(bf16_for_tma(v), TILE, dim)
+    if classes[1]:
+        v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
+    walks = precision_map.shared if in_gluon else precision_map
+    shapes = (
         heads, kv_heads, q_length, k_length, head_dim,
-        *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), indices.shape[-1],
-        *out.stride()[:3], blocks, 0.0,
-        *(constant for c in classes for constant in (c.multiplied if c else [None, None, None])),
-        CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-        EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
-        STAGES=tuned.stages,
-        MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
-        num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,
+        *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
+        *out.stride()[:3],
     )  # fmt: skip
+    common = (encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, out, lse, *shapes)
+    multiplied = [constant for c in classes for constant in (c.multiplied if c else [None, None, None])]
+    if in_gluon:
+        programs = -(-q_length // hopper.QUERIES) * batch * heads
+        run(
+            hopper.attend_hopper, (programs,),
+            *high_operands, v_high, *low_operands, v_low, *common, *multiplied,
+            CAUSAL=is_causal, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
+            num_warps=tuned.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        blocks = -(-q_length // tuned.rows) * batch * heads
+        programs = blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
+        run(
+            attend, (programs,),
+            *high_operands, v_high, *low_operands, v_low, *common, blocks, 0.0, *multiplied,
+            CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
+            EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
+            STAGES=tuned.stages,
+            MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
+            num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse, inexact_rows
+
+
+def takes_gluon(tuned: Tuning, classes: tuple[Stored | None, Stored | None]) -> bool:
+    """Whether hopper.py runs such a call: the interpreter knows no Gluon, and hopper.py no tensor scales."""
+    has_tensor_scale = any(c and c.format.has_tensor_scale for c in classes)
+    return tuned.slots is not None and not has_tensor_scale and not triton.knobs.runtime.interpret
 
 
 def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
@@ -139,6 +163,7 @@ def _tensors(
     model_k: torch.Tensor,
     tuned: Tuning,
     dim: int,
+    descriptor: Callable,
 ) -> list:
     """Elements, scales and tensor scale of q and of k, as the kernel takes them: what its loops read by descriptors."""
     if stored is None:
@@ -147,8 +172,8 @@ def _tensors(
     is_blocks = stored.storage is Storage.BLOCK
     columns = stored.columns(dim)
     return [
-        row_descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
-        row_descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
+        descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
+        descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
         k.tensor_scale,
     ]  # fmt: skip
 

@@ -31,6 +31,7 @@ def attention(
     is_causal: bool = False,
     q_rope: quantiser.Rope | None = None,
     k_rope: quantiser.Rope | None = None,
+    sums_rounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
 
@@ -38,7 +39,8 @@ def attention(
     seen. q_rope, k_rope: q and k are rotated by them first. Returns the output, of q's shape and dtype, and the
     natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
     A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards what smoothing
-    takes from those of the other class. Source: DMA, arXiv 2604.03950.
+    takes from those of the other class. sums_rounded: LOW's probabilities are summed as rounded to e4m3, as
+    hopper.py sums them, not before. Source: DMA, arXiv 2604.03950.
     """
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
@@ -112,9 +114,10 @@ def attention(
             m_new = torch.maximum(m[:count], s.amax(-1, keepdim=True) - P_SHIFT)
             p = torch.exp2(s - m_new)
             rescale = torch.exp2(m[:count] - m_new)
-            l[:count] = l[:count] * rescale + p.sum(-1, keepdim=True)
-            p = p.to(torch.float8_e4m3fn if is_low else torch.bfloat16).float()
-            accumulator[:count] = accumulator[:count] * rescale + p @ phase_v[kv_tile]
+            rounded = p.to(torch.float8_e4m3fn if is_low else torch.bfloat16).float()
+            summed = rounded if is_low and sums_rounded else p
+            l[:count] = l[:count] * rescale + summed.sum(-1, keepdim=True)
+            accumulator[:count] = accumulator[:count] * rescale + rounded @ phase_v[kv_tile]
             m[:count] = m_new
         m, l, accumulator = (torch.empty_like(x).index_copy_(0, order, x) for x in (m, l, accumulator))
         if is_low:
