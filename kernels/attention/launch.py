@@ -65,13 +65,13 @@ def attention(
     smooths = quantiser.smooths(*formats)
     whole_mask = None if key_mask is None else _whole_tiles(key_mask)
     of_v = v if classes[1] else None
-    partials = statistics_of(k if smooths else None, of_v, k_rope, run) if smooths or classes[1] else None
+    known = statistics_of(k if smooths else None, of_v, k_rope, run)
     q_amax, k_amax = None, None
     if any(c and c.format.has_tensor_scale for c in classes):
         q_amax, k_amax = _tensor_amax(q, k, fold, q_rope, k_rope, key_mask)
     inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
     encoded = encode(
-        q, k, of_v, classes, fold, partials,
+        q, k, of_v, classes, fold, known,
         q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask,
         wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
         inexact_rows=inexact_rows, run=run,

@@ -3,6 +3,7 @@
 import math
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -166,31 +167,45 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """Into how many chunks the statistics divide each of B·Hkv heads: few, but enough for every multiprocessor."""
-    wanted = 2 * multiprocessors(device) // heads
-    return min(max(4, 1 << wanted.bit_length()), 32)
+    """Into how many chunks the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
+    wanted = 8 * multiprocessors(device) // heads
+    return min(max(4, 1 << wanted.bit_length()), 64)
+
+
+class Statistics(NamedTuple):
+    """Of each head: K's mean and V's scales, float32 `[B·Hkv, D]`."""
+
+    mean: torch.Tensor | None
+    v_scale: torch.Tensor | None
 
 
 def statistics_of(
     k: torch.Tensor | None, v: torch.Tensor | None, rope: Rope | None = None, run: Run = run
-) -> torch.Tensor:
-    """Partial results for K's mean and V's range (of either, if the other is None): float32 `[4, B·Hkv, chunks, D]`.
+) -> Statistics:
+    """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k is rotated by `rope` first.
     """
     x = v if k is None else k
+    if x is None:
+        return Statistics(None, None)
     batch, heads, length, head_dim = x.shape
-    dim, count = padded_dim(head_dim), chunks(batch * heads, x.device)
-    partials = torch.empty(4, batch * heads, count, dim, dtype=torch.float32, device=x.device)
+    dim, of_all, device = padded_dim(head_dim), batch * heads, x.device
+    count = chunks(of_all, device)
+    partials = torch.empty(4, of_all, count, dim, dtype=torch.float32, device=device)
+    finished = torch.zeros(2, of_all, dtype=torch.int32, device=device)
+    mean, v_scale = (
+        None if y is None else torch.empty(of_all, dim, dtype=torch.float32, device=device) for y in (k, v)
+    )
     tables, rope_strides = _tables(None if k is None else rope)
-    programs = batch * heads * ((0 if k is None else count // 2) + (0 if v is None else count))
+    programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
     run(
         statistics.statistics, (programs,),
-        k, v, partials, *tables, batch * heads, heads, length, max(1, length // SAMPLED_TOKENS),
+        k, v, partials, finished, mean, v_scale, *tables, of_all, heads, length, max(1, length // SAMPLED_TOKENS),
         *_strides(k), *_strides(v), *rope_strides,
         CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return partials
+    return Statistics(mean, v_scale)
 
 
 def encode(
@@ -199,7 +214,7 @@ def encode(
     v: torch.Tensor | None,
     classes: tuple[Stored | None, Stored | None],
     factor: float,
-    partials: torch.Tensor | None,
+    known: Statistics = Statistics(None, None),  # noqa: B008 (it never changes)
     *,
     q_amax: torch.Tensor | None = None,
     k_amax: torch.Tensor | None = None,
@@ -215,7 +230,7 @@ def encode(
     """q·factor and k less its mean for HIGH and LOW (None: a class without tiles), in bf16 q and k as they are; v.
 
     q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous, None where nothing is wanted of them; q and k are
-    rotated by q_rope and k_rope first. partials: `statistics_of` k and v, as far as they are encoded.
+    rotated by q_rope and k_rope first. known: `statistics_of` k and v, as far as they are encoded.
     q_amax, k_amax: `[B, H or Hkv, 1, 1]` of what is encoded, needed by formats with a tensor scale.
     key_mask: uint8 `[B, tiles·128]`, 0 for keys that are encoded as zeros.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
@@ -228,15 +243,14 @@ def encode(
     device, (batch, kv_heads, k_length, head_dim) = first.device, first.shape
     heads, q_length = (kv_heads, 1) if q is None else q.shape[1:3]
     dim = padded_dim(head_dim)
-    offset, values, v_scale = None, None, None
+    offset, values = None, None
     if wants_offset:
         offset = torch.empty(batch * heads * tiles(q_length) * TILE, dtype=torch.float32, device=device)
     if v is not None:
         rows = tiles(k_length) * TILE
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        v_scale = torch.empty(batch * kv_heads, dim, dtype=torch.float32, device=device)
-    encoded = Encoded(q_operands, k_operands, values, v_scale, offset)
+    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset)
     q = q if wants_offset or any(q_operands) else None
     k = k if any(k_operands) else None
     of_keys = kv_heads * tiles(k_length)
@@ -250,14 +264,14 @@ def encode(
     (q_tables, q_rope_strides), (k_tables, k_rope_strides) = _tables(q_rope), _tables(k_rope)
     run(
         kernel.encode, (programs,),
-        q, k, v, partials, factor, *q_tables, *k_tables, key_mask, offset,
+        q, k, v, *known, factor, *q_tables, *k_tables, key_mask, offset,
         *_pointers(q_operands), *_pointers(k_operands),
-        values, v_scale, inexact_rows,
+        values, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, *_strides(q), *_strides(k), *_strides(v),
         *q_rope_strides, *k_rope_strides,
         *(constant for c in classes for constant in (c.quantised if c else [None] * 6)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
-        CHUNKS=4 if partials is None else partials.shape[2], HEAD_DIM=head_dim, D=dim,
+        HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded

@@ -3,13 +3,18 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.statistics import key_mean, key_sums, value_ranges
-from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
+from dma_diffusers.kernels.quantiser.tile import (
+    NOT_FINITE,
+    e8m0_ceil,
+    load_tile,
+    magnitude_bits,
+    power_of_two,
+    rotated,
+)
 from dma_diffusers.kernels.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 
 TILE = tl.constexpr(128)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 
 
 @triton.jit
@@ -52,21 +57,6 @@ def _e2m1_code(y):
 
 
 @triton.jit
-def _e8m0_ceil(amax_bits, Q_MAX_BITS: tl.constexpr):
-    """The E8M0 code of 2^ceil(log2(amax / q_max)), which never clips; 255 (NaN) where amax is not finite."""
-    # float32 bits count exponents in steps of 2^23; the distance to q_max, rounded up, is the exponent
-    code = tl.maximum(((amax_bits - Q_MAX_BITS + 0x7FFFFF) >> 23) + 127, 0)
-    return tl.where(amax_bits >= 0x7F800000, 255, code)
-
-
-@triton.jit
-def _power_of_two(code):
-    """The number of an E8M0 code."""
-    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MAX: tl.constexpr,
                Q_MAX_BITS: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """A tile [128, D] in a block format: elements [128, blocks, BLOCK], codes and values of the scales."""
@@ -85,8 +75,8 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
         y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
         y = tl.where(empty[:, :, None], 0.0, y)
     else:
-        code = _e8m0_ceil(amax_bits, Q_MAX_BITS)
-        scale = _power_of_two(code)
+        code = e8m0_ceil(amax_bits, Q_MAX_BITS)
+        scale = power_of_two(code)
         y = blocks * ((254 - tl.minimum(code, 254)) << 23).to(tl.float32, bitcast=True)[:, :, None]
     return _to_element(y, ELEMENT, Q_MAX), code, scale
 
@@ -152,7 +142,7 @@ def _encode(
         elif STORAGE == "row":
             stored, row_code, inexact = _reencoded(y, code, TOP, D)
             _store_rows(elements, to_e4m3(stored), place, D)
-            tl.store(scales + place, _power_of_two(row_code))
+            tl.store(scales + place, power_of_two(row_code))
             tl.atomic_add(inexact_rows, tl.sum(inexact))
         else:
             _store_blocks(elements, scales, tile, rows, y, code, ELEMENT, BLOCK, D)
@@ -224,22 +214,18 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, partials, elements, v_scale, batch, head_in_batch, head, heads, tile, tiles, length,
-    stride_b, stride_h, stride_s,
-    TRANSPOSED: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    v, v_scale, elements, batch, head_in_batch, head, tile, tiles, length, stride_b, stride_h, stride_s,
+    TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in e4m3 under a power of two for each channel, which the head's first tile writes too."""
+    """One tile of V in e4m3 under a power of two for each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     tokens = (tile * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
-    ranges = value_ranges(partials, head, heads, CHUNKS, D)
-    value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
-    amax_bits = magnitude_bits(tl.max(ranges, axis=0))
-    code = tl.where(amax_bits == 0, 127, tl.maximum(_e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
     channels = head.to(tl.int64) * D + columns
-    if tile == 0:
-        tl.store(v_scale + channels, _power_of_two(code))
-    value *= _power_of_two(254 - code)[None, :]
+    value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+    # Of a normal power of two, the inverse too is a power of two.
+    inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
+    value *= inverse.to(tl.float32, bitcast=True)[None, :]
     if INTERPRETED:  # the hardware's conversion saturates
         value = _saturated(value, 448.0)
     encoded = to_e4m3(value)
@@ -252,10 +238,10 @@ def _encode_value(
 
 @triton.jit(do_not_specialize=["q_length", "k_length"])
 def encode(
-    q, k, v, partials, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
+    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_low, v_scale, inexact_rows,
+    v_low, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
@@ -263,12 +249,12 @@ def encode(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode one tile of 128 tokens of one head of V, K or Q ([B, heads, length, HEAD_DIM], any strides).
 
     q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
-    formats encode q·factor, and k less its mean (of `partials`: statistics.py). Tokens past the length, keys that
+    formats encode q·factor, and k less its mean (statistics.py has `mean` and `v_scale`). Tokens past the length, keys that
     `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are written as
     zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_low is [B·Hkv, tiles·128, D], or
     [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power
@@ -284,9 +270,8 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, partials, v_low, v_scale, head // kv_heads, head % kv_heads, head, kv_heads_in_all,
-                index % k_tiles, k_tiles, k_length, v_stride_b, v_stride_h, v_stride_s,
-                TRANSPOSED, CHUNKS, HEAD_DIM, D,
+                v, v_scale, v_low, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length,
+                v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
@@ -296,8 +281,6 @@ def encode(
             place = program % k_tiles * TILE + rows
             tokens = place[:, None]
             inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
-            if partials is not None:
-                leading, rest, counts = key_sums(partials, head, kv_heads_in_all, CHUNKS, D)
             batch, head_in_batch = head // kv_heads, head % kv_heads
             x = load_tile(
                 k, batch, head_in_batch, tokens, columns, inside, k_stride_b, k_stride_h, k_stride_s
@@ -308,8 +291,8 @@ def encode(
                 seen = tl.load(key_mask + batch.to(tl.int64) * (k_tiles * TILE) + place)
                 inside &= (seen != 0)[:, None]
             value = x
-            if partials is not None:
-                value -= key_mean(leading, rest, counts, D)[None, :]
+            if mean is not None:
+                value -= tl.load(mean + head * D + columns)[None, :]
             value = tl.where(inside, value, 0.0)
             _encode_classes(
                 x, value, program.to(tl.int64), head, rows, inexact_rows,
@@ -324,9 +307,6 @@ def encode(
             head = program // q_tiles
             tokens = (program % q_tiles * TILE + rows)[:, None]
             inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
-            if offset is not None:
-                key_head = head // (heads // kv_heads)
-                leading, rest, counts = key_sums(partials, key_head, kv_heads_in_all, CHUNKS, D)
             batch, head_in_batch = head // heads, head % heads
             x = load_tile(
                 q, batch, head_in_batch, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
@@ -335,8 +315,8 @@ def encode(
                 x = rotated(x, q_cos, q_sin, tokens, q_length, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D)
             tile = program.to(tl.int64)
             if offset is not None:
-                mean = key_mean(leading, rest, counts, D)
-                product = (to_bf16(x).to(tl.float32) if ROUND else x) * mean[None, :]
+                own_mean = tl.load(mean + head // (heads // kv_heads) * D + columns)
+                product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
                 tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
             _encode_classes(
                 x, x * factor, tile, head, rows, inexact_rows,

@@ -10,7 +10,7 @@ from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.maps import TILE
 
-SAMPLED_TOKENS = 4096
+SAMPLED_TOKENS = 1024
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
@@ -39,7 +39,7 @@ def smooths(*formats: str | None) -> bool:
 def key_mean(k: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
     """What is subtracted from every key, float32 `[B, Hkv, 1, D]`: softmax does not see it.
 
-    The mean over a regular sample of some 4096 tokens. Taken over finite numbers only: one bad token must not
+    The mean over a regular sample of some 1024 tokens. Taken over finite numbers only: one bad token must not
     reach rows that never attend to it. Summed in float64, so that another order gives the same float32.
     """
     step = max(1, k.shape[-2] // SAMPLED_TOKENS)

@@ -1,13 +1,21 @@
-"""What encoding needs to know of a whole head first: K's mean and V's range, as partial results of chunks of tokens.
+"""What encoding needs to know of a whole head first: K's mean and V's scales.
 
-Nothing is added up in memory, so nothing has to be zeroed and the same inputs give the same bits: whoever reads a
-head's partial results reduces them.
+Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
+same order: the same inputs give the same bits.
 """
 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.tile import NOT_FINITE, load_tile, magnitude_bits, rotated
+from dma_diffusers.kernels.quantiser.tile import (
+    E4M3_MAX_BITS,
+    NOT_FINITE,
+    e8m0_ceil,
+    load_tile,
+    magnitude_bits,
+    power_of_two,
+    rotated,
+)
 
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
 # enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
@@ -17,27 +25,34 @@ _VALUE_RUNS = tl.constexpr(8)
 
 
 @triton.jit
-def key_sums(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """K's partial results in one head, for `key_mean`: loaded before a tile is, they come along with it."""
-    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + tl.arange(0, D)[None, :]
+def _is_last(finished, programs):
+    """Whether this program is the last of so many to come here; it then sees what the others stored."""
+    tl.debug_barrier()  # the whole program has stored
+    return tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """K's mean in one head, of its partial results."""
+    columns = tl.arange(0, D)
+    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + columns[None, :]
     plane = heads * CHUNKS * D
-    return tl.load(place), tl.load(place + plane), tl.load(place + 2 * plane)
+    leading = tl.load(place, cache_modifier=".cg").to(tl.float64)
+    rest = tl.load(place + plane, cache_modifier=".cg").to(tl.float64)
+    counts = tl.load(place + 2 * plane, cache_modifier=".cg")
+    total = tl.sum(leading + rest, axis=0).to(tl.float32)
+    tl.store(mean + head * D + columns, tl.div_rn(total, tl.maximum(tl.sum(counts, axis=0), 1.0)))
 
 
 @triton.jit
-def key_mean(leading, rest, counts, D: tl.constexpr):
-    """K's mean in one head, float32 [D], of its `key_sums`."""
-    total = tl.sum(leading.to(tl.float64) + rest.to(tl.float64), axis=0).to(tl.float32)
-    mean = tl.div_rn(total, tl.maximum(tl.sum(counts, axis=0), 1.0))
-    # Changes nothing, but layouts don't spread through it: the compiler would lay out tiles as it does partial results.
-    return tl.gather(mean, tl.arange(0, D), axis=0)
-
-
-@triton.jit
-def value_ranges(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """The largest finite magnitude of each channel of V in each chunk of one head, float32 [CHUNKS, D]."""
-    place = (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(partials + 3 * heads * CHUNKS * D + place)
+def _whole_scale(partials, v_scale, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """The normal power of two that brings each channel of V in one head within e4m3; 1 for zeros."""
+    columns = tl.arange(0, D)
+    place = (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + columns[None, :]
+    ranges = tl.load(partials + 3 * heads * CHUNKS * D + place, cache_modifier=".cg")
+    amax_bits = magnitude_bits(tl.max(ranges, axis=0))
+    code = tl.where(amax_bits == 0, 127, tl.maximum(e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
+    tl.store(v_scale + head * D + columns, power_of_two(code))
 
 
 @triton.jit
@@ -103,14 +118,16 @@ def _value_range(
 
 @triton.jit(do_not_specialize=["length", "step"])
 def statistics(
-    k, v, partials, cos, sin, heads, heads_in_batch, length, step,
+    k, v, partials, finished, mean, v_scale, cos, sin, heads, heads_in_batch, length, step,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, rotated first if `cos`), or of V.
 
+    mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
+    two that bring V's finite numbers within e4m3. K or V may be None. `heads` is B·H. finished: int32 [2, B·H], zeros.
     partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
-    of the chunks, over every `step`-th token; V's range in all of them. K or V may be None. `heads` is B·H.
+    of the chunks; V's range in all of them.
     """
     program, of_keys = tl.program_id(0), 0
     if k is not None:
@@ -122,6 +139,8 @@ def statistics(
                 program % (CHUNKS // 2), length, step, k_stride_b, k_stride_h, k_stride_s,
                 rope_stride_s, rope_stride_d, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
+            if _is_last(finished + head, CHUNKS // 2):
+                _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys
         if program >= 0:
@@ -130,3 +149,5 @@ def statistics(
                 v, partials, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length,
                 v_stride_b, v_stride_h, v_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
+            if _is_last(finished + heads + head, CHUNKS):
+                _whole_scale(partials, v_scale, head, heads, CHUNKS, D)

@@ -1,8 +1,9 @@
-"""Tokens of one head, loaded and rotated, for every kernel of the quantiser."""
+"""What every kernel of the quantiser does: load the tokens of one head, turn them, find powers of two."""
 
 import triton
 import triton.language as tl
 
+E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
 
 
@@ -30,3 +31,18 @@ def rotated(x, cos, sin, tokens, length, stride_s, stride_d, HEAD_DIM: tl.conste
     s = tl.load(sin + place, mask=inside, other=0.0)
     even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, D))
+
+
+@triton.jit
+def e8m0_ceil(amax_bits, Q_MAX_BITS: tl.constexpr):
+    """The E8M0 code of 2^ceil(log2(amax / q_max)), which never clips; 255 (NaN) where amax is not finite."""
+    # float32 bits count exponents in steps of 2^23; the distance to q_max, rounded up, is the exponent
+    code = tl.maximum(((amax_bits - Q_MAX_BITS + 0x7FFFFF) >> 23) + 127, 0)
+    return tl.where(amax_bits >= 0x7F800000, 255, code)
+
+
+@triton.jit
+def power_of_two(code):
+    """The number of an E8M0 code."""
+    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+    return bits.to(tl.float32, bitcast=True)

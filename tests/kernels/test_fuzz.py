@@ -368,7 +368,12 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         return
     tolerance = scores_tolerance(call, q, k, inexact_rows, device)
     if call.returns_lse:
-        assert ((lse - reference_lse).abs() <= tolerance)[~nothing].all()
+        difference = (lse - reference_lse).abs()[~nothing]
+        step = (
+            2**-4 if rounded and call.map().has_low else 0
+        )  # a probability may round to the neighbouring number
+        assert (difference <= tolerance[~nothing] + step).all()
+        assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
     error, size = row_errors(out, reference_out, v)
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)

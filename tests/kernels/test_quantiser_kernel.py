@@ -14,15 +14,14 @@ pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
 
 
-def partials_of(mean: torch.Tensor) -> torch.Tensor:
+def known(mean: torch.Tensor | None = None):
     """Statistics that say that keys have this mean `[B, H, 1, D]`."""
-    from dma_diffusers.kernels.quantiser.encode import padded_dim
+    from dma_diffusers.kernels.quantiser.encode import Statistics, padded_dim
 
-    heads, dim = mean.shape[0] * mean.shape[1], padded_dim(mean.shape[-1])
-    partials = torch.zeros(4, heads, 4, dim, device=mean.device)
-    partials[0, :, 1, : mean.shape[-1]] = mean.flatten(0, 2)
-    partials[2, :, 1] = 1
-    return partials
+    if mean is None:
+        return Statistics(None, None)
+    padded = torch.nn.functional.pad(mean, (0, padded_dim(mean.shape[-1]) - mean.shape[-1]))
+    return Statistics(padded.flatten(0, 2).contiguous(), None)
 
 
 def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
@@ -30,7 +29,7 @@ def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
     from dma_diffusers.kernels.quantiser.encode import Stored, encode
 
     classes = (Stored(get_format(fmt), stores[fmt]), None)
-    return encode(x, None, None, classes, factor, None, q_amax=amax, **options).q[0]
+    return encode(x, None, None, classes, factor, known(), q_amax=amax, **options).q[0]
 
 
 def encoded_k(x, fmt, amax=None, mean=None, stores=NATIVE, **options):
@@ -38,8 +37,7 @@ def encoded_k(x, fmt, amax=None, mean=None, stores=NATIVE, **options):
     from dma_diffusers.kernels.quantiser.encode import Stored, encode
 
     classes = (Stored(get_format(fmt), stores[fmt]), None)
-    partials = None if mean is None else partials_of(mean)
-    return encode(None, x, None, classes, 1.0, partials, k_amax=amax, **options).k[0]
+    return encode(None, x, None, classes, 1.0, known(mean), k_amax=amax, **options).k[0]
 
 
 def decoded(data: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -116,7 +114,7 @@ def test_both_classes_in_one_pass(kernel_device):
 
     x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(1)).to(kernel_device)
     stored = [Stored(get_format(name), Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
-    together = encode(x, None, None, tuple(stored), 1.0, None).q
+    together = encode(x, None, None, tuple(stored), 1.0).q
     alone = [encoded_q(x, "mxfp8"), encoded_q(x, "mxfp4")]
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
@@ -125,7 +123,7 @@ def test_both_classes_in_one_pass(kernel_device):
 @pytest.mark.parametrize("has_rope", [False, True])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
 def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_device):
-    """K's mean to the last bit, which K's elements depend on, over the same sample; V's range exactly."""
+    """K's mean to the last bit, which K's elements depend on, over the same sample; V's scales exactly."""
     from dma_diffusers.kernels.quantiser.encode import statistics_of
 
     call = Call(length, length, head_dim, heads=2, kv_heads=2, batch=2, has_rope=has_rope)
@@ -133,16 +131,14 @@ def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_devic
     k[..., 1], k[..., length // 2, 3], k[..., length // 3, 5] = torch.nan, torch.inf, -torch.inf
     v[..., 2], v[..., length // 2, 3], v[..., length // 3, 5] = -torch.inf, torch.inf, torch.nan
     rope = call.ropes(kernel_device)["k_rope"]
-    partials = statistics_of(k, v, rope)
-    half = partials.shape[2] // 2
-    total = partials[:2, :, :half].double().sum((0, 2)).float()
-    mean = total / partials[2, :, :half].sum(1).clamp(min=1)
-    assert torch.equal(mean[:, :head_dim], reference.key_mean(k, rope).flatten(0, 2))
-    amax = reference.finite_amax(v, (-2,)).flatten(0, 2)
-    assert torch.equal(partials[3].amax(1)[:, :head_dim], amax) and (amax[:, 2] == 0).all()
-    alone = statistics_of(k, None, rope), statistics_of(None, v)
-    assert torch.equal(alone[0][:3, :, :half], partials[:3, :, :half])
-    assert torch.equal(alone[1][3], partials[3])
+    found = statistics_of(k, v, rope)
+    assert torch.equal(found.mean[:, :head_dim], reference.key_mean(k, rope).flatten(0, 2))
+    scale = reference.value_scale(v).flatten(0, 2)
+    assert torch.equal(found.v_scale[:, :head_dim], scale) and (scale[:, 2] == 1).all()
+    assert (found.mean[:, head_dim:] == 0).all() and (found.v_scale[:, head_dim:] == 1).all()
+    of_k, of_v = statistics_of(k, None, rope), statistics_of(None, v)
+    assert torch.equal(of_k.mean, found.mean) and torch.equal(of_v.v_scale, found.v_scale)
+    assert of_k.v_scale is None and of_v.mean is None
 
 
 def in_order(transposed: torch.Tensor) -> torch.Tensor:
@@ -286,7 +282,7 @@ def test_rope_and_offset(fmt, kernel_device):
     stored = Stored(get_format(fmt), FAITHFUL[fmt])
     count = torch.zeros(1, dtype=torch.int32, device=kernel_device)
     result = encode(
-        q, k, None, (stored, None), 0.7, partials_of(mean), q_rope=rope, wants_offset=True, inexact_rows=count
+        q, k, None, (stored, None), 0.7, known(mean), q_rope=rope, wants_offset=True, inexact_rows=count
     )
     operand, offset = result.q[0], result.offset
     expected = turned.bfloat16() if rounds else fake_quantize(turned * 0.7, fmt)
