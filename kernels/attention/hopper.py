@@ -29,14 +29,15 @@ LOWEST = gl.constexpr(-1.0e30)
 LN_2 = gl.constexpr(0.6931471805599453)
 SMALLEST_NORMAL = gl.constexpr(2.0**-126)
 PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
-VISITORS = gl.constexpr(maps.SHARED_TILE_BITS)  # where an entry of a walk tells which warpgroups visit the tile
+VISITORS = gl.constexpr(
+    maps.SHARED_TILE_BITS
+)  # where an entry of a walk tells which warpgroups visit the tile
 ONE = gl.constexpr(0x38)  # in e4m3
 
 # Triton 3.6 knows them by other names.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _memory = gl.shared_memory_descriptor
 _view = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
-
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -94,12 +95,16 @@ def _load_phase(
             _copy(k, [batch, kv_head, token, 0], barriers.index(slot), keys.reshape([1, 1, TILE, D]))
             _copy(v, [batch, kv_head, 0, token], barriers.index(slot), values.reshape([1, 1, D, TILE]))
         else:
-            _copy(k, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D]))
+            _copy(
+                k, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D])
+            )
             n += 1
             slot = n % SLOTS
             mbarrier.wait(barriers.index(SLOTS + slot), (n // SLOTS & 1) ^ 1)
             mbarrier.expect(barriers.index(slot), 2 * TILE * D)
-            _copy(v, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D]))
+            _copy(
+                v, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D])
+            )
         n += 1
     return n
 
@@ -172,9 +177,11 @@ def _high_phase(
 
 @gluon.jit
 def _low_phase(
-    accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales, indices, entries, first, last, warpgroup,
+    accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales,
+    indices, entries, first, last, warpgroup,
     key_mask, k_length, q_tokens,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Walk tiles in e4m3 or int8; l is [64, 8], all columns alike: the MMA sums what it multiplies.
 
@@ -196,10 +203,9 @@ def _low_phase(
         mbarrier.wait(barriers.index(slot), n // SLOTS & 1)
         if (entry >> (VISITORS + warpgroup)) & 1:
             tile = entry & ((1 << VISITORS) - 1)
+            own_factor = factor
             if STORAGE == "tile":
-                own_factor = factor * gl.load(k_scales + (own_scales + tile))
-            else:
-                own_factor = factor
+                own_factor *= gl.load(k_scales + (own_scales + tile))
             k = low_keys.index(2 * slot).permute((1, 0))
             s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
@@ -208,7 +214,9 @@ def _low_phase(
                 s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
             if MASKED or key_mask is not None:
                 s = _seen(s.to(gl.float32), tile, key_mask, k_length, q_tokens, MASKED and CAUSAL)
-                own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)  # 0·−inf is NaN
+                own_factor = gl.maximum(
+                    own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN
+                )  # 0·−inf is NaN
             top = gl.max(s, axis=1).to(gl.float32)
             p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
             p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
@@ -250,19 +258,71 @@ def _load(
     n = 0
     if HIGH is not None:
         n = _load_phase(
-            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, 0, high_end, False, D, SLOTS
+            ring,
+            barriers,
+            n,
+            k_high,
+            v_high,
+            batch,
+            kv_head,
+            indices,
+            own_entries,
+            0,
+            high_end,
+            False,
+            D,
+            SLOTS,
         )
     if LOW is not None:
         n = _load_phase(
-            ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, high_end, low_end, True, D, SLOTS
+            ring,
+            barriers,
+            n,
+            k_low,
+            v_low,
+            batch,
+            kv_head,
+            indices,
+            own_entries,
+            high_end,
+            low_end,
+            True,
+            D,
+            SLOTS,
         )
     if HIGH is not None:
         _load_phase(
-            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, low_end, end, False, D, SLOTS
+            ring,
+            barriers,
+            n,
+            k_high,
+            v_high,
+            batch,
+            kv_head,
+            indices,
+            own_entries,
+            low_end,
+            end,
+            False,
+            D,
+            SLOTS,
         )
     else:
         _load_phase(
-            ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, low_end, end, True, D, SLOTS
+            ring,
+            barriers,
+            n,
+            k_low,
+            v_low,
+            batch,
+            kv_head,
+            indices,
+            own_entries,
+            low_end,
+            end,
+            True,
+            D,
+            SLOTS,
         )
 
 
@@ -280,7 +340,8 @@ def _attend(
     low_row: gl.constexpr = gl.SliceLayout(1, _products_layout(TILE, 32))
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
-        smem, ones, scales, fold, offset, key_mask, out, lse, head, kv_row, start, walk, q_length, k_length, head_dim, out_stride_s,
+        smem, ones, scales, fold, offset, key_mask, out, lse, head, kv_row, start, walk,
+        q_length, k_length, head_dim, out_stride_s,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -298,8 +359,8 @@ def _attend(
     n = 0
     if HIGH is not None:
         accumulator, l, m = _high_phase(
-            accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n, indices, own_entries, 0, high_end,
-            warpgroup, key_mask, k_length, q_tokens, q_rows, known, False, CAUSAL, HIGH, D, SLOTS,
+            accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
+            indices, own_entries, 0, high_end, warpgroup, key_mask, k_length, q_tokens, q_rows, known, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
         v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
@@ -308,7 +369,9 @@ def _attend(
         low_sums = gl.convert_layout(accumulator, sums)
         if HIGH is not None:
             low_sums = low_sums / gl.load(v_units)[None, :]
-        low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros((ROWS, 8), gl.float32, counts)
+        low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros(
+            (ROWS, 8), gl.float32, counts
+        )
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m = _low_phase(
             low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
@@ -328,7 +391,8 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
-            indices, own_entries, low_end, end, warpgroup, key_mask, k_length, q_tokens, q_rows, known, True, CAUSAL, HIGH, D, SLOTS,
+            indices, own_entries, low_end, end, warpgroup, key_mask, k_length, q_tokens, q_rows, known,
+            True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
     nothing_seen = l == 0.0
@@ -404,7 +468,8 @@ def attend_hopper(
     scales = (q_low_scales, k_low_scales, v_scale)
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
     given = (
-        smem, ones, scales, fold, offset, key_mask, out, lse, head, kv_row, start, walk, q_length, k_length, head_dim, out_stride_s,
+        smem, ones, scales, fold, offset, key_mask, out, lse, head, kv_row, start, walk,
+        q_length, k_length, head_dim, out_stride_s,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)

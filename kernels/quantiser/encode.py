@@ -167,9 +167,9 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """Into how many chunks the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
-    wanted = 8 * multiprocessors(device) // heads
-    return min(max(4, 1 << wanted.bit_length()), 64)
+    """Into how many chunks the statistics divide each of B·Hkv heads: few, but enough for every multiprocessor."""
+    wanted = 2 * multiprocessors(device) // heads
+    return min(max(4, 1 << wanted.bit_length()), 32)
 
 
 class Statistics(NamedTuple):

@@ -254,9 +254,9 @@ def encode(
     """Encode one tile of 128 tokens of one head of V, K or Q ([B, heads, length, HEAD_DIM], any strides).
 
     q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
-    formats encode q·factor, and k less its mean (statistics.py has `mean` and `v_scale`). Tokens past the length, keys that
-    `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are written as
-    zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_low is [B·Hkv, tiles·128, D], or
+    formats encode q·factor, and k less its `mean` (as statistics.py gives it, and `v_scale`). Tokens past the length,
+    keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
+    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_low is [B·Hkv, tiles·128, D], or
     [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power
     of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
     """

@@ -186,7 +186,7 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     assert names == ["statistics", "encode", "attend"]
     is_low = everywhere == Class.LOW
     assert (recorded[0][1][1] is not None) == (recorded[1][1][2] is not None) == is_low  # V
-    elements = recorded[1][1][11:23:3]
+    elements = recorded[1][1][12:24:3]
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 
