@@ -14,6 +14,10 @@ PRESETS = {
     "exact": {"lowering": "stock"},
 }
 TEXT_PLACES = ("first", "last", "none")
+# The shortest calls, in keys, that were faster than stock attention when they were measured, quantisation included, and
+# their formats (eval/results/h200_bench.json). Shorter ones were not, or were not measured.
+GAINS_FROM = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
+MEASURED_FORMATS = {"sm_90": ("bf16", "int8")}
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
 
 
@@ -32,8 +36,9 @@ class DMAConfig:
     dense_layers: attention modules that run with every tile HIGH, as indices into those that are diverted, in
         module order; negative ones count from the end.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
-        down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and leaves
-        other calls to stock; "stock" quantises nothing. A lowering that is named and cannot run raises
+        down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for
+        formats and lengths that were measured to gain, on Hopper, and leaves other calls to stock; "stock"
+        quantises nothing. A lowering that is named and cannot run raises
         ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
@@ -73,13 +78,15 @@ class DMAConfig:
         """The configuration called `name`, with some fields changed.
 
         "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": as
-        "b200" on Blackwell, stock attention elsewhere. "exact": stock attention everywhere; it takes no changes.
+        "hopper" if this process has a Hopper GPU, else as "b200", where that is faster than stock attention, which
+        runs elsewhere. "exact": stock attention everywhere; it takes no changes.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         if name == "exact" and changes:
             raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
-        return cls.of(None, **PRESETS[name] | changes)
+        formats = _measured_formats() if name == "auto" else {}
+        return cls.of(None, **PRESETS[name] | formats | changes)
 
     @classmethod
     def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":
@@ -102,6 +109,12 @@ class DMAConfig:
             return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
         return _why_not_faster(device, head_dim, self.high, self.low)
 
+    def least_keys(self, device: torch.device, head_dim: int) -> int:
+        """Calls with fewer keys are left to stock attention."""
+        if self.lowering != "fastest":
+            return self.min_length
+        return max(self.min_length, _gains_from(device, head_dim))
+
     @property
     def operator_lowering(self) -> str:
         """The lowering to ask the operator for."""
@@ -120,4 +133,20 @@ def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str) ->
         return f"nothing is faster than stock: {choice.reason}"
     if choice.lowering == "native" and architecture in lowerings.BLOCK_SCALED_ARCHITECTURES:
         return ""
-    return f"lowering {choice.lowering} is not shown to be faster than stock on {architecture}"
+    if MEASURED_FORMATS.get(architecture) == (high, low) and _gains_from(device, head_dim):
+        return ""
+    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}"
+    return f"{formats} is not shown to be faster than stock on {architecture}"
+
+
+@torch.compiler.assume_constant_result
+def _gains_from(device: torch.device, head_dim: int) -> int:
+    dim = next((dim for dim in (64, 128) if head_dim <= dim), None)
+    return GAINS_FROM.get((lowerings.architecture(device), dim), 0)
+
+
+def _measured_formats() -> dict[str, str]:
+    """The formats that were measured on the architecture of this process's GPU, if any were."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    formats = MEASURED_FORMATS.get(lowerings.architecture(device))
+    return dict(zip(("high", "low"), formats, strict=True)) if formats else {}

@@ -153,10 +153,10 @@ class Diversion:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
             return "cross-attention, or a model called without its text"
-        if key.shape[-2] < self.config.min_length:
-            return f"fewer than {self.config.min_length} keys"
         if reason := self.config.why_stock(query.device, query.shape[-1]):
             return reason
+        if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):
+            return f"fewer than {least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
         if attn_mask is not None and not _masks_keys(attn_mask, key):

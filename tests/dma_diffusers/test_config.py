@@ -1,11 +1,16 @@
 """DMAConfig: what it allows, and its presets."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from dma_diffusers import DMAConfig
+from dma_diffusers.config import GAINS_FROM
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
 
 
 @pytest.mark.parametrize(
@@ -73,9 +78,14 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         ("sm_103", {"low": "nvfp4"}, ""),
         ("sm_120", {"high": "bf16", "low": "int8"}, ""),
         ("sm_100", {"low": "mxint4"}, "nothing is faster than stock: native: the kernel multiplies"),
-        ("sm_90", {}, "lowering faithful is not shown to be faster than stock on sm_90"),
-        ("sm_90", {"high": "bf16", "low": "int8"}, "lowering native is not shown to be faster than stock"),
-        ("sm_89", {"high": "bf16", "low": "fp8"}, "lowering native is not shown to be faster than stock"),
+        ("sm_90", {}, ""),
+        (
+            "sm_90",
+            {"low": "fp8"},
+            "bf16|fp8 (native) at head_dim 128 is not shown to be faster than stock on sm_90",
+        ),
+        ("sm_90", {"high": "mxfp8", "low": "mxfp4"}, "mxfp8|mxfp4 (faithful) at head_dim 128 is not shown"),
+        ("sm_89", {"high": "bf16", "low": "int8"}, "bf16|int8 (native) at head_dim 128 is not shown"),
         (
             "sm_80",
             {"high": "bf16", "low": "int8"},
@@ -83,11 +93,48 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         ),
     ],
 )
-def test_only_blackwell_is_taken_to_be_faster(monkeypatch, architecture, formats, reason):
+def test_only_what_is_faster_is_taken(monkeypatch, architecture, formats, reason):
     pytest.importorskip("triton")
     monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: architecture)
     why = DMAConfig.preset("auto", **formats).why_stock(CPU, 128)
     assert why.startswith(reason) and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim", "least"),
+    [
+        ("sm_90", 64, 17_664),
+        ("sm_90", 40, 17_664),
+        ("sm_90", 96, 16_384),
+        ("sm_100", 128, 2048),
+        ("cpu", 64, 2048),
+    ],
+)
+def test_auto_leaves_calls_shorter_than_those_measured_to_gain(monkeypatch, architecture, head_dim, least):
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: architecture)
+    auto = DMAConfig.preset("auto")
+    assert (auto.high, auto.low) == (("bf16", "int8") if architecture == "sm_90" else ("mxfp8", "mxfp4"))
+    assert auto.least_keys(CPU, head_dim) == least
+    assert DMAConfig.preset("auto", min_length=20_000).least_keys(CPU, head_dim) == 20_000
+    assert DMAConfig.preset("hopper").least_keys(CPU, head_dim) == 256
+
+
+def test_auto_leaves_head_dims_that_were_not_measured(monkeypatch):
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_90")
+    assert "head_dim 192 is not shown" in DMAConfig.preset("auto").why_stock(CPU, 192)
+
+
+def test_every_length_from_which_a_call_gains_was_measured_to_gain():
+    """Against the best full-precision peer of the same run, quantisation included; the next shorter length is not."""
+    shapes = json.loads(RESULTS.read_text())["shapes"]
+    for (_, dim), least in GAINS_FROM.items():
+        gains = {}
+        for shape in shapes.values():
+            if shape["size"][3] == dim:
+                own = next(e for e in shape["entries"] if e["name"] == "bf16|int8, window 128, sink 128")
+                gains[shape["size"][2]] = own["whole"]["over_full"]
+        assert least in gains
+        assert all((gain > 1) == (length >= least) for length, gain in gains.items())
 
 
 def test_lists_become_tuples_so_that_a_config_can_be_a_key():
