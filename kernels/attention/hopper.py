@@ -360,7 +360,8 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
-            indices, own_entries, 0, high_end, warpgroup, key_mask, k_length, q_tokens, q_rows, known, False, CAUSAL, HIGH, D, SLOTS,
+            indices, own_entries, 0, high_end, warpgroup, key_mask, k_length, q_tokens, q_rows, known,
+            False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
         v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))

@@ -106,6 +106,40 @@ def test_what_a_branch_skips_is_counted_apart():
     assert loop["matrix"] == {"UTCHMMA": 1}
 
 
+def test_iterations_that_skip_a_tile_do_not_count():
+    (loop,) = loops_in("""
+        .L_x_0:
+        LDG.E R4, [R2.64]
+        @!P0 BRA `(.L_x_2)
+        IGMMA.64x128x32.S8.S8 R24, gdesc[UR8], RZ, !UPT
+        MUFU.EX2 R5, R5
+        @P3 BRA `(.L_x_1)
+        FADD R6, R6, R5
+        .L_x_1:
+        FMUL R5, R5, R6
+        .L_x_2:
+        @P1 BRA `(.L_x_0)
+        EXIT
+    """)
+    assert loop["every"] == {"memory": 1, "mma": 1, "mufu": 1, "fma": 1, "control": 3}
+    assert loop["some"] == {"fma": 1}
+
+
+def test_warps_that_a_table_sends_to_their_code():
+    loops = loops_in("""
+        BRX R2 -0x3b0 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)
+        .L_x_0:
+        MUFU.EX2 R5, R5
+        @P1 BRA `(.L_x_0)
+        EXIT
+        .L_x_1:
+        HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24
+        @P1 BRA `(.L_x_1)
+        EXIT
+    """)
+    assert [loop["every"] for loop in loops] == [{"mufu": 1, "control": 1}, {"mma": 1, "control": 1}]
+
+
 def test_specialised_warps_have_a_loop_each():
     products, exponentials = loops_in("""
         @P0 BRA `(.L_x_1)
@@ -200,8 +234,8 @@ MATRIX = {
 def described(target, high, low):
     kernel, arguments, options = list(ahead.launches(target, high, low, 128))[-1]
     compiled = ahead.compile_launch(kernel, arguments, options, target)
-    threads = 32 * options["num_warps"]
-    return instructions.describe(compiled.asm["cubin"], target, 128, threads, options["ROWS"], 128)
+    threads, rows = 32 * options["num_warps"], options.get("ROWS", 64)
+    return instructions.describe(compiled.asm["cubin"], target, 128, threads, rows, 128)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +246,15 @@ def test_each_class_has_its_loop(target, high, low):
     """HIGH, LOW and MASKED, in this order, each with one exponential a score and a few for the rescale."""
     loops = described(target, high, low)
     classes = [high, low, high] if high and low else [high or low] * 2
-    assert [set(loop["matrix"]) for loop in loops] == [MATRIX[name] for name in classes]
+    warpgroups = 3 if target == "sm_90" else 1  # each with loops of its own
+    assert [set(loop["matrix"]) for loop in loops] == [MATRIX[name] for name in classes] * warpgroups
     on_mufu = 27 / 32 if target == "sm_100" else 1  # tuning.py's exp_share
     for loop in loops:
         assert on_mufu <= loop["per_score_element"]["mufu"] < on_mufu + 0.05
         assert "other" not in loop["per_score_element"]
         assert loop["clocks"]["xu"] >= on_mufu * 1024
         assert loop["longest"] == max(loop["clocks"], key=loop["clocks"].get)
+        assert loop["per_score_element"]["memory"] < 0.6  # nothing much is spilled in it
 
 
 def test_the_page_has_these_counts():
