@@ -99,7 +99,7 @@ class DMAConfig:
         current = {name: getattr(config, name) for name in known} if config else {}
         return cls(**current | changes)
 
-    def why_stock(self, device: torch.device, head_dim: int) -> str:
+    def why_stock(self, device: torch.device, head_dim: int, masks_keys: bool = False) -> str:
         """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not."""
         if self.lowering == "stock":
             return "exact: nothing is quantised"
@@ -107,7 +107,7 @@ class DMAConfig:
             return ""
         if head_dim > lowerings.MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
-        return _why_not_faster(device, head_dim, self.high, self.low)
+        return _why_not_faster(device, head_dim, self.high, self.low, masks_keys)
 
     def least_keys(self, device: torch.device, head_dim: int) -> int:
         """Calls with fewer keys are left to stock attention."""
@@ -126,16 +126,16 @@ def _is_integer(value) -> bool:
 
 
 @torch.compiler.assume_constant_result  # a graph cannot ask a device what it is
-def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str) -> str:
+def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str, masks_keys: bool) -> str:
     architecture = lowerings.architecture(device)
     choice = lowerings.choose(architecture, head_dim, high, low)
     if choice.lowering == "reference":
         return f"nothing is faster than stock: {choice.reason}"
     if choice.lowering == "native" and architecture in lowerings.BLOCK_SCALED_ARCHITECTURES:
         return ""
-    if MEASURED_FORMATS.get(architecture) == (high, low) and _gains_from(device, head_dim):
+    if MEASURED_FORMATS.get(architecture) == (high, low) and _gains_from(device, head_dim) and not masks_keys:
         return ""
-    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}"
+    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}{' with masked keys' * masks_keys}"
     return f"{formats} is not shown to be faster than stock on {architecture}"
 
 

@@ -153,7 +153,7 @@ class Diversion:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
             return "cross-attention, or a model called without its text"
-        if reason := self.config.why_stock(query.device, query.shape[-1]):
+        if reason := self.config.why_stock(query.device, query.shape[-1], attn_mask is not None):
             return reason
         if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):
             return f"fewer than {least} keys"

@@ -65,30 +65,34 @@ class PrecisionMap:
         An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it; the longest walk is
         followed by one more entry, which a program may read ahead.
         """
-        q_tiles = self.indices.shape[-2]
+        device = self.indices.device
+        own_indices, own_bounds = self.indices.cpu(), self.bounds.cpu()
+        q_tiles = own_indices.shape[-2]
         programs = -(-q_tiles * TILE // (SHARED_BLOCKS * SHARED_ROWS))
-        k_tiles = int(self.indices.max()) + 1
-        place = torch.arange(self.indices.shape[-1], device=self.indices.device)
-        ends = self.bounds[..., None]
+        k_tiles = int(own_indices.max()) + 1
+        place = torch.arange(own_indices.shape[-1])
+        ends = own_bounds[..., None]
         starts = torch.cat((torch.zeros_like(ends[..., :1, :]), ends[..., :-1, :]), dim=-2)
         is_visited = (place >= starts) & (place < ends)  # [..., q_tiles, phases, n]
-        tile = self.indices[..., None, :].expand(is_visited.shape).long()
-        visits = torch.zeros(*is_visited.shape[:-1], k_tiles, dtype=torch.int32, device=place.device)
+        tile = own_indices[..., None, :].expand(is_visited.shape).long()
+        visits = torch.zeros(*is_visited.shape[:-1], k_tiles, dtype=torch.int32)
         visits.scatter_add_(-1, tile, is_visited.int())
 
-        block = torch.arange(programs * SHARED_BLOCKS, device=place.device)
+        block = torch.arange(programs * SHARED_BLOCKS)
         own_tile = block * SHARED_ROWS // TILE
-        of_block = visits[..., own_tile.clamp(max=q_tiles - 1), :, :] * (own_tile < q_tiles).int()[:, None, None]
+        of_block = (
+            visits[..., own_tile.clamp(max=q_tiles - 1), :, :] * (own_tile < q_tiles).int()[:, None, None]
+        )
         of_block = of_block.unflatten(-3, (programs, SHARED_BLOCKS))
-        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS, device=place.device)
+        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS)
         visitors = (of_block * bits[:, None, None]).sum(-3)  # [..., programs, phases, k_tiles]
-        entries = (visitors + torch.arange(k_tiles, device=place.device)).flatten(-2)
+        entries = (visitors + torch.arange(k_tiles)).flatten(-2)
         is_walked = (visitors > 0).flatten(-2)
         order = (~is_walked).int().argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
         walks = F.pad(entries.gather(-1, order), (0, 1))
         indices = walks[..., : int(bounds[..., -1].max()) + 1].int().contiguous()
-        return replace(self, indices=indices, bounds=bounds.int().contiguous())
+        return replace(self, indices=indices.to(device), bounds=bounds.int().to(device))
 
     def used(self, high: str, low: str) -> tuple[str | None, str | None]:
         """The formats of HIGH and LOW, None for a class without tiles."""

@@ -147,7 +147,10 @@ def _check_memory(q, k, v) -> None:
 def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> PrecisionMap:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-    return build_map(policy.classes(layout, is_causal), layout, is_causal).to(device)
+    planned = build_map(policy.classes(layout, is_causal), layout, is_causal).to(device)
+    if lowerings.architecture(device) == "sm_90":
+        _ = planned.shared  # the walks of hopper.py, which no capture could make either
+    return planned
 
 
 @torch.library.custom_op("dma_diffusers::attention", mutates_args=())

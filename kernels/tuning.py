@@ -25,7 +25,7 @@ class Tuning:
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
     exp_share: of every 32 exponentials, how many are polynomials (exponential.py).
     slots: of hopper.py's ring, which then runs in place of kernel.py, with `registers` for its second and third
-        warpgroup; the rest is for the interpreter, which knows no Gluon.
+        warpgroup. The rest is for kernel.py, where Gluon can't run: in the interpreter, and under tensor scales.
     """
 
     rows: int = 128

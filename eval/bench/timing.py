@@ -26,7 +26,7 @@ def take_turns(
     """What each call takes: `ms` on the GPU, its `ms_quartiles`, and `host_us` until it is enqueued; medians.
 
     calls: each takes the number of the copy of the inputs to run on, and must have run once. seconds: of GPU
-    time for each, in 3 rounds of at least one call. Each turn begins with untimed calls, so that what is timed runs
+    time for each, in 3 rounds of 1 to 30 calls. Each turn begins with untimed calls, so that what is timed runs
     at the clock that this very call leaves the GPU under load.
     """
     counts, untimed, waits = {}, {}, {}

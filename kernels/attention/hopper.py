@@ -19,15 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dma_diffusers.kernels import maps
+from dma_diffusers.kernels.attention.kernel import LN_2, LOWEST, P_SHIFT
+from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 
 TILE = gl.constexpr(maps.TILE)
 WARPGROUPS = gl.constexpr(maps.SHARED_BLOCKS)
 ROWS = gl.constexpr(maps.SHARED_ROWS)  # of one warpgroup
 QUERIES = maps.SHARED_BLOCKS * maps.SHARED_ROWS  # of one program
-P_SHIFT = gl.constexpr(8.0)  # as in kernel.py
-LOWEST = gl.constexpr(-1.0e30)
-LN_2 = gl.constexpr(0.6931471805599453)
-SMALLEST_NORMAL = gl.constexpr(2.0**-126)
 PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
 VISITORS = gl.constexpr(
     maps.SHARED_TILE_BITS
@@ -258,72 +256,20 @@ def _load(
     n = 0
     if HIGH is not None:
         n = _load_phase(
-            ring,
-            barriers,
-            n,
-            k_high,
-            v_high,
-            batch,
-            kv_head,
-            indices,
-            own_entries,
-            0,
-            high_end,
-            False,
-            D,
-            SLOTS,
-        )
+            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, 0, high_end, False, D, SLOTS
+        )  # fmt: skip
     if LOW is not None:
         n = _load_phase(
-            ring,
-            barriers,
-            n,
-            k_low,
-            v_low,
-            batch,
-            kv_head,
-            indices,
-            own_entries,
-            high_end,
-            low_end,
-            True,
-            D,
-            SLOTS,
-        )
+            ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, high_end, low_end, True, D, SLOTS
+        )  # fmt: skip
     if HIGH is not None:
         _load_phase(
-            ring,
-            barriers,
-            n,
-            k_high,
-            v_high,
-            batch,
-            kv_head,
-            indices,
-            own_entries,
-            low_end,
-            end,
-            False,
-            D,
-            SLOTS,
-        )
+            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, low_end, end, False, D, SLOTS
+        )  # fmt: skip
     else:
         _load_phase(
-            ring,
-            barriers,
-            n,
-            k_low,
-            v_low,
-            batch,
-            kv_head,
-            indices,
-            own_entries,
-            low_end,
-            end,
-            True,
-            D,
-            SLOTS,
-        )
+            ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, low_end, end, True, D, SLOTS
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -96,7 +96,17 @@ def attention(
         *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
         *out.stride()[:3],
     )  # fmt: skip
-    common = (encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, out, lse, *shapes)
+    common = (
+        encoded.v_scale,
+        fold,
+        encoded.offset,
+        walks.indices,
+        walks.bounds,
+        whole_mask,
+        out,
+        lse,
+        *shapes,
+    )
     multiplied = [constant for c in classes for constant in (c.multiplied if c else [None, None, None])]
     if in_gluon:
         programs = -(-q_length // hopper.QUERIES) * batch * heads
@@ -108,7 +118,9 @@ def attention(
         )  # fmt: skip
     else:
         blocks = -(-q_length // tuned.rows) * batch * heads
-        programs = blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
+        programs = (
+            blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
+        )
         run(
             attend, (programs,),
             *high_operands, v_high, *low_operands, v_low, *common, blocks, 0.0, *multiplied,
@@ -116,7 +128,7 @@ def attention(
             EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
             STAGES=tuned.stages,
             MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
-            num_warps=tuned.warps, maxnreg=tuned.registers, enable_fp_fusion=True,
+            num_warps=tuned.warps, maxnreg=None if tuned.slots else tuned.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse, inexact_rows
 

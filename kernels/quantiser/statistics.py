@@ -26,9 +26,12 @@ _VALUE_RUNS = tl.constexpr(8)
 
 @triton.jit
 def _is_last(finished, programs):
-    """Whether this program is the last of so many to come here; it then sees what the others stored."""
+    """Whether this program is the last of so many to come here; it then sees what the others stored.
+
+    `finished` may begin at any multiple of `programs`: a launch that is repeated with its arguments counts on.
+    """
     tl.debug_barrier()  # the whole program has stored
-    return tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1
+    return tl.atomic_add(finished, 1, sem="acq_rel") % programs == programs - 1
 
 
 @triton.jit

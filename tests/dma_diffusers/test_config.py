@@ -119,9 +119,12 @@ def test_auto_leaves_calls_shorter_than_those_measured_to_gain(monkeypatch, arch
     assert DMAConfig.preset("hopper").least_keys(CPU, head_dim) == 256
 
 
-def test_auto_leaves_head_dims_that_were_not_measured(monkeypatch):
+def test_auto_leaves_what_was_not_measured(monkeypatch):
     monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_90")
-    assert "head_dim 192 is not shown" in DMAConfig.preset("auto").why_stock(CPU, 192)
+    auto = DMAConfig.preset("auto")
+    assert "head_dim 192 is not shown" in auto.why_stock(CPU, 192)
+    assert "head_dim 128 with masked keys is not shown" in auto.why_stock(CPU, 128, masks_keys=True)
+    assert not DMAConfig.preset("hopper").why_stock(CPU, 128, masks_keys=True)
 
 
 def test_every_length_from_which_a_call_gains_was_measured_to_gain():

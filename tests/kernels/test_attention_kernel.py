@@ -102,22 +102,25 @@ def test_nvfp4(call, lowering, kernel_device):
     assert_agree(call, kernel_device, lowering)
 
 
-def test_maps_of_each_head_and_batch(kernel_device):
-    call = Call(384, 384, 64, batch=2, heads=2)
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+def test_maps_of_each_head_and_batch(pair, kernel_device):
+    call = Call(384, 384, 64, batch=2, heads=2, high=pair[0], low=pair[1])
     q, k, v, _ = call.tensors(kernel_device)
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
     classes[0, 0, 0] = Class.SKIP
     precision_map = build_map(classes, call.layout)
-    out, lse, _ = launched(q, k, v, precision_map, "mxfp8", "mxfp4")
-    reference_out, reference_lse = reference.attention(q, k, v, precision_map, "mxfp8", "mxfp4")
+    out, lse, _ = launched(q, k, v, precision_map, *pair)
+    rounded = sums_rounded(call, "native", kernel_device)
+    reference_out, reference_lse = reference.attention(q, k, v, precision_map, *pair, sums_rounded=rounded)
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
     assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
     assert torch.equal(lse.isinf(), reference_lse.isinf())
 
 
-def test_a_row_that_sees_nothing_is_zero(kernel_device):
-    call = Call(200, 200, 64, batch=2)
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+def test_a_row_that_sees_nothing_is_zero(pair, kernel_device):
+    call = Call(200, 200, 64, batch=2, high=pair[0], low=pair[1])
     q, k, v, _ = call.tensors(kernel_device)
     mask = torch.stack([torch.zeros(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)]).to(
         kernel_device
@@ -127,7 +130,7 @@ def test_a_row_that_sees_nothing_is_zero(kernel_device):
     assert out[1].isfinite().all()
 
 
-@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("fp8", "int8"), ("int8", "fp8")])
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("fp8", "int8"), ("int8", "fp8"), ("bf16", "int8")])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_is_where_the_reference_has_it(which, bad, pair, kernel_device):
@@ -168,8 +171,9 @@ def test_zeros(size, pair, kernel_device):
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 1e-2)
 
 
-def test_same_inputs_same_bits(kernel_device):
-    call = Call(400, 400, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+def test_same_inputs_same_bits(pair, kernel_device):
+    call = Call(400, 400, 64, high=pair[0], low=pair[1], dtype=torch.bfloat16)
     assert torch.equal(run(call, kernel_device)[0], run(call, kernel_device)[0])
 
 

@@ -266,6 +266,7 @@ def calls(arch: str) -> st.SearchStrategy[Drawn]:
 
 def guarded(kernel, grid, *arguments, **options) -> None:
     """`run` on copies of the tensors, each amid bytes of 0xFF (NaN, or a key that is seen) that must stay so."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from dma_diffusers.kernels.run import run
@@ -283,7 +284,7 @@ def guarded(kernel, grid, *arguments, **options) -> None:
         return copy.view(x.dtype)
 
     def own(argument):
-        if isinstance(argument, TensorDescriptor):
+        if isinstance(argument, TensorDescriptor | GluonTensorDescriptor):
             return replace(argument, base=copied(argument.base))
         return copied(argument) if isinstance(argument, torch.Tensor) else argument
 
