@@ -44,7 +44,7 @@ def tiles(length: int) -> int:
 class PrecisionMap:
     """For each Q tile, the KV tiles it visits, in the kernel's order.
 
-    indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers, ascending within each phase.
+    indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers (in `shared`, more), ascending within each phase.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
     has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
     """

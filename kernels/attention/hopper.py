@@ -29,7 +29,7 @@ QUERIES = maps.SHARED_BLOCKS * maps.SHARED_ROWS  # of one program
 PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
 VISITORS = gl.constexpr(
     maps.SHARED_TILE_BITS
-)  # where an entry of a walk tells which warpgroups visit the tile
+)  # from this bit on, an entry of a walk tells who visits the tile
 ONE = gl.constexpr(0x38)  # in e4m3
 
 # Triton 3.6 knows them by other names.
@@ -212,9 +212,8 @@ def _low_phase(
                 s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
             if MASKED or key_mask is not None:
                 s = _seen(s.to(gl.float32), tile, key_mask, k_length, q_tokens, MASKED and CAUSAL)
-                own_factor = gl.maximum(
-                    own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN
-                )  # 0·−inf is NaN
+                # 0·−inf is NaN
+                own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)
             top = gl.max(s, axis=1).to(gl.float32)
             p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
             p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
@@ -372,7 +371,7 @@ def attend_hopper(
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
 
     `indices` and `bounds` are a map's `shared` walks (maps.py). HIGH is read as bf16 numbers without tensor scales,
-    LOW as e4m3 or int8 ones under scales of K's tiles or tokens.
+    LOW as e4m3 or int8 ones under scales of K's tiles or tokens; other scales and block sizes are not looked at.
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)
     head, block = gl.program_id(0) // blocks, gl.program_id(0) % blocks

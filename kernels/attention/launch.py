@@ -91,39 +91,25 @@ def attention(
     if classes[1]:
         v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
     walks = precision_map.shared if in_gluon else precision_map
-    shapes = (
+    arguments = (
+        *high_operands, v_high, *low_operands, v_low,
+        encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, out, lse,
         heads, kv_heads, q_length, k_length, head_dim,
         *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
         *out.stride()[:3],
     )  # fmt: skip
-    common = (
-        encoded.v_scale,
-        fold,
-        encoded.offset,
-        walks.indices,
-        walks.bounds,
-        whole_mask,
-        out,
-        lse,
-        *shapes,
-    )
     multiplied = [constant for c in classes for constant in (c.multiplied if c else [None, None, None])]
     if in_gluon:
-        programs = -(-q_length // hopper.QUERIES) * batch * heads
         run(
-            hopper.attend_hopper, (programs,),
-            *high_operands, v_high, *low_operands, v_low, *common, *multiplied,
+            hopper.attend_hopper, (-(-q_length // hopper.QUERIES) * batch * heads,), *arguments, *multiplied,
             CAUSAL=is_causal, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         blocks = -(-q_length // tuned.rows) * batch * heads
-        programs = (
-            blocks if tuned.programs is None else min(blocks, tuned.programs * multiprocessors(q.device))
-        )
+        most = blocks if tuned.programs is None else tuned.programs * multiprocessors(q.device)
         run(
-            attend, (programs,),
-            *high_operands, v_high, *low_operands, v_low, *common, blocks, 0.0, *multiplied,
+            attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
             CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
             EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
             STAGES=tuned.stages,
