@@ -1,7 +1,7 @@
 """Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -124,6 +124,15 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> 
     return torch.view_as_real(turned).flatten(-2)
 
 
+def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
+    """x in int8 or fp8, each run of `rows` rows under its amax, by whose inverse it is multiplied."""
+    largest = 127.0 if fmt == "int8" else 448.0
+    amax = torch.stack([run.abs().amax((-2, -1)) for run in x.split(rows, dim=-2)], dim=-1)
+    scale = torch.where(amax == 0, 1.0, amax / largest).repeat_interleave(rows, -1)[..., : x.shape[-2], None]
+    y = x * (1 / scale)
+    return (y.round() if fmt == "int8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
+
+
 def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
     q, k, v = (x.cpu().float() for x in (q, k, v))
@@ -140,9 +149,13 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
         if fmt == "bf16":
             a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
             return (a @ b.mT) * call.head_dim**-0.5
-        of_k = replace(get_format(fmt), block_rows=128) if fmt in ("int8", "fp8") else fmt
-        operands = ((folded, fmt), (smoothed, of_k))
-        a, b = (fake_quantize(x, f, tensor_amax=x.abs().amax((-2, -1), keepdim=True)) for x, f in operands)
+        if fmt in ("int8", "fp8"):
+            a, b = under_shared_scales(folded, fmt, 1), under_shared_scales(smoothed, fmt, 128)
+        else:
+            amax = (x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed))
+            a, b = (
+                fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), amax, strict=True)
+            )
         return (a.double() @ b.double().mT) * math.log(2)
 
     s = torch.where(is_high(call), scores(call.high), scores(call.low))
