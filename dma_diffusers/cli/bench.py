@@ -1,0 +1,62 @@
+"""`dma-diffusers bench`: speed."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from dma_diffusers.cli.console import Json, print_json, print_table, progress, quiet, require
+
+
+def bench_attention(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A model's, such as flux-1k, or BxHxNxD; every model's if left out."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=2, help="Of the models' shapes.")] = 1,
+    config: Annotated[
+        list[str] | None, typer.Option(help="One of ours, such as high=bf16,low=int8,window=0,sink=0.")
+    ] = None,
+    inputs: Annotated[str, typer.Option(help="normal or outliers.")] = "normal",
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=60, help="GPU time for each kernel and shape.")
+    ] = 0.3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The raw result as JSON; resumed if it exists.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="A chart to draw, as SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time our attention beside its peers, and both against the bound of the GPU."""
+    from dma_diffusers.eval.bench.timing import require_gpu
+
+    require_gpu()
+    require(("triton", "transformers"), "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.eval.bench import plot as chart
+    from dma_diffusers.eval.bench import shapes, summary
+    from dma_diffusers.eval.bench.attention import bench_attention as measure
+    from dma_diffusers.eval.bench.entries import Config
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
+
+    chosen = shapes.parse(shape or list(shapes.NAMED), batch)
+    configs = [Config.parse(text) for text in config or ()]
+    if plot:
+        chart.check_plot(plot)
+    for path in filter(None, (output, plot)):
+        check_writable(path)
+    command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    with quiet(), progress(not as_json) as on_step:
+        result = measure(chosen, configs, inputs, seed, seconds, output, command, on_step)
+    if plot:
+        write_atomically(plot, chart.plot(result["shapes"]))
+    if as_json:
+        print_json(result)
+        return
+    for label, measured in result["shapes"].items():
+        print(f"\n{label}, {inputs} inputs, {result['settings']['gpu']['name']}")
+        lines = summary.cells(measured["entries"])
+        print_table(summary.HEADER, ([escape(text) for text in line] for line in lines))

@@ -1,0 +1,85 @@
+"""What the commands share: options, quiet, progress bars, tables, JSON."""
+
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Format = Annotated[
+    str | None, typer.Option(help="Format of these tiles, such as mxfp8; replaces the preset's.")
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
+
+
+def require(packages: tuple[str, ...], remedy: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: {remedy}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings, and keep what libraries print off standard output."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def hide_loading_bars() -> None:
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # transformers hides downloads too, which can take long
+
+
+@contextmanager
+def progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal; what this yields moves them, called with (title, steps done, steps in all)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_step(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bars.add_task(title, total=total)
+            bars.update(tasks[title], completed=done)
+
+        yield on_step
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def print_table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    table = Table(*header, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # what goes into a file or a pipe keeps its lines whole
+    console.print(table)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))

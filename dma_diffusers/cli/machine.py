@@ -1,0 +1,45 @@
+"""`dma-diffusers doctor` and `compile`: what this machine runs, what others would."""
+
+from typing import Annotated
+
+import typer
+
+from dma_diffusers.cli.console import Format, Json, print_json, print_table, quiet, require
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run, and if not, why."""
+    from dma_diffusers.doctor import diagnose
+
+    with quiet():
+        findings = diagnose()
+    if as_json:
+        print_json(findings)
+        return
+    print(
+        f"torch {findings['torch']}, triton {findings['triton'] or 'absent'}, {findings['gpu'] or 'no GPU'}"
+    )
+    rows = [
+        (found["formats"], found["name"], "yes" if found["runs"] else "no", found["reason"])
+        for found in findings["lowerings"]
+    ]
+    print_table(("formats", "lowering", "runs", "why"), rows)
+
+
+def compile_kernels(
+    target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120 or sm_90.")],
+    high: Format = None,
+    low: Format = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel variant for an architecture, ahead of time, on any machine."""
+    require(("triton",), "it is there for Linux alone")
+    from dma_diffusers.kernels.compile import compile_all
+
+    with quiet():
+        variants = compile_all(target, high=high, low=low)
+    if as_json:
+        print_json(variants)
+        return
+    columns = [name for name in variants[0] if name != "loops"]  # instruction counts, for --json alone
+    print_table(columns, [[variant[name] for name in columns] for variant in variants])
