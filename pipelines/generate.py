@@ -31,12 +31,14 @@ def draw(
     seeds: Sequence[int],
     call: dict[str, Any],
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    through: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, latents: latents,
 ) -> Drawing:
     """Draw every prompt with its own seed, as one batch.
 
     Args:
         call: further keyword arguments of the pipeline's call; one `negative_prompt` serves all prompts.
         on_step: called after each denoising step with (steps done, steps in all).
+        through: given each step's index and the latents that it left, returns those that the next one starts from.
 
     The noise is drawn on the CPU, so that a seed means the same picture on every device. Raises ValueError
     where latents come out NaN or infinite.
@@ -47,7 +49,7 @@ def draw(
         nonlocal latents
         latents = tensors["latents"]
         on_step(step + 1, pipe.num_timesteps)
-        return tensors
+        return {"latents": through(step, latents)}
 
     if isinstance(call.get("negative_prompt"), str):
         # Flux does not repeat a single negative prompt over the batch.

@@ -1,10 +1,11 @@
-"""Draw the prompts of a file and lay the pictures out on one sheet, each over its prompt.
+"""Draw the first 64 prompts of a file and lay the pictures out on one sheet, each over its prompt.
 
 python -m dma_diffusers.pipelines.demo_training.contact_sheet \
-    pipelines/demo/flux pipelines/demo/prompts.txt pipelines/demo/contact_sheet.png
+    pipelines/demo/flux pipelines/demo/prompts.jsonl pipelines/demo/contact_sheet.png
 """
 
 import argparse
+import json
 import textwrap
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dma_diffusers.pipelines.demo_training.drawing import draw
 
-_COLUMNS, _CELL, _CAPTION, _MARGIN = 8, 176, 46, 8
+_PICTURES, _COLUMNS, _CELL, _CAPTION, _MARGIN = 64, 8, 176, 46, 8
 
 
 def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
@@ -35,10 +36,10 @@ def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pipeline", type=Path)
-    parser.add_argument("prompts", type=Path, help="one prompt a line")
+    parser.add_argument("prompts", type=Path, help="JSON lines with a prompt each")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
-    prompts = args.prompts.read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()[:_PICTURES]]
     sheet = lay_out(draw(args.pipeline, prompts), prompts)
     sheet.quantize(256, dither=Image.Dither.NONE).save(args.output, optimize=True)
 

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument(
-        "--count", type=int, default=64, help="prompts; the first 64 are those of prompts.txt"
+        "--count", type=int, default=64, help="prompts; the first 64 are those of prompts.jsonl"
     )
     args = parser.parse_args()
 

@@ -4,6 +4,7 @@ python -m dma_diffusers.pipelines.demo_training.prompts pipelines/demo
 """
 
 import argparse
+import json
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ from dma_diffusers.pipelines.demo_training.concepts import HELD_OUT
 from dma_diffusers.pipelines.demo_training.scenes import Scene, sample_scene
 
 _SEED = 2026
-_PROMPTS = 64
+_PROMPTS = 200
 
 
 def held_out_scenes(count: int, seed: int = _SEED) -> list[Scene]:
@@ -27,10 +28,12 @@ def held_out_scenes(count: int, seed: int = _SEED) -> list[Scene]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where prompts.txt and held_out_concepts.txt go")
+    parser.add_argument("folder", type=Path, help="where prompts.jsonl and held_out_concepts.txt go")
     args = parser.parse_args()
-    prompts = [scene.prompt for scene in held_out_scenes(_PROMPTS)]
-    (args.folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    lines = [
+        json.dumps({"prompt": scene.prompt, "category": scene.arrangement}) for scene in held_out_scenes(_PROMPTS)
+    ]
+    (args.folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (args.folder / "held_out_concepts.txt").write_text("\n".join(HELD_OUT) + "\n")
 
 

@@ -71,9 +71,10 @@ class Mention:
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt, its background colour and its mentions; ``MAX_OBJECTS`` objects at most."""
+    """A prompt, its arrangement, background colour and mentions; ``MAX_OBJECTS`` objects at most."""
 
     prompt: str
+    arrangement: str
     background: str
     mentions: tuple[Mention, ...]
 
@@ -96,13 +97,13 @@ class Scene:
 def sample_scene(rng: Random) -> Scene:
     """Draw a scene, held out or not."""
     concepts = rng.sample(_CONCEPTS, MAX_OBJECTS)
-    arrangement = rng.choices(_ARRANGEMENTS, _WEIGHTS)[0]
-    phrase, mentions = arrangement(rng, concepts)
+    arrangement = rng.choices(list(_ARRANGEMENTS), _WEIGHTS)[0]
+    phrase, mentions = _ARRANGEMENTS[arrangement](rng, concepts)
     background = "white"
     if rng.random() < 0.8:
         background = rng.choice([colour for colour in BACKGROUNDS if all(colour != m.tint for m in mentions)])
         phrase = f"{phrase} {'on' if rng.random() < 0.8 else 'with'} {with_article(background)} background"
-    return Scene(phrase, background, tuple(mentions))
+    return Scene(phrase, arrangement, background, tuple(mentions))
 
 
 def sample_training_scene(rng: Random) -> Scene:
@@ -176,7 +177,14 @@ def _several(rng: Random, concepts: list[str]):
 
 
 _CONCEPTS = list(SEEN)
-_ARRANGEMENTS = (_alone, _pair, _corners, _between, _three, _several)
+_ARRANGEMENTS = {
+    "alone": _alone,
+    "pair": _pair,
+    "corners": _corners,
+    "between": _between,
+    "three": _three,
+    "several": _several,
+}
 _WEIGHTS = (0.22, 0.42, 0.1, 0.1, 0.08, 0.08)
 
 assert not SEEN.keys() & HELD_OUT.keys()

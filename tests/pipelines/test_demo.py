@@ -20,7 +20,7 @@ from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import DEMO_MODEL, recommended_call
 
 DEMO = DEMO_MODEL.parent
-PROMPTS = (DEMO / "prompts.txt").read_text().splitlines()
+PROMPTS = [json.loads(line)["prompt"] for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
 APPLE = "a red apple left of a cat on a yellow background"
 CALL = recommended_call()
 SHORT = CALL | {"num_inference_steps": 2}
@@ -72,9 +72,9 @@ def test_tokens_of_the_recommended_call(pipe):
 
 
 def test_prompts_are_held_out_combinations():
-    scenes = held_out_scenes(64)
+    scenes = held_out_scenes(200)
     assert [scene.prompt for scene in scenes] == PROMPTS
-    assert len(set(PROMPTS)) == 64
+    assert len(set(PROMPTS)) == 200
     for scene in scenes:
         assert any(crc32(key.encode()) % 10 == 0 for key in scene.combinations()), scene.prompt
 

@@ -1,0 +1,1 @@
+"""What low precision changes in the pictures of a pipeline: `dma-diffusers eval`."""

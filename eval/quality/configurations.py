@@ -1,0 +1,111 @@
+"""What is compared: full precision, another exact kernel for the noise floor, and configurations of DMA."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dma_diffusers.config import PRESETS, DMAConfig
+
+BASELINE, NOISE_FLOOR, CONFIGURATION = "baseline", "noise floor", "configuration"
+
+_ALL_TOKENS = 2**20  # sinks this wide make every tile HIGH
+_ALL_LOW = {"window": 0, "sink": 0, "protect_text": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to draw all pictures. config: None leaves the pipeline as it is."""
+
+    name: str
+    role: str = CONFIGURATION
+    config: DMAConfig | None = None
+
+    def kernels(self) -> AbstractContextManager:
+        """The exact kernels that attention which is not diverted may take, the first that can run a call.
+
+        The noise floor takes another one than every other row.
+        """
+        first = SDPBackend.FLASH_ATTENTION if self.role != NOISE_FLOOR else _OTHER[torch.cuda.is_available()]
+        return sdpa_kernel([first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+
+_OTHER = {True: SDPBackend.EFFICIENT_ATTENTION, False: SDPBackend.MATH}
+
+FULL_PRECISION = Row("full precision", BASELINE)
+AGAIN = Row("full precision, drawn again", BASELINE, DMAConfig.preset("exact"))
+ANOTHER_KERNEL = Row("noise floor: another exact kernel", NOISE_FLOOR)
+
+DEFAULT = {
+    "DMA, window 128": DMAConfig.preset("b200", window=128),
+    "DMA, window 384": DMAConfig.preset("b200", window=384),
+    "all MXFP8": DMAConfig.preset("b200", sink=_ALL_TOKENS),
+    "all MXFP4": DMAConfig.preset("b200", low="mxfp4", **_ALL_LOW),
+    "all NVFP4": DMAConfig.preset("b200", low="nvfp4", **_ALL_LOW),
+    "all INT8": DMAConfig.preset("hopper", low="int8", **_ALL_LOW),
+}
+"""What `dma-diffusers eval` compares unless it is told otherwise."""
+
+
+def rows(configurations: dict[str, DMAConfig]) -> list[Row]:
+    """The two rows that are always there, and one for each configuration. ValueError for a name that is taken."""
+    always = [AGAIN, ANOTHER_KERNEL]
+    if taken := [row.name for row in (FULL_PRECISION, *always) if row.name in configurations]:
+        raise ValueError(f"a configuration cannot be called {taken[0]!r}: that row is always there")
+    return always + [Row(name, CONFIGURATION, config) for name, config in configurations.items()]
+
+
+def parse(text: str) -> DMAConfig:
+    """A configuration from text such as `exact`, `preset=b200`, `low=mxfp4,window=384`.
+
+    Raises ValueError, in one line, for anything else.
+    """
+    if text in PRESETS:
+        return DMAConfig.preset(text)
+    try:
+        fields = yaml.safe_load("{" + text.replace("=", ": ") + "}")
+    except yaml.YAMLError:
+        fields = None
+    return _configuration(text, fields)
+
+
+def named(texts: Sequence[str]) -> dict[str, DMAConfig]:
+    """Configurations under the texts that say them; ValueError for one that is given twice."""
+    if repeated := {text for text in texts if texts.count(text) > 1}:
+        raise ValueError(f"configuration {repeated.pop()!r} is given twice")
+    return {text: parse(text) for text in texts}
+
+
+def read(path: Path) -> dict[str, DMAConfig]:
+    """Configurations by name from a YAML file that maps names to fields or to text as `parse` takes it.
+
+    Raises ValueError, in one line, where it holds anything else.
+    """
+    try:
+        entries = yaml.safe_load(path.read_bytes().decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{path} must map names to configurations, as in `DMA 384: low=mxfp4,window=384`")
+    return {
+        str(name): parse(entry) if isinstance(entry, str) else _configuration(f"{path}: {name}", entry)
+        for name, entry in entries.items()
+    }
+
+
+def _configuration(label: str, fields: Any) -> DMAConfig:
+    if not isinstance(fields, dict) or None in fields.values():
+        raise ValueError(
+            f"configuration {label!r}: give a preset ({', '.join(PRESETS)}) or fields, as in low=mxfp4,window=384"
+        )
+    fields = {str(name): tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    preset = fields.pop("preset", None)
+    try:
+        return DMAConfig(**fields) if preset is None else DMAConfig.preset(preset, **fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"configuration {label!r}: {error}") from error

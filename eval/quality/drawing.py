@@ -1,0 +1,70 @@
+"""Draw the pictures of a row that are not there yet, each process its share of the batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from dma_diffusers.attach import apply, report, restore
+from dma_diffusers.eval.quality.configurations import Row
+from dma_diffusers.eval.quality.pictures import Pictures, Sample, batches
+from dma_diffusers.pipelines.generate import draw
+
+OnStep = Callable[[str, int, int], None]
+"""Called with (title, steps done, steps in all)."""
+
+
+@contextmanager
+def attached(pipe: DiffusionPipeline, row: Row) -> Iterator[None]:
+    """The pipeline as `row` wants it."""
+    if row.config is not None:
+        apply(pipe, row.config)
+    try:
+        with row.kernels():
+            yield
+    finally:
+        restore(pipe)
+
+
+def draw_missing(
+    pipe: DiffusionPipeline,
+    row: Row,
+    pictures: Pictures,
+    samples: Sequence[Sample],
+    batch: int,
+    call: dict[str, Any],
+    on_step: OnStep,
+) -> list[Path]:
+    """Draw those of `samples` that are not there, and return the files that were corrupt.
+
+    Samples are always drawn in the same batches of `batch`, because another size may round otherwise; under
+    `accelerate launch` each process draws every n-th of them. Returns once all processes have drawn theirs.
+    """
+    state = PartialState()
+    corrupt = []
+    if state.is_main_process:
+        pictures.create()
+        corrupt = pictures.remove_corrupt(samples)
+    state.wait_for_everyone()
+    wanted = [chunk for chunk in batches(samples, batch) if any(sample not in pictures for sample in chunk)]
+    state.wait_for_everyone()  # nobody draws before everybody has seen what is missing
+    mine = wanted[state.process_index :: state.num_processes]
+    with attached(pipe, row):
+        for i, chunk in enumerate(mine):
+            drawing = draw(
+                pipe,
+                [sample.prompt.text for sample in chunk],
+                [sample.seed for sample in chunk],
+                call,
+                lambda done, total, i=i: on_step(row.name, i * total + done, len(mine) * total),
+            )
+            for sample, picture, latents in zip(chunk, drawing.pictures, drawing.latents, strict=True):
+                if sample not in pictures:
+                    pictures.write(sample, picture, latents, drawing.seconds / len(chunk))
+            if row.config is not None and state.is_main_process:
+                pictures.write_receipt(report(pipe).to_dict())
+    state.wait_for_everyone()
+    return corrupt

@@ -1,0 +1,109 @@
+"""The pictures of one row on disk: each written once, whole, and never taken for another row's."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dma_diffusers.eval.quality.prompts import Prompt
+from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.picture import encode
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture that every row has: a prompt and a seed."""
+
+    prompt: Prompt
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """A name that is the same in every run."""
+        return hashlib.sha256(f"{self.seed} {self.prompt.text}".encode()).hexdigest()[:16]
+
+
+class Pictures:
+    """A folder with the pictures and last latents of one row.
+
+    A picture is two files: latents with the seconds it took, and then the picture, whose presence says that both
+    are whole. The folder's name holds a digest of `settings`, so that other settings find another folder.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:60]}-{digest}"
+        self.settings = settings
+
+    def create(self) -> None:
+        """Make the folder, and say in it what it is for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+
+    def __contains__(self, sample: Sample) -> bool:
+        return self._picture(sample).is_file()
+
+    def remove_corrupt(self, samples: Sequence[Sample]) -> list[Path]:
+        """Remove the pictures that are not what was written, and name their files."""
+        corrupt = []
+        for sample in filter(self.__contains__, samples):
+            path = self._picture(sample)
+            try:
+                with Image.open(path) as picture:
+                    picture.verify()
+                path = self._latents(sample)
+                with safe_open(path, "pt"):
+                    pass
+            except (UnidentifiedImageError, SafetensorError, OSError, SyntaxError):
+                self._picture(sample).unlink()
+                corrupt.append(path)
+        return corrupt
+
+    def write(self, sample: Sample, picture: Image.Image, latents: torch.Tensor, seconds: float) -> None:
+        """Store a picture, its last latents (any shape, float32) and the seconds it took."""
+        metadata = {"seconds": repr(seconds), "prompt": sample.prompt.text, "seed": str(sample.seed)}
+        write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
+        write_atomically(self._picture(sample), encode(picture, "PNG"))
+
+    def picture(self, sample: Sample) -> torch.Tensor:
+        """The picture as uint8 `[3, H, W]`."""
+        with Image.open(self._picture(sample)) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+    def latents(self, sample: Sample) -> torch.Tensor:
+        """The last latents."""
+        with safe_open(self._latents(sample), "pt") as file:
+            return file.get_tensor("latents")
+
+    def seconds(self, sample: Sample) -> float:
+        """What the picture took: the time of its batch, shared equally."""
+        with safe_open(self._latents(sample), "pt") as file:
+            return float(file.metadata()["seconds"])
+
+    def write_receipt(self, receipt: dict[str, Any]) -> None:
+        write_atomically(self.folder / "receipt.json", json.dumps(receipt).encode())
+
+    def receipt(self) -> dict[str, Any] | None:
+        """What drew the pictures; None for full precision."""
+        path = self.folder / "receipt.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _picture(self, sample: Sample) -> Path:
+        return self.folder / f"{sample.key}.png"
+
+    def _latents(self, sample: Sample) -> Path:
+        return self.folder / f"{sample.key}.safetensors"
+
+
+def batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Samples in the batches they are always drawn in: a batch of another size may round otherwise."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]

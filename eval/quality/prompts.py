@@ -1,0 +1,84 @@
+"""Prompt sets: the built-in one, and files in the shapes that published sets come in."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dma_diffusers.pipelines.load import DEMO_MODEL
+
+BUILT_IN = DEMO_MODEL.parent / "prompts.jsonl"
+_PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # DrawBench says Prompts, PartiPrompts Prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a picture is asked for, and its set's name for the kind of prompt, "" if it has none."""
+
+    text: str
+    category: str = ""
+
+
+def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], int]:
+    """The first `count` different prompts of a file (None: all), and how many repeated ones were left out.
+
+    .txt: one prompt a line. .jsonl: one object a line. .csv and .tsv: a table with a header (DrawBench,
+    PartiPrompts). .json: a list of objects, or objects by name (MJHQ-30K). Objects and tables hold `prompt` (or
+    `prompts`, `text`, `caption`) and perhaps `category`, in any case. Raises ValueError for anything else, and
+    where no prompt is left.
+    """
+    readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".json": _json}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: prompts come as {', '.join(readers)}, not {path.suffix or 'without a suffix'}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+    try:
+        found = list(readers[path.suffix](text))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+    different: dict[str, Prompt] = {}
+    for prompt in found:
+        different.setdefault(prompt.text, prompt)
+    if not different:
+        raise ValueError(f"{path} holds no prompts")
+    return list(different.values())[:count], len(found) - len(different)
+
+
+def _lines(text: str) -> Iterable[Prompt]:
+    return (Prompt(line.strip()) for line in text.splitlines() if line.strip())
+
+
+def _json_lines(text: str) -> Iterable[Prompt]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            yield _prompt(entry, f"line {number}")
+
+
+def _json(text: str) -> Iterable[Prompt]:
+    entries = json.loads(text)
+    named = entries.items() if isinstance(entries, dict) else enumerate(entries, 1)
+    return (_prompt(entry, f"entry {name}") for name, entry in named)
+
+
+def _table(text: str) -> Iterable[Prompt]:
+    header = text.partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
+    for row in rows:
+        yield _prompt({key: value for key, value in row.items() if key}, f"line {rows.line_num}")
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    fields = {str(key).strip().lower(): value for key, value in entry.items()} if isinstance(entry, dict) else {}
+    text = next((fields[key] for key in _PROMPT_KEYS if key in fields), None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where} has no prompt: give it one as {', '.join(_PROMPT_KEYS)}")
+    return Prompt(text.strip(), str(fields.get("category") or "").strip())
