@@ -2,7 +2,7 @@
 
 from PIL.Image import Image
 
-from dma_diffusers.eval.metrics import paired_metrics
+from dma_diffusers.eval.metrics.paired import paired_metrics
 from dma_diffusers.pipelines.generate import Drawing
 from dma_diffusers.pipelines.picture import amplified_difference, side_by_side
 

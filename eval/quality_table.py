@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
-from dma_diffusers.eval.metrics import paired_metrics
+from dma_diffusers.eval.metrics.paired import paired_metrics
 from dma_diffusers.eval.quality_summary import summarise
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.generate import Drawing, draw

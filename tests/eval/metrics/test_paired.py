@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dma_diffusers.eval.metrics import paired_metrics, psnr_db, relative_l2, ssim
+from dma_diffusers.eval.metrics.paired import paired_metrics, psnr_db, relative_l2, ssim
 from dma_diffusers.pipelines.generate import Drawing
 
 

@@ -1,0 +1,1 @@
+"""Quality metrics: pictures, features or latents in, numbers out; no runs and no pipelines."""
