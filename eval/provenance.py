@@ -14,7 +14,7 @@ import dma_diffusers
 def fingerprint(folder: Path, *patterns: str) -> str:
     """SHA-256 over the names and bytes of a folder's files that match any of `patterns`."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -26,7 +26,7 @@ def sources() -> dict[str, str]:
     kernels = next(
         Path(root) / "kernels" for root in dma_diffusers.__path__ if (Path(root) / "kernels").is_dir()
     )
-    return {"dma_diffusers": fingerprint(package, "*.py"), "kernels": fingerprint(kernels, "*.py")}
+    return {"dma_diffusers": fingerprint(package, "*.py"), "kernels": fingerprint(kernels, "**/*.py")}
 
 
 def versions() -> dict[str, str]:

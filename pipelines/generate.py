@@ -1,13 +1,14 @@
-"""Draw pictures with a pipeline: one seed per prompt, the latents kept."""
+"""Draw pictures or videos with a pipeline: one seed per prompt, the latents kept."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL.Image import Image
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,19 @@ class Drawing:
     """What one call of a pipeline drew.
 
     Args:
-        pictures: one RGB picture per prompt.
+        frames: uint8 `[prompts, F, height, width, 3]`, RGB; F is 1 for pictures.
         latents: [prompts, ...] float32 on the CPU, as the last step left them, in the pipeline's own layout.
         seconds: wall time of the call, text encoding and decoding included.
     """
 
-    pictures: list[Image]
+    frames: np.ndarray
     latents: torch.Tensor
     seconds: float
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The picture of each prompt, or its video's first frame."""
+        return [Image.fromarray(frames[0]) for frames in self.frames]
 
 
 def draw(
@@ -41,7 +47,7 @@ def draw(
         through: given each step's index and the latents that it left, returns those that the next one starts from.
 
     The noise is drawn on the CPU, so that a seed means the same picture on every device. Raises ValueError
-    where latents come out NaN or infinite.
+    where latents or pictures come out NaN or infinite.
     """
     latents = None
 
@@ -58,12 +64,13 @@ def draw(
     output = pipe(
         prompt=list(prompts),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="pil",
+        output_type="np",
         callback_on_step_end=step_ended,
         callback_on_step_end_tensor_inputs=["latents"],
         **call,
     )
     seconds = time.perf_counter() - start
-    if not latents.isfinite().all():
+    drawn = output.frames if "frames" in output else output.images[:, None]
+    if not (latents.isfinite().all() and np.isfinite(drawn).all()):
         raise ValueError("the pipeline drew NaN or infinity instead of a picture")
-    return Drawing(output.images, latents.float().cpu(), seconds)
+    return Drawing((drawn * 255).round().astype(np.uint8), latents.float().cpu(), seconds)

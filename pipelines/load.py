@@ -15,14 +15,14 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 _PICTURES_IN = {"strength", "mask_image", "control_image", "video"}
 
 
-def load_pipeline(model: str | Path = DEMO_MODEL) -> DiffusionPipeline:
+def load_pipeline(model: str | Path = DEMO_MODEL, video: bool = False) -> DiffusionPipeline:
     """The pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 
     Only safetensors are read, and no code that comes with a model is run. Raises ValueError where `model` is
-    no text-to-image pipeline, OSError where it cannot be read or fetched.
+    no text-to-image pipeline (video: nor a text-to-video one), OSError where it cannot be read or fetched.
     """
     pipeline = _pipeline_class(model)
-    if not draws_from_text_alone(pipeline):
+    if not draws_from_text_alone(pipeline, video):
         raise ValueError(f"{model} is a {pipeline.__name__}, which does not turn text alone into an image")
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -55,10 +55,12 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     return call
 
 
-def draws_from_text_alone(pipeline: type[DiffusionPipeline]) -> bool:
-    """Whether a call with a prompt and no picture gives an image, as far as its signature tells."""
+def draws_from_text_alone(pipeline: type[DiffusionPipeline], video: bool = False) -> bool:
+    """Whether a call with a prompt and no picture gives an image (video: or a video), as its signature tells."""
     arguments = _arguments(pipeline)
-    if not {"prompt", "height", "callback_on_step_end"} <= arguments.keys() or "num_frames" in arguments:
+    if not {"prompt", "height", "callback_on_step_end"} <= arguments.keys():
+        return False
+    if "num_frames" in arguments and not video:
         return False
     required = {name for name, argument in arguments.items() if argument.default is argument.empty}
     # Where a picture is optional, as in FLUX.2, its type says so; its default is None in all pipelines.

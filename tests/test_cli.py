@@ -329,28 +329,6 @@ def test_compile_refuses_in_one_line(monkeypatch, capsys, flags):
     assert error.count("\n") == 1
 
 
-def test_quality_table_prints_markdown(monkeypatch, capsys, model, tmp_path):
-    target, prompts = tmp_path / "table.json", tmp_path / "prompts.txt"
-    prompts.write_text("a cat\ntwo dogs\na tree\n")
-    arguments = (
-        "--model",
-        model,
-        "--prompts",
-        str(prompts),
-        "--count",
-        "2",
-        "--batch",
-        "2",
-        "-o",
-        str(target),
-    )
-    code, output, _ = run(monkeypatch, capsys, "quality-table", *arguments)
-    assert code == 0
-    assert output.startswith("| Attention | PSNR, dB |")
-    assert "| all MXFP4 |" in output
-    assert json.loads(target.read_text())["command"] == f"dma-diffusers quality-table {' '.join(arguments)}"
-
-
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys, model, tmp_path):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")

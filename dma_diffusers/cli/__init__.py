@@ -6,9 +6,9 @@ import sys
 import typer
 
 from dma_diffusers.cli.bench import bench_attention
+from dma_diffusers.cli.evaluate import evaluate
 from dma_diffusers.cli.generate import generate
 from dma_diffusers.cli.machine import compile_kernels, doctor
-from dma_diffusers.cli.quality_table import quality_table
 
 app = typer.Typer(
     help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
@@ -20,9 +20,9 @@ bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 app.command()(generate)
+app.command("eval")(evaluate)
 app.command()(doctor)
 app.command("compile")(compile_kernels)
-app.command("quality-table")(quality_table)
 bench.command("attention")(bench_attention)
 
 

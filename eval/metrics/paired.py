@@ -1,19 +1,16 @@
 """Paired metrics: what low precision changed in a picture or its latents, one number per prompt."""
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL.Image import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dma_diffusers.pipelines.generate import Drawing
 
 
-def picture_tensor(pictures: Sequence[Image]) -> torch.Tensor:
-    """RGB pictures of one size as [B, 3, H, W] uint8: what a reader sees is what is measured."""
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+def picture_tensor(drawing: Drawing) -> torch.Tensor:
+    """The pictures of a drawing as [B, 3, H, W] uint8: what a reader sees is what is measured."""
+    return torch.from_numpy(drawing.frames[:, 0]).permute(0, 3, 1, 2)
 
 
 def psnr_db(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -44,7 +41,7 @@ def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float
 
     Identical pictures have an infinite PSNR, which JSON cannot hold: it is None here.
     """
-    pictures, references = picture_tensor(drawing.pictures), picture_tensor(reference.pictures)
+    pictures, references = picture_tensor(drawing), picture_tensor(reference)
     return {
         "psnr_db": [
             value if math.isfinite(value) else None for value in psnr_db(pictures, references).tolist()

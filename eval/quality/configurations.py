@@ -99,7 +99,7 @@ def read(path: Path) -> dict[str, DMAConfig]:
 
 
 def _configuration(label: str, fields: Any) -> DMAConfig:
-    if not isinstance(fields, dict) or None in fields.values():
+    if not isinstance(fields, dict) or not fields or None in fields.values():
         raise ValueError(
             f"configuration {label!r}: give a preset ({', '.join(PRESETS)}) or fields, as in low=mxfp4,window=384"
         )

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.eval.quality.configurations import Row
-from dma_diffusers.eval.quality.pictures import Pictures, Sample, batches
+from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.generate import draw
 
 OnStep = Callable[[str, int, int], None]
@@ -33,23 +33,21 @@ def draw_missing(
     pipe: DiffusionPipeline,
     row: Row,
     pictures: Pictures,
-    samples: Sequence[Sample],
-    batch: int,
+    batches: Sequence[Sequence[Sample]],
     call: dict[str, Any],
     on_step: OnStep,
 ) -> list[Path]:
-    """Draw those of `samples` that are not there, and return the files that were corrupt.
+    """Draw the batches of which something is missing, and return the files that were corrupt.
 
-    Samples are always drawn in the same batches of `batch`, because another size may round otherwise; under
-    `accelerate launch` each process draws every n-th of them. Returns once all processes have drawn theirs.
+    Under `accelerate launch` each process draws every n-th of them. Returns once all have drawn theirs.
     """
     state = PartialState()
     corrupt = []
     if state.is_main_process:
         pictures.create()
-        corrupt = pictures.remove_corrupt(samples)
+        corrupt = pictures.remove_corrupt([sample for chunk in batches for sample in chunk])
     state.wait_for_everyone()
-    wanted = [chunk for chunk in batches(samples, batch) if any(sample not in pictures for sample in chunk)]
+    wanted = [chunk for chunk in batches if any(sample not in pictures for sample in chunk)]
     state.wait_for_everyone()  # nobody draws before everybody has seen what is missing
     mine = wanted[state.process_index :: state.num_processes]
     with attached(pipe, row):
@@ -61,9 +59,9 @@ def draw_missing(
                 call,
                 lambda done, total, i=i: on_step(row.name, i * total + done, len(mine) * total),
             )
-            for sample, picture, latents in zip(chunk, drawing.pictures, drawing.latents, strict=True):
+            for sample, frames, latents in zip(chunk, drawing.frames, drawing.latents, strict=True):
                 if sample not in pictures:
-                    pictures.write(sample, picture, latents, drawing.seconds / len(chunk))
+                    pictures.write(sample, frames, latents, drawing.seconds / len(chunk))
             if row.config is not None and state.is_main_process:
                 pictures.write_receipt(report(pipe).to_dict())
     state.wait_for_everyone()

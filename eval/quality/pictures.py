@@ -21,15 +21,26 @@ from dma_diffusers.pipelines.picture import encode
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture that every row has: a prompt and a seed."""
+    """One picture that every row has: a prompt, a seed, and a name that is the same in every run."""
 
     prompt: Prompt
     seed: int
+    key: str
 
-    @property
-    def key(self) -> str:
-        """A name that is the same in every run."""
-        return hashlib.sha256(f"{self.seed} {self.prompt.text}".encode()).hexdigest()[:16]
+
+def batches(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> list[list[Sample]]:
+    """All pairs of prompts and seeds, prompt by prompt, in the batches they are drawn in.
+
+    A sample's key holds what is drawn together with it: another batch may round otherwise.
+    """
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    found = []
+    for start in range(0, len(pairs), size):
+        chunk = pairs[start : start + size]
+        together = json.dumps([(prompt.text, seed) for prompt, seed in chunk])
+        keys = [hashlib.sha256(f"{i} {together}".encode()).hexdigest()[:16] for i in range(len(chunk))]
+        found.append([Sample(prompt, seed, key) for (prompt, seed), key in zip(chunk, keys, strict=True)])
+    return found
 
 
 class Pictures:
@@ -68,16 +79,21 @@ class Pictures:
                 corrupt.append(path)
         return corrupt
 
-    def write(self, sample: Sample, picture: Image.Image, latents: torch.Tensor, seconds: float) -> None:
-        """Store a picture, its last latents (any shape, float32) and the seconds it took."""
-        metadata = {"seconds": repr(seconds), "prompt": sample.prompt.text, "seed": str(sample.seed)}
+    def write(self, sample: Sample, frames: np.ndarray, latents: torch.Tensor, seconds: float) -> None:
+        """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took."""
+        strip = Image.fromarray(
+            frames.reshape(-1, *frames.shape[2:])
+        )  # the frames of a video below each other
+        metadata = {"seconds": repr(seconds), "frames": str(len(frames))}
+        metadata |= {"prompt": sample.prompt.text, "seed": str(sample.seed)}
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
-        write_atomically(self._picture(sample), encode(picture, "PNG"))
+        write_atomically(self._picture(sample), encode(strip, "PNG"))
 
-    def picture(self, sample: Sample) -> torch.Tensor:
-        """The picture as uint8 `[3, H, W]`."""
-        with Image.open(self._picture(sample)) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    def frames(self, sample: Sample) -> torch.Tensor:
+        """The picture, or the frames of the video, as uint8 `[F, 3, H, W]`."""
+        with Image.open(self._picture(sample)) as strip:
+            pixels = torch.from_numpy(np.array(strip))
+        return pixels.unflatten(0, (int(self._metadata(sample)["frames"]), -1)).permute(0, 3, 1, 2)
 
     def latents(self, sample: Sample) -> torch.Tensor:
         """The last latents."""
@@ -86,8 +102,7 @@ class Pictures:
 
     def seconds(self, sample: Sample) -> float:
         """What the picture took: the time of its batch, shared equally."""
-        with safe_open(self._latents(sample), "pt") as file:
-            return float(file.metadata()["seconds"])
+        return float(self._metadata(sample)["seconds"])
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:
         write_atomically(self.folder / "receipt.json", json.dumps(receipt).encode())
@@ -97,13 +112,12 @@ class Pictures:
         path = self.folder / "receipt.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def _metadata(self, sample: Sample) -> dict[str, str]:
+        with safe_open(self._latents(sample), "pt") as file:
+            return file.metadata()
+
     def _picture(self, sample: Sample) -> Path:
         return self.folder / f"{sample.key}.png"
 
     def _latents(self, sample: Sample) -> Path:
         return self.folder / f"{sample.key}.safetensors"
-
-
-def batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Samples in the batches they are always drawn in: a batch of another size may round otherwise."""
-    return [samples[start : start + size] for start in range(0, len(samples), size)]

@@ -11,6 +11,7 @@ from typing import Any
 from dma_diffusers.pipelines.load import DEMO_MODEL
 
 BUILT_IN = DEMO_MODEL.parent / "prompts.jsonl"
+FEWEST = 3  # different prompts of which an interval can be told
 _PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # DrawBench says Prompts, PartiPrompts Prompt
 
 
@@ -28,15 +29,19 @@ def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], in
     .txt: one prompt a line. .jsonl: one object a line. .csv and .tsv: a table with a header (DrawBench,
     PartiPrompts). .json: a list of objects, or objects by name (MJHQ-30K). Objects and tables hold `prompt` (or
     `prompts`, `text`, `caption`) and perhaps `category`, in any case. Raises ValueError for anything else, and
-    where no prompt is left.
+    where fewer than three prompts are left.
     """
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".json": _json}
     if path.suffix not in readers:
-        raise ValueError(f"{path}: prompts come as {', '.join(readers)}, not {path.suffix or 'without a suffix'}")
+        raise ValueError(
+            f"{path}: prompts come as {', '.join(readers)}, not {path.suffix or 'without a suffix'}"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise ValueError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
     try:
         found = list(readers[path.suffix](text))
     except (ValueError, csv.Error) as error:
@@ -44,8 +49,8 @@ def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], in
     different: dict[str, Prompt] = {}
     for prompt in found:
         different.setdefault(prompt.text, prompt)
-    if not different:
-        raise ValueError(f"{path} holds no prompts")
+    if len(different) < FEWEST:
+        raise ValueError(f"{path} holds {len(different) or 'no'} prompts: intervals need at least {FEWEST}")
     return list(different.values())[:count], len(found) - len(different)
 
 
@@ -65,6 +70,8 @@ def _json_lines(text: str) -> Iterable[Prompt]:
 
 def _json(text: str) -> Iterable[Prompt]:
     entries = json.loads(text)
+    if not isinstance(entries, dict | list):
+        raise ValueError("it is neither a list of objects nor objects by name")
     named = entries.items() if isinstance(entries, dict) else enumerate(entries, 1)
     return (_prompt(entry, f"entry {name}") for name, entry in named)
 
@@ -77,7 +84,9 @@ def _table(text: str) -> Iterable[Prompt]:
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
-    fields = {str(key).strip().lower(): value for key, value in entry.items()} if isinstance(entry, dict) else {}
+    fields = (
+        {str(key).strip().lower(): value for key, value in entry.items()} if isinstance(entry, dict) else {}
+    )
     text = next((fields[key] for key in _PROMPT_KEYS if key in fields), None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no prompt: give it one as {', '.join(_PROMPT_KEYS)}")

@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where prompts.jsonl and held_out_concepts.txt go")
     args = parser.parse_args()
     lines = [
-        json.dumps({"prompt": scene.prompt, "category": scene.arrangement}) for scene in held_out_scenes(_PROMPTS)
+        json.dumps({"prompt": scene.prompt, "category": scene.arrangement})
+        for scene in held_out_scenes(_PROMPTS)
     ]
     (args.folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (args.folder / "held_out_concepts.txt").write_text("\n".join(HELD_OUT) + "\n")

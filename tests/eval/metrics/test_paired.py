@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dma_diffusers.eval.metrics.paired import paired_metrics, psnr_db, relative_l2, ssim
 from dma_diffusers.pipelines.generate import Drawing
@@ -55,8 +54,8 @@ def test_relative_l2_is_per_prompt():
 
 
 def test_identical_pictures():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
-    drawing = Drawing([picture], torch.ones(1, 4), 1.0)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3)).astype(np.uint8)
+    drawing = Drawing(frames, torch.ones(1, 4), 1.0)
     assert paired_metrics(drawing, drawing) == {
         "psnr_db": [None],
         "ssim": [1.0],

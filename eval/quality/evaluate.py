@@ -1,0 +1,146 @@
+"""An evaluation, from prompts to `evaluation.json`: draw, score, sum up. What is there already is not done again."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval import provenance
+from dma_diffusers.eval.quality.columns import COLUMNS
+from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
+from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
+from dma_diffusers.eval.quality.judge import Judge
+from dma_diffusers.eval.quality.pictures import Pictures, batches
+from dma_diffusers.eval.quality.prompts import Prompt
+from dma_diffusers.eval.quality.scoring import Batches
+from dma_diffusers.eval.quality.summary import finite
+from dma_diffusers.eval.quality.trajectory import Trajectory
+from dma_diffusers.eval.quality.worst import worst
+from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.load import load_pipeline
+
+_STEPPED = 8  # samples whose steps are measured one by one
+_DIGITS = 6  # of a stored score: more is rounding noise
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated.
+
+    model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together.
+    call: further arguments of the pipeline's call. configurations: by name, beside full precision.
+    """
+
+    model: str | Path
+    prompts: Sequence[Prompt]
+    seeds: Sequence[int]
+    batch: int
+    call: dict[str, Any]
+    configurations: dict[str, DMAConfig]
+
+
+def evaluate(
+    asked: Asked, judge: Judge, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
+) -> dict[str, Any] | None:
+    """Draw what is missing in `folder`, score it, and write `folder`/evaluation.json; returns what that holds.
+
+    Under `accelerate launch` all processes draw, into a folder that they share; the first one scores, and the
+    others return None. Raises ValueError, naming the row, where one draws NaN.
+    """
+    compared = rows(asked.configurations)
+    chunks = batches(asked.prompts, asked.seeds, asked.batch)
+    pipe = load_pipeline(asked.model, video=True)
+    settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
+    machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
+    pictures = {
+        row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
+        for row in (FULL_PRECISION, *compared)
+    }
+    corrupt = []
+    for row in (FULL_PRECISION, *compared):
+        try:
+            corrupt += draw_missing(pipe, row, pictures[row.name], chunks, asked.call, on_step)
+        except ValueError as error:
+            raise ValueError(f"{row.name}: {error}") from error
+    if not PartialState().is_main_process:
+        return None
+
+    trajectory = Trajectory(pipe, FULL_PRECISION, chunks[0][:_STEPPED], asked.call, on_step)
+    steps = {row.name: trajectory.step_errors(row) for row in compared}
+    layers = None
+    del pipe, trajectory
+
+    exact = pictures.pop(FULL_PRECISION.name)
+    judged, remarks = judge.judge(exact, pictures, chunks, len(asked.seeds))
+    results = {
+        row.name: {
+            "role": row.role,
+            "config": row.config and asdict(row.config),
+            "seconds_per_picture": _seconds(pictures[row.name], chunks),
+            "summary": judged[row.name].summary,
+            "pictures": {name: _stored(scores) for name, scores in judged[row.name].samples.items()},
+            "steps": _stored(steps[row.name]),
+            "receipt": pictures[row.name].receipt(),
+        }
+        for row in compared
+    }
+    remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
+    scored = results[compared[0].name]["summary"]
+    evaluation = {
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings
+        | {"model": str(asked.model), "fingerprint": settings["model"], "batch": asked.batch}
+        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds)},
+        **machine,
+        "sources": provenance.sources(),
+        "prompts": [asdict(prompt) for prompt in asked.prompts],
+        "notes": [*notes, *remarks],
+        "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
+        "rows": results,
+        "layers": layers,
+        "worst": [],
+    }
+    for shown in list(asked.configurations)[:1]:
+        evaluation["worst"] = worst(
+            shown,
+            pictures[shown],
+            exact,
+            chunks,
+            len(asked.seeds),
+            "lpips",
+            judged[shown].samples["lpips"],
+            folder,
+        )
+    write_atomically(folder / "evaluation.json", json.dumps(evaluation, allow_nan=False).encode())
+    return evaluation
+
+
+def _of_row(row: Row) -> dict[str, Any]:
+    """What makes the pictures of a row its own; our sources only where they have a say."""
+    own: dict[str, Any] = {"role": row.role}
+    return own | ({"config": asdict(row.config), "sources": provenance.sources()} if row.config else {})
+
+
+def _identity(model: str | Path) -> str:
+    """A fingerprint of a local model; of a hub's, its id and commit."""
+    if Path(model).is_dir():
+        return provenance.fingerprint(Path(model), "**/*.safetensors", "**/*.json")
+    index = try_to_load_from_cache(str(model), "model_index.json")
+    return f"{model}@{Path(index).parent.name}"
+
+
+def _seconds(pictures: Pictures, chunks: Batches) -> float:
+    """The median batch's seconds for each picture: the first batch compiles."""
+    return statistics.median(pictures.seconds(batch[0]) for batch in chunks)
+
+
+def _stored(values: Sequence[float]) -> list[float | None]:
+    return [finite(float(f"{value:.{_DIGITS}g}")) for value in values]

@@ -1,0 +1,85 @@
+"""What the rows of an evaluation are scored by, put together before anything is drawn."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dma_diffusers.eval.metrics.alignment import AlignmentScorer
+from dma_diffusers.eval.metrics.clip import ClipScorer
+from dma_diffusers.eval.metrics.features import FeatureSet
+from dma_diffusers.eval.metrics.folders import folder_features
+from dma_diffusers.eval.metrics.frechet import fid_notes
+from dma_diffusers.eval.quality.drawing import OnStep
+from dma_diffusers.eval.quality.pictures import Pictures
+from dma_diffusers.eval.quality.scoring import (
+    Batches,
+    Scorer,
+    distances,
+    features,
+    paired_scorers,
+    prompt_scorer,
+    sample_scores,
+)
+from dma_diffusers.eval.quality.summary import summarise
+from dma_diffusers.pipelines.load import DEMO_MODEL
+
+
+class Scored(NamedTuple):
+    """The scores of a row: one for each sample, by metric, and every metric's summary."""
+
+    samples: dict[str, list[float]]
+    summary: dict[str, dict[str, Any]]
+
+
+class Judge:
+    """Paired scores, FID and KID; the alignment score for the demo model; more on request.
+
+    clip: folder or id of a CLIP, for CLIPScore. reference: a folder of pictures, for FID and KID to them too.
+    Raises what their loaders raise.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        clip: str | None,
+        reference: Path | None,
+        device: torch.device,
+        on_step: OnStep,
+    ):
+        self.device, self.on_step = device, on_step
+        self.scorers: dict[str, Scorer] = {}
+        self.clip = ClipScorer(clip, device) if clip is not None else None
+        if self.clip:
+            self.scorers["clip_score"] = prompt_scorer(self.clip.score)
+        if Path(model) == DEMO_MODEL:
+            self.scorers["alignment"] = prompt_scorer(AlignmentScorer(device).score)
+        watch = partial(on_step, "reference pictures")
+        self.reference = folder_features(reference, device, watch) if reference is not None else None
+
+    def judge(
+        self, exact: Pictures, compared: dict[str, Pictures], batches: Batches, seeds: int
+    ) -> tuple[dict[str, Scored], list[str]]:
+        """Scores of each row beside full precision's pictures, and what a reader of them has to know."""
+        seen = self._features("full precision", exact, batches)
+        scorers = paired_scorers(video=len(exact.frames(batches[0][0])) > 1) | self.scorers
+        judged = {}
+        for name, pictures in compared.items():
+            watch = partial(self.on_step, f"scores of {name}")
+            scores = sample_scores(pictures, exact, batches, scorers, self.device, watch)
+            summary = {metric: summarise(values, seeds) for metric, values in scores.items()}
+            found = self._features(name, pictures, batches)
+            summary |= distances(found, seen)
+            if self.reference:
+                summary |= distances(found, self.reference, "_reference")
+            judged[name] = Scored(scores, summary)
+        notes = fid_notes(seen, self.reference or seen)
+        if self.clip and self.clip.truncated:
+            notes.append(
+                f"CLIP read the first {self.clip.length} tokens of {len(self.clip.truncated)} prompts only"
+            )
+        return judged, notes
+
+    def _features(self, name: str, pictures: Pictures, batches: Batches) -> FeatureSet:
+        return features(pictures, batches, self.device, partial(self.on_step, f"features of {name}"))

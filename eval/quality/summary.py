@@ -1,0 +1,23 @@
+"""Sum the scores of pictures up: means with 95 % intervals over prompts."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dma_diffusers.eval.intervals import Interval, bootstrap
+
+
+def summarise(scores: Sequence[float], seeds: int) -> dict[str, Any]:
+    """Estimate and interval of the mean of `[prompts · seeds]` scores, prompts drawn whole; None where infinite."""
+    return as_json(bootstrap([np.asarray(scores).reshape(-1, seeds).mean(axis=1)]), len(scores))
+
+
+def as_json(interval: Interval, n: int) -> dict[str, Any]:
+    """An interval as JSON can hold it: None where a bound is infinite."""
+    return {name: finite(bound) for name, bound in interval._asdict().items()} | {"n": n}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

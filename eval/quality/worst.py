@@ -1,0 +1,47 @@
+"""The pictures that a configuration changed most, copied to where a report finds them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dma_diffusers.eval.quality.pictures import Pictures, Sample
+from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.picture import encode
+
+COUNT = 10
+
+
+def worst(
+    name: str,
+    row: Pictures,
+    reference: Pictures,
+    batches: Sequence[Sequence[Sample]],
+    seeds: int,
+    metric: str,
+    scores: Sequence[float],
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """The ten prompts that `row` changed most by `metric` (more is worse), each with its worst seed.
+
+    Their pictures, of a video the middle frame, go to `folder`/worst.
+    """
+    table = torch.tensor(scores).reshape(-1, seeds)
+    samples = [sample for batch in batches for sample in batch]
+    (folder / "worst").mkdir(exist_ok=True)
+    found = []
+    for rank, prompt in enumerate(table.amax(dim=1).argsort(descending=True)[:COUNT].tolist()):
+        seed = int(table[prompt].argmax())
+        sample = samples[prompt * seeds + seed]
+        paths = {"full precision": f"worst/{rank}-full-precision.png", "row": f"worst/{rank}-row.png"}
+        for path, pictures in zip(paths.values(), (reference, row), strict=True):
+            frames = pictures.frames(sample)
+            middle = Image.fromarray(frames[len(frames) // 2].permute(1, 2, 0).numpy())
+            write_atomically(folder / path, encode(middle, "PNG"))
+        found.append(
+            {"row": name, "prompt": prompt, "seed": sample.seed, "metric": metric,
+             "value": table[prompt, seed].item(), "pictures": paths}
+        )  # fmt: skip
+    return found
