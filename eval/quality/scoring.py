@@ -14,7 +14,7 @@ from dma_diffusers.eval.metrics.inception import inception_features
 from dma_diffusers.eval.metrics.kernel_distance import kid
 from dma_diffusers.eval.metrics.lpips import lpips
 from dma_diffusers.eval.metrics.paired import psnr_db, relative_l2, ssim
-from dma_diffusers.eval.metrics.video import flicker, per_frame
+from dma_diffusers.eval.metrics.video import flicker, mean_over_frames
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.eval.quality.summary import as_json
 
@@ -41,9 +41,9 @@ Scorer = Callable[[Chunk], torch.Tensor]
 def paired_scorers(video: bool) -> dict[str, Scorer]:
     """What low precision changed; of a video, means over frames, and how it flickers."""
     scorers: dict[str, Scorer] = {
-        "psnr_db": lambda chunk: per_frame(psnr_db, chunk.frames, chunk.exact_frames),
-        "ssim": lambda chunk: per_frame(ssim, chunk.frames, chunk.exact_frames),
-        "lpips": lambda chunk: per_frame(lpips, chunk.frames, chunk.exact_frames),
+        "psnr_db": lambda chunk: mean_over_frames(psnr_db, chunk.frames, chunk.exact_frames),
+        "ssim": lambda chunk: mean_over_frames(ssim, chunk.frames, chunk.exact_frames),
+        "lpips": lambda chunk: mean_over_frames(lpips, chunk.frames, chunk.exact_frames),
         "latents_relative_l2": lambda chunk: relative_l2(chunk.latents, chunk.exact_latents),
     }
     return scorers | ({"flicker": lambda chunk: flicker(chunk.frames, chunk.exact_frames)} if video else {})
