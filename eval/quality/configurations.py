@@ -37,9 +37,12 @@ class Row:
 
 _OTHER = {True: SDPBackend.EFFICIENT_ATTENTION, False: SDPBackend.MATH}
 
-FULL_PRECISION = Row("full precision", BASELINE)
-AGAIN = Row("full precision, drawn again", BASELINE, DMAConfig.preset("exact"))
-ANOTHER_KERNEL = Row("noise floor: another exact kernel", NOISE_FLOOR)
+FULL_PRECISION = Row("full precision, first drawing", BASELINE)
+"""What every row is compared with."""
+AGAIN = Row("full precision", BASELINE, DMAConfig.preset("exact"))
+"""The baseline against itself: drawn a second time, with processors that divert nothing."""
+ANOTHER_KERNEL = Row("noise floor", NOISE_FLOOR)
+"""What exchanging one exact attention kernel for another changes."""
 
 DEFAULT = {
     "DMA, window 128": DMAConfig.preset("b200", window=128),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dma_diffusers.eval.quality.configurations import AGAIN
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.picture import encode
@@ -35,7 +36,7 @@ def worst(
     for rank, prompt in enumerate(table.amax(dim=1).argsort(descending=True)[:COUNT].tolist()):
         seed = int(table[prompt].argmax())
         sample = samples[prompt * seeds + seed]
-        paths = {"full precision": f"worst/{rank}-full-precision.png", "row": f"worst/{rank}-row.png"}
+        paths = {AGAIN.name: f"worst/{rank}-full-precision.png", "row": f"worst/{rank}-row.png"}
         for path, pictures in zip(paths.values(), (reference, row), strict=True):
             frames = pictures.frames(sample)
             middle = Image.fromarray(frames[len(frames) // 2].permute(1, 2, 0).numpy())
