@@ -54,39 +54,42 @@ def evaluate(
     Pictures are split over processes under `accelerate launch -m dma_diffusers eval …`.
     """
     require(_PACKAGES, "pip install 'dma-diffusers[eval]'")
-    from dma_diffusers.eval.quality import configurations as known
-    from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
     from dma_diffusers.pipelines.files import check_writable
 
     if config and configs:
         raise ValueError("give configurations by --config or by --configs, not by both")
-    chosen = known.read(configs) if configs else known.named(config) if config else known.DEFAULT
-    texts, repeated = read_prompts(prompts or BUILT_IN, count)
-    notes = [f"{repeated} repeated prompts were left out"] if repeated else []
-    output.mkdir(exist_ok=True)
-    check_writable(output / "evaluation.json")
-
     with quiet():
         hide_loading_bars()
         from accelerate import PartialState
 
+        from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
         from dma_diffusers.eval.quality.evaluate import evaluate as measure
         from dma_diffusers.eval.quality.judge import Judge
+        from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
         from dma_diffusers.eval.report.markdown import table
         from dma_diffusers.eval.report.write import write_report
         from dma_diffusers.pipelines.load import DEMO_MODEL, recommended_call
 
+        chosen, repeated = read_prompts(prompts or BUILT_IN, count)
         flags = {"num_inference_steps": steps, "height": size, "width": size}
         asked = Asked(
             model=model or DEMO_MODEL,
-            prompts=texts,
+            prompts=chosen,
             seeds=range(seed, seed + seeds),
             batch=batch,
             call=recommended_call(model or DEMO_MODEL) | given(flags),
-            configurations=chosen,
+            configurations=known.read(configs)
+            if configs
+            else known.named(config)
+            if config
+            else known.DEFAULT,
         )
+        output.mkdir(exist_ok=True)
+        check_writable(output / "evaluation.json")
+
         command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+        notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         state = PartialState()  # before a pipeline is loaded: it chooses this process's GPU
         with progress(state.is_main_process) as on_step:
             judge = Judge(asked.model, clip, reference, state.device, on_step)

@@ -66,7 +66,9 @@ def test_corrupt_files_are_named_and_removed(tmp_path, sample, suffix, damage):
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, sample, monkeypatch):
     pictures = folder(tmp_path)
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, os.strerror(28)))
+    )
     with pytest.raises(OSError, match="No space left"):
         pictures.write(sample, np.zeros((1, 4, 4, 3), np.uint8), torch.zeros(1), 1.0)
     assert sample not in pictures

@@ -19,10 +19,10 @@ def test_the_built_in_set():
 
 
 FILES = {
-    "lines.txt": "a cat\n\n  two cats, one of them red  \r\n" 'a "cat" on a hill\n',
+    "lines.txt": 'a cat\n\n  two cats, one of them red  \r\na "cat" on a hill\n',
     "lines.jsonl": "\n".join(json.dumps({"prompt": cat.text, "category": ""}) for cat in CATS),
     "drawbench.csv": 'Prompts,Category\na cat,\n"two cats, one of them red",\n"a ""cat"" on a hill",\n',
-    "parti.tsv": 'Prompt\tCategory\tChallenge\tNote\na cat\t\t\t\ntwo cats, one of them red\t\t\t\n"a ""cat"" on a hill"\t\t\t\n',
+    "parti.tsv": 'Prompt\tCategory\tNote\na cat\t\t\ntwo cats, one of them red\t\t\n"a ""cat"" on a hill"\t\t\n',
     "mjhq.json": json.dumps({f"id{i}": {"prompt": cat.text} for i, cat in enumerate(CATS)}),
 }
 
@@ -53,7 +53,10 @@ BAD = {
     ("latin.txt", "a\nb\ncafé\n".encode("latin-1")): "latin.txt is not UTF-8: byte 7 is 0xe9",
     ("set.parquet", b"PAR1"): "prompts come as .txt, .jsonl, .csv, .tsv, .json, not .parquet",
     ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n'): "line 2 is not JSON",
-    ("names.jsonl", b'{"name": "a"}\n'): "line 1 has no prompt: give it one as prompt, prompts, text, caption",
+    (
+        "names.jsonl",
+        b'{"name": "a"}\n',
+    ): "line 1 has no prompt: give it one as prompt, prompts, text, caption",
     ("numbers.json", b"[1, 2]"): "entry 1 has no prompt",
     ("number.json", b"3"): "neither a list of objects nor objects by name",
     ("table.csv", b"Title,Category\na,b\n"): "line 2 has no prompt",

@@ -1,0 +1,237 @@
+"""`dma-diffusers eval` on a tiny pipeline: what it finds, that it ends, and that it resumes."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL
+from tests.command_line import ROOT, run, start
+from tests.pipelines.saved_flux import save_flux
+
+PROMPTS = ["a red apple", "two cats", "a dog on a hill"]
+NEAR, FAR = "preset=b200", "low=mxfp4,window=0,sink=0,protect_text=false"
+OPTIONS = ("--seeds", "2", "--batch", "2", "--config", NEAR, "--config", FAR)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text, "category": text[0]}) for text in PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(model, prompts):
+    return ("eval", "--model", str(model), "--prompts", str(prompts), *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def finished(asked, tmp_path_factory):
+    """The folder of an evaluation that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    process = start(*asked, "-o", str(folder), OMP_NUM_THREADS="1")
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert str(folder / "report.html") in output
+    return folder
+
+
+def evaluation(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def numbers(folder: Path) -> dict:
+    """What an evaluation found, without what changes from run to run."""
+    rows = evaluation(folder)["rows"]
+    return {
+        name: {key: row[key] for key in ("summary", "pictures", "steps", "config")}
+        for name, row in rows.items()
+    }
+
+
+def pictures(folder: Path) -> dict[str, int]:
+    """Every picture, and when it was written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("pictures/*/*.png")
+    }
+
+
+def test_the_baseline_against_itself_is_zero(finished):
+    summary = evaluation(finished)["rows"][AGAIN.name]["summary"]
+    assert {name: column["estimate"] for name, column in summary.items()} == {
+        "psnr_db": None, "ssim": 1.0, "lpips": 0.0, "latents_relative_l2": 0.0, "fid": 0.0, "kid": 0.0,
+    }  # fmt: skip
+    assert {column["n"] for column in summary.values()} == {6}
+    assert set(evaluation(finished)["rows"][AGAIN.name]["steps"]) == {0.0}
+
+
+def test_another_exact_kernel_is_nearer_than_low_precision(finished):
+    rows = evaluation(finished)["rows"]
+    assert list(rows) == [AGAIN.name, ANOTHER_KERNEL.name, NEAR, FAR]
+    error = {name: row["summary"]["latents_relative_l2"]["estimate"] for name, row in rows.items()}
+    assert 0 < error[ANOTHER_KERNEL.name] < 1e-5 < error[NEAR] < error[FAR]
+    for name in (ANOTHER_KERNEL.name, NEAR, FAR):
+        assert all(step > 0 for step in rows[name]["steps"])
+    assert rows[NEAR]["receipt"]["modules"] and rows[ANOTHER_KERNEL.name]["receipt"] is None
+
+
+def test_summaries_follow_from_the_scores(finished):
+    found = evaluation(finished)
+    assert [prompt["text"] for prompt in found["prompts"]] == PROMPTS
+    scores = np.array(found["rows"][FAR]["pictures"]["latents_relative_l2"])
+    summary = found["rows"][FAR]["summary"]["latents_relative_l2"]
+    means = scores.reshape(3, 2).mean(axis=1)
+    assert summary["estimate"] == pytest.approx(scores.mean(), rel=1e-5)
+    assert summary["low"] == pytest.approx(means.min(), rel=1e-5)  # of three prompts, one may be drawn thrice
+    assert summary["high"] == pytest.approx(means.max(), rel=1e-5)
+
+
+def test_the_worst_are_shown_first(finished):
+    found = evaluation(finished)
+    lpips = np.array(found["rows"][NEAR]["pictures"]["lpips"]).reshape(3, 2)
+    assert [worst["value"] for worst in found["worst"]] == pytest.approx(
+        sorted(lpips.max(axis=1))[::-1], rel=1e-4
+    )
+    for worst in found["worst"]:
+        assert {Image.open(finished / path).size for path in worst["pictures"].values()} == {(40, 48)}
+
+
+def test_a_few_pictures_are_said_to_be_few(finished):
+    assert any("FID over 6 pictures" in note for note in evaluation(finished)["notes"])
+
+
+def test_what_is_there_is_not_drawn_again(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = pictures(folder)
+    assert len(before) == 5 * 6
+    code, _, error = run(monkeypatch, capsys, *asked, "--config", "low=nvfp4", "-o", str(folder))
+    assert code == 0, error
+    after = pictures(folder)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 6 * 6
+    found = numbers(folder)
+    assert found.pop("low=nvfp4") and found == numbers(finished)
+
+
+def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = pictures(folder)
+    code, _, error = run(monkeypatch, capsys, *asked, "--steps", "3", "-o", str(folder))
+    assert code == 0, error
+    assert len(pictures(folder)) == 2 * len(before)
+    assert numbers(folder)[FAR]["pictures"] != numbers(finished)[FAR]["pictures"]
+    assert len(numbers(folder)[FAR]["steps"]) == 3
+
+
+def test_corrupt_and_missing_files_are_drawn_again_and_named(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    corrupt, missing, *_ = sorted(folder.glob("pictures/preset-b200-*/*.png"))
+    corrupt.write_bytes(corrupt.read_bytes()[:50])
+    missing.unlink()
+    code, _, error = run(monkeypatch, capsys, *asked, "-o", str(folder))
+    assert code == 0, error
+    assert f"{corrupt.relative_to(folder)} was corrupt and was drawn anew" in evaluation(folder)["notes"]
+    assert numbers(folder) == numbers(finished)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*asked, "-o", str(folder), OMP_NUM_THREADS="1")
+    while len(pictures(folder)) < 9:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    before = pictures(folder)
+    assert len(before) < 30 and not (folder / "evaluation.json").exists()
+    code, _, error = run(monkeypatch, capsys, *asked, "-o", str(folder))
+    assert code == 0, error
+    assert numbers(folder) == numbers(finished)
+    after = pictures(folder)
+    assert {name: after[name] for name in before} == before
+
+
+def test_processes_share_the_prompts(asked, finished, tmp_path):
+    folder = tmp_path / "run"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, "-m", "dma_diffusers", *asked, "-o", str(folder)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The report is") == 1
+    assert numbers(folder) == numbers(finished)
+
+
+def test_a_full_disk_is_one_line(asked, tmp_path):
+    def little_space():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "dma_diffusers", *asked, "-o", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=little_space,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "too large" in done.stderr.splitlines()[-1]
+    assert not pictures(folder) and not list(folder.rglob("*.tmp"))
+
+
+def test_what_draws_nan_is_named(monkeypatch, capsys, asked, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(model, tmp_path / "model")
+    (weights,) = (copy / "vae").glob("*.safetensors")  # latents stay finite: only the picture is not
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(tmp_path / "run"))
+    assert code == 1
+    assert (
+        error
+        == "error: full precision, first drawing: the pipeline drew NaN or infinity instead of a picture\n"
+    )
+
+
+BAD = {
+    "no prompts": (("--prompts", "/no/such/file.txt"), "/no/such/file.txt"),
+    "both ways": (("--configs", "c.yaml"), "by --config or by --configs, not by both"),
+    "a file": (("-o", str(ROOT / "README.md")), "README.md"),
+    "no folder": (("-o", "/no/such/folder/run"), "/no/such/folder"),
+    "a hub id": (("--model", "owner/name"), "owner/name"),
+    "no clip": (("--clip", "owner/clip"), "owner/clip"),
+    "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(monkeypatch, capsys, asked, tmp_path, arguments, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, output, error = run(monkeypatch, capsys, *asked, "-o", str(tmp_path / "run"), *arguments)
+    assert code == 1 and not output
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    assert not pictures(tmp_path / "run")
