@@ -70,7 +70,13 @@ def draws_from_text_alone(pipeline: type[DiffusionPipeline], video: bool = False
 
 def _pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     _check_folder(model)
-    name = DiffusionPipeline.load_config(model).get("_class_name")
+    try:
+        name = DiffusionPipeline.load_config(model).get("_class_name")
+    except OSError as error:
+        raise OSError(
+            f"cannot get {model} from the hub ({str(error).splitlines()[0]}); where there is a network: "
+            f"hf download {model} --local-dir FOLDER, then give the folder"
+        ) from error
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise ValueError(f"{model} is a {name!r} pipeline, which this Diffusers does not have")
     return getattr(diffusers, name)

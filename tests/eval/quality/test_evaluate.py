@@ -222,8 +222,8 @@ BAD = {
     "both ways": (("--configs", "c.yaml"), "by --config or by --configs, not by both"),
     "a file": (("-o", str(ROOT / "README.md")), "README.md"),
     "no folder": (("-o", "/no/such/folder/run"), "/no/such/folder"),
-    "a hub id": (("--model", "owner/name"), "owner/name"),
-    "no clip": (("--clip", "owner/clip"), "owner/clip"),
+    "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
+    "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
     "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),
 }
 
