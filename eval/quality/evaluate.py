@@ -24,7 +24,7 @@ from dma_diffusers.eval.quality.summary import finite
 from dma_diffusers.eval.quality.trajectory import Trajectory
 from dma_diffusers.eval.quality.worst import worst
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.load import load_pipeline
+from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline
 
 _STEPPED = 8  # samples whose steps are measured one by one
 _DIGITS = 6  # of a stored score: more is rounding noise
@@ -97,7 +97,8 @@ def evaluate(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings
-        | {"model": str(asked.model), "fingerprint": settings["model"], "batch": asked.batch}
+        | {"model": "demo" if asked.model == DEMO_MODEL else str(asked.model)}
+        | {"fingerprint": settings["model"], "batch": asked.batch}
         | {"prompts": len(asked.prompts), "seeds": len(asked.seeds)},
         **machine,
         "sources": provenance.sources(),
