@@ -7,6 +7,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from dma_diffusers.pipelines.generate import Drawing
 
+_WINDOW_EDGE = 5  # pixels on each side of the middle
+
 
 def picture_tensor(drawing: Drawing) -> torch.Tensor:
     """The pictures of a drawing as [B, 3, H, W] uint8: what a reader sees is what is measured."""
@@ -21,14 +23,19 @@ def psnr_db(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Gaussian window, σ 1.5) of [B, 3, H, W] uint8 pictures, [B] float64, at most 1.
+    """Structural similarity of [B, 3, H, W] uint8 pictures, [B] float64, at most 1.
 
-    Pictures must be more than 5 pixels high and wide: borders are mirrored.
+    As Wang et al., 2004, have it: Gaussian windows of 11 × 11 pixels and σ 1.5, over the places where a window fits.
+    Raises ValueError for pictures smaller than a window.
     """
+    if min(pictures.shape[2:]) <= 2 * _WINDOW_EDGE:
+        raise ValueError(f"SSIM needs pictures of at least 11 × 11 pixels: given are {list(pictures.shape)}")
     # In float32 the variance of a flat background is rounding noise, which takes 2e-4 off identical pictures.
-    return structural_similarity_index_measure(
-        pictures.double(), references.double(), data_range=255.0, reduction="none"
-    ).reshape(-1)
+    _, everywhere = structural_similarity_index_measure(
+        pictures.double(), references.double(), data_range=255.0, reduction="none", return_full_image=True
+    )
+    inside = slice(_WINDOW_EDGE, -_WINDOW_EDGE)  # torchmetrics goes on over mirrored borders
+    return everywhere[..., inside, inside].mean((1, 2, 3))
 
 
 def relative_l2(latents: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
