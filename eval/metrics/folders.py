@@ -18,6 +18,9 @@ from dma_diffusers.eval.metrics.kernel_distance import kid
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _BATCH = 64
 
+OnStep = Callable[[int, int], None]
+"""Called with the numbers of pictures done and of all."""
+
 
 class Distances(NamedTuple):
     """How far two folders of pictures are apart, over how many, and what a reader has to know."""
@@ -33,33 +36,40 @@ def distances(
     folder: Path,
     reference: Path,
     device: torch.device | str,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = lambda done, total: None,
 ) -> Distances:
     """FID and KID of the pictures in `folder`, subfolders included, against those in `reference`.
 
     Each picture, of any size, is resized as InceptionV3's graph does it. Each counts as a prompt of its own; where
     both folders hold the same names, they are taken as drawn from the same prompts.
 
-    Args:
-        on_step: called with the numbers of pictures done and of all.
-
     Raises FileNotFoundError for a folder that isn't there, and ValueError for one with fewer than 2 pictures or
     with a file that cannot be read, by its name.
     """
-    paths = [picture_paths(each) for each in (folder, reference)]
-    done, total = 0, sum(map(len, paths))
-    sets = [FeatureSet(), FeatureSet()]
+    sets, offset = [], 0
+    total = sum(len(picture_paths(each)) for each in (folder, reference))
+    for each in (folder, reference):
+        sets.append(
+            folder_features(each, device, lambda done, _, offset=offset: on_step(offset + done, total))
+        )
+        offset += sets[-1].count
+    return Distances(fid(*sets), kid(*sets), sets[0].count, sets[1].count, fid_notes(*sets))
+
+
+def folder_features(
+    folder: Path, device: torch.device | str, on_step: OnStep = lambda done, total: None
+) -> FeatureSet:
+    """What FID and KID see of the pictures in a folder; raises as `distances` does."""
+    paths = picture_paths(folder)
+    found = FeatureSet()
     with ThreadPoolExecutor() as pool:
-        for root, found, features in zip((folder, reference), paths, sets, strict=True):
-            for first in range(0, len(found), _BATCH):
-                batch = found[first : first + _BATCH]
-                pictures = [resize(each.to(device)[None]) for each in pool.map(_read, batch)]
-                keys = [(path.relative_to(root).as_posix(), 0) for path in batch]
-                features.update(inception_features(torch.cat(pictures)), keys)
-                done += len(batch)
-                if on_step:
-                    on_step(done, total)
-    return Distances(fid(*sets), kid(*sets), len(paths[0]), len(paths[1]), fid_notes(*sets))
+        for first in range(0, len(paths), _BATCH):
+            batch = paths[first : first + _BATCH]
+            pictures = [resize(each.to(device)[None]) for each in pool.map(_read, batch)]
+            keys = [(path.relative_to(folder).as_posix(), 0) for path in batch]
+            found.update(inception_features(torch.cat(pictures)), keys)
+            on_step(found.count, len(paths))
+    return found
 
 
 def picture_paths(folder: Path) -> list[Path]:
