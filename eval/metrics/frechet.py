@@ -26,11 +26,13 @@ def fid(pictures: FeatureSet, reference: FeatureSet) -> Interval:
     The interval is a delete-group jackknife: the prompts are cut into 20 groups (one per prompt where there are
     fewer), FID is taken again without each group, and the spread of these G values, scaled by (G − 1)² / G, is the
     variance of the estimate; the interval is symmetric, with Student's t of G − 1 degrees. Where both sets have the
-    same prompts, a group leaves both; any other reference is taken as it is. FID of n pictures is biased upwards by
-    a term that falls with 1/n. The jackknife keeps n almost the same, and so the interval tells how much FID *at
-    this n* depends on the prompts; the bias stays in. A bootstrap would add to it, since doubled pictures make a
-    smaller set. Beyond the sample's 10,000 pictures the spread is the sample's, scaled to the number of all.
-    With fewer than 3 prompts the bounds are NaN.
+    same prompts, a group leaves both; any other reference is taken as it is. Beyond the sample's 10,000 pictures the
+    spread is the sample's, scaled to the number of all. With fewer than 3 prompts the bounds are NaN.
+
+    FID of n pictures is biased upwards by a term that falls with 1/n, and the interval does not cover that bias: it
+    tells how much FID *at this n* depends on the prompts. It errs on the wide side (Efron and Stein, 1981), most with
+    fewer pictures than features: 1.6 times too wide in a simulation of 100 pictures with 256 features. A bootstrap
+    would shift FID itself, since doubled pictures make a smaller set.
 
     Raises ValueError where a set has fewer than 2 pictures.
     """
