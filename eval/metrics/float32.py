@@ -1,10 +1,18 @@
 """How the metrics' networks run: in float32, and twice alike."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 
-def exact_float32() -> AbstractContextManager:
+@contextmanager
+def exact_float32() -> Iterator[None]:
     """cuDNN without TF32, which would change features in the third digit, and with deterministic algorithms only."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    cudnn = torch.backends.cudnn
+    precision, deterministic = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = precision, deterministic
