@@ -3,13 +3,12 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from dma_diffusers.eval.report.svg import FAINT, svg
+from dma_diffusers.eval.report.svg import FAINT, label_decades, svg
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-_PANELS = 4  # side by side
 _LABELS = 40  # module names written at most, or else every second, third, ... one
 _LETTER, _WIDTH = 0.068, 12  # inches: a letter, names and panels
 
@@ -18,18 +17,19 @@ def layer_errors(layers: dict[str, Any] | None) -> str | None:
     """The maps as an <svg> element; None where nothing was recorded."""
     if not layers or not layers["modules"] or not layers["steps"] or not layers["relative_l2"]:
         return None
-    count, modules = len(layers["relative_l2"]), layers["modules"]
-    columns = min(count, _PANELS)
-    rows = -(-count // columns)
+    maps, modules = layers["relative_l2"], layers["modules"]
     names = max(map(len, modules)) * _LETTER
-    panel = min((_WIDTH - names) / columns, 2.8)
-    height = min(max(0.165 * len(modules), 1.2), 8) + 0.4
+    panel = max(0.3 * len(layers["steps"]), *(len(name) * _LETTER for name in maps), 1.2)
+    rows = math.ceil(len(maps) / max((_WIDTH - names) // panel, 1))
+    columns = math.ceil(len(maps) / rows)
     width = names + columns * panel + 0.9
+    height = min(max(0.165 * len(modules), 1.2), 6.5) + 0.4
     return svg("layers", width, rows * height, lambda figure: _draw(figure, layers, rows, columns))
 
 
 def _draw(figure: "Figure", layers: dict[str, Any], rows: int, columns: int) -> None:
     import matplotlib
+    from matplotlib.colors import LogNorm
 
     modules, steps, maps = layers["modules"], layers["steps"], layers["relative_l2"]
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
@@ -48,10 +48,18 @@ def _draw(figure: "Figure", layers: dict[str, Any], rows: int, columns: int) -> 
     panels[0].set_yticks(range(0, len(modules), every), modules[::every])
     every = -(-len(steps) // 8)
     panels[0].set_xticks(range(0, len(steps), every), steps[::every])
-    figure.supxlabel("denoising step", fontsize=9)
-    bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=30, label="relative L2 error of the attention")
-    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar = figure.colorbar(
+        image,
+        ax=panels,
+        label="relative L2 error of the attention",
+        pad=0.02,
+        aspect=20,
+        shrink=min(1, 3 / figure.get_figheight()),
+        anchor=(0, 1),
+    )
     bar.outline.set_edgecolor(FAINT)
+    if isinstance(norm, LogNorm):
+        label_decades(bar.ax.yaxis)
 
 
 def _scale(errors: list[float | None]) -> "Normalize":
