@@ -49,9 +49,6 @@ def cell(row: dict[str, Any], column: Column) -> Cell:
     if figure is None:
         return Cell(MISSING)
     estimate, low, high = (number(figure.get(key)) for key in ("estimate", "low", "high"))
-    # Infinite bounds around a finite estimate are none: nobody computed them.
-    if math.isfinite(estimate) and math.isinf(low) and math.isinf(high):
-        low = high = estimate
     return interval_cell(estimate, low, high, column.digits)._replace(n=figure.get("n"))
 
 
