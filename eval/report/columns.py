@@ -73,9 +73,11 @@ def value_text(value: float | None, digits: int) -> str:
 
 
 def seconds_text(row: dict[str, Any]) -> str:
-    """A row's measured seconds per picture, with three significant digits."""
+    """A row's measured seconds per picture, with at least three significant digits."""
     seconds = row.get("seconds_per_picture")
-    return MISSING if seconds is None else f"{seconds:#.3g}".rstrip(".")
+    if seconds is None:
+        return MISSING
+    return f"{seconds:#.3g}".rstrip(".") if seconds < 999.5 else f"{seconds:.0f}"
 
 
 def _text(value: float, digits: int) -> str:

@@ -41,7 +41,7 @@ _MODULES = [f"transformer_blocks.{i}.attn" for i in range(4)] + [
 def evaluation() -> dict:
     """The contents of evaluation.json."""
     random = np.random.default_rng(0)
-    texts = (DEMO_MODEL.parent / "prompts.txt").read_text().splitlines()[:PROMPTS]
+    texts = [f"{i} green foxes left of a big lemon on a white background" for i in range(PROMPTS)]
     texts[3] = NASTY
     categories = ["one thing", "two things", "three things", "tints", "corners", "counts"]
     rows = {name: _row(name, *what, random) for name, what in _ROWS.items()}

@@ -63,3 +63,12 @@ def test_counts_that_differ_are_in_the_cells(small):
     assert lines[3] == "| **noise floor** | ∞ [51.50, ∞] | 0.500 [0.400, 0.600] (n = 600) | – |"
     assert "| −0.001 (n = 700) |" in lines[4]
     assert lines[5] == "| n | 800 |  |  |"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.05, "0.0500"), (0.9996, "1.00"), (999.4, "999"), (999.6, "1000"), (4321.9, "4322")],
+)
+def test_seconds_need_no_exponent(small, seconds, text):
+    small["rows"]["noise floor"]["seconds_per_picture"] = seconds
+    assert table(small).splitlines()[3].endswith(f" {text} |")
