@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,12 @@ _MODULES = [f"transformer_blocks.{i}.attn" for i in range(4)] + [
 
 
 def evaluation() -> dict:
-    """The contents of evaluation.json."""
+    """The contents of evaluation.json, to be edited at will."""
+    return deepcopy(_evaluation())
+
+
+@cache
+def _evaluation() -> dict:
     random = np.random.default_rng(0)
     texts = [f"{i} green foxes left of a big lemon on a white background" for i in range(PROMPTS)]
     texts[3] = NASTY
@@ -73,9 +79,9 @@ def evaluation() -> dict:
         "sources": {"dma_diffusers": "ab" * 32, "kernels": "cd" * 32},
         "prompts": [{"text": text, "category": categories[i % 6]} for i, text in enumerate(texts)],
         "notes": [f"FID over {PROMPTS * SEEDS} pictures, fewer than 2,000: it is biased upwards, KID leads."],
-        "metrics": deepcopy(_METRICS),
+        "metrics": _METRICS,
         "rows": rows,
-        "layers": {"modules": list(_MODULES), "steps": list(range(0, STEPS, 4)), "relative_l2": layers},
+        "layers": {"modules": _MODULES, "steps": list(range(0, STEPS, 4)), "relative_l2": layers},
         "worst": [
             {
                 "row": chosen[-1 - i % 3],
