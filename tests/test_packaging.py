@@ -61,6 +61,12 @@ def test_every_demo_file_is_in_the_wheel(sources, wheel):
     assert expected <= wheel
 
 
+def test_every_template_is_in_the_wheel(sources, wheel):
+    expected = {f"dma_diffusers/{path}" for path in sources if path.endswith(".jinja")}
+    assert expected
+    assert expected <= wheel
+
+
 def test_hugging_face_kernels_is_not_shadowed():
     pytest.importorskip("kernels")
     origin = python("import importlib.util; print(importlib.util.find_spec('kernels').origin)")

@@ -1,0 +1,63 @@
+"""One metric by category of prompts."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dma_diffusers.eval.intervals import bootstrap
+from dma_diffusers.eval.report.columns import Cell, interval_cell
+from dma_diffusers.eval.report.evaluation import BASELINE, number
+
+
+class Category(NamedTuple):
+    """A line of the table: the prompts of one category. cells: a figure and a shade, 0 (best) to 1, by row."""
+
+    name: str
+    prompts: int
+    cells: dict[str, tuple[Cell, float]]
+
+
+def by_category(evaluation: dict[str, Any], metric: str) -> list[Category]:
+    """Means of a metric over each category's pictures, with 95 % intervals over its prompts.
+
+    The baseline's row is left out. Empty where all prompts share a category, or no row has the pictures' values.
+    """
+    names = [prompt.get("category") or "no category" for prompt in evaluation["prompts"]]
+    # [prompts] means over seeds of each row
+    means = {
+        name: np.reshape([number(value) for value in row["pictures"][metric]], (len(names), -1)).mean(axis=1)
+        for name, row in evaluation["rows"].items()
+        if row["role"] != BASELINE and metric in row.get("pictures", {})
+    }
+    found = list(dict.fromkeys(names))
+    if len(found) < 2 or not means:
+        return []
+    about = evaluation["metrics"][metric]
+    members = {category: np.array([name == category for name in names]) for category in found}
+    intervals = {
+        (category, row): bootstrap([values[chosen]])
+        for category, chosen in members.items()
+        for row, values in means.items()
+    }
+    shades = _shades({key: interval.estimate for key, interval in intervals.items()}, about["better"])
+    return [
+        Category(
+            category,
+            int(chosen.sum()),
+            {
+                row: (interval_cell(*intervals[category, row], about["digits"]), shades[category, row])
+                for row in means
+            },
+        )
+        for category, chosen in members.items()
+    ]
+
+
+def _shades(values: dict[Any, float], better: str) -> dict[Any, float]:
+    """0 for the best value, 1 for the worst, linear between; infinite ones are best."""
+    finite = [value for value in values.values() if math.isfinite(value)]
+    low, high = min(finite, default=0), max(finite, default=0)
+    best, worst = (high, low) if better == "higher" else (low, high)
+    spread = (worst - best) or 1
+    return {key: (value - best) / spread if math.isfinite(value) else 0 for key, value in values.items()}

@@ -1,0 +1,84 @@
+"""The columns of a report's table, and its cells as text."""
+
+import math
+from typing import Any, NamedTuple
+
+from dma_diffusers.eval.report.evaluation import CONFIGURATION, number
+
+MISSING = "–"
+_LEADING = ("lpips", "psnr_db", "ssim", "latents_relative_l2")
+
+
+class Column(NamedTuple):
+    """A metric that at least one row has.
+
+    arrow: towards the better side. n: pictures behind each of its figures, None where they differ.
+    """
+
+    metric: str
+    title: str
+    arrow: str
+    digits: int
+    n: int | None
+
+
+class Cell(NamedTuple):
+    """A figure as text. interval: "[low, high]", empty where it has none. n: pictures behind it."""
+
+    estimate: str
+    interval: str = ""
+    n: int | None = None
+
+
+def columns(evaluation: dict[str, Any]) -> list[Column]:
+    """The table's columns, in the evaluation's order."""
+    found = []
+    for metric, about in evaluation["metrics"].items():
+        figures = [row["summary"][metric] for row in evaluation["rows"].values() if metric in row["summary"]]
+        if figures:
+            counts = {figure.get("n") for figure in figures}
+            arrow = "↑" if about["better"] == "higher" else "↓"
+            n = counts.pop() if len(counts) == 1 else None
+            found.append(Column(metric, about["title"], arrow, about["digits"], n))
+    return found
+
+
+def cell(row: dict[str, Any], column: Column) -> Cell:
+    """A row's figure in a column."""
+    figure = row["summary"].get(column.metric)
+    if figure is None:
+        return Cell(MISSING)
+    estimate, low, high = (number(figure.get(key)) for key in ("estimate", "low", "high"))
+    return interval_cell(estimate, low, high, column.digits)._replace(n=figure.get("n"))
+
+
+def interval_cell(estimate: float, low: float, high: float, digits: int) -> Cell:
+    """A figure with its interval, where that is more than a point."""
+    interval = f"[{_text(low, digits)}, {_text(high, digits)}]" if low != high else ""
+    return Cell(_text(estimate, digits), interval)
+
+
+def leading_metric(evaluation: dict[str, Any]) -> str | None:
+    """The metric that plots show: LPIPS, or the next paired one of which a configuration has a finite figure."""
+    rows = [row for row in evaluation["rows"].values() if row["role"] == CONFIGURATION]
+    finite = {
+        metric for row in rows for metric, figure in row["summary"].items() if figure["estimate"] is not None
+    }
+    return next((metric for metric in _LEADING if metric in finite), None)
+
+
+def value_text(value: float | None, digits: int) -> str:
+    """A stored value with so many digits after the point."""
+    return _text(number(value), digits)
+
+
+def seconds_text(row: dict[str, Any]) -> str:
+    """A row's measured seconds per picture, with at least three significant digits."""
+    seconds = row.get("seconds_per_picture")
+    if seconds is None:
+        return MISSING
+    return f"{seconds:#.3g}".rstrip(".") if seconds < 999.5 else f"{seconds:.0f}"
+
+
+def _text(value: float, digits: int) -> str:
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")

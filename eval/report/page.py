@@ -1,0 +1,104 @@
+"""The page of an evaluation: HTML that needs no other file."""
+
+import json
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dma_diffusers.eval.report.categories import by_category
+from dma_diffusers.eval.report.columns import cell, columns, leading_metric, seconds_text
+from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check
+from dma_diffusers.eval.report.heat_maps import layer_errors
+from dma_diffusers.eval.report.pareto import pareto
+from dma_diffusers.eval.report.steps import step_errors, step_plot
+from dma_diffusers.eval.report.svg import css_colour, row_colours
+from dma_diffusers.eval.report.worst import worst
+from dma_diffusers.receipt import ModuleReceipt, Receipt
+
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+def html(evaluation: dict[str, Any], folder: Path) -> str:
+    """The page as text; the same evaluation gives the same page.
+
+    folder: where the paths of the evaluation's worst pictures start. Raises ValueError where `evaluation` is
+    none or a picture is broken, FileNotFoundError where one is missing, ModuleNotFoundError without jinja2 and
+    matplotlib.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the report needs {error.name}: pip install 'dma-diffusers[eval]'", name=error.name
+        ) from None
+    check(evaluation)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["text"] = _text
+    rows, metric = evaluation["rows"], leading_metric(evaluation)
+    return environment.get_template(_TEMPLATE.name).render(
+        worst=worst(evaluation, folder),  # first: what can fail
+        evaluation=evaluation,
+        created=f"{datetime.fromisoformat(evaluation['created']):%Y-%m-%d %H:%M %Z}",
+        baseline=baseline(evaluation),
+        noise_floors=[name for name, row in rows.items() if row["role"] == NOISE_FLOOR],
+        columns=columns(evaluation),
+        rows=_rows(evaluation),
+        metric=evaluation["metrics"].get(metric),
+        pareto=pareto(evaluation, metric),
+        steps=step_plot(evaluation),
+        step_rows=step_errors(evaluation),
+        layers=layer_errors(evaluation.get("layers")),
+        categories=by_category(evaluation, metric) if metric else [],
+        configurations=_configurations(rows),
+        receipts={name: _receipt(row["receipt"]) for name, row in rows.items() if row.get("receipt")},
+    )
+
+
+def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the table and the legends show of each row."""
+    rows, shown = evaluation["rows"], columns(evaluation)
+    colours = row_colours(rows)
+    reference = rows[baseline(evaluation)].get("seconds_per_picture")
+    return [
+        {
+            "name": name,
+            "label": row.get("label") if row.get("label") != name else None,
+            "role": row["role"],
+            "colour": css_colour(colours[name]),
+            "cells": [cell(row, column) for column in shown],
+            "seconds": seconds_text(row),
+            "times": row["seconds_per_picture"] / reference
+            if reference and row.get("seconds_per_picture")
+            else None,
+        }
+        for name, row in rows.items()
+    ]
+
+
+def _configurations(rows: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Names of the fields that configurations have, and each one's values of them."""
+    configurations = {name: row["config"] for name, row in rows.items() if row.get("config")}
+    names = list(dict.fromkeys(field for config in configurations.values() for field in config))
+    return names, {name: [config.get(field) for field in names] for name, config in configurations.items()}
+
+
+def _receipt(stored: dict[str, Any]) -> str:
+    """A stored receipt as `dma_diffusers.report` would print it."""
+    known = {field.name for field in fields(ModuleReceipt)}
+    modules = [{key: value for key, value in module.items() if key in known} for module in stored["modules"]]
+    return str(Receipt(tuple(ModuleReceipt(**module) for module in modules)))
+
+
+def _text(value: Any) -> str:
+    """A setting as a reader would write it."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,137 @@
+"""Cost against quality: measured seconds per picture, one metric, and the noise floor."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, NOISE_FLOOR
+from dma_diffusers.eval.report.svg import FAINT, INK, label_decades, row_colours, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+# Where a label may stand about its point, in points, best place first.
+_PLACES = [(8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (0, 12), (0, -12), (0, 22), (0, -22)]
+
+
+class Point(NamedTuple):
+    """A configuration: its seconds per picture, and its figure with the bounds of the interval."""
+
+    name: str
+    seconds: float
+    estimate: float
+    low: float
+    high: float
+
+
+def pareto(evaluation: dict[str, Any], metric: str | None) -> str | None:
+    """The plot as an <svg> element, a point with its 95 % interval for each configuration; None without points."""
+    if metric is None or not _points(evaluation, metric):
+        return None
+    return svg("pareto", 6.4, 4.2, lambda figure: _draw(figure, evaluation, metric))
+
+
+def _points(evaluation: dict[str, Any], metric: str) -> list[Point]:
+    """The configurations that can be drawn: those with a finite figure and a time."""
+    points = []
+    for name, row in evaluation["rows"].items():
+        interval, seconds = _finite(row, metric), row.get("seconds_per_picture")
+        if row["role"] == CONFIGURATION and interval and seconds:
+            points.append(Point(name, seconds, *interval))
+    return points
+
+
+def _finite(row: dict[str, Any], metric: str) -> tuple[float, float, float] | None:
+    """A row's estimate and bounds, which are the estimate where they are infinite; None for no finite figure."""
+    figure = row["summary"].get(metric)
+    if not figure or figure["estimate"] is None:
+        return None
+    low, high = (figure.get(bound) for bound in ("low", "high"))
+    estimate = figure["estimate"]
+    return estimate, estimate if low is None else low, estimate if high is None else high
+
+
+def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str) -> None:
+    axes, colours = figure.subplots(), row_colours(evaluation["rows"])
+    points, about = _points(evaluation, metric), evaluation["metrics"][metric]
+    values, costs = [value for point in points for value in point[2:]], [point.seconds for point in points]
+
+    axes.plot(*zip(*front(points, about["better"]), strict=True), color=FAINT, lw=0.8)
+    for point in points:
+        bars = [[point.estimate - point.low], [point.high - point.estimate]]
+        style = {"color": colours[point.name], "fmt": "o", "ms": 6, "lw": 1.4, "capsize": 3}
+        axes.errorbar(point.seconds, point.estimate, bars, **style)
+    for row in evaluation["rows"].values():
+        if row["role"] == NOISE_FLOOR and (interval := _finite(row, metric)):
+            axes.axhline(interval[0], color=FAINT, lw=1, ls="--")
+            axes.axhspan(*interval[1:], color=FAINT, alpha=0.15, lw=0)
+            values += interval
+        if row["role"] == BASELINE and (seconds := row.get("seconds_per_picture")):
+            axes.axvline(seconds, color=INK, lw=1, ls=":")
+            costs.append(seconds)
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        label_decades(axes.yaxis)
+    if max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+        label_decades(axes.xaxis)
+    axes.margins(0.12, 0.14)
+    arrow = "↑" if about["better"] == "higher" else "↓"
+    axes.set(xlabel="seconds per picture, measured", ylabel=f"{about['title']} {arrow}")
+
+    figure.draw_without_rendering()  # labels are placed in the axes' final frame
+    _place_labels(axes, points)
+
+
+def front(points: list[Point], better: str) -> list[tuple[float, float]]:
+    """Stairs through the points that no other is both faster and better than, fastest first."""
+    sign = 1 if better == "higher" else -1
+    stairs: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (point.seconds, -sign * point.estimate)):
+        if not stairs:
+            stairs = [(point.seconds, point.estimate)]
+        elif sign * point.estimate > sign * stairs[-1][1]:
+            stairs += [(point.seconds, stairs[-1][1]), (point.seconds, point.estimate)]
+    return stairs
+
+
+def _place_labels(axes: "Axes", points: list[Point]) -> None:
+    """Write each point's name beside it, where it covers the least of what is there already."""
+    from matplotlib.transforms import Bbox
+
+    frame = axes.get_window_extent()
+    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
+    taken = [Bbox(ends).padded(1) for line in lines for ends in pairwise(line)]
+    for point in points:
+        bar = axes.transData.transform([(point.seconds, point.low), (point.seconds, point.high)])
+        taken.append(Bbox(bar).padded(4))
+    for point in points:
+        text = axes.annotate(
+            point.name, (point.seconds, point.estimate), (0, 0), textcoords="offset points", fontsize=8
+        )
+
+        def cost(place: tuple[int, int], text: "Annotation" = text) -> float:
+            _move(text, place)
+            box = text.get_window_extent()
+            outside = box.width * box.height - _shared(box, frame)
+            return 2 * outside + sum(_shared(box, other) for other in taken)
+
+        _move(text, min(_PLACES, key=cost))
+        taken.append(text.get_window_extent())
+
+
+def _move(text: "Annotation", place: tuple[int, int]) -> None:
+    right, up = place
+    text.set(
+        position=place,
+        ha="left" if right > 0 else "right" if right < 0 else "center",
+        va="center_baseline" if not up else "bottom" if up > 0 else "top",
+    )
+
+
+def _shared(one: Any, other: Any) -> float:
+    """The area of two boxes' intersection."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(width, 0) * max(height, 0)

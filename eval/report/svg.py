@@ -1,0 +1,85 @@
+"""Matplotlib's plots as SVG inside a page: the page's font and colours, the same bytes each time."""
+
+import io
+import re
+from collections.abc import Callable
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from dma_diffusers.eval.report.evaluation import BASELINE, NOISE_FLOOR
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+# Stand-ins: matplotlib must have colours, the page's are only known to the reader's browser.
+INK, FAINT, RULE = "#010101", "#020202", "#030303"
+_PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", RULE: "var(--rule)"}
+
+# After Paul Tol: to be told apart by colour-blind readers too, on white and on black.
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#009988")
+
+_STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 9,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+}
+
+
+def row_colours(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The colour of each row in every plot of a page."""
+    colours = cycle(_COLOURS)
+    fixed = {BASELINE: INK, NOISE_FLOOR: FAINT}
+    return {name: fixed.get(row["role"]) or next(colours) for name, row in rows.items()}
+
+
+def css_colour(colour: str) -> str:
+    """A plot's colour as the page's style sheet has it."""
+    return _PAGE.get(colour, colour)
+
+
+def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]) -> str:
+    """An <svg> element of `width` × `height` inches, drawn by `draw` on a figure.
+
+    name: another for each plot of a page, so that their ids differ.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with style.context(["default", _STYLE | {"svg.hashsalt": name}]):
+        figure = Figure((width, height), layout="constrained")
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # they name parts, and repeat from plot to plot
+    for colour, variable in _PAGE.items():
+        drawn = drawn.replace(colour, variable)
+    return drawn
+
+
+def label_decades(axis: "Axis") -> None:
+    """Write 1, 2 and 5 of each power of ten along a logarithmic axis, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

@@ -1,0 +1,22 @@
+"""The report of a run, beside its evaluation.json."""
+
+from pathlib import Path
+
+from dma_diffusers.eval.report.evaluation import read
+from dma_diffusers.eval.report.markdown import table
+from dma_diffusers.eval.report.page import html
+from dma_diffusers.pipelines.files import write_atomically
+
+
+def write_report(folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.md from the evaluation.json of a run's folder; their paths.
+
+    Raises ValueError where that is no evaluation or a picture is broken, FileNotFoundError where a file is
+    missing; nothing is written then.
+    """
+    evaluation = read(folder / "evaluation.json")
+    page, markdown = folder / "report.html", folder / "report.md"
+    written = {page: html(evaluation, folder), markdown: table(evaluation) + "\n"}
+    for path, text in written.items():
+        write_atomically(path, text.encode())
+    return page, markdown

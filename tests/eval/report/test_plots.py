@@ -1,0 +1,113 @@
+"""The plots: what is on them, read back from the SVG."""
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dma_diffusers.eval.report.heat_maps import layer_errors
+from dma_diffusers.eval.report.pareto import Point, front, pareto
+from dma_diffusers.eval.report.steps import step_plot
+from tests.eval.report.synthetic import STEPS, evaluation
+
+
+def texts(svg):
+    return [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_pareto_names_every_configuration():
+    contents = evaluation()
+    names = [name for name, row in contents["rows"].items() if row["role"] == "configuration"]
+    written = texts(pareto(contents, "lpips"))
+    assert [text for text in written if text in contents["rows"]] == names
+    assert "LPIPS ↓" in written
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_pareto_of_costs_far_apart(scale):
+    contents = evaluation()
+    contents["rows"]["all MXFP4"]["seconds_per_picture"] *= scale
+    assert ("50" in texts(pareto(contents, "lpips"))) == (scale > 1)
+
+
+def test_nothing_to_plot():
+    contents = evaluation()
+    for row in contents["rows"].values():
+        row["seconds_per_picture"] = None
+        row["steps"] = [0.0, 0.0]
+    assert (
+        pareto(contents, "lpips")
+        is pareto(contents, None)
+        is step_plot(contents)
+        is layer_errors(None)
+        is None
+    )
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_front_is_what_nothing_beats(better):
+    random = np.random.default_rng(1)
+    sign = 1 if better == "higher" else -1
+    points = [Point(str(i), int(random.integers(20)), int(random.integers(200)), 0, 0) for i in range(200)]
+    unbeaten = {
+        (p.seconds, p.estimate)
+        for p in points
+        if not any(
+            q.seconds <= p.seconds and sign * q.estimate >= sign * p.estimate and q[1:3] != p[1:3]
+            for q in points
+        )
+    }
+    assert len(unbeaten) > 2
+    stairs = front(points, better)
+    assert set(stairs[::2]) == unbeaten
+    for before, corner, after in zip(stairs[::2], stairs[1::2], stairs[2::2], strict=False):
+        assert corner == (after[0], before[1])
+
+
+def test_lines_fall_as_the_errors_do():
+    contents = evaluation()
+    rows = contents["rows"]
+    for row in rows.values():
+        row["steps"] = [0.1 / 2**step for step in range(STEPS)]
+    rows["full precision"]["steps"] = [0.0] * STEPS
+    svg = step_plot(contents)
+    lines = [
+        np.array(re.findall(r"[ML] (\S+) (\S+)", path), float) for path in re.findall(r' d="(M[^"z]+)"', svg)
+    ]
+    lines = [line for line in lines if len(line) == STEPS]
+    assert len(lines) == len(rows) - 1
+    for line in lines:  # a power law is straight on a logarithmic axis
+        assert np.diff(line, axis=0) == pytest.approx(
+            np.tile((line[-1] - line[0]) / (STEPS - 1), (STEPS - 1, 1)), abs=1e-3
+        )
+        assert line[-1, 1] > line[0, 1]
+
+
+def test_heat_maps_share_a_scale():
+    maps = {"a": [[0.001, 0.01], [0.02, 0.3]], "b": [[0.3, 0.02], [None, 0.0]]}
+    svg = layer_errors({"modules": ["m0", "m1"], "steps": [3, 17], "relative_l2": maps})
+    assert {"a", "b", "m0", "m1", "3", "17"} <= set(texts(svg))
+    panels = [
+        np.array(Image.open(io.BytesIO(base64.b64decode(re.sub(r"\s", "", data)))).convert("RGBA")).tolist()
+        for data in re.findall(r'data:image/png;base64,([^"]+)"', svg)
+    ]
+    a, b = (panel for panel in panels if np.shape(panel) == (2, 2, 4))
+    assert a[1][1] == b[0][0]
+    assert a[1][0] == b[0][1]
+    assert b[1][0] == b[1][1]  # not measured, and 0, which has no logarithm
+    assert len({str(colour) for panel in (a, b) for row in panel for colour in row}) == 5
+    light = [sum(colour[:3]) for colour in (*a[0], *a[1])]
+    assert light == sorted(light)
+
+
+@pytest.mark.parametrize("modules", [1, 57, 400])
+def test_module_names_do_not_crowd(modules):
+    names = [f"blocks.{i}.attn" for i in range(modules)]
+    svg = layer_errors({"modules": names, "steps": [0], "relative_l2": {"a": [[0.1]] * modules}})
+    written = [text for text in texts(svg) if text in names]
+    assert written[0] == names[0]
+    assert len(written) <= 40
