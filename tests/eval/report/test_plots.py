@@ -52,7 +52,8 @@ def test_nothing_to_plot():
 def test_front_is_what_nothing_beats(better):
     random = np.random.default_rng(1)
     sign = 1 if better == "higher" else -1
-    points = [Point(str(i), int(random.integers(20)), int(random.integers(200)), 0, 0) for i in range(200)]
+    seconds = random.integers(12, size=40).tolist()
+    points = [Point("", x, sign * (x + random.integers(4)), 0, 0) for x in seconds]
     unbeaten = {
         (p.seconds, p.estimate)
         for p in points
