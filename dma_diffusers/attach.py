@@ -150,9 +150,7 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
         forward = Forward(model, family, config.dense_above_sigma)
         for name in wrapped:
             module = model.get_submodule(name)
-            diversion = Diversion(
-                config.of_module(name), family, forward, name in dense, _head_dim(module)
-            )
+            diversion = Diversion(config.of_module(name), family, forward, name in dense, _head_dim(module))
             module.processor = bind(module.processor, diversion)
         observe = forward.observe if config.dense_above_sigma is None else forward.observe_noise
         hook = model.register_forward_pre_hook(observe, with_kwargs=True)

@@ -1,11 +1,8 @@
 """Choose formats, windows and dense steps, module by module and head by head, within an error budget."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,76 +11,18 @@ import torch
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
+from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
 from dma_diffusers.eval.recordings.search import Found, Search
 from dma_diffusers.eval.recordings.store import Recordings
 from dma_diffusers.kernels.maps import TILE, tiles
-from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.policy_file import FORMAT, VERSION, check_quality
+from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
-EVERY_KEY = 2**20  # a window this wide is HIGH everywhere, at any length
 _BLACKWELL = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
 FORMATS = {"sm_90": (("bf16", "int8"), ("bf16", "fp8"))} | dict.fromkeys(
     ("sm_100", "sm_103", "sm_120"), _BLACKWELL
 )
 SINKS = (0, TILE)
-_CONFIG = ("high", "low", "window", "sink", "dense_above_sigma")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for a quality, and what it costs and errs on the recordings.
-
-    relative_l2: of the output, root mean square over prompts, steps and modules. budget: the most that it was to be.
-    cost: predicted clocks over those of bf16 attention. recall: of attention, the share in HIGH tiles.
-    of_modules: relative L2 of each module, means over prompts and steps.
-    """
-
-    quality: float
-    config: DMAConfig
-    budget: float
-    relative_l2: float
-    cost: float
-    recall: float
-    of_modules: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A ladder of choices, lowest quality first, and what they were chosen from; `quality` is the one asked for."""
-
-    quality: float
-    model: dict[str, Any]
-    choices: tuple[Choice, ...]
-    evidence: dict[str, Any]
-
-    @property
-    def chosen(self) -> Choice:
-        """The choice of the quality that was asked for."""
-        return next(choice for choice in self.choices if choice.quality == self.quality)
-
-    def save(self, path: Path) -> None:
-        """Write the policy file, which `DMAConfig.from_file` reads."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The policy file's document (`dma_diffusers.policy_file`)."""
-        choices = [
-            {
-                "quality": choice.quality,
-                "config": {name: getattr(choice.config, name) for name in _CONFIG},
-                "modules": {name: dict(changes) for name, changes in choice.config.modules if changes},
-                "evidence": {
-                    "relative_l2": choice.relative_l2, "budget": choice.budget, "cost": choice.cost,
-                    "recall": choice.recall, "relative_l2_of_modules": choice.of_modules,
-                },
-            }
-            for choice in self.choices
-        ]  # fmt: skip
-        return {
-            "format": FORMAT, "version": VERSION, "quality": self.quality, "model": self.model,
-            "choices": choices, "evidence": self.evidence,
-        }  # fmt: skip
 
 
 def calibrate(
@@ -120,9 +59,7 @@ def calibrate(
         [DMAConfig(**option, window=window, min_length=0) for window in windows] for option in options
     ]
     whole = cost.full_precision_clocks(recordings, target)
-    costs = np.array(
-        [[cost.head_clocks(recordings, config, target) for config in row] for row in candidates]
-    )
+    costs = np.array([[cost.head_clocks(recordings, config, target) for config in row] for row in candidates])
     named = {f"{i} {j}": config for i, row in enumerate(candidates) for j, config in enumerate(row)}
     measured = measure(recordings, named, device, on_step)
     errors = np.array([_errors(measured[name]) for name in named]).reshape(costs.shape)

@@ -81,7 +81,9 @@ def measure(
             stored = sums.setdefault(name, np.zeros((5, *weights.shape, 0)))
             missing = values.shape[1] - stored.shape[-1]
             if missing > 0:  # modules may differ in their number of heads
-                stored = sums[name] = np.concatenate([stored, np.full((*stored.shape[:-1], missing), np.nan)], -1)
+                stored = sums[name] = np.concatenate(
+                    [stored, np.full((*stored.shape[:-1], missing), np.nan)], -1
+                )
             there = stored[(slice(None), *place, slice(values.shape[1]))]
             there[:] = values + (there if weights[place] > 1 else 0)
         on_step("measuring", done, len(recordings))
@@ -96,7 +98,8 @@ def to_json(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[st
         "steps": recordings.steps,
         "configurations": {
             name: {
-                quantity: _nested(getattr(values, quantity)) for quantity in ("relative_l2", "cosine", "recall")
+                quantity: _nested(getattr(values, quantity))
+                for quantity in ("relative_l2", "cosine", "recall")
             }
             for name, values in measured.items()
         },
@@ -108,7 +111,9 @@ def layers(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str
     return {
         "modules": recordings.modules,
         "steps": recordings.steps,
-        "relative_l2": {name: _nested(mean_of_present(values.of_modules, 0)) for name, values in measured.items()},
+        "relative_l2": {
+            name: _nested(mean_of_present(values.of_modules, 0)) for name, values in measured.items()
+        },
     }
 
 
@@ -184,9 +189,7 @@ def _compared(
         ).nan_to_num()  # fmt: skip
         kept = mass.sum((-2, -1))
     else:
-        out = operator.attention(
-            q, k, v, mask, recording.scale, recording.is_causal, **arguments
-        ).out
+        out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
         high = high_tiles(arguments, recording)
         kept = (mass * high.to(mass.device)).sum((-2, -1))
     out = out.double()

@@ -97,7 +97,12 @@ def record(
                 continue
             title = f"recording {number + 1} of {fitting}"
             recorder.begin(recordings, number, chosen, limit)
-            draw(prompts[number], seeds[number], lambda done, total, title=title: on_step(title, done, total), recorder)
+            draw(
+                prompts[number],
+                seeds[number],
+                lambda done, total, title=title: on_step(title, done, total),
+                recorder,
+            )
             recordings.recordings += recorder.taken
             recordings.save()
         recordings.save()
@@ -114,7 +119,9 @@ class _Recorder:
         found = [diversions(model) for model in models]
         if len({(type(model), *of_model) for model, of_model in zip(models, found, strict=True)}) > 1:
             kinds = ", ".join(type(model).__name__ for model in models)
-            raise ValueError(f"the pipeline has transformers of different kinds ({kinds}): record one model alone")
+            raise ValueError(
+                f"the pipeline has transformers of different kinds ({kinds}): record one model alone"
+            )
         self.available = list(found[0])
         self.hooks = []
         for model, of_model in zip(models, found, strict=True):
@@ -176,11 +183,15 @@ class _Recorder:
         self.call += 1
         self.sigma = forward.noise_level(args, kwargs)
 
-    def _attend(self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_) -> Result:
+    def _attend(
+        self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_
+    ) -> Result:
         self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), scale, is_causal)
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+        out = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
         nothing = torch.empty(0, device=q.device)
         return Result(out, nothing, nothing.int())
 
@@ -221,7 +232,9 @@ def _chosen_modules(modules: Sequence[int | str] | None, available: list[str]) -
         elif asked in available:
             chosen.add(asked)
         else:
-            raise ValueError(f"there is no module {asked!r}: give 0 to {len(available) - 1}, or {available[0]} …")
+            raise ValueError(
+                f"there is no module {asked!r}: give 0 to {len(available) - 1}, or {available[0]} …"
+            )
     return [name for name in available if name in chosen]
 
 

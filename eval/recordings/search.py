@@ -56,7 +56,9 @@ class Search:
 
     def _sum(self, found: Found, which: int) -> float:
         modules, heads = np.ogrid[: found.window.shape[0], : found.window.shape[1]]
-        return float(self.tables[found.level][which][found.option[:, None], found.window, modules, heads].sum())
+        return float(
+            self.tables[found.level][which][found.option[:, None], found.window, modules, heads].sum()
+        )
 
     def _best(self, price: float) -> Found:
         """Where error + price · cost is least (Lagrange): heads, then modules, then the level, each by itself."""

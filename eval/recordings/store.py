@@ -99,7 +99,9 @@ class Recordings:
             stored = load_file(path)
             return Tensors(stored["q"], stored["k"], stored["v"], stored.get("key_mask"))
         except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete {self.folder / INDEX}, record again") from None
+            raise ValueError(
+                f"{path} is damaged ({error}): delete {self.folder / INDEX}, record again"
+            ) from None
 
     def save(self) -> None:
         """Write the index."""
