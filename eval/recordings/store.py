@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.pipelines.files import write_atomically
@@ -96,7 +96,7 @@ class Recordings:
         """A call's tensors, on the CPU; raises ValueError, naming the file, where it cannot be read."""
         path = self.folder / recording.file
         try:
-            stored = load_file(path)
+            stored = load(path.read_bytes())  # a file that is mapped and changes under us would end the process
             return Tensors(stored["q"], stored["k"], stored["v"], stored.get("key_mask"))
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
