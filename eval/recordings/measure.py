@@ -166,11 +166,12 @@ def high_tiles(arguments: Mapping[str, Any], recording: Recording) -> torch.Tens
     if arguments.get("mapped", True):
         policy = Diagonal(arguments["window"], arguments["sink"])
         text = arguments["text_start"], arguments["text_stop"]
-    layout = replace(recording.layout, text=text)
-    classes = policy.classes(layout, recording.is_causal)
-    high = (causal_classes(classes) if recording.is_causal else classes) == Class.HIGH
+    layout, is_causal = replace(recording.layout, text=text), recording.is_causal
+    classes = policy.classes(layout, is_causal)
+    classes = causal_classes(classes) if is_causal else classes
+    high = classes == Class.HIGH
     # Tiles that a mask cuts are HIGH if any tile is.
-    return high | cut_tiles(layout, recording.is_causal) if high.any() else high
+    return high | (cut_tiles(layout, is_causal) & (classes != Class.SKIP)) if high.any() else high
 
 
 def _compared(

@@ -26,15 +26,19 @@ def saved(
             "is_causal": False,
         }  # fmt: skip
         shape = tuple(tensors.q.shape)
-        recordings.recordings.append(
-            Recording(**of_call | fields, shape=shape, file=file, bytes=len(data))
-        )
+        recordings.recordings.append(Recording(**of_call | fields, shape=shape, file=file, bytes=len(data)))
     recordings.save()
     return recordings
 
 
 def random_tensors(
-    seed: int, tokens: int, heads: int = 2, kv_heads: int = 2, batch: int = 1, masked: bool = False, head_dim: int = 32
+    seed: int,
+    tokens: int,
+    heads: int = 2,
+    kv_heads: int = 2,
+    batch: int = 1,
+    masked: bool = False,
+    head_dim: int = 32,
 ) -> Tensors:
     """q, k and v whose attention is uneven: near tokens attend to each other."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,4 +51,9 @@ def random_tensors(
         return x
 
     mask = torch.rand(batch, tokens, generator=generator) > 0.3 if masked else None
-    return Tensors(random(heads), random(kv_heads), torch.randn(batch, kv_heads, tokens, head_dim, generator=generator), mask)
+    return Tensors(
+        random(heads),
+        random(kv_heads),
+        torch.randn(batch, kv_heads, tokens, head_dim, generator=generator),
+        mask,
+    )

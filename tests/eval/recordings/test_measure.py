@@ -59,7 +59,9 @@ def test_exact_attention(made, call, rows, monkeypatch):
 
 
 def test_queries_that_see_no_key_count_for_nothing():
-    tensors = random_tensors(0, 200, batch=2)._replace(key_mask=torch.tensor([[True], [False]]).expand(2, 200))
+    tensors = random_tensors(0, 200, batch=2)._replace(
+        key_mask=torch.tensor([[True], [False]]).expand(2, 200)
+    )
     out, mass = exact.exact_attention(tensors, None, False)
     assert not out[1].any() and not mass[1].any()
     torch.testing.assert_close(mass[0].sum((-2, -1)), torch.ones(2, dtype=torch.float64))
@@ -95,7 +97,9 @@ def test_errors_are_those_of_the_operator(tmp_path):
     for _, (q, k, v, _mask) in calls:
         out = operator.attention(q, k, v, low="nvfp4", window=(0, 128), sink=0, text_stop=20).out
         low_precision.append(out.transpose(0, 1).flatten(1).double())
-        expected.append(scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1))
+        expected.append(
+            scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1)
+        )
     out, reference = torch.cat(low_precision, 1), torch.cat(expected, 1)
     error = (out - reference).norm(dim=1) / reference.norm(dim=1)
     np.testing.assert_allclose(found.relative_l2[0, 0, 0], error, rtol=1e-9)
@@ -122,7 +126,9 @@ def test_configurations_run_as_in_the_pipeline(tmp_path):
         "stock": DMAConfig.preset("exact"),
         "short": DMAConfig(min_length=301),
     }
-    found = {name: values.of_modules[0] for name, values in measure(recordings, configurations, "cpu").items()}
+    found = {
+        name: values.of_modules[0] for name, values in measure(recordings, configurations, "cpu").items()
+    }
     low, dense, other = found["low"][0, 0], found["dense"][0, 0], found["nvfp4"][0, 0]
     assert len({low, dense, other}) == 3 and dense < low / 3
     np.testing.assert_allclose(found["modules"], [[low] * 2, [dense] * 2, [other] * 2])
@@ -158,7 +164,9 @@ def test_evaluate_attention_of_a_pipeline(tmp_path):
     pipe = tiny_pipelines.flux()
     call = {"num_inference_steps": 2} | CALLS[type(pipe)]
     configurations = {"near": DMAConfig(), "far": DMAConfig(window=0, sink=0, protect_text=False)}
-    document = evaluate_attention(pipe, ["a cat", "a dog"], configurations, tmp_path, call, "command", steps=2)
+    document = evaluate_attention(
+        pipe, ["a cat", "a dog"], configurations, tmp_path, call, "command", steps=2
+    )
     assert document == json.loads((tmp_path / "attention.json").read_text())
     assert np.shape(document["layers"]["relative_l2"]["near"]) == (3, 2)
     assert np.shape(document["configurations"]["far"]["recall"]) == (2, 3, 2, 2)

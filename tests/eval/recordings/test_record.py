@@ -84,7 +84,9 @@ def test_guidance_is_recorded_whole(flux, tmp_path):
     first, second = (one_after_the_other.tensors(r).q for r in one_after_the_other)
     assert [r.call for r in one_after_the_other] == [0, 1] and not torch.equal(first, second)
     sd3 = tiny_pipelines.sd3()
-    together = record(sd3, ["a cat"], tmp_path / "sd3", call_of(sd3, guidance_scale=4.0), steps=1, modules=[0])
+    together = record(
+        sd3, ["a cat"], tmp_path / "sd3", call_of(sd3, guidance_scale=4.0), steps=1, modules=[0]
+    )
     assert [r.shape[0] for r in together] == [2]
 
 
@@ -123,7 +125,9 @@ def test_no_prompts(flux, tmp_path):
 def test_no_more_prompts_than_fit(flux, tmp_path):
     whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
     part = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2, limit=whole.bytes * 3 // 4)
-    assert part.prompts == [0] and part.notes == [f"1 of 2 prompts fit into {whole.bytes * .75 / 1e6:.3g} MB"]
+    assert part.prompts == [0] and part.notes == [
+        f"1 of 2 prompts fit into {whole.bytes * 0.75 / 1e6:.3g} MB"
+    ]
     assert part.bytes <= whole.bytes * 3 // 4
     on_disk = sum(path.stat().st_size for path in (tmp_path / "part").glob("*.safetensors"))
     assert on_disk == part.bytes
