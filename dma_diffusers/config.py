@@ -47,7 +47,8 @@ class DMAConfig:
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     modules: what single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
-        high, low, window, sink, or dense=True for every tile HIGH. Kept as sorted pairs.
+        high, low, window, sink, or dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled
+        one by one are compiled anew for each module that differs: raise torch._dynamo.config.recompile_limit.
     model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 
