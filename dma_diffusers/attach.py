@@ -35,26 +35,32 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     attention backend that was chosen before runs only where whole modules are left to stock.
 
     Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
-    `dense_layers` that do not exist, or context parallelism.
+    `dense_layers` or `modules` that do not exist, a configuration for another model, or context parallelism.
     """
     config = DMAConfig.of(config, **fields)
-    for attach in [_prepare(model, config) for _, model in _transformers(pipe_or_model)]:
+    for attach in [_prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
         attach()
 
 
 def restore(pipe_or_model: Any) -> None:
     """Puts the very same stock processors back."""
-    for _, model in _transformers(pipe_or_model):
+    for _, model in transformers_of(pipe_or_model):
         _detach(model)
 
 
 def report(pipe_or_model: Any) -> Receipt:
     """What each attention module runs, and why; no modules where nothing is applied."""
     receipts = []
-    for prefix, model in _transformers(pipe_or_model):
+    for prefix, model in transformers_of(pipe_or_model):
         if attachment := _attachment(model):
             receipts.extend(_receipts(prefix, model, attachment))
     return Receipt(tuple(receipts))
+
+
+def diversions(model: torch.nn.Module) -> dict[str, Diversion]:
+    """The diversions of a model's attention modules, by name; empty where nothing is applied."""
+    found = _attention_modules(_uncompiled(model))
+    return {name: module.processor.diversion for name, module in found if isinstance(module.processor, Bound)}
 
 
 def set_attn_processor(model: torch.nn.Module, processor: Any, stock_method: Callable) -> None:
@@ -78,8 +84,11 @@ def set_attn_processor(model: torch.nn.Module, processor: Any, stock_method: Cal
         logger.warning("set_attn_processor removed DMA attention from %s", type(model).__name__)
 
 
-def _transformers(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
-    """(prefix of module names, model) of a model or of each transformer of a pipeline."""
+def transformers_of(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """(prefix of module names, model) of a model or of each transformer of a pipeline.
+
+    Raises TypeError for anything else, ValueError for a pipeline without a transformer.
+    """
     if isinstance(pipe_or_model, torch.nn.Module):
         return [("", _uncompiled(pipe_or_model))]
     components = getattr(pipe_or_model, "components", None)
@@ -132,20 +141,37 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
         raise ValueError(
             f"dense_layers {config.dense_layers}: {type(model).__name__} has {len(wrapped)} modules to divert"
         )
-    dense = {wrapped[index] for index in config.dense_layers}
+    diverted = [name for name, _ in _attention_modules(model) if not family.role_left_to_stock(name)]
+    _check_modules(model, config, diverted)
+    dense = {wrapped[index] for index in config.dense_layers} | set(filter(config.is_dense, wrapped))
 
     def attach() -> None:
         _detach(model)
         forward = Forward(model, family, config.dense_above_sigma)
         for name in wrapped:
             module = model.get_submodule(name)
-            diversion = Diversion(config, family, forward, name in dense, _head_dim(module))
+            diversion = Diversion(config.of_module(name), family, forward, name in dense, _head_dim(module))
             module.processor = bind(module.processor, diversion)
         observe = forward.observe if config.dense_above_sigma is None else forward.observe_noise
         hook = model.register_forward_pre_hook(observe, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)
 
     return attach
+
+
+def _check_modules(model: torch.nn.Module, config: DMAConfig, diverted: list[str]) -> None:
+    """Raises ValueError where `config` has modules or heads that `model` has not, or is for another model."""
+    kind, named = type(model).__name__, {name for name, _ in config.modules}
+    if config.model not in (None, kind):
+        raise ValueError(f"this configuration is for {config.model}, not for {kind}: calibrate it for that")
+    if config.model and (differing := named.symmetric_difference(diverted)):
+        raise ValueError(f"this configuration is for another {kind}: only one of them has {min(differing)}")
+    if absent := named.difference(diverted):
+        raise ValueError(f"modules: {kind} has no {min(absent)} to divert")
+    for name in diverted:
+        window, heads = config.of_module(name).window, getattr(model.get_submodule(name), "heads", None)
+        if isinstance(window, tuple) and heads not in (None, len(window)):
+            raise ValueError(f"{name} has {heads} heads, and this configuration windows for {len(window)}")
 
 
 def _head_dim(module: torch.nn.Module) -> int | None:

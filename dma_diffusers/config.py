@@ -1,6 +1,9 @@
 """What a user chooses: formats, policy, and which calls they are for."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from os import PathLike
+from typing import Any
 
 import torch
 
@@ -19,6 +22,7 @@ TEXT_PLACES = ("first", "last", "none")
 GAINS_FROM = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
 MEASURED_FORMATS = {"sm_90": ("bf16", "int8")}
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
+MODULE_FIELDS = ("high", "low", "window", "sink", "dense")  # what one attention module may have of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class DMAConfig:
 
     high, low: names of formats, for Q·K in HIGH and LOW tiles.
     window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
-        either side, 0 is no band. Other widths round up.
+        either side, 0 is no band. Other widths round up. A tuple has a width for each head.
     sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
     min_length: calls with fewer keys (tokens) are left to stock attention.
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
@@ -42,11 +46,15 @@ class DMAConfig:
         ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
+    modules: what single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
+        high, low, window, sink, or dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled
+        one by one are compiled anew for each module that differs: raise torch._dynamo.config.recompile_limit.
+    model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 
     high: str = "mxfp8"
     low: str = "mxfp4"
-    window: int = 128
+    window: int | tuple[int, ...] = 128
     sink: int = 128
     min_length: int = 256
     dense_above_sigma: float | None = None
@@ -54,12 +62,18 @@ class DMAConfig:
     lowering: str = "auto"
     protect_text: bool = True
     text: str | None = None
+    modules: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] | Mapping[str, Mapping[str, Any]] = ()
+    model: str | None = None
 
     def __post_init__(self):
         for name in (self.high, self.low):
             get_format(name)
-        for name in ("window", "sink", "min_length"):
-            if not _is_integer(value := getattr(self, name)) or value < 0:
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
+        per_head = isinstance(self.window, tuple) and self.window
+        widths = [("window", width) for width in (self.window if per_head else (self.window,))]
+        for name, value in [*widths, ("sink", self.sink), ("min_length", self.min_length)]:
+            if not _is_integer(value) or value < 0:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
         sigma = self.dense_above_sigma
         if sigma is not None and not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
@@ -72,6 +86,38 @@ class DMAConfig:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
         if self.text is not None and self.text not in TEXT_PLACES:
             raise ValueError(f"text must be one of {', '.join(TEXT_PLACES)}, or None, got {self.text!r}")
+        if self.model is not None and not isinstance(self.model, str):
+            raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
+        object.__setattr__(self, "modules", _frozen(self.modules))
+        for name, changes in self.modules:
+            if unknown := [field for field, _ in changes if field not in MODULE_FIELDS]:
+                known = ", ".join(MODULE_FIELDS)
+                raise ValueError(f"modules: {name} has no {', '.join(map(str, unknown))}; there are {known}")
+            if not isinstance(self.is_dense(name), bool):
+                raise ValueError(f"modules: {name}: dense must be true or false, got {self.is_dense(name)!r}")
+            try:
+                self.of_module(name)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"modules: {name}: {error}") from None
+
+    @classmethod
+    def from_file(
+        cls, path: str | PathLike[str], quality: float | None = None, **changes: Any
+    ) -> "DMAConfig":
+        """What `dma-diffusers calibrate` chose, from its policy file, with some fields changed.
+
+        quality: from 0, the cheapest, to 1, closest to full precision: the file's choice at or above it; None
+            for the one that the file was made for.
+        Raises OSError where the file cannot be read, ValueError where it is no such file, or for another quality.
+        """
+        from dma_diffusers.policy_file import read_choice
+
+        choice = read_choice(path, quality)
+        try:
+            config = cls.of(None, **choice)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return cls.of(config, **changes)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "DMAConfig":
@@ -99,6 +145,23 @@ class DMAConfig:
         current = {name: getattr(config, name) for name in known} if config else {}
         return cls(**current | changes)
 
+    def of_module(self, name: str) -> "DMAConfig":
+        """The configuration of one attention module."""
+        changes = {field: value for field, value in dict(self.modules).get(name, ()) if field != "dense"}
+        return replace(self, **{"modules": (), "model": None} | changes)
+
+    def is_dense(self, name: str) -> bool:
+        """Whether `modules` asks for every tile of this attention module to be HIGH."""
+        return dict(dict(self.modules).get(name, ())).get("dense", False)
+
+    def arguments(self, text: tuple[int, int]) -> dict[str, Any]:
+        """Keyword arguments of `kernels.operator.attention`, for a call with text tokens from start to stop."""
+        start, stop = text if self.protect_text else (0, 0)
+        return {
+            "high": self.high, "low": self.low, "window": self.window, "sink": self.sink,
+            "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
+        }  # fmt: skip
+
     def why_stock(self, device: torch.device, head_dim: int, masks_keys: bool = False) -> str:
         """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not."""
         if self.lowering == "stock":
@@ -123,6 +186,20 @@ class DMAConfig:
 
 def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _frozen(modules: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """Mappings of mappings, or pairs of pairs, as sorted pairs of sorted pairs."""
+    try:
+        named = {name: dict(changes) for name, changes in dict(modules).items()}
+        return tuple(
+            (name, tuple((key, tuple(x) if isinstance(x, list) else x) for key, x in sorted(changes.items())))
+            for name, changes in sorted(named.items())
+        )
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"modules must map names of attention modules to fields of their own, got {modules!r:.100}"
+        ) from None
 
 
 @torch.compiler.assume_constant_result  # a graph cannot ask a device what it is

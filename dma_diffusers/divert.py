@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,17 +50,24 @@ class Forward:
     def observe_noise(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: `observe`, and whether the noise level asks for HIGH everywhere."""
         self.observe(model, args, kwargs)
-        sigma = self._named(args, kwargs)["timestep"].max() / self.family.timestep_scale
-        dense = bool(sigma > self.dense_above_sigma)
+        dense = bool(self.noise_level(args, kwargs) > self.dense_above_sigma)
         for diversion in self.diversions:
             diversion.mapped = not (dense or diversion.dense)
+
+    def noise_level(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The highest sigma (0 to 1) of a forward call's batch, on its device; None if the scale is not known."""
+        scale = self.family.timestep_scale
+        return None if scale is None else self._named(args, kwargs)["timestep"].max() / scale
 
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self.parameters, args, strict=False)) | kwargs
 
 
 class Diversion:
-    """Decides about the attention operations of one module, runs those it takes, and counts."""
+    """Decides about the attention operations of one module, runs those it takes, and counts.
+
+    stand_in: what runs them in the operator's place, with its arguments and its result; None for the operator.
+    """
 
     def __init__(
         self, config: DMAConfig, family: Family, forward: Forward, dense: bool, head_dim: int | None
@@ -68,6 +76,7 @@ class Diversion:
         self.family = family
         self.forward = forward
         self.dense = dense
+        self.stand_in: Callable[..., operator.Result] | None = None
         self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.diverted = 0
         self.left: Counter[str] = Counter()
@@ -98,12 +107,10 @@ class Diversion:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self._diverted(query)
-        config = self.config
-        text = text if config.protect_text else (0, 0)
-        result = operator.attention(
+        attend = self.stand_in or operator.attention
+        result = attend(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
-            high=config.high, low=config.low, window=config.window, sink=config.sink,
-            text_start=text[0], text_stop=text[1], mapped=self.mapped, lowering=config.operator_lowering,
+            mapped=self.mapped, **self.config.arguments(text),
         )  # fmt: skip
         self._count_inexact(result.inexact_rows)
         return result.out
@@ -135,7 +142,9 @@ class Diversion:
     def _policy(self) -> str:
         if self.dense:
             return "dense"
-        words = f"diagonal(window={self.config.window}, sink={self.config.sink})"
+        window = self.config.window
+        widths = "/".join(map(str, window)) if isinstance(window, tuple) else window  # of each head
+        words = f"diagonal(window={widths}, sink={self.config.sink})"
         words += "" if self.config.protect_text else " without protected text"
         sigma = self.config.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"

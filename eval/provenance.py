@@ -20,6 +20,17 @@ def fingerprint(folder: Path, *patterns: str) -> str:
     return digest.hexdigest()
 
 
+def weights_fingerprint(*models: torch.nn.Module) -> str:
+    """SHA-256 over models' parameters: their names, shapes and first 64 numbers, which tell trainings apart."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            digest.update(f"{name} {list(parameter.shape)}".encode())
+            if not parameter.is_meta:
+                digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def sources() -> dict[str, str]:
     """Fingerprints of the code that decides what attention computes."""
     package = Path(dma_diffusers.__file__).parent

@@ -5,6 +5,7 @@ for each length and kept, so `torch.compile` sees one node and a new length comp
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def attention(
     k_rope: Rope | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
-    window: int = 128,
+    window: int | Sequence[int] = 128,
     sink: int = 128,
     text_start: int = 0,
     text_stop: int = 0,
@@ -65,8 +66,8 @@ def attention(
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
     scale: of the scores, D^-½ by default, more than 0.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
-    high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`. text_start, text_stop: the text
-    tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
+    high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`; window may have a width for each of
+    q's heads. text_start, text_stop: the text tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
     Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
     Raises ValueError for what it can't take, before anything is launched.
     """
@@ -74,12 +75,15 @@ def attention(
     _check_rope("q", q, q_rope)
     _check_rope("k", k, k_rope)
     get_format(high), get_format(low)
+    windows = list(window) if isinstance(window, Sequence) else [window]
+    if len(windows) not in (1, q.shape[1]):
+        raise ValueError(f"window must be one width, or one for each of {q.shape[1]} heads, got {windows}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {scale}")
     return Result(*torch.ops.dma_diffusers.attention(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
-        high, low, window, sink, text_start, text_stop, mapped, lowering, return_lse,
+        high, low, windows, sink, text_start, text_stop, mapped, lowering, return_lse,
     ))  # fmt: skip
 
 
@@ -167,7 +171,7 @@ def _attention(
     is_causal: bool,
     high: str,
     low: str,
-    window: int,
+    windows: Sequence[int],
     sink: int,
     text_start: int,
     text_stop: int,
@@ -177,7 +181,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop))
     _check_memory(q, k, v)
-    policy = Diagonal(window, sink) if mapped else Dense(Class.HIGH)
+    policy = Diagonal(tuple(windows), sink) if mapped else Dense(Class.HIGH)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
     precision_map = _plan(policy, layout, is_causal, q.device)
     call = {
@@ -214,7 +218,7 @@ def _(
     is_causal,
     high,
     low,
-    window,
+    windows,
     sink,
     text_start,
     text_stop,

@@ -165,7 +165,7 @@ def _quiet(pipe):
 
 
 # Sizes that give between 300 and 500 tokens, never a multiple of 128.
-_CALLS = {
+CALLS = {
     FluxPipeline: dict(height=48, width=40, max_sequence_length=19),
     StableDiffusion3Pipeline: dict(height=20, width=19, max_sequence_length=23),
     WanPipeline: dict(height=144, width=176, num_frames=9, max_sequence_length=21),
@@ -178,6 +178,6 @@ _CALLS = {
 
 def draw(pipe, prompt: str = "a red apple", seed: int = 0, **changes) -> torch.Tensor:
     """Two steps of a pipeline from above, in float32: latents, unless `output_type` says otherwise."""
-    call = dict(num_inference_steps=2, output_type="latent", return_dict=False) | _CALLS[type(pipe)]
+    call = dict(num_inference_steps=2, output_type="latent", return_dict=False) | CALLS[type(pipe)]
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, generator=generator, **call | changes)[0].float()

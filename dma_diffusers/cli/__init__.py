@@ -6,6 +6,7 @@ import sys
 import typer
 
 from dma_diffusers.cli.bench import bench_attention
+from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
 from dma_diffusers.cli.generate import generate
@@ -23,6 +24,7 @@ app.add_typer(bench, name="bench")
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(distance)
+app.command()(calibrate)
 app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)

@@ -10,7 +10,7 @@ import torch
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
 from dma_diffusers.kernels.maps import Class, build_map
-from dma_diffusers.kernels.policies import Dense
+from dma_diffusers.kernels.policies import Dense, Diagonal
 from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2, sums_rounded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
@@ -77,6 +77,21 @@ def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
     assert (difference <= (5e-2 if is_fp8 else 1e-2 if is_rounded else 1e-4)).all()
     if is_rounded and not is_fp8:
         assert (difference <= 1e-4).float().mean() >= 0.5
+
+
+def test_each_head_has_its_own_window(kernel_device):
+    call = Call(500, 500, 64, heads=4, kv_heads=2, high="bf16", low="int8", text=(0, 20))
+    q, k, v, _ = call.tensors(kernel_device)
+
+    def out(window: int | tuple[int, ...]) -> torch.Tensor:
+        precision_map = build_map(Diagonal(window, 0).classes(call.layout), call.layout)
+        return launched(q, k, v, precision_map, call.high, call.low)[0]
+
+    windows = (384, 0, 128, 10_000)
+    together = out(windows)
+    for head, window in enumerate(windows[:3]):  # alone, the last would have nothing LOW
+        assert torch.equal(together[:, head], out(window)[:, head])
+    assert relative_l2(together[:, 3], out(10_000)[:, 3]) < 1e-2 < relative_l2(together[:, 3], out(0)[:, 3])
 
 
 @pytest.mark.parametrize("lowering", ["native", "faithful"])

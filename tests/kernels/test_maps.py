@@ -65,6 +65,15 @@ def test_widths_of_the_band(window, is_causal, expected):
     assert [j for j in visible if classes[0, 0, 3, j] == HIGH] == expected
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_width_for_each_head(is_causal):
+    layout, windows = Layout(700, 700, (0, 30)), (384, 0, 100_000)
+    classes = Diagonal(windows, sink=0).classes(layout, is_causal)
+    assert classes.shape == (1, 3, 6, 6)
+    for head, window in enumerate(windows):
+        assert torch.equal(classes[:, head], Diagonal(window, sink=0).classes(layout, is_causal)[:, 0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     q_length=st.integers(1, 700), k_length=st.integers(1, 700), window=st.integers(0, 700),
@@ -90,6 +99,8 @@ def test_map_equals_brute_force(q_length, k_length, window, sink, is_causal, dat
 def test_negative_width_is_refused():
     with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
         Diagonal(window=-1)
+    with pytest.raises(ValueError, match="window must be 0 tokens or more, got -2"):
+        Diagonal(window=(128, -2))
     with pytest.raises(ValueError, match="sink must be 0 tokens or more, got -128"):
         Diagonal(sink=-128)
 

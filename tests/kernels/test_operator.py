@@ -38,8 +38,20 @@ def test_no_band_no_sink_no_text_is_low_everywhere():
     torch.testing.assert_close(lse.double(), oracle(call, q, k, v, None)[1], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("low", ["mxfp4", "int8"])
-def test_registration(low):
+def test_each_head_has_its_own_window():
+    call = Call(640, 640, 64, heads=4, kv_heads=2, text=(0, 20))
+    q, k, v, _ = call.tensors()
+    windows = (0, 128, 384, 10_000)
+    out = operator.attention(q, k, v, window=windows, text_stop=20, lowering="reference").out
+    for head, window in enumerate(windows):
+        alone = operator.attention(q, k, v, window=window, text_stop=20, lowering="reference").out
+        assert torch.equal(out[:, head], alone[:, head])
+        other = operator.attention(q, k, v, window=windows[head - 1], text_stop=20, lowering="reference").out
+        assert not torch.equal(out[:, head], other[:, head])
+
+
+@pytest.mark.parametrize(("low", "windows"), [("mxfp4", [128]), ("int8", [0, 128, 384, 128])])
+def test_registration(low, windows):
     q = torch.randn(1, 4, 200, 40)
     k = torch.randn(1, 2, 130, 40)
     mask = torch.rand(1, 130) > 0.5
@@ -55,7 +67,7 @@ def test_registration(low):
             False,
             "mxfp8",
             low,
-            128,
+            windows,
             128,
             0,
             0,
@@ -103,6 +115,8 @@ Q = torch.randn(1, 4, 64, 64)
     ({"key_mask": torch.ones(1, 4, 64, 64, dtype=torch.bool)}, "key_mask must be bool"),
     ({"high": "fp3"}, "unknown format 'fp3': choose from bf16"),
     ({"window": -1}, "window must be 0 tokens or more, got -1"),
+    ({"window": (0, 0, -1, 0)}, "window must be 0 tokens or more, got -1"),
+    ({"window": [128, 384]}, r"window must be one width, or one for each of 4 heads, got \[128, 384\]"),
     ({"text_start": 5, "text_stop": 99}, r"text range \(5, 99\) does not lie within the 64 keys"),
     ({"lowering": "native"}, "can't run mxfp8"),
     ({"q_rope": (torch.ones(64, 32),)}, "q_rope must be cosines and sines, got 1 tables"),

@@ -1,0 +1,106 @@
+"""`dma-diffusers calibrate`: choose formats, windows and dense steps for a model."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from dma_diffusers.cli.console import (
+    Json,
+    given,
+    hide_loading_bars,
+    print_json,
+    print_table,
+    progress,
+    quiet,
+    require,
+)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Local folder or hub id, or `demo`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The policy file to write, for DMAConfig.from_file.")
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
+    ],
+    quality: Annotated[
+        float, typer.Option(help="From 0, the cheapest, to 1, closest to full precision.")
+    ] = 0.5,
+    count: Annotated[int, typer.Option(min=1, help="How many of the prompts, from the first.")] = 4,
+    recorded: Annotated[
+        int, typer.Option(min=1, help="Denoising steps to record, evenly spread from first to last.")
+    ] = 3,
+    target: Annotated[
+        str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; each further one has the next.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder to keep the recordings in, and to go on with.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=0.001, help="Gigabytes that the recordings may take.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Record MODEL's attention on PROMPTS, and choose formats and windows of each layer and head by their error.
+
+    The file holds a ladder of qualities: `DMAConfig.from_file(path, quality=0.7)` takes the next at or above.
+    """
+    require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.pipelines.files import check_writable
+    from dma_diffusers.policy_file import check_quality
+
+    check_quality(quality)
+    check_writable(output)
+    pairs = [_pair(text) for text in formats or ()]
+    with quiet():
+        hide_loading_bars()
+        from dma_diffusers.eval.quality.prompts import read_prompts
+        from dma_diffusers.eval.recordings import cost
+        from dma_diffusers.eval.recordings import policy as tables
+        from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
+        from dma_diffusers.eval.recordings.record import record
+        from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
+
+        cost.check_target(target or cost.current_target())
+        path = DEMO_MODEL if model == "demo" else model
+        texts = [prompt.text for prompt in read_prompts(prompts, count)[0]]
+        call = recommended_call(path) | given({"num_inference_steps": steps, "height": size, "width": size})
+        pipe = load_pipeline(path, video=True)
+        seeds = range(seed, seed + len(texts))
+        with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
+            folder = recordings or Path(scratch)
+            recorded_calls = record(
+                pipe,
+                texts,
+                folder,
+                call,
+                seeds=seeds,
+                steps=recorded,
+                limit=int(limit * 1e9),
+                on_step=on_step,
+            )
+            policy = chosen(recorded_calls, quality, target=target, formats=pairs or None, on_step=on_step)
+        policy.save(output)
+    if as_json:
+        print_json(policy.to_dict())
+        return
+    print_table(tables.LADDER_HEADER, tables.ladder(policy))
+    print_table(tables.MODULES_HEADER, ([escape(cell) for cell in row] for row in tables.modules(policy)))
+    for note in recorded_calls.notes:
+        print(f"note: {note}")
+    print(f"{output}: chosen for {policy.evidence['target']}; costs are predicted, errors are measured")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    high, separator, low = text.partition("|")
+    if not separator:
+        raise ValueError(f"formats {text!r}: give HIGH|LOW, as in mxfp8|mxfp4")
+    return high.strip(), low.strip()

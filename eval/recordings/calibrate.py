@@ -1,0 +1,159 @@
+"""Choose formats, windows and dense steps, module by module and head by head, within an error budget."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.recordings import cost
+from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
+from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
+from dma_diffusers.eval.recordings.search import Found, Search
+from dma_diffusers.eval.recordings.store import Recordings
+from dma_diffusers.kernels.maps import TILE, tiles
+from dma_diffusers.policy_file import check_quality
+
+LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
+_BLACKWELL = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
+FORMATS = {"sm_90": (("bf16", "int8"), ("bf16", "fp8"))} | dict.fromkeys(
+    ("sm_100", "sm_103", "sm_120"), _BLACKWELL
+)
+SINKS = (0, TILE)
+
+
+def calibrate(
+    recordings: Recordings,
+    quality: float,
+    *,
+    target: str | None = None,
+    formats: Sequence[tuple[str, str]] | None = None,
+    device: torch.device | str | None = None,
+    on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
+) -> Policy:
+    """The cheapest choice within the error budget of `quality`, and those of a ladder of other qualities.
+
+    quality: 1 allows no more error than the most precise options make, 0 as much as the cheapest; between them the
+    budget's logarithm is linear. target: the GPU to be fast on, by architecture; this machine's if its rates are
+    known, else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
+
+    Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules:
+    record steps that stand for all. Costs are predicted (`cost.tile_clocks`). Both add up, so at one price of cost
+    every head takes its best window, every module its best formats and sink, and the model the best noise level above
+    which steps are dense (`Search`). What is chosen is then measured as it is, all heads of a call together, and
+    chosen anew with less to spend where it errs more than that (to a thousandth).
+    Raises ValueError for no recordings, an unknown target, or formats that it has no kernel for.
+    """
+    check_quality(quality)
+    target = target or cost.current_target()
+    cost.check_target(target)
+    pairs = [tuple(pair) for pair in formats or FORMATS[target]]
+    if not len(recordings):
+        raise ValueError(f"there are no recordings in {recordings.folder}")
+    options = [{"high": high, "low": low, "sink": sink} for high, low in pairs for sink in SINKS]
+    windows, levels = _windows(recordings), _levels(recordings)
+    candidates = [
+        [DMAConfig(**option, window=window, min_length=0) for window in windows] for option in options
+    ]
+    whole = cost.full_precision_clocks(recordings, target)
+    costs = np.array([[cost.head_clocks(recordings, config, target) for config in row] for row in candidates])
+    named = {f"{i} {j}": config for i, row in enumerate(candidates) for j, config in enumerate(row)}
+    measured = measure(recordings, named, device, on_step)
+    errors = np.array([_errors(measured[name]) for name in named]).reshape(costs.shape)
+    search = Search([_table(recordings, level, errors, costs / whole) for level in levels])
+
+    rungs = sorted({*LADDER, float(quality)})
+    budgets = {rung: search.most ** (1 - rung) * search.least**rung for rung in rungs}
+    aims, choices = dict(budgets), {}
+    while waiting := [rung for rung in rungs if rung not in choices]:
+        configs = {
+            str(rung): _config(recordings, search.within(aims[rung] * (1 + 1e-9)), options, windows, levels)
+            for rung in waiting
+        }
+        runs = {name: DMAConfig.of(config, min_length=0) for name, config in configs.items()}
+        for rung, values in zip(waiting, measure(recordings, runs, device, on_step).values(), strict=True):
+            error = float(_errors(values).mean(1).sum())
+            if error > 1.001 * budgets[rung] and aims[rung] > search.least:
+                aims[rung] *= 0.99 * budgets[rung] / error
+                continue
+            config = configs[str(rung)]
+            clocks = cost.head_clocks(recordings, config, target).mean(1).sum()
+            of_modules = mean_of_present(values.of_modules, (0, 2)).tolist()
+            choices[rung] = Choice(
+                rung, config, budgets[rung] ** 0.5, error**0.5, float(clocks / whole),
+                float(mean_of_present(values.recall, (0, 1, 2, 3))),
+                dict(zip(recordings.modules, of_modules, strict=True)),
+            )  # fmt: skip
+    about = ("pipeline", "prompts", "seeds", "call", "steps", "versions", "hardware")
+    evidence = {
+        "target": target, "formats": pairs, "windows": windows, "prompts_recorded": len(recordings.prompts),
+        **{name: recordings.settings[name] for name in about},
+    }  # fmt: skip
+    ladder = tuple(choices[rung] for rung in rungs)
+    return Policy(float(quality), recordings.settings["model"], ladder, evidence)
+
+
+def _windows(recordings: Recordings) -> list[int]:
+    """No band, the diagonal tile, bands that double, and everything."""
+    last = max(tiles(recording.shape[2]) for recording in recordings) - 1
+    reach, windows = 0, [0]
+    while reach < last:
+        windows.append((2 * reach + 1) * TILE)
+        reach = 2 * reach + 1
+    return [*windows, EVERY_KEY]
+
+
+def _levels(recordings: Recordings) -> list[float | None]:
+    """Noise levels between recorded steps, above which steps may be dense; None for no such step."""
+    sigmas = sorted({recording.sigma for recording in recordings if recording.sigma is not None})
+    return [None, *((lower + upper) / 2 for lower, upper in pairwise(sigmas))]
+
+
+def _table(
+    recordings: Recordings, level: float | None, errors: np.ndarray, costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means over steps, `[options, windows, modules, heads]`, those above a noise level dense: the last window."""
+    highest = {recording.step: recording.sigma for recording in recordings}
+    dense = np.array([level is not None and highest[step] > level for step in recordings.steps])[:, None]
+    return tuple(np.where(dense, x[:, -1:], x).mean(3) for x in (errors, costs))
+
+
+def _errors(measured: Measured) -> np.ndarray:
+    """What each head adds to the squared relative error, a mean over prompts and modules: `[modules, steps, heads]`."""
+    relative = measured.error / np.nansum(measured.exact, -1, keepdims=True)
+    return np.nan_to_num(mean_of_present(relative, 0)) / relative.shape[1]
+
+
+def _config(
+    recordings: Recordings,
+    found: Found,
+    options: Sequence[dict[str, Any]],
+    windows: Sequence[int],
+    levels: Sequence[float | None],
+) -> DMAConfig:
+    """A choice as a configuration: what most modules share, and what each has of its own."""
+    fields = {}
+    for name, option, of_heads in zip(recordings.modules, found.option, found.window, strict=True):
+        widths = [windows[number] for number in of_heads]
+        if set(widths) == {EVERY_KEY}:
+            fields[name] = {"high": options[option]["high"], "dense": True}
+        else:
+            window = widths[0] if len(set(widths)) == 1 else tuple(widths)
+            fields[name] = {**options[option], "window": window}
+    common = {}
+    for key in ("high", "low", "sink", "window"):
+        shared = [own[key] for own in fields.values() if key in own and not isinstance(own[key], tuple)]
+        if shared:
+            common[key] = Counter(shared).most_common(1)[0][0]
+    own = {
+        name: {key: value for key, value in changes.items() if common.get(key) != value}
+        for name, changes in fields.items()
+    }
+    modules = {name: own.get(name, {}) for name in recordings.settings["model"]["modules"]}
+    return DMAConfig(
+        **common, dense_above_sigma=levels[found.level], modules=modules,
+        model=recordings.settings["model"]["class"],
+    )  # fmt: skip

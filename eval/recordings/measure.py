@@ -1,0 +1,215 @@
+"""What configurations lose on recorded attention calls, and how much of the attention they keep HIGH."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.recordings.exact import exact_attention
+from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
+from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.maps import Class, causal_classes, cut_tiles
+from dma_diffusers.kernels.policies import Dense, Diagonal
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums of one configuration over batch entries, tokens and the transformer's calls in a step.
+
+    Each is float64 `[prompts, modules, steps, heads]`, NaN where nothing was recorded. error, exact, out: squared
+    norms of the error, of exact attention, and of the configuration's. product: out · exact. recall: the share of
+    exact attention's probability that lies in HIGH tiles; in a map that skips none, the rest lies in LOW ones.
+    """
+
+    error: np.ndarray
+    exact: np.ndarray
+    out: np.ndarray
+    product: np.ndarray
+    recall: np.ndarray
+
+    @property
+    def relative_l2(self) -> np.ndarray:
+        """‖out − exact‖ / ‖exact‖, float64 `[prompts, modules, steps, heads]`."""
+        return np.sqrt(self.error / self.exact)
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """out · exact / ‖out‖‖exact‖, float64 `[prompts, modules, steps, heads]`."""
+        return self.product / np.sqrt(self.out * self.exact)
+
+    @property
+    def of_modules(self) -> np.ndarray:
+        """‖out − exact‖ / ‖exact‖ over all heads, float64 `[prompts, modules, steps]`."""
+        return np.sqrt(np.nansum(self.error, -1) / _no_zero(np.nansum(self.exact, -1)))
+
+
+def measure(
+    recordings: Recordings,
+    configurations: Mapping[str, DMAConfig],
+    device: torch.device | str | None = None,
+    on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
+) -> dict[str, Measured]:
+    """Every configuration's attention of every recording, against exact attention of the same q, k and v in float64.
+
+    A configuration runs as it would in the pipeline: with its modules' own fields, dense layers and dense steps, and
+    with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1.
+    device: where; the GPU if there is one, by default. on_step: called with a title, recordings done, and of how many.
+    Raises ValueError for a damaged recording, no recordings, or a lowering that cannot run on `device`.
+    """
+    if not len(recordings):
+        raise ValueError(f"there are no recordings in {recordings.folder}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places = {
+        name: {value: place for place, value in enumerate(values)}
+        for name, values in (
+            ("prompt", recordings.prompts), ("module", recordings.modules), ("step", recordings.steps)
+        )
+    }  # fmt: skip
+    sums: dict[str, np.ndarray] = {}
+    weights = np.zeros([len(place) for place in places.values()])
+    for done, recording in enumerate(recordings, 1):
+        tensors = Tensors(*(x if x is None else x.to(device) for x in recordings.tensors(recording)))
+        place = tuple(places[name][getattr(recording, name)] for name in places)
+        results = _measure_one(recordings, recording, tensors, configurations)
+        weights[place] += 1
+        for name, values in results.items():
+            stored = sums.setdefault(name, np.zeros((5, *weights.shape, 0)))
+            missing = values.shape[1] - stored.shape[-1]
+            if missing > 0:  # modules may differ in their number of heads
+                stored = sums[name] = np.concatenate(
+                    [stored, np.full((*stored.shape[:-1], missing), np.nan)], -1
+                )
+            there = stored[(slice(None), *place, slice(values.shape[1]))]
+            there[:] = values + (there if weights[place] > 1 else 0)
+        on_step("measuring", done, len(recordings))
+    weights = np.where(weights == 0, np.nan, weights)[..., None]
+    return {name: Measured(*stored[:4], stored[4] / weights) for name, stored in sums.items()}
+
+
+def to_json(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Relative L2, cosine and recall of each configuration, nested [prompt][module][step][head]; null: no call."""
+    return {
+        "modules": recordings.modules,
+        "steps": recordings.steps,
+        "configurations": {
+            name: {
+                quantity: _nested(getattr(values, quantity))
+                for quantity in ("relative_l2", "cosine", "recall")
+            }
+            for name, values in measured.items()
+        },
+    }
+
+
+def layers(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """The `layers` of an evaluation: relative L2 of each configuration, [module][step], a mean over prompts."""
+    return {
+        "modules": recordings.modules,
+        "steps": recordings.steps,
+        "relative_l2": {
+            name: _nested(mean_of_present(values.of_modules, 0)) for name, values in measured.items()
+        },
+    }
+
+
+def _measure_one(
+    recordings: Recordings, recording: Recording, tensors: Tensors, configurations: Mapping[str, DMAConfig]
+) -> dict[str, np.ndarray]:
+    """float64 `[5, heads]` of each configuration: `Measured`'s quantities of one call."""
+    exact, mass = exact_attention(tensors, recording.scale, recording.is_causal)
+    known: dict[str, np.ndarray] = {}
+    results = {}
+    for name, configuration in configurations.items():
+        arguments = _arguments(recordings, recording, tensors, configuration)
+        key = json.dumps(arguments)
+        if key not in known:
+            known[key] = _compared(recording, tensors, arguments, exact, mass)
+        results[name] = known[key]
+    return results
+
+
+def _arguments(
+    recordings: Recordings, recording: Recording, tensors: Tensors, config: DMAConfig
+) -> dict[str, Any] | None:
+    """The operator's keyword arguments, without those that change nothing; None for stock attention."""
+    q, k, _, mask = tensors
+    of_module = config.of_module(recording.module)
+    if of_module.why_stock(q.device, q.shape[-1], mask is not None) or k.shape[2] < of_module.least_keys(
+        q.device, q.shape[-1]
+    ):
+        return None
+    arguments = of_module.arguments(recording.text)
+    if is_dense(recordings, recording, config):
+        return {"high": arguments["high"], "lowering": arguments["lowering"], "mapped": False}
+    return arguments
+
+
+def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) -> bool:
+    """Whether a configuration runs this call with every tile HIGH."""
+    modules = recordings.settings["model"]["modules"]
+    sigma, above = recording.sigma, config.dense_above_sigma
+    return (
+        config.is_dense(recording.module)
+        or recording.module in {modules[index] for index in config.dense_layers}
+        or (above is not None and sigma is not None and sigma > above)
+    )
+
+
+def high_tiles(arguments: Mapping[str, Any], recording: Recording) -> torch.Tensor:
+    """Which pairs of tiles the operator computes in HIGH with these arguments: bool `[1, H or 1, q_tiles, k_tiles]`."""
+    policy, text = Dense(Class.HIGH), (0, 0)
+    if arguments.get("mapped", True):
+        policy = Diagonal(arguments["window"], arguments["sink"])
+        text = arguments["text_start"], arguments["text_stop"]
+    layout, is_causal = replace(recording.layout, text=text), recording.is_causal
+    classes = policy.classes(layout, is_causal)
+    classes = causal_classes(classes) if is_causal else classes
+    high = classes == Class.HIGH
+    # Tiles that a mask cuts are HIGH if any tile is.
+    return high | (cut_tiles(layout, is_causal) & (classes != Class.SKIP)) if high.any() else high
+
+
+def _compared(
+    recording: Recording,
+    tensors: Tensors,
+    arguments: dict[str, Any] | None,
+    exact: torch.Tensor,
+    mass: torch.Tensor,
+) -> np.ndarray:
+    q, k, v, mask = tensors
+    if arguments is None:
+        key_mask = None if mask is None else mask[:, None, None]
+        out = scaled_dot_product_attention(
+            q, k, v, key_mask, is_causal=recording.is_causal, scale=recording.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).nan_to_num()  # fmt: skip
+        kept = mass.sum((-2, -1))
+    else:
+        out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
+        high = high_tiles(arguments, recording)
+        kept = (mass * high.to(mass.device)).sum((-2, -1))
+    out = out.double()
+    quantities = [
+        ((out - exact) ** 2).sum((0, 2, 3)), (exact**2).sum((0, 2, 3)), (out**2).sum((0, 2, 3)),
+        (out * exact).sum((0, 2, 3)), kept.mean(0),
+    ]  # fmt: skip
+    return torch.stack(quantities).cpu().numpy()
+
+
+def mean_of_present(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """The mean of what is there; NaN where nothing is."""
+    there = ~np.isnan(values)
+    return np.where(there, values, 0).sum(axis) / _no_zero(there.sum(axis).astype(float))
+
+
+def _no_zero(values: np.ndarray) -> np.ndarray:
+    return np.where(values == 0, np.nan, values)
+
+
+def _nested(values: np.ndarray) -> list:
+    return np.where(np.isfinite(values), values, None).tolist()

@@ -1,0 +1,270 @@
+"""Record what a pipeline's attention is given, while it draws with full precision."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.nn.functional import scaled_dot_product_attention
+
+from dma_diffusers.attach import apply, diversions, restore, transformers_of
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval import provenance
+from dma_diffusers.eval.recordings.store import (
+    INDEX,
+    Recording,
+    Recordings,
+    Tensors,
+    read_recordings,
+    serialise,
+)
+from dma_diffusers.kernels.operator import Result
+from dma_diffusers.pipelines.files import write_atomically
+
+LIMIT = 2_000_000_000
+_HEADER = 1024  # bytes of a file, at most, that are no tensor's
+
+
+def record(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    call: dict[str, Any],
+    *,
+    seeds: Sequence[int] | None = None,
+    modules: Sequence[int | str] | None = None,
+    steps: int | Sequence[int] = 3,
+    limit: int = LIMIT,
+    text: str | None = None,
+    on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
+) -> Recordings:
+    """q, k and v of attention modules at some steps of each prompt, in `folder`, which is made.
+
+    call: keyword arguments of the pipeline's call. seeds: one a prompt, 0, 1, … if left out. modules: indices into
+    those that DMA would divert, or their names; None for all. steps: so many, evenly spread from the first to the
+    last, or which. limit: bytes that the folder may take. text: as of `DMAConfig`. on_step: called after each
+    denoising step with a title, steps done, steps in all.
+
+    Calls that DMA would leave to stock whatever its formats, such as cross-attention, are not recorded. Every call
+    of the transformer in a step is: with true classifier-free guidance, the conditional and the unconditional one,
+    because both run at low precision and both move the picture. DMA attention that was applied is removed.
+
+    Prompts are drawn one at a time; before the first, one step measures what a prompt takes: as many prompts are
+    recorded as fit into `limit`, and a note says so. A folder with recordings of the same settings is
+    completed, prompt by prompt.
+    Raises ValueError where not even one prompt fits, nothing can be recorded, or the folder has other recordings.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to record")
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"give one seed a prompt, got {len(seeds)} for {len(prompts)}")
+    models = [model for _, model in transformers_of(pipe)]
+    apply(pipe, DMAConfig(min_length=0, text=text))
+    recorder = _Recorder(models)
+    try:
+        available = recorder.available
+        chosen = _chosen_modules(modules, available)
+        settings = {
+            "pipeline": type(pipe).__name__,
+            "model": {
+                "class": type(models[0]).__name__,
+                "modules": available,
+                "fingerprint": provenance.weights_fingerprint(*models),
+            },
+            "prompts": list(prompts), "seeds": seeds, "call": call, "modules": chosen,
+            "versions": provenance.versions(), "hardware": provenance.hardware(),
+        }  # fmt: skip
+        draw = partial(_draw, pipe, call)
+        bytes_of_step, steps_of_prompt = recorder.measure(partial(draw, prompts[0], seeds[0]), chosen)
+        settings["steps"] = _chosen_steps(steps, steps_of_prompt)
+        bytes_of_prompt = bytes_of_step * len(settings["steps"])
+        if bytes_of_prompt > limit:
+            raise ValueError(
+                f"one prompt takes {_gigabytes(bytes_of_prompt)} ({len(chosen)} modules at {len(settings['steps'])} "
+                f"steps), more than the limit of {_gigabytes(limit)}: choose fewer modules or steps, or a higher limit"
+            )
+        fitting = min(len(prompts), limit // bytes_of_prompt)
+        recordings = _resumed(folder, settings)
+        recordings.notes = []
+        if fitting < len(prompts):
+            recordings.notes.append(f"{fitting} of {len(prompts)} prompts fit into {_gigabytes(limit)}")
+        for number in range(fitting):
+            if number in recordings.prompts:
+                continue
+            title = f"recording {number + 1} of {fitting}"
+            recorder.begin(recordings, number, chosen, limit)
+            draw(
+                prompts[number],
+                seeds[number],
+                lambda done, total, title=title: on_step(title, done, total),
+                recorder,
+            )
+            recordings.recordings += recorder.taken
+            recordings.save()
+        recordings.save()
+        return recordings
+    finally:
+        recorder.remove()
+        restore(pipe)
+
+
+class _Recorder:
+    """Stands in for the operator in every diversion of a pipeline's transformers: runs stock attention, and saves."""
+
+    def __init__(self, models: Sequence[torch.nn.Module]):
+        found = [diversions(model) for model in models]
+        if len({(type(model), *of_model) for model, of_model in zip(models, found, strict=True)}) > 1:
+            kinds = ", ".join(type(model).__name__ for model in models)
+            raise ValueError(
+                f"the pipeline has transformers of different kinds ({kinds}): record one model alone"
+            )
+        self.available = list(found[0])
+        self.hooks = []
+        for model, of_model in zip(models, found, strict=True):
+            for name, diversion in of_model.items():
+                diversion.stand_in = partial(self._attend, name)
+                forward = diversion.forward
+            self.hooks.append(
+                model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True)
+            )
+        self.take: Callable[..., None] = lambda *_: None
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def measure(self, draw: Callable, chosen: list[str]) -> tuple[int, int]:
+        """Bytes that one step of a drawing would take, and its steps; draws that step alone."""
+        sizes = []
+
+        def take(module: str, tensors: Tensors, *_: Any) -> None:
+            if module in chosen:
+                sizes.append(_HEADER + sum(x.numel() * x.element_size() for x in tensors if x is not None))
+
+        self.take = take
+        steps = draw(lambda done, total: None, self, stops_at_once=True)
+        if not sizes:
+            raise ValueError("nothing to record: DMA would leave every attention call to stock")
+        return sum(sizes), steps
+
+    def begin(self, recordings: Recordings, prompt: int, chosen: list[str], limit: int) -> None:
+        """Save the chosen modules' calls from now on, as those of a prompt."""
+        self.taken: list[Recording] = []
+        steps, left = recordings.settings["steps"], limit - recordings.bytes
+
+        def take(module: str, tensors: Tensors, *values: Any) -> None:
+            nonlocal left
+            if module not in chosen or self.step not in steps:
+                return
+            names = ("prompt", "step", "call", "module", "sigma", "shape", "text", "scale", "is_causal")
+            sigma = None if self.sigma is None else float(self.sigma)
+            values = (prompt, self.step, self.call, module, sigma, tuple(tensors.q.shape), *values)
+            data = serialise(tensors, names, values)
+            left -= len(data)
+            if left < 0:
+                raise ValueError(
+                    f"prompt {prompt + 1} is longer than the first, and the recordings would take more than "
+                    f"{_gigabytes(limit)}: record fewer prompts, or raise the limit"
+                )
+            file = f"{prompt:04d}-{self.step:04d}-{self.call}-{module}.safetensors"
+            write_atomically(recordings.folder / file, data)
+            self.taken.append(Recording(**dict(zip(names, values, strict=True)), file=file, bytes=len(data)))
+
+        self.take = take
+
+    def step_begins(self, step: int) -> None:
+        self.step, self.call = step, -1
+
+    def _observe(self, forward: Any, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.call += 1
+        self.sigma = forward.noise_level(args, kwargs)
+
+    def _attend(
+        self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_
+    ) -> Result:
+        self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), scale, is_causal)
+        mask = None if key_mask is None else key_mask[:, None, None]
+        grouped = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+        nothing = torch.empty(0, device=q.device)
+        return Result(out, nothing, nothing.int())
+
+
+def _draw(
+    pipe: DiffusionPipeline,
+    call: dict[str, Any],
+    prompt: str,
+    seed: int,
+    on_step: Callable[[int, int], None],
+    recorder: _Recorder,
+    stops_at_once: bool = False,
+) -> int:
+    """Draw one prompt down to its latents; the number of steps."""
+
+    def step_ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        recorder.step_begins(step + 1)
+        pipe._interrupt = stops_at_once  # Diffusers' way to leave out the steps to come
+        on_step(step + 1, pipe.num_timesteps)
+        return tensors
+
+    recorder.step_begins(0)
+    pipe(
+        prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+        callback_on_step_end=step_ended, callback_on_step_end_tensor_inputs=["latents"], **call,
+    )  # fmt: skip
+    return pipe.num_timesteps
+
+
+def _chosen_modules(modules: Sequence[int | str] | None, available: list[str]) -> list[str]:
+    """Names, in module order; ValueError for what is not there."""
+    if modules is None:
+        return available
+    chosen = set()
+    for asked in modules:
+        if isinstance(asked, int) and -len(available) <= asked < len(available):
+            chosen.add(available[asked])
+        elif asked in available:
+            chosen.add(asked)
+        else:
+            raise ValueError(
+                f"there is no module {asked!r}: give 0 to {len(available) - 1}, or {available[0]} …"
+            )
+    return [name for name in available if name in chosen]
+
+
+def _chosen_steps(steps: int | Sequence[int], total: int) -> list[int]:
+    """Which of `total` steps; ValueError for one that is not there."""
+    if isinstance(steps, int):
+        if steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {steps}")
+        last = total - 1
+        return sorted({round(i * last / max(steps - 1, 1)) for i in range(steps)})
+    if not steps or not all(0 <= step < total for step in steps):
+        raise ValueError(f"steps must be among 0 to {total - 1}, got {list(steps)}")
+    return sorted(set(steps))
+
+
+def _resumed(folder: Path, settings: dict[str, Any]) -> Recordings:
+    """The recordings there, those with all their files; ValueError for recordings of other settings."""
+    if not (folder / INDEX).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return Recordings(folder, settings)
+    stored = read_recordings(folder)
+    if differing := [name for name in settings if stored.settings.get(name) != settings[name]]:
+        raise ValueError(
+            f"{folder} has recordings of different {', '.join(differing)}: choose another folder, or delete it"
+        )
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    damaged = {recording.prompt for recording in stored if sizes.get(recording.file) != recording.bytes}
+    stored.recordings = [recording for recording in stored if recording.prompt not in damaged]
+    return stored
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if math.log10(max(size, 1)) >= 7 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,72 @@
+"""The cheapest options of every module and head whose errors, summed, keep to a budget."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_SLIGHTEST, _STEPS = 1e-12, 100  # the least price of a cost, and halvings of the prices' logarithms
+
+
+class Found(NamedTuple):
+    """A choice.
+
+    level: number of the table. option: of each module, int64 `[modules]`. window: of each head, int64
+    `[modules, heads]`.
+    """
+
+    level: int
+    option: np.ndarray
+    window: np.ndarray
+
+
+class Search:
+    """Every option's errors and costs, which add up.
+
+    tables: one (errors, costs) for each level, of which the whole model takes one: float64
+    `[options, windows, modules, heads]`. A module takes one option for all its heads, each head takes its window.
+    Both should be near 1 in sum, or less.
+    """
+
+    def __init__(self, tables: Sequence[tuple[np.ndarray, np.ndarray]]):
+        self.tables = tables
+        self.most, self.least = self.error(self._best(1 / _SLIGHTEST)), self.error(self._best(_SLIGHTEST))
+
+    def within(self, budget: float) -> Found:
+        """The cheapest of the choices that are best at some price of cost and err by no more than `budget`.
+
+        The most precise of all where even that errs by more. A smaller budget never finds a cheaper choice, nor one
+        that errs more.
+        """
+        low, high = _SLIGHTEST, 1 / _SLIGHTEST
+        if self.error(self._best(high)) <= budget:
+            return self._best(high)
+        for _ in range(_STEPS):
+            price = (low * high) ** 0.5
+            low, high = (price, high) if self.error(self._best(price)) <= budget else (low, price)
+        return self._best(low)
+
+    def error(self, found: Found) -> float:
+        """The sum of a choice's errors."""
+        return self._sum(found, 0)
+
+    def cost(self, found: Found) -> float:
+        """The sum of a choice's costs."""
+        return self._sum(found, 1)
+
+    def _sum(self, found: Found, which: int) -> float:
+        modules, heads = np.ogrid[: found.window.shape[0], : found.window.shape[1]]
+        return float(
+            self.tables[found.level][which][found.option[:, None], found.window, modules, heads].sum()
+        )
+
+    def _best(self, price: float) -> Found:
+        """Where error + price · cost is least (Lagrange): heads, then modules, then the level, each by itself."""
+        choices = []
+        for level, (errors, costs) in enumerate(self.tables):
+            value = errors + price * costs
+            of_modules = value.min(1).sum(-1)
+            option = of_modules.argmin(0)
+            window = value.argmin(1)[option, np.arange(len(option))]
+            choices.append((of_modules.min(0).sum(), level, Found(level, option, window)))
+        return min(choices, key=lambda choice: choice[:2])[2]

@@ -1,0 +1,178 @@
+"""What is measured on recordings, against explicit softmax in float64."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dma_diffusers import DMAConfig
+from dma_diffusers.eval.recordings import exact
+from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
+from dma_diffusers.eval.recordings.measure import layers, measure, to_json
+from dma_diffusers.kernels import operator
+from tests import tiny_pipelines
+from tests.eval.recordings.folders import random_tensors, saved
+from tests.kernels.calls import Call, is_high
+from tests.tiny_pipelines import CALLS
+
+MODULES = ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")
+
+
+def probabilities(tensors, scale=None, is_causal=False) -> torch.Tensor:
+    """Softmax over all keys at once, float64 `[B, H, S, S]`."""
+    q, k, _, mask = tensors
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).double()
+    scores = q.double() @ k.mT * (scale or q.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
+    return scores.softmax(-1)
+
+
+def output(tensors, **call) -> torch.Tensor:
+    values = tensors.v.repeat_interleave(tensors.q.shape[1] // tensors.v.shape[1], 1).double()
+    return probabilities(tensors, **call) @ values
+
+
+@pytest.mark.parametrize("rows", [2**25, 1])
+@pytest.mark.parametrize(("made", "call"), [
+    ({"tokens": 300}, {}),
+    ({"tokens": 256, "heads": 4, "kv_heads": 2, "batch": 2}, {"scale": 0.4}),
+    ({"tokens": 300, "batch": 2, "masked": True}, {}),
+    ({"tokens": 300}, {"is_causal": True}),
+])  # fmt: skip
+def test_exact_attention(made, call, rows, monkeypatch):
+    monkeypatch.setattr(exact, "_SCORES", rows)
+    tensors = random_tensors(0, **made)
+    out, mass = exact.exact_attention(tensors, call.get("scale"), call.get("is_causal", False))
+    torch.testing.assert_close(out, output(tensors, **call), rtol=1e-12, atol=1e-12)
+    p = probabilities(tensors, **call)
+    tiles = -(-made["tokens"] // 128)
+    for i in range(tiles):
+        for j in range(tiles):
+            share = p[:, :, i * 128 : i * 128 + 128, j * 128 : j * 128 + 128].sum((-2, -1)) / made["tokens"]
+            torch.testing.assert_close(mass[:, :, i, j], share, rtol=1e-9, atol=1e-12)
+
+
+def test_queries_that_see_no_key_count_for_nothing():
+    tensors = random_tensors(0, 200, batch=2)._replace(
+        key_mask=torch.tensor([[True], [False]]).expand(2, 200)
+    )
+    out, mass = exact.exact_attention(tensors, None, False)
+    assert not out[1].any() and not mass[1].any()
+    torch.testing.assert_close(mass[0].sum((-2, -1)), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("fields", "windows"), [
+    ({"window": 0, "sink": 0}, (0, 0)),
+    ({"window": 128, "sink": 128}, (128, 128)),
+    ({"window": (0, 384), "sink": 0}, (0, 384)),
+    ({"window": 10_000}, (10_000, 10_000)),
+])  # fmt: skip
+@pytest.mark.parametrize("text", [(0, 0), (0, 77)])
+def test_recall_is_the_probability_of_high_tokens(fields, windows, text, tmp_path):
+    tensors = random_tensors(1, 600)
+    recordings = saved(tmp_path, [({"text": text}, tensors)], MODULES)
+    recall = measure(recordings, {"it": DMAConfig(**fields)}, "cpu")["it"].recall
+    sink = fields.get("sink", 128)
+    any_high = any(is_high(Call(600, 600, 32, window=w, sink=sink, text=text)).any() for w in windows)
+    for head, window in enumerate(windows):
+        high = is_high(Call(600, 600, 32, window=window, sink=sink, text=text))
+        if any_high:
+            high[:, 512:] = True  # the tile that the end of the keys cuts: HIGH in every head if any tile is
+        share = (probabilities(tensors)[0, head] * high).sum() / 600
+        assert recall[0, 0, 0, head] == pytest.approx(share.item(), abs=1e-12)
+
+
+def test_errors_are_those_of_the_operator(tmp_path):
+    first, second = random_tensors(1, 300), random_tensors(2, 300, batch=2)
+    calls = [({"text": (0, 20)}, first), ({"text": (0, 20), "call": 1}, second)]
+    recordings = saved(tmp_path, calls, MODULES)
+    found = measure(recordings, {"it": DMAConfig(low="nvfp4", window=(0, 128), sink=0)}, "cpu")["it"]
+    low_precision, expected = [], []
+    for _, (q, k, v, _mask) in calls:
+        out = operator.attention(q, k, v, low="nvfp4", window=(0, 128), sink=0, text_stop=20).out
+        low_precision.append(out.transpose(0, 1).flatten(1).double())
+        expected.append(
+            scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1)
+        )
+    out, reference = torch.cat(low_precision, 1), torch.cat(expected, 1)
+    error = (out - reference).norm(dim=1) / reference.norm(dim=1)
+    np.testing.assert_allclose(found.relative_l2[0, 0, 0], error, rtol=1e-9)
+    cosine = torch.nn.functional.cosine_similarity(out, reference, dim=1)
+    np.testing.assert_allclose(found.cosine[0, 0, 0], cosine, rtol=1e-9)
+    of_module = (out - reference).norm() / reference.norm()
+    assert found.of_modules[0, 0, 0] == pytest.approx(of_module.item(), rel=1e-9)
+
+
+def test_configurations_run_as_in_the_pipeline(tmp_path):
+    """A module's own fields, dense layers, dense steps, and calls that are left to stock."""
+    tensors = random_tensors(3, 300)
+    places = [(module, step) for step in (0, 1) for module in MODULES]
+    calls = [({"module": m, "step": s, "sigma": 1.0 - s / 2}, tensors) for m, s in places]
+    recordings = saved(tmp_path, calls, MODULES)
+    far = {"window": 0, "sink": 0}
+    configurations = {
+        "dense": DMAConfig(window=10_000),
+        "low": DMAConfig(**far),
+        "modules": DMAConfig(**far, modules={MODULES[1]: {"dense": True}, MODULES[2]: {"low": "nvfp4"}}),
+        "nvfp4": DMAConfig(**far, low="nvfp4"),
+        "layers": DMAConfig(**far, dense_layers=(-1,)),
+        "steps": DMAConfig(**far, dense_above_sigma=0.7),
+        "stock": DMAConfig.preset("exact"),
+        "short": DMAConfig(min_length=301),
+    }
+    found = {
+        name: values.of_modules[0] for name, values in measure(recordings, configurations, "cpu").items()
+    }
+    low, dense, other = found["low"][0, 0], found["dense"][0, 0], found["nvfp4"][0, 0]
+    assert len({low, dense, other}) == 3 and dense < low / 3
+    np.testing.assert_allclose(found["modules"], [[low] * 2, [dense] * 2, [other] * 2])
+    np.testing.assert_allclose(found["layers"], [[low] * 2, [low] * 2, [dense] * 2])
+    np.testing.assert_allclose(found["steps"], [[dense, low]] * 3)
+    assert (found["stock"] < 1e-5).all() and (found["short"] < 1e-5).all()
+
+
+def test_what_was_not_recorded_is_null(tmp_path):
+    calls = [
+        ({}, random_tensors(0, 200, heads=2)),
+        ({"module": MODULES[1]}, random_tensors(1, 200, heads=3, kv_heads=3)),
+        ({"module": MODULES[1], "prompt": 1}, random_tensors(2, 200, heads=3, kv_heads=3)),
+    ]
+    recordings = saved(tmp_path, calls, MODULES)
+    measured = measure(recordings, {"it": DMAConfig(min_length=0)}, "cpu")
+    document = json.loads(json.dumps(to_json(recordings, measured), allow_nan=False))
+    assert document["modules"] == list(MODULES[:2]) and document["steps"] == [0]
+    (first, second), (absent, third) = document["configurations"]["it"]["relative_l2"]
+    assert [value is None for value in first[0]] == [False, False, True] and absent == [[None] * 3]
+    assert None not in second[0] + third[0]
+    values = layers(recordings, measured)["relative_l2"]["it"]
+    mean = measured["it"].of_modules
+    np.testing.assert_allclose(values, [[mean[0, 0, 0]], [(mean[0, 1, 0] + mean[1, 1, 0]) / 2]])
+
+
+def test_nothing_to_measure(tmp_path):
+    with pytest.raises(ValueError, match="there are no recordings in"):
+        measure(saved(tmp_path, [], MODULES), {"it": DMAConfig()}, "cpu")
+
+
+def test_evaluate_attention_of_a_pipeline(tmp_path):
+    pipe = tiny_pipelines.flux()
+    call = {"num_inference_steps": 2} | CALLS[type(pipe)]
+    configurations = {"near": DMAConfig(), "far": DMAConfig(window=0, sink=0, protect_text=False)}
+    document = evaluate_attention(
+        pipe, ["a cat", "a dog"], configurations, tmp_path, call, "command", steps=2
+    )
+    assert document == json.loads((tmp_path / "attention.json").read_text())
+    assert np.shape(document["layers"]["relative_l2"]["near"]) == (3, 2)
+    assert np.shape(document["configurations"]["far"]["recall"]) == (2, 3, 2, 2)
+    near, far = (document["summary"][name] for name in configurations)
+    assert 0 < near["relative_l2"] < far["relative_l2"] < 0.5 and near["recall"] > far["recall"] == 0
+    rows = table(document)
+    assert [row[0] for row in rows] == list(configurations) and {len(row) for row in rows} == {len(HEADER)}
+    worst = np.array(document["layers"]["relative_l2"]["far"]).mean(1).argmax()
+    assert document["modules"][worst] in rows[1][4]

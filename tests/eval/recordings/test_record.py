@@ -1,0 +1,169 @@
+"""Recordings: the very tensors of a stock run, in bounded space, resumed, and refused in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dma_diffusers.attach import report
+from dma_diffusers.eval.recordings.record import record
+from dma_diffusers.eval.recordings.store import INDEX, read_recordings
+from tests import tiny_pipelines
+from tests.tiny_pipelines import CALLS
+
+PIPELINES = {
+    "flux": tiny_pipelines.flux, "sd3": tiny_pipelines.sd3, "wan": tiny_pipelines.wan,
+    "hunyuan": tiny_pipelines.hunyuan,
+}  # fmt: skip
+LONG = 200  # tokens: every text is shorter, every picture longer
+
+
+class Seen(TorchFunctionMode):
+    """Keeps what every long self-attention is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is scaled_dot_product_attention:
+            self.keep(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+    def keep(self, query, key, value, attn_mask=None, **_):
+        if query.shape[2] == key.shape[2] > LONG:
+            self.calls.append(([x.clone() for x in (query, key, value)], attn_mask))
+
+
+def call_of(pipe, **changes) -> dict:
+    return {"num_inference_steps": 2} | CALLS[type(pipe)] | changes
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return tiny_pipelines.flux()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_they_are_what_stock_attention_was_given(name, tmp_path):
+    pipe = PIPELINES[name]()
+    processors = {key: id(value) for key, value in pipe.transformer.attn_processors.items()}
+    with Seen() as seen:
+        tiny_pipelines.draw(pipe, "a cat", seed=5)
+    recordings = record(pipe, ["a cat"], tmp_path, call_of(pipe), seeds=[5], steps=2)
+    assert len(recordings) == len(seen.calls) > 2
+    for recording, (expected, mask) in zip(recordings, seen.calls, strict=True):
+        given, q = recordings.tensors(recording), expected[0]
+        assert all(torch.equal(a, b) for a, b in zip(given[:3], expected, strict=True))
+        assert given.q.dtype == q.dtype and recording.shape == q.shape
+        assert (mask is None) == (given.key_mask is None)
+        if mask is not None:
+            assert torch.equal(mask.expand(len(q), 1, 1, -1)[:, 0, 0], given.key_mask)
+    assert {key: id(value) for key, value in pipe.transformer.attn_processors.items()} == processors
+    assert not report(pipe).modules
+    assert recordings.steps == [0, 1] and recordings.recordings[0].sigma == pytest.approx(1, abs=1e-3)
+    texts = {recording.module: (recording.text, recording.shape[2]) for recording in recordings}
+    if name == "flux":
+        assert {text for text, _ in texts.values()} == {(0, 19)}
+    if name == "sd3":
+        assert texts["transformer_blocks.0.attn"] == ((380, 480), 480)
+        assert texts["transformer_blocks.0.attn2"] == ((0, 0), 380)
+    if name == "wan":
+        assert {text for text, _ in texts.values()} == {(0, 0)}
+    if name == "hunyuan":
+        assert {stop - start for (start, stop), _ in texts.values()} == {27}
+        assert all(stop == tokens for (_, stop), tokens in texts.values())
+
+
+def test_guidance_is_recorded_whole(flux, tmp_path):
+    call = call_of(flux, true_cfg_scale=2.0, negative_prompt="grey")
+    one_after_the_other = record(flux, ["a cat"], tmp_path / "flux", call, steps=1, modules=[0])
+    first, second = (one_after_the_other.tensors(r).q for r in one_after_the_other)
+    assert [r.call for r in one_after_the_other] == [0, 1] and not torch.equal(first, second)
+    sd3 = tiny_pipelines.sd3()
+    together = record(
+        sd3, ["a cat"], tmp_path / "sd3", call_of(sd3, guidance_scale=4.0), steps=1, modules=[0]
+    )
+    assert [r.shape[0] for r in together] == [2]
+
+
+def test_steps_and_modules_are_chosen(flux, tmp_path):
+    call = call_of(flux, num_inference_steps=5)
+    recordings = record(flux, ["a cat"], tmp_path / "a", call, modules=[-1, "transformer_blocks.0.attn"])
+    assert recordings.steps == [0, 2, 4]
+    assert recordings.modules == ["transformer_blocks.0.attn", "single_transformer_blocks.1.attn"]
+    assert len(recordings) == 6
+    assert record(flux, ["a cat"], tmp_path / "b", call, steps=[3, 1]).steps == [1, 3]
+    with safe_open(tmp_path / "b" / recordings.recordings[0].file.replace("-0000-", "-0001-"), "pt") as file:
+        metadata = {name: json.loads(value) for name, value in file.metadata().items()}
+    assert (metadata["step"], metadata["text"], metadata["is_causal"]) == (1, [0, 19], False)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"modules": [7]}, "there is no module 7: give 0 to 2"),
+    ({"modules": ["attn"]}, "there is no module 'attn'"),
+    ({"steps": [2]}, r"steps must be among 0 to 1, got \[2\]"),
+    ({"steps": 0}, "steps must be 1 or more, got 0"),
+    ({"seeds": [1, 2]}, "give one seed a prompt, got 2 for 1"),
+    ({"limit": 1000}, "one prompt takes .* MB .3 modules at 2 steps., more than the limit of 0.001 MB"),
+])  # fmt: skip
+def test_what_is_refused_leaves_nothing(flux, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        record(flux, ["a cat"], tmp_path / "folder", call_of(flux), **{"steps": 2} | options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "folder").exists() and not report(flux).modules
+
+
+def test_no_prompts(flux, tmp_path):
+    with pytest.raises(ValueError, match="no prompts"):
+        record(flux, [], tmp_path, call_of(flux))
+
+
+def test_no_more_prompts_than_fit(flux, tmp_path):
+    whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
+    part = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2, limit=whole.bytes * 3 // 4)
+    assert part.prompts == [0] and part.notes == [
+        f"1 of 2 prompts fit into {whole.bytes * 0.75 / 1e6:.3g} MB"
+    ]
+    assert part.bytes <= whole.bytes * 3 // 4
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "part").glob("*.safetensors"))
+    assert on_disk == part.bytes
+    resumed = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2)
+    assert resumed.prompts == [0, 1] and not resumed.notes and len(resumed) == len(whole)
+
+
+def test_a_folder_is_resumed_and_mended(flux, tmp_path):
+    drawn = []
+
+    def recorded(**changes):
+        drawn.clear()
+        options = {"steps": 1, "on_step": lambda title, done, total: drawn.append(title)} | changes
+        return record(flux, ["a", "b"], tmp_path, call_of(flux), **options)
+
+    first = recorded()
+    kept = {recording.file: first.tensors(recording) for recording in first}
+    assert recorded().recordings == first.recordings and not drawn
+    lost = next(r for r in first if r.prompt == 1)
+    (tmp_path / lost.file).write_bytes(b"short")
+    again = recorded()
+    assert set(drawn) == {"recording 2 of 2"}
+    assert sorted(again, key=lambda r: r.file) == sorted(first, key=lambda r: r.file)
+    assert all(torch.equal(again.tensors(r).q, kept[r.file].q) for r in again)
+    with pytest.raises(ValueError, match="recordings of different modules: choose another folder, or delete"):
+        recorded(modules=[0])
+
+
+def test_damage_is_named(flux, tmp_path):
+    recordings = record(flux, ["a"], tmp_path, call_of(flux), steps=1, modules=[0])
+    path = tmp_path / recordings.recordings[0].file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        recordings.tensors(recordings.recordings[0])
+    (tmp_path / INDEX).write_text('{"format": "something else", "version": 1}')
+    with pytest.raises(ValueError, match=f"{INDEX} is no index of recordings"):
+        read_recordings(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are no recordings in"):
+        read_recordings(tmp_path / "absent")
