@@ -3,11 +3,22 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from dma_diffusers.cli.console import EVAL_PACKAGES, given, hide_loading_bars, progress, quiet, require
+from dma_diffusers.cli.console import (
+    EVAL_PACKAGES,
+    given,
+    hide_loading_bars,
+    print_table,
+    progress,
+    quiet,
+    require,
+)
+
+_RECORDED = 4  # prompts whose attention calls are measured, unless --count says otherwise
 
 
 def evaluate(
@@ -37,6 +48,13 @@ def evaluate(
     reference: Annotated[
         Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
     ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention",
+            help="Draw nothing: record the attention calls of the first four prompts, and measure on those.",
+        ),
+    ] = False,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
 ) -> None:
     """Draw prompts in several configurations and in full precision, and compare.
@@ -50,42 +68,64 @@ def evaluate(
         raise ValueError("give configurations by --config or by --configs, not by both")
     with quiet():
         hide_loading_bars()
-        from accelerate import PartialState
-
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
-        from dma_diffusers.eval.quality.evaluate import evaluate as measure
-        from dma_diffusers.eval.quality.judge import Judge
         from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
-        from dma_diffusers.eval.report.markdown import table
-        from dma_diffusers.eval.report.write import write_report
         from dma_diffusers.pipelines.load import DEMO_MODEL, recommended_call
 
+        configurations = known.DEFAULT
+        if config or configs:
+            configurations = known.read(configs) if configs else known.named(config)
         chosen, repeated = read_prompts(prompts or BUILT_IN, count)
-        flags = {"num_inference_steps": steps, "height": size, "width": size}
-        asked = Asked(
-            model=model or DEMO_MODEL,
-            prompts=chosen,
-            seeds=range(seed, seed + seeds),
-            batch=batch,
-            call=recommended_call(model or DEMO_MODEL) | given(flags),
-            configurations=known.read(configs)
-            if configs
-            else known.named(config)
-            if config
-            else known.DEFAULT,
-        )
+        notes = [f"{repeated} repeated prompts were left out"] if repeated else []
+        call = recommended_call(model or DEMO_MODEL)
+        call |= given({"num_inference_steps": steps, "height": size, "width": size})
+        seeds = range(seed, seed + seeds)
+        asked = Asked(model or DEMO_MODEL, chosen, seeds, batch, call, configurations)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
+    if attention:
+        _measure_attention(asked, count or _RECORDED, output)
+    else:
+        _compare_pictures(asked, clip, reference, output, notes)
 
-        command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
-        notes = [f"{repeated} repeated prompts were left out"] if repeated else []
+
+def _compare_pictures(
+    asked: Any, clip: str | None, reference: Path | None, output: Path, notes: list[str]
+) -> None:
+    with quiet():
+        from accelerate import PartialState
+
+        from dma_diffusers.eval.quality.evaluate import evaluate as measured
+        from dma_diffusers.eval.quality.judge import Judge
+        from dma_diffusers.eval.report.markdown import table
+        from dma_diffusers.eval.report.write import write_report
+
         state = PartialState()  # before a pipeline is loaded: it chooses this process's GPU
         with progress(state.is_main_process) as on_step:
             judge = Judge(asked.model, clip, reference, state.device, on_step)
-            evaluation = measure(asked, judge, output, command, notes, on_step)
+            evaluation = measured(asked, judge, output, _command(), notes, on_step)
         if evaluation is None:
             return
         write_report(output)
     print(table(evaluation))
     print(f"\nThe report is {output / 'report.html'}")
+
+
+def _measure_attention(asked: Any, count: int, output: Path) -> None:
+    with quiet(), progress() as on_step:
+        from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
+        from dma_diffusers.pipelines.load import load_pipeline
+
+        pipe = load_pipeline(asked.model, video=True)
+        texts = [prompt.text for prompt in asked.prompts[:count]]
+        seeds = range(asked.seeds[0], asked.seeds[0] + len(texts))
+        found = evaluate_attention(
+            pipe, texts, asked.configurations, output, asked.call, _command(), seeds=seeds, on_step=on_step
+        )
+    print_table(HEADER, ([escape(cell) for cell in row] for row in table(found)))
+    print("\n".join([*found["notes"], f"More is in {output / 'attention.json'}"]))
+
+
+def _command() -> str:
+    return f"dma-diffusers {shlex.join(sys.argv[1:])}"

@@ -64,7 +64,7 @@ def rows(configurations: dict[str, DMAConfig]) -> list[Row]:
 
 
 def parse(text: str) -> DMAConfig:
-    """A configuration from text such as `exact`, `preset=b200`, `low=mxfp4,window=384`.
+    """A configuration from text such as `exact`, `preset=b200`, `low=mxfp4,window=384`, `policy=FILE,quality=0.7`.
 
     Raises ValueError, in one line, for anything else.
     """
@@ -107,8 +107,11 @@ def _configuration(label: str, fields: Any) -> DMAConfig:
             f"configuration {label!r}: give a preset ({', '.join(PRESETS)}) or fields, as in low=mxfp4,window=384"
         )
     fields = {str(name): tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    preset = fields.pop("preset", None)
     try:
-        return DMAConfig(**fields) if preset is None else DMAConfig.preset(preset, **fields)
-    except (ValueError, TypeError) as error:
+        if "policy" in fields:
+            return DMAConfig.from_file(fields.pop("policy"), **fields)
+        if "preset" in fields:
+            return DMAConfig.preset(fields.pop("preset"), **fields)
+        return DMAConfig(**fields)
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"configuration {label!r}: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
 from dma_diffusers.config import DMAConfig
@@ -23,10 +24,13 @@ from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
 from dma_diffusers.eval.quality.trajectory import Trajectory
 from dma_diffusers.eval.quality.worst import worst
+from dma_diffusers.eval.recordings.measure import layers, measure
+from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline
 
 _STEPPED = 8  # samples whose steps are measured one by one
+_RECORDED = 2  # prompts whose attention calls are recorded, for errors by layer
 _DIGITS = 6  # of a stored score: more is rounding noise
 
 
@@ -74,7 +78,7 @@ def evaluate(
 
     trajectory = Trajectory(pipe, FULL_PRECISION, chunks[0][:_STEPPED], asked.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    layers = None
+    of_layers, remark = _layers(pipe, asked, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
@@ -103,10 +107,10 @@ def evaluate(
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in asked.prompts],
-        "notes": [*notes, *remarks],
+        "notes": [*notes, *remarks, *remark],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
-        "layers": layers,
+        "layers": of_layers,
         "worst": [],
     }
     for shown in list(asked.configurations)[:1]:
@@ -122,6 +126,18 @@ def evaluate(
         )
     write_atomically(folder / "evaluation.json", json.dumps(evaluation, allow_nan=False).encode())
     return evaluation
+
+
+def _layers(
+    pipe: DiffusionPipeline, asked: Asked, folder: Path, on_step: OnStep
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Each attention module's own error on recorded calls, and why there is none where they take too much room."""
+    texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
+    try:
+        recordings = record(pipe, texts, folder / "recordings", asked.call, on_step=on_step)
+    except ValueError as error:
+        return None, [f"no errors by layer: {error}"]
+    return layers(recordings, measure(recordings, asked.configurations, on_step=on_step)), recordings.notes
 
 
 def _of_row(row: Row) -> dict[str, Any]:
