@@ -86,8 +86,12 @@ def launches(
     head_dim: int,
     is_causal: bool = False,
     masks_keys: bool = False,
+    places: int | None = None,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
-    """The kernels that one call launches, with arguments and options; a class that is None has no tile."""
+    """The kernels that one call launches, with arguments and options; a class that is None has no tile.
+
+    places: of an order, 256 if it leaves none empty; None for a call without one.
+    """
     recorded = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -99,6 +103,7 @@ def launches(
     launch.attention(
         q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
+        order=None if places is None else torch.arange(places, dtype=torch.int32),
         scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip

@@ -106,22 +106,27 @@ def causal_classes(classes: torch.Tensor) -> torch.Tensor:
     return torch.where(k_tile > q_tile, int(Class.SKIP), classes)
 
 
-def cut_tiles(layout: Layout, is_causal: bool) -> torch.Tensor:
+def cut_tiles(layout: Layout, is_causal: bool, order: torch.Tensor | None = None) -> torch.Tensor:
     """Which tiles a fine mask cuts: bool `[q_tiles, k_tiles]`."""
     q_tiles, k_tiles = tiles(layout.q_length), tiles(layout.k_length)
     cut = torch.zeros(q_tiles, k_tiles, dtype=torch.bool)
     if layout.k_length % TILE:
         cut[:, -1] = True
+    if order is not None:
+        cut |= F.pad(order.cpu() < 0, (0, -len(order) % TILE)).view(-1, TILE).any(-1)
     if is_causal:
         cut |= torch.arange(k_tiles)[None, :] == torch.arange(q_tiles)[:, None]
     return cut
 
 
-def build_map(classes: torch.Tensor, layout: Layout, is_causal: bool = False) -> PrecisionMap:
+def build_map(
+    classes: torch.Tensor, layout: Layout, is_causal: bool = False, order: torch.Tensor | None = None
+) -> PrecisionMap:
     """The map that a policy's classes give.
 
     classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`. A causal mask compares token indices,
     query i seeing keys 0 … i, as `scaled_dot_product_attention(is_causal=True)` does.
+    order: integers `[Sk]`, the token that stands at each place of `layout`, −1 where none does: such keys are hidden.
     """
     expected = (tiles(layout.q_length), tiles(layout.k_length))
     if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
@@ -129,13 +134,13 @@ def build_map(classes: torch.Tensor, layout: Layout, is_causal: bool = False) ->
     if is_causal:
         classes = causal_classes(classes)
     skipped = classes == Class.SKIP
-    phases = torch.where(cut_tiles(layout, is_causal), int(Phase.MASKED), classes)
+    phases = torch.where(cut_tiles(layout, is_causal, order), int(Phase.MASKED), classes)
     phases = torch.where(skipped, len(Phase), phases)
-    order = phases.argsort(dim=-1, stable=True)
+    walked = phases.argsort(dim=-1, stable=True)
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
     has_high = bool((classes == Class.HIGH).any())
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
-    indices = order[..., :longest].int().contiguous()
+    indices = walked[..., :longest].int().contiguous()
     return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)

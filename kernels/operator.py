@@ -49,6 +49,7 @@ def attention(
     *,
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
+    order: torch.Tensor | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
     window: int | Sequence[int] = 128,
@@ -66,6 +67,10 @@ def attention(
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
     scale: of the scores, D^-½ by default, more than 0.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
+    order: int32 `[S]`, a permutation of the tokens, for Sq = Sk and not causal: token order[i] stands at place i.
+    Window, sink and text are in places; everything else, given and returned, is in the tokens' own order. The kernels
+    gather and scatter as they read and write. They don't check it, which would wait for the device: tokens that it
+    doesn't name are undefined in the output, numbers that are no token's read and write nothing.
     high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`; window may have a width for each of
     q's heads. text_start, text_stop: the text tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
     Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
@@ -74,6 +79,7 @@ def attention(
     _check(q, k, v, key_mask)
     _check_rope("q", q, q_rope)
     _check_rope("k", k, k_rope)
+    _check_order(order, q, k, is_causal)
     get_format(high), get_format(low)
     windows = list(window) if isinstance(window, Sequence) else [window]
     if len(windows) not in (1, q.shape[1]):
@@ -82,7 +88,7 @@ def attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {scale}")
     return Result(*torch.ops.dma_diffusers.attention(
-        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
+        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), order, scale, is_causal,
         high, low, windows, sink, text_start, text_stop, mapped, lowering, return_lse,
     ))  # fmt: skip
 
@@ -134,6 +140,20 @@ def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
             )
 
 
+def _check_order(order: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> None:
+    if order is None:
+        return
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"order needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if is_causal:
+        raise ValueError("order can't be had with is_causal, which compares places; leave one of them out")
+    if order.shape != q.shape[2:3] or order.dtype != torch.int32 or order.device != q.device:
+        raise ValueError(
+            f"order must be int32 [{q.shape[2]}] on {q.device}, "
+            f"got {order.dtype} {list(order.shape)} on {order.device}"
+        )
+
+
 def _check_memory(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if aliases(x):
@@ -167,6 +187,7 @@ def _attention(
     q_sin: torch.Tensor | None,
     k_cos: torch.Tensor | None,
     k_sin: torch.Tensor | None,
+    order: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     high: str,
@@ -188,6 +209,7 @@ def _attention(
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
         "k_rope": None if k_cos is None else (k_cos, k_sin),
+        "order": None if order is None else order.contiguous(),
     }  # fmt: skip
     inexact_rows = None
     if chosen == "reference":
@@ -214,6 +236,7 @@ def _(
     q_sin,
     k_cos,
     k_sin,
+    order,
     scale,
     is_causal,
     high,

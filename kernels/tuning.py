@@ -18,8 +18,8 @@ class Tuning:
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
     warps: of one program.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
-        or more. masked_stages: of the loop over MASKED tiles; with a key mask alone, Triton loads that first, and
-        the loop takes `stages`.
+        or more. masked_stages: of the loop over MASKED tiles; with a key mask or empty places alone, Triton loads that
+        first, and the loop takes `stages`.
     registers: the most that a thread may use; None leaves it to the compiler.
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.

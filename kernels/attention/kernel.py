@@ -10,6 +10,7 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
+from dma_diffusers.kernels.quantiser.tile import token_at
 from dma_diffusers.kernels.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -81,7 +82,7 @@ def _in_order_of_v(p):
 
 
 @triton.jit
-def _seen(tile, key_mask, k_length, q_tokens, CAUSAL: tl.constexpr):
+def _seen(tile, key_mask, empty_order, k_length, q_tokens, CAUSAL: tl.constexpr):
     """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
     columns = tl.arange(0, TILE)
     if CAUSAL:
@@ -91,14 +92,17 @@ def _seen(tile, key_mask, k_length, q_tokens, CAUSAL: tl.constexpr):
     if key_mask is not None:
         unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
         seen = (seen & unmasked) if CAUSAL else unmasked
+    elif empty_order is not None:
+        place = tile * TILE + columns
+        seen = (tl.load(empty_order + place, mask=place < k_length, other=-1) >= 0)[None, :]
     return seen
 
 
 @triton.jit
 def _phase(
     accumulator, l, m, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold, offset,
-    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, k_length,
-    start, zero,
+    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, empty_order,
+    k_length, start, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
@@ -133,7 +137,7 @@ def _phase(
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
         if MASKED or key_mask is not None:
-            seen = _seen(tile, key_mask, k_length, q_tokens, MASKED and CAUSAL)
+            seen = _seen(tile, key_mask, empty_order, k_length, q_tokens, MASKED and CAUSAL)
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
@@ -168,12 +172,14 @@ def _phase(
     return accumulator, l, m
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "map_stride_b", "map_stride_h", "map_length", "total"])
+@triton.jit(do_not_specialize=[
+    "q_length", "k_length", "order_tokens", "map_stride_b", "map_stride_h", "map_length", "total"
+])  # fmt: skip
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, fold, offset, indices, bounds, key_mask, out, lse,
-    heads, kv_heads, q_length, k_length, head_dim, map_stride_b, map_stride_h, map_length,
+    v_scale, fold, offset, indices, bounds, key_mask, order, out, lse,
+    heads, kv_heads, q_length, k_length, order_tokens, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
@@ -190,6 +196,9 @@ def attend(
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
+    With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
+    query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
+    have, None if as many as there are places; where places are empty, `key_mask` or a MASKED tile hides the key.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
@@ -207,6 +216,7 @@ def attend(
         end = tl.load(bounds + row * 3 + 2)
         q_tokens = start + tl.arange(0, ROWS)
         channels = tl.arange(0, D)
+        empty_order = None if order_tokens is None else order
         own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
 
         m = tl.full((ROWS,), LOWEST, tl.float32)
@@ -217,7 +227,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, 0, high_end, own_mask, k_length, start, zero,
+                tiles, 0, high_end, own_mask, empty_order, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -228,7 +238,7 @@ def attend(
                 accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, high_end, low_end, own_mask, k_length, start, zero,
+                tiles, high_end, low_end, own_mask, empty_order, k_length, start, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -237,7 +247,7 @@ def attend(
                     accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, k_length, start, zero,
+                    tiles, low_end, end, own_mask, empty_order, k_length, start, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, MASKED_STAGES,
                 )  # fmt: skip
@@ -248,20 +258,22 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, low_end, end, own_mask, k_length, start, zero,
+                tiles, low_end, end, own_mask, empty_order, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip
 
         nothing_seen = l == 0.0
         result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
+        out_rows = token_at(order, q_tokens, q_length, order_tokens)
         place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
-        place = place + q_tokens[:, None].to(tl.int64) * out_stride_s + channels[None, :]
-        inside = (q_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
+        place = place + out_rows[:, None].to(tl.int64) * out_stride_s + channels[None, :]
+        inside = (out_rows < q_length)[:, None] & (channels < head_dim)[None, :]
         tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
         if lse is not None:
             log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
             if offset is not None:
                 log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
             log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
-            tl.store(lse + head.to(tl.int64) * q_length + q_tokens, log_sum, mask=q_tokens < q_length)
+            lse_rows = head.to(tl.int64) * (q_length if order_tokens is None else order_tokens) + out_rows
+            tl.store(lse + lse_rows, log_sum, mask=out_rows < q_length)

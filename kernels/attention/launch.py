@@ -40,20 +40,26 @@ def attention(
     lowering: str,
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
+    order: torch.Tensor | None = None,
     return_lse: bool = True,
     target: str | None = None,
     run: Run = run,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The reference's call on the fused kernel, with the map on q's device.
 
-    Only the classes that the map has are encoded and compiled. lowering: the name of one that has a kernel.
-    target: the architecture to tune for, that of q's device by default.
+    Only the classes that the map has are encoded and compiled. order: contiguous, and not checked: numbers that are
+    no token's are as −1, tokens that it doesn't name are undefined in the output; the map masks empty places.
+    lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
     """
     batch, heads, q_length, head_dim = q.shape
     kv_heads, k_length = k.shape[1:3]
     dim = padded_dim(head_dim)
+    order_tokens = None
+    if order is not None:
+        order_tokens = None if len(order) == q_length else q_length
+        q_length = k_length = len(order)
     q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (q, k, v))
     formats = precision_map.used(high, low)
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
@@ -63,7 +69,7 @@ def attention(
 
     fold = quantiser.fold(scale)
     smooths = quantiser.smooths(*formats)
-    whole_mask = None if key_mask is None else _whole_tiles(key_mask)
+    whole_mask = None if key_mask is None else _whole_tiles(key_mask, order)
     of_v = v if classes[1] else None
     known = statistics_of(k if smooths else None, of_v, k_rope, run)
     q_amax, k_amax = None, None
@@ -71,14 +77,14 @@ def attention(
         q_amax, k_amax = _tensor_amax(q, k, fold, q_rope, k_rope, key_mask)
     inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
     encoded = encode(
-        q, k, of_v, classes, fold, known,
-        q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask,
+        q, k, of_v if order is None else v, classes, fold, known,
+        q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask, order=order,
         wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
         inexact_rows=inexact_rows, run=run,
         registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
-    out = torch.empty(batch, q_length, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_length, dtype=torch.float32, device=q.device) if return_lse else None
+    out = torch.empty(batch, q.shape[2], heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     in_gluon = takes_gluon(tuned, classes)
     descriptor = hopper.descriptor if in_gluon else row_descriptor
     high_operands, low_operands = (
@@ -87,14 +93,14 @@ def attention(
     )
     v_high, v_low = None, None
     if classes[0]:
-        v_high = descriptor(bf16_for_tma(v), TILE, dim)
+        v_high = descriptor(bf16_for_tma(v) if order is None else encoded.v_high, TILE, dim)
     if classes[1]:
         v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
     walks = precision_map.shared if in_gluon else precision_map
     arguments = (
         *high_operands, v_high, *low_operands, v_low,
-        encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, out, lse,
-        heads, kv_heads, q_length, k_length, head_dim,
+        encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, order, out, lse,
+        heads, kv_heads, q_length, k_length, order_tokens, head_dim,
         *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
         *out.stride()[:3],
     )  # fmt: skip
@@ -106,6 +112,7 @@ def attention(
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
     else:
+        loads_mask = key_mask is not None or order_tokens is not None
         blocks = -(-q_length // tuned.rows) * batch * heads
         most = blocks if tuned.programs is None else tuned.programs * multiprocessors(q.device)
         run(
@@ -113,7 +120,7 @@ def attention(
             CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
             EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
             STAGES=tuned.stages,
-            MASKED_STAGES=tuned.stages if key_mask is not None and not is_causal else tuned.masked_stages,
+            MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
             num_warps=tuned.warps, maxnreg=None if tuned.slots else tuned.registers, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse, inexact_rows
@@ -176,6 +183,8 @@ def _tensors(
     ]  # fmt: skip
 
 
-def _whole_tiles(key_mask: torch.Tensor) -> torch.Tensor:
-    """uint8 `[B, tiles·128]`, 0 past the keys."""
+def _whole_tiles(key_mask: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """uint8 `[B, tiles·128]`, 0 past the keys, and where the order names none."""
+    if order is not None:
+        key_mask = F.pad(key_mask, (0, 1))[:, order]  # at −1 the last one, which is hidden
     return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE)).contiguous()

@@ -31,6 +31,7 @@ def attention(
     is_causal: bool = False,
     q_rope: quantiser.Rope | None = None,
     k_rope: quantiser.Rope | None = None,
+    order: torch.Tensor | None = None,
     sums_rounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
@@ -39,12 +40,14 @@ def attention(
     seen. q_rope, k_rope: q and k are rotated by them first. Returns the output, of q's shape and dtype, and the
     natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
     A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards what smoothing
-    takes from those of the other class. sums_rounded: LOW's probabilities are summed as rounded to e4m3, as
-    hopper.py sums them, not before. Source: DMA, arXiv 2604.03950.
+    takes from those of the other class.
+    order: int32 `[places]`, for Sq = Sk, not causal: which token stands at each place, −1 where none does. The map is
+    one of places, everything else is in the tokens' own order. Raises ValueError unless each token has one place.
+    sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
+    Source: DMA, arXiv 2604.03950.
     """
-    batch, heads, q_length, head_dim = q.shape
-    kv_heads, k_length = k.shape[1:3]
-    q_tiles, k_tiles = tiles(q_length), tiles(k_length)
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
     device, dtype = q.device, q.dtype
     scale = head_dim**-0.5 if scale is None else scale
     q, k = quantiser.rotate(q, q_rope), quantiser.rotate(k, k_rope)
@@ -55,6 +58,17 @@ def attention(
     if key_mask is not None:  # a hidden key counts for no scale
         smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
     v_scale = quantiser.value_scale(v)
+    if order is not None:
+        taken = order >= 0
+        if order[taken].sort().values.tolist() != list(range(tokens)):
+            raise ValueError(f"order must name each of the {tokens} tokens once")
+        if key_mask is not None or not taken.all():
+            key_mask = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+            key_mask = F.pad(key_mask, (0, 1))[:, order]
+        q, k, v, folded, smoothed = (F.pad(x, (0, 0, 0, 1))[:, :, order] for x in (q, k, v, folded, smoothed))
+        offset = F.pad(offset, (0, 1))[:, :, order]
+    q_length, k_length = q.shape[2], k.shape[2]
+    q_tiles, k_tiles = tiles(q_length), tiles(k_length)
 
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v in tiles, and the factor and the offset that make products scores."""
@@ -88,16 +102,16 @@ def attention(
     start = torch.zeros_like(row)
     for phase in Phase:
         end = bounds[:, phase]
-        length, order = (end - start).sort(descending=True, stable=True)
+        length, longest_first = (end - start).sort(descending=True, stable=True)
         is_low = phase in low_phases
         phase_q, phase_k, phase_v, factor, shift = of_low if is_low else of_high
-        phase_q, shift = phase_q[order], shift[order]
+        phase_q, shift = phase_q[longest_first], shift[longest_first]
         if is_low:
             accumulator = accumulator / v_unit
-        m, l, accumulator = m[order], l[order], accumulator[order]
+        m, l, accumulator = m[longest_first], l[longest_first], accumulator[longest_first]
         still_active = (length[None, :] > torch.arange(int(length[0]), device=device)[:, None]).sum(-1)
         for step, count in enumerate(still_active.tolist()):
-            active = order[:count]
+            active = longest_first[:count]
             tile = indices[active, start[active] + step]
             kv_tile = row_kv_head[active] * k_tiles + tile
             s = (phase_q[:count] @ phase_k[kv_tile].mT) * factor - shift[:count]
@@ -119,7 +133,9 @@ def attention(
             l[:count] = l[:count] * rescale + summed.sum(-1, keepdim=True)
             accumulator[:count] = accumulator[:count] * rescale + rounded @ phase_v[kv_tile]
             m[:count] = m_new
-        m, l, accumulator = (torch.empty_like(x).index_copy_(0, order, x) for x in (m, l, accumulator))
+        m, l, accumulator = (
+            torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator)
+        )
         if is_low:
             accumulator = accumulator * v_unit
         start = end
@@ -127,4 +143,8 @@ def attention(
     out = accumulator / torch.where(l == 0, 1, l)
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(dtype)
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
-    return out, (lse + offset) * math.log(2)
+    lse = (lse + offset) * math.log(2)
+    if order is not None:
+        of_token = taken.nonzero()[:, 0][order[taken].argsort()]
+        out, lse = out[:, :, of_token], lse[:, :, of_token]
+    return out, lse

@@ -79,6 +79,7 @@ class Encoded:
 
     q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
     v: LOW's, e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
+    v_high: HIGH's, bf16 `[B, Hkv, tiles·128, D]`; None also if it is read where the model has it.
     v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
     """
@@ -86,6 +87,7 @@ class Encoded:
     q: list[Operand | None]
     k: list[Operand | None]
     v: torch.Tensor | None
+    v_high: torch.Tensor | None
     v_scale: torch.Tensor | None
     offset: torch.Tensor | None
 
@@ -106,8 +108,8 @@ def scale_descriptor(scales: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(scales, one_tile)
 
 
-def _empty(stored: Stored, x: torch.Tensor, amax: torch.Tensor | None, is_key: bool) -> Operand:
-    batch, heads, length, head_dim = x.shape
+def _empty(stored: Stored, x: torch.Tensor, length: int, amax: torch.Tensor | None, is_key: bool) -> Operand:
+    batch, heads, _, head_dim = x.shape
     dim, rows = padded_dim(head_dim), batch * heads * tiles(length)
     format, storage = stored.format, stored.storage
     tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
@@ -130,13 +132,15 @@ def _operands(
     classes: tuple[Stored | None, Stored | None],
     amax: torch.Tensor | None,
     rope: Rope | None,
+    order: torch.Tensor | None,
     is_key: bool,
 ) -> list[Operand | None]:
     """Room for one tensor's operands; none for bf16 numbers to which nothing has to be done."""
+    stays = rope is None and order is None
     return [
         None
-        if x is None or stored is None or (stored.format.name == "bf16" and rope is None)
-        else _empty(stored, x, amax, is_key)
+        if x is None or stored is None or (stored.format.name == "bf16" and stays)
+        else _empty(stored, x, x.shape[2] if order is None else len(order), amax, is_key)
         for stored in classes
     ]
 
@@ -221,6 +225,7 @@ def encode(
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
     key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
     wants_offset: bool = False,
     transposed_v: bool = False,
     inexact_rows: torch.Tensor | None = None,
@@ -233,26 +238,35 @@ def encode(
     rotated by q_rope and k_rope first. known: `statistics_of` k and v, as far as they are encoded.
     q_amax, k_amax: `[B, H or Hkv, 1, 1]` of what is encoded, needed by formats with a tensor scale.
     key_mask: uint8 `[B, tiles·128]`, 0 for keys that are encoded as zeros.
+    order: int32 `[places]`, the token of q, k and v that stands at each place, −1 where none does; what is encoded, and
+        key_mask, stands in that order. HIGH's bf16 numbers are then copied too.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
     registers: the most that a thread may use; None leaves it to the compiler.
     """
-    q_operands = _operands(q, classes, q_amax, q_rope, is_key=False)
-    k_operands = _operands(k, classes, k_amax, k_rope, is_key=True)
+    q_operands = _operands(q, classes, q_amax, q_rope, order, is_key=False)
+    k_operands = _operands(k, classes, k_amax, k_rope, order, is_key=True)
     first = next(x for x in (v, k, q) if x is not None)
     device, (batch, kv_heads, k_length, head_dim) = first.device, first.shape
     heads, q_length = (kv_heads, 1) if q is None else q.shape[1:3]
+    order_tokens = None
+    if order is not None:
+        order_tokens = None if len(order) == k_length else k_length
+        q_length = k_length = len(order)
     dim = padded_dim(head_dim)
-    offset, values = None, None
+    offset, values, v_high = None, None, None
     if wants_offset:
         offset = torch.empty(batch * heads * tiles(q_length) * TILE, dtype=torch.float32, device=device)
-    if v is not None:
-        rows = tiles(k_length) * TILE
+    rows = tiles(k_length) * TILE
+    if v is not None and known.v_scale is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset)
+    if v is not None and order is not None and classes[0]:
+        v_high = torch.empty(batch, kv_heads, rows, dim, dtype=torch.bfloat16, device=device)
+    encoded = Encoded(q_operands, k_operands, values, v_high, known.v_scale, offset)
     q = q if wants_offset or any(q_operands) else None
     k = k if any(k_operands) else None
+    v = None if values is None and v_high is None else v
     of_keys = kv_heads * tiles(k_length)
     programs = batch * (
         (0 if v is None else of_keys)
@@ -266,8 +280,8 @@ def encode(
         kernel.encode, (programs,),
         q, k, v, *known, factor, *q_tables, *k_tables, key_mask, offset,
         *_pointers(q_operands), *_pointers(k_operands),
-        values, inexact_rows,
-        heads, kv_heads, batch * kv_heads, q_length, k_length, *_strides(q), *_strides(k), *_strides(v),
+        v_high, values, order, inexact_rows,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens, *_strides(q), *_strides(k), *_strides(v),
         *q_rope_strides, *k_rope_strides,
         *(constant for c in classes for constant in (c.quantised if c else [None] * 6)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,

@@ -10,6 +10,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     magnitude_bits,
     power_of_two,
     rotated,
+    token_at,
 )
 from dma_diffusers.kernels.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 
@@ -214,35 +215,40 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, elements, batch, head_in_batch, head, tile, tiles, length, stride_b, stride_h, stride_s,
+    v, v_scale, high, low, order, batch, head_in_batch, head, tile, tiles, length, order_tokens,
+    stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in e4m3 under a power of two for each channel."""
+    """One tile of V in bf16, and in e4m3 under a power of two for each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = (tile * TILE + (_stored_at(rows) if TRANSPOSED else rows))[:, None]
+    places = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
+    tokens = token_at(order, places, length, order_tokens)[:, None]
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
-    # Of a normal power of two, the inverse too is a power of two.
-    inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
-    value *= inverse.to(tl.float32, bitcast=True)[None, :]
-    if INTERPRETED:  # the hardware's conversion saturates
-        value = _saturated(value, 448.0)
-    encoded = to_e4m3(value)
-    place = tile * TILE + rows
-    if TRANSPOSED:
-        tl.store(elements + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
-    else:
-        _store_rows(elements, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
+    if high is not None:
+        _store_rows(high, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + places, D)
+    if low is not None:
+        # Of a normal power of two, the inverse too is a power of two.
+        inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
+        value *= inverse.to(tl.float32, bitcast=True)[None, :]
+        if INTERPRETED:  # the hardware's conversion saturates
+            value = _saturated(value, 448.0)
+        encoded = to_e4m3(value)
+        place = tile * TILE + rows
+        if TRANSPOSED:
+            tl.store(low + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
+        else:
+            _store_rows(low, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
 def encode(
     q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_low, inexact_rows,
-    heads, kv_heads, kv_heads_in_all, q_length, k_length,
+    v_high, v_low, order, inexact_rows,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length, order_tokens,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -256,9 +262,12 @@ def encode(
     q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
     formats encode q·factor, and k less its `mean` (as statistics.py gives it, and `v_scale`). Tokens past the length,
     keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
-    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_low is [B·Hkv, tiles·128, D], or
-    [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power
-    of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
+    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_high is [B·Hkv, tiles·128, D] as v
+    is; v_low too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows
+    that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
+    nothing is.
+    With an `order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in that
+    order, zeros where it names no token. `order_tokens` is how many there are, None if as many as places.
     """
     # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
@@ -270,8 +279,8 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_low, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length,
-                v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v, v_scale, v_high, v_low, order, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles,
+                k_length, order_tokens, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
@@ -279,7 +288,7 @@ def encode(
         if (program >= 0) & (program < of_keys):
             head = program // k_tiles
             place = program % k_tiles * TILE + rows
-            tokens = place[:, None]
+            tokens = token_at(order, place, k_length, order_tokens)[:, None]
             inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
             batch, head_in_batch = head // kv_heads, head % kv_heads
             x = load_tile(
@@ -305,7 +314,7 @@ def encode(
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
             head = program // q_tiles
-            tokens = (program % q_tiles * TILE + rows)[:, None]
+            tokens = token_at(order, program % q_tiles * TILE + rows, q_length, order_tokens)[:, None]
             inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
             batch, head_in_batch = head // heads, head % heads
             x = load_tile(

@@ -1,4 +1,4 @@
-"""What every kernel of the quantiser does: load the tokens of one head, turn them, find powers of two."""
+"""What the quantiser's kernels do: find tokens, load those of one head, turn them, find powers of two."""
 
 import triton
 import triton.language as tl
@@ -11,6 +11,18 @@ NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
 def magnitude_bits(x):
     """|x| as int32 bits: ordered like the magnitudes, with infinities and NaN above every finite number."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def token_at(order, place, length, tokens):
+    """Which token stands at each of `length` places, `length` where none does; without an order `place` itself.
+
+    tokens: how many there are, None for one at each place.
+    """
+    if order is not None:
+        token = tl.load(order + place, mask=place < length, other=-1)
+        place = tl.where((token >= 0) & (token < (length if tokens is None else tokens)), token, length)
+    return place
 
 
 @triton.jit

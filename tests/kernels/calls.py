@@ -1,9 +1,10 @@
 """Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 
 from dma_diffusers.kernels.formats import fake_quantize, get_format
 from dma_diffusers.kernels.layout import Layout
@@ -12,10 +13,15 @@ from dma_diffusers.kernels.maps import PrecisionMap, build_map
 from dma_diffusers.kernels.policies import Diagonal
 from dma_diffusers.kernels.tuning import tuning
 
+GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 256
+
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: shapes, formats, policy, masks."""
+    """One attention call: shapes, formats, policy, masks.
+
+    has_order: whether its tokens stand in a random order, with `empty_places` among them.
+    """
 
     q_length: int
     k_length: int
@@ -31,6 +37,8 @@ class Call:
     is_causal: bool = False
     masks_keys: bool = False
     has_rope: bool = False
+    has_order: bool = False
+    empty_places: int = 0
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
     seed: int = 0
@@ -38,11 +46,32 @@ class Call:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.q_length, self.k_length, self.text)
+        return Layout(self.q_length + self.empty_places, self.k_length + self.empty_places, self.text)
+
+    @property
+    def order(self) -> torch.Tensor | None:
+        """int32 `[places]`."""
+        if not self.has_order:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(self.q_length + self.empty_places, generator=generator).int()
+        return torch.where(order < self.q_length, order, -1)
+
+    def order_on(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.order is None else self.order.to(device)
+
+    def at_places(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., tokens, D]` in the order of places, zeros where they are empty."""
+        return x if self.order is None else F.pad(x, (0, 0, 0, 1))[..., self.order, :]
+
+    def of_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., places, D]` in the order of tokens: the inverse of `at_places`."""
+        return x if self.order is None else x[..., self.order.argsort()[self.empty_places :], :]
 
     def map(self) -> PrecisionMap:
         policy = Diagonal(self.window, self.sink)
-        return build_map(policy.classes(self.layout, self.is_causal), self.layout, self.is_causal)
+        classes = policy.classes(self.layout, self.is_causal)
+        return build_map(classes, self.layout, self.is_causal, self.order)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
         """q, k, v and the key mask (or None). Rows differ in size, and keys have a mean, as real ones do."""
@@ -81,27 +110,28 @@ class Call:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
+            f"{'-ordered' * self.has_order}"
         )
 
 
 def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """Which key each query sees: bool `[B or 1, 1, Sq, Sk]`."""
-    q_token, k_token = torch.arange(call.q_length)[:, None], torch.arange(call.k_length)[None, :]
-    visible = (
-        (k_token <= q_token) if call.is_causal else torch.ones(call.q_length, call.k_length, dtype=torch.bool)
-    )
-    visible = visible[None, None]
-    return visible if mask is None else visible & mask[:, None, None].cpu()
+    """Which key each query sees, by places: bool `[B or 1, 1, Sq, Sk]`."""
+    q_token = torch.arange(call.layout.q_length)[:, None]
+    k_token = torch.arange(call.layout.k_length)[None, :]
+    visible = (k_token <= q_token) if call.is_causal else (k_token >= 0).expand(len(q_token), -1)
+    mask = torch.ones(1, call.k_length, dtype=torch.bool) if mask is None else mask.cpu()
+    return visible & call.at_places(mask[:, None, :, None]).mT
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Which pair of tokens is HIGH, token by token, from the words of `Diagonal`: bool `[Sq, Sk]`."""
-    high = torch.zeros(call.q_length, call.k_length, dtype=torch.bool)
+    """Which pair of places is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    q_length, k_length = call.layout.q_length, call.layout.k_length
+    high = torch.zeros(q_length, k_length, dtype=torch.bool)
     cut = high.clone()
     text_tiles = range(call.text[0] // 128, -(-call.text[1] // 128)) if call.text[1] > call.text[0] else ()
-    last_whole_tile = call.k_length // 128
-    for i in range(call.q_length):
-        for j in range(0, call.k_length, 128):
+    last_whole_tile = k_length // 128
+    for i in range(q_length):
+        for j in range(0, k_length, 128):
             q_tile, k_tile = i // 128, j // 128
             distance = abs(q_tile - k_tile)
             sides = 1 if call.is_causal else 2
@@ -112,7 +142,10 @@ def is_high(call: Call) -> torch.Tensor:
             if call.is_causal and k_tile > q_tile:
                 continue
             high[i, j : j + 128] = in_band or is_sink or is_text
-            cut[i, j : j + 128] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile)
+            has_empty = call.has_order and -1 in call.order[j : j + 128].tolist()
+            cut[i, j : j + 128] = (
+                k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
+            )
     return high | cut if high.any() else high
 
 
@@ -145,6 +178,8 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
+    q, k, v, folded, smoothed = map(call.at_places, (q, k, v, folded, smoothed))
+
     def scores(fmt: str) -> torch.Tensor:
         if fmt == "bf16":
             a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
@@ -164,7 +199,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     s = s.masked_fill(~seen(call, mask), -math.inf)
     lse = s.logsumexp(-1)
     p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
-    return p @ v.double(), lse
+    return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
 
 
 def sums_rounded(call: Call, lowering: str, device: torch.device) -> bool:
@@ -177,6 +212,37 @@ def sums_rounded(call: Call, lowering: str, device: torch.device) -> bool:
     classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
     tuned = tuning(architecture(device), padded_dim(call.head_dim), tuple(c and c.storage for c in classes))
     return takes_gluon(tuned, classes)
+
+
+def guarded(kernel, grid, *arguments, **options) -> None:
+    """`run` on copies of the tensors, each amid bytes of 0xFF (NaN, or a key that is seen) that must stay so."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from dma_diffusers.kernels.run import run
+
+    copies = []
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        size = x.element_size()
+        bits = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
+        start = GUARD + x.data_ptr() % 16
+        reach = size * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+        memory = torch.full((start + reach + GUARD,), -1, dtype=torch.int8, device=x.device)
+        copy = memory[start : start + reach].view(bits.dtype).as_strided(x.shape, x.stride(), start // size)
+        copies.append((memory, copy.copy_(bits), bits))
+        return copy.view(x.dtype)
+
+    def own(argument):
+        if isinstance(argument, TensorDescriptor | GluonTensorDescriptor):
+            return replace(argument, base=copied(argument.base))
+        return copied(argument) if isinstance(argument, torch.Tensor) else argument
+
+    run(kernel, grid, *map(own, arguments), **options)
+    for memory, copy, bits in copies:
+        bits.copy_(copy)
+        copy.fill_(-1)
+        assert (memory == -1).all(), f"{kernel.fn.__name__} wrote beside a tensor of shape {list(bits.shape)}"
 
 
 def relative_l2(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -225,6 +291,18 @@ NAMED_CALLS = [
     Call(300, 300, 72, low="mxfp6_e3m2", window=0, sink=0, name="mxfp6-e3m2"),
     Call(384, 384, 64, has_rope=True, name="rope"),
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),
+    Call(111, 111, 40, has_order=True, name="order-111"),
+    Call(300, 300, 64, has_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
+    Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_order=True, name="order-gqa"),
+    Call(
+        300, 300, 72, high="bf16", low="fp8", window=300, has_order=True, has_rope=True, name="order-all-high"
+    ),
+    Call(300, 300, 72, low="int8", window=0, sink=0, has_order=True, empty_places=60, name="order-empty-low"),
+    Call(200, 200, 64, high="bf16", low="int8", masks_keys=True, has_order=True, empty_places=180),
+    Call(
+        500, 500, 64, heads=3, kv_heads=1, has_order=True, empty_places=12, name="order-empty-in-every-tile"
+    ),
+    Call(2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_order=True, name="order-2100"),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
     Call(
         4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"

@@ -11,7 +11,7 @@ from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
 from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
-from tests.kernels.calls import NAMED_CALLS, Call, random_calls, relative_l2, sums_rounded
+from tests.kernels.calls import NAMED_CALLS, Call, guarded, random_calls, relative_l2, sums_rounded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
@@ -27,7 +27,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native"):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering,
-        key_mask=mask, is_causal=call.is_causal, **call.ropes(device),
+        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), **call.ropes(device),
     )[:2]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def expected(call: Call, device: torch.device, lowering: str):
     q, k, v, mask = call.tensors(device)
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, **call.ropes(device),
+        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), **call.ropes(device),
         sums_rounded=sums_rounded(call, lowering, device),
     )  # fmt: skip
 
@@ -192,6 +192,41 @@ def test_same_inputs_same_bits(pair, kernel_device):
     assert torch.equal(run(call, kernel_device)[0], run(call, kernel_device)[0])
 
 
+@pytest.mark.parametrize("changes", [
+    {"heads": 4, "masks_keys": True}, {"text": (0, 50), "has_rope": True}, {"window": 1000}, {"window": 0, "sink": 0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+@pytest.mark.parametrize("length", [111, 200])
+def test_an_order_gives_the_bits_of_tokens_permuted_before_and_after(length, pair, changes, kernel_device):
+    dtype = torch.float32 if length == 111 else torch.bfloat16
+    call = Call(length, length, 64, high=pair[0], low=pair[1], dtype=dtype, has_order=True, **changes)
+    skip_what_triton_gets_wrong(call, "native", kernel_device)
+    order, inverse = call.order_on(kernel_device), call.order.argsort().to(kernel_device)
+    q, k, v, mask = call.tensors(kernel_device)
+    ropes = call.ropes(kernel_device)
+    permuted = launched(
+        *(x[:, :, order] for x in (q, k, v)), call.map(), *pair, key_mask=None if mask is None else mask[:, order],
+        **{name: rope and tuple(table[order] for table in rope) for name, rope in ropes.items()},
+    )  # fmt: skip
+    out, lse, _ = launched(q, k, v, call.map(), *pair, key_mask=mask, order=order, **ropes)
+    assert torch.equal(out, permuted[0][:, :, inverse]) and torch.equal(lse, permuted[1][:, :, inverse])
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
+def test_what_an_order_does_not_name_is_left_alone(pair, kernel_device):
+    """Rows that it leaves out stay as they were, numbers that are no token's read and write nothing."""
+    call = Call(300, 300, 64, batch=2, high=pair[0], low=pair[1], has_order=True)
+    q, k, v, _ = call.tensors(kernel_device)
+    order = call.order
+    left_out = order[[5, 130, 131, 299]].sort().values
+    order[[5, 130, 131, 299]] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    out, lse, _ = launched(q, k, v, call.map(), *pair, order=order.to(kernel_device), run=guarded)
+    is_left_out = torch.zeros(300, dtype=torch.bool)
+    is_left_out[left_out.long()] = True
+    for x in (out[..., 0], out[..., 63], lse):
+        assert torch.equal(x.isnan().cpu(), is_left_out.expand(2, 2, 300))
+
+
 @pytest.mark.parametrize("everywhere", [Class.HIGH, Class.LOW])
 def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     recorded = []
@@ -209,21 +244,25 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 
+@pytest.mark.parametrize("has_order", [False, True])
 @pytest.mark.parametrize(("high", "low", "everywhere", "names"), [
     ("bf16", "int8", None, ["statistics", "encode", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
     ("bf16", "int8", Class.LOW, ["statistics", "encode", "attend"]),
     ("bf16", "bf16", Class.LOW, ["statistics", "encode", "attend"]),
 ])  # fmt: skip
-def test_two_launches_before_the_attention_kernel_or_none(high, low, everywhere, names, kernel_device):
+def test_two_launches_before_the_attention_kernel_or_none(
+    high, low, everywhere, names, has_order, kernel_device
+):
+    """An order adds none, but what was read where the model has it is gathered."""
     recorded = []
-    call = Call(512, 512, 64, high=high, low=low, dtype=torch.bfloat16)
+    call = Call(512, 512, 64, high=high, low=low, dtype=torch.bfloat16, has_order=has_order)
     q, k, v, _ = call.tensors(kernel_device)
     whole = None if everywhere is None else build_map(Dense(everywhere).classes(call.layout), call.layout)
     launched(
-        q, k, v, whole or call.map(), high, low,
+        q, k, v, whole or call.map(), high, low, order=call.order_on(kernel_device),
         run=lambda kernel, grid, *arguments, **options: recorded.append(kernel.fn.__name__.removesuffix("_hopper")),
     )  # fmt: skip
-    assert recorded == names
+    assert recorded == (["encode", "attend"] if has_order and len(names) == 1 else names)
 
 
 def test_v_is_read_where_it_lies(kernel_device):

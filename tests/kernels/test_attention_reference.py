@@ -11,8 +11,9 @@ from tests.kernels.calls import NAMED_CALLS, Call, oracle, random_calls, relativ
 def run(call: Call):
     q, k, v, mask = call.tensors()
     return reference.attention(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, is_causal=call.is_causal, **call.ropes()
-    )
+        q, k, v, call.map(), call.high, call.low,
+        key_mask=mask, is_causal=call.is_causal, order=call.order, **call.ropes(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
@@ -54,6 +55,14 @@ def test_every_format_can_be_previewed(low):
     expected, expected_lse = oracle(call, *call.tensors())
     assert relative_l2(out, expected) < 0.06
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1], [0, 1]])
+def test_an_order_names_each_token_once(order):
+    call = Call(3, 3, 64)
+    with pytest.raises(ValueError, match="order must name each of the 3 tokens once"):
+        order = torch.tensor(order, dtype=torch.int32)
+        reference.attention(*call.tensors()[:3], call.map(), "mxfp8", "mxfp4", order=order)
 
 
 def test_more_bits_are_better():

@@ -12,6 +12,7 @@ if triton.knobs.runtime.interpret:
 
 from dma_diffusers.kernels import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.attention import launch  # noqa: E402
+from dma_diffusers.kernels.instructions import loops  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call  # noqa: E402
 
 KIND_OF_QK = {
@@ -26,8 +27,9 @@ MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
 @lru_cache
-def attend(target, high, low, head_dim, is_causal=False, masks_keys=False):
-    kernel, arguments, options = list(ahead.launches(target, high, low, head_dim, is_causal, masks_keys))[-1]
+def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, places=None):
+    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, places)
+    kernel, arguments, options = list(variant)[-1]
     return ahead.compile_launch(kernel, arguments, options, target)
 
 
@@ -144,6 +146,32 @@ def test_masked_variants_are_native_and_do_not_spill(high, low, is_causal, masks
     assert spills == 0 and 20 < registers <= (190 if head_dim == 128 else 255)
 
 
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("high", "low", "places"), [
+    ("mxfp8", "mxfp4", 256), ("mxfp8", "mxfp4", 384), (None, "mxfp4", 256),
+])  # fmt: skip
+def test_ordered_variants_are_native_and_do_not_spill(high, low, head_dim, places):
+    for kernel, arguments, options in ahead.launches("sm_100", high, low, head_dim, places=places):
+        compiled = ahead.compile_launch(kernel, arguments, options, "sm_100")
+        assert compiled.metadata.shared <= MOST_SHARED_BYTES["sm_100"]
+        registers, spills = ahead.resources(compiled.asm["cubin"])
+        assert spills == 0 and 20 < registers <= (190 if head_dim == 128 else 255)
+    assert {KIND_OF_QK[name] for name in (high, low) if name} <= set(ahead.mma_kinds(compiled.asm["ptx"]))
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("high", "low"), [("bf16", "int8"), (None, "int8"), ("bf16", None)])
+def test_an_order_costs_hoppers_loops_nothing(high, low, head_dim):
+    """Only the beginning and the end of a program know of it."""
+
+    def instructions(places):
+        cubin = attend("sm_90", high, low, head_dim, places=places).asm["cubin"]
+        return [sum(loop["every"].values()) for loop in loops(cubin)]
+
+    plain, ordered = instructions(None), instructions(256)
+    assert ordered == pytest.approx(plain, abs=3)
+
+
 @pytest.mark.parametrize("low", ["mxfp4", "nvfp4"])
 def test_b300_is_as_b200(low):
     compiled = attend("sm_103", "mxfp8", low, 128)
@@ -195,7 +223,7 @@ def test_named_calls_compile(call, target):
     recorded = []
     q, k, v, mask = call.tensors()
     launch.attention(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal, order=call.order,
         lowering=lowering.lowering, target=target, **call.ropes(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip

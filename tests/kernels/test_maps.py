@@ -36,6 +36,16 @@ def test_end_of_the_keys_is_masked():
     assert walk(precision_map, 0) == walk(precision_map, 1) == [[], [0, 1], [2]]
 
 
+def test_empty_places_are_masked():
+    """Where an order names no token, and nowhere else."""
+    order = torch.arange(500)
+    order[[130, 499]] = -1
+    precision_map = build_map(Dense(LOW).classes(Layout(500, 500)), Layout(500, 500), order=order)
+    assert walk(precision_map, 0) == walk(precision_map, 3) == [[], [0, 2], [1, 3]]
+    whole = build_map(Dense(LOW).classes(Layout(512, 512)), Layout(512, 512), order=torch.arange(512))
+    assert walk(whole, 0) == [[], [0, 1, 2, 3], []]
+
+
 def test_skipped_end_stays_skipped():
     precision_map = build_map(torch.tensor([[[[HIGH, SKIP]]]]), Layout(128, 200))
     assert walk(precision_map, 0) == [[0], [], []]

@@ -50,11 +50,13 @@ def test_each_head_has_its_own_window():
         assert not torch.equal(out[:, head], other[:, head])
 
 
+@pytest.mark.parametrize("has_order", [False, True])
 @pytest.mark.parametrize(("low", "windows"), [("mxfp4", [128]), ("int8", [0, 128, 384, 128])])
-def test_registration(low, windows):
+def test_registration(low, windows, has_order):
     q = torch.randn(1, 4, 200, 40)
-    k = torch.randn(1, 2, 130, 40)
-    mask = torch.rand(1, 130) > 0.5
+    k = torch.randn(1, 2, 200 if has_order else 130, 40)
+    mask = torch.rand(1, k.shape[2]) > 0.5
+    order = torch.randperm(200).int() if has_order else None
     for return_lse in (False, True):
         ropes = (torch.randn(200, 20), torch.randn(200, 20), None, None)
         arguments = (
@@ -63,6 +65,7 @@ def test_registration(low, windows):
             k,
             mask,
             *ropes,
+            order,
             0.1,
             False,
             "mxfp8",
@@ -97,6 +100,24 @@ def test_compiles_to_one_node_and_new_lengths_compile_nothing():
     assert packets.count(torch.ops.dma_diffusers.attention) == 1
 
 
+def test_an_order_moves_tokens_and_nothing_else():
+    """Window, sink and text are in places, all that is given and returned is in the tokens' own order."""
+    call = Call(300, 300, 64, batch=2, masks_keys=True, has_rope=True, has_order=True)
+    q, k, v, mask = call.tensors()
+    ropes, order = call.ropes(), call.order
+    options = {"text_start": 130, "text_stop": 140, "return_lse": True}
+    result = operator.attention(q, k, v, mask, **ropes, order=order, **options)
+    moved = operator.attention(
+        *(x[:, :, order] for x in (q, k, v)), mask[:, order], **options,
+        **{name: tuple(table[order] for table in rope) for name, rope in ropes.items()},
+    )  # fmt: skip
+    torch.testing.assert_close(result.out[:, :, order], moved.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.lse[:, :, order], moved.lse, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(result.out, operator.attention(q, k, v, mask, **ropes, **options).out)
+    strided = torch.stack((order, order), dim=-1)[:, 0]
+    assert torch.equal(operator.attention(q, k, v, mask, **ropes, order=strided, **options).out, result.out)
+
+
 def test_output_lies_as_models_go_on_with_it():
     q = torch.randn(2, 3, 100, 64)
     out = operator.attention(q, q, q).out
@@ -104,6 +125,7 @@ def test_output_lies_as_models_go_on_with_it():
 
 
 Q = torch.randn(1, 4, 64, 64)
+ORDER = torch.randperm(64).int()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -134,6 +156,13 @@ Q = torch.randn(1, 4, 64, 64)
     ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
      "head_dim 300 is more than 256"),
     ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),
+    ({"order": ORDER.long()}, r"order must be int32 \[64\] on cpu, got torch.int64 \[64\] on cpu"),
+    ({"order": ORDER[1:]}, r"order must be int32 \[64\] on cpu, got torch.int32 \[63\]"),
+    ({"order": ORDER[None]}, r"order must be .* got torch.int32 \[1, 64\]"),
+    ({"order": ORDER.to("meta")}, "on cpu, got torch.int32 .* on meta"),
+    ({"order": ORDER, "is_causal": True}, "order can't be had with is_causal"),
+    ({"order": ORDER, "k": Q[:, :, 1:], "v": Q[:, :, 1:]}, "order needs as many queries as keys, got 64 and 63"),
+    ({"order": ORDER.clamp(max=62)}, "order must name each of the 64 tokens once"),
 ])  # fmt: skip
 def test_bad_calls_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -299,6 +299,35 @@ def test_rope_and_offset(fmt, kernel_device):
     )
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("empty_places", [0, 70])
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
+def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_places, transposed, kernel_device):
+    """Empty places are zeros."""
+    from dma_diffusers.kernels.quantiser.encode import Stored, encode, statistics_of
+
+    call = Call(200, 200, 40, heads=4, batch=2, has_rope=True, has_order=True, empty_places=empty_places)
+    q, k, v, _ = call.tensors(kernel_device)
+    v[..., 3, 5] = torch.inf
+    ropes = call.ropes(kernel_device)
+    stored = tuple(Stored(get_format(name), NATIVE[name]) for name in pair)
+    statistics = statistics_of(k, v, ropes["k_rope"])
+    options = {"wants_offset": True, "transposed_v": transposed}
+    found = encode(q, k, v, stored, 0.3, statistics, order=call.order_on(kernel_device), **options, **ropes)
+
+    gathered = (call.at_places(x) for x in (q, k, v))
+    turned = {name: tuple(map(call.at_places, rope)) for name, rope in ropes.items()}
+    is_taken = torch.nn.functional.pad(call.order >= 0, (0, -len(call.order) % 128)).to(kernel_device)
+    key_mask = is_taken.to(torch.uint8).expand(2, -1).contiguous()
+    expected = encode(*gathered, stored, 0.3, statistics, key_mask=key_mask, **options, **turned)
+    for one, other in zip(found.q + found.k, expected.q + expected.k, strict=True):
+        assert torch.equal(one.elements.view(torch.uint8), other.elements.view(torch.uint8))
+        assert one.scales is other.scales is None or torch.equal(one.scales, other.scales)
+    assert torch.equal(found.v.view(torch.uint8), expected.v.view(torch.uint8))
+    assert torch.equal(found.offset, expected.offset)
+    assert torch.equal(found.v_high.flatten(0, 2)[:, :40], tiles_of(call.at_places(v), 40).bfloat16())
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_ties_go_to_even(fmt, kernel_device):
     """Halfway between every two neighbouring numbers of the element, in blocks whose scale is one."""
