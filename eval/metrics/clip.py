@@ -1,0 +1,74 @@
+"""CLIPScore: how well a picture shows what its prompt says, by a CLIP of the user's choice.
+
+torchmetrics 1.9 has it too, but takes transformers 5's outputs for tensors.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+class ClipScorer:
+    """CLIPScore with w = 100: max(100 · cos(picture, prompt), 0).
+
+    Hessel et al., https://arxiv.org/abs/2104.08718. Longer prompts than the model reads are cut.
+
+    Args:
+        model: a local folder or a hub id of a CLIP, with safetensors weights.
+        device: where it runs.
+
+    Attributes:
+        truncated: the prompts that were cut.
+
+    Raises:
+        ValueError: the model is not a CLIP.
+        OSError: it cannot be loaded; the message says what to do instead.
+    """
+
+    def __init__(self, model: str | Path, device: torch.device | str):
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        try:
+            config = AutoConfig.from_pretrained(model)
+            if config.model_type == "clip":
+                self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
+                self.tokenizer = AutoTokenizer.from_pretrained(model)
+                self.prepare = AutoImageProcessor.from_pretrained(model, backend="pil")  # as CLIP was trained
+        except (OSError, ValueError, SafetensorError) as error:
+            raise OSError(_what_to_do(model, error)) from error
+        if config.model_type != "clip":
+            raise ValueError(f"{model} is a {config.model_type} model; CLIPScore is defined for a clip model")
+        self.length = min(config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
+        self.truncated: set[str] = set()
+
+    @torch.inference_mode()
+    def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """CLIPScore of uint8 `[B, 3, H, W]` pictures and their B prompts, `[B]` float32, 0 to 100."""
+        prompts = list(prompts)
+        whole = self.tokenizer(prompts, verbose=False)["input_ids"]
+        self.truncated.update(p for p, ids in zip(prompts, whole, strict=True) if len(ids) > self.length)
+        text = self.tokenizer(
+            prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(self.model.device)
+        picture = self.prepare(list(pictures.cpu()), return_tensors="pt").to(self.model.device)
+        embedded = self.model(
+            input_ids=text["input_ids"],
+            attention_mask=text["attention_mask"],
+            pixel_values=picture["pixel_values"],
+        )  # embeddings of length 1
+        return (100 * (embedded.image_embeds * embedded.text_embeds).sum(-1)).clamp(min=0)
+
+
+def _what_to_do(model: str | Path, error: Exception) -> str:
+    reason = str(error).split("\n")[0].rstrip(".")
+    if Path(model).is_dir():
+        return (
+            f"no CLIP in {model}: {reason}; it needs config.json, model.safetensors, the tokenizer's files and "
+            "preprocessor_config.json"
+        )
+    return (
+        f"no CLIP {model}: there is no such folder, and the hub did not give it ({reason}); where there is a "
+        f"network: hf download {model} --local-dir FOLDER, then give the folder"
+    )
