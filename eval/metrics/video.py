@@ -1,0 +1,63 @@
+"""Metrics of videos: paired metrics frame by frame, and flicker."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def mean_over_frames(
+    metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    videos: torch.Tensor,
+    references: torch.Tensor,
+) -> torch.Tensor:
+    """A paired metric of pictures (`psnr_db`, `ssim`, LPIPS...), averaged over each video's frames, `[B]`.
+
+    A PSNR is infinite as soon as one frame is identical to its reference.
+
+    Args:
+        metric: takes two uint8 `[N, 3, H, W]`, gives `[N]`.
+        videos: uint8 `[B, F, 3, H, W]`.
+        references: the same shape, frame by frame what `videos` is compared with.
+    """
+    _check(videos, references)
+    return metric(videos.flatten(0, 1), references.flatten(0, 1)).unflatten(0, videos.shape[:2]).mean(1)
+
+
+def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Change between neighbouring frames that the reference has not, `[B]` float32 in steps of 0 to 255.
+
+    The mean over pixels, channels and frames of |(x[t+1] − x[t]) − (y[t+1] − y[t])| for a video x and its
+    reference y. 0 for a video that differs from its reference by the same picture in every frame: what stands
+    still does not flicker. VBench's temporal flickering (https://arxiv.org/abs/2311.17982) is 1 − mean
+    |x[t+1] − x[t]| / 255 over static scenes alone, where all change is a fault; here the reference says which
+    change is due, so that moving scenes can be measured as well.
+
+    Args:
+        videos: uint8 `[B, F, 3, H, W]`, F at least 2.
+        references: the same shape.
+    """
+    _check(videos, references)
+    total = torch.zeros(len(videos), device=videos.device)
+    for t in range(_steps(videos)):  # frame by frame: long videos are large in float32
+        errors = (videos[:, t : t + 2].float() - references[:, t : t + 2].float()).diff(dim=1)
+        total += errors.abs().mean((1, 2, 3, 4))
+    return total / _steps(videos)
+
+
+def frame_change(videos: torch.Tensor) -> torch.Tensor:
+    """Mean |x[t+1] − x[t]| of uint8 `[B, F, 3, H, W]`, F at least 2; `[B]` float32 in steps of 0 to 255.
+
+    VBench's temporal flickering of a static scene is 1 − `frame_change` / 255.
+    """
+    return flicker(videos, torch.zeros_like(videos))
+
+
+def _check(videos: torch.Tensor, references: torch.Tensor) -> None:
+    if videos.shape != references.shape:
+        raise ValueError(f"videos are {list(videos.shape)}, their references {list(references.shape)}")
+
+
+def _steps(videos: torch.Tensor) -> int:
+    if videos.shape[1] < 2:
+        raise ValueError("one frame does not flicker: two or more are needed")
+    return videos.shape[1] - 1

@@ -1,0 +1,76 @@
+"""Video metrics of moving squares against loops over frames and pixels."""
+
+import numpy as np
+import pytest
+import torch
+
+from dma_diffusers.eval.metrics.paired import psnr_db, ssim
+from dma_diffusers.eval.metrics.video import flicker, frame_change, mean_over_frames
+
+FRAMES = 5
+
+
+@pytest.fixture
+def references():
+    """Two videos of a square that moves over a gradient, uint8 [2, FRAMES, 3, 24, 32]."""
+    videos = np.arange(32, dtype=np.uint8) * 5 + np.zeros((2, FRAMES, 3, 24, 1), dtype=np.uint8)
+    for t in range(FRAMES):
+        videos[0, t, :, 4:12, 3 * t : 3 * t + 8] = np.array([250, 30, 90])[:, None, None]
+        videos[1, t, :, 2 * t : 2 * t + 6, 20:26] = 255
+    return torch.from_numpy(videos)
+
+
+@pytest.fixture
+def noisy(references):
+    noise = torch.randint(-40, 41, references.shape, generator=torch.Generator().manual_seed(0))
+    return (references.int() + noise).clamp(0, 255).to(torch.uint8)
+
+
+def slow_flicker(video, reference):
+    x, y = video.numpy().astype(int), reference.numpy().astype(int)
+    errors = [
+        abs(int(x[t + 1][pixel]) - int(x[t][pixel]) - int(y[t + 1][pixel]) + int(y[t][pixel]))
+        for t in range(len(x) - 1)
+        for pixel in np.ndindex(x.shape[1:])
+    ]
+    return sum(errors) / len(errors)
+
+
+def test_flicker_is_its_definition(noisy, references):
+    expected = [slow_flicker(*pair) for pair in zip(noisy, references, strict=True)]
+    measured = flicker(noisy, references)
+    assert measured.shape == (2,) and measured.dtype == torch.float32
+    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
+
+
+def test_frame_change_is_its_definition(references):
+    expected = np.abs(np.diff(references.numpy().astype(int), axis=1)).mean((1, 2, 3, 4))
+    np.testing.assert_allclose(frame_change(references).numpy(), expected, rtol=1e-5)
+
+
+def test_what_changes_as_its_reference_does_not_flicker(references):
+    assert flicker(references, references).tolist() == [0, 0]
+    brighter = references.clamp(max=200) + 55
+    assert flicker(brighter, references.clamp(max=200)).tolist() == [0, 0]
+
+
+def test_a_still_picture_of_a_moving_scene_counts_as_much_as_the_motion_it_lacks(references):
+    still = references[:, :1].expand_as(references)
+    torch.testing.assert_close(flicker(still, references), frame_change(references))
+
+
+@pytest.mark.parametrize("metric", [psnr_db, ssim])
+def test_a_metric_is_averaged_over_each_videos_own_frames(noisy, references, metric):
+    expected = [
+        sum(metric(frame[None], other[None]).item() for frame, other in zip(*pair, strict=True)) / FRAMES
+        for pair in zip(noisy, references, strict=True)
+    ]
+    measured = mean_over_frames(metric, noisy, references)
+    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
+
+
+def test_what_cannot_be_measured(references):
+    with pytest.raises(ValueError, match=r"videos are \[2, 4, 3, 24, 32\], their references \[2, 5,"):
+        flicker(references[:, 1:], references)
+    with pytest.raises(ValueError, match="two or more are needed"):
+        frame_change(references[:, :1])
