@@ -7,14 +7,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPModel
 
 from dma_diffusers.eval.metrics.clip import ClipScorer
-from tests.tiny_pipelines import VOCABULARY, tokenizer
+from tests import tiny_pipelines
 
-SIDE, LENGTH = 32, 24
+SIDE, LENGTH, END = 32, 24, 3
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
 PROMPTS = ["a cat", "a zebra over a blue mug", "an owl left of two axes on a yellow background"]
+
+
+def tokenizer():
+    """Bytes between <s> and <unk>: for the sake of old checkpoints CLIP does not look for an end token of id 2."""
+    made = tiny_pipelines.tokenizer(LENGTH)
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", END)]
+    )
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +32,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
-    text = shape | dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=1, eos_token_id=2)
+    vocabulary = dict(vocab_size=tiny_pipelines.VOCABULARY, bos_token_id=1, eos_token_id=END)
+    text = shape | vocabulary | dict(max_position_embeddings=LENGTH)
     vision = shape | dict(image_size=SIDE, patch_size=8)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer(LENGTH).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     preparation = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": SIDE},
@@ -45,7 +56,7 @@ def pictures():
 
 
 def by_hand(folder, picture, prompt):
-    """100 · cos of one picture and one prompt, from the two towers; the text is read at its highest token."""
+    """100 · cos of one picture and one prompt, from the two towers; the text is read at its end."""
     model = CLIPModel.from_pretrained(folder)
     height, width = picture.shape[1:]
     resized = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
@@ -54,10 +65,10 @@ def by_hand(folder, picture, prompt):
     left = (resized.width - SIDE) // 2
     pixels = (np.asarray(resized)[:, left : left + SIDE] / 255 - MEAN) / STD
     ids = tokenizer()(prompt)["input_ids"]
-    ids = ids if len(ids) <= LENGTH else [*ids[: LENGTH - 1], 2]
+    ids = ids if len(ids) <= LENGTH else [*ids[: LENGTH - 1], END]
     with torch.no_grad():
         seen = model.vision_model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))
-        read = model.text_model(torch.tensor([ids])).last_hidden_state[0, int(np.argmax(ids))]
+        read = model.text_model(torch.tensor([ids])).last_hidden_state[0, -1]
         a = model.visual_projection.weight.double() @ seen.pooler_output[0].double()
         b = model.text_projection.weight.double() @ read.double()
     return 100 * float(a @ b / (a.norm() * b.norm()))
