@@ -1,6 +1,6 @@
 """Scenes as tensors, endlessly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ class SceneBatch(NamedTuple):
 
     ``ids`` int64 ``[B, TEXT_TOKENS]``; ``background`` int64 ``[B]``; objects: ``concept``, ``tint`` int64
     ``[B, O]`` (tint -1: its own colours), ``place`` float32 ``[B, O, 3]`` (x, y, side in canvas widths,
-    jittered); mentions: ``word`` int64 ``[B, M]`` (position in ``ids``), ``word_tint`` int64 ``[B, M]``,
-    ``word_place`` float32 ``[B, M, 3]`` (mean over the objects meant).
+    jittered); mentions: ``word`` int64 ``[B, M]`` (position in ``ids`` of its noun's first word), ``word_tint``
+    int64 ``[B, M]``, ``word_place`` float32 ``[B, M, 3]`` (mean over the objects meant).
     """
 
     ids: torch.Tensor
@@ -38,8 +38,13 @@ class SceneBatch(NamedTuple):
         return SceneBatch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def collate(scenes: list[Scene], rng: Random | None = None) -> SceneBatch:
-    """Tensors of ``scenes``; with ``rng`` objects are moved by up to .02 and scaled by up to 5 %."""
+def collate(
+    scenes: list[Scene], rng: Random | None = None, sprites: Mapping[str, int] = _CONCEPT
+) -> SceneBatch:
+    """Tensors of ``scenes``; with ``rng`` objects are moved by up to .02 and scaled by up to 5 %.
+
+    ``sprites`` says which sprite of a renderer draws a concept.
+    """
     shape = (len(scenes), MAX_OBJECTS)
     batch = SceneBatch(
         ids=torch.full((len(scenes), TEXT_TOKENS), PAD),
@@ -58,14 +63,14 @@ def collate(scenes: list[Scene], rng: Random | None = None) -> SceneBatch:
         objects = 0
         for m, mention in enumerate(scene.mentions):
             tint = _TINT[mention.tint] if mention.tint else -1
-            arrays.word[b, m] = words.index(mention.noun)
+            arrays.word[b, m] = words.index(mention.noun.split()[0])
             arrays.word_tint[b, m] = tint
             arrays.word_place[b, m] = [sum(axis) / len(axis) for axis in zip(*mention.places, strict=True)]
             for x, y, side in mention.places:
                 if rng:
                     x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
                     side *= rng.uniform(0.95, 1.05)
-                arrays.concept[b, objects] = _CONCEPT[mention.concept]
+                arrays.concept[b, objects] = sprites[mention.concept]
                 arrays.tint[b, objects] = tint
                 arrays.place[b, objects] = (x, y, side)
                 objects += 1

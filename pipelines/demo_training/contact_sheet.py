@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dma_diffusers.pipelines.demo_training.drawing import draw
@@ -24,13 +25,25 @@ def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
     sheet = Image.new("RGB", (_COLUMNS * width + _MARGIN, rows * height + _MARGIN), "#f4f4f4")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = _MARGIN + i % _COLUMNS * width, _MARGIN + i // _COLUMNS * height
+        x, y = _corner(i)
         image = Image.fromarray((picture * 255).round().astype(np.uint8))
         sheet.paste(image.resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, y))
         pen.text(
             (x, y + _CELL + 2), "\n".join(textwrap.wrap(caption, 30)), fill="black", font=font, spacing=2
         )
     return sheet
+
+
+def cells(sheet: Image.Image, count: int) -> torch.Tensor:
+    """The first ``count`` pictures of a sheet, uint8 ``[count, 3, 176, 176]``."""
+    pixels = torch.from_numpy(np.array(sheet.convert("RGB"))).permute(2, 0, 1)
+    corners = map(_corner, range(count))
+    return torch.stack([pixels[:, y : y + _CELL, x : x + _CELL] for x, y in corners])
+
+
+def _corner(i: int) -> tuple[int, int]:
+    row, column = divmod(i, _COLUMNS)
+    return _MARGIN + column * (_CELL + _MARGIN), _MARGIN + row * (_CELL + _CAPTION + _MARGIN)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 The prompt decides the layout completely, so that a picture either obeys it or does not.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from zlib import crc32
@@ -94,9 +95,9 @@ class Scene:
         return any(crc32(key.encode()) % 10 == 0 for key in self.combinations())
 
 
-def sample_scene(rng: Random) -> Scene:
-    """Draw a scene, held out or not."""
-    concepts = rng.sample(_CONCEPTS, MAX_OBJECTS)
+def sample_scene(rng: Random, words: Sequence[str] = tuple(SEEN)) -> Scene:
+    """Draw a scene of any of `words`, held out or not."""
+    concepts = rng.sample(words, MAX_OBJECTS)
     arrangement = rng.choices(list(_ARRANGEMENTS), _WEIGHTS)[0]
     phrase, mentions = _ARRANGEMENTS[arrangement](rng, concepts)
     background = "white"
@@ -176,7 +177,6 @@ def _several(rng: Random, concepts: list[str]):
     return phrase, [mention]
 
 
-_CONCEPTS = list(SEEN)
 _ARRANGEMENTS = {
     "alone": _alone,
     "pair": _pair,
