@@ -1,0 +1,1 @@
+"""How the heads of the alignment score were trained and measured."""
