@@ -1,6 +1,6 @@
 """Measure the alignment score on what it never saw: the demo model's concepts, pictures, and both degraded.
 
-python -m dma_diffusers.eval.alignment_training.measure package pipelines/demo
+python -m dma_diffusers.eval.alignment_training.measure package pipelines/demo/contact_sheet.png
 """
 
 import argparse
@@ -34,7 +34,7 @@ def concept_pictures(package: Path) -> torch.Tensor:
         np.stack([render_icon(icons, icon) for icon in SEEN.values()]), torch.device("cpu")
     )
     mentions = [Mention(concept, None, concept, ((0.5, 0.5, 0.6),)) for concept in SEEN]
-    scenes = [Scene(with_article(mention.noun), "white", (mention,)) for mention in mentions]
+    scenes = [Scene(with_article(mention.noun), "alone", "white", (mention,)) for mention in mentions]
     drawn = torch.cat([renderer(collate([scene]), 256) for scene in scenes])
     return ((drawn + 1) * 127.5).round().to(torch.uint8)
 
@@ -94,7 +94,7 @@ def _renamed(prompt: str, names: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("package", type=Path, help="unpacked npm package @iconify/json 2.2.535")
-    parser.add_argument("demo", type=Path, help="folder with contact_sheet.png and prompts.txt")
+    parser.add_argument("sheet", type=Path, help="pictures of the first 64 held-out prompts")
     args = parser.parse_args()
 
     scorer = AlignmentScorer("cpu")
@@ -104,8 +104,9 @@ def main() -> None:
     recalls = ", ".join(f"R@{k} {(better < k).float().mean():.3f}" for k in (1, 5, 10))
     print(f"{len(names)} concepts: {recalls}, AUC {auc(scores):.3f}")
 
-    prompts = (args.demo / "prompts.txt").read_text().splitlines()
-    pictures = cells(Image.open(args.demo / "contact_sheet.png"), len(prompts))
+    scenes = held_out_scenes(64)
+    prompts = [scene.prompt for scene in scenes]
+    pictures = cells(Image.open(args.sheet), len(prompts))
     scores = similarities(scorer, pictures, prompts)
     matched, count = scores.diag().mean(), len(prompts)
     mismatched = (scores.sum() - scores.trace()) / (count * (count - 1))
@@ -115,7 +116,7 @@ def main() -> None:
     )
     wrong = defaultdict(list)
     rng = Random(0)
-    for i, scene in enumerate(held_out_scenes(count)):
+    for i, scene in enumerate(scenes):
         for what, prompt in altered(scene, rng).items():
             wrong[what].append((scores[i, i] > similarities(scorer, pictures[i : i + 1], [prompt])).item())
     for what, noticed in wrong.items():

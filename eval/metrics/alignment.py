@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dma_diffusers.eval.metrics.efficientnet import FEATURES, EfficientNetLite0
+from dma_diffusers.eval.metrics.float32 import exact_float32
 
 HEADS = Path(__file__).with_suffix(".safetensors")
 GRID = 3
@@ -37,11 +38,11 @@ class AlignmentScorer:
         self.heads = Heads().eval().requires_grad_(False).to(self.device)
         self.heads.load_state_dict(load_file(HEADS))
 
-    @torch.inference_mode()
     def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score uint8 `[B, 3, H, W]` pictures and their B prompts, `[B]` float32, -100 to 100."""
-        pictures = self.heads.picture(self.frozen.see(pictures.to(self.device)))
-        return 100 * (pictures * self.heads.text(self.frozen.read(prompts))).sum(-1)
+        with exact_float32(), torch.inference_mode():
+            seen = self.heads.picture(self.frozen.see(pictures.to(self.device)))
+            return 100 * (seen * self.heads.text(self.frozen.read(prompts))).sum(-1)
 
 
 class FrozenEncoders:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from dma_diffusers.eval.metrics.float32 import exact_float32
+
 
 class ClipScorer:
     """CLIPScore with w = 100: max(100 · cos(picture, prompt), 0).
@@ -43,7 +45,6 @@ class ClipScorer:
         self.length = min(config.text_config.max_position_embeddings, self.tokenizer.model_max_length)
         self.truncated: set[str] = set()
 
-    @torch.inference_mode()
     def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """CLIPScore of uint8 `[B, 3, H, W]` pictures and their B prompts, `[B]` float32, 0 to 100."""
         prompts = list(prompts)
@@ -53,11 +54,12 @@ class ClipScorer:
             prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
         picture = self.prepare(list(pictures.cpu()), return_tensors="pt").to(self.model.device)
-        embedded = self.model(
-            input_ids=text["input_ids"],
-            attention_mask=text["attention_mask"],
-            pixel_values=picture["pixel_values"],
-        )  # embeddings of length 1
+        with exact_float32(), torch.inference_mode():
+            embedded = self.model(
+                input_ids=text["input_ids"],
+                attention_mask=text["attention_mask"],
+                pixel_values=picture["pixel_values"],
+            )  # embeddings of length 1
         return (100 * (embedded.image_embeds * embedded.text_embeds).sum(-1)).clamp(min=0)
 
 

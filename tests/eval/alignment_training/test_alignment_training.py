@@ -54,7 +54,7 @@ def test_scenes_of_any_words():
 
 
 def test_another_scene_has_the_same_things_elsewhere():
-    scene = Scene("a gear", "white", (Mention("gear", None, "gear", ((0.5, 0.5, 0.6),)),))
+    scene = Scene("a gear", "alone", "white", (Mention("gear", None, "gear", ((0.5, 0.5, 0.6),)),))
     for seed in range(300):
         other = another_scene(Random(seed), scene, ["gear", "lotus", "donkey", "lime"])
         shown = other.background, {(m.concept, m.tint, m.places[0][:2]) for m in other.mentions}

@@ -1,19 +1,15 @@
 """The alignment score: its frozen parts, what it says of the demo model's pictures, what it needs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dma_diffusers.eval.alignment_training.measure import auc, blurred, noisy, similarities
 from dma_diffusers.eval.metrics import alignment
 from dma_diffusers.eval.metrics.alignment import AlignmentScorer
 from dma_diffusers.eval.metrics.efficientnet import EfficientNetLite0
 from dma_diffusers.pipelines.demo_training.contact_sheet import cells, lay_out
-
-DEMO = Path(alignment.__file__).parents[2] / "pipelines" / "demo"
+from dma_diffusers.pipelines.demo_training.prompts import held_out_scenes
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +20,9 @@ def scorer():
 
 
 @pytest.fixture(scope="module")
-def sheet():
+def sheet(demo_pictures):
     """Sixteen pictures of the demo model and their prompts."""
-    prompts = (DEMO / "prompts.txt").read_text().splitlines()[:16]
-    return cells(Image.open(DEMO / "contact_sheet.png"), 16), prompts
+    return demo_pictures, [scene.prompt for scene in held_out_scenes(16)]
 
 
 def test_cells_are_what_was_laid_out():
