@@ -1,7 +1,9 @@
 """Record what a pipeline's attention is given, while it draws with full precision."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.attach import apply, diversions, restore, transformers_of
 from dma_diffusers.config import DMAConfig
@@ -62,60 +65,59 @@ def record(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"give one seed a prompt, got {len(seeds)} for {len(prompts)}")
-    models = [model for _, model in transformers_of(pipe)]
-    apply(pipe, DMAConfig(min_length=0, text=text))
-    recorder = _Recorder(models)
-    try:
-        available = recorder.available
-        chosen = _chosen_modules(modules, available)
+    with _recorder_on(pipe, text) as recorder:
+        chosen = _chosen_modules(modules, recorder.available)
+        draw = partial(_draw, pipe, call)
+        bytes_of_step, total = recorder.measure(partial(draw, prompts[0], seeds[0]), chosen)
+        which = _chosen_steps(steps, total)
         settings = {
-            "pipeline": type(pipe).__name__,
-            "model": {
-                "class": type(models[0]).__name__,
-                "modules": available,
-                "fingerprint": provenance.weights_fingerprint(*models),
-            },
-            "prompts": list(prompts), "seeds": seeds, "call": call, "modules": chosen,
+            "pipeline": type(pipe).__name__, "model": recorder.model, "prompts": list(prompts), "seeds": seeds,
+            "call": json.loads(json.dumps(call)), "modules": chosen, "steps": which,
             "versions": provenance.versions(), "hardware": provenance.hardware(),
         }  # fmt: skip
-        draw = partial(_draw, pipe, call)
-        bytes_of_step, steps_of_prompt = recorder.measure(partial(draw, prompts[0], seeds[0]), chosen)
-        settings["steps"] = _chosen_steps(steps, steps_of_prompt)
-        bytes_of_prompt = bytes_of_step * len(settings["steps"])
+        bytes_of_prompt = bytes_of_step * len(which)
         if bytes_of_prompt > limit:
             raise ValueError(
-                f"one prompt takes {_gigabytes(bytes_of_prompt)} ({len(chosen)} modules at {len(settings['steps'])} "
-                f"steps), more than the limit of {_gigabytes(limit)}: choose fewer modules or steps, or a higher limit"
+                f"one prompt takes {_gigabytes(bytes_of_prompt)} ({len(chosen)} modules at {len(which)} steps), more "
+                f"than the limit of {_gigabytes(limit)}: choose fewer modules or steps, or a higher limit"
             )
         fitting = min(len(prompts), limit // bytes_of_prompt)
         recordings = _resumed(folder, settings)
-        recordings.notes = []
-        if fitting < len(prompts):
-            recordings.notes.append(f"{fitting} of {len(prompts)} prompts fit into {_gigabytes(limit)}")
+        left_out = f"{fitting} of {len(prompts)} prompts fit into {_gigabytes(limit)}"
+        recordings.notes = [left_out] if fitting < len(prompts) else []
         for number in range(fitting):
             if number in recordings.prompts:
                 continue
-            title = f"recording {number + 1} of {fitting}"
+            show = partial(on_step, f"recording {number + 1} of {fitting}")
             recorder.begin(recordings, number, chosen, limit)
-            draw(
-                prompts[number],
-                seeds[number],
-                lambda done, total, title=title: on_step(title, done, total),
-                recorder,
-            )
+            draw(prompts[number], seeds[number], show, recorder)
             recordings.recordings += recorder.taken
             recordings.save()
         recordings.save()
         return recordings
+
+
+@contextmanager
+def _recorder_on(pipe: DiffusionPipeline, text: str | None) -> Iterator["_Recorder"]:
+    """A recorder in the place of the operator; afterwards everything is as stock as it can be."""
+    models = [model for _, model in transformers_of(pipe)]
+    apply(pipe, DMAConfig(min_length=0, text=text))
+    hooks: list[RemovableHandle] = []
+    try:
+        yield _Recorder(models, hooks)
     finally:
-        recorder.remove()
+        for hook in hooks:
+            hook.remove()
         restore(pipe)
 
 
 class _Recorder:
-    """Stands in for the operator in every diversion of a pipeline's transformers: runs stock attention, and saves."""
+    """Stands in for the operator in every diversion of a pipeline's transformers: runs stock attention, and saves.
 
-    def __init__(self, models: Sequence[torch.nn.Module]):
+    model: what an index says of the transformers. available: names of their diverted modules.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], hooks: list[RemovableHandle]):
         found = [diversions(model) for model in models]
         if len({(type(model), *of_model) for model, of_model in zip(models, found, strict=True)}) > 1:
             kinds = ", ".join(type(model).__name__ for model in models)
@@ -123,19 +125,17 @@ class _Recorder:
                 f"the pipeline has transformers of different kinds ({kinds}): record one model alone"
             )
         self.available = list(found[0])
-        self.hooks = []
+        self.model = {
+            "class": type(models[0]).__name__,
+            "modules": self.available,
+            "fingerprint": provenance.weights_fingerprint(*models),
+        }
         for model, of_model in zip(models, found, strict=True):
             for name, diversion in of_model.items():
                 diversion.stand_in = partial(self._attend, name)
                 forward = diversion.forward
-            self.hooks.append(
-                model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True)
-            )
+            hooks.append(model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True))
         self.take: Callable[..., None] = lambda *_: None
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
     def measure(self, draw: Callable, chosen: list[str]) -> tuple[int, int]:
         """Bytes that one step of a drawing would take, and its steps; draws that step alone."""

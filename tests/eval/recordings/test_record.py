@@ -1,6 +1,7 @@
 """Recordings: the very tensors of a stock run, in bounded space, resumed, and refused in one line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_they_are_what_stock_attention_was_given(name, tmp_path):
         if mask is not None:
             assert torch.equal(mask.expand(len(q), 1, 1, -1)[:, 0, 0], given.key_mask)
     assert {key: id(value) for key, value in pipe.transformer.attn_processors.items()} == processors
-    assert not report(pipe).modules
+    assert not report(pipe).modules and not pipe.transformer._forward_pre_hooks
     assert recordings.steps == [0, 1] and recordings.recordings[0].sigma == pytest.approx(1, abs=1e-3)
     texts = {recording.module: (recording.text, recording.shape[2]) for recording in recordings}
     if name == "flux":
@@ -120,6 +121,15 @@ def test_what_is_refused_leaves_nothing(flux, tmp_path, options, words):
 def test_no_prompts(flux, tmp_path):
     with pytest.raises(ValueError, match="no prompts"):
         record(flux, [], tmp_path, call_of(flux))
+
+
+def test_transformers_of_different_kinds(flux, tmp_path):
+    both = SimpleNamespace(
+        components={"transformer": flux.transformer, "transformer_2": tiny_pipelines.wan().transformer}
+    )
+    with pytest.raises(ValueError, match="transformers of different kinds"):
+        record(both, ["a cat"], tmp_path / "folder", {})
+    assert not report(both).modules and not flux.transformer._forward_pre_hooks
 
 
 def test_no_more_prompts_than_fit(flux, tmp_path):
