@@ -51,7 +51,7 @@ def _draw(figure: "Figure", layers: dict[str, Any], rows: int, columns: int) -> 
     bar = figure.colorbar(
         image,
         ax=panels,
-        label="relative L2 error of the attention",
+        label="relative L2",
         pad=0.02,
         aspect=20,
         shrink=min(1, 3 / figure.get_figheight()),
