@@ -1,0 +1,79 @@
+"""README's tables of quality say what the committed evaluations hold."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL, DEFAULT
+from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
+from dma_diffusers.eval.quality.summary import summarise
+from dma_diffusers.eval.recordings.cost import tile_clocks
+from dma_diffusers.eval.report.evaluation import read
+from dma_diffusers.eval.report.markdown import table
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import Class
+from dma_diffusers.kernels.policies import Diagonal
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "eval" / "results"
+README = (ROOT / "README.md").read_text()
+FILES = ("h200_quality.json", "h200_quality_of_policy.json")
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return read(RESULTS / FILES[0])
+
+
+def test_readme_has_the_table(evaluation):
+    assert table(evaluation) in README
+    assert list(evaluation["rows"]) == [AGAIN.name, ANOTHER_KERNEL.name, *DEFAULT]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_summaries_follow_from_the_scores(file):
+    evaluation = read(RESULTS / file)
+    assert [prompt["text"] for prompt in evaluation["prompts"]] == [p.text for p in read_prompts(BUILT_IN)[0]]
+    for row in evaluation["rows"].values():
+        for metric, scores in row["pictures"].items():
+            if None in scores:
+                assert row["role"] == "baseline"
+                continue
+            assert len(scores) == 800
+            expected = summarise(scores, evaluation["settings"]["seeds"])
+            stored = row["summary"][metric]
+            assert np.allclose(
+                [stored[key] for key in expected], list(expected.values()), rtol=1e-4, atol=1e-6
+            )
+
+
+def test_the_table_of_policies(evaluation):
+    policies = read(RESULTS / FILES[1])["rows"]
+    chosen = json.loads((RESULTS / "h200_policy.json").read_text())["choices"]
+    costs = {choice["quality"]: choice["evidence"]["cost"] for choice in chosen}
+    for quality in (0.25, 0.5, 0.75):
+        summary = policies[f"policy=policy.json,quality={quality}"]["summary"]
+        psnr, lpips = summary["psnr_db"], summary["lpips"]["estimate"]
+        numbers = f"{costs[quality]:.3f} | {psnr['estimate']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}] | {lpips:.4f}"
+        line = f"| quality {quality} | {numbers} |".replace(" 0.", " .")
+        assert line in README
+    for window in (128, 384):
+        psnr = evaluation["rows"][f"DMA, window {window}"]["summary"]["psnr_db"]
+        line = f"| DMA, window {window} | {_predicted_cost(window):.3f} | {psnr['estimate']:.2f} "
+        assert line.replace(" 0.", " .") in README
+
+
+def test_the_committed_policy_can_be_read():
+    config = DMAConfig.from_file(RESULTS / "h200_policy.json", quality=0.6)
+    assert config.low == "nvfp4" and len(config.modules) == 6
+
+
+def _predicted_cost(window: int) -> float:
+    """Of the demo's attention on a B200, in that of bf16: 128 tokens of text before 1,024 of picture."""
+    classes = Diagonal(window, 128).classes(Layout(1152, 1152, (0, 128)))
+    share = (classes == Class.HIGH).float().mean().item()
+    high, low = tile_clocks("sm_100", 64, "mxfp8", "mxfp4")
+    return (share * high + (1 - share) * low) / tile_clocks("sm_100", 64, "bf16", "bf16")[0]
