@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Self
 
 import torch
 
@@ -15,8 +14,8 @@ class FeatureSet:
     """Features of a set of pictures, in memory that does not grow with their number.
 
     `count`, `mean` and `covariance` are those of all pictures, in float64. `features` and `keys` are a sample of at
-    most 10,000: those whose prompts' hashes are lowest, so that neither order nor batches nor shards change it,
-    prompts stay whole, and sets drawn from the same prompts keep the same ones.
+    most 10,000: those whose prompts' hashes are lowest, so that neither order nor batches change it, all prompts
+    but the last stay whole, and sets drawn from the same prompts keep the same ones.
     """
 
     def __init__(self, sample: int = _SAMPLE) -> None:
@@ -36,12 +35,13 @@ class FeatureSet:
         if len(features) != len(keys):
             raise ValueError(f"{len(features)} features for {len(keys)} keys: each picture has one of each")
         exact = features.double()
-        self._add(len(keys), exact.sum(0), exact.T @ exact, features, list(keys))
-
-    def merge(self, other: Self) -> None:
-        """Add the pictures of another set, of a shard say, with the same features on the same device."""
-        if other.count:
-            self._add(other.count, other._sum, other._products, other.features, other.keys)
+        self.count += len(keys)
+        self._sum = self._sum + exact.sum(0)
+        self._products = self._products + exact.T @ exact
+        self._features.append(features)
+        self._pending += keys
+        if len(self._pending) > self._sample:
+            self._compact()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -74,15 +74,6 @@ class FeatureSet:
         """[n] int64: which of at most `most` groups of whole prompts each picture of the sample is in."""
         numbers = {prompt: number % most for number, prompt in enumerate(self.prompts)}
         return torch.tensor([numbers[prompt] for prompt, _ in self.keys], device=self.features.device)
-
-    def _add(self, count, total, products, features, keys) -> None:
-        self.count += count
-        self._sum = self._sum + total
-        self._products = self._products + products
-        self._features.append(features)
-        self._pending += keys
-        if len(self._pending) > self._sample:
-            self._compact()
 
     def _compact(self) -> None:
         if not self._pending:

@@ -15,12 +15,13 @@ def mean_over_frames(
     A PSNR is infinite as soon as one frame is identical to its reference.
 
     Args:
-        metric: takes two uint8 `[N, 3, H, W]`, gives `[N]`.
+        metric: takes two uint8 `[B, 3, H, W]`, one frame of each video, gives `[B]`.
         videos: uint8 `[B, F, 3, H, W]`.
         references: the same shape, frame by frame what `videos` is compared with.
     """
     _check(videos, references)
-    return metric(videos.flatten(0, 1), references.flatten(0, 1)).unflatten(0, videos.shape[:2]).mean(1)
+    frames = zip(videos.unbind(1), references.unbind(1), strict=True)  # SSIM of all at once would be large
+    return torch.stack([metric(*pair) for pair in frames], 1).mean(1)
 
 
 def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -42,14 +43,6 @@ def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         errors = (videos[:, t : t + 2].float() - references[:, t : t + 2].float()).diff(dim=1)
         total += errors.abs().mean((1, 2, 3, 4))
     return total / _steps(videos)
-
-
-def frame_change(videos: torch.Tensor) -> torch.Tensor:
-    """Mean |x[t+1] − x[t]| of uint8 `[B, F, 3, H, W]`, F at least 2; `[B]` float32 in steps of 0 to 255.
-
-    VBench's temporal flickering of a static scene is 1 − `frame_change` / 255.
-    """
-    return flicker(videos, torch.zeros_like(videos))
 
 
 def _check(videos: torch.Tensor, references: torch.Tensor) -> None:
