@@ -1,18 +1,9 @@
-"""Paired metrics: what low precision changed in a picture or its latents, one number per prompt."""
-
-import math
+"""Paired metrics: what low precision changed in a picture or its latents, one number each."""
 
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from dma_diffusers.pipelines.generate import Drawing
-
 _WINDOW_EDGE = 5  # pixels on each side of the middle
-
-
-def picture_tensor(drawing: Drawing) -> torch.Tensor:
-    """The pictures of a drawing as [B, 3, H, W] uint8: what a reader sees is what is measured."""
-    return torch.from_numpy(drawing.frames[:, 0]).permute(0, 3, 1, 2)
 
 
 def psnr_db(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -41,18 +32,3 @@ def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 def relative_l2(latents: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """‖latents − references‖ / ‖references‖ of each entry of [B, ...] tensors, [B] float32."""
     return (latents - references).flatten(1).norm(dim=1) / references.flatten(1).norm(dim=1)
-
-
-def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float | None]]:
-    """The three metrics of two drawings of the same prompts and seeds, one value per prompt.
-
-    Identical pictures have an infinite PSNR, which JSON cannot hold: it is None here.
-    """
-    pictures, references = picture_tensor(drawing), picture_tensor(reference)
-    return {
-        "psnr_db": [
-            value if math.isfinite(value) else None for value in psnr_db(pictures, references).tolist()
-        ],
-        "ssim": ssim(pictures, references).tolist(),
-        "latents_relative_l2": relative_l2(drawing.latents, reference.latents).tolist(),
-    }

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.metrics.paired import paired_metrics
+from dma_diffusers.eval.compare import paired_metrics
 from dma_diffusers.pipelines.demo_training.concepts import HELD_OUT, SEEN, plural
 from dma_diffusers.pipelines.demo_training.export import save_pipeline
 from dma_diffusers.pipelines.demo_training.prompts import held_out_scenes
