@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_DRAWN = 2**22  # values drawn at a time, however many there are
+
 
 class Interval(NamedTuple):
     """An estimate with the bounds of its 95 % interval."""
@@ -29,8 +31,13 @@ def bootstrap(
     The same columns and seed give the same interval. Infinite values are allowed.
     """
     values = np.asarray(columns, np.float64)
-    picks = np.random.default_rng(seed).integers(values.shape[1], size=(resamples, values.shape[1]))
-    resampled = statistic(*values[:, picks].mean(axis=2))
+    size, rng = values.shape[1], np.random.default_rng(seed)
+    most = max(_DRAWN // size, 1)
+    means = [
+        values[:, rng.integers(size, size=(min(most, resamples - done), size))].mean(axis=2)
+        for done in range(0, resamples, most)
+    ]
+    resampled = statistic(*np.concatenate(means, axis=1))
     # inverted_cdf picks observed values and never subtracts, so ∞ stays ∞.
     low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
     return Interval(float(statistic(*values.mean(axis=1))), float(low), float(high))

@@ -1,6 +1,7 @@
 """Bootstrap intervals."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -40,3 +41,15 @@ def test_a_seed_gives_the_same_interval():
 
 def test_infinite_values_stay_infinite():
     assert bootstrap([[math.inf] * 4]) == (math.inf, math.inf, math.inf)
+
+
+def test_resamples_are_drawn_a_few_at_a_time_and_are_the_same_ones():
+    values = np.random.default_rng(4).exponential(size=3000)
+    tracemalloc.start()
+    found = bootstrap([values], resamples=5000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # all at once take 240 MB
+    means = values[np.random.default_rng(0).integers(3000, size=(5000, 3000))].mean(axis=1)
+    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+    assert found == (values.mean(), *expected)
