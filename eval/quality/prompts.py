@@ -27,9 +27,9 @@ def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], in
     """The first `count` different prompts of a file (None: all), and how many repeated ones were left out.
 
     .txt: one prompt a line. .jsonl: one object a line. .csv and .tsv: a table with a header (DrawBench,
-    PartiPrompts). .json: a list of objects, or objects by name (MJHQ-30K). Objects and tables hold `prompt` (or
-    `prompts`, `text`, `caption`) and perhaps `category`, in any case. Raises ValueError for anything else, and
-    where fewer than three prompts are left.
+    PartiPrompts), where quotes enclose fields between commas, and are a prompt's own between tabs. .json: a list of
+    objects, or objects by name (MJHQ-30K). Objects and tables hold `prompt` (or `prompts`, `text`, `caption`) and
+    perhaps `category`, in any case. Raises ValueError for anything else, and where fewer than three prompts are left.
     """
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".json": _json}
     if path.suffix not in readers:
@@ -55,11 +55,11 @@ def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], in
 
 
 def _lines(text: str) -> Iterable[Prompt]:
-    return (Prompt(line.strip()) for line in text.splitlines() if line.strip())
+    return (Prompt(line.strip()) for line in io.StringIO(text, newline=None) if line.strip())
 
 
 def _json_lines(text: str) -> Iterable[Prompt]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines would cut at U+2028, too
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -77,8 +77,13 @@ def _json(text: str) -> Iterable[Prompt]:
 
 
 def _table(text: str) -> Iterable[Prompt]:
-    header = text.partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
+    dialect: dict[str, Any] = {}
+    if "\t" in text.partition("\n")[0]:
+        dialect = {
+            "delimiter": "\t",
+            "quoting": csv.QUOTE_NONE,
+        }  # PartiPrompts has a prompt that begins with "
+    rows = csv.DictReader(io.StringIO(text, newline=""), **dialect)
     for row in rows:
         yield _prompt({key: value for key, value in row.items() if key}, f"line {rows.line_num}")
 

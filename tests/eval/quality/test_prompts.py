@@ -22,7 +22,7 @@ FILES = {
     "lines.txt": 'a cat\n\n  two cats, one of them red  \r\na "cat" on a hill\n',
     "lines.jsonl": "\n".join(json.dumps({"prompt": cat.text, "category": ""}) for cat in CATS),
     "drawbench.csv": 'Prompts,Category\na cat,\n"two cats, one of them red",\n"a ""cat"" on a hill",\n',
-    "parti.tsv": 'Prompt\tCategory\tNote\na cat\t\t\ntwo cats, one of them red\t\t\n"a ""cat"" on a hill"\t\t\n',
+    "parti.tsv": 'Prompt\tCategory\tNote\na cat\t\t\ntwo cats, one of them red\t\t\na "cat" on a hill\t\t\n',
     "mjhq.json": json.dumps({f"id{i}": {"prompt": cat.text} for i, cat in enumerate(CATS)}),
 }
 
@@ -37,6 +37,22 @@ def test_categories_come_along(tmp_path):
     path = tmp_path / "drawbench.csv"
     path.write_text("Prompts,Category\na cat,Animals\na red car,Colors\na dog,Animals\n")
     assert [prompt.category for prompt in read_prompts(path)[0]] == ["Animals", "Colors", "Animals"]
+
+
+def test_quotes_between_tabs_are_the_prompts_own(tmp_path):
+    """As in PartiPrompts, whose file quotes nothing."""
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text('Prompt\tCategory\n"G I G G L E" painted on a wall\tSymbols\n"open\tA\na cat\tB\n')
+    found = [prompt.text for prompt in read_prompts(path)[0]]
+    assert found == ['"G I G G L E" painted on a wall', '"open', "a cat"]
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "lines.jsonl"])
+def test_lines_end_where_files_end_them(tmp_path, name):
+    texts = ["a\u2028b", "c\x85d", "e\x0cf"]
+    lines = texts if name == "lines.txt" else [json.dumps({"prompt": t}, ensure_ascii=False) for t in texts]
+    (tmp_path / name).write_text("\r\n".join(lines), newline="")
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)[0]] == texts
 
 
 def test_repeated_prompts_are_counted_and_left_out(tmp_path):
