@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.attach import apply, report, restore
@@ -42,13 +44,17 @@ def draw_missing(
     Under `accelerate launch` each process draws every n-th of them. Returns once all have drawn theirs.
     """
     state = PartialState()
-    corrupt = []
+    corrupt: list[Path] = []
+    samples = [sample for chunk in batches for sample in chunk]
+    absent = torch.zeros(len(samples), dtype=torch.uint8, device=state.device)
     if state.is_main_process:
         pictures.create()
-        corrupt = pictures.remove_corrupt([sample for chunk in batches for sample in chunk])
-    state.wait_for_everyone()
-    wanted = [chunk for chunk in batches if any(sample not in pictures for sample in chunk)]
-    state.wait_for_everyone()  # nobody draws before everybody has seen what is missing
+        corrupt = pictures.remove_corrupt(samples)
+        absent = absent.new_tensor([sample not in pictures for sample in samples])
+    # One process looks: a shared folder may look another way from another machine.
+    gone = broadcast(absent).tolist()
+    missing = {sample.key for sample, is_gone in zip(samples, gone, strict=True) if is_gone}
+    wanted = [chunk for chunk in batches if any(sample.key in missing for sample in chunk)]
     mine = wanted[state.process_index :: state.num_processes]
     with attached(pipe, row):
         for i, chunk in enumerate(mine):
@@ -59,10 +65,12 @@ def draw_missing(
                 call,
                 lambda done, total, i=i: on_step(row.name, i * total + done, len(mine) * total),
             )
-            for sample, frames, latents in zip(chunk, drawing.frames, drawing.latents, strict=True):
-                if sample not in pictures:
-                    pictures.write(sample, frames, latents, drawing.seconds / len(chunk))
-            if row.config is not None and state.is_main_process:
+            if (
+                row.config is not None and state.is_main_process
+            ):  # before the pictures, which say that all is there
                 pictures.write_receipt(report(pipe).to_dict())
+            for sample, frames, latents in zip(chunk, drawing.frames, drawing.latents, strict=True):
+                if sample.key in missing:
+                    pictures.write(sample, frames, latents, drawing.seconds / len(chunk))
     state.wait_for_everyone()
     return corrupt
