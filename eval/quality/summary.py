@@ -20,4 +20,7 @@ def as_json(interval: Interval, n: int) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
+    """A number as JSON can hold it: None where infinite. Raises ValueError for NaN, which would read as infinite."""
+    if math.isnan(value):
+        raise ValueError("a score is NaN: a picture's latents are all 0, or a model that scores gives NaN")
     return value if math.isfinite(value) else None
