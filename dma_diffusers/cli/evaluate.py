@@ -103,7 +103,8 @@ def _compare_pictures(
 
         state = PartialState()  # before a pipeline is loaded: it chooses this process's GPU
         with progress(state.is_main_process) as on_step:
-            judge = Judge(asked.model, clip, reference, state.device, on_step)
+            main = state.is_main_process
+            judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None
             evaluation = measured(asked, judge, output, _command(), notes, on_step)
         if evaluation is None:
             return

@@ -2,13 +2,14 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
@@ -16,8 +17,8 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
-from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
-from dma_diffusers.eval.quality.judge import Judge
+from dma_diffusers.eval.quality.drawing import OnStep, attached, draw_missing
+from dma_diffusers.eval.quality.judge import Judge, doubts
 from dma_diffusers.eval.quality.pictures import Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
@@ -51,12 +52,13 @@ class Asked:
 
 
 def evaluate(
-    asked: Asked, judge: Judge, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
+    asked: Asked, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
 ) -> dict[str, Any] | None:
     """Draw what is missing in `folder`, score it, and write `folder`/evaluation.json; returns what that holds.
 
-    Under `accelerate launch` all processes draw, into a folder that they share; the first one scores, and the
-    others return None. Raises ValueError, naming the row, where one draws NaN.
+    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they
+    share; the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN,
+    and before anything is drawn where the model cannot have a configuration.
     """
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
@@ -67,18 +69,19 @@ def evaluate(
         row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
+    for row in compared:  # what this model cannot have is said before anything is drawn
+        with _named(row), attached(pipe, row):
+            pass
     corrupt = []
     for row in (FULL_PRECISION, *compared):
-        try:
+        with _named(row):
             corrupt += draw_missing(pipe, row, pictures[row.name], chunks, asked.call, on_step)
-        except ValueError as error:
-            raise ValueError(f"{row.name}: {error}") from error
-    if not PartialState().is_main_process:
+    if judge is None:
         return None
 
     trajectory = Trajectory(pipe, FULL_PRECISION, chunks[0][:_STEPPED], asked.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, remark = _layers(pipe, asked, folder, on_step)
+    of_layers, remarks_on_layers = _layers(pipe, asked, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
@@ -97,24 +100,22 @@ def evaluate(
     }
     remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
     scored = results[compared[0].name]["summary"]
+    shown = next(iter(asked.configurations))
     evaluation = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings
         | {"model": "demo" if asked.model == DEMO_MODEL else str(asked.model)}
         | {"fingerprint": settings["model"], "batch": asked.batch}
-        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds)},
+        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]},
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in asked.prompts],
-        "notes": [*notes, *remarks, *remark],
+        "notes": [*notes, *doubts(judged), *remarks, *remarks_on_layers],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
         "layers": of_layers,
-        "worst": [],
-    }
-    for shown in list(asked.configurations)[:1]:
-        evaluation["worst"] = worst(
+        "worst": worst(
             shown,
             pictures[shown],
             exact,
@@ -123,7 +124,8 @@ def evaluate(
             "lpips",
             judged[shown].samples["lpips"],
             folder,
-        )
+        ),
+    }
     write_atomically(folder / "evaluation.json", json.dumps(evaluation, allow_nan=False).encode())
     return evaluation
 
@@ -133,11 +135,22 @@ def _layers(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Each attention module's own error on recorded calls, and why there is none where they take too much room."""
     texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
+        try:
+            recordings = record(pipe, texts, Path(scratch), asked.call, on_step=on_step)
+        except ValueError as error:
+            return None, [f"no errors by layer: {error}"]
+        return layers(
+            recordings, measure(recordings, asked.configurations, on_step=on_step)
+        ), recordings.notes
+
+
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
     try:
-        recordings = record(pipe, texts, folder / "recordings", asked.call, on_step=on_step)
+        yield
     except ValueError as error:
-        return None, [f"no errors by layer: {error}"]
-    return layers(recordings, measure(recordings, asked.configurations, on_step=on_step)), recordings.notes
+        raise ValueError(f"{row.name}: {error}") from error
 
 
 def _of_row(row: Row) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dma_diffusers.eval.metrics.clip import ClipScorer
 from dma_diffusers.eval.metrics.features import FeatureSet
 from dma_diffusers.eval.metrics.folders import folder_features
 from dma_diffusers.eval.metrics.frechet import fid_notes
+from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL
 from dma_diffusers.eval.quality.drawing import OnStep
 from dma_diffusers.eval.quality.pictures import Pictures
 from dma_diffusers.eval.quality.scoring import (
@@ -83,3 +84,16 @@ class Judge:
 
     def _features(self, name: str, pictures: Pictures, batches: Batches) -> FeatureSet:
         return features(pictures, batches, self.device, partial(self.on_step, f"features of {name}"))
+
+
+def doubts(judged: dict[str, Scored]) -> list[str]:
+    """What full precision against itself, and the noise floor, leave to doubt."""
+    again, floor = (judged[row.name].samples["latents_relative_l2"] for row in (AGAIN, ANOTHER_KERNEL))
+    found = []
+    if any(again):
+        found.append(
+            "full precision drew other pictures the second time: this pipeline is not deterministic here"
+        )
+    if not any(floor):
+        found.append("the noise floor is not one: its attention ran on the same kernel as full precision's")
+    return found

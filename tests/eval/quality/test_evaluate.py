@@ -112,8 +112,20 @@ def test_the_worst_are_shown_first(finished):
         assert {Image.open(finished / path).size for path in worst["pictures"].values()} == {(40, 48)}
 
 
+def test_errors_by_layer_leave_nothing_in_the_way_of_recordings(
+    monkeypatch, capsys, asked, finished, tmp_path
+):
+    layers = evaluation(finished)["layers"]
+    assert layers["steps"] == [0, 1] and set(layers["relative_l2"]) == {NEAR, FAR}
+    folder = shutil.copytree(finished, tmp_path / "run")
+    code, output, error = run(monkeypatch, capsys, *asked, "--attention", "-o", str(folder))
+    assert code == 0, error
+    assert "attention.json" in output
+
+
 def test_a_few_pictures_are_said_to_be_few(finished):
-    assert any("FID over 6 pictures" in note for note in evaluation(finished)["notes"])
+    few, singular = evaluation(finished)["notes"]
+    assert "FID over 6 pictures" in few and "singular" in singular
 
 
 def test_what_is_there_is_not_drawn_again(monkeypatch, capsys, asked, finished, tmp_path):
@@ -137,6 +149,7 @@ def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tm
     assert len(pictures(folder)) == 2 * len(before)
     assert numbers(folder)[FAR]["pictures"] != numbers(finished)[FAR]["pictures"]
     assert len(numbers(folder)[FAR]["steps"]) == 3
+    assert evaluation(folder)["layers"]["steps"] == [0, 1, 2]
 
 
 def test_corrupt_and_missing_files_are_drawn_again_and_named(monkeypatch, capsys, asked, finished, tmp_path):
@@ -217,12 +230,20 @@ def test_what_draws_nan_is_named(monkeypatch, capsys, asked, model, tmp_path):
     )
 
 
+def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("dma_diffusers.eval.metrics.alignment.find_spec", lambda name: None)
+    code, _, error = run(monkeypatch, capsys, "eval", "-o", str(tmp_path / "run"))
+    assert code == 1
+    assert error.startswith("error: the alignment score needs the package") and error.count("\n") == 1
+
+
 BAD = {
     "no prompts": (("--prompts", "/no/such/file.txt"), "/no/such/file.txt"),
     "both ways": (("--configs", "c.yaml"), "by --config or by --configs, not by both"),
     "a file": (("-o", str(ROOT / "README.md")), "README.md"),
     "no folder": (("-o", "/no/such/folder/run"), "/no/such/folder"),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
+    "no such layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
     "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),
 }
