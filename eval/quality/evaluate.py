@@ -30,7 +30,7 @@ from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline
 
-_STEPPED = 8  # samples whose steps are measured one by one
+_STEPPED = 8  # samples, at most, whose steps are measured one by one
 _RECORDED = 2  # prompts whose attention calls are recorded, for errors by layer
 _DIGITS = 6  # of a stored score: more is rounding noise
 
@@ -79,7 +79,8 @@ def evaluate(
     if judge is None:
         return None
 
-    trajectory = Trajectory(pipe, FULL_PRECISION, chunks[0][:_STEPPED], asked.call, on_step)
+    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // asked.batch, 1)]]
+    trajectory = Trajectory(pipe, FULL_PRECISION, stepped, asked.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
     of_layers, remarks_on_layers = _layers(pipe, asked, folder, on_step)
     del pipe, trajectory
@@ -107,7 +108,8 @@ def evaluate(
         "settings": settings
         | {"model": "demo" if asked.model == DEMO_MODEL else str(asked.model)}
         | {"fingerprint": settings["model"], "batch": asked.batch}
-        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]},
+        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]}
+        | {"stepped": sum(map(len, stepped))},
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in asked.prompts],

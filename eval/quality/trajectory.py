@@ -1,6 +1,8 @@
 """The error of each denoising step on full precision's own trajectory, where errors don't compound."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,21 +16,21 @@ from dma_diffusers.pipelines.generate import draw
 
 
 class Trajectory:
-    """The latents that full precision's steps leave, for a few samples drawn as one batch."""
+    """The latents that full precision's steps leave, for a few samples in the batches they are drawn in."""
 
     def __init__(
         self,
         pipe: DiffusionPipeline,
         baseline: Row,
-        samples: Sequence[Sample],
+        batches: Sequence[Sequence[Sample]],
         call: dict[str, Any],
         on_step: OnStep,
     ):
-        self.pipe, self.samples, self.call, self.on_step = pipe, samples, call, on_step
-        self.latents: list[torch.Tensor] = []
+        self.pipe, self.batches, self.call, self.on_step = pipe, batches, call, on_step
+        self.latents: dict[tuple[int, int], torch.Tensor] = {}  # by batch and step
 
-        def keep(step: int, latents: torch.Tensor) -> torch.Tensor:
-            self.latents.append(latents.cpu())
+        def keep(batch: int, step: int, latents: torch.Tensor) -> torch.Tensor:
+            self.latents[batch, step] = latents.cpu()
             return latents
 
         self._draw(baseline, keep)
@@ -38,24 +40,26 @@ class Trajectory:
 
         A scheduler that looks back at earlier steps' outputs sees the row's own.
         """
-        errors: list[float] = []
+        errors: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-        def restart(step: int, latents: torch.Tensor) -> torch.Tensor:
-            exact = self.latents[step].to(latents)
-            errors.append(relative_l2(latents.float(), exact.float()).mean().item())
+        def restart(batch: int, step: int, latents: torch.Tensor) -> torch.Tensor:
+            exact = self.latents[batch, step].to(latents)
+            errors[step].append(relative_l2(latents.float(), exact.float()))
             return exact
 
         self._draw(row, restart)
-        return errors
+        return [torch.cat(of_step).mean().item() for _, of_step in sorted(errors.items())]
 
-    def _draw(self, row: Row, through) -> None:
-        texts, seeds = [s.prompt.text for s in self.samples], [s.seed for s in self.samples]
+    def _draw(self, row: Row, through: Callable[[int, int, torch.Tensor], torch.Tensor]) -> None:
         with attached(self.pipe, row):
-            draw(
-                self.pipe,
-                texts,
-                seeds,
-                self.call,
-                lambda done, total: self.on_step(f"steps of {row.name}", done, total),
-                through,
-            )
+            for i, batch in enumerate(self.batches):
+                draw(
+                    self.pipe,
+                    [sample.prompt.text for sample in batch],
+                    [sample.seed for sample in batch],
+                    self.call,
+                    lambda done, total, i=i: self.on_step(
+                        f"steps of {row.name}", i * total + done, len(self.batches) * total
+                    ),
+                    partial(through, i),
+                )
