@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,7 +102,8 @@ def _compare_pictures(
         from dma_diffusers.eval.report.markdown import table
         from dma_diffusers.eval.report.write import write_report
 
-        state = PartialState()  # before a pipeline is loaded: it chooses this process's GPU
+        # Before a pipeline is loaded: it chooses this process's GPU. Who is done waits for a video of another's.
+        state = PartialState(timeout=timedelta(days=1))
         with progress(state.is_main_process) as on_step:
             main = state.is_main_process
             judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None

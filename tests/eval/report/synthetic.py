@@ -73,6 +73,7 @@ def _evaluation() -> dict:
             "call": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
             "seed": 0,
             "batch": 32,
+            "stepped": 8,
         },
         "versions": {"python": "3.12.3", "torch": "2.11.0", "diffusers": "0.42.0"},
         "hardware": "NVIDIA H200",

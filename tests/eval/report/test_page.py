@@ -200,6 +200,7 @@ def test_everything_else_is_there(run, page):
         "2026-11-21 20:00 UTC",
         contents["notes"][0],
         "2.11.0",
+        "means over the first 8 pictures",
     ):
         assert expected in text
     assert "12 modules (transformer_blocks.0.attn, …): mxfp8|mxfp4 diagonal" in text
