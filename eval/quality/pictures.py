@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,10 @@ class Pictures:
                 with Image.open(path) as picture:
                     picture.verify()
                 path = self._latents(sample)
-                with safe_open(path, "pt"):
-                    pass
+                whole = self._metadata(sample).get("checksum") == _checksum(self.latents(sample))
             except (UnidentifiedImageError, SafetensorError, OSError, SyntaxError):
+                whole = False
+            if not whole:
                 self._picture(sample).unlink()
                 corrupt.append(path)
         return corrupt
@@ -86,6 +88,7 @@ class Pictures:
         )  # the frames of a video below each other
         metadata = {"seconds": repr(seconds), "frames": str(len(frames))}
         metadata |= {"prompt": sample.prompt.text, "seed": str(sample.seed)}
+        metadata |= {"checksum": _checksum(latents)}  # PNG has its own
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
         write_atomically(self._picture(sample), encode(strip, "PNG"))
 
@@ -121,3 +124,7 @@ class Pictures:
 
     def _latents(self, sample: Sample) -> Path:
         return self.folder / f"{sample.key}.safetensors"
+
+
+def _checksum(latents: torch.Tensor) -> str:
+    return f"{zlib.crc32(latents.contiguous().numpy()):08x}"

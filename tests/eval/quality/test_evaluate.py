@@ -251,7 +251,9 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(monkeypatch, capsys, asked, tmp_path, arguments, words):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # read from the environment at import
     code, output, error = run(monkeypatch, capsys, *asked, "-o", str(tmp_path / "run"), *arguments)
     assert code == 1 and not output
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error

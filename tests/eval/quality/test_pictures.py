@@ -45,7 +45,7 @@ def test_other_settings_are_another_folder(tmp_path, sample):
 
 
 @pytest.mark.parametrize("suffix", ["png", "safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "head", "bit", "gone"])
 def test_corrupt_files_are_named_and_removed(tmp_path, sample, suffix, damage):
     pictures = folder(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
@@ -57,7 +57,7 @@ def test_corrupt_files_are_named_and_removed(tmp_path, sample, suffix, damage):
     elif damage == "cut":
         path.write_bytes(data[: len(data) // 2])
     else:
-        data[20 if suffix == "safetensors" else len(data) // 2] ^= 0xFF
+        data[20 if damage == "head" else len(data) // 2 if suffix == "png" else -3] ^= 0xFF
         path.write_bytes(data)
     corrupt = pictures.remove_corrupt([sample])
     assert sample not in pictures
