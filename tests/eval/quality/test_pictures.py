@@ -37,6 +37,15 @@ def test_what_is_written_is_read(tmp_path, sample, count):
     assert pictures.remove_corrupt([sample]) == []
 
 
+def test_a_long_video_is_no_bomb(tmp_path, sample, monkeypatch):
+    frames = np.zeros((9, 4, 4, 3), np.uint8)
+    pictures = folder(tmp_path)
+    pictures.write(sample, frames, torch.zeros(1), 1.0)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 9 * 4 * 4 // 3)
+    assert pictures.remove_corrupt([sample]) == []
+    assert pictures.frames(sample).shape == (9, 3, 4, 4)
+
+
 def test_other_settings_are_another_folder(tmp_path, sample):
     folder(tmp_path, window=128).write(sample, np.zeros((1, 4, 4, 3), np.uint8), torch.zeros(1), 1.0)
     assert sample in folder(tmp_path, window=128)
