@@ -214,6 +214,18 @@ def test_a_model_without_text(tmp_path):
     assert policy.choices[0].recall == 0
 
 
+def test_modules_have_windows_for_their_own_heads(tmp_path):
+    """The narrower module too, where others have more heads."""
+    calls = [
+        ({}, random_tensors(0, 600, heads=2)), ({"module": "b"}, random_tensors(1, 600, heads=4, kv_heads=4))
+    ]  # fmt: skip
+    recordings = saved(tmp_path, calls, ("a", "b"))
+    policy = calibrate(recordings, 0.5, target="sm_100", device="cpu", formats=[("mxfp8", "mxfp4")])
+    for module, heads in (("a", 2), ("b", 4)):
+        windows = [choice.config.of_module(module).window for choice in policy.choices]
+        assert {len(window) for window in windows if isinstance(window, tuple)} == {heads}
+
+
 def test_tables(policy):
     rows = ladder(policy)
     assert [row[0] for row in rows] == ["0", "0.25", "0.5", "0.6 (asked for)", "0.75", "1"]
