@@ -238,7 +238,8 @@ def test_a_key_mask_hides_what_an_order_does_not_name(kernel_device):
     nobody[places] = -1
     strange[places] = torch.tensor([-2, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
     expected, found = (
-        launched(q, k, v, call.map(), order=order.to(kernel_device), **options)[0] for order in (nobody, strange)
+        launched(q, k, v, call.map(), order=order.to(kernel_device), **options)[0]
+        for order in (nobody, strange)
     )
     assert torch.equal(found.nan_to_num(), expected.nan_to_num()) and not found.isnan().all()
 

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers.attach import report
-from dma_diffusers.eval.recordings.record import record
+from dma_diffusers.eval.recordings.record import _Recorder, record
 from dma_diffusers.eval.recordings.store import INDEX, read_recordings
 from tests import tiny_pipelines
 from tests.tiny_pipelines import CALLS
@@ -143,6 +143,29 @@ def test_no_more_prompts_than_fit(flux, tmp_path):
     assert on_disk == part.bytes
     resumed = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2)
     assert resumed.prompts == [0, 1] and not resumed.notes and len(resumed) == len(whole)
+
+
+def test_prompts_that_are_longer_than_the_first(flux, tmp_path, monkeypatch):
+    """What fitted by the first step is left out once it does not, and leaves no files."""
+    whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
+    measured = _Recorder.measure
+    monkeypatch.setattr(_Recorder, "measure", lambda *args: (measured(*args)[0] // 4, 2))
+    limit = whole.bytes * 3 // 4
+    part = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2, limit=limit)
+    assert part.prompts == [0] and part.notes == [f"1 of 2 prompts fit into {limit / 1e6:.3g} MB"]
+    assert read_recordings(tmp_path / "part") == part
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "part").glob("*.safetensors"))
+    assert on_disk == part.bytes <= limit
+    with pytest.raises(ValueError, match="prompt 1 takes more than its first step foretold, and more than"):
+        record(flux, ["a", "b"], tmp_path / "none", call_of(flux), steps=2, limit=limit // 2)
+    assert not list((tmp_path / "none").iterdir()) and not report(flux).modules
+
+
+def test_pipelines_that_cannot_be_interrupted(flux, tmp_path, monkeypatch):
+    whole = record(flux, ["a"], tmp_path / "whole", call_of(flux), steps=2)
+    monkeypatch.setattr(type(flux), "interrupt", property(lambda self: False))
+    limit = whole.bytes * 3 // 2
+    assert len(record(flux, ["a"], tmp_path / "again", call_of(flux), steps=2, limit=limit)) == len(whole)
 
 
 def test_a_folder_is_resumed_and_mended(flux, tmp_path):
