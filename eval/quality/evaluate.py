@@ -12,6 +12,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
+from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.quality.columns import COLUMNS
@@ -56,11 +57,13 @@ def evaluate(
     """Draw what is missing in `folder`, score it, and write `folder`/evaluation.json; returns what that holds.
 
     Under `accelerate launch` all processes draw, into a folder that they share; the first one scores, and the
-    others return None. Raises ValueError, naming the row, where one draws NaN.
+    others return None. Raises ValueError, naming the row, where one draws NaN, and before anything is drawn for a
+    configuration that cannot be applied to the model.
     """
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
     pipe = load_pipeline(asked.model, video=True)
+    check(pipe, asked.configurations)
     settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {

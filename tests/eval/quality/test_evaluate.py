@@ -222,6 +222,18 @@ BAD = {
     "both ways": (("--configs", "c.yaml"), "by --config or by --configs, not by both"),
     "a file": (("-o", str(ROOT / "README.md")), "README.md"),
     "no folder": (("-o", "/no/such/folder/run"), "/no/such/folder"),
+    "another model": (
+        ("--config", "model=WanTransformer3DModel"),
+        "is for WanTransformer3DModel, not for Flux",
+    ),
+    "no such layer": (
+        ("--config", "dense_layers=[9]", "--attention"),
+        "FluxTransformer2DModel has 3 modules",
+    ),
+    "no policy": (
+        ("--config", "policy=/no/such/policy.json"),
+        "there is no policy file /no/such/policy.json",
+    ),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
     "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),

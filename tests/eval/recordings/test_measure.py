@@ -174,6 +174,17 @@ def test_nothing_to_measure(tmp_path):
         measure(saved(tmp_path, [], MODULES), {"it": DMAConfig()}, "cpu")
 
 
+@pytest.mark.parametrize(("config", "words"), [
+    (DMAConfig(model="WanTransformer3DModel"), "it: this configuration is for WanTransformer3DModel, not for Flux"),
+    (DMAConfig(modules={"blocks.0.attn": {"dense": True}}), "it: modules: .* has no blocks.0.attn to divert"),
+    (DMAConfig(dense_layers=(3,)), "it: dense_layers .* has 3 modules"),
+])  # fmt: skip
+def test_configurations_for_another_model_are_refused_before_recording(config, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        evaluate_attention(tiny_pipelines.flux(), ["a cat"], {"it": config}, tmp_path, {}, "command")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_evaluate_attention_of_a_pipeline(tmp_path):
     pipe = tiny_pipelines.flux()
     call = {"num_inference_steps": 2} | CALLS[type(pipe)]
