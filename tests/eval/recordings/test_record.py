@@ -1,14 +1,17 @@
 """Recordings: the very tensors of a stock run, in bounded space, resumed, and refused in one line."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from safetensors import safe_open
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from dma_diffusers import DMAConfig, apply
 from dma_diffusers.attach import report
 from dma_diffusers.eval.recordings.record import _Recorder, record
 from dma_diffusers.eval.recordings.store import INDEX, read_recordings
@@ -130,6 +133,36 @@ def test_transformers_of_different_kinds(flux, tmp_path):
     with pytest.raises(ValueError, match="transformers of different kinds"):
         record(both, ["a cat"], tmp_path / "folder", {})
     assert not report(both).modules and not flux.transformer._forward_pre_hooks
+
+
+def test_two_transformers_of_one_kind(tmp_path):
+    """As in Wan 2.2: each runs at its own noise levels, under the same names."""
+    one = tiny_pipelines.wan()
+    second = copy.deepcopy(one.transformer)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.5)
+    pipe = WanPipeline(**one.components | {"transformer_2": second}, boundary_ratio=0.9)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 4} | CALLS[WanPipeline]
+    with Seen() as seen:
+        pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **call)
+    recordings = record(pipe, ["a cat"], tmp_path, call, steps=4)
+    assert len(recordings) == len(seen.calls)
+    for recording, (expected, _) in zip(recordings, seen.calls, strict=True):
+        assert torch.equal(recordings.tensors(recording).q, expected[0])
+    assert recordings.modules == ["blocks.0.attn1", "blocks.1.attn1"]
+    apply(
+        pipe,
+        DMAConfig(
+            model="WanTransformer3DModel",
+            modules={"blocks.0.attn1": {"window": [0, 384]}, "blocks.1.attn1": {}},
+        ),
+    )
+    pipe("a cat", output_type="latent", **call)
+    policies = {receipt.module: (receipt.policy, receipt.diverted > 0) for receipt in report(pipe).modules}
+    for name in ("transformer", "transformer_2"):
+        assert policies[f"{name}.blocks.0.attn1"] == ("diagonal(window=0/384, sink=128)", True)
 
 
 def test_no_more_prompts_than_fit(flux, tmp_path):
