@@ -137,7 +137,7 @@ def _layers(
     """Each attention module's own error on recorded calls, and why there is none where they take too much room."""
     texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
     try:
-        recordings = record(pipe, texts, folder / "recordings", asked.call, on_step=on_step)
+        recordings = record(pipe, texts, folder / "layers", asked.call, on_step=on_step)
     except ValueError as error:
         return None, [f"no errors by layer: {error}"]
     return layers(recordings, measure(recordings, asked.configurations, on_step=on_step)), recordings.notes

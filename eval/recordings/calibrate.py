@@ -116,8 +116,8 @@ def _table(
     recordings: Recordings, level: float | None, errors: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means over steps, `[options, windows, modules, heads]`, those above a noise level dense: the last window."""
-    highest = {recording.step: recording.sigma for recording in recordings}
-    dense = np.array([level is not None and highest[step] > level for step in recordings.steps])[:, None]
+    sigma = {recording.step: recording.sigma for recording in recordings}
+    dense = np.array([level is not None and sigma[step] > level for step in recordings.steps])[:, None]
     return tuple(np.where(dense, x[:, -1:], x).mean(3) for x in (errors, costs))
 
 

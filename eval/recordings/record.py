@@ -100,7 +100,7 @@ def record(
                 if not recordings.prompts:
                     raise
                 break
-            recordings.recordings += recorder.taken
+            recordings.recordings = sorted([*recordings, *recorder.taken], key=lambda taken: taken.prompt)
             recordings.save()
         recorded = len(recordings.prompts)
         left_out = f"{recorded} of {len(prompts)} prompts fit into {_gigabytes(limit)}"

@@ -203,7 +203,9 @@ def test_a_full_disk_is_one_line(asked, tmp_path):
     assert not pictures(folder) and not list(folder.rglob("*.tmp"))
 
 
-def test_attention_of_chosen_modules_and_steps(monkeypatch, capsys, asked, tmp_path):
+def test_attention_of_chosen_modules_and_steps(monkeypatch, capsys, asked, finished, tmp_path):
+    """In the folder of an evaluation, too, which has recordings of its own."""
+    shutil.copytree(finished, tmp_path / "run")
     options = ("--attention", "--modules", "-1", "--modules", "transformer_blocks.0.attn", "--recorded", "1")
     code, output, error = run(monkeypatch, capsys, *asked, *options, "-o", str(tmp_path / "run"))
     assert code == 0, error
