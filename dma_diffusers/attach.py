@@ -1,7 +1,7 @@
 """DMA attention on a model or a pipeline: apply, restore, report."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     config = DMAConfig.of(config, **fields)
     for attach in [_prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
         attach()
+
+
+def check(pipe_or_model: Any, configurations: Mapping[str, DMAConfig]) -> None:
+    """Raises the ValueError that `apply` would for one of them, beginning with its name; changes nothing."""
+    for name, config in configurations.items():
+        try:
+            for _, model in transformers_of(pipe_or_model):
+                _prepare(model, config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def restore(pipe_or_model: Any) -> None:

@@ -66,7 +66,9 @@ class PrecisionMap:
         followed by one more entry, which a program may read ahead.
         """
         device = self.indices.device
-        own_indices, own_bounds = self.indices.cpu(), self.bounds.cpu()
+        own = torch.cat((self.indices.cpu(), self.bounds.cpu()), dim=-1)
+        own, of_head = own.unique(dim=1, return_inverse=True)  # many heads share a few windows
+        own_indices, own_bounds = own[..., :-3], own[..., -3:]
         q_tiles = own_indices.shape[-2]
         programs = -(-q_tiles * TILE // (SHARED_BLOCKS * SHARED_ROWS))
         k_tiles = int(own_indices.max()) + 1
@@ -91,8 +93,9 @@ class PrecisionMap:
         order = (~is_walked).int().argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
         walks = F.pad(entries.gather(-1, order), (0, 1))
-        indices = walks[..., : int(bounds[..., -1].max()) + 1].int().contiguous()
-        return replace(self, indices=indices.to(device), bounds=bounds.int().to(device))
+        indices = walks[..., : int(bounds[..., -1].max()) + 1].int()
+        indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
+        return replace(self, indices=indices, bounds=bounds)
 
     def used(self, high: str, low: str) -> tuple[str | None, str | None]:
         """The formats of HIGH and LOW, None for a class without tiles."""

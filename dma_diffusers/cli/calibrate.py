@@ -71,22 +71,17 @@ def calibrate(
 
         cost.check_target(target or cost.current_target())
         path = DEMO_MODEL if model == "demo" else model
-        texts = [prompt.text for prompt in read_prompts(prompts, count)[0]]
+        chosen_prompts, repeated = read_prompts(prompts, count)
+        texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given({"num_inference_steps": steps, "height": size, "width": size})
         pipe = load_pipeline(path, video=True)
         seeds = range(seed, seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recordings or Path(scratch)
             recorded_calls = record(
-                pipe,
-                texts,
-                folder,
-                call,
-                seeds=seeds,
-                steps=recorded,
-                limit=int(limit * 1e9),
-                on_step=on_step,
-            )
+                pipe, texts, folder, call,
+                seeds=seeds, steps=recorded, limit=int(limit * 1e9), on_step=on_step,
+            )  # fmt: skip
             policy = chosen(recorded_calls, quality, target=target, formats=pairs or None, on_step=on_step)
         policy.save(output)
     if as_json:
@@ -94,13 +89,16 @@ def calibrate(
         return
     print_table(tables.LADDER_HEADER, tables.ladder(policy))
     print_table(tables.MODULES_HEADER, ([escape(cell) for cell in row] for row in tables.modules(policy)))
-    for note in recorded_calls.notes:
+    notes = [f"{repeated} repeated prompts were left out"] if repeated else []
+    for note in [*notes, *recorded_calls.notes]:
         print(f"note: {note}")
     print(f"{output}: chosen for {policy.evidence['target']}; costs are predicted, errors are measured")
 
 
 def _pair(text: str) -> tuple[str, str]:
+    from dma_diffusers.kernels.formats import get_format
+
     high, separator, low = text.partition("|")
     if not separator:
         raise ValueError(f"formats {text!r}: give HIGH|LOW, as in mxfp8|mxfp4")
-    return high.strip(), low.strip()
+    return get_format(high.strip()).name, get_format(low.strip()).name

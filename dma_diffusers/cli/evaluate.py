@@ -56,6 +56,16 @@ def evaluate(
             help="Draw nothing: record the attention calls of the first four prompts, and measure on those.",
         ),
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Module to record by --attention, by name or number, -1 the last; repeat it."),
+    ] = None,
+    recorded: Annotated[
+        int | None, typer.Option(min=1, help="Steps to record by --attention, evenly spread; 3 if left out.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.001, help="Gigabytes that recordings may take; 2 if left out.")
+    ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
 ) -> None:
     """Draw prompts in several configurations and in full precision, and compare.
@@ -67,6 +77,12 @@ def evaluate(
 
     if config and configs:
         raise ValueError("give configurations by --config or by --configs, not by both")
+    recording = given({
+        "modules": modules and [_module(text) for text in modules], "steps": recorded,
+        "limit": limit and int(limit * 1e9),
+    })  # fmt: skip
+    if recording and not attention:
+        raise ValueError("--modules, --recorded and --limit are for --attention: give that too")
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval.quality import configurations as known
@@ -86,7 +102,7 @@ def evaluate(
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if attention:
-        _measure_attention(asked, count or _RECORDED, output)
+        _measure_attention(asked, count or _RECORDED, output, recording)
     else:
         _compare_pictures(asked, clip, reference, output, notes)
 
@@ -115,7 +131,7 @@ def _compare_pictures(
     print(f"\nThe report is {output / 'report.html'}")
 
 
-def _measure_attention(asked: Any, count: int, output: Path) -> None:
+def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str, Any]) -> None:
     with quiet(), progress() as on_step:
         from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
         from dma_diffusers.pipelines.load import load_pipeline
@@ -124,10 +140,15 @@ def _measure_attention(asked: Any, count: int, output: Path) -> None:
         texts = [prompt.text for prompt in asked.prompts[:count]]
         seeds = range(asked.seeds[0], asked.seeds[0] + len(texts))
         found = evaluate_attention(
-            pipe, texts, asked.configurations, output, asked.call, _command(), seeds=seeds, on_step=on_step
-        )
+            pipe, texts, asked.configurations, output, asked.call, _command(),
+            seeds=seeds, on_step=on_step, **recording,
+        )  # fmt: skip
     print_table(HEADER, ([escape(cell) for cell in row] for row in table(found)))
     print("\n".join([*found["notes"], f"More is in {output / 'attention.json'}"]))
+
+
+def _module(text: str) -> int | str:
+    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 def _command() -> str:

@@ -13,11 +13,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
+from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
-from dma_diffusers.eval.quality.drawing import OnStep, attached, draw_missing
+from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, doubts
 from dma_diffusers.eval.quality.pictures import Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
@@ -63,15 +64,13 @@ def evaluate(
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
     pipe = load_pipeline(asked.model, video=True)
+    check(pipe, asked.configurations)
     settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
-    for row in compared:  # what this model cannot have is said before anything is drawn
-        with _named(row), attached(pipe, row):
-            pass
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):

@@ -69,15 +69,15 @@ def calibrate(
     budgets = {rung: search.most ** (1 - rung) * search.least**rung for rung in rungs}
     aims, choices = dict(budgets), {}
     while waiting := [rung for rung in rungs if rung not in choices]:
+        found = {rung: search.within(aims[rung] * (1 + 1e-9)) for rung in waiting}
         configs = {
-            str(rung): _config(recordings, search.within(aims[rung] * (1 + 1e-9)), options, windows, levels)
-            for rung in waiting
+            str(rung): _config(recordings, choice, options, windows, levels) for rung, choice in found.items()
         }
         runs = {name: DMAConfig.of(config, min_length=0) for name, config in configs.items()}
         for rung, values in zip(waiting, measure(recordings, runs, device, on_step).values(), strict=True):
             error = float(_errors(values).mean(1).sum())
             if error > 1.001 * budgets[rung] and aims[rung] > search.least:
-                aims[rung] *= 0.99 * budgets[rung] / error
+                aims[rung] = 0.99 * budgets[rung] / error * search.error(found[rung])  # never the same again
                 continue
             config = configs[str(rung)]
             clocks = cost.head_clocks(recordings, config, target).mean(1).sum()
@@ -116,8 +116,8 @@ def _table(
     recordings: Recordings, level: float | None, errors: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means over steps, `[options, windows, modules, heads]`, those above a noise level dense: the last window."""
-    highest = {recording.step: recording.sigma for recording in recordings}
-    dense = np.array([level is not None and highest[step] > level for step in recordings.steps])[:, None]
+    sigma = {recording.step: recording.sigma for recording in recordings}
+    dense = np.array([level is not None and sigma[step] > level for step in recordings.steps])[:, None]
     return tuple(np.where(dense, x[:, -1:], x).mean(3) for x in (errors, costs))
 
 
@@ -136,8 +136,9 @@ def _config(
 ) -> DMAConfig:
     """A choice as a configuration: what most modules share, and what each has of its own."""
     fields = {}
+    heads = {recording.module: recording.shape[1] for recording in recordings}
     for name, option, of_heads in zip(recordings.modules, found.option, found.window, strict=True):
-        widths = [windows[number] for number in of_heads]
+        widths = [windows[number] for number in of_heads[: heads[name]]]
         if set(widths) == {EVERY_KEY}:
             fields[name] = {"high": options[option]["high"], "dense": True}
         else:

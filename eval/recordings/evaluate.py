@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.recordings.measure import layers, mean_of_present, measure, to_json
@@ -36,8 +37,10 @@ def evaluate_attention(
 
     call, seeds, modules, steps, limit: as of `record`, whose recordings stay, and are used again by the next call with
     the same settings. command: how this was started, for the record. `layers` is what an evaluation.json has under
-    that name; `summary` has a row of `table` for each configuration.
+    that name; `summary` has a row of `table` for each configuration. Raises ValueError, naming the configuration,
+    before anything is recorded, for one that cannot be applied to `pipe`.
     """
+    check(pipe, configurations)
     recordings = record(
         pipe, prompts, folder / "recordings", call,
         seeds=seeds, modules=modules, steps=steps, limit=limit, on_step=on_step,

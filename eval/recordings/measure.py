@@ -59,7 +59,8 @@ def measure(
     A configuration runs as it would in the pipeline: with its modules' own fields, dense layers and dense steps, and
     with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1.
     device: where; the GPU if there is one, by default. on_step: called with a title, recordings done, and of how many.
-    Raises ValueError for a damaged recording, no recordings, or a lowering that cannot run on `device`.
+    Raises ValueError for a damaged recording or one that is not finite, an output that is not, no recordings, or a
+    lowering that cannot run on `device`.
     """
     if not len(recordings):
         raise ValueError(f"there are no recordings in {recordings.folder}")
@@ -122,6 +123,8 @@ def _measure_one(
 ) -> dict[str, np.ndarray]:
     """float64 `[5, heads]` of each configuration: `Measured`'s quantities of one call."""
     exact, mass = exact_attention(tensors, recording.scale, recording.is_causal)
+    if not exact.isfinite().all():
+        raise ValueError(f"{recording.file}: attention gives NaN or infinity there, in float64")
     known: dict[str, np.ndarray] = {}
     results = {}
     for name, configuration in configurations.items():
@@ -129,6 +132,8 @@ def _measure_one(
         key = json.dumps(arguments)
         if key not in known:
             known[key] = _compared(recording, tensors, arguments, exact, mass)
+            if not np.isfinite(known[key]).all():
+                raise ValueError(f"configuration {name!r} gives NaN or infinity on {recording.file}")
         results[name] = known[key]
     return results
 

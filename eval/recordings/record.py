@@ -31,6 +31,10 @@ LIMIT = 2_000_000_000
 _HEADER = 1024  # bytes of a file, at most, that are no tensor's
 
 
+class _Full(ValueError):
+    """A prompt takes more than is left of the limit."""
+
+
 def record(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
@@ -56,8 +60,8 @@ def record(
     because both run at low precision and both move the picture. DMA attention that was applied is removed.
 
     Prompts are drawn one at a time; before the first, one step measures what a prompt takes: as many prompts are
-    recorded as fit into `limit`, and a note says so. A folder with recordings of the same settings is
-    completed, prompt by prompt.
+    recorded as fit into `limit`, and a note says so; a longer one that does not fit after all ends them. A folder with
+    recordings of the same settings is completed, prompt by prompt.
     Raises ValueError where not even one prompt fits, nothing can be recorded, or the folder has other recordings.
     """
     if not prompts:
@@ -83,16 +87,24 @@ def record(
             )
         fitting = min(len(prompts), limit // bytes_of_prompt)
         recordings = _resumed(folder, settings)
-        left_out = f"{fitting} of {len(prompts)} prompts fit into {_gigabytes(limit)}"
-        recordings.notes = [left_out] if fitting < len(prompts) else []
         for number in range(fitting):
             if number in recordings.prompts:
                 continue
             show = partial(on_step, f"recording {number + 1} of {fitting}")
             recorder.begin(recordings, number, chosen, limit)
-            draw(prompts[number], seeds[number], show, recorder)
-            recordings.recordings += recorder.taken
+            try:
+                draw(prompts[number], seeds[number], show, recorder)
+            except _Full:
+                for recording in recorder.taken:
+                    (folder / recording.file).unlink()
+                if not recordings.prompts:
+                    raise
+                break
+            recordings.recordings = sorted([*recordings, *recorder.taken], key=lambda taken: taken.prompt)
             recordings.save()
+        recorded = len(recordings.prompts)
+        left_out = f"{recorded} of {len(prompts)} prompts fit into {_gigabytes(limit)}"
+        recordings.notes = [left_out] if recorded < len(prompts) else []
         recordings.save()
         return recordings
 
@@ -142,7 +154,7 @@ class _Recorder:
         sizes = []
 
         def take(module: str, tensors: Tensors, *_: Any) -> None:
-            if module in chosen:
+            if module in chosen and self.step == 0:  # not every pipeline can be stopped
                 sizes.append(_HEADER + sum(x.numel() * x.element_size() for x in tensors if x is not None))
 
         self.take = take
@@ -166,9 +178,9 @@ class _Recorder:
             data = serialise(tensors, names, values)
             left -= len(data)
             if left < 0:
-                raise ValueError(
-                    f"prompt {prompt + 1} is longer than the first, and the recordings would take more than "
-                    f"{_gigabytes(limit)}: record fewer prompts, or raise the limit"
+                raise _Full(
+                    f"prompt {prompt + 1} takes more than its first step foretold, and more than the limit of "
+                    f"{_gigabytes(limit)}: choose fewer modules or steps, or a higher limit"
                 )
             file = f"{prompt:04d}-{self.step:04d}-{self.call}-{module}.safetensors"
             write_atomically(recordings.folder / file, data)

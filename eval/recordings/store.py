@@ -96,9 +96,7 @@ class Recordings:
         """A call's tensors, on the CPU; raises ValueError, naming the file, where it cannot be read."""
         path = self.folder / recording.file
         try:
-            stored = load(
-                path.read_bytes()
-            )  # a file that is mapped and changes under us would end the process
+            stored = load(path.read_bytes())  # one that is mapped and changes under us would end the process
             return Tensors(stored["q"], stored["k"], stored["v"], stored.get("key_mask"))
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(

@@ -186,5 +186,6 @@ def _tensors(
 def _whole_tiles(key_mask: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """uint8 `[B, tiles·128]`, 0 past the keys, and where the order names none."""
     if order is not None:
-        key_mask = F.pad(key_mask, (0, 1))[:, order]  # at −1 the last one, which is hidden
+        hidden = key_mask.shape[1]  # what −1, or another number that is no token's, finds
+        key_mask = F.pad(key_mask, (0, 1))[:, order.clamp(-1, hidden)]
     return F.pad(key_mask.to(torch.uint8), (0, -key_mask.shape[-1] % TILE)).contiguous()

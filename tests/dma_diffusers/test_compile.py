@@ -54,6 +54,19 @@ def test_repeated_blocks_compile_with_dense_steps_layers_and_another_length():
     assert set(graphs.nodes) == {1}
 
 
+@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
+def test_heads_and_modules_of_their_own_break_no_graph(method):
+    own = {"transformer_blocks.0.attn": {"window": 640}, "single_transformer_blocks.1.attn": {"dense": True}}
+    pipe = tiny_pipelines.flux()
+    apply(pipe, window=(0, 384), modules=own)
+    eager = draw(pipe)
+    graphs = Graphs()
+    getattr(pipe.transformer, method)(backend=graphs, fullgraph=True)
+    assert torch.equal(draw(pipe), eager) and torch.equal(draw(pipe), eager)
+    attending = [nodes for nodes in graphs.nodes if nodes]
+    assert attending == ([3] if method == "compile" else [1, 1, 1])
+
+
 def test_a_new_length_recompiles_no_more_than_stock():
     assert graphs_of_three_lengths(apply) == graphs_of_three_lengths(lambda pipe: None)
 

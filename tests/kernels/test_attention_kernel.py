@@ -229,6 +229,21 @@ def test_what_an_order_does_not_name_is_left_alone(pair, empty_places, kernel_de
         assert torch.equal(x.isnan().cpu(), is_left_out.expand(2, 2, 300))
 
 
+def test_a_key_mask_hides_what_an_order_does_not_name(kernel_device):
+    call = Call(300, 300, 64, batch=2, high="bf16", low="int8", masks_keys=True, has_order=True)
+    q, k, v, mask = call.tensors(kernel_device)
+    options = {"high": call.high, "low": call.low, "key_mask": mask, "return_lse": False}
+    nobody, strange = call.order, call.order
+    places = torch.tensor([5, 130, 131, 299])
+    nobody[places] = -1
+    strange[places] = torch.tensor([-2, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    expected, found = (
+        launched(q, k, v, call.map(), order=order.to(kernel_device), **options)[0]
+        for order in (nobody, strange)
+    )
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num()) and not found.isnan().all()
+
+
 @pytest.mark.parametrize("everywhere", [Class.HIGH, Class.LOW])
 def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     recorded = []

@@ -143,3 +143,13 @@ def test_a_shared_walk_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
             assert all(0 < entry >> 24 < 8 for entry in entries)
             found = [entry & 0xFFFFFF for entry in entries]
             assert found == sorted(set(found))
+
+
+def test_heads_with_walks_alike_share_them():
+    layout = Layout(600, 600)
+    shared = build_map(Diagonal((384, 0, 384, 128)).classes(layout), layout).shared
+    assert shared.indices.is_contiguous() and shared.bounds.shape == (1, 4, 4, 3)
+    for head, window in enumerate((384, 0, 384, 128)):
+        alone = build_map(Diagonal(window).classes(layout), layout).shared
+        for program in range(4):
+            assert walk(shared, program, head=head) == walk(alone, program)

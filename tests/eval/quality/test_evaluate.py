@@ -216,6 +216,18 @@ def test_a_full_disk_is_one_line(asked, tmp_path):
     assert not pictures(folder) and not list(folder.rglob("*.tmp"))
 
 
+def test_attention_of_chosen_modules_and_steps(monkeypatch, capsys, asked, finished, tmp_path):
+    """In the folder of an evaluation, too, which has recordings of its own."""
+    shutil.copytree(finished, tmp_path / "run")
+    options = ("--attention", "--modules", "-1", "--modules", "transformer_blocks.0.attn", "--recorded", "1")
+    code, output, error = run(monkeypatch, capsys, *asked, *options, "-o", str(tmp_path / "run"))
+    assert code == 0, error
+    found = json.loads((tmp_path / "run" / "attention.json").read_text())
+    assert found["modules"] == ["transformer_blocks.0.attn", "single_transformer_blocks.1.attn"]
+    assert found["steps"] == [0] and list(found["summary"]) == [NEAR, FAR] and NEAR in output
+    assert np.shape(found["configurations"][NEAR]["recall"])[:3] == (len(PROMPTS), 2, 1)
+
+
 def test_what_draws_nan_is_named(monkeypatch, capsys, asked, model, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -242,6 +254,21 @@ BAD = {
     "both ways": (("--configs", "c.yaml"), "by --config or by --configs, not by both"),
     "a file": (("-o", str(ROOT / "README.md")), "README.md"),
     "no folder": (("-o", "/no/such/folder/run"), "/no/such/folder"),
+    "another model": (
+        ("--config", "model=WanTransformer3DModel"),
+        "is for WanTransformer3DModel, not for Flux",
+    ),
+    "without --attention": (("--recorded", "1"), "are for --attention: give that too"),
+    "no such module": (("--attention", "--modules", "7"), "there is no module 7: give 0 to 2"),
+    "no room": (("--attention", "--limit", "0.001", "--size", "256"), "more than the limit of 1 MB"),
+    "no such layer": (
+        ("--config", "dense_layers=[9]", "--attention"),
+        "FluxTransformer2DModel has 3 modules",
+    ),
+    "no policy": (
+        ("--config", "policy=/no/such/policy.json"),
+        "there is no policy file /no/such/policy.json",
+    ),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
     "no such layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),

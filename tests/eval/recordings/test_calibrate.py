@@ -214,6 +214,18 @@ def test_a_model_without_text(tmp_path):
     assert policy.choices[0].recall == 0
 
 
+def test_modules_have_windows_for_their_own_heads(tmp_path):
+    """The narrower module too, where others have more heads."""
+    calls = [
+        ({}, random_tensors(0, 600, heads=2)), ({"module": "b"}, random_tensors(1, 600, heads=4, kv_heads=4))
+    ]  # fmt: skip
+    recordings = saved(tmp_path, calls, ("a", "b"))
+    policy = calibrate(recordings, 0.5, target="sm_100", device="cpu", formats=[("mxfp8", "mxfp4")])
+    for module, heads in (("a", 2), ("b", 4)):
+        windows = [choice.config.of_module(module).window for choice in policy.choices]
+        assert {len(window) for window in windows if isinstance(window, tuple)} == {heads}
+
+
 def test_tables(policy):
     rows = ladder(policy)
     assert [row[0] for row in rows] == ["0", "0.25", "0.5", "0.6 (asked for)", "0.75", "1"]
@@ -244,7 +256,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("a cat\ntwo dogs\na house\n")
+    path.write_text("a cat\ntwo dogs\na house\na cat\n")
     return str(path)
 
 
@@ -255,6 +267,7 @@ def test_the_command(model, prompts, tmp_path, monkeypatch, capsys):
     code, output, error = run(monkeypatch, capsys, *arguments)
     assert code == 0, error
     assert "0.5 (asked for)" in output and "single_transformer_blocks.0.attn" in output
+    assert "note: 1 repeated prompts were left out" in output
     assert "costs are predicted, errors are measured" in output
     assert list(tmp_path.iterdir()) == [target]
     document = json.loads(target.read_text())
@@ -266,10 +279,12 @@ def test_the_command(model, prompts, tmp_path, monkeypatch, capsys):
     (["--quality", "2"], "quality must be a number from 0"),
     (["--target", "gpu"], "unknown target 'gpu'"),
     (["--formats", "mxfp8"], "give HIGH|LOW"),
+    (["--formats", "mxfp8|int3", "--recordings", "recordings"], "unknown format 'int3'"),
     (["--prompts", "absent.txt"], "absent.txt"),
     (["--limit", "0.001", "--size", "256"], "more than the limit of 1 MB"),
 ])  # fmt: skip
 def test_the_command_refuses_in_one_line(model, prompts, tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
     target = tmp_path / "policy.json"
     arguments = [
         "calibrate",

@@ -155,9 +155,34 @@ def test_what_was_not_recorded_is_null(tmp_path):
     np.testing.assert_allclose(values, [[mean[0, 0, 0]], [(mean[0, 1, 0] + mean[1, 1, 0]) / 2]])
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    """They would count as calls that were not recorded."""
+    tensors = random_tensors(0, 200)
+    recordings = saved(tmp_path / "good", [({}, tensors)], MODULES)
+    broken = operator.attention(*tensors[:3])._replace(out=torch.full_like(tensors.q, math.inf))
+    monkeypatch.setattr(operator, "attention", lambda *args, **options: broken)
+    with pytest.raises(ValueError, match=r"configuration 'it' gives NaN or infinity on 0\.safetensors"):
+        measure(recordings, {"it": DMAConfig(min_length=0)}, "cpu")
+    tensors.v[0, 1, 5, 3] = math.nan
+    recordings = saved(tmp_path / "bad", [({}, tensors)], MODULES)
+    with pytest.raises(ValueError, match=r"0\.safetensors: attention gives NaN or infinity there"):
+        measure(recordings, {"it": DMAConfig.preset("exact")}, "cpu")
+
+
 def test_nothing_to_measure(tmp_path):
     with pytest.raises(ValueError, match="there are no recordings in"):
         measure(saved(tmp_path, [], MODULES), {"it": DMAConfig()}, "cpu")
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    (DMAConfig(model="WanTransformer3DModel"), "it: this configuration is for WanTransformer3DModel, not for Flux"),
+    (DMAConfig(modules={"blocks.0.attn": {"dense": True}}), "it: modules: .* has no blocks.0.attn to divert"),
+    (DMAConfig(dense_layers=(3,)), "it: dense_layers .* has 3 modules"),
+])  # fmt: skip
+def test_configurations_for_another_model_are_refused_before_recording(config, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        evaluate_attention(tiny_pipelines.flux(), ["a cat"], {"it": config}, tmp_path, {}, "command")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_evaluate_attention_of_a_pipeline(tmp_path):

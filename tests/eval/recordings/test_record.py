@@ -1,16 +1,19 @@
 """Recordings: the very tensors of a stock run, in bounded space, resumed, and refused in one line."""
 
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from safetensors import safe_open
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from dma_diffusers import DMAConfig, apply
 from dma_diffusers.attach import report
-from dma_diffusers.eval.recordings.record import record
+from dma_diffusers.eval.recordings.record import _Recorder, record
 from dma_diffusers.eval.recordings.store import INDEX, read_recordings
 from tests import tiny_pipelines
 from tests.tiny_pipelines import CALLS
@@ -132,6 +135,36 @@ def test_transformers_of_different_kinds(flux, tmp_path):
     assert not report(both).modules and not flux.transformer._forward_pre_hooks
 
 
+def test_two_transformers_of_one_kind(tmp_path):
+    """As in Wan 2.2: each runs at its own noise levels, under the same names."""
+    one = tiny_pipelines.wan()
+    second = copy.deepcopy(one.transformer)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.5)
+    pipe = WanPipeline(**one.components | {"transformer_2": second}, boundary_ratio=0.9)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 4} | CALLS[WanPipeline]
+    with Seen() as seen:
+        pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **call)
+    recordings = record(pipe, ["a cat"], tmp_path, call, steps=4)
+    assert len(recordings) == len(seen.calls)
+    for recording, (expected, _) in zip(recordings, seen.calls, strict=True):
+        assert torch.equal(recordings.tensors(recording).q, expected[0])
+    assert recordings.modules == ["blocks.0.attn1", "blocks.1.attn1"]
+    apply(
+        pipe,
+        DMAConfig(
+            model="WanTransformer3DModel",
+            modules={"blocks.0.attn1": {"window": [0, 384]}, "blocks.1.attn1": {}},
+        ),
+    )
+    pipe("a cat", output_type="latent", **call)
+    policies = {receipt.module: (receipt.policy, receipt.diverted > 0) for receipt in report(pipe).modules}
+    for name in ("transformer", "transformer_2"):
+        assert policies[f"{name}.blocks.0.attn1"] == ("diagonal(window=0/384, sink=128)", True)
+
+
 def test_no_more_prompts_than_fit(flux, tmp_path):
     whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
     part = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2, limit=whole.bytes * 3 // 4)
@@ -145,6 +178,29 @@ def test_no_more_prompts_than_fit(flux, tmp_path):
     assert resumed.prompts == [0, 1] and not resumed.notes and len(resumed) == len(whole)
 
 
+def test_prompts_that_are_longer_than_the_first(flux, tmp_path, monkeypatch):
+    """What fitted by the first step is left out once it does not, and leaves no files."""
+    whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
+    measured = _Recorder.measure
+    monkeypatch.setattr(_Recorder, "measure", lambda *args: (measured(*args)[0] // 4, 2))
+    limit = whole.bytes * 3 // 4
+    part = record(flux, ["a", "b"], tmp_path / "part", call_of(flux), steps=2, limit=limit)
+    assert part.prompts == [0] and part.notes == [f"1 of 2 prompts fit into {limit / 1e6:.3g} MB"]
+    assert read_recordings(tmp_path / "part") == part
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "part").glob("*.safetensors"))
+    assert on_disk == part.bytes <= limit
+    with pytest.raises(ValueError, match="prompt 1 takes more than its first step foretold, and more than"):
+        record(flux, ["a", "b"], tmp_path / "none", call_of(flux), steps=2, limit=limit // 2)
+    assert not list((tmp_path / "none").iterdir()) and not report(flux).modules
+
+
+def test_pipelines_that_cannot_be_interrupted(flux, tmp_path, monkeypatch):
+    whole = record(flux, ["a"], tmp_path / "whole", call_of(flux), steps=2)
+    monkeypatch.setattr(type(flux), "interrupt", property(lambda self: False))
+    limit = whole.bytes * 3 // 2
+    assert len(record(flux, ["a"], tmp_path / "again", call_of(flux), steps=2, limit=limit)) == len(whole)
+
+
 def test_a_folder_is_resumed_and_mended(flux, tmp_path):
     drawn = []
 
@@ -156,11 +212,11 @@ def test_a_folder_is_resumed_and_mended(flux, tmp_path):
     first = recorded()
     kept = {recording.file: first.tensors(recording) for recording in first}
     assert recorded().recordings == first.recordings and not drawn
-    lost = next(r for r in first if r.prompt == 1)
+    lost = next(r for r in first if r.prompt == 0)
     (tmp_path / lost.file).write_bytes(b"short")
     again = recorded()
-    assert set(drawn) == {"recording 2 of 2"}
-    assert sorted(again, key=lambda r: r.file) == sorted(first, key=lambda r: r.file)
+    assert set(drawn) == {"recording 1 of 2"}
+    assert again.recordings == first.recordings
     assert all(torch.equal(again.tensors(r).q, kept[r.file].q) for r in again)
     with pytest.raises(ValueError, match="recordings of different modules: choose another folder, or delete"):
         recorded(modules=[0])
