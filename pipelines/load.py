@@ -15,6 +15,11 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 _PICTURES_IN = {"strength", "mask_image", "control_image", "video"}
 
 
+def named_model(name: str | None) -> str | Path:
+    """The folder of the demo model for "demo" or None; anything else as it is."""
+    return DEMO_MODEL if name in (None, "demo") else name
+
+
 def load_pipeline(model: str | Path = DEMO_MODEL, video: bool = False) -> DiffusionPipeline:
     """The pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 

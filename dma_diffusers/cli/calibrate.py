@@ -67,10 +67,10 @@ def calibrate(
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
-        from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
+        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
 
         cost.check_target(target or cost.current_target())
-        path = DEMO_MODEL if model == "demo" else model
+        path = named_model(model)
         chosen_prompts, repeated = read_prompts(prompts, count)
         texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given({"num_inference_steps": steps, "height": size, "width": size})

@@ -30,7 +30,7 @@ def evaluate(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Local folder or hub id; the demo model if left out.")
+        str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help=".txt, .jsonl, .json, .csv or .tsv; 200 held-out ones if left out.")
@@ -88,17 +88,18 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
         from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
-        from dma_diffusers.pipelines.load import DEMO_MODEL, recommended_call
+        from dma_diffusers.pipelines.load import named_model, recommended_call
 
         configurations = known.DEFAULT
         if config or configs:
             configurations = known.read(configs) if configs else known.named(config)
         chosen, repeated = read_prompts(prompts or BUILT_IN, count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
-        call = recommended_call(model or DEMO_MODEL)
+        path = named_model(model)
+        call = recommended_call(path)
         call |= given({"num_inference_steps": steps, "height": size, "width": size})
         seeds = range(seed, seed + seeds)
-        asked = Asked(model or DEMO_MODEL, chosen, seeds, batch, call, configurations)
+        asked = Asked(path, chosen, seeds, batch, call, configurations)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if attention:

@@ -24,7 +24,7 @@ def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")],
     model: Annotated[
-        str | None, typer.Option(help="Local folder or hub id; the demo model if left out.")
+        str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
     preset: Annotated[str, typer.Option(help="auto, b200, hopper or exact.")] = "b200",
     high: Format = None,
@@ -59,11 +59,12 @@ def generate(
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval.compare import compare as compared
         from dma_diffusers.pipelines.generate import Drawing, draw
-        from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline, recommended_call
+        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
 
         flags = {"num_inference_steps": steps, "height": size, "width": size}
-        call = recommended_call(model or DEMO_MODEL) | given(flags)
-        pipe = load_pipeline(model or DEMO_MODEL)
+        path = named_model(model)
+        call = recommended_call(path) | given(flags)
+        pipe = load_pipeline(path)
 
         with progress(not as_json) as on_step:
 

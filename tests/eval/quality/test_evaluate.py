@@ -270,7 +270,7 @@ BAD = {
         "there is no policy file /no/such/policy.json",
     ),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
-    "no such layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
+    "no such dense layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
     "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),
 }
