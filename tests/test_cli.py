@@ -44,6 +44,24 @@ def test_generate_writes_a_picture(monkeypatch, capsys, model, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_policy_file_chooses(monkeypatch, capsys, tmp_path):
+    target, policy = tmp_path / "out.png", ROOT / "eval" / "results" / "h200_policy.json"
+    arguments = ("generate", "a red cat", "--steps", "1", "--size", "64", "--json", "-o", str(target))
+    arguments += ("--policy", str(policy))
+    windows = {}
+    for quality in ("0", "1"):
+        code, output, error = run(monkeypatch, capsys, *arguments, "--quality", quality)
+        assert code == 0, error
+        windows[quality] = [module["policy"] for module in json.loads(output)["receipt"]["modules"]]
+    assert windows["0"] != windows["1"]
+    for refused, words in (
+        (("--window", "128"), "--policy chooses window itself"),
+        (("--quality", "1.5"), "quality must be a number from 0"),
+    ):
+        assert words in run(monkeypatch, capsys, *arguments, *refused)[2]
+    assert "give --policy too" in run(monkeypatch, capsys, *arguments[:-2], "--quality", "0.5")[2]
+
+
 def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
     target = tmp_path / "out.png"
     arguments = ("generate", "a cat", "--model", model, "--size", "64", "--json", "-o", str(target))

@@ -31,6 +31,12 @@ def generate(
     low: Format = None,
     window: Tokens = None,
     sink: Tokens = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="File that `calibrate` wrote, instead of preset, formats and tokens.")
+    ] = None,
+    quality: Annotated[
+        float | None, typer.Option(help="From 0 to 1: the policy's choice at or above it.")
+    ] = None,
     lowering: Annotated[
         str | None,
         typer.Option(help="auto, fastest, stock, native, faithful or reference; `doctor` says which run."),
@@ -49,8 +55,13 @@ def generate(
     from dma_diffusers.pipelines.files import check_writable, write_atomically
     from dma_diffusers.pipelines.picture import encode, picture_format
 
-    chosen = {"high": high, "low": low, "window": window, "sink": sink, "lowering": lowering}
-    config = DMAConfig.preset(preset, **given(chosen))
+    tiles = given({"high": high, "low": low, "window": window, "sink": sink})
+    if policy and tiles:
+        raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
+    if quality is not None and not policy:
+        raise ValueError("--quality chooses from a policy file: give --policy too")
+    chosen = tiles | given({"lowering": lowering})
+    config = DMAConfig.from_file(policy, quality, **chosen) if policy else DMAConfig.preset(preset, **chosen)
     kind = picture_format(output)
     check_writable(output)
 
@@ -74,7 +85,7 @@ def generate(
             apply(pipe, config)
             drawing = drawn("DMA")
             receipt = report(pipe)
-            label = _label(config, receipt)
+            label = _label(config, policy, receipt)
             picture, metrics = drawing.pictures[0], {}
             if compare:
                 restore(pipe)
@@ -94,8 +105,10 @@ def generate(
     print(receipt)
 
 
-def _label(config: Any, receipt: Any) -> str:
+def _label(config: Any, policy: Path | None, receipt: Any) -> str:
     """What a picture was drawn with."""
     if not any(module.diverted for module in receipt.modules):
         return "stock attention"
+    if policy:
+        return f"DMA as {policy.name} chooses"
     return f"DMA {config.high}/{config.low}, window {config.window}, sink {config.sink}"

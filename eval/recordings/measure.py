@@ -110,6 +110,7 @@ def to_json(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[st
 def layers(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str, Any]:
     """The `layers` of an evaluation: relative L2 of each configuration, [module][step], a mean over prompts."""
     return {
+        "prompts": len(recordings.prompts),
         "modules": recordings.modules,
         "steps": recordings.steps,
         "relative_l2": {

@@ -35,7 +35,10 @@ _SHAPE = {
             "receipt?": ({"modules": [{"module": str, "lowering": _TEXT}]}, None),
         }
     },
-    "layers?": ({"modules": [str], "steps": [int], "relative_l2": {str: [[_NUMBER]]}}, None),
+    "layers?": (
+        {"prompts?": int, "modules": [str], "steps": [int], "relative_l2": {str: [[_NUMBER]]}},
+        None,
+    ),
     "worst?": (
         [
             {

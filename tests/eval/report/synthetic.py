@@ -82,7 +82,12 @@ def _evaluation() -> dict:
         "notes": [f"FID over {PROMPTS * SEEDS} pictures, fewer than 2,000: it is biased upwards, KID leads."],
         "metrics": _METRICS,
         "rows": rows,
-        "layers": {"modules": _MODULES, "steps": list(range(0, STEPS, 4)), "relative_l2": layers},
+        "layers": {
+            "prompts": 2,
+            "modules": _MODULES,
+            "steps": list(range(0, STEPS, 4)),
+            "relative_l2": layers,
+        },
         "worst": [
             {
                 "row": chosen[-1 - i % 3],

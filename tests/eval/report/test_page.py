@@ -201,6 +201,7 @@ def test_everything_else_is_there(run, page):
         contents["notes"][0],
         "2.11.0",
         "means over the first 8 pictures",
+        "a mean over 2 prompts",
     ):
         assert expected in text
     assert "12 modules (transformer_blocks.0.attn, …): mxfp8|mxfp4 diagonal" in text
