@@ -11,6 +11,7 @@ from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
 from dma_diffusers.cli.generate import generate
 from dma_diffusers.cli.machine import compile_kernels, doctor
+from dma_diffusers.cli.simulate import simulate
 
 app = typer.Typer(
     help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
@@ -25,6 +26,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(distance)
 app.command()(calibrate)
+app.command()(simulate)
 app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)

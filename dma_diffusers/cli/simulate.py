@@ -1,0 +1,137 @@
+"""`dma-diffusers simulate`: how much of attention a neighbourhood would skip."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dma_diffusers.cli.console import Json, print_json, print_table, require
+
+COUNTS = "Speed-ups are of tiles counted, not of seconds."
+_COST = 0.1
+
+
+def simulate(
+    grid: Annotated[str, typer.Option(help="Tokens of each dimension, such as 256x256 or 30x48x80.")],
+    window: Annotated[str | None, typer.Option(help="Keys that each query sees, such as 80x80.")] = None,
+    stride: Annotated[str | None, typer.Option(help="Queries that share a window; 1x1 if left out.")] = None,
+    dilation: Annotated[str | None, typer.Option(help="Distance between keys; 1x1 if left out.")] = None,
+    causal: Annotated[
+        str | None, typer.Option(help="1 where no query sees later keys, such as 1x0x0; none if left out.")
+    ] = None,
+    q_tile: Annotated[
+        str | None, typer.Option(help="Box of tokens; as the other if left out, or planned.")
+    ] = None,
+    kv_tile: Annotated[
+        str | None, typer.Option(help="Box of tokens; as the other if left out, or planned.")
+    ] = None,
+    text: Annotated[
+        int, typer.Option(help="Text tokens: seen by every query, seeing every key, in tiles of their own.")
+    ] = 0,
+    attention_share: Annotated[
+        float | None,
+        typer.Option(help="Attention's share of the run's time, 0 to 1; gives the end to end speed-up."),
+    ] = None,
+    dense_steps: Annotated[
+        str | None, typer.Option(help="K/N: so many of the run's steps at full attention, such as 9/28.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Propose what is left out, within a cost.")
+    ] = False,
+    cost: Annotated[
+        float | None,
+        typer.Option(help=f"Share of dense attention to compute at most, with --search; {_COST}."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A picture of the map, as .svg or .png; of the first proposal with --search."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count the KV tiles that neighbourhood attention visits on a grid, and the speed-up that leaves room for.
+
+    Counts tiles, not seconds: no GPU is asked or predicted.
+    """
+    if window is None and not search:
+        raise ValueError("give --window, such as 80x80, or --search for proposals")
+    if cost is not None and not search:
+        raise ValueError("--cost is for --search: add it, or leave --cost out")
+    if dense_steps is not None and attention_share is None:
+        raise ValueError("--dense-steps needs --attention-share, attention's share of the run's time")
+    if plot:
+        require(("matplotlib",), "pip install 'dma-diffusers[eval]'")
+    sizes = _sizes("--grid", grid)
+    widths, strides, dilations, q_box, kv_box = (
+        None if value is None else _sizes(name, value)
+        for name, value in (
+            ("--window", window),
+            ("--stride", stride),
+            ("--dilation", dilation),
+            ("--q-tile", q_tile),
+            ("--kv-tile", kv_tile),
+        )
+    )
+    is_causal = None if causal is None else _sizes("--causal", causal, range(2))
+    dense = (0, 1) if dense_steps is None else _steps(dense_steps)
+
+    from dma_diffusers.eval.simulator import plot as picture
+    from dma_diffusers.eval.simulator import summary
+    from dma_diffusers.eval.simulator.count import Count, end_to_end
+    from dma_diffusers.eval.simulator.search import search as propose
+    from dma_diffusers.kernels.boxes import plan
+    from dma_diffusers.kernels.neighborhood import neighborhood
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
+
+    if attention_share is not None:
+        end_to_end(1, attention_share, dense)  # refuses what it can't take before anything runs
+    axes, notes = neighborhood(sizes, widths, strides, dilations, is_causal)
+    if search:
+        counts = propose(
+            axes,
+            _COST if cost is None else cost,
+            any_window=widths is None,
+            any_stride=strides is None,
+            q_tile=q_box,
+            kv_tile=kv_box,
+            text=text,
+        )
+    else:
+        box = plan([max(axis.class_lengths) for axis in axes])[0]
+        counts = [Count(axes, q_box or kv_box or box, kv_box or q_box or box, text)]
+        notes += summary.box_notes(counts[0])
+    if plot:
+        picture.check_plot(plot, counts[0])
+        check_writable(plot)
+    records = [summary.record(count, attention_share, dense) for count in counts]
+    if plot:
+        write_atomically(plot, picture.plot(counts[0], plot.suffix[1:]))
+    if as_json:
+        shared = {
+            "counts": COUNTS,
+            "attention_share": attention_share,
+            "dense_steps": dense_steps,
+            "notes": notes,
+        }
+        print_json(shared | ({"candidates": records} if search else records[0]))
+        return
+    print_table(*(summary.candidates(records) if search else summary.lines(records[0])))
+    for line in (*(f"note: {note}" for note in notes), COUNTS):
+        print(line)
+
+
+def _sizes(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+([x×]\d+)*", text):
+        raise ValueError(f"{name} {text!r}: give one number for each dimension, as in 256x256 or 30x48x80")
+    sizes = tuple(int(size) for size in re.split("[x×]", text))
+    for size in sizes:
+        if size not in allowed:
+            raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
+    return sizes
+
+
+def _steps(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+/\d+", text):
+        raise ValueError(f"--dense-steps {text!r}: give K/N, so many of so many steps, as in 9/28")
+    dense, steps = text.split("/")
+    return int(dense), int(steps)

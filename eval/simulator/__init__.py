@@ -1,0 +1,1 @@
+"""What a neighbourhood could save: tiles visited, counted, never timed."""

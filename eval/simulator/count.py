@@ -1,0 +1,156 @@
+"""Tiles that a neighbourhood visits, and the speed-up that their count allows.
+
+After the simulator of generalized neighbourhood attention (arXiv 2504.16922): the grid is cut into boxes, and a Q tile
+visits, in each dimension, ceil(end(last query) / T) − floor(start(first query) / T) KV tiles; the product over the
+dimensions in all. That is exact, not a bound: each dimension's windows leave no gap between the queries of a tile, and
+a query sees a key where it does so in every dimension. What it does not know is time: partial and masked tiles count
+as much as whole ones, and nothing else costs anything.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from dma_diffusers.kernels.neighborhood import Axis, check_dimensions, shape_text
+
+
+class Tally(NamedTuple):
+    """Of one dimension: visits of its busiest Q tile, visits of all, and those that need no mask."""
+
+    most: int
+    visited: int
+    filled: int
+
+
+@lru_cache(maxsize=2**14)
+def tally(axis: Axis, q_side: int, kv_side: int) -> Tally:
+    """One dimension's visits, with tiles of `q_side` and `kv_side` tokens."""
+    visited = axis.visited(q_side, kv_side).counts
+    return Tally(int(visited.max()), int(visited.sum()), int(axis.filled(q_side, kv_side).counts.sum()))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Tiles visited, for one neighbourhood, one shape of Q and of KV tiles, and so many text tokens.
+
+    q_tile, kv_tile: sides of the boxes in tokens, one for each of `axes`; with dilation, boxes of tokens of one
+    residue class. text: tokens in tiles of their own, as large as a box; grid queries visit all text keys, text
+    queries visit everything. Raises ValueError for sides under 1, a wrong number of them, or less than no text.
+    """
+
+    axes: tuple[Axis, ...]
+    q_tile: tuple[int, ...]
+    kv_tile: tuple[int, ...]
+    text: int = 0
+
+    def __post_init__(self):
+        grid = [axis.length for axis in self.axes]
+        for name, box in (("Q tile", self.q_tile), ("KV tile", self.kv_tile)):
+            check_dimensions(name, box, grid)
+            if min(box) < 1:
+                raise ValueError(f"{name} {shape_text(box)}: sides must be at least 1")
+        if self.text < 0:
+            raise ValueError(f"text must be 0 tokens or more, got {self.text}")
+
+    @property
+    def grid_tiles(self) -> tuple[int, int]:
+        """Q tiles and KV tiles of the grid."""
+        return self._boxes(self.q_tile), self._boxes(self.kv_tile)
+
+    @property
+    def text_tiles(self) -> tuple[int, int]:
+        """Q tiles and KV tiles of text."""
+        return -(-self.text // math.prod(self.q_tile)), -(-self.text // math.prod(self.kv_tile))
+
+    @property
+    def all(self) -> int:
+        """KV tiles in all, text included."""
+        return self.grid_tiles[1] + self.text_tiles[1]
+
+    @property
+    def worst(self) -> int:
+        """KV tiles that the busiest Q tile of the grid visits, text included."""
+        return math.prod(tally.most for tally in self._tallies) + self.text_tiles[1]
+
+    @property
+    def mean(self) -> float:
+        """KV tiles that a Q tile visits on average, text included, as key and as query."""
+        return self._visits / (self.grid_tiles[0] + self.text_tiles[0])
+
+    @property
+    def cut(self) -> float:
+        """Share of the grid's visited tiles that the window's edge cuts, which need a mask; 0 is a perfect fit."""
+        filled, visited = (
+            math.prod(getattr(tally, kind) for tally in self._tallies) for kind in ("filled", "visited")
+        )
+        return 1 - filled / visited
+
+    @property
+    def padding(self) -> tuple[float, float]:
+        """Places without a token in the grid's Q tiles and KV tiles, as a share of its tokens."""
+        tokens = math.prod(axis.length for axis in self.axes)
+        q_tiles, kv_tiles = self.grid_tiles
+        return q_tiles * math.prod(self.q_tile) / tokens - 1, kv_tiles * math.prod(self.kv_tile) / tokens - 1
+
+    @property
+    def speedup_worst(self) -> float:
+        """Visits of dense attention over those made if every Q tile of the grid were the busiest.
+
+        That is all / worst, but for text, whose queries gain nothing, and dilation, which makes other tiles than
+        dense attention has.
+        """
+        return self._dense_visits / self._worst_visits
+
+    @property
+    def speedup_mean(self) -> float:
+        """Visits of dense attention over visits made: all / mean, but for dilation."""
+        return self._dense_visits / self._visits
+
+    @property
+    def cost(self) -> float:
+        """As 1 / speedup_worst, but beside dense attention without the boxes' padding: what a search can compare."""
+        places = math.prod(self.q_tile) * math.prod(self.kv_tile)
+        tokens = math.prod(axis.length for axis in self.axes) + self.text
+        return self._worst_visits * places / tokens**2
+
+    @property
+    def _tallies(self) -> list["Tally"]:
+        return [tally(*sides) for sides in zip(self.axes, self.q_tile, self.kv_tile, strict=True)]
+
+    @property
+    def _visits(self) -> int:
+        of_grid = (
+            math.prod(tally.visited for tally in self._tallies) + self.grid_tiles[0] * self.text_tiles[1]
+        )
+        return of_grid + self.text_tiles[0] * self.all
+
+    @property
+    def _worst_visits(self) -> int:
+        return self.grid_tiles[0] * self.worst + self.text_tiles[0] * self.all
+
+    @property
+    def _dense_visits(self) -> int:
+        q_tiles, kv_tiles = (
+            math.prod(-(-axis.length // side) for axis, side in zip(self.axes, box, strict=True))
+            for box in (self.q_tile, self.kv_tile)
+        )
+        return (q_tiles + self.text_tiles[0]) * (kv_tiles + self.text_tiles[1])
+
+    def _boxes(self, box: tuple[int, ...]) -> int:
+        return math.prod(axis.tiles(side) for axis, side in zip(self.axes, box, strict=True))
+
+
+def end_to_end(speedup: float, attention_share: float, dense_steps: tuple[int, int] = (0, 1)) -> float:
+    """Speed-up of a whole run by Amdahl's law.
+
+    attention_share: attention's share of the time at full attention, 0 to 1. dense_steps: K of N steps at full
+    attention. Raises ValueError beyond those.
+    """
+    dense, steps = dense_steps
+    if not 0 <= attention_share <= 1:
+        raise ValueError(f"attention share must lie between 0 and 1, got {attention_share}")
+    if not 0 <= dense <= steps or steps < 1:
+        raise ValueError(f"dense steps must be K/N with 0 ≤ K ≤ N and N at least 1, got {dense}/{steps}")
+    sparse = 1 - dense / steps
+    return 1 / (1 - attention_share * sparse * (1 - 1 / speedup))

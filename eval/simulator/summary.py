@@ -1,0 +1,105 @@
+"""A count as data, and as the lines of a table."""
+
+import math
+from typing import Any
+
+from dma_diffusers.eval.simulator.count import Count, end_to_end
+from dma_diffusers.kernels.boxes import padding, plan
+from dma_diffusers.kernels.neighborhood import shape_text
+
+_LARGEST_BOX = 1024  # tokens up to which other shapes of a box are looked at
+_CANDIDATES = (
+    "Window",
+    "Stride",
+    "Q tile",
+    "KV tile",
+    "Cost",
+    "Cut",
+    "Speed-up, worst",
+    "Mean",
+    "End to end",
+)
+
+
+def record(
+    count: Count, attention_share: float | None = None, dense_steps: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
+    """What was counted, as JSON: sizes as lists, tiles as numbers, shares from 0 to 1.
+
+    `end_to_end` is of the worst Q tile's speed-up, as published figures are; None without an attention share.
+    """
+    axes = {
+        name: [getattr(axis, name) for axis in count.axes]
+        for name in ("window", "stride", "dilation", "causal")
+    }
+    q_padding, kv_padding = count.padding
+    return {
+        "grid": [axis.length for axis in count.axes],
+        **axes,
+        "q_tile": list(count.q_tile),
+        "kv_tile": list(count.kv_tile),
+        "text": count.text,
+        "q_tiles": count.grid_tiles[0] + count.text_tiles[0],
+        "tiles_all": count.all,
+        "tiles_worst": count.worst,
+        "tiles_mean": count.mean,
+        "tiles_cut": count.cut,
+        "padding_q": q_padding,
+        "padding_kv": kv_padding,
+        "cost": count.cost,
+        "speedup_worst": count.speedup_worst,
+        "speedup_mean": count.speedup_mean,
+        "end_to_end": None
+        if attention_share is None
+        else end_to_end(count.speedup_worst, attention_share, dense_steps),
+    }
+
+
+def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]]]:
+    """Header and rows of one record."""
+    boxes = f"{shape_text(counted['q_tile'])}, {shape_text(counted['kv_tile'])}"
+    rows = [
+        ("window, stride", f"{shape_text(counted['window'])}, {shape_text(counted['stride'])}"),
+        ("Q tile, KV tile", boxes),
+        ("Q tiles", f"{counted['q_tiles']:,}"),
+        ("KV tiles in all", f"{counted['tiles_all']:,}"),
+        ("KV tiles visited, worst Q tile", f"{counted['tiles_worst']:,}"),
+        ("KV tiles visited, mean", f"{counted['tiles_mean']:,.2f}"),
+        ("visited tiles that the window cuts", f"{counted['tiles_cut']:.1%}"),
+        ("padding of Q tiles, of KV tiles", f"{counted['padding_q']:.1%}, {counted['padding_kv']:.1%}"),
+        ("speed-up, worst Q tile", f"{counted['speedup_worst']:.2f}"),
+        ("speed-up, mean", f"{counted['speedup_mean']:.2f}"),
+    ]
+    if counted["end_to_end"] is not None:
+        rows.append(("end to end (worst Q tile)", f"{counted['end_to_end']:.2f}"))
+    return (f"Grid {shape_text(counted['grid'])}", "tiles counted"), rows
+
+
+def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows of a search's records."""
+    rows = [
+        [shape_text(found[name]) for name in ("window", "stride", "q_tile", "kv_tile")]
+        + [f"{found['cost']:.3f}", f"{found['tiles_cut']:.1%}"]
+        + [
+            f"{found[name]:.2f}"
+            for name in ("speedup_worst", "speedup_mean", "end_to_end")
+            if found[name] is not None
+        ]
+        for found in records
+    ]
+    return _CANDIDATES[: len(rows[0])], rows
+
+
+def box_notes(count: Count) -> list[str]:
+    """What another shape of box would save in padding, for each of the two that has a better one."""
+    grid = [max(axis.class_lengths) for axis in count.axes]
+    notes = []
+    for name, box in (("Q tiles", count.q_tile), ("KV tiles", count.kv_tile)):
+        if math.prod(box) <= _LARGEST_BOX:
+            best = plan(grid, math.prod(box))[0]
+            wasted, least = padding(grid, box), padding(grid, best)
+            if least < wasted:
+                notes.append(
+                    f"{name} of {shape_text(box)} pad the grid by {wasted:.0%}, {shape_text(best)} by {least:.0%}"
+                )
+    return notes

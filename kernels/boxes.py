@@ -1,0 +1,29 @@
+"""Boxes: the n-D blocks of a grid whose tokens make one tile, and which shape of them a grid should have."""
+
+import math
+from collections.abc import Sequence
+
+from dma_diffusers.kernels.maps import TILE
+
+
+def padding(grid: Sequence[int], box: Sequence[int]) -> float:
+    """Places without a token, as a share of the grid's tokens, if boxes of this shape cover the grid."""
+    padded = math.prod(-(-length // side) * side for length, side in zip(grid, box, strict=True))
+    return padded / math.prod(grid) - 1
+
+
+def plan(grid: Sequence[int], tokens: int = TILE) -> list[tuple[int, ...]]:
+    """Every shape of a box of `tokens` tokens for `grid`, the best first.
+
+    Least padding is best; then the smallest surface, since tokens near each other see nearly the same keys; then the
+    longest last sides, since there neighbours are neighbours in memory.
+    """
+    shapes = _shapes(tokens, len(grid))
+    return sorted(shapes, key=lambda box: (padding(grid, box), sum(tokens / side for side in box), box))
+
+
+def _shapes(tokens: int, dimensions: int) -> list[tuple[int, ...]]:
+    if dimensions == 1:
+        return [(tokens,)]
+    sides = [side for side in range(1, tokens + 1) if tokens % side == 0]
+    return [(side, *rest) for side in sides for rest in _shapes(tokens // side, dimensions - 1)]

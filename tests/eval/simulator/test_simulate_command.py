@@ -1,0 +1,126 @@
+"""`dma-diffusers simulate` as a user meets it."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dma_diffusers.eval.simulator.count import Count
+from dma_diffusers.eval.simulator.plot import classes
+from dma_diffusers.kernels.neighborhood import neighborhood
+from tests.command_line import ROOT, run
+
+FLUX = (
+    "--grid",
+    "256x256",
+    "--window",
+    "80x80",
+    "--stride",
+    "16x16",
+    "--q-tile",
+    "16x16",
+    "--kv-tile",
+    "16x8",
+)
+
+
+def test_json_is_all_of_standard_output(monkeypatch, capsys):
+    code, output, error = run(monkeypatch, capsys, "simulate", *FLUX, "--attention-share", ".518", "--json")
+    assert (code, error) == (0, "")
+    found = json.loads(output)
+    assert (found["tiles_all"], found["tiles_worst"], found["tiles_mean"]) == (512, 50, 50)
+    assert found["speedup_worst"] == found["speedup_mean"] == 10.24
+    assert found["end_to_end"] == pytest.approx(1.88, abs=0.02)
+    assert "not of seconds" in found["counts"] and found["notes"] == []
+
+
+def test_the_table(monkeypatch, capsys):
+    arguments = ("--attention-share", "0.518", "--dense-steps", "9/28", "--text", "512", "--causal", "0x1")
+    code, output, _ = run(monkeypatch, capsys, "simulate", *FLUX, *arguments)
+    assert code == 0
+    assert re.search(r"KV tiles in all +516", output) and re.search(r"end to end .* 1\.\d\d\b", output)
+    assert "Speed-ups are of tiles counted, not of seconds." in output
+
+
+def test_without_an_attention_share_there_is_no_end_to_end(monkeypatch, capsys):
+    _, output, _ = run(monkeypatch, capsys, "simulate", *FLUX, "--json")
+    assert json.loads(output)["end_to_end"] is None
+    _, output, _ = run(monkeypatch, capsys, "simulate", *FLUX)
+    assert "end to end" not in output
+
+
+def test_notes_on_windows_and_boxes(monkeypatch, capsys):
+    arguments = ("--grid", "21x45x80", "--window", "30x24x24", "--q-tile", "1x8x16", "--kv-tile", "2x8x8")
+    _, output, _ = run(monkeypatch, capsys, "simulate", *arguments)
+    assert "note: window 30 in dimension 1 was clamped to the grid's 21\n" in output
+    assert "note: KV tiles of 2×8×8 pad the grid by 12%, 1×8×16 by 7%\n" in output
+
+
+def test_search(monkeypatch, capsys):
+    arguments = ("simulate", "--grid", "256x256", "--search", "--cost", "0.05")
+    _, output, _ = run(monkeypatch, capsys, *arguments, "--json")
+    candidates = json.loads(output)["candidates"]
+    assert candidates and all(found["cost"] <= 0.05 for found in candidates)
+    _, output, _ = run(monkeypatch, capsys, *arguments, "--attention-share", ".5")
+    first = candidates[0]
+    assert (
+        f"{first['window'][0]}×{first['window'][1]}" in output and f"{first['speedup_worst']:.2f}" in output
+    )
+
+
+def test_the_picture(monkeypatch, capsys, tmp_path):
+    for name in ("map.svg", "again.svg", "map.png"):
+        code, _, error = run(
+            monkeypatch, capsys, "simulate", *FLUX, "--text", "64", "--plot", str(tmp_path / name)
+        )
+        assert code == 0, error
+    assert (tmp_path / "map.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    assert ElementTree.parse(tmp_path / "map.svg").getroot().tag.endswith("svg")
+    assert np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).std() > 10
+
+
+def test_the_picture_shows_what_was_counted():
+    count = Count(neighborhood((20, 30), (9, 12), (2, 4))[0], (4, 8), (4, 8), text=40)
+    drawn = classes(count)
+    assert drawn.shape == (20 + 2, count.all)
+    skipped, cut, filled, text = (drawn == number for number in range(4))
+    assert (~skipped).sum(-1).double().mean().item() == pytest.approx(count.mean)
+    assert (~skipped[:20]).sum(-1).max() == count.worst
+    assert (cut.sum() / (cut | filled).sum()).item() == pytest.approx(count.cut)
+    assert text[20:].all() and text[:, 20:].all() and not text[:20, :20].any()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--grid", "256x256"), "give --window, such as 80x80, or --search"),
+    (("--grid", "256x", "--search"), "--grid '256x': give one number for each dimension"),
+    (("--grid", "0x8", "--search"), "0 is not in 1 … 1048576"),
+    (("--grid", "99999999999", "--search"), "99999999999 is not in"),
+    (("--grid", "8x8x8x8", "--search"), "1 to 3 dimensions, got 4"),
+    (("--grid", "64x64", "--window", "9"), "window 9 is 1-D, but grid 64×64 is 2-D"),
+    (("--grid", "64x64", "--window", "9x9", "--stride", "9x10"), "stride 10 exceeds window 9"),
+    (("--grid", "64x64", "--window", "9x9", "--dilation", "8x1"), "dilation 8 × window 9 = 72 exceeds length 64"),
+    (("--grid", "64x64", "--dilation", "80x1", "--search"), "dilation 80 × window 1 = 80 exceeds length 64"),
+    (("--grid", "64x64", "--dilation", "2", "--search"), "dilation 2 is 1-D"),
+    (("--grid", "64x64", "--window", "9x9", "--q-tile", "8"), "Q tile 8 is 1-D"),
+    (("--grid", "64x64", "--kv-tile", "8", "--search"), "Q tile 8 is 1-D"),
+    (("--grid", "64x64", "--window", "9x9", "--causal", "2x0"), "--causal 2x0: 2 is not in 0 … 1"),
+    (("--grid", "64x64", "--window", "9x9", "--text", "-1"), "text must be 0 tokens or more, got -1"),
+    (("--grid", "64x64", "--window", "9x9", "--attention-share", "2"), "attention share must lie between 0 and 1"),
+    (("--grid", "64x64", "--window", "9x9", "--dense-steps", "9/28"), "--dense-steps needs --attention-share"),
+    (("--grid", "64x64", "--window", "9x9", "--attention-share", ".5", "--dense-steps", "9"), "give K/N"),
+    (("--grid", "64x64", "--window", "9x9", "--attention-share", ".5", "--dense-steps", "9/8"), "0 ≤ K ≤ N"),
+    (("--grid", "64x64", "--window", "9x9", "--cost", ".5"), "--cost is for --search"),
+    (("--grid", "64x64", "--search", "--cost", "0"), "cost must be over 0"),
+    (("--grid", "64x64", "--search", "--cost", ".00001"), "the cheapest one found costs"),
+    (("--grid", "64x64", "--window", "9x9", "--plot", "map.pdf"), "ends in .svg or .png"),
+    (("--grid", "64x64", "--window", "9x9", "--plot", "/no/such/folder/map.svg"), "there is no folder"),
+    (("--grid", "1024x1024", "--window", "9x9", "--plot", "map.svg"), "too large to draw"),
+])  # fmt: skip
+def test_bad_input_is_one_line(monkeypatch, capsys, arguments, words):
+    code, output, error = run(monkeypatch, capsys, "simulate", *arguments)
+    assert (code, output, error.count("\n")) == (1, "", 1)
+    assert error.startswith("error: ") and words in error
+    assert not list(ROOT.glob("map.*"))
