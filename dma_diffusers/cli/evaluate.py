@@ -53,7 +53,7 @@ def evaluate(
         bool,
         typer.Option(
             "--attention",
-            help="Draw nothing: record the attention calls of the first four prompts, and measure on those.",
+            help="Compare no pictures: record the first four prompts' attention calls, and measure on those.",
         ),
     ] = False,
     modules: Annotated[
