@@ -74,15 +74,11 @@ def fid_notes(pictures: FeatureSet, reference: FeatureSet) -> list[str]:
     return notes
 
 
-def frechet_distance(
-    mean: torch.Tensor, covariance: torch.Tensor, other_mean: torch.Tensor, other_covariance: torch.Tensor
-) -> float:
-    """‖μ − μ'‖² + tr(C + C' − 2 (C C')^½) of two Gaussians: means [D] and covariances [D, D], float64."""
-    return _distance(_from_moments(mean, covariance), _from_moments(other_mean, other_covariance))
-
-
 def _distance(x: _Gaussian, y: _Gaussian, quickly: bool = False) -> float:
-    """tr (C C')^½ is the sum of the singular values of root root'ᵀ, as many as the smaller set has pictures."""
+    """‖μ − μ'‖² + tr(C + C' − 2 (C C')^½) of two Gaussians.
+
+    tr (C C')^½ is the sum of the singular values of root root'ᵀ, as many as the smaller set has pictures.
+    """
     if torch.equal(x.root, y.root) and torch.equal(x.mean, y.mean):
         return 0.0
     product = x.root @ y.root.T
