@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from dma_diffusers.kernels.maps import TILE
+from dma_diffusers.kernels.neighborhood import Axis
 
 
 def padding(grid: Sequence[int], box: Sequence[int]) -> float:
@@ -20,6 +21,19 @@ def plan(grid: Sequence[int], tokens: int = TILE) -> list[tuple[int, ...]]:
     """
     shapes = _shapes(tokens, len(grid))
     return sorted(shapes, key=lambda box: (padding(grid, box), sum(tokens / side for side in box), box))
+
+
+def fitting(axes: Sequence[Axis], tokens: int = TILE) -> tuple[int, ...]:
+    """The box with which a neighbourhood costs least: pairs of tiles visited, those that its window cuts counted twice."""
+
+    def cost(box: tuple[int, ...]) -> int:
+        visited, filled = (
+            math.prod(int(getattr(axis, kind)(side, side).counts.sum()) for axis, side in zip(axes, box, strict=True))
+            for kind in ("visited", "filled")
+        )
+        return 2 * visited - filled
+
+    return min(plan([axis.length for axis in axes], tokens), key=cost)
 
 
 def _shapes(tokens: int, dimensions: int) -> list[tuple[int, ...]]:

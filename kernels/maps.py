@@ -47,12 +47,14 @@ class PrecisionMap:
     indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers (in `shared`, more), ascending within each phase.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
     has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
+    has_masked: whether any visits a masked one.
     """
 
     indices: torch.Tensor
     bounds: torch.Tensor
     has_high: bool
     has_low: bool
+    has_masked: bool = True
 
     def to(self, device: torch.device) -> "PrecisionMap":
         """The same map on `device`."""
@@ -123,13 +125,18 @@ def cut_tiles(layout: Layout, is_causal: bool, order: torch.Tensor | None = None
 
 
 def build_map(
-    classes: torch.Tensor, layout: Layout, is_causal: bool = False, order: torch.Tensor | None = None
+    classes: torch.Tensor,
+    layout: Layout,
+    is_causal: bool = False,
+    order: torch.Tensor | None = None,
+    cut: torch.Tensor | None = None,
 ) -> PrecisionMap:
     """The map that a policy's classes give.
 
     classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`. A causal mask compares token indices,
     query i seeing keys 0 … i, as `scaled_dot_product_attention(is_causal=True)` does.
     order: integers `[Sk]`, the token that stands at each place of `layout`, −1 where none does: such keys are hidden.
+    cut: bool `[q_tiles, k_tiles]`, other tiles of which not every query sees all keys.
     """
     expected = (tiles(layout.q_length), tiles(layout.k_length))
     if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
@@ -137,7 +144,9 @@ def build_map(
     if is_causal:
         classes = causal_classes(classes)
     skipped = classes == Class.SKIP
-    phases = torch.where(cut_tiles(layout, is_causal, order), int(Phase.MASKED), classes)
+    masked = cut_tiles(layout, is_causal, order)
+    masked = masked if cut is None else masked | cut
+    phases = torch.where(masked, int(Phase.MASKED), classes)
     phases = torch.where(skipped, len(Phase), phases)
     walked = phases.argsort(dim=-1, stable=True)
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
@@ -146,4 +155,5 @@ def build_map(
     has_high = bool((classes == Class.HIGH).any())
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
     indices = walked[..., :longest].int().contiguous()
-    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)
+    has_masked = bool(counts[..., Phase.MASKED].any())
+    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low, has_masked)

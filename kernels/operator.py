@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.maps import TILE, Class, PrecisionMap, build_map, tiles
-from dma_diffusers.kernels.policies import Dense, Diagonal, Policy
+from dma_diffusers.kernels.maps import TILE, Class, tiles
+from dma_diffusers.kernels.policies import Dense, Diagonal, Policy, parse
 from dma_diffusers.kernels.quantiser.reference import Rope
+
+DIAGONAL = str(Diagonal())
 
 
 def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: str = "auto") -> Choice:
@@ -49,47 +51,40 @@ def attention(
     *,
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
-    order: torch.Tensor | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
-    window: int | Sequence[int] = 128,
-    sink: int = 128,
+    policy: Policy | str = DIAGONAL,
+    grid: Sequence[int] = (),
     text_start: int = 0,
     text_stop: int = 0,
     mapped: bool = True,
     lowering: str = "auto",
     return_lse: bool = False,
 ) -> Result:
-    """Diagonal-tiled mixed-precision attention (DMA, arXiv 2604.03950).
+    """Mixed-precision attention: a policy says which tiles are HIGH, which LOW, and which are skipped.
 
     q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, bf16, fp16 or fp32, D ≤ 256, Hkv dividing H; any strides under
     which no two elements share memory.
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
     scale: of the scores, D^-½ by default, more than 0.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
-    order: int32 `[S]`, a permutation of the tokens, for Sq = Sk and not causal: token order[i] stands at place i.
-    Window, sink and text are in places; everything else, given and returned, is in the tokens' own order. The kernels
-    gather and scatter as they read and write. They don't check it, which would wait for the device: tokens that it
-    doesn't name are undefined in the output, numbers that are no token's read and write nothing.
-    high, low: formats of Q·K by class. window, sink: tokens, see `Diagonal`; window may have a width for each of
-    q's heads. text_start, text_stop: the text tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
+    high, low: formats of Q·K by class. policy: one of `policies`, or its words; by default DMA (arXiv 2604.03950).
+    grid: what the tokens that aren't text lie on, see `Layout`; policies on the grid need it, and Sq = Sk. Their tiles
+    are boxes: the kernels gather tokens as they read them, and scatter what they write.
+    text_start, text_stop: the text tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
     Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
     Raises ValueError for what it can't take, before anything is launched.
     """
     _check(q, k, v, key_mask)
     _check_rope("q", q, q_rope)
     _check_rope("k", k, k_rope)
-    _check_order(order, q, k, is_causal)
     get_format(high), get_format(low)
-    windows = list(window) if isinstance(window, Sequence) else [window]
-    if len(windows) not in (1, q.shape[1]):
-        raise ValueError(f"window must be one width, or one for each of {q.shape[1]} heads, got {windows}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {scale}")
     return Result(*torch.ops.dma_diffusers.attention(
-        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), order, scale, is_causal,
-        high, low, windows, sink, text_start, text_stop, mapped, lowering, return_lse,
+        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
+        high, low, str(policy), grid, text_start, text_stop, mapped, lowering, return_lse,
     ))  # fmt: skip
 
 
@@ -140,20 +135,6 @@ def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
             )
 
 
-def _check_order(order: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> None:
-    if order is None:
-        return
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"order needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-    if is_causal:
-        raise ValueError("order can't be had with is_causal, which compares places; leave one of them out")
-    if order.shape != q.shape[2:3] or order.dtype != torch.int32 or order.device != q.device:
-        raise ValueError(
-            f"order must be int32 [{q.shape[2]}] on {q.device}, "
-            f"got {order.dtype} {list(order.shape)} on {order.device}"
-        )
-
-
 def _check_memory(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if aliases(x):
@@ -168,12 +149,12 @@ def _check_memory(q, k, v) -> None:
 
 
 @cache  # for good: a captured CUDA graph goes on reading its map
-def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> PrecisionMap:
+def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> plan.Plan:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-    planned = build_map(policy.classes(layout, is_causal), layout, is_causal).to(device)
+    planned = plan.make(policy, layout, is_causal).to(device)
     if lowerings.architecture(device) == "sm_90":
-        _ = planned.shared  # the walks of hopper.py, which no capture could make either
+        _ = planned.precision_map.shared  # the walks of hopper.py, which no capture could make either
     return planned
 
 
@@ -187,41 +168,42 @@ def _attention(
     q_sin: torch.Tensor | None,
     k_cos: torch.Tensor | None,
     k_sin: torch.Tensor | None,
-    order: torch.Tensor | None,
     scale: float,
     is_causal: bool,
     high: str,
     low: str,
-    windows: Sequence[int],
-    sink: int,
+    policy: str,
+    grid: Sequence[int],
     text_start: int,
     text_stop: int,
     mapped: bool,
     lowering: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop))
+    layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid))
     _check_memory(q, k, v)
-    policy = Diagonal(tuple(windows), sink) if mapped else Dense(Class.HIGH)
+    asked = parse(policy) if mapped else Dense(Class.HIGH)
+    if asked.heads not in (None, q.shape[1]):
+        raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-    precision_map = _plan(policy, layout, is_causal, q.device)
+    planned = _plan(asked, layout, is_causal, q.device)
     call = {
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
         "k_rope": None if k_cos is None else (k_cos, k_sin),
-        "order": None if order is None else order.contiguous(),
+        "order": planned.order, "spans": planned.spans,
     }  # fmt: skip
     inexact_rows = None
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            result, lse = reference.attention(q, k, v, precision_map, high, low, **call)
+            result, lse = reference.attention(q, k, v, planned.precision_map, high, low, **call)
         out = _empty_output(q).copy_(result)
         lse = lse if return_lse else None
     else:
         from dma_diffusers.kernels.attention import launch
 
         call |= {"lowering": chosen, "return_lse": return_lse}
-        out, lse, inexact_rows = launch.attention(q, k, v, precision_map, high, low, **call)
+        out, lse, inexact_rows = launch.attention(q, k, v, planned.precision_map, high, low, **call)
     empty = torch.empty(0, dtype=torch.float32, device=q.device)
     return out, empty if lse is None else lse, empty.int() if inexact_rows is None else inexact_rows
 
@@ -236,13 +218,12 @@ def _(
     q_sin,
     k_cos,
     k_sin,
-    order,
     scale,
     is_causal,
     high,
     low,
-    windows,
-    sink,
+    policy,
+    grid,
     text_start,
     text_stop,
     mapped,

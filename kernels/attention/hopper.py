@@ -108,18 +108,24 @@ def _load_phase(
 
 
 @gluon.jit
-def _seen(s, tile, key_mask, empty_order, k_length, q_tokens, CAUSAL: gl.constexpr):
+def _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: gl.constexpr):
     """Scores [64, 128] of one tile, −inf where a query doesn't see a key."""
     columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, s.type.layout))
-    if CAUSAL:
+    if spans is not None:  # as Spans.seen has it
+        places = gl.cdiv(k_length, TILE) * TILE
+        known = q_tokens < places
+        first = gl.load(spans + q_tokens, mask=known, other=0)
+        last = gl.load(spans + (places + q_tokens), mask=known, other=0) | guards
+        low = gl.load(spans + (2 * places + tile * TILE + columns)) | guards
+        high = gl.load(spans + (3 * places + tile * TILE + columns))
+        inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
+        seen = (inside & guards) == guards
+    elif CAUSAL:
         seen = columns[None, :] < gl.minimum(q_tokens + 1, k_length)[:, None] - tile * TILE
     else:
         seen = (columns < k_length - tile * TILE)[None, :]
     if key_mask is not None:
         seen = seen & (gl.load(key_mask + tile * TILE + columns) != 0)[None, :]
-    elif empty_order is not None:
-        place = tile * TILE + columns
-        seen = (gl.load(empty_order + place, mask=place < k_length, other=-1) >= 0)[None, :]
     return gl.where(seen, s, float("-inf"))
 
 
@@ -133,7 +139,7 @@ def _probabilities(s, top, m, factor, shift):
 @gluon.jit
 def _high_phase(
     accumulator, l, m, q, fold, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
-    key_mask, empty_order, k_length, q_tokens, q_rows, known,
+    key_mask, spans, guards, k_length, q_tokens, q_rows, known,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Walk tiles in bf16; l is [64]."""
@@ -160,7 +166,7 @@ def _high_phase(
             mbarrier.arrive(barriers.index(SLOTS + keys), count=1)
             if MASKED or key_mask is not None:
                 tile = entry & ((1 << VISITORS) - 1)
-                s = _seen(s, tile, key_mask, empty_order, k_length, q_tokens, MASKED and CAUSAL)
+                s = _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
             p, m, rescale = _probabilities(s, gl.max(s, axis=1), m, factor, shift)
             l = l * rescale + gl.sum(p, axis=1)
             accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
@@ -180,7 +186,7 @@ def _high_phase(
 def _low_phase(
     accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales,
     indices, entries, first, last, warpgroup,
-    key_mask, empty_order, k_length, q_tokens,
+    key_mask, spans, guards, k_length, q_tokens,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -215,7 +221,7 @@ def _low_phase(
                 s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
             if MASKED or key_mask is not None:
                 s = _seen(
-                    s.to(gl.float32), tile, key_mask, empty_order, k_length, q_tokens, MASKED and CAUSAL
+                    s.to(gl.float32), tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL
                 )
                 # 0·−inf is NaN
                 own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)
@@ -290,8 +296,8 @@ def _attend(
     low_row: gl.constexpr = gl.SliceLayout(1, _products_layout(TILE, 32))
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
-        smem, ones, scales, fold, offset, key_mask, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, head_dim, out_stride_s,
+        smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
+        q_length, k_length, order_tokens, guards, head_dim, out_stride_s,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -301,7 +307,6 @@ def _attend(
     # The last program's last warpgroups may lie past the whole tiles that the quantiser wrote.
     q_rows = head * (gl.cdiv(q_length, TILE) * TILE) + q_tokens
     known = q_tokens < gl.cdiv(q_length, TILE) * TILE
-    empty_order = None if order_tokens is None else order
 
     m = gl.full((ROWS,), LOWEST, gl.float32, row)
     l = gl.zeros((ROWS,), gl.float32, row)
@@ -311,7 +316,7 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
-            indices, own_entries, 0, high_end, warpgroup, key_mask, empty_order, k_length, q_tokens, q_rows, known,
+            indices, own_entries, 0, high_end, warpgroup, key_mask, None, None, k_length, q_tokens, q_rows, known,
             False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
@@ -327,13 +332,13 @@ def _attend(
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m = _low_phase(
             low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
-            own_scales, indices, own_entries, high_end, low_end, warpgroup, key_mask, empty_order, k_length, low_tokens,
+            own_scales, indices, own_entries, high_end, low_end, warpgroup, key_mask, None, None, k_length, low_tokens,
             False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
             low_sums, low_l, low_m = _low_phase(
                 low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end, k_scales,
-                own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, empty_order, k_length, low_tokens,
+                own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, low_tokens,
                 True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
         # volatile: read anew, not kept in registers throughout the loop
@@ -343,7 +348,7 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
-            indices, own_entries, low_end, end, warpgroup, key_mask, empty_order, k_length, q_tokens, q_rows, known,
+            indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, q_tokens, q_rows, known,
             True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
@@ -373,8 +378,8 @@ def _attend(
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, fold, offset, indices, bounds, key_mask, order, out, lse,
-    heads, kv_heads, q_length, k_length, order_tokens, head_dim, map_stride_b, map_stride_h, map_length,
+    v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
+    heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr,
@@ -426,8 +431,8 @@ def attend_hopper(
     scales = (q_low_scales, k_low_scales, v_scale)
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
     given = (
-        smem, ones, scales, fold, offset, key_mask, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, head_dim, out_stride_s,
+        smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
+        q_length, k_length, order_tokens, guards, head_dim, out_stride_s,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)

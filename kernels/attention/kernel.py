@@ -82,27 +82,31 @@ def _in_order_of_v(p):
 
 
 @triton.jit
-def _seen(tile, key_mask, empty_order, k_length, q_tokens, CAUSAL: tl.constexpr):
+def _seen(tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
     """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
     columns = tl.arange(0, TILE)
-    if CAUSAL:
+    if spans is not None:  # as Spans.seen has it
+        places = tl.cdiv(k_length, TILE) * TILE
+        first, last = tl.load(spans + q_tokens), tl.load(spans + places + q_tokens) | guards
+        low = tl.load(spans + 2 * places + tile * TILE + columns) | guards
+        high = tl.load(spans + 3 * places + tile * TILE + columns)
+        inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
+        seen = (inside & guards) == guards
+    elif CAUSAL:
         seen = columns[None, :] < tl.minimum(q_tokens + 1, k_length)[:, None] - tile * TILE
     else:
         seen = (columns < k_length - tile * TILE)[None, :]
     if key_mask is not None:
         unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
-        seen = (seen & unmasked) if CAUSAL else unmasked
-    elif empty_order is not None:
-        place = tile * TILE + columns
-        seen = (tl.load(empty_order + place, mask=place < k_length, other=-1) >= 0)[None, :]
+        seen = (seen & unmasked) if CAUSAL or spans is not None else unmasked
     return seen
 
 
 @triton.jit
 def _phase(
     accumulator, l, m, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold, offset,
-    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, empty_order,
-    k_length, start, zero,
+    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, spans,
+    guards, k_length, start, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
@@ -137,7 +141,7 @@ def _phase(
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
         if MASKED or key_mask is not None:
-            seen = _seen(tile, key_mask, empty_order, k_length, q_tokens, MASKED and CAUSAL)
+            seen = _seen(tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
@@ -178,8 +182,8 @@ def _phase(
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, fold, offset, indices, bounds, key_mask, order, out, lse,
-    heads, kv_heads, q_length, k_length, order_tokens, head_dim, map_stride_b, map_stride_h, map_length,
+    v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
+    heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
@@ -198,7 +202,8 @@ def attend(
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
     With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
     query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
-    have, None if as many as there are places; where places are empty, `key_mask` or a MASKED tile hides the key.
+    have, None if as many as there are places. `spans` (spans.py; int32 [4, whole tiles], with its `guards`) say in MASKED
+    tiles who sees whom, in place of the length and the causal mask; they hide the keys of empty places, as `key_mask` does.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
@@ -216,7 +221,6 @@ def attend(
         end = tl.load(bounds + row * 3 + 2)
         q_tokens = start + tl.arange(0, ROWS)
         channels = tl.arange(0, D)
-        empty_order = None if order_tokens is None else order
         own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
 
         m = tl.full((ROWS,), LOWEST, tl.float32)
@@ -227,7 +231,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, 0, high_end, own_mask, empty_order, k_length, start, zero,
+                tiles, 0, high_end, own_mask, None, guards, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -238,7 +242,7 @@ def attend(
                 accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, high_end, low_end, own_mask, empty_order, k_length, start, zero,
+                tiles, high_end, low_end, own_mask, None, guards, k_length, start, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -247,7 +251,7 @@ def attend(
                     accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, empty_order, k_length, start, zero,
+                    tiles, low_end, end, own_mask, spans, guards, k_length, start, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, MASKED_STAGES,
                 )  # fmt: skip
@@ -258,7 +262,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, low_end, end, own_mask, empty_order, k_length, start, zero,
+                tiles, low_end, end, own_mask, spans, guards, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.maps import TILE, Phase, PrecisionMap, tiles
 from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.spans import Spans
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30
@@ -32,6 +33,7 @@ def attention(
     q_rope: quantiser.Rope | None = None,
     k_rope: quantiser.Rope | None = None,
     order: torch.Tensor | None = None,
+    spans: Spans | None = None,
     sums_rounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
@@ -43,6 +45,7 @@ def attention(
     takes from those of the other class.
     order: int32 `[places]`, for Sq = Sk, not causal: which token stands at each place, −1 where none does. The map is
     one of places, everything else is in the tokens' own order. Raises ValueError unless each token has one place.
+    spans: which places see each other in MASKED tiles.
     sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     Source: DMA, arXiv 2604.03950.
     """
@@ -121,9 +124,11 @@ def attention(
                 if key_mask is not None:
                     own_mask = key_mask[row_batch[active]]
                     seen = seen & own_mask.gather(1, tokens.clamp(max=k_length - 1))[:, None, :]
+                q_tokens = row_tile[active][:, None] * TILE + inner
                 if is_causal:
-                    q_tokens = row_tile[active][:, None] * TILE + inner
                     seen = seen & (tokens[:, None, :] <= q_tokens[:, :, None])
+                if phase is Phase.MASKED and spans is not None:
+                    seen = seen & spans.seen(q_tokens[:, :, None], tokens[:, None, :])
                 s = torch.where(seen, s, -math.inf)
             m_new = torch.maximum(m[:count], s.amax(-1, keepdim=True) - P_SHIFT)
             p = torch.exp2(s - m_new)
