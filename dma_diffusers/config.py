@@ -9,6 +9,7 @@ import torch
 
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.policies import Diagonal
 
 PRESETS = {
     "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind
@@ -158,7 +159,7 @@ class DMAConfig:
         """Keyword arguments of `kernels.operator.attention`, for a call with text tokens from start to stop."""
         start, stop = text if self.protect_text else (0, 0)
         return {
-            "high": self.high, "low": self.low, "window": self.window, "sink": self.sink,
+            "high": self.high, "low": self.low, "policy": str(Diagonal(self.window, self.sink)),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
         }  # fmt: skip
 

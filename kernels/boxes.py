@@ -24,11 +24,14 @@ def plan(grid: Sequence[int], tokens: int = TILE) -> list[tuple[int, ...]]:
 
 
 def fitting(axes: Sequence[Axis], tokens: int = TILE) -> tuple[int, ...]:
-    """The box with which a neighbourhood costs least: pairs of tiles visited, those that its window cuts counted twice."""
+    """The box with which a neighbourhood costs least: pairs of tiles visited, those that it cuts counted twice."""
 
     def cost(box: tuple[int, ...]) -> int:
         visited, filled = (
-            math.prod(int(getattr(axis, kind)(side, side).counts.sum()) for axis, side in zip(axes, box, strict=True))
+            math.prod(
+                int(getattr(axis, kind)(side, side).counts.sum())
+                for axis, side in zip(axes, box, strict=True)
+            )
             for kind in ("visited", "filled")
         )
         return 2 * visited - filled

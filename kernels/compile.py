@@ -25,6 +25,7 @@ from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
 from dma_diffusers.kernels.maps import TILE, Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.spans import hiding
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
@@ -87,10 +88,11 @@ def launches(
     is_causal: bool = False,
     masks_keys: bool = False,
     places: int | None = None,
+    has_spans: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
-    places: of an order, 256 if it leaves none empty; None for a call without one.
+    places: of an order, 256 if it leaves none empty; None for a call without one. has_spans: whether MASKED tiles have.
     """
     recorded = []
 
@@ -104,6 +106,7 @@ def launches(
         q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
         order=None if places is None else torch.arange(places, dtype=torch.int32),
+        spans=hiding(torch.arange(places or _TOKENS)) if has_spans else None,
         scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip

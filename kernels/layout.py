@@ -11,8 +11,8 @@ class Layout:
     """The tokens of one attention call: how many queries and keys, which of them are text, and the others' grid.
 
     `text` is the half-open range of text tokens in the joint sequence, `(0, 0)` where there is none; it holds
-    for queries and keys alike. `grid` is what all other tokens lie on, in row-major order: (time, rows, columns), (rows,
-    columns) or (tokens,); `()` where that isn't known. Raises ValueError where these contradict each other.
+    for queries and keys alike. `grid` is what all other tokens lie on, in row-major order: (time, rows, columns),
+    (rows, columns) or (tokens,); `()` where that isn't known. Raises ValueError where these contradict each other.
     """
 
     q_length: int

@@ -1,8 +1,8 @@
 """Policies: from a layout to the class of every pair (Q tile, KV tile).
 
-A policy has words, `str(policy)`, from which `parse` makes it again: `neighborhood(window=18x24x24, high=6x8x8)`. Policies
-unite, `a | b`: every pair takes the more precise of their classes. Text is HIGH whatever the policy, as keys for every
-query and as queries for every key; only `Dense` has no exceptions.
+A policy has words, `str(policy)`, from which `parse` makes it again: `neighborhood(window=18x24x24, high=6x8x8)`.
+Policies unite, `a | b`: every pair takes the more precise of their classes. Text is HIGH whatever the policy, as keys
+for every query and as queries for every key; only `Dense` has no exceptions.
 """
 
 import re
@@ -37,7 +37,7 @@ class Policy:
     heads: int | None = None
 
     def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
-        """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`. Policies on the grid need `places`; `layout` is theirs."""
+        """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`; on the grid they need `places`, and their layout."""
         return torch.full((1, 1, tiles(layout.q_length), tiles(layout.k_length)), int(Class.LOW))
 
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
@@ -123,10 +123,7 @@ class Diagonal(Policy):
         k_tile = torch.arange(tiles(layout.k_length))[None, :]
         width = torch.tensor(self.windows)[:, None, None]
         reach = -(-(width - TILE).clamp(min=0) // (TILE if is_causal else 2 * TILE))
-        if self.on_grid:
-            near = _ranks(places) <= 2 * reach
-        else:
-            near = (q_tile - k_tile).abs() <= reach
+        near = _ranks(places) <= 2 * reach if self.on_grid else (q_tile - k_tile).abs() <= reach
         high = ((width > 0) & near) | (k_tile < tiles(self.sink))
         return _protected(torch.where(high, int(Class.HIGH), int(Class.LOW))[None], layout)
 
@@ -138,8 +135,8 @@ class Diagonal(Policy):
 class Neighborhood(Policy):
     """Two nested windows on the grid (generalized neighbourhood attention, arXiv 2504.16922).
 
-    window: keys seen by each query, a side for each dimension of the grid; tiles that it holds are LOW, those beyond are
-        skipped, those that its edge cuts are masked. None for the whole grid.
+    window: keys seen by each query, a side for each dimension of the grid; tiles that it holds are LOW, those beyond
+        are skipped, those that its edge cuts are masked. None for the whole grid.
     high: tiles that hold a key within this window are HIGH. None for no such window.
     stride: queries that share one window, a side for each dimension, 1 by default; of `high` too, as far as it goes.
     A window larger than the grid is clamped, and noted.
@@ -157,7 +154,9 @@ class Neighborhood(Policy):
             if sides is None:
                 continue
             sides = (sides,) if isinstance(sides, int) else tuple(sides)
-            if not sides or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+            if not sides or any(
+                isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides
+            ):
                 raise ValueError(f"{name} must be sides of at least 1 token, got {sides}")
             object.__setattr__(self, name, sides)
         if self.window is None and self.high is None:
@@ -342,7 +341,9 @@ def parse(words: str) -> Policy:
     for part in words.split("|"):
         call = _CALL.fullmatch(part)
         if not call or call[1] not in KINDS:
-            raise ValueError(f"{part.strip()!r} is no policy: give {', '.join(f'{name}(…)' for name in KINDS)}, or several with |")
+            raise ValueError(
+                f"{part.strip()!r} is no policy: give {', '.join(f'{name}(…)' for name in KINDS)}, or several with |"
+            )
         kind, given = KINDS[call[1]], {}
         known = [field.name for field in fields(kind)]
         for argument in filter(None, map(str.strip, call[2].split(","))):

@@ -48,14 +48,16 @@ def hiding(order: torch.Tensor) -> Spans:
 def spans(order: torch.Tensor, coordinates: torch.Tensor, axes: Sequence[Axis]) -> Spans:
     """The spans of a neighbourhood, whose dilation is 1.
 
-    order: integers `[places]`, −1 for empty places. coordinates: integers `[dimensions, places]`, −1 off the grid; tokens
-    there are text. Without axes everybody sees every token. Raises ValueError for a grid that the fields can't hold.
+    order: integers `[places]`, −1 for empty places. coordinates: integers `[dimensions, places]`, −1 off the grid;
+    tokens there are text. Without axes everybody sees every token. Raises ValueError for a grid too long for the fields.
     """
     width = _BITS // len(coordinates)
     top = 2 ** (width - 1) - 1  # as a key's high, it is seen by nobody; as its low, by everybody
     longest = max((axis.length for axis in axes), default=0)
     if longest > top:
-        raise ValueError(f"a neighbourhood of {len(axes)} dimensions takes up to {top} tokens in each, got {longest}")
+        raise ValueError(
+            f"a neighbourhood of {len(axes)} dimensions takes up to {top} tokens in each, got {longest}"
+        )
     is_empty, on_grid = order < 0, coordinates[0] >= 0
     packed = torch.zeros(4, len(order), dtype=torch.int64)
     for number in range(len(coordinates)):

@@ -80,6 +80,11 @@ class Config:
         return config
 
     @property
+    def policy(self) -> Diagonal:
+        """Which tiles are HIGH."""
+        return Diagonal(self.window, self.sink)
+
+    @property
     def name(self) -> str:
         text = f", text {self.text_start} to {self.text_stop}" * (self.text_stop > 0)
         lowering = f", {self.lowering}" * (self.lowering != "auto")
@@ -109,7 +114,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
     if chosen.lowering == "reference":
         raise ValueError(f"there is no kernel for it: {chosen.reason}")
     layout = Layout(q.shape[2], q.shape[2], (config.text_start, config.text_stop))
-    policy = Diagonal(config.window, config.sink) if config.mapped else Dense(Class.HIGH)
+    policy = config.policy if config.mapped else Dense(Class.HIGH)
     precision_map = build_map(policy.classes(layout), layout).to(q.device)
 
     def recorded(copy: Tensors) -> tuple[list[Callable[[], None]], torch.Tensor]:
@@ -133,7 +138,8 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
         return out
 
     def whole(number: int) -> torch.Tensor:
-        return operator.attention(*copies[number % len(copies)], **asdict(config)).out
+        keywords = {name: value for name, value in asdict(config).items() if name not in ("window", "sink")}
+        return operator.attention(*copies[number % len(copies)], policy=config.policy, **keywords).out
 
     calls = [recorded(copy) for copy in copies]
     return Prepared(

@@ -14,7 +14,7 @@ from dma_diffusers.eval.recordings.exact import exact_attention
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.maps import Class, causal_classes, cut_tiles
-from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.policies import Dense, parse
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def high_tiles(arguments: Mapping[str, Any], recording: Recording) -> torch.Tens
     """Which pairs of tiles the operator computes in HIGH with these arguments: bool `[1, H or 1, q_tiles, k_tiles]`."""
     policy, text = Dense(Class.HIGH), (0, 0)
     if arguments.get("mapped", True):
-        policy = Diagonal(arguments["window"], arguments["sink"])
+        policy = parse(arguments["policy"])
         text = arguments["text_start"], arguments["text_stop"]
     layout, is_causal = replace(recording.layout, text=text), recording.is_causal
     classes = policy.classes(layout, is_causal)

@@ -332,13 +332,15 @@ def _attend(
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m = _low_phase(
             low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
-            own_scales, indices, own_entries, high_end, low_end, warpgroup, key_mask, None, None, k_length, low_tokens,
+            own_scales, indices, own_entries, high_end, low_end, warpgroup, key_mask, None, None,
+            k_length, low_tokens,
             False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
             low_sums, low_l, low_m = _low_phase(
                 low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end, k_scales,
-                own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, low_tokens,
+                own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards,
+                k_length, low_tokens,
                 True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
         # volatile: read anew, not kept in registers throughout the loop

@@ -202,8 +202,9 @@ def attend(
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
     With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
     query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
-    have, None if as many as there are places. `spans` (spans.py; int32 [4, whole tiles], with its `guards`) say in MASKED
-    tiles who sees whom, in place of the length and the causal mask; they hide the keys of empty places, as `key_mask` does.
+    have, None if as many as there are places. `spans` (spans.py; int32 [4, whole tiles], with its `guards`) say in
+    MASKED tiles who sees whom, in place of the length and the causal mask; empty places are hidden by them, or by
+    `key_mask`.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)

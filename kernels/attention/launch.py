@@ -50,7 +50,7 @@ def attention(
     """The reference's call on the fused kernel, with the map on q's device.
 
     Only the classes that the map has are encoded and compiled. order: contiguous, and not checked: numbers that are
-    no token's are as −1, tokens that it doesn't name are undefined in the output; `spans`, or a key mask, hide empty places.
+    no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide empty places.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
@@ -101,7 +101,8 @@ def attention(
     walks = precision_map.shared if in_gluon else precision_map
     arguments = (
         *high_operands, v_high, *low_operands, v_low,
-        encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds, whole_mask, spans and spans.packed, order, out, lse,
+        encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds,
+        whole_mask, spans and spans.packed, order, out, lse,
         heads, kv_heads, q_length, k_length, order_tokens, spans and spans.guards, head_dim,
         *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
         *out.stride()[:3],

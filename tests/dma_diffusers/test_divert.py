@@ -192,8 +192,8 @@ def test_text_is_high_unless_that_is_switched_off(protected):
     with Diverting(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
         out = F.scaled_dot_product_attention(q, k, v)
     text_stop = 84 if protected else 0
-    expected = operator.attention(q, k, v, window=0, sink=0, text_stop=text_stop).out
-    other = operator.attention(q, k, v, window=0, sink=0, text_stop=84 - text_stop).out
+    expected = operator.attention(q, k, v, policy="diagonal(window=0, sink=0)", text_stop=text_stop).out
+    other = operator.attention(q, k, v, policy="diagonal(window=0, sink=0)", text_stop=84 - text_stop).out
     assert torch.equal(out, expected) and not torch.equal(out, other)
     assert ("without protected text" in taken.receipt("attn", q.device).policy) == (not protected)
 

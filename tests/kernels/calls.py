@@ -11,6 +11,7 @@ from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
 from dma_diffusers.kernels.maps import PrecisionMap, build_map
 from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.spans import Spans, hiding
 from dma_diffusers.kernels.tuning import tuning
 
 GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 256
@@ -56,6 +57,14 @@ class Call:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(self.q_length + self.empty_places, generator=generator).int()
         return torch.where(order < self.q_length, order, -1)
+
+    @property
+    def spans(self) -> Spans | None:
+        """Those that hide empty places."""
+        return hiding(self.order) if self.empty_places else None
+
+    def spans_on(self, device: torch.device) -> Spans | None:
+        return self.spans and self.spans.to(device)
 
     def order_on(self, device: torch.device) -> torch.Tensor | None:
         return None if self.order is None else self.order.to(device)

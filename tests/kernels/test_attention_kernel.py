@@ -11,6 +11,7 @@ from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
 from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.spans import hiding
 from tests.kernels.calls import NAMED_CALLS, Call, guarded, random_calls, relative_l2, sums_rounded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
@@ -27,7 +28,8 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native"):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering,
-        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), **call.ropes(device),
+        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
+        **call.ropes(device),
     )[:2]  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def expected(call: Call, device: torch.device, lowering: str):
     q, k, v, mask = call.tensors(device)
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), **call.ropes(device),
+        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
+        **call.ropes(device),
         sums_rounded=sums_rounded(call, lowering, device),
     )  # fmt: skip
 
@@ -222,7 +225,10 @@ def test_what_an_order_does_not_name_is_left_alone(pair, empty_places, kernel_de
     places = (order >= 0).nonzero()[[5, 130, 131, 299], 0]
     left_out = order[places]
     order[places] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    out, lse, _ = launched(q, k, v, call.map(), *pair, order=order.to(kernel_device), run=guarded)
+    spans = hiding(order.where(order < 300, -1)).to(kernel_device)
+    out, lse, _ = launched(
+        q, k, v, call.map(), *pair, order=order.to(kernel_device), spans=spans, run=guarded
+    )
     is_left_out = torch.zeros(300, dtype=torch.bool)
     is_left_out[left_out.long()] = True
     for x in (out[..., 0], out[..., 63], lse):

@@ -337,6 +337,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         "scale": scale,
         "is_causal": call.is_causal,
         "order": call.order_on(device),
+        "spans": call.spans_on(device),
         **ropes,
     }
     rounded = sums_rounded(call, call.lowering, device)

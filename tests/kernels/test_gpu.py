@@ -51,7 +51,7 @@ def test_more_than_two_to_the_31_elements(many, gpu):
     long, short = (torch.randn(1, 1, n, 128, device=gpu, dtype=torch.bfloat16) for n in (tokens, 128))
     q, k = (long, short) if many == "queries" else (short, long)
     v = torch.randn(1, 1, k.shape[2], 128, device=gpu, dtype=torch.bfloat16)
-    out = operator.attention(q, k, v, high="bf16", low="int8", window=0, sink=0).out
+    out = operator.attention(q, k, v, high="bf16", low="int8", policy="diagonal(window=0, sink=0)").out
     last = slice(-4096, None)
     if many == "queries":
         expected = F.scaled_dot_product_attention(q[:, :, last].double(), k.double(), v.double())
@@ -93,7 +93,7 @@ def test_errors_at_a_pictures_length(kind, most, gpu):
     expected = exact(q, k, v)
     stock = relative_l2(F.scaled_dot_product_attention(q, k, v), expected)
     high = operator.attention(q, k, v, high="bf16", low="int8", mapped=False).out
-    low = operator.attention(q, k, v, high="bf16", low="int8", window=0, sink=0).out
+    low = operator.attention(q, k, v, high="bf16", low="int8", policy="diagonal(window=0, sink=0)").out
     figures = {"stock": stock, "high": relative_l2(high, expected), "low": relative_l2(low, expected)}
     print(kind, figures)
     assert figures["high"] <= 1.5 * stock
@@ -105,8 +105,8 @@ def test_an_operator_call_counts_inexact_rows(fmt, gpu):
     if architecture(gpu) != "sm_90":
         pytest.skip("needs a GPU that re-encodes")
     q, k, v = (torch.randn(1, 1, 300, 64, device=gpu) for _ in range(3))
-    assert operator.attention(q, k, v, low=fmt, window=0, sink=0).inexact_rows.item() == 0
+    assert operator.attention(q, k, v, low=fmt, policy="diagonal(window=0, sink=0)").inexact_rows.item() == 0
     q[..., 7, 32:] *= 2.0**-30
-    wide = operator.attention(q, k, v, low=fmt, window=0, sink=0)
+    wide = operator.attention(q, k, v, low=fmt, policy="diagonal(window=0, sink=0)")
     assert wide.inexact_rows.item() == int(fmt in ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"))
     assert wide.out.isfinite().all()

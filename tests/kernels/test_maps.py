@@ -107,9 +107,9 @@ def test_map_equals_brute_force(q_length, k_length, window, sink, is_causal, dat
 
 
 def test_negative_width_is_refused():
-    with pytest.raises(ValueError, match="window must be 0 tokens or more, got -1"):
+    with pytest.raises(ValueError, match="window must be a whole number of tokens, 0 or more, got -1"):
         Diagonal(window=-1)
-    with pytest.raises(ValueError, match="window must be 0 tokens or more, got -2"):
+    with pytest.raises(ValueError, match="window must be a whole number of tokens, 0 or more, got -2"):
         Diagonal(window=(128, -2))
     with pytest.raises(ValueError, match="sink must be 0 tokens or more, got -128"):
         Diagonal(sink=-128)

@@ -1,5 +1,6 @@
 """The registered operator: what it computes, what it refuses, what torch.compile sees."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,13 @@ import torch
 
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.attention import reference
-from tests.kernels.calls import Call, oracle
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import Class
+from dma_diffusers.kernels.neighborhood import mask as neighborhood_mask
+from dma_diffusers.kernels.neighborhood import neighborhood
+from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.policies import Diagonal, Neighborhood
+from tests.kernels.calls import Call, oracle, relative_l2, rotated
 
 
 def test_it_is_the_reference_on_this_machine():
@@ -34,7 +41,9 @@ def test_unmapped_calls_are_high_everywhere():
 def test_no_band_no_sink_no_text_is_low_everywhere():
     call = Call(384, 384, 64, window=0, sink=0)
     q, k, v, _ = call.tensors()
-    lse = operator.attention(q, k, v, window=0, sink=0, lowering="reference", return_lse=True).lse
+    lse = operator.attention(
+        q, k, v, policy="diagonal(window=0, sink=0)", lowering="reference", return_lse=True
+    ).lse
     torch.testing.assert_close(lse.double(), oracle(call, q, k, v, None)[1], rtol=2e-5, atol=2e-5)
 
 
@@ -42,21 +51,26 @@ def test_each_head_has_its_own_window():
     call = Call(640, 640, 64, heads=4, kv_heads=2, text=(0, 20))
     q, k, v, _ = call.tensors()
     windows = (0, 128, 384, 10_000)
-    out = operator.attention(q, k, v, window=windows, text_stop=20, lowering="reference").out
+
+    def attend(window: int | tuple[int, ...]) -> torch.Tensor:
+        return operator.attention(q, k, v, policy=Diagonal(window), text_stop=20, lowering="reference").out
+
+    out = attend(windows)
     for head, window in enumerate(windows):
-        alone = operator.attention(q, k, v, window=window, text_stop=20, lowering="reference").out
+        alone, other = attend(window), attend(windows[head - 1])
         assert torch.equal(out[:, head], alone[:, head])
-        other = operator.attention(q, k, v, window=windows[head - 1], text_stop=20, lowering="reference").out
         assert not torch.equal(out[:, head], other[:, head])
 
 
-@pytest.mark.parametrize("has_order", [False, True])
-@pytest.mark.parametrize(("low", "windows"), [("mxfp4", [128]), ("int8", [0, 128, 384, 128])])
-def test_registration(low, windows, has_order):
+@pytest.mark.parametrize(("low", "policy", "grid", "keys"), [
+    ("mxfp4", "diagonal(window=128)", [], 130),
+    ("int8", "diagonal(window=0/128/384/128)", [], 130),
+    ("int8", "neighborhood(window=5x7, high=3x3)", [10, 20], 200),
+])  # fmt: skip
+def test_registration(low, policy, grid, keys):
     q = torch.randn(1, 4, 200, 40)
-    k = torch.randn(1, 2, 200 if has_order else 130, 40)
+    k = torch.randn(1, 2, keys, 40)
     mask = torch.rand(1, k.shape[2]) > 0.5
-    order = torch.randperm(200).int() if has_order else None
     for return_lse in (False, True):
         ropes = (torch.randn(200, 20), torch.randn(200, 20), None, None)
         arguments = (
@@ -65,13 +79,12 @@ def test_registration(low, windows, has_order):
             k,
             mask,
             *ropes,
-            order,
             0.1,
             False,
             "mxfp8",
             low,
-            windows,
-            128,
+            policy,
+            grid,
             0,
             0,
             True,
@@ -100,22 +113,53 @@ def test_compiles_to_one_node_and_new_lengths_compile_nothing():
     assert packets.count(torch.ops.dma_diffusers.attention) == 1
 
 
-def test_an_order_moves_tokens_and_nothing_else():
-    """Window, sink and text are in places, all that is given and returned is in the tokens' own order."""
-    call = Call(300, 300, 64, batch=2, masks_keys=True, has_rope=True, has_order=True)
+@pytest.mark.parametrize(("grid", "text", "window", "stride", "head_dim"), [
+    ((20, 30), (0, 0), (7, 9), (2, 3), 64),
+    ((20, 30), (0, 20), (8, 8), None, 40),
+    ((5, 9, 13), (585, 700), (3, 4, 5), (1, 2, 2), 72),
+    ((700,), (3, 10), (50,), (7,), 64),
+    ((32, 16), (0, 128), (16, 16), (8, 16), 64),
+    ((7, 8), (0, 7), (7, 8), None, 64),
+])  # fmt: skip
+def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_dim):
+    """HIGH in bf16 everywhere; everything given and returned is in the tokens' own order."""
+    length = math.prod(grid) + text[1] - text[0]
+    call = Call(
+        length,
+        length,
+        head_dim,
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        masks_keys=True,
+        has_rope=True,
+        tokens_first=True,
+    )
     q, k, v, mask = call.tensors()
-    ropes, order = call.ropes(), call.order
-    options = {"text_start": 130, "text_stop": 140, "return_lse": True}
-    result = operator.attention(q, k, v, mask, **ropes, order=order, **options)
-    moved = operator.attention(
-        *(x[:, :, order] for x in (q, k, v)), mask[:, order], **options,
-        **{name: tuple(table[order] for table in rope) for name, rope in ropes.items()},
+    ropes = call.ropes()
+    found = operator.attention(
+        q, k, v, mask, **ropes, high="bf16", low="bf16", policy=Neighborhood(window, stride, window), grid=grid,
+        text_start=text[0], text_stop=text[1], return_lse=True,
     )  # fmt: skip
-    torch.testing.assert_close(result.out[:, :, order], moved.out, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(result.lse[:, :, order], moved.lse, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(result.out, operator.attention(q, k, v, mask, **ropes, **options).out)
-    strided = torch.stack((order, order), dim=-1)[:, 0]
-    assert torch.equal(operator.attention(q, k, v, mask, **ropes, order=strided, **options).out, result.out)
+    seen = torch.ones(length, length, dtype=torch.bool)
+    on_grid = torch.tensor([token for token in range(length) if not text[0] <= token < text[1]])
+    seen[on_grid[:, None], on_grid] = neighborhood_mask(neighborhood(grid, window, stride)[0])
+    assert seen.all() == (window == grid)
+    q, k = (rotated(x, ropes[f"{name}_rope"]).bfloat16().double() for name, x in (("q", q), ("k", k)))
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    scores = (q @ k.mT * head_dim**-0.5).masked_fill(~(seen & mask[:, None, None]), -math.inf)
+    torch.testing.assert_close(found.lse.double(), scores.logsumexp(-1), rtol=2e-5, atol=2e-5)
+    assert relative_l2(found.out, scores.softmax(-1) @ v.double()) < 0.004
+
+
+def test_near_tiles_of_a_grid_are_the_nearest_boxes():
+    """Of 1,024 tokens on 32×32, windows of 128 and 640 tokens make 1 and 5 of 8 tiles HIGH; sequences have as many."""
+    layout = Layout(1024, 1024, grid=(32, 32))
+    for window, count in ((0, 0), (128, 1), (384, 3), (640, 5)):
+        classes = Diagonal(window, 0, "grid").classes(Layout(1024, 1024), places=Places(layout, (8, 16)))
+        assert (classes == Class.HIGH).sum(-1).unique().tolist() == [count]
+    high = (classes[0, 0] == Class.HIGH).nonzero().tolist()  # 4 rows of 2 boxes, 8 tokens high and 16 wide
+    assert [column for row, column in high if row == 2] == [0, 2, 3, 4, 6]
 
 
 def test_output_lies_as_models_go_on_with_it():
@@ -125,7 +169,6 @@ def test_output_lies_as_models_go_on_with_it():
 
 
 Q = torch.randn(1, 4, 64, 64)
-ORDER = torch.randperm(64).int()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -136,9 +179,16 @@ ORDER = torch.randperm(64).int()
     ({"key_mask": torch.ones(1, 64)}, r"key_mask must be bool \[1, 64\], got torch.float32 \[1, 64\]"),
     ({"key_mask": torch.ones(1, 4, 64, 64, dtype=torch.bool)}, "key_mask must be bool"),
     ({"high": "fp3"}, "unknown format 'fp3': choose from bf16"),
-    ({"window": -1}, "window must be 0 tokens or more, got -1"),
-    ({"window": (0, 0, -1, 0)}, "window must be 0 tokens or more, got -1"),
-    ({"window": [128, 384]}, r"window must be one width, or one for each of 4 heads, got \[128, 384\]"),
+    ({"policy": "diagonal(window=-1)"}, "window must be a whole number of tokens, 0 or more, got -1"),
+    ({"policy": Diagonal((128, 384))}, "diagonal.* is for 2 heads, but q has 4"),
+    ({"policy": "diagnoal()"}, "'diagnoal\\(\\)' is no policy: give dense"),
+    ({"policy": "neighborhood(window=4x4)"}, "needs the grid that the tokens lie on, and none was given"),
+    ({"policy": "neighborhood(window=4x4)", "grid": (8, 8), "is_causal": True}, "can't be had with a causal mask"),
+    ({"policy": "neighborhood(window=4x4)", "grid": (64,)}, "window 4×4 is 2-D, but grid 64 is 1-D"),
+    ({"grid": (8, 9)}, "grid 8×9 has 72 tokens, but of the call's 64, 0 of them text, 64 are left for it"),
+    ({"grid": (8, 8), "text_stop": 5}, "grid 8×8 has 64 tokens, but of the call's 64, 5 of them text, 59 are left"),
+    ({"grid": (8, 8), "k": Q[:, :, 1:], "v": Q[:, :, 1:]}, "as many queries as keys, got 64 and 63"),
+    ({"grid": (4, 4, 2, 2)}, "a grid has 1 to 3 dimensions"),
     ({"text_start": 5, "text_stop": 99}, r"text range \(5, 99\) does not lie within the 64 keys"),
     ({"lowering": "native"}, "can't run mxfp8"),
     ({"q_rope": (torch.ones(64, 32),)}, "q_rope must be cosines and sines, got 1 tables"),
@@ -156,13 +206,6 @@ ORDER = torch.randperm(64).int()
     ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
      "head_dim 300 is more than 256"),
     ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),
-    ({"order": ORDER.long()}, r"order must be int32 \[64\] on cpu, got torch.int64 \[64\] on cpu"),
-    ({"order": ORDER[1:]}, r"order must be int32 \[64\] on cpu, got torch.int32 \[63\]"),
-    ({"order": ORDER[None]}, r"order must be .* got torch.int32 \[1, 64\]"),
-    ({"order": ORDER.to("meta")}, "on cpu, got torch.int32 .* on meta"),
-    ({"order": ORDER, "is_causal": True}, "order can't be had with is_causal"),
-    ({"order": ORDER, "k": Q[:, :, 1:], "v": Q[:, :, 1:]}, "order needs as many queries as keys, got 64 and 63"),
-    ({"order": ORDER.clamp(max=62)}, "order must name each of the 64 tokens once"),
 ])  # fmt: skip
 def test_bad_calls_are_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -95,7 +95,9 @@ def test_errors_are_those_of_the_operator(tmp_path):
     found = measure(recordings, {"it": DMAConfig(low="nvfp4", window=(0, 128), sink=0)}, "cpu")["it"]
     low_precision, expected = [], []
     for _, (q, k, v, _mask) in calls:
-        out = operator.attention(q, k, v, low="nvfp4", window=(0, 128), sink=0, text_stop=20).out
+        out = operator.attention(
+            q, k, v, low="nvfp4", policy="diagonal(window=0/128, sink=0)", text_stop=20
+        ).out
         low_precision.append(out.transpose(0, 1).flatten(1).double())
         expected.append(
             scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(0, 1).flatten(1)
