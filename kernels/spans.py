@@ -49,7 +49,7 @@ def spans(order: torch.Tensor, coordinates: torch.Tensor, axes: Sequence[Axis]) 
     """The spans of a neighbourhood, whose dilation is 1.
 
     order: integers `[places]`, −1 for empty places. coordinates: integers `[dimensions, places]`, −1 off the grid;
-    tokens there are text. Without axes everybody sees every token. Raises ValueError for a grid too long for the fields.
+    tokens there are text. Without axes everybody sees every token. Raises ValueError for a grid that fields can't hold.
     """
     width = _BITS // len(coordinates)
     top = 2 ** (width - 1) - 1  # as a key's high, it is seen by nobody; as its low, by everybody

@@ -50,7 +50,7 @@ def attention(
     """The reference's call on the fused kernel, with the map on q's device.
 
     Only the classes that the map has are encoded and compiled. order: contiguous, and not checked: numbers that are
-    no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide empty places.
+    no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide places.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).

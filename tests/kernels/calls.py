@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from dma_diffusers.kernels.formats import fake_quantize, get_format
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
 from dma_diffusers.kernels.maps import PrecisionMap, build_map
-from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.plan import Plan, make
+from dma_diffusers.kernels.policies import Diagonal, parse
 from dma_diffusers.kernels.spans import Spans, hiding
 from dma_diffusers.kernels.tuning import tuning
 
@@ -22,6 +24,7 @@ class Call:
     """One attention call: shapes, formats, policy, masks.
 
     has_order: whether its tokens stand in a random order, with `empty_places` among them.
+    policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     """
 
     q_length: int
@@ -40,18 +43,30 @@ class Call:
     has_rope: bool = False
     has_order: bool = False
     empty_places: int = 0
+    policy: str = ""
+    grid: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
     seed: int = 0
     name: str = field(default="", compare=False)
 
+    @cached_property
+    def plan(self) -> Plan:
+        """That of a policy on the grid."""
+        return make(parse(self.policy), Layout(self.q_length, self.k_length, self.text, self.grid))
+
     @property
     def layout(self) -> Layout:
+        if self.policy:
+            places = len(self.plan.order)
+            return Layout(places, places, (0, self.text[1] - self.text[0]))
         return Layout(self.q_length + self.empty_places, self.k_length + self.empty_places, self.text)
 
     @property
     def order(self) -> torch.Tensor | None:
         """int32 `[places]`."""
+        if self.policy:
+            return self.plan.order
         if not self.has_order:
             return None
         generator = torch.Generator().manual_seed(self.seed)
@@ -60,7 +75,9 @@ class Call:
 
     @property
     def spans(self) -> Spans | None:
-        """Those that hide empty places."""
+        """Those that hide empty places, or all that a neighbourhood does."""
+        if self.policy:
+            return self.plan.spans
         return hiding(self.order) if self.empty_places else None
 
     def spans_on(self, device: torch.device) -> Spans | None:
@@ -75,9 +92,11 @@ class Call:
 
     def of_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., places, D]` in the order of tokens: the inverse of `at_places`."""
-        return x if self.order is None else x[..., self.order.argsort()[self.empty_places :], :]
+        return x if self.order is None else x[..., self.order.argsort()[-self.q_length :], :]
 
     def map(self) -> PrecisionMap:
+        if self.policy:
+            return self.plan.precision_map
         policy = Diagonal(self.window, self.sink)
         classes = policy.classes(self.layout, self.is_causal)
         return build_map(classes, self.layout, self.is_causal, self.order)
@@ -119,7 +138,7 @@ class Call:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
-            f"{'-ordered' * self.has_order}"
+            f"{'-ordered' * self.has_order}-{self.policy}"
         )
 
 
@@ -317,6 +336,38 @@ NAMED_CALLS = [
         4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"
     ),
 ]
+
+_ONE_HEAD = {"heads": 1, "kv_heads": 1}
+GRID_CALLS = [
+    Call(280, 280, 64, **_ONE_HEAD, policy="neighborhood(window=7x9, stride=2x3)", grid=(14, 20), name="2-D"),
+    Call(
+        300, 300, 128, **_ONE_HEAD, high="bf16", low="int8", text=(0, 20), grid=(14, 20),
+        policy="neighborhood(window=9x12, stride=4x8, high=5x5)", name="2-D-nested-text",
+    ),
+    Call(
+        320, 320, 40, kv_heads=1, high="bf16", low="int8", text=(280, 320), masks_keys=True, has_rope=True,
+        grid=(14, 20), policy="neighborhood(window=7x9)", name="2-D-text-last-key-mask",
+    ),
+    Call(
+        252, 252, 64, **_ONE_HEAD, batch=2, policy="neighborhood(window=3x4x5, stride=1x2x2, high=1x2x3)",
+        grid=(4, 7, 9), name="3-D-nested",
+    ),
+    Call(252, 252, 128, low="int8", policy="neighborhood(window=3x4x5)", grid=(4, 7, 9), name="3-D-int8"),
+    Call(252, 252, 72, low="fp8", high="bf16", policy="neighborhood(window=4x4x5)", grid=(4, 7, 9), name="3-D-fp8"),
+    Call(257, 257, 64, masks_keys=True, text=(0, 5), policy="neighborhood(high=3x3x3)", grid=(4, 7, 9), name="near"),
+    Call(300, 300, 64, **_ONE_HEAD, policy="neighborhood(window=50, stride=7)", grid=(300,), low="int8", name="1-D"),
+    Call(
+        640, 640, 64, **_ONE_HEAD, text=(0, 128), policy="neighborhood(window=8x16)", grid=(16, 32), name="2-D-wide"
+    ),
+    Call(
+        512, 512, 64, **_ONE_HEAD, low="int8", policy="neighborhood(window=8x16, stride=8x16)", grid=(16, 32),
+        name="fits",
+    ),
+    Call(
+        300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),
+        name="nearest",
+    ),
+]  # fmt: skip
 
 
 def random_calls(count: int) -> list[Call]:

@@ -12,7 +12,15 @@ from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, 
 from dma_diffusers.kernels.maps import Class, build_map
 from dma_diffusers.kernels.policies import Dense, Diagonal
 from dma_diffusers.kernels.spans import hiding
-from tests.kernels.calls import NAMED_CALLS, Call, guarded, random_calls, relative_l2, sums_rounded
+from tests.kernels.calls import (
+    GRID_CALLS,
+    NAMED_CALLS,
+    Call,
+    guarded,
+    random_calls,
+    relative_l2,
+    sums_rounded,
+)
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
@@ -98,7 +106,7 @@ def test_each_head_has_its_own_window(kernel_device):
 
 
 @pytest.mark.parametrize("lowering", ["native", "faithful"])
-@pytest.mark.parametrize("call", NAMED_CALLS, ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *GRID_CALLS], ids=str)
 def test_named_calls(call, lowering, kernel_device):
     assert_agree(call, kernel_device, lowering)
 
