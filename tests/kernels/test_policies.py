@@ -1,0 +1,128 @@
+"""Policies: their words, their unions, and neighbourhoods' classes against masks."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import Class, Phase
+from dma_diffusers.kernels.neighborhood import mask, neighborhood
+from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.plan import make
+from dma_diffusers.kernels.policies import Dense, Diagonal, Importance, Neighborhood, SkipSoftmax, parse
+
+POLICIES = [
+    (Dense(Class.LOW), "dense(everywhere=low)"),
+    (Diagonal(), "diagonal(window=128, sink=128, near=sequence)"),
+    (Diagonal((0, 384), 0, "grid"), "diagonal(window=0/384, sink=0, near=grid)"),
+    (Neighborhood((18, 24, 24), (16, 8, 8), (6, 8, 8)), "neighborhood(window=18x24x24, stride=16x8x8, high=6x8x8)"),
+    (Neighborhood(high=50), "neighborhood(high=50)"),
+    (Importance(0.05), "importance(budget=0.05)"),
+    (SkipSoftmax(1e-4), "skip_softmax(threshold=0.0001)"),
+    (Neighborhood((8, 8)) | Importance(0.1) | SkipSoftmax(0.01),
+     "neighborhood(window=8x8) | importance(budget=0.1) | skip_softmax(threshold=0.01)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "words"), POLICIES, ids=[words for _, words in POLICIES])
+def test_words_make_the_policy(policy, words):
+    assert str(policy) == words and parse(words) == policy
+    assert parse(words.replace(" ", "")) == policy
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("", "'' is no policy: give dense"),
+    ("diagonal", "'diagonal' is no policy"),
+    ("window=128", "'window=128' is no policy"),
+    ("diagonal(width=3)", "diagonal(width=3): give window=…, sink=…, near=…"),
+    ("diagonal(128)", "diagonal(128): give window=…"),
+    ("diagonal(window=12.5)", "window must be a whole number of tokens, 0 or more, got 12.5"),
+    ("diagonal(near=text)", "near must be sequence or grid, got 'text'"),
+    ("dense(everywhere=skip)", "everywhere must be high or low, got skip"),
+    ("neighborhood()", "needs a window, or one that is HIGH"),
+    ("neighborhood(window=wide)", "window must be sides of at least 1 token"),
+    ("neighborhood(window=0x4)", "window must be sides of at least 1 token, got (0, 4)"),
+    ("neighborhood(window=8x8, stride=8x9)", "stride 9 exceeds window 8"),
+    ("neighborhood(window=8x8) | neighborhood(window=4x4)", "two neighbourhoods can't unite"),
+    ("diagonal(window=0/128) | diagonal(window=0/128/0)", "policies for different numbers of heads"),
+    ("importance()", "importance needs budget"),
+    ("importance(budget=0)", "budget must be over 0 and at most 1, got 0"),
+    ("importance(budget=5)", "budget must be over 0 and at most 1, got 5"),
+    ("skip_softmax(threshold=1)", "threshold must be over 0 and under 1, got 1"),
+])  # fmt: skip
+def test_bad_words_are_one_line(words, message):
+    with pytest.raises(ValueError) as raised:
+        parse(words)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_neighborhood_has_three_classes_of_tiles():
+    """Tiles within the window are visited, those that it cuts are masked; those that touch the inner one are HIGH."""
+    rng = random.Random(0)
+    for _ in range(60):
+        grid = rng.choice(((300,), (14, 20), (4, 7, 9)))
+        window = tuple(rng.randint(1, length) for length in grid)
+        stride = tuple(rng.randint(1, side) for side in window)
+        high = tuple(rng.randint(1, side) for side in window) if rng.random() < 0.7 else None
+        text = rng.choice((0, 20))
+        policy, tokens = Neighborhood(window, stride, high), math.prod(grid)
+        layout = Layout(tokens + text, tokens + text, (0, text), grid)
+        places = Places(layout, policy.box(grid))
+        classes = policy.classes(places.layout, places=places)[0, 0]
+        inner = (
+            _visits(grid, high, [min(s, h) for s, h in zip(stride, high, strict=True)], places)[0]
+            if high
+            else None
+        )
+        visited, filled = _visits(grid, window, stride, places)
+        assert torch.equal(classes != Class.SKIP, visited)
+        is_text = torch.zeros_like(visited)
+        is_text[: places.text_tiles] = is_text[:, : places.text_tiles] = True
+        assert torch.equal(classes == Class.HIGH, is_text | inner if high else is_text)
+        planned = make(policy, layout).precision_map
+        for q_tile in range(len(visited)):
+            bounds = [0, *planned.bounds[0, 0, q_tile].tolist()]
+            masked = planned.indices[0, 0, q_tile, bounds[Phase.MASKED] : bounds[Phase.MASKED + 1]].tolist()
+            assert masked == (visited & ~filled)[q_tile].nonzero()[:, 0].tolist()
+
+
+def _visits(grid, window, stride, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pairs of tiles hold a pair of tokens that see each other, and which hold no pair of others."""
+    text = places.tokens.text_length
+    seen = torch.ones(places.tokens.k_length, places.tokens.k_length, dtype=torch.bool)
+    seen[text:, text:] = mask(neighborhood(grid, window, stride)[0])
+    taken, token = places.order >= 0, places.order.long().clamp(min=0)
+    of_places = seen[token][:, token]
+    some = (of_places & taken[:, None] & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    every = ((of_places | ~taken[:, None]) & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    return some.any(3).any(1), every.all(3).all(1)
+
+
+def test_unions_take_the_more_precise_class():
+    layout = Layout(1024, 1024, (0, 100), (28, 33))
+    near, sink = Neighborhood((8, 8), high=(4, 4)), Diagonal(0, 384)
+    united = near | sink
+    places = Places(layout, united.box(layout.grid))
+    both = [policy.classes(places.layout, places=places) for policy in (near, sink)]
+    assert torch.equal(united.classes(places.layout, places=places), torch.minimum(*both))
+    assert united.axes(layout.grid) == () and near.axes(layout.grid)  # the diagonal sees every key
+
+
+def test_content_says_nothing_of_where_tiles_lie():
+    layout = Layout(1024, 1024, (0, 100), (28, 33))
+    near = Neighborhood((8, 8), high=(4, 4))
+    united = near | Importance(0.1) | SkipSoftmax(0.01)
+    places = Places(layout, united.box(layout.grid))
+    assert torch.equal(*(policy.classes(places.layout, places=places) for policy in (near, united)))
+    assert united.axes(layout.grid) == near.axes(layout.grid)
+    assert (united.importance, united.skip_below) == (0.1, 0.01)
+    alone = Importance(0.1).classes(layout)
+    assert (alone[..., 1:, 1:] == Class.LOW).all() and (alone[..., 0] == Class.HIGH).all()
+
+
+def test_a_window_beyond_the_grid_is_noted():
+    notes = ["window 20 in dimension 2 was clamped to the grid's 8"]
+    notes.append("high: window 9 in dimension 2 was clamped to the grid's 8")
+    assert Neighborhood((8, 20), high=(3, 9)).notes((8, 8)) == notes

@@ -1,0 +1,61 @@
+"""Spans against the mask that they pack."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.neighborhood import Axis
+from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.spans import hiding, spans
+from tests.kernels.neighborhoods import brute_mask
+
+
+def test_who_sees_whom():
+    rng = random.Random(0)
+    for _ in range(150):
+        longest = rng.choice(((60,), (8, 9), (4, 5, 5)))
+        axes = tuple(_axis(rng, rng.randint(1, length)) for length in longest)
+        grid = tuple(axis.length for axis in axes)
+        text, tokens = rng.choice((0, 3)), math.prod(grid)
+        box = {1: (128,), 2: (64, 2), 3: (32, 2, 2)}[len(grid)]
+        places = Places(Layout(tokens + text, tokens + text, (0, text), grid), box)
+        packed = spans(places.order, places.coordinates, axes)
+        expected = torch.ones(tokens + text, tokens + text, dtype=torch.bool)
+        expected[text:, text:] = brute_mask(axes)
+        query, key = torch.meshgrid(
+            torch.arange(len(places.order)), torch.arange(len(places.order)), indexing="ij"
+        )
+        taken, token = places.order >= 0, places.order.long()
+        found = packed.seen(query, key)
+        assert torch.equal(found[taken][:, taken], expected[token[taken]][:, token[taken]]), axes
+        assert not found[:, ~taken].any()
+
+
+def test_long_sides():
+    """As long as fields allow, at both ends."""
+    for axes, at in (
+        ((Axis(511, 7),) * 3, 510),
+        ((Axis(16383, 9),) * 2, 16382),
+        ((Axis(2**20, 5),), 2**20 - 1),
+    ):
+        coordinates = torch.tensor([[0, at, at - 1, 0]] * len(axes))
+        seen = spans(torch.arange(4), coordinates, axes).seen(torch.arange(4)[:, None], torch.arange(4))
+        assert torch.equal(
+            seen, torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]]).bool()
+        )
+    with pytest.raises(ValueError, match="3 dimensions takes up to 511 tokens in each, got 512"):
+        spans(torch.arange(1), torch.zeros(3, 1), (Axis(512, 7),) * 3)
+
+
+def test_only_empty_places_are_hidden():
+    order = torch.tensor([3, -1, 0, 2, 1])
+    seen = hiding(order).seen(torch.arange(128)[:, None], torch.arange(128))
+    assert torch.equal(seen, (torch.arange(128) < 5).logical_and(torch.arange(128) != 1).expand(128, -1))
+
+
+def _axis(rng: random.Random, length: int) -> Axis:
+    window = rng.randint(1, length)
+    return Axis(length, window, rng.randint(1, window), causal=rng.random() < 0.3)
