@@ -47,14 +47,12 @@ class PrecisionMap:
     indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers (in `shared`, more), ascending within each phase.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
     has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
-    has_masked: whether any visits a masked one.
     """
 
     indices: torch.Tensor
     bounds: torch.Tensor
     has_high: bool
     has_low: bool
-    has_masked: bool = True
 
     def to(self, device: torch.device) -> "PrecisionMap":
         """The same map on `device`."""
@@ -155,5 +153,4 @@ def build_map(
     has_high = bool((classes == Class.HIGH).any())
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
     indices = walked[..., :longest].int().contiguous()
-    has_masked = bool(counts[..., Phase.MASKED].any())
-    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low, has_masked)
+    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)

@@ -57,6 +57,7 @@ def attention(
     grid: Sequence[int] = (),
     text_start: int = 0,
     text_stop: int = 0,
+    masks_text: bool = False,
     mapped: bool = True,
     lowering: str = "auto",
     return_lse: bool = False,
@@ -71,7 +72,8 @@ def attention(
     high, low: formats of Q·K by class. policy: one of `policies`, or its words; by default DMA (arXiv 2604.03950).
     grid: what the tokens that aren't text lie on, see `Layout`; policies on the grid need it, and Sq = Sk. Their tiles
     are boxes: the kernels gather tokens as they read them, and scatter what they write.
-    text_start, text_stop: the text tokens, HIGH as keys and as queries. mapped=False: every tile HIGH.
+    text_start, text_stop: the text tokens, HIGH as keys and as queries. masks_text: key_mask hides none but these, so
+    that other tiles need not look at it. mapped=False: every tile HIGH.
     Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
     Raises ValueError for what it can't take, before anything is launched.
     """
@@ -84,7 +86,7 @@ def attention(
         raise ValueError(f"scale must be finite and more than 0, got {scale}")
     return Result(*torch.ops.dma_diffusers.attention(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
-        high, low, str(policy), grid, text_start, text_stop, mapped, lowering, return_lse,
+        high, low, str(policy), grid, text_start, text_stop, masks_text, mapped, lowering, return_lse,
     ))  # fmt: skip
 
 
@@ -149,10 +151,12 @@ def _check_memory(q, k, v) -> None:
 
 
 @cache  # for good: a captured CUDA graph goes on reading its map
-def _plan(policy: Policy, layout: Layout, is_causal: bool, device: torch.device) -> plan.Plan:
+def _plan(
+    policy: Policy, layout: Layout, is_causal: bool, masks_text: bool, device: torch.device
+) -> plan.Plan:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-    planned = plan.make(policy, layout, is_causal).to(device)
+    planned = plan.make(policy, layout, is_causal, masks_text).to(device)
     if lowerings.architecture(device) == "sm_90":
         _ = planned.precision_map.shared  # the walks of hopper.py, which no capture could make either
     return planned
@@ -176,6 +180,7 @@ def _attention(
     grid: Sequence[int],
     text_start: int,
     text_stop: int,
+    masks_text: bool,
     mapped: bool,
     lowering: str,
     return_lse: bool,
@@ -186,7 +191,8 @@ def _attention(
     if asked.heads not in (None, q.shape[1]):
         raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-    planned = _plan(asked, layout, is_causal, q.device)
+    masks_text = masks_text and key_mask is not None
+    planned = _plan(asked, layout, is_causal, masks_text, q.device)
     call = {
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
@@ -202,7 +208,7 @@ def _attention(
     else:
         from dma_diffusers.kernels.attention import launch
 
-        call |= {"lowering": chosen, "return_lse": return_lse}
+        call |= {"lowering": chosen, "masks_all": not masks_text, "return_lse": return_lse}
         out, lse, inexact_rows = launch.attention(q, k, v, planned.precision_map, high, low, **call)
     empty = torch.empty(0, dtype=torch.float32, device=q.device)
     return out, empty if lse is None else lse, empty.int() if inexact_rows is None else inexact_rows
@@ -226,6 +232,7 @@ def _(
     grid,
     text_start,
     text_stop,
+    masks_text,
     mapped,
     lowering,
     return_lse,

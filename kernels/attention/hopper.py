@@ -285,7 +285,7 @@ def _load(
 @gluon.jit
 def _attend(
     warpgroup: gl.constexpr, given,
-    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, CAUSAL: gl.constexpr,
+    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of 64 queries."""
@@ -307,6 +307,7 @@ def _attend(
     # The last program's last warpgroups may lie past the whole tiles that the quantiser wrote.
     q_rows = head * (gl.cdiv(q_length, TILE) * TILE) + q_tokens
     known = q_tokens < gl.cdiv(q_length, TILE) * TILE
+    wide_mask = key_mask if MASKS_ALL else None
 
     m = gl.full((ROWS,), LOWEST, gl.float32, row)
     l = gl.zeros((ROWS,), gl.float32, row)
@@ -316,7 +317,7 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
-            indices, own_entries, 0, high_end, warpgroup, key_mask, None, None, k_length, q_tokens, q_rows, known,
+            indices, own_entries, 0, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
             False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
@@ -332,7 +333,7 @@ def _attend(
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m = _low_phase(
             low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
-            own_scales, indices, own_entries, high_end, low_end, warpgroup, key_mask, None, None,
+            own_scales, indices, own_entries, high_end, low_end, warpgroup, wide_mask, None, None,
             k_length, low_tokens,
             False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
@@ -385,7 +386,7 @@ def attend_hopper(
     out_stride_b, out_stride_h, out_stride_s,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr,
-    CAUSAL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
 
@@ -440,9 +441,9 @@ def attend_hopper(
     place = (batch, head_in_batch, kv_head, start)
     gl.warp_specialize(
         [
-            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, CAUSAL, D, SLOTS)),
-            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, CAUSAL, D, SLOTS)),
-            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, CAUSAL, D, SLOTS)),
+            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
             (_load, (sources, smem, place, walk, HIGH, LOW, D, SLOTS)),
         ],
         [4, 4, 1],

@@ -187,8 +187,8 @@ def attend(
     out_stride_b, out_stride_h, out_stride_s, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, V_TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
@@ -198,7 +198,8 @@ def attend(
     numbers still have to be multiplied by `fold`, others by the scales of rows, tiles or tensors, where there are
     any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
-    lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys. None: a class that the
+    lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles
+    look at it unless MASKS_ALL. None: a class that the
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
     With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
     query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
@@ -223,6 +224,7 @@ def attend(
         q_tokens = start + tl.arange(0, ROWS)
         channels = tl.arange(0, D)
         own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
+        wide_mask = own_mask if MASKS_ALL else None
 
         m = tl.full((ROWS,), LOWEST, tl.float32)
         l = tl.zeros((ROWS,), tl.float32)
@@ -232,7 +234,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, 0, high_end, own_mask, None, guards, k_length, start, zero,
+                tiles, 0, high_end, wide_mask, None, guards, k_length, start, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -243,7 +245,7 @@ def attend(
                 accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, high_end, low_end, own_mask, None, guards, k_length, start, zero,
+                tiles, high_end, low_end, wide_mask, None, guards, k_length, start, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip

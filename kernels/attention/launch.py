@@ -43,6 +43,7 @@ def attention(
     k_rope: Rope | None = None,
     order: torch.Tensor | None = None,
     spans: Spans | None = None,
+    masks_all: bool = True,
     return_lse: bool = True,
     target: str | None = None,
     run: Run = run,
@@ -51,6 +52,7 @@ def attention(
 
     Only the classes that the map has are encoded and compiled. order: contiguous, and not checked: numbers that are
     no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide places.
+    masks_all: whether `key_mask` may hide keys of any tile, or of the map's MASKED ones alone.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
@@ -111,7 +113,7 @@ def attention(
     if in_gluon:
         run(
             hopper.attend_hopper, (-(-q_length // hopper.QUERIES) * batch * heads,), *arguments, *multiplied,
-            CAUSAL=is_causal, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
+            CAUSAL=is_causal, MASKS_ALL=masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
     else:
@@ -120,7 +122,7 @@ def attention(
         most = blocks if tuned.programs is None else tuned.programs * multiprocessors(q.device)
         run(
             attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
-            CAUSAL=is_causal, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
+            CAUSAL=is_causal, MASKS_ALL=masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
             EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
             STAGES=tuned.stages,
             MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,

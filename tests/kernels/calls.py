@@ -25,6 +25,7 @@ class Call:
 
     has_order: whether its tokens stand in a random order, with `empty_places` among them.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
+    masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
     """
 
     q_length: int
@@ -45,6 +46,7 @@ class Call:
     empty_places: int = 0
     policy: str = ""
     grid: tuple[int, ...] = ()
+    masks_text: bool = False
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
     seed: int = 0
@@ -53,7 +55,8 @@ class Call:
     @cached_property
     def plan(self) -> Plan:
         """That of a policy on the grid."""
-        return make(parse(self.policy), Layout(self.q_length, self.k_length, self.text, self.grid))
+        layout = Layout(self.q_length, self.k_length, self.text, self.grid)
+        return make(parse(self.policy), layout, masks_text=self.masks_text)
 
     @property
     def layout(self) -> Layout:
@@ -118,6 +121,8 @@ class Call:
         mask = None
         if self.masks_keys:
             mask = (torch.rand(self.batch, self.k_length, generator=generator) > 0.3).to(device)
+        if self.masks_text:
+            mask[:, : self.text[0]] = mask[:, self.text[1] :] = True
         return q, k, v, mask
 
     def ropes(
@@ -353,6 +358,10 @@ GRID_CALLS = [
         grid=(4, 7, 9), name="3-D-nested",
     ),
     Call(252, 252, 128, low="int8", policy="neighborhood(window=3x4x5)", grid=(4, 7, 9), name="3-D-int8"),
+    Call(
+        400, 400, 64, kv_heads=1, batch=2, masks_keys=True, text=(252, 400), masks_text=True, high="bf16", low="int8",
+        policy="neighborhood(window=4x7x9, stride=4x7x9)", grid=(4, 7, 9), name="masked-text",
+    ),
     Call(252, 252, 72, low="fp8", high="bf16", policy="neighborhood(window=4x4x5)", grid=(4, 7, 9), name="3-D-fp8"),
     Call(257, 257, 64, masks_keys=True, text=(0, 5), policy="neighborhood(high=3x3x3)", grid=(4, 7, 9), name="near"),
     Call(300, 300, 64, **_ONE_HEAD, policy="neighborhood(window=50, stride=7)", grid=(300,), low="int8", name="1-D"),

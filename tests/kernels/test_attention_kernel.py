@@ -37,7 +37,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native"):
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering,
         key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
-        **call.ropes(device),
+        masks_all=not call.masks_text, **call.ropes(device),
     )[:2]  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def test_registration(low, policy, grid, keys):
             grid,
             0,
             0,
+            False,
             True,
             "auto",
             return_lse,
@@ -150,6 +151,17 @@ def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_d
     scores = (q @ k.mT * head_dim**-0.5).masked_fill(~(seen & mask[:, None, None]), -math.inf)
     torch.testing.assert_close(found.lse.double(), scores.logsumexp(-1), rtol=2e-5, atol=2e-5)
     assert relative_l2(found.out, scores.softmax(-1) @ v.double()) < 0.004
+
+
+@pytest.mark.parametrize(("policy", "grid"), [("diagonal()", ()), ("neighborhood(high=5x5)", (19, 20))])
+def test_a_mask_that_hides_text_alone(policy, grid):
+    call = Call(400, 400, 64, masks_keys=True, text=(0, 20))
+    q, k, v, mask = call.tensors()
+    mask[:, 20:] = True
+    options = {"text_stop": 20, "policy": policy, "grid": grid, "high": "bf16", "low": "bf16"}
+    told = operator.attention(q, k, v, mask, masks_text=True, **options).out
+    assert relative_l2(told, operator.attention(q, k, v, mask, **options).out) < 4e-3
+    assert relative_l2(told, operator.attention(q, k, v, **options).out) > 4e-2
 
 
 def test_near_tiles_of_a_grid_are_the_nearest_boxes():
