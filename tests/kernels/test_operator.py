@@ -161,7 +161,7 @@ def test_a_mask_that_hides_text_alone(policy, grid):
     options = {"text_stop": 20, "policy": policy, "grid": grid, "high": "bf16", "low": "bf16"}
     told = operator.attention(q, k, v, mask, masks_text=True, **options).out
     assert relative_l2(told, operator.attention(q, k, v, mask, **options).out) < 4e-3
-    assert relative_l2(told, operator.attention(q, k, v, **options).out) > 4e-2
+    assert relative_l2(told, operator.attention(q, k, v, **options).out) > 1e-2
 
 
 def test_near_tiles_of_a_grid_are_the_nearest_boxes():
