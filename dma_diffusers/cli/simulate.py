@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.console import Json, print_json, print_table, require
+from dma_diffusers.cli.console import Json, print_json, print_table, require, sizes_of
 
 COUNTS = "Speed-ups are of tiles counted, not of seconds."
 _COST = 0.1
@@ -61,9 +61,9 @@ def simulate(
         raise ValueError("--dense-steps needs --attention-share, attention's share of the run's time")
     if plot:
         require(("matplotlib",), "pip install 'dma-diffusers[eval]'")
-    sizes = _sizes("--grid", grid)
+    sizes = sizes_of("--grid", grid)
     widths, strides, dilations, q_box, kv_box = (
-        None if value is None else _sizes(name, value)
+        None if value is None else sizes_of(name, value)
         for name, value in (
             ("--window", window),
             ("--stride", stride),
@@ -72,7 +72,7 @@ def simulate(
             ("--kv-tile", kv_tile),
         )
     )
-    is_causal = None if causal is None else _sizes("--causal", causal, range(2))
+    is_causal = None if causal is None else sizes_of("--causal", causal, range(2))
     dense = (0, 1) if dense_steps is None else _steps(dense_steps)
 
     from dma_diffusers.eval.simulator import plot as picture
@@ -118,16 +118,6 @@ def simulate(
     print_table(*(summary.candidates(records) if search else summary.lines(records[0])))
     for line in (*(f"note: {note}" for note in notes), COUNTS):
         print(line)
-
-
-def _sizes(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+([x×]\d+)*", text):
-        raise ValueError(f"{name} {text!r}: give one number for each dimension, as in 256x256 or 30x48x80")
-    sizes = tuple(int(size) for size in re.split("[x×]", text))
-    for size in sizes:
-        if size not in allowed:
-            raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
-    return sizes
 
 
 def _steps(text: str) -> tuple[int, int]:
