@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from dma_diffusers.cli.bench import bench_attention
+from dma_diffusers.cli.bench import bench_attention, bench_neighborhood
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
@@ -30,6 +30,7 @@ app.command()(simulate)
 app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)
+bench.command("neighborhood")(bench_neighborhood)
 
 
 def main() -> None:

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from dma_diffusers.cli.console import Json, print_json, print_table, progress, quiet, require
+from dma_diffusers.cli.console import Json, print_json, print_table, progress, quiet, require, sizes_of
+
+Inputs = Annotated[str, typer.Option(help="normal or outliers.")]
+Seed = Annotated[int, typer.Option(help="Seed of the inputs.")]
+Seconds = Annotated[float, typer.Option(min=0.01, max=60, help="GPU time for each kernel and shape.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The raw result as JSON; resumed if it exists.")
+]
 
 
 def bench_attention(
@@ -20,14 +27,10 @@ def bench_attention(
     config: Annotated[
         list[str] | None, typer.Option(help="One of ours, such as high=bf16,low=int8,window=0,sink=0.")
     ] = None,
-    inputs: Annotated[str, typer.Option(help="normal or outliers.")] = "normal",
-    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
-    seconds: Annotated[
-        float, typer.Option(min=0.01, max=60, help="GPU time for each kernel and shape.")
-    ] = 0.3,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The raw result as JSON; resumed if it exists.")
-    ] = None,
+    inputs: Inputs = "normal",
+    seed: Seed = 0,
+    seconds: Seconds = 0.3,
+    output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="A chart to draw, as SVG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -60,3 +63,58 @@ def bench_attention(
         print(f"\n{label}, {inputs} inputs, {result['settings']['gpu']['name']}")
         lines = summary.cells(measured["entries"])
         print_table(summary.HEADER, ([escape(text) for text in line] for line in lines))
+
+
+def bench_neighborhood(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="flux-4k or hunyuan-720p; both if no --grid is given.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Tokens of each dimension, for another shape.")] = None,
+    window: Annotated[str | None, typer.Option(help="Keys that each query sees, with --grid.")] = None,
+    stride: Annotated[
+        str | None, typer.Option(help="Queries that share a window, with --grid; 1 if left out.")
+    ] = None,
+    text: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Text tokens before the grid's; without and with 512 if left out."),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 24,
+    head_dim: Annotated[int, typer.Option(min=1)] = 128,
+    inputs: Inputs = "normal",
+    seed: Seed = 0,
+    seconds: Seconds = 0.3,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Time neighbourhoods, LOW inside and SKIP outside, beside dense attention and FlexAttention."""
+    from dma_diffusers.eval.bench.timing import require_gpu
+
+    require_gpu()
+    require(("triton", "transformers"), "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.eval.bench import neighborhood
+    from dma_diffusers.pipelines.files import check_writable
+
+    if (window or stride) if grid is None else (shape or not window):
+        raise ValueError("give --grid with --window, and --stride if need be, or --shape, or none of them")
+    chosen = {name: neighborhood.named(name) for name in shape or neighborhood.NAMED}
+    if grid:
+        sides = sizes_of("--grid", grid), sizes_of("--window", window)
+        chosen = {"": (*sides, sizes_of("--stride", stride) if stride else (1,) * len(sides[0]))}
+    cases = [
+        neighborhood.Case(name, *sides, tokens, heads, head_dim)
+        for name, sides in chosen.items()
+        for tokens in (neighborhood.TEXT if text is None else text)
+    ]
+    if output:
+        check_writable(output)
+    command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    with quiet(), progress(not as_json) as on_step:
+        result = neighborhood.bench_neighborhood(cases, inputs, seed, seconds, output, command, on_step)
+    if as_json:
+        print_json(result)
+        return
+    for label, measured in result["shapes"].items():
+        gpu = result["settings"]["gpu"]["name"]
+        print(f"\n{label}, {inputs} inputs, {gpu}; tiles counted: {measured['simulated']:.2f}× fewer")
+        lines = neighborhood.cells(measured["entries"])
+        print_table(neighborhood.HEADER, ([escape(text) for text in line] for line in lines))

@@ -62,8 +62,8 @@ def calibrate(
     pairs = [_pair(text) for text in formats or ()]
     with quiet():
         hide_loading_bars()
+        from dma_diffusers.eval import cost
         from dma_diffusers.eval.quality.prompts import read_prompts
-        from dma_diffusers.eval.recordings import cost
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record

@@ -1,8 +1,9 @@
-"""What the commands share: options, quiet, progress bars, tables, JSON."""
+"""What the commands share: options, sizes, quiet, progress bars, tables, JSON."""
 
 import importlib.util
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,17 @@ def require(packages: tuple[str, ...], remedy: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"this command needs {', '.join(missing)}: {remedy}")
+
+
+def sizes_of(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tuple[int, ...]:
+    """The sizes that an option gives for each dimension, such as 256x256; ValueError, in one line, for others."""
+    if not re.fullmatch(r"\d+([x×]\d+)*", text):
+        raise ValueError(f"{name} {text!r}: give one number for each dimension, as in 256x256 or 30x48x80")
+    sizes = tuple(int(size) for size in re.split("[x×]", text))
+    for size in sizes:
+        if size not in allowed:
+            raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
+    return sizes
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""`dma-diffusers simulate`: how much of attention a neighbourhood would skip."""
+"""`dma-diffusers simulate`: how much of attention a neighbourhood would skip, and what that saves on a GPU."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.console import Json, print_json, print_table, require
+from dma_diffusers.cli.console import Json, print_json, print_table, require, sizes_of
 
 COUNTS = "Speed-ups are of tiles counted, not of seconds."
 _COST = 0.1
@@ -43,6 +44,16 @@ def simulate(
         float | None,
         typer.Option(help=f"Share of dense attention to compute at most, with --search; {_COST}."),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Predict times too: h100, h200, b200 or b300; only the h200 was measured."),
+    ] = None,
+    high: Annotated[
+        str | None, typer.Option(help="Format of text tiles, with --gpu; its default if left out.")
+    ] = None,
+    low: Annotated[str | None, typer.Option(help="Format of all others, likewise.")] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Heads times batch, for times.")] = 24,
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head, for times.")] = 128,
     plot: Annotated[
         Path | None,
         typer.Option(help="A picture of the map, as .svg or .png; of the first proposal with --search."),
@@ -51,7 +62,7 @@ def simulate(
 ) -> None:
     """Count the KV tiles that neighbourhood attention visits on a grid, and the speed-up that leaves room for.
 
-    Counts tiles, not seconds: no GPU is asked or predicted.
+    Counts tiles; with --gpu, times are predicted as well. No GPU is asked.
     """
     if window is None and not search:
         raise ValueError("give --window, such as 80x80, or --search for proposals")
@@ -59,11 +70,15 @@ def simulate(
         raise ValueError("--cost is for --search: add it, or leave --cost out")
     if dense_steps is not None and attention_share is None:
         raise ValueError("--dense-steps needs --attention-share, attention's share of the run's time")
+    if gpu is None and (high or low):
+        raise ValueError("--high and --low are for predicted times: add --gpu, or leave them out")
+    if gpu is not None:
+        require(("triton",), "pip install triton")
     if plot:
         require(("matplotlib",), "pip install 'dma-diffusers[eval]'")
-    sizes = _sizes("--grid", grid)
+    sizes = sizes_of("--grid", grid)
     widths, strides, dilations, q_box, kv_box = (
-        None if value is None else _sizes(name, value)
+        None if value is None else sizes_of(name, value)
         for name, value in (
             ("--window", window),
             ("--stride", stride),
@@ -72,7 +87,7 @@ def simulate(
             ("--kv-tile", kv_tile),
         )
     )
-    is_causal = None if causal is None else _sizes("--causal", causal, range(2))
+    is_causal = None if causal is None else sizes_of("--causal", causal, range(2))
     dense = (0, 1) if dense_steps is None else _steps(dense_steps)
 
     from dma_diffusers.eval.simulator import plot as picture
@@ -85,6 +100,19 @@ def simulate(
 
     if attention_share is not None:
         end_to_end(1, attention_share, dense)  # refuses what it can't take before anything runs
+    predict = None
+    if gpu is not None:
+        from dma_diffusers.eval.simulator import predict as times
+
+        default = times.default_formats(gpu)
+        predict = partial(
+            times.predict,
+            gpu=gpu,
+            heads=heads,
+            head_dim=head_dim,
+            high=high or default[0],
+            low=low or default[1],
+        )
     axes, notes = neighborhood(sizes, widths, strides, dilations, is_causal)
     if search:
         counts = propose(
@@ -103,7 +131,7 @@ def simulate(
     if plot:
         picture.check_plot(plot, counts[0])
         check_writable(plot)
-    records = [summary.record(count, attention_share, dense) for count in counts]
+    records = [summary.record(count, attention_share, dense, predict) for count in counts]
     if plot:
         write_atomically(plot, picture.plot(counts[0], plot.suffix[1:]))
     if as_json:
@@ -118,16 +146,10 @@ def simulate(
     print_table(*(summary.candidates(records) if search else summary.lines(records[0])))
     for line in (*(f"note: {note}" for note in notes), COUNTS):
         print(line)
-
-
-def _sizes(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+([x×]\d+)*", text):
-        raise ValueError(f"{name} {text!r}: give one number for each dimension, as in 256x256 or 30x48x80")
-    sizes = tuple(int(size) for size in re.split("[x×]", text))
-    for size in sizes:
-        if size not in allowed:
-            raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
-    return sizes
+    if predict:
+        if not search:
+            print_table(*summary.times(records[0]["prediction"]))
+        print(f"Times are {records[0]['prediction']['label']}.")
 
 
 def _steps(text: str) -> tuple[int, int]:

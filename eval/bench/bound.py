@@ -23,7 +23,7 @@ class Gpu(NamedTuple):
 
 
 class Products(NamedTuple):
-    """How a share of the scores is multiplied: the letters of MATRIX_RATES for Q·K and P·V."""
+    """How a share of all scores is multiplied: the letters of MATRIX_RATES for Q·K and P·V."""
 
     share: float
     qk: str
@@ -57,7 +57,8 @@ def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
 def bound_tflops(shape: Shape, products: Sequence[Products], gpu: Gpu) -> float | None:
     """The most TFLOP/s (of `shape.flop`) that these products allow; None where a rate isn't known.
 
-    The time is the larger of the matrix products at their peak rates and one exponential for each score on the
+    Shares that sum to less than 1 leave scores out, which `shape.flop` counts all the same. The time is the larger
+    of the matrix products at their peak rates and one exponential for each score on the
     special-function unit, both at the highest clock. Polynomial exponentials run on another pipe, so where
     the exponentials are the larger, a kernel that has them can come out above.
     """
@@ -68,5 +69,6 @@ def bound_tflops(shape: Shape, products: Sequence[Products], gpu: Gpu) -> float 
         return None
     product = 2 * shape.head_dim  # FLOP for each score
     matrix = sum(part.share * (product / rates[part.qk] + product / rates[part.pv]) for part in products)
-    clocks = max(matrix, 1 / RATES[gpu.architecture]["mufu"])  # of an SM, for each score
+    exponentials = sum(part.share for part in products) / RATES[gpu.architecture]["mufu"]
+    clocks = max(matrix, exponentials)  # of an SM, for each score
     return 2 * product / clocks * gpu.multiprocessors * gpu.hz / 1e12

@@ -1,12 +1,17 @@
 """What goes into a timed call, and how far what comes out is from exact."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from dma_diffusers.eval.bench.shapes import Shape
 
 KINDS = ("normal", "outliers")
+
+Seen = Callable[[torch.Tensor], torch.Tensor]
+"""Which keys some queries see: from their numbers, int64 `[n]` on the CPU, to bool `[n, tokens]`."""
+
 _ROWS, _HEADS = 64, 4
 _L2_MULTIPLE = 8  # 4-bit operands are a quarter of the inputs' size, and have to be twice the cache
 
@@ -35,17 +40,26 @@ def _triple(shape: Shape, kind: str, generator: torch.Generator) -> tuple[torch.
 
 
 class Sample:
-    """Some rows of a call's exact result: float64 attention of 64 queries in each of up to four heads."""
+    """Some rows of a call's exact result: float64 attention of 64 queries in each of up to four heads.
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int = 0):
+    seen: the keys that count; all if left out.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int = 0, seen: Seen | None = None
+    ):
         batch, heads, tokens, head_dim = q.shape
         generator = torch.Generator().manual_seed(seed)
-        self._rows = torch.randperm(tokens, generator=generator)[:_ROWS].to(q.device)
+        rows = torch.randperm(tokens, generator=generator)[:_ROWS]
+        hidden = None if seen is None else ~seen(rows).to(q.device)
+        self._rows = rows.to(q.device)
         drawn = torch.randperm(batch * heads, generator=generator)[:_HEADS].tolist()
         self._heads = [divmod(index, heads) for index in drawn]
         self._exact = []
         for b, h in self._heads:  # one at a time: float64 keys of one head are 120 MB at 118,800 tokens
             scores = q[b, h, self._rows].double() @ k[b, h].double().mT * head_dim**-0.5
+            if hidden is not None:
+                scores.masked_fill_(hidden, -math.inf)
             self._exact.append(scores.softmax(-1) @ v[b, h].double())
 
     def relative_l2(self, out: torch.Tensor) -> float:

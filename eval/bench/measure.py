@@ -29,11 +29,11 @@ def measure(
 ) -> dict[str, Any]:
     """What each entry makes of a shape: `{"size", "copies", "entries"}`, as `summary.compared` gives them.
 
-    Entries get the same inputs (`kind`, `seed`), their errors are taken over the same rows, and one that can't
-    run has the reason under `absent`. seconds: of GPU time for each thing that is timed.
+    Entries get the same inputs (`kind`, `seed`), their errors are taken over the same rows of what each is asked for,
+    and one that can't run has the reason under `absent`. seconds: of GPU time for each thing that is timed.
     """
     copies = draw(shape, kind, seed, gpu.l2_bytes)
-    sample = Sample(*copies[0], seed)
+    samples = {seen: Sample(*copies[0], seed, seen) for seen in {entry.seen for entry in entries}}
     rows: list[dict[str, Any]] = []
     calls: dict[tuple[int, str], Call] = {}
     for index, entry in enumerate(entries):
@@ -41,7 +41,7 @@ def measure(
         row: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
         try:
             prepared = entry.prepare(copies)
-            error = sample.relative_l2(prepared.whole(0))
+            error = samples[entry.seen].relative_l2(prepared.whole(0))
             row["relative_l2"] = error if math.isfinite(error) else None
             row["peak_bytes"] = _peak_bytes(partial(prepared.whole, 0))
             row["bound_tflops"] = bound_tflops(shape, prepared.products, gpu)

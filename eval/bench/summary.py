@@ -1,5 +1,6 @@
 """Timed entries compared with each other and with the bound: as data, as a table, as Markdown."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dma_diffusers.eval.bench.entries import FULL, LOW_BIT
@@ -70,11 +71,15 @@ def cells(entries: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def markdown(shapes: dict[str, dict[str, Any]]) -> str:
-    """The tables of a result's `shapes`, each under its name."""
+def markdown(
+    shapes: dict[str, dict[str, Any]],
+    header: Sequence[str] = HEADER,
+    cells: Callable[[list[dict[str, Any]]], list[list[str]]] = cells,
+) -> str:
+    """The tables of a result's `shapes`, each under its name; header, cells: of another benchmark's tables."""
     return "\n\n".join(
         "\n".join(
-            [f"**{label}**\n", _line(HEADER), _line(["---", *["---:"] * (len(HEADER) - 1)])]
+            [f"**{label}**\n", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
             + [_line(line) for line in cells(measured["entries"])]
         )
         for label, measured in shapes.items()
@@ -96,5 +101,5 @@ def _speeds(part: dict[str, Any]) -> list[str]:
     ]
 
 
-def _line(texts: list[str] | tuple[str, ...]) -> str:
+def _line(texts: Sequence[str]) -> str:
     return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.cost import check_target, current_target
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
@@ -41,15 +42,15 @@ def calibrate(
     known, else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
 
     Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules:
-    record steps that stand for all. Costs are predicted (`cost.tile_clocks`). Both add up, so at one price of cost
+    record steps that stand for all. Costs are predicted (`tile_clocks`). Both add up, so at one price of cost
     every head takes its best window, every module its best formats and sink, and the model the best noise level above
     which steps are dense (`Search`). What is chosen is then measured as it is, all heads of a call together, and
     chosen anew with less to spend where it errs more than that (to a thousandth).
     Raises ValueError for no recordings, an unknown target, or formats that it has no kernel for.
     """
     check_quality(quality)
-    target = target or cost.current_target()
-    cost.check_target(target)
+    target = target or current_target()
+    check_target(target)
     pairs = [tuple(pair) for pair in formats or FORMATS[target]]
     if not len(recordings):
         raise ValueError(f"there are no recordings in {recordings.folder}")

@@ -69,6 +69,16 @@ class Count:
         return self.grid_tiles[1] + self.text_tiles[1]
 
     @property
+    def visits(self) -> int:
+        """Pairs of tiles that are visited, text included."""
+        return math.prod(tally.visited for tally in self._tallies) + self.text_visits
+
+    @property
+    def text_visits(self) -> int:
+        """Pairs of tiles with text in either."""
+        return self.grid_tiles[0] * self.text_tiles[1] + self.text_tiles[0] * self.all
+
+    @property
     def worst(self) -> int:
         """KV tiles that the busiest Q tile of the grid visits, text included."""
         return math.prod(tally.most for tally in self._tallies) + self.text_tiles[1]
@@ -76,7 +86,7 @@ class Count:
     @property
     def mean(self) -> float:
         """KV tiles that a Q tile visits on average, text included, as key and as query."""
-        return self._visits / (self.grid_tiles[0] + self.text_tiles[0])
+        return self.visits / (self.grid_tiles[0] + self.text_tiles[0])
 
     @property
     def cut(self) -> float:
@@ -105,7 +115,7 @@ class Count:
     @property
     def speedup_mean(self) -> float:
         """Visits of dense attention over visits made: all / mean, but for dilation."""
-        return self._dense_visits / self._visits
+        return self._dense_visits / self.visits
 
     @property
     def cost(self) -> float:
@@ -117,13 +127,6 @@ class Count:
     @property
     def _tallies(self) -> list["Tally"]:
         return [tally(*sides) for sides in zip(self.axes, self.q_tile, self.kv_tile, strict=True)]
-
-    @property
-    def _visits(self) -> int:
-        of_grid = (
-            math.prod(tally.visited for tally in self._tallies) + self.grid_tiles[0] * self.text_tiles[1]
-        )
-        return of_grid + self.text_tiles[0] * self.all
 
     @property
     def _worst_visits(self) -> int:

@@ -1,11 +1,15 @@
 """A count as data, and as the lines of a table."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dma_diffusers.eval.simulator.count import Count, end_to_end
 from dma_diffusers.kernels.boxes import padding, plan
 from dma_diffusers.kernels.neighborhood import shape_text
+
+if TYPE_CHECKING:
+    from dma_diffusers.eval.simulator.predict import Prediction  # which needs Triton
 
 _LARGEST_BOX = 1024  # tokens up to which other shapes of a box are looked at
 _CANDIDATES = (
@@ -22,12 +26,21 @@ _CANDIDATES = (
 
 
 def record(
-    count: Count, attention_share: float | None = None, dense_steps: tuple[int, int] = (0, 1)
+    count: Count,
+    attention_share: float | None = None,
+    dense_steps: tuple[int, int] = (0, 1),
+    predict: Callable[[Count], "Prediction"] | None = None,
 ) -> dict[str, Any]:
-    """What was counted, as JSON: sizes as lists, tiles as numbers, shares from 0 to 1.
+    """What was counted, as JSON: sizes as lists, tiles as numbers, shares from 0 to 1; and what is predicted of it.
 
     `end_to_end` is of the worst Q tile's speed-up, as published figures are; None without an attention share.
+    `prediction` has an `end_to_end` of its own, of the speed-up in time; None without `predict`.
     """
+
+    def run_speedup(speedup: float) -> float | None:
+        return None if attention_share is None else end_to_end(speedup, attention_share, dense_steps)
+
+    prediction = predict and predict(count)
     axes = {
         name: [getattr(axis, name) for axis in count.axes]
         for name in ("window", "stride", "dilation", "causal")
@@ -49,9 +62,8 @@ def record(
         "cost": count.cost,
         "speedup_worst": count.speedup_worst,
         "speedup_mean": count.speedup_mean,
-        "end_to_end": None
-        if attention_share is None
-        else end_to_end(count.speedup_worst, attention_share, dense_steps),
+        "end_to_end": run_speedup(count.speedup_worst),
+        "prediction": prediction and prediction._asdict() | {"end_to_end": run_speedup(prediction.speedup)},
     }
 
 
@@ -75,6 +87,28 @@ def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str
     return (f"Grid {shape_text(counted['grid'])}", "tiles counted"), rows
 
 
+def times(prediction: dict[str, Any]) -> tuple[tuple[str, str, str], list[tuple[str, str, str]]]:
+    """Header and rows of a record's prediction."""
+    shape = f"{prediction['heads']} heads × {prediction['head_dim']}"
+    formats = (prediction["high"], prediction["low"])
+    rows = [
+        ("dense, full precision, the best kernel", f"{prediction['full_precision_ms']:.3f}", ""),
+        (
+            f"dense, LOW {formats[1]}",
+            f"{prediction['dense_low_ms']:.3f}",
+            f"{prediction['speedup_dense_low']:.2f}",
+        ),
+        (
+            f"neighbourhood, {'|'.join(formats)}",
+            f"{prediction['neighborhood_ms']:.3f}",
+            f"{prediction['speedup']:.2f}",
+        ),
+    ]
+    if prediction["end_to_end"] is not None:
+        rows.append(("end to end", "", f"{prediction['end_to_end']:.2f}"))
+    return (f"{prediction['gpu'].upper()}, {shape}, quantisation included", "ms", "speed-up"), rows
+
+
 def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Header and rows of a search's records."""
     rows = [
@@ -87,7 +121,12 @@ def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[lis
         ]
         for found in records
     ]
-    return _CANDIDATES[: len(rows[0])], rows
+    header = _CANDIDATES[: len(rows[0])]
+    if records[0]["prediction"]:
+        header += (f"ms on {records[0]['prediction']['gpu'].upper()}",)
+        for row, found in zip(rows, records, strict=True):
+            row.append(f"{found['prediction']['neighborhood_ms']:.3f}")
+    return header, rows
 
 
 def box_notes(count: Count) -> list[str]:

@@ -369,7 +369,7 @@ def test_a_result_with_other_settings_is_not_overwritten(has_gpu, tmp_path, chan
 def test_another_file_is_not_overwritten(has_gpu, tmp_path, content):
     output = tmp_path / "notes.json"
     output.write_text(content)
-    with pytest.raises(ValueError, match="no result of bench attention"):
+    with pytest.raises(ValueError, match="no result of a benchmark"):
         run(output, ["flux-1k"], [])
     assert output.read_text() == content
 

@@ -93,6 +93,7 @@ def gpu():
 
 
 CONFIG = Config("bf16", "int8", window=0, sink=0)
+NEIGHBORHOOD = Config("bf16", "int8", policy="neighborhood(window=4x8, stride=2x4)", grid=(10, 20))
 
 
 @pytest.mark.kernel
@@ -104,7 +105,8 @@ def test_inputs_do_not_fit_the_cache(gpu):
 
 
 @pytest.mark.kernel
-def test_the_kernel_alone_computes_what_the_call_does(monkeypatch):
+@pytest.mark.parametrize("config", [CONFIG, NEIGHBORHOOD], ids=["dense", "neighborhood"])
+def test_the_kernel_alone_computes_what_the_call_does(monkeypatch, config):
     """Here and in the interpreter: launched again, the recorded kernels write the same result anew."""
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
@@ -113,7 +115,7 @@ def test_the_kernel_alone_computes_what_the_call_does(monkeypatch):
         pytest.skip("needs a GPU, or Triton's interpreter")
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
     copies = [tuple(torch.randn(3, 1, 2, 200, 64, device=device).bfloat16()) for _ in range(2)]
-    prepared = CONFIG.entry.prepare(copies)
+    prepared = config.entry.prepare(copies)
     for number in (0, 1, 2):
         expected = prepared.whole(number)
         again = prepared.kernel(number)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL, DEFAULT
 from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
 from dma_diffusers.eval.quality.summary import summarise
-from dma_diffusers.eval.recordings.cost import tile_clocks
 from dma_diffusers.eval.report.evaluation import read
 from dma_diffusers.eval.report.markdown import table
 from dma_diffusers.kernels.layout import Layout

@@ -52,6 +52,54 @@ def test_without_an_attention_share_there_is_no_end_to_end(monkeypatch, capsys):
     assert "end to end" not in output
 
 
+KERNEL_TILES = FLUX[:6]
+
+
+def test_predicted_times(monkeypatch, capsys):
+    arguments = ("simulate", *KERNEL_TILES, "--gpu", "h200", "--attention-share", ".518")
+    code, table, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "H200, 24 heads × 128, quantisation included" in table
+    assert "Times are predicted by a model that is within 15% of all times measured on an H200." in table
+    _, output, _ = run(monkeypatch, capsys, *arguments, "--json")
+    found = json.loads(output)["prediction"]
+    assert found["speedup"] == pytest.approx(found["full_precision_ms"] / found["neighborhood_ms"])
+    assert found["end_to_end"] == pytest.approx(1 / (1 - 0.518 * (1 - 1 / found["speedup"])))
+    assert re.search(
+        rf"neighbourhood, bf16\|int8 +{found['neighborhood_ms']:.3f} ",
+        run(monkeypatch, capsys, *arguments)[1],
+    )
+
+
+def test_times_of_another_gpu_are_called_what_they_are(monkeypatch, capsys):
+    arguments = (
+        "simulate",
+        *KERNEL_TILES,
+        "--gpu",
+        "b200",
+        "--low",
+        "nvfp4",
+        "--heads",
+        "48",
+        "--head-dim",
+        "64",
+    )
+    _, output, _ = run(monkeypatch, capsys, *arguments)
+    assert "B200, 48 heads × 64" in output and "mxfp8|nvfp4" in output
+    assert "Times are predicted, not measured on any B200." in output
+
+
+def test_proposals_have_times(monkeypatch, capsys):
+    arguments = ("simulate", "--grid", "256x256", "--search", "--gpu", "h200")
+    _, output, _ = run(monkeypatch, capsys, *arguments)
+    assert "ms on H200" in output and "Times are predicted" in output
+
+
+def test_without_a_gpu_there_are_no_times(monkeypatch, capsys):
+    _, output, _ = run(monkeypatch, capsys, "simulate", *FLUX, "--json")
+    assert json.loads(output)["prediction"] is None
+
+
 def test_notes_on_windows_and_boxes(monkeypatch, capsys):
     arguments = ("--grid", "21x45x80", "--window", "30x24x24", "--q-tile", "1x8x16", "--kv-tile", "2x8x8")
     _, output, _ = run(monkeypatch, capsys, "simulate", *arguments)
@@ -113,6 +161,10 @@ def test_the_picture_shows_what_was_counted():
     (("--grid", "64x64", "--window", "9x9", "--attention-share", ".5", "--dense-steps", "9"), "give K/N"),
     (("--grid", "64x64", "--window", "9x9", "--attention-share", ".5", "--dense-steps", "9/8"), "0 ≤ K ≤ N"),
     (("--grid", "64x64", "--window", "9x9", "--cost", ".5"), "--cost is for --search"),
+    ((*FLUX, "--gpu", "b100"), "unknown GPU 'b100': choose from h100, h200, b200, b300"),
+    ((*FLUX, "--gpu", "h200"), "times are predicted for the kernel's tiles, of 128 tokens, got 16×16"),
+    ((*FLUX[:6], "--gpu", "h200", "--low", "fp3"), "fp3"),
+    ((*FLUX, "--low", "int8"), "--high and --low are for predicted times: add --gpu"),
     (("--grid", "64x64", "--search", "--cost", "0"), "cost must be over 0"),
     (("--grid", "64x64", "--search", "--cost", ".00001"), "the cheapest one found costs"),
     (("--grid", "64x64", "--window", "9x9", "--plot", "map.pdf"), "ends in .svg or .png"),

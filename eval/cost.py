@@ -1,0 +1,56 @@
+"""What a pair of tiles costs on a GPU, predicted: nothing here is measured."""
+
+import torch
+
+from dma_diffusers.eval.bench.bound import letter
+from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels.instructions import MATRIX_RATES, RATES
+from dma_diffusers.kernels.lowerings import Storage
+from dma_diffusers.kernels.maps import TILE
+
+TARGETS = tuple(MATRIX_RATES)
+
+
+def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float, float]:
+    """Clocks of an SM for one pair of tiles in HIGH and in LOW: two products at their peak rates, plus exponentials.
+
+    The sum, not the larger: in our kernels softmax and products hardly overlap. At the clock of its data sheet it
+    predicts every time that an H200 has measured within 15 % (`simulator.predict`); for HIGH over LOW everywhere it
+    gives 1.50 at head_dim 128 and 1.33 at 64, where 1.44 and 1.32 were measured (`high` and `low` in
+    eval/results/h200_hopper_variants.txt) and the larger of the two would give 2.00 and 1.00.
+    Raises ValueError for a target without rates, or formats that no kernel of it multiplies.
+    """
+    stores = storages(target, head_dim, high, low)
+    clocks = (
+        sum(clocks_of(target, head_dim, letter(fmt, stores), pv)) for fmt, pv in ((high, "H"), (low, "Q"))
+    )
+    return tuple(clocks)
+
+
+def clocks_of(target: str, head_dim: int, qk: str, pv: str) -> tuple[float, float]:
+    """Clocks of an SM for one pair of tiles: of its two products (letters of MATRIX_RATES), and of its exponentials."""
+    rates = MATRIX_RATES[target]
+    product = 2 * head_dim * TILE * TILE
+    return product / rates[qk] + product / rates[pv], TILE * TILE / RATES[target]["mufu"]
+
+
+def storages(target: str, head_dim: int, high: str, low: str) -> dict[str, Storage]:
+    """How the target's kernel for these formats stores each format; raises ValueError as `tile_clocks` does."""
+    check_target(target)
+    chosen = lowerings.choose(target, head_dim, high, low)
+    if chosen.lowering == "reference":
+        raise ValueError(f"{high}|{low} has no kernel on {target}, head_dim {head_dim}: {chosen.reason}")
+    return next(lowering.stores for lowering in lowerings.LOWERINGS if lowering.name == chosen.lowering)
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError for an architecture whose rates are not known."""
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
+
+
+def current_target() -> str:
+    """The architecture of this process's GPU if its rates are known, else sm_100."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = lowerings.architecture(device)
+    return architecture if architecture in TARGETS else "sm_100"

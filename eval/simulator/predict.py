@@ -1,0 +1,179 @@
+"""Times that attention would take on a GPU, predicted from the clocks of its tiles.
+
+The SMs work in rounds: each takes a program's queries through all tiles that they visit, then the next's. A pair of
+tiles costs its two products and its exponentials (`cost.clocks_of`) at the clock with which the data sheet's peak rates
+are reached; quantising costs its bytes at the memory's bandwidth. One constant is fitted: `START`.
+
+On an H200 this predicts all that is committed of our kernel and of the best full-precision one, dense from 1,024 to
+118,800 tokens and neighbourhoods, within `WITHIN` (tests/eval/simulator/test_predict.py). Other GPUs: nobody measured.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dma_diffusers.eval.cost import clocks_of, storages, tile_clocks
+from dma_diffusers.eval.simulator.count import Count
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE
+from dma_diffusers.kernels.neighborhood import shape_text
+from dma_diffusers.kernels.tuning import tuning
+
+START = 8.5e-6  # seconds: until a round of programs is under way, and so long for each step before the kernel
+WITHIN = 0.15
+MEASURED = ("h200", "bf16|int8")
+_STEPS_BEFORE = 3  # statistics, encoding, and the ways between them and the kernel
+_FULL_ROWS = 128  # queries that FlashAttention handles together
+# Of the larger of products and exponentials, what FlashAttention-4 reaches where it overlaps them: 1,613 TFLOP/s of
+# 2,250 on a B200 (arXiv 2603.05451). On Hopper it takes their sum.
+_OVERLAPPED = 0.71
+
+
+class Machine(NamedTuple):
+    """A GPU by its data sheet; `hz` is the clock with which its peak rates are reached."""
+
+    architecture: str
+    multiprocessors: int
+    hz: float
+    bytes_per_second: float
+
+
+MACHINES = {
+    "h100": Machine("sm_90", 132, 1.83e9, 3.35e12),
+    "h200": Machine("sm_90", 132, 1.83e9, 4.8e12),
+    "b200": Machine("sm_100", 148, 1.856e9, 8e12),
+    "b300": Machine("sm_103", 148, 1.856e9, 8e12),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Attention of `heads` heads (times the batch) over so many tokens, with our formats, on one of `MACHINES`.
+
+    Raises ValueError for an unknown GPU, and for formats that it has no kernel for.
+    """
+
+    gpu: str
+    heads: int
+    tokens: int
+    head_dim: int
+    high: str
+    low: str
+
+    def __post_init__(self):
+        if self.gpu not in MACHINES:
+            raise ValueError(f"unknown GPU {self.gpu!r}: choose from {', '.join(MACHINES)}")
+        _ = self._storages
+
+    @property
+    def label(self) -> str:
+        """What a prediction for this GPU is worth."""
+        formats = f"{self.high}|{self.low}"
+        if (self.gpu, formats) == MEASURED:
+            return f"predicted by a model that is within {WITHIN:.0%} of all times measured on an H200"
+        others = f" with {formats}" * (self.gpu == MEASURED[0])
+        return f"predicted, not measured on any {self.gpu.upper()}{others}"
+
+    @property
+    def machine(self) -> Machine:
+        """The GPU."""
+        return MACHINES[self.gpu]
+
+    def full_precision(self) -> float:
+        """Seconds of dense attention in bf16, by the best kernel there is."""
+        products, exponentials = clocks_of(self.machine.architecture, self.head_dim, "H", "H")
+        clocks = products + exponentials
+        if self.machine.architecture != "sm_90":
+            clocks = max(products, exponentials) / _OVERLAPPED
+        tiles = -(-self.tokens // TILE)
+        return self._rounds(_FULL_ROWS) * tiles * clocks / self.machine.hz + START
+
+    def kernel(self, high_pairs: float, low_pairs: float) -> float:
+        """Seconds of our kernel where each head visits so many pairs of tiles in HIGH and in LOW."""
+        machine = self.machine
+        of_high, of_low = tile_clocks(machine.architecture, self.head_dim, self.high, self.low)
+        rows = self._rows(high_pairs > 0, low_pairs > 0)
+        mean = (high_pairs * of_high + low_pairs * of_low) * rows / TILE / -(-self.tokens // TILE)
+        return self._rounds(rows) * (mean / machine.hz + START)
+
+    def whole(self, high_pairs: float, low_pairs: float, in_boxes: bool = False) -> float:
+        """Seconds of the whole call, quantisation included. in_boxes: whether it gathers tokens into tile order."""
+        elements = self.heads * self.tokens * self.head_dim
+        moved = elements * self._moved_bytes(high_pairs > 0, low_pairs > 0, in_boxes)
+        before = moved / self.machine.bytes_per_second + _STEPS_BEFORE * START
+        return before + self.kernel(high_pairs, low_pairs)
+
+    @property
+    def _storages(self) -> dict:
+        return storages(self.machine.architecture, self.head_dim, self.high, self.low)
+
+    def _rounds(self, rows: int) -> int:
+        programs = self.heads * -(-self.tokens // rows)
+        return -(-programs // self.machine.multiprocessors)
+
+    def _rows(self, has_high: bool, has_low: bool) -> int:
+        """Queries of one program."""
+        classes = (
+            self._storages[self.high] if has_high else None,
+            self._storages[self.low] if has_low else None,
+        )
+        padded = max(64, 1 << (self.head_dim - 1).bit_length())
+        tuned = tuning(self.machine.architecture, padded, classes)
+        return tuned.rows if tuned.slots is None else SHARED_BLOCKS * SHARED_ROWS
+
+    def _moved_bytes(self, has_high: bool, has_low: bool, in_boxes: bool) -> float:
+        """Of each element of q, k and v together: read, and written in each class's formats."""
+        moved = 3 * 2.0
+        if has_low:
+            moved += 2 + 2 * get_format(self.low).average_bits / 8 + 1  # V's range before; V in FP8
+        if has_high and (in_boxes or self.high != "bf16"):
+            moved += 2 * get_format(self.high).average_bits / 8 + 2 * in_boxes
+        return moved
+
+
+class Prediction(NamedTuple):
+    """Milliseconds of a call, quantisation included, and the speed-ups over dense attention in full precision."""
+
+    gpu: str
+    label: str
+    high: str
+    low: str
+    heads: int
+    head_dim: int
+    full_precision_ms: float
+    dense_low_ms: float
+    neighborhood_ms: float
+    speedup_dense_low: float
+    speedup: float
+
+
+def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: str) -> Prediction:
+    """What a neighbourhood would take, LOW within its window, SKIP beyond, text HIGH.
+
+    Raises ValueError as `Call` does, and for tiles of other than the kernel's 128 tokens.
+    """
+    if wrong := next((box for box in (count.q_tile, count.kv_tile) if math.prod(box) != TILE), None):
+        raise ValueError(
+            f"times are predicted for the kernel's tiles, of {TILE} tokens, got {shape_text(wrong)}: "
+            "leave out the tiles, or the GPU"
+        )
+    tokens = count.text + math.prod(axis.length for axis in count.axes)
+    tiles, text_tiles = -(-tokens // TILE), count.text_tiles[0]
+    dense = Call(gpu, heads, tokens, head_dim, high, low)
+    text_pairs = text_tiles * (2 * tiles - text_tiles)
+    full, dense_low = dense.full_precision(), dense.whole(text_pairs, tiles**2 - text_pairs)
+    boxed = replace(dense, tokens=TILE * (count.grid_tiles[0] + text_tiles))
+    of_grid = count.visits - count.text_visits
+    masked = count.cut * of_grid if text_tiles else 0.0  # a kernel that has HIGH masks in HIGH
+    ours = boxed.whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
+    milliseconds = (1e3 * seconds for seconds in (full, dense_low, ours))
+    return Prediction(
+        gpu, dense.label, high, low, heads, head_dim, *milliseconds, full / dense_low, full / ours
+    )
+
+
+def default_formats(gpu: str) -> tuple[str, str]:
+    """HIGH and LOW that a GPU multiplies fastest; ValueError for an unknown one."""
+    if gpu not in MACHINES:
+        raise ValueError(f"unknown GPU {gpu!r}: choose from {', '.join(MACHINES)}")
+    return ("bf16", "int8") if MACHINES[gpu].architecture == "sm_90" else ("mxfp8", "mxfp4")

@@ -1,0 +1,99 @@
+"""Predictions beside what an H200 measured: every committed time of the bf16 and int8 kernels, within 15 %."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dma_diffusers.eval.bench.entries import FULL, OURS
+from dma_diffusers.eval.simulator.count import Count
+from dma_diffusers.eval.simulator.predict import MACHINES, WITHIN, Call, default_formats, predict
+from dma_diffusers.kernels.boxes import fitting
+from dma_diffusers.kernels.neighborhood import neighborhood
+
+RESULTS = Path(__file__).parents[3] / "eval" / "results"
+BENCHES = ("h200_bench.json", "h200_bench_batch2.json", "h200_bench_outliers.json")
+FLUX = ((256, 256), (80, 80), (16, 16))
+HUNYUAN = ((30, 48, 80), (18, 24, 24), (16, 8, 8))
+
+
+def beside_measured():
+    """Predicted and measured milliseconds of every dense call, by what was timed."""
+    for file in BENCHES:
+        for label, shape in json.loads((RESULTS / file).read_text())["shapes"].items():
+            batch, heads, tokens, head_dim = shape["size"]
+            call = Call("h200", batch * heads, tokens, head_dim, "bf16", "int8")
+            full = [entry["whole"]["ms"] for entry in shape["entries"] if entry["kind"] == FULL]
+            yield f"{label}, full precision, {file}", 1e3 * call.full_precision(), min(full)
+            for entry in shape["entries"]:
+                if entry["kind"] != OURS:
+                    continue
+                pairs = (-(-tokens // 128)) ** 2
+                high = pairs * sum(part["share"] for part in entry["products"] if part["qk"] == "H")
+                for part, seconds in (("whole", call.whole), ("kernel", call.kernel)):
+                    predicted = 1e3 * seconds(high, pairs - high)
+                    yield f"{label}, {entry['name']}, {part}, {file}", predicted, entry[part]["ms"]
+
+
+def test_every_dense_time_that_an_h200_measured():
+    errors = {name: predicted / measured - 1 for name, predicted, measured in beside_measured()}
+    assert len(errors) > 80
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    assert abs(errors[worst]) <= WITHIN, f"{worst}: {errors[worst]:+.1%}"
+
+
+@pytest.mark.parametrize(("name", "case"), [("FLUX", FLUX), ("HunyuanVideo", HUNYUAN)])
+def test_every_neighborhood_that_an_h200_measured(name, case):
+    axes = neighborhood(*case)[0]
+    count = Count(axes, fitting(axes), fitting(axes))
+    found = predict(count, "h200", 24, 128, "bf16", "int8")
+    call = Call("h200", 24, 128 * count.grid_tiles[0], 128, "bf16", "int8")
+    text = (RESULTS / "h200_neighborhood.txt").read_text()
+    measured = re.findall(rf"^{name}.* whole ([\d.]+) ms .* kernel alone ([\d.]+)", text, re.MULTILINE)
+    assert measured
+    for whole, kernel in measured:
+        assert found.neighborhood_ms == pytest.approx(float(whole), rel=WITHIN)
+        assert 1e3 * call.kernel(0, count.visits) == pytest.approx(float(kernel), rel=WITHIN)
+
+
+def test_flash_attention_4_on_a_b200():
+    """Published: 1,613 TFLOP/s at best."""
+    call = Call("b200", 32, 2**15, 128, *default_formats("b200"))
+    tflops = 4 * 32 * 2**30 * 128 / call.full_precision() / 1e12
+    assert tflops == pytest.approx(1613, rel=0.03)
+
+
+def test_only_what_was_measured_is_called_so():
+    for gpu in MACHINES:
+        label = Call(gpu, 1, 1024, 128, *default_formats(gpu)).label
+        assert ("not measured on any" in label) == (gpu != "h200") and gpu.upper() in label
+    assert Call("h200", 1, 1024, 128, "bf16", "fp8").label.endswith("not measured on any H200 with bf16|fp8")
+
+
+def test_what_a_neighborhood_costs():
+    axes = neighborhood(*FLUX)[0]
+    fits, cut = Count(axes, (8, 16), (8, 16)), Count(neighborhood((256, 256), (80, 80))[0], (8, 16), (8, 16))
+    plain = predict(fits, "h200", 24, 128, "bf16", "int8")
+    assert plain.speedup == pytest.approx(plain.full_precision_ms / plain.neighborhood_ms)
+    assert plain.speedup_dense_low == pytest.approx(plain.full_precision_ms / plain.dense_low_ms)
+    assert plain.full_precision_ms > plain.dense_low_ms > plain.neighborhood_ms
+    with_text = predict(Count(axes, (8, 16), (8, 16), 512), "h200", 24, 128, "bf16", "int8")
+    assert with_text.neighborhood_ms > plain.neighborhood_ms
+    twice = predict(fits, "h200", 48, 128, "bf16", "int8")
+    assert twice.neighborhood_ms == pytest.approx(2 * plain.neighborhood_ms, rel=0.03)
+    assert predict(cut, "h200", 24, 128, "bf16", "int8").neighborhood_ms > plain.neighborhood_ms
+
+
+@pytest.mark.parametrize(("gpu", "formats", "words"), [
+    ("b100", ("bf16", "int8"), "unknown GPU 'b100': choose from h100, h200, b200, b300"),
+    ("b200", ("bf16", "nope"), "nope"),
+])  # fmt: skip
+def test_what_cannot_be_predicted(gpu, formats, words):
+    with pytest.raises(ValueError, match=words):
+        Call(gpu, 24, 4096, 128, *formats)
+
+
+def test_times_are_of_the_kernels_tiles():
+    with pytest.raises(ValueError, match="the kernel's tiles, of 128 tokens, got 16×16"):
+        predict(Count(neighborhood(*FLUX)[0], (16, 16), (16, 8)), "h200", 24, 128, "bf16", "int8")
