@@ -162,8 +162,7 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
             module = model.get_submodule(name)
             diversion = Diversion(config.of_module(name), family, forward, name in dense, _head_dim(module))
             module.processor = bind(module.processor, diversion)
-        observe = forward.observe if config.dense_above_sigma is None else forward.observe_noise
-        hook = model.register_forward_pre_hook(observe, with_kwargs=True)
+        hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)
 
     return attach

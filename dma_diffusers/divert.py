@@ -24,35 +24,61 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Forward:
-    """What all attention modules of a model need to know of its running forward call."""
+    """What all attention modules of a model need to know of its running forward call.
 
-    def __init__(self, model: torch.nn.Module, family: Family, dense_above_sigma: float | None):
+    wants_grid: whether a policy needs to know what the tokens lie on; the family must know how to find it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        family: Family,
+        dense_above_sigma: float | None,
+        wants_grid: bool = False,
+    ):
         self.family = family
         self.dense_above_sigma = dense_above_sigma
+        self.wants_grid = wants_grid
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
         self.announced = False
-        self.text: torch.Tensor | None = None
+        # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
+        self._text: torch.Tensor | None = None
+        self._grid: torch.Tensor | None = None
         self.diversions: list[Diversion] = []
 
     @property
     def text_length(self) -> int | None:
         """Tokens of text that the model was given; None for none."""
-        return None if self.text is None else self.text.shape[0]
+        return None if self._text is None else self._text.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """What the tokens other than text lie on; () where no policy needs it."""
+        return () if self._grid is None else tuple(self._grid.shape[:-1])
+
+    @property
+    def hook(self) -> Callable[..., None]:
+        """The forward pre-hook that observes what is asked for."""
+        reads = (self.wants_grid and self.family.grid_on_device) or self.dense_above_sigma is not None
+        return self.observe_on_device if reads else self.observe
 
     def observe(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook: the length of the text."""
-        text = self._named(args, kwargs).get("encoder_hidden_states")
-        # An empty tensor holds the length: torch.compile would take an integer for a constant, and recompile.
-        self.text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
+        """A forward pre-hook: the length of the text, and the grid if a policy needs it."""
+        call = self._named(args, kwargs)
+        text = call.get("encoder_hidden_states")
+        self._text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
+        if self.wants_grid:
+            self._grid = torch.empty(*self.family.grid(model, call), 0)
 
-    @torch.compiler.disable  # reading the level would break a graph; a compiled model's hooks run before its own
-    def observe_noise(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own
+    def observe_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: `observe`, and whether the noise level asks for HIGH everywhere."""
         self.observe(model, args, kwargs)
-        dense = bool(self.noise_level(args, kwargs) > self.dense_above_sigma)
-        for diversion in self.diversions:
-            diversion.mapped = not (dense or diversion.dense)
+        if self.dense_above_sigma is not None:
+            dense = bool(self.noise_level(args, kwargs) > self.dense_above_sigma)
+            for diversion in self.diversions:
+                diversion.mapped = not (dense or diversion.dense)
 
     def noise_level(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The highest sigma (0 to 1) of a forward call's batch, on its device; None if the scale is not known."""

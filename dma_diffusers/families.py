@@ -1,8 +1,11 @@
 """Where each model family has its text, and how its attention modules are called."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+
+from dma_diffusers import grids
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,16 @@ class Family:
     single_stream: modules called without `encoder_hidden_states` get text and image as one sequence.
     cross_attention: last parts of the names of modules that do cross-attention.
     timestep_scale: timestep of pure noise; None if not known.
+    grid: finds what the tokens other than text lie on; None if not known.
+    grid_on_device: whether finding it waits for the device.
     """
 
     text: str
     single_stream: bool = False
     cross_attention: tuple[str, ...] = ()
     timestep_scale: float | None = None
+    grid: grids.Finder | None = None
+    grid_on_device: bool = False
 
     def role_left_to_stock(self, module: str) -> str:
         """Why the module of this name is left to stock; empty if it is not."""
@@ -48,32 +55,35 @@ class Family:
         return start, start + length
 
 
+_FLUX = Family("first", single_stream=True, timestep_scale=1, grid=grids.of_positions, grid_on_device=True)
+_CROSS = Family("none", cross_attention=("attn2",), timestep_scale=1000)
+
 FAMILIES = {
-    "ChromaTransformer2DModel": Family("first", single_stream=True, timestep_scale=1),
-    "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000),
-    "Flux2Transformer2DModel": Family("first", single_stream=True, timestep_scale=1),
-    "FluxTransformer2DModel": Family("first", single_stream=True, timestep_scale=1),
-    "HunyuanVideoTransformer3DModel": Family("last", timestep_scale=1000),
-    "LTXVideoTransformer3DModel": Family("none", cross_attention=("attn2",), timestep_scale=1000),
-    "QwenImageTransformer2DModel": Family("first", timestep_scale=1),
-    "SD3Transformer2DModel": Family("last", timestep_scale=1000),
-    "WanTransformer3DModel": Family("none", cross_attention=("attn2",), timestep_scale=1000),
+    "ChromaTransformer2DModel": _FLUX,
+    "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000, grid=grids.of_frames),
+    "Flux2Transformer2DModel": _FLUX,
+    "FluxTransformer2DModel": _FLUX,
+    "HunyuanVideoTransformer3DModel": Family("last", timestep_scale=1000, grid=grids.of_video),
+    "LTXVideoTransformer3DModel": replace(_CROSS, grid=grids.of_lengths),
+    "QwenImageTransformer2DModel": Family("first", timestep_scale=1, grid=grids.of_shapes),
+    "SD3Transformer2DModel": Family("last", timestep_scale=1000, grid=grids.of_image),
+    "WanTransformer3DModel": replace(_CROSS, grid=grids.of_video),
 }
 
 
-def family_of(model: torch.nn.Module, text: str | None = None) -> Family:
-    """The family of `model`, with `text` in place of what is known about it if given.
+def family_of(model: torch.nn.Module, text: str | None = None, grid: grids.Grid | None = None) -> Family:
+    """The family of `model`, with `text` and `grid` in place of what is known about it if given.
 
     Modules of an unknown family that are called without `encoder_hidden_states` are taken to get text and
     image as one sequence: where that is wrong, a few tiles too many are HIGH.
     Raises ValueError for an unknown family without `text`.
     """
-    for base in type(model).__mro__:
-        if family := FAMILIES.get(base.__name__):
-            return replace(family, text=text or family.text)
-    if text is None:
+    known = next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
+    if known is None and text is None:
         raise ValueError(
             f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): "
             'say where its joint attention has text, with text="first", "last" or "none"'
         )
-    return Family(text, single_stream=True)
+    family = known or Family(text, single_stream=True)
+    found = replace(family, grid=partial(grids.given, grid), grid_on_device=False) if grid else family
+    return replace(found, text=text or family.text)

@@ -165,20 +165,20 @@ def test_a_guider_that_skips_attention_scores_still_does():
 @pytest.mark.parametrize("timestep, dense", [(951.0, True), (900.0, False), (1.0, False)])
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken, (q, k, v) = diversion(dense_above_sigma=0.9), qkv()
-    taken.forward.observe_noise(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
+    taken.forward.hook(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
     assert taken.mapped is not dense
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
     taken = diversion(dense=True, dense_above_sigma=0.9)
-    taken.forward.observe_noise(None, (), {"timestep": torch.tensor(1.0)})
+    taken.forward.hook(None, (), {"timestep": torch.tensor(1.0)})
     assert not taken.mapped
 
 
 def test_positional_arguments_of_the_model_are_understood():
     taken = diversion(dense_above_sigma=0.5)
-    taken.forward.observe_noise(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
+    taken.forward.hook(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
     assert (taken.forward.text_length, taken.mapped) == (7, False)
 
 

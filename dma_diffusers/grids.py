@@ -1,0 +1,101 @@
+"""The grid that a model's image or video tokens lie on, found from the arguments of its forward call.
+
+Every finder takes the model and the call's arguments by name, and gives (rows, columns) of an image or (frames, rows,
+columns) of a video, in tokens: the order in which Diffusers' models flatten them, the last one fastest. Each raises
+ValueError for a call that does not say its grid, or has none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Grid = tuple[int, ...]
+Finder = Callable[[torch.nn.Module, Mapping[str, Any]], Grid]
+
+
+def given(grid: Grid, model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """What the user says it is."""
+    return grid
+
+
+def of_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From latents `[B, C, H, W]` and the patch size."""
+    (latents,) = _arguments(call, "hidden_states")
+    return tuple(length // model.config.patch_size for length in latents.shape[2:])
+
+
+def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From latents `[B, C, T, H, W]` and the patch sizes, in one entry of the model's configuration or in two."""
+    (latents,) = _arguments(call, "hidden_states")
+    patch = model.config.patch_size
+    patch = (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else patch
+    return tuple(length // side for length, side in zip(latents.shape[2:], patch, strict=True))
+
+
+def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From latents `[B, T, C, H, W]` and the patch sizes; that of time may be None, for 1."""
+    (latents,) = _arguments(call, "hidden_states")
+    _, frames, _, rows, columns = latents.shape
+    side = model.config.patch_size
+    return frames // (model.config.patch_size_t or 1), rows // side, columns // side
+
+
+def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From the numbers themselves."""
+    return tuple(_arguments(call, "num_frames", "height", "width"))
+
+
+def of_shapes(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From (frames, rows, columns) of every image of every batch entry, which are alike."""
+    (shapes,) = _arguments(call, "img_shapes")
+    images = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+    _check_single([rows * columns for frames, rows, columns in images for _ in range(frames)])
+    return tuple(images[0][1:])
+
+
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def of_positions(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From (image, row, column, …) of every token, `[tokens, 3 or more]`, with or without a batch in front.
+
+    Waits for the device, but reads each tensor once: pipelines give the same one in every step.
+    """
+    (positions,) = _arguments(call, "img_ids")
+    if positions not in _read:
+        _read[positions] = _of_positions(positions)
+    return _read[positions]
+
+
+def _of_positions(positions: torch.Tensor) -> Grid:
+    image, row, column = (positions if positions.ndim == 2 else positions[0]).cpu().float()[:, :3].unbind(1)
+    _check_single(image.unique(return_counts=True)[1].tolist())
+    # Not the number of different positions: in bf16, the pipelines' dtype, those above 256 coincide.
+    columns = int((row == row[0]).cumprod(0).sum())
+    rows = len(row) // columns
+    if rows * columns == len(row):
+        row, column = row.view(rows, columns), column.view(rows, columns)
+        rises = (row.diff(dim=0) >= 0).all() and (column.diff(dim=1) >= 0).all()
+        if rises and (row == row[:, :1]).all() and (column == column[:1]).all():
+            return rows, columns
+    raise ValueError(
+        f"img_ids of {image.numel()} tokens, {columns} of them in the first row, are no grid, row by row: "
+        "use a policy that needs none"
+    )
+
+
+def _check_single(tokens: Sequence[int]) -> None:
+    """Raises ValueError for the tokens of more than one image."""
+    if len(tokens) > 1:
+        raise ValueError(
+            f"{len(tokens)} images in one call, of {' + '.join(map(str, tokens))} tokens, are no single grid: "
+            "use a policy that needs none"
+        )
+
+
+def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
+    if missing := [name for name in names if call.get(name) is None]:
+        raise ValueError(f"the model was called without {', '.join(missing)}, which tell its grid")
+    return [call[name] for name in names]
