@@ -160,7 +160,7 @@ def test_a_mask_that_hides_text_alone(policy, grid):
     mask[:, 20:] = True
     options = {"text_stop": 20, "policy": policy, "grid": grid, "high": "bf16", "low": "bf16"}
     told = operator.attention(q, k, v, mask, masks_text=True, **options).out
-    assert relative_l2(told, operator.attention(q, k, v, mask, **options).out) < 4e-3
+    assert relative_l2(told, operator.attention(q, k, v, mask, **options).out) < 8e-3
     assert relative_l2(told, operator.attention(q, k, v, **options).out) > 1e-2
 
 
