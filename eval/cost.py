@@ -1,14 +1,38 @@
-"""What a pair of tiles costs on a GPU, predicted: nothing here is measured."""
+"""What pairs of tiles cost on a GPU, and how many a policy visits: predicted, nothing here is measured."""
+
+from typing import NamedTuple
 
 import torch
 
 from dma_diffusers.eval.bench.bound import letter
-from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.instructions import MATRIX_RATES, RATES
+from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.maps import TILE
+from dma_diffusers.kernels.maps import TILE, Phase
+from dma_diffusers.kernels.policies import Policy
 
 TARGETS = tuple(MATRIX_RATES)
+
+
+class Pairs(NamedTuple):
+    """Pairs of tiles that each head visits in HIGH and in LOW: float64 `[H or 1]` both."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+
+
+def pairs(policy: Policy, layout: Layout, is_causal: bool = False) -> Pairs:
+    """What a policy's plan visits; `Importance` takes its whole budget, `SkipSoftmax` leaves nothing out.
+
+    Raises ValueError as `plan.make` does.
+    """
+    precision_map = plan.make(policy, layout, is_causal).precision_map
+    ends = precision_map.bounds[0].double().sum(1)
+    visited = ends[:, Phase.MASKED]
+    low = ends[:, Phase.LOW] - ends[:, Phase.HIGH] if precision_map.has_high else visited
+    routed = torch.minimum(policy.importance * visited, low)
+    return Pairs(visited - low + routed, low - routed)
 
 
 def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float, float]:
@@ -25,6 +49,18 @@ def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float,
         sum(clocks_of(target, head_dim, letter(fmt, stores), pv)) for fmt, pv in ((high, "H"), (low, "Q"))
     )
     return tuple(clocks)
+
+
+def share_left(left_out: float, target: str, head_dim: int, high: str, low: str) -> float:
+    """What a LOW pair costs on average, of a whole one, where `SkipSoftmax` leaves out so many of them.
+
+    left_out: their share, 0 to 1; of those, Q·K alone is computed. Raises ValueError beyond, and as `tile_clocks`.
+    """
+    if not 0 <= left_out <= 1:
+        raise ValueError(f"the share left out must lie between 0 and 1, got {left_out}")
+    qk = letter(low, storages(target, head_dim, high, low))
+    scores = clocks_of(target, head_dim, qk, qk)[0] / 2
+    return 1 - left_out * (1 - scores / tile_clocks(target, head_dim, high, low)[1])
 
 
 def clocks_of(target: str, head_dim: int, qk: str, pv: str) -> tuple[float, float]:

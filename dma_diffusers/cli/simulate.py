@@ -1,9 +1,10 @@
 """`dma-diffusers simulate`: how much of attention a neighbourhood would skip, and what that saves on a GPU."""
 
+import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,10 +49,19 @@ def simulate(
         str | None,
         typer.Option(help="Predict times too: h100, h200, b200 or b300; only the h200 was measured."),
     ] = None,
-    high: Annotated[
-        str | None, typer.Option(help="Format of text tiles, with --gpu; its default if left out.")
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gpu, what any policy costs there: its words, such as 'importance(budget=0.05)'."
+        ),
     ] = None,
-    low: Annotated[str | None, typer.Option(help="Format of all others, likewise.")] = None,
+    left_out: Annotated[
+        float, typer.Option(help="With a policy of skip_softmax: the share of LOW pairs that it left out.")
+    ] = 0.0,
+    high: Annotated[
+        str | None, typer.Option(help="Format of HIGH tiles, with --gpu; its default if left out.")
+    ] = None,
+    low: Annotated[str | None, typer.Option(help="Format of LOW tiles, likewise.")] = None,
     heads: Annotated[int, typer.Option(min=1, help="Heads times batch, for times.")] = 24,
     head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head, for times.")] = 128,
     plot: Annotated[
@@ -62,9 +72,16 @@ def simulate(
 ) -> None:
     """Count the KV tiles that neighbourhood attention visits on a grid, and the speed-up that leaves room for.
 
-    Counts tiles; with --gpu, times are predicted as well. No GPU is asked.
+    Counts tiles; with --gpu, times are predicted as well, of any --policy too. No GPU is asked.
     """
-    if window is None and not search:
+    others = (window, stride, dilation, causal, q_tile, kv_tile, search or None, cost, plot)
+    if policy and (gpu is None or any(option is not None for option in others)):
+        raise ValueError(
+            "--policy says all of the map: give it --grid, --text and --gpu, and no windows or tiles"
+        )
+    if left_out and not policy:
+        raise ValueError("--left-out is for --policy, such as 'skip_softmax(threshold=0.001)'")
+    if window is None and not search and not policy:
         raise ValueError("give --window, such as 80x80, or --search for proposals")
     if cost is not None and not search:
         raise ValueError("--cost is for --search: add it, or leave --cost out")
@@ -105,14 +122,12 @@ def simulate(
         from dma_diffusers.eval.simulator import predict as times
 
         default = times.default_formats(gpu)
-        predict = partial(
-            times.predict,
-            gpu=gpu,
-            heads=heads,
-            head_dim=head_dim,
-            high=high or default[0],
-            low=low or default[1],
-        )
+        on_gpu = {"gpu": gpu, "heads": heads, "head_dim": head_dim}
+        on_gpu |= {"high": high or default[0], "low": low or default[1]}
+        predict = partial(times.predict, **on_gpu)
+    if policy:
+        _print_policy(policy, sizes, text, on_gpu | {"left_out": left_out}, attention_share, dense, as_json)
+        return
     axes, notes = neighborhood(sizes, widths, strides, dilations, is_causal)
     if search:
         counts = propose(
@@ -150,6 +165,31 @@ def simulate(
         if not search:
             print_table(*summary.times(records[0]["prediction"]))
         print(f"Times are {records[0]['prediction']['label']}.")
+
+
+def _print_policy(
+    words: str,
+    grid: tuple[int, ...],
+    text: int,
+    how: dict[str, Any],
+    attention_share: float | None,
+    dense_steps: tuple[int, int],
+    as_json: bool,
+) -> None:
+    from dma_diffusers.eval.simulator import policy as simulator
+    from dma_diffusers.eval.simulator import summary
+    from dma_diffusers.kernels.layout import Layout
+    from dma_diffusers.kernels.policies import parse
+
+    tokens = text + math.prod(grid)
+    counted = simulator.record(parse(words), Layout(tokens, tokens, (0, text), grid), **how)
+    prediction = summary.with_run(counted["prediction"], attention_share, dense_steps)
+    if as_json:
+        print_json(counted | {"prediction": prediction})
+        return
+    print_table(*simulator.lines(counted))
+    print_table(*summary.times(prediction))
+    print(f"Times are {prediction['label']}.")
 
 
 def _steps(text: str) -> tuple[int, int]:

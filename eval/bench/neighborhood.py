@@ -120,7 +120,9 @@ def bench_neighborhood(
 
     def measured(case: Case) -> dict[str, Any]:
         found = measure(case.shape, case.entries(), gpu, inputs, seed, seconds, on_step)
-        return found | {"simulated": case.simulated, "entries": compared(found["entries"], case.simulated)}
+        sides = {name: list(getattr(case, name)) for name in ("grid", "window", "stride")}
+        entries = compared(found["entries"], case.simulated)
+        return found | sides | {"text": case.text, "simulated": case.simulated, "entries": entries}
 
     return result.collect({case.label: partial(measured, case) for case in cases}, settings, output, command)
 

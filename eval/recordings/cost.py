@@ -1,12 +1,15 @@
 """What attention calls cost on a GPU, predicted: nothing here is measured."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.cost import clocks_of, tile_clocks
-from dma_diffusers.eval.recordings.measure import high_tiles, is_dense
+from dma_diffusers.eval.cost import clocks_of, pairs, tile_clocks
+from dma_diffusers.eval.recordings.measure import is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
-from dma_diffusers.kernels.maps import tiles
+from dma_diffusers.kernels.maps import Class, tiles
+from dma_diffusers.kernels.policies import Dense, parse
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -19,11 +22,13 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
         if key not in known:
-            arguments = own.arguments(recording.text) | {"mapped": not dense}
+            arguments = own.arguments(recording.text)
+            policy = Dense(Class.HIGH) if dense else parse(arguments["policy"])
+            layout = replace(recording.layout, text=(arguments["text_start"], arguments["text_stop"]))
+            visited = pairs(policy, layout, recording.is_causal)
             per_high, per_low = tile_clocks(target, recording.shape[3], own.high, own.low)
-            high = high_tiles(arguments, recording).sum((-2, -1))[0].expand(recording.shape[1]).numpy()
-            low = _pairs(recording) - high
-            known[key] = recording.shape[0] * (high * per_high + low * per_low)
+            clocks = visited.high * per_high + visited.low * per_low
+            known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
     return total / len(recordings.prompts)

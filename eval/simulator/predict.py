@@ -12,11 +12,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dma_diffusers.eval.cost import clocks_of, storages, tile_clocks
+from dma_diffusers.eval.cost import clocks_of, pairs, share_left, storages, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE
 from dma_diffusers.kernels.neighborhood import shape_text
+from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.policies import Policy
 from dma_diffusers.kernels.tuning import tuning
 
 START = 8.5e-6  # seconds: until a round of programs is under way, and so long for each step before the kernel
@@ -142,7 +145,7 @@ class Prediction(NamedTuple):
     head_dim: int
     full_precision_ms: float
     dense_low_ms: float
-    neighborhood_ms: float
+    ms: float
     speedup_dense_low: float
     speedup: float
 
@@ -158,18 +161,48 @@ def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: s
             "leave out the tiles, or the GPU"
         )
     tokens = count.text + math.prod(axis.length for axis in count.axes)
-    tiles, text_tiles = -(-tokens // TILE), count.text_tiles[0]
+    of_grid = count.visits - count.text_visits
+    masked = count.cut * of_grid if count.text else 0.0  # a kernel that has HIGH masks in HIGH
+    places = TILE * (count.grid_tiles[0] + count.text_tiles[0])
     dense = Call(gpu, heads, tokens, head_dim, high, low)
+    ours = replace(dense, tokens=places).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
+    return _beside_dense(dense, count.text, ours)
+
+
+def predict_policy(
+    policy: Policy,
+    layout: Layout,
+    gpu: str,
+    heads: int,
+    head_dim: int,
+    high: str,
+    low: str,
+    left_out: float = 0.0,
+) -> Prediction:
+    """What a policy would take on square attention.
+
+    left_out: the share of LOW pairs that `SkipSoftmax` leaves out, which depends on what they hold; as measured.
+    Raises ValueError as `Call`, `plan.make` and `share_left` do.
+    """
+    dense = Call(gpu, heads, layout.q_length, head_dim, high, low)
+    visited, places = pairs(policy, layout), layout.q_length
+    if policy.on_grid:
+        places = Places(layout, policy.box(layout.grid)).layout.q_length
+    of_high, of_low = (share.mean().item() for share in visited)
+    of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
+    ours = replace(dense, tokens=places).whole(of_high, of_low, in_boxes=policy.on_grid)
+    return _beside_dense(dense, layout.text_length, ours)
+
+
+def _beside_dense(dense: Call, text: int, seconds: float) -> Prediction:
+    """A prediction of so many seconds; text: the tokens that dense LOW has HIGH, too."""
+    tiles, text_tiles = -(-dense.tokens // TILE), -(-text // TILE)
     text_pairs = text_tiles * (2 * tiles - text_tiles)
     full, dense_low = dense.full_precision(), dense.whole(text_pairs, tiles**2 - text_pairs)
-    boxed = replace(dense, tokens=TILE * (count.grid_tiles[0] + text_tiles))
-    of_grid = count.visits - count.text_visits
-    masked = count.cut * of_grid if text_tiles else 0.0  # a kernel that has HIGH masks in HIGH
-    ours = boxed.whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
-    milliseconds = (1e3 * seconds for seconds in (full, dense_low, ours))
     return Prediction(
-        gpu, dense.label, high, low, heads, head_dim, *milliseconds, full / dense_low, full / ours
-    )
+        dense.gpu, dense.label, dense.high, dense.low, dense.heads, dense.head_dim,
+        1e3 * full, 1e3 * dense_low, 1e3 * seconds, full / dense_low, full / seconds,
+    )  # fmt: skip
 
 
 def default_formats(gpu: str) -> tuple[str, str]:

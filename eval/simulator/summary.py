@@ -37,10 +37,7 @@ def record(
     `prediction` has an `end_to_end` of its own, of the speed-up in time; None without `predict`.
     """
 
-    def run_speedup(speedup: float) -> float | None:
-        return None if attention_share is None else end_to_end(speedup, attention_share, dense_steps)
-
-    prediction = predict and predict(count)
+    prediction = predict and with_run(predict(count)._asdict(), attention_share, dense_steps)
     axes = {
         name: [getattr(axis, name) for axis in count.axes]
         for name in ("window", "stride", "dilation", "causal")
@@ -62,9 +59,16 @@ def record(
         "cost": count.cost,
         "speedup_worst": count.speedup_worst,
         "speedup_mean": count.speedup_mean,
-        "end_to_end": run_speedup(count.speedup_worst),
-        "prediction": prediction and prediction._asdict() | {"end_to_end": run_speedup(prediction.speedup)},
+        "end_to_end": _of_run(count.speedup_worst, attention_share, dense_steps),
+        "prediction": prediction,
     }
+
+
+def with_run(
+    prediction: dict[str, Any], attention_share: float | None, dense_steps: tuple[int, int]
+) -> dict[str, Any]:
+    """A prediction with `end_to_end`, of its speed-up in time; None without an attention share."""
+    return prediction | {"end_to_end": _of_run(prediction["speedup"], attention_share, dense_steps)}
 
 
 def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]]]:
@@ -99,8 +103,8 @@ def times(prediction: dict[str, Any]) -> tuple[tuple[str, str, str], list[tuple[
             f"{prediction['speedup_dense_low']:.2f}",
         ),
         (
-            f"neighbourhood, {'|'.join(formats)}",
-            f"{prediction['neighborhood_ms']:.3f}",
+            f"this, {'|'.join(formats)}",
+            f"{prediction['ms']:.3f}",
             f"{prediction['speedup']:.2f}",
         ),
     ]
@@ -125,7 +129,7 @@ def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[lis
     if records[0]["prediction"]:
         header += (f"ms on {records[0]['prediction']['gpu'].upper()}",)
         for row, found in zip(rows, records, strict=True):
-            row.append(f"{found['prediction']['neighborhood_ms']:.3f}")
+            row.append(f"{found['prediction']['ms']:.3f}")
     return header, rows
 
 
@@ -142,3 +146,7 @@ def box_notes(count: Count) -> list[str]:
                     f"{name} of {shape_text(box)} pad the grid by {wasted:.0%}, {shape_text(best)} by {least:.0%}"
                 )
     return notes
+
+
+def _of_run(speedup: float, attention_share: float | None, dense_steps: tuple[int, int]) -> float | None:
+    return None if attention_share is None else end_to_end(speedup, attention_share, dense_steps)

@@ -158,7 +158,9 @@ def test_a_whole_result(stored, tmp_path):
     result = bench_neighborhood([CUT, FITTING], output=output)
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     assert list(result["shapes"]) == [CUT.label, FITTING.label]
-    assert result["shapes"][CUT.label]["simulated"] == CUT.simulated
+    found = result["shapes"][CUT.label]
+    assert (found["grid"], found["window"], found["stride"], found["text"]) == ([24, 40], [9, 13], [2, 4], 70)
+    assert found["simulated"] == CUT.simulated
     assert result["shapes"][CUT.label]["entries"][-1]["whole"]["over_cudnn"] == 16
 
 

@@ -63,10 +63,10 @@ def test_predicted_times(monkeypatch, capsys):
     assert "Times are predicted by a model that is within 15% of all times measured on an H200." in table
     _, output, _ = run(monkeypatch, capsys, *arguments, "--json")
     found = json.loads(output)["prediction"]
-    assert found["speedup"] == pytest.approx(found["full_precision_ms"] / found["neighborhood_ms"])
+    assert found["speedup"] == pytest.approx(found["full_precision_ms"] / found["ms"])
     assert found["end_to_end"] == pytest.approx(1 / (1 - 0.518 * (1 - 1 / found["speedup"])))
     assert re.search(
-        rf"neighbourhood, bf16\|int8 +{found['neighborhood_ms']:.3f} ",
+        rf"this, bf16\|int8 +{found['ms']:.3f} ",
         run(monkeypatch, capsys, *arguments)[1],
     )
 
@@ -93,6 +93,37 @@ def test_proposals_have_times(monkeypatch, capsys):
     arguments = ("simulate", "--grid", "256x256", "--search", "--gpu", "h200")
     _, output, _ = run(monkeypatch, capsys, *arguments)
     assert "ms on H200" in output and "Times are predicted" in output
+
+
+def test_the_cost_of_a_policy(monkeypatch, capsys):
+    words = "neighborhood(window=80x80, stride=16x16)"
+    arguments = ("simulate", "--grid", "256x256", "--gpu", "h200", "--attention-share", ".518")
+    _, output, _ = run(monkeypatch, capsys, *arguments, "--policy", words, "--json")
+    _, of_windows, _ = run(monkeypatch, capsys, *arguments, *KERNEL_TILES[2:], "--json")
+    found = json.loads(output)
+    assert found["prediction"] == json.loads(of_windows)["prediction"]
+    assert (found["policy"], found["high"], found["low"]) == (words, 0, pytest.approx(50 / 512))
+    assert found["cost"] == pytest.approx(50 / 512 * 2048 / 3072)
+    _, output, _ = run(monkeypatch, capsys, *arguments, "--policy", words)
+    assert re.search(r"pairs of tiles SKIP +90\.2%", output) and "Times are predicted" in output
+
+
+def test_pairs_that_the_softmax_leaves_out(monkeypatch, capsys):
+    arguments = (
+        "simulate",
+        "--grid",
+        "64x64",
+        "--gpu",
+        "h200",
+        "--policy",
+        "skip_softmax(threshold=0.001)",
+        "--json",
+    )
+    _, none, _ = run(monkeypatch, capsys, *arguments)
+    _, half, _ = run(monkeypatch, capsys, *arguments, "--left-out", ".5")
+    none, half = json.loads(none), json.loads(half)
+    assert half["cost"] == pytest.approx(none["cost"] * (1 + 512 / 2048) / 2)
+    assert half["prediction"]["ms"] < none["prediction"]["ms"]
 
 
 def test_without_a_gpu_there_are_no_times(monkeypatch, capsys):
@@ -164,6 +195,11 @@ def test_the_picture_shows_what_was_counted():
     ((*FLUX, "--gpu", "b100"), "unknown GPU 'b100': choose from h100, h200, b200, b300"),
     ((*FLUX, "--gpu", "h200"), "times are predicted for the kernel's tiles, of 128 tokens, got 16×16"),
     ((*FLUX[:6], "--gpu", "h200", "--low", "fp3"), "fp3"),
+    (("--grid", "8x8", "--policy", "dense()"), "--policy says all of the map: give it --grid, --text and --gpu"),
+    ((*FLUX, "--gpu", "h200", "--policy", "dense()"), "--policy says all of the map"),
+    (("--grid", "8x8", "--gpu", "h200", "--policy", "sparse()"), "'sparse()' is no policy"),
+    ((*FLUX, "--left-out", ".5"), "--left-out is for --policy"),
+    (("--grid", "8x8", "--gpu", "h200", "--policy", "dense()", "--left-out", ".5"), "leaves out no pairs"),
     ((*FLUX, "--low", "int8"), "--high and --low are for predicted times: add --gpu"),
     (("--grid", "64x64", "--search", "--cost", "0"), "cost must be over 0"),
     (("--grid", "64x64", "--search", "--cost", ".00001"), "the cheapest one found costs"),
