@@ -4,9 +4,9 @@ import numpy as np
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import clocks_of, tile_clocks
-from dma_diffusers.eval.recordings.measure import high_tiles, is_dense
+from dma_diffusers.eval.recordings.measure import is_dense, planned, tile_classes
 from dma_diffusers.eval.recordings.store import Recording, Recordings
-from dma_diffusers.kernels.maps import tiles
+from dma_diffusers.kernels.maps import Class, tiles
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -19,10 +19,13 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
         if key not in known:
-            arguments = own.arguments(recording.text) | {"mapped": not dense}
+            arguments = own.arguments(recording.text, recording.grid) | {"mapped": not dense}
             per_high, per_low = tile_clocks(target, recording.shape[3], own.high, own.low)
-            high = high_tiles(arguments, recording).sum((-2, -1))[0].expand(recording.shape[1]).numpy()
-            low = _pairs(recording) - high
+            classes = tile_classes(planned(arguments, recording))[0]
+            high, low = (
+                (classes == one).sum((-2, -1)).expand(recording.shape[1]).numpy()
+                for one in (Class.HIGH, Class.LOW)
+            )
             known[key] = recording.shape[0] * (high * per_high + low * per_low)
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
