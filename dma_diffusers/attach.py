@@ -35,7 +35,8 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     attention backend that was chosen before runs only where whole modules are left to stock.
 
     Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
-    `dense_layers` or `modules` that do not exist, a configuration for another model, or context parallelism.
+    `dense_layers` or `modules` that do not exist, a configuration for another model, a policy that needs a grid
+    which is not known, or context parallelism.
     """
     config = DMAConfig.of(config, **fields)
     for attach in [_prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
@@ -129,7 +130,7 @@ def _attachment(model: torch.nn.Module) -> Attachment | None:
 
 def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
     """Checks that `config` can be applied to `model`, or to its modules `chosen`; the result does it."""
-    family = family_of(model, config.text)
+    family = family_of(model, config.text, config.grid)
     if config.dense_above_sigma is not None and family.timestep_scale is None:
         raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
     parallel = getattr(model, "_parallel_config", None)
@@ -154,10 +155,17 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
     diverted = [name for name, _ in _attention_modules(model) if not family.role_left_to_stock(name)]
     _check_modules(model, config, diverted)
     dense = {wrapped[index] for index in config.dense_layers} | set(filter(config.is_dense, wrapped))
+    policies = [config.of_module(name).asked for name in wrapped if name not in dense]
+    on_grid = [policy for policy in policies if policy.on_grid]
+    if on_grid and family.grid is None:
+        raise ValueError(
+            f"{on_grid[0]} needs to know what the tokens of {type(model).__name__} lie on: "
+            "say so, with grid=(rows, columns) or (frames, rows, columns)"
+        )
 
     def attach() -> None:
         _detach(model)
-        forward = Forward(model, family, config.dense_above_sigma)
+        forward = Forward(model, family, config.dense_above_sigma, bool(on_grid))
         for name in wrapped:
             module = model.get_submodule(name)
             diversion = Diversion(config.of_module(name), family, forward, name in dense, _head_dim(module))
@@ -178,9 +186,9 @@ def _check_modules(model: torch.nn.Module, config: DMAConfig, diverted: list[str
     if absent := named.difference(diverted):
         raise ValueError(f"modules: {kind} has no {min(absent)} to divert")
     for name in diverted:
-        window, heads = config.of_module(name).window, getattr(model.get_submodule(name), "heads", None)
-        if isinstance(window, tuple) and heads not in (None, len(window)):
-            raise ValueError(f"{name} has {heads} heads, and this configuration windows for {len(window)}")
+        asked, heads = config.of_module(name).asked.heads, getattr(model.get_submodule(name), "heads", None)
+        if None not in (asked, heads) and asked != heads:
+            raise ValueError(f"{name} has {heads} heads, and this configuration windows for {asked}")
 
 
 def _head_dim(module: torch.nn.Module) -> int | None:

@@ -1,7 +1,9 @@
 """What a user chooses: formats, policy, and which calls they are for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.layout import DIMENSIONS
+from dma_diffusers.kernels.policies import Diagonal, Policy, parse
 
 PRESETS = {
     "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind
@@ -23,7 +26,14 @@ TEXT_PLACES = ("first", "last", "none")
 GAINS_FROM = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
 MEASURED_FORMATS = {"sm_90": ("bf16", "int8")}
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
-MODULE_FIELDS = ("high", "low", "window", "sink", "dense")  # what one attention module may have of its own
+MODULE_FIELDS = (
+    "high",
+    "low",
+    "window",
+    "sink",
+    "policy",
+    "dense",
+)  # what one attention module may have of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,9 @@ class DMAConfig:
     window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
         either side, 0 is no band. Other widths round up. A tuple has a width for each head.
     sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
+    policy: which tiles are HIGH, which LOW, and which are skipped: one of `kernels.policies`, or its words, such as
+        "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept as
+        words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
     min_length: calls with fewer keys (tokens) are left to stock attention.
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
         step. Reading the level waits for the device once per forward call. It happens before a model's
@@ -47,9 +60,12 @@ class DMAConfig:
         ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
+    grid: what tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in words, "64x64"; for
+        policies that need it, and models of no known family.
     modules: what single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
-        high, low, window, sink, or dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled
-        one by one are compiled anew for each module that differs: raise torch._dynamo.config.recompile_limit.
+        high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
+        dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled one by one are compiled anew
+        for each module that differs: raise torch._dynamo.config.recompile_limit.
     model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 
@@ -57,12 +73,14 @@ class DMAConfig:
     low: str = "mxfp4"
     window: int | tuple[int, ...] = 128
     sink: int = 128
+    policy: Policy | str | None = None
     min_length: int = 256
     dense_above_sigma: float | None = None
     dense_layers: tuple[int, ...] = ()
     lowering: str = "auto"
     protect_text: bool = True
     text: str | None = None
+    grid: tuple[int, ...] | str | None = None
     modules: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] | Mapping[str, Mapping[str, Any]] = ()
     model: str | None = None
 
@@ -76,6 +94,8 @@ class DMAConfig:
         for name, value in [*widths, ("sink", self.sink), ("min_length", self.min_length)]:
             if not _is_integer(value) or value < 0:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
+        if self.policy is not None:
+            self._check_policy()
         sigma = self.dense_above_sigma
         if sigma is not None and not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
             raise ValueError(f"dense_above_sigma must be a number between 0 and 1, or None, got {sigma!r}")
@@ -87,6 +107,8 @@ class DMAConfig:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
         if self.text is not None and self.text not in TEXT_PLACES:
             raise ValueError(f"text must be one of {', '.join(TEXT_PLACES)}, or None, got {self.text!r}")
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _sides(self.grid))
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
         object.__setattr__(self, "modules", _frozen(self.modules))
@@ -149,17 +171,35 @@ class DMAConfig:
     def of_module(self, name: str) -> "DMAConfig":
         """The configuration of one attention module."""
         changes = {field: value for field, value in dict(self.modules).get(name, ()) if field != "dense"}
-        return replace(self, **{"modules": (), "model": None} | changes)
+        replaced = {"modules": (), "model": None}
+        if "policy" in changes:
+            replaced |= _DIAGONAL
+        elif changes.keys() & _DIAGONAL:
+            replaced["policy"] = None
+        return replace(self, **replaced | changes)
 
     def is_dense(self, name: str) -> bool:
         """Whether `modules` asks for every tile of this attention module to be HIGH."""
         return dict(dict(self.modules).get(name, ())).get("dense", False)
 
-    def arguments(self, text: tuple[int, int]) -> dict[str, Any]:
-        """Keyword arguments of `kernels.operator.attention`, for a call with text tokens from start to stop."""
+    @cached_property
+    def asked(self) -> Policy:
+        """The policy that is given, or the diagonal with `window` and `sink`."""
+        return Diagonal(self.window, self.sink) if self.policy is None else parse(self.policy)
+
+    @cached_property
+    def words(self) -> str:
+        """Those of the policy."""
+        return str(self.asked)
+
+    def arguments(self, text: tuple[int, int], grid: tuple[int, ...] = ()) -> dict[str, Any]:
+        """Keyword arguments of `kernels.operator.attention`, for a call with text tokens from start to stop.
+
+        grid: what the others lie on; () will do where the policy doesn't ask.
+        """
         start, stop = text if self.protect_text else (0, 0)
         return {
-            "high": self.high, "low": self.low, "policy": str(Diagonal(self.window, self.sink)),
+            "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
         }  # fmt: skip
 
@@ -184,9 +224,41 @@ class DMAConfig:
         """The lowering to ask the operator for."""
         return "auto" if self.lowering == "fastest" else self.lowering
 
+    def _check_policy(self) -> None:
+        if not isinstance(self.policy, str | Policy):
+            raise ValueError(f"policy must be a policy, its words, or None, got {self.policy!r}")
+        policy = parse(self.policy) if isinstance(self.policy, str) else self.policy
+        object.__setattr__(self, "policy", str(policy))
+        if {"window": self.window, "sink": self.sink} != _DIAGONAL:
+            raise ValueError(f"window and sink are those of a diagonal: leave them out, or {policy}")
+        if policy.on_grid and not self.protect_text:
+            raise ValueError(f"protect_text=False is for policies without a grid, not for {policy}")
+
+
+def is_words(policy: str) -> bool:
+    """Whether this says a policy, rather than name a policy file."""
+    return policy.rstrip().endswith(")")
+
+
+# What window and sink are where they are not given.
+_DIAGONAL = {field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")}
+
 
 def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sides(grid: Any) -> tuple[int, ...]:
+    """A grid's sides, given as numbers or in words."""
+    if isinstance(grid, str) and re.fullmatch(r"\d+([x×]\d+)*", grid):
+        grid = [int(side) for side in re.split("[x×]", grid)]
+    if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= DIMENSIONS:
+        grid = None
+    if grid is None or not all(_is_integer(side) and side > 0 for side in grid):
+        raise ValueError(
+            f"grid must be 1 to {DIMENSIONS} whole numbers of tokens, such as (64, 64), got {grid!r}"
+        )
+    return tuple(grid)
 
 
 def _frozen(modules: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
@@ -194,13 +266,20 @@ def _frozen(modules: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
     try:
         named = {name: dict(changes) for name, changes in dict(modules).items()}
         return tuple(
-            (name, tuple((key, tuple(x) if isinstance(x, list) else x) for key, x in sorted(changes.items())))
+            (name, tuple((key, _constant(value)) for key, value in sorted(changes.items())))
             for name, changes in sorted(named.items())
         )
     except (TypeError, ValueError):
         raise ValueError(
             f"modules must map names of attention modules to fields of their own, got {modules!r:.100}"
         ) from None
+
+
+def _constant(value: Any) -> Any:
+    """A list as a tuple, a policy as its words."""
+    if isinstance(value, Policy):
+        return str(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 @torch.compiler.assume_constant_result  # a graph cannot ask a device what it is

@@ -45,6 +45,7 @@ class Forward:
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self._text: torch.Tensor | None = None
         self._grid: torch.Tensor | None = None
+        self.checked: set[tuple[int, ...]] = set()  # grids
         self.diversions: list[Diversion] = []
 
     @property
@@ -69,7 +70,10 @@ class Forward:
         text = call.get("encoder_hidden_states")
         self._text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
         if self.wants_grid:
-            self._grid = torch.empty(*self.family.grid(model, call), 0)
+            grid = self.family.grid(model, call)
+            self._grid = torch.empty(*grid, 0)
+            if not torch.compiler.is_compiling():
+                self._check(grid)
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own
     def observe_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -80,10 +84,25 @@ class Forward:
             for diversion in self.diversions:
                 diversion.mapped = not (dense or diversion.dense)
 
+    def find_grid(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """What a forward call's tokens lie on; () if that is not known."""
+        try:
+            return self.family.grid(model, self._named(args, kwargs)) if self.family.grid else ()
+        except ValueError:
+            return ()
+
     def noise_level(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The highest sigma (0 to 1) of a forward call's batch, on its device; None if the scale is not known."""
         scale = self.family.timestep_scale
         return None if scale is None else self._named(args, kwargs)["timestep"].max() / scale
+
+    def _check(self, grid: tuple[int, ...]) -> None:
+        """Logs what policies change for a grid that is new; raises ValueError for one that they can't have."""
+        if grid not in self.checked:
+            notes = dict.fromkeys(note for diversion in self.diversions for note in diversion.notes(grid))
+            for note in notes:
+                logger.warning("%s: %s", self.model, note)
+            self.checked.add(grid)
 
     def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -102,6 +121,7 @@ class Diversion:
         self.family = family
         self.forward = forward
         self.dense = dense
+        _ = config.words  # made here once, and not in a graph
         self.stand_in: Callable[..., operator.Result] | None = None
         self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.diverted = 0
@@ -136,7 +156,7 @@ class Diversion:
         attend = self.stand_in or operator.attention
         result = attend(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
-            mapped=self.mapped, **self.config.arguments(text),
+            mapped=self.mapped, **self.config.arguments(text, self.forward.grid),
         )  # fmt: skip
         self._count_inexact(result.inexact_rows)
         return result.out
@@ -150,8 +170,12 @@ class Diversion:
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.diverted, dict(self.left), architecture(self.device or device),
-            sum(int(rows) for rows in self.inexact_rows),
+            sum(int(rows) for rows in self.inexact_rows), tuple(self.notes(self.forward.grid)),
         )  # fmt: skip
+
+    def notes(self, grid: tuple[int, ...]) -> list[str]:
+        """What the policy changes for a grid. Raises ValueError for one that it can't have."""
+        return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
         config = self.config
@@ -168,9 +192,7 @@ class Diversion:
     def _policy(self) -> str:
         if self.dense:
             return "dense"
-        window = self.config.window
-        widths = "/".join(map(str, window)) if isinstance(window, tuple) else window  # of each head
-        words = f"diagonal(window={widths}, sink={self.config.sink})"
+        words = self.config.words
         words += "" if self.config.protect_text else " without protected text"
         sigma = self.config.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"

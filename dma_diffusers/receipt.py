@@ -18,6 +18,7 @@ class ModuleReceipt:
         (one token of one head each), summed over calls, that were not stored as their format says, because the
         scales of their blocks are too far apart for lowering "faithful". None of them counts calls inside a
         compiled graph.
+    notes: what the policy changed for the grid of the last call, such as a window that was clamped.
     """
 
     module: str
@@ -30,6 +31,7 @@ class ModuleReceipt:
     left: dict[str, int] = field(default_factory=dict)
     architecture: str | None = None
     inexact_rows: int = 0
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.lowering == "stock":
@@ -58,6 +60,7 @@ class Receipt:
             left = sum((Counter(member.left) for member in members), Counter())
             lines.append(f"  {sum(member.diverted for member in members)} calls diverted")
             lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
+            lines.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
             if inexact := sum(member.inexact_rows for member in members):
                 lines.append(
                     f"  {inexact} rows of q and k lost small numbers that {members[0].high}|{members[0].low} "

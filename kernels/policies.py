@@ -28,6 +28,7 @@ class Policy:
     importance: of the pairs that a head visits, the share that is HIGH for what it holds.
     skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; 0 for none.
     heads: for how many heads of the queries the policy is; None for any number.
+    unsaid: values of fields that words leave out.
     """
 
     on_grid = False
@@ -35,6 +36,7 @@ class Policy:
     importance = 0.0
     skip_below = 0.0
     heads: int | None = None
+    unsaid: tuple[Any, ...] = (None,)
 
     def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
         """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`; on the grid they need `places`, and their layout."""
@@ -57,7 +59,7 @@ class Policy:
 
     def __str__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        words = [f"{name}={self._word(value)}" for name, value in given.items() if value is not None]
+        words = [f"{name}={self._word(value)}" for name, value in given.items() if value not in self.unsaid]
         return f"{_name(type(self))}({', '.join(words)})"
 
     def _word(self, value: Any) -> str:
@@ -93,6 +95,8 @@ class Diagonal(Policy):
     window: int | tuple[int, ...] = TILE
     sink: int = TILE
     near: str = "sequence"
+
+    unsaid = (None, "sequence")
 
     def __post_init__(self):
         if isinstance(self.window, list):

@@ -62,6 +62,21 @@ def test_a_policy_file_chooses(monkeypatch, capsys, tmp_path):
     assert "give --policy too" in run(monkeypatch, capsys, *arguments[:-2], "--quality", "0.5")[2]
 
 
+def test_a_policy_in_words(monkeypatch, capsys, model, tmp_path):
+    target = tmp_path / "out.png"
+    arguments = ("generate", "a cat", "--model", model, "-o", str(target), "--low", "nvfp4", "--policy")
+    code, output, error = run(monkeypatch, capsys, *arguments, "neighborhood(window=5x99, high=3x3)")
+    assert code == 0, error
+    assert "DMA mxfp8/nvfp4, neighborhood(window=5x99, high=3x3)" in output
+    assert "note: window 99 in dimension 2 was clamped to the grid's" in output
+    for words, refusal in (
+        (("dense()", "--window", "384"), "leave them out, or dense"),
+        (("dense()", "--quality", "0.5"), "give --policy too"),
+        (("neighborhood(window=5x5x5)",), "window 5×5×5 is 3-D, but grid"),
+    ):
+        assert refusal in run(monkeypatch, capsys, *arguments, *words)[2]
+
+
 def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
     target = tmp_path / "out.png"
     arguments = ("generate", "a cat", "--model", model, "--size", "64", "--json", "-o", str(target))

@@ -32,10 +32,14 @@ def generate(
     window: Tokens = None,
     sink: Tokens = None,
     policy: Annotated[
-        Path | None, typer.Option(help="File that `calibrate` wrote, instead of preset, formats and tokens.")
+        str | None,
+        typer.Option(
+            help="A policy in words, such as 'neighborhood(window=8x8)'; or the file that `calibrate` wrote, instead "
+            "of preset, formats and tokens."
+        ),
     ] = None,
     quality: Annotated[
-        float | None, typer.Option(help="From 0 to 1: the policy's choice at or above it.")
+        float | None, typer.Option(help="From 0 to 1: the policy file's choice at or above it.")
     ] = None,
     lowering: Annotated[
         str | None,
@@ -51,17 +55,21 @@ def generate(
 ) -> None:
     """Draw PROMPT with DMA attention."""
     require(DEMO_PACKAGES, "pip install 'dma-diffusers[demo]'")
-    from dma_diffusers.config import DMAConfig
+    from dma_diffusers.config import DMAConfig, is_words
     from dma_diffusers.pipelines.files import check_writable, write_atomically
     from dma_diffusers.pipelines.picture import encode, picture_format
 
     tiles = given({"high": high, "low": low, "window": window, "sink": sink})
-    if policy and tiles:
+    file = Path(policy) if policy and not is_words(policy) else None
+    if file and tiles:
         raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
-    if quality is not None and not policy:
+    if quality is not None and not file:
         raise ValueError("--quality chooses from a policy file: give --policy too")
     chosen = tiles | given({"lowering": lowering})
-    config = DMAConfig.from_file(policy, quality, **chosen) if policy else DMAConfig.preset(preset, **chosen)
+    if file:
+        config = DMAConfig.from_file(file, quality, **chosen)
+    else:
+        config = DMAConfig.preset(preset, **chosen | given({"policy": policy}))
     kind = picture_format(output)
     check_writable(output)
 
@@ -85,7 +93,7 @@ def generate(
             apply(pipe, config)
             drawing = drawn("DMA")
             receipt = report(pipe)
-            label = _label(config, policy, receipt)
+            label = _label(config, file, receipt)
             picture, metrics = drawing.pictures[0], {}
             if compare:
                 restore(pipe)
@@ -105,10 +113,12 @@ def generate(
     print(receipt)
 
 
-def _label(config: Any, policy: Path | None, receipt: Any) -> str:
+def _label(config: Any, file: Path | None, receipt: Any) -> str:
     """What a picture was drawn with."""
     if not any(module.diverted for module in receipt.modules):
         return "stock attention"
-    if policy:
-        return f"DMA as {policy.name} chooses"
+    if file:
+        return f"DMA as {file.name} chooses"
+    if config.policy:
+        return f"DMA {config.high}/{config.low}, {config.policy}"
     return f"DMA {config.high}/{config.low}, window {config.window}, sink {config.sink}"

@@ -1,5 +1,7 @@
 """What is compared: full precision, another exact kernel for the noise floor, and configurations of DMA."""
 
+import json
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dma_diffusers.config import PRESETS, DMAConfig
+from dma_diffusers.config import PRESETS, DMAConfig, is_words
 
 BASELINE, NOISE_FLOOR, CONFIGURATION = "baseline", "noise floor", "configuration"
 
@@ -66,15 +68,23 @@ def rows(configurations: dict[str, DMAConfig]) -> list[Row]:
 def parse(text: str) -> DMAConfig:
     """A configuration from text such as `exact`, `preset=b200`, `low=mxfp4,window=384`, `policy=FILE,quality=0.7`.
 
+    A policy in words, `policy=neighborhood(window=8x8)`, is a field; without parentheses it is a file of `calibrate`.
     Raises ValueError, in one line, for anything else.
     """
     if text in PRESETS:
         return DMAConfig.preset(text)
     try:
-        fields = yaml.safe_load("{" + text.replace("=", ": ") + "}")
+        fields = yaml.safe_load("{" + _TOKENS.sub(_yaml, text) + "}")
     except yaml.YAMLError:
         fields = None
     return _configuration(text, fields)
+
+
+_TOKENS = re.compile(r"=|\w+\s*\([^()]*\)(\s*\|\s*\w+\s*\([^()]*\))*")  # equals signs, and policies in words
+
+
+def _yaml(token: re.Match) -> str:
+    return ": " if token[0] == "=" else json.dumps(token[0])
 
 
 def named(texts: Sequence[str]) -> dict[str, DMAConfig]:
@@ -108,7 +118,7 @@ def _configuration(label: str, fields: Any) -> DMAConfig:
         )
     fields = {str(name): tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
-        if "policy" in fields:
+        if "policy" in fields and not is_words(str(fields["policy"])):
             return DMAConfig.from_file(fields.pop("policy"), **fields)
         if "preset" in fields:
             return DMAConfig.preset(fields.pop("preset"), **fields)

@@ -22,9 +22,10 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
         if key not in known:
-            arguments = own.arguments(recording.text)
+            arguments = own.arguments(recording.text, recording.grid)
             policy = Dense(Class.HIGH) if dense else parse(arguments["policy"])
-            layout = replace(recording.layout, text=(arguments["text_start"], arguments["text_stop"]))
+            text = arguments["text_start"], arguments["text_stop"]
+            layout = replace(recording.layout, text=text, grid=arguments["grid"])
             visited = pairs(policy, layout, recording.is_causal)
             per_high, per_low = tile_clocks(target, recording.shape[3], own.high, own.low)
             clocks = visited.high * per_high + visited.low * per_low

@@ -9,13 +9,26 @@ from dma_diffusers.kernels.maps import TILE, tiles
 _SCORES = 2**25  # in memory at once
 
 
+def in_places(tensors: Tensors, order: torch.Tensor) -> Tensors:
+    """A call's tensors in tile order: int32 `[places]`, the token at each place, −1 where none stands.
+
+    In empty places stand queries and keys that are nobody's, and the key mask hides them.
+    """
+    q, k, v, mask = tensors
+    order = order.to(q.device)
+    taken, token = order >= 0, order.clamp(min=0).long()
+    mask = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
+    return Tensors(q[:, :, token], k[:, :, token], v[:, :, token], mask[:, token] & taken)
+
+
 def exact_attention(
-    tensors: Tensors, scale: float | None, is_causal: bool
+    tensors: Tensors, scale: float | None, is_causal: bool, counted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, float64 `[B, H, S, D]`, and each pair of tiles' share of the probability.
 
     The shares, float64 `[B, H, q_tiles, k_tiles]`, sum to 1 over each head's pairs: every query that sees a key counts
     the same. A query that sees none gives zeros. Memory does not grow with the square of the length.
+    counted: bool `[S]`, the queries whose probability is counted; all, by default.
     """
     q, k, v, mask = tensors
     batch, heads, q_length, head_dim = q.shape
@@ -36,6 +49,7 @@ def exact_attention(
                 scores.masked_fill_(key > key[part, None], -torch.inf)
             p = scores.softmax(-1).nan_to_num_(0) if mask is not None else scores.softmax(-1)
             out[:, head, part] = p @ values
+            p = p if counted is None else p * counted[part, None]
             padded = F.pad(p, (0, -k_length % TILE, 0, -p.shape[1] % TILE))
             per_tile = padded.unflatten(2, (-1, TILE)).sum(-1).unflatten(1, (-1, TILE)).sum(2)
             mass[:, head, start // TILE : start // TILE + per_tile.shape[1]] = per_tile

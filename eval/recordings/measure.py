@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.recordings.exact import exact_attention
+from dma_diffusers.eval.recordings.exact import exact_attention, in_places
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
-from dma_diffusers.kernels import operator
-from dma_diffusers.kernels.maps import Class, causal_classes, cut_tiles
+from dma_diffusers.kernels import operator, plan
+from dma_diffusers.kernels.maps import Class, Phase
 from dma_diffusers.kernels.policies import Dense, parse
 
 
@@ -23,7 +23,8 @@ class Measured:
 
     Each is float64 `[prompts, modules, steps, heads]`, NaN where nothing was recorded. error, exact, out: squared
     norms of the error, of exact attention, and of the configuration's. product: out · exact. recall: the share of
-    exact attention's probability that lies in HIGH tiles; in a map that skips none, the rest lies in LOW ones.
+    exact attention's probability that lies in HIGH tiles, of tile order for a policy on the grid; in a map that skips
+    none, the rest lies in LOW ones.
     """
 
     error: np.ndarray
@@ -124,6 +125,7 @@ def _measure_one(
 ) -> dict[str, np.ndarray]:
     """float64 `[5, heads]` of each configuration: `Measured`'s quantities of one call."""
     exact, mass = exact_attention(tensors, recording.scale, recording.is_causal)
+    masses = {None: mass}  # by tile order
     if not exact.isfinite().all():
         raise ValueError(f"{recording.file}: attention gives NaN or infinity there, in float64")
     known: dict[str, np.ndarray] = {}
@@ -132,7 +134,7 @@ def _measure_one(
         arguments = _arguments(recordings, recording, tensors, configuration)
         key = json.dumps(arguments)
         if key not in known:
-            known[key] = _compared(recording, tensors, arguments, exact, mass)
+            known[key] = _compared(recording, tensors, arguments, exact, masses)
             if not np.isfinite(known[key]).all():
                 raise ValueError(f"configuration {name!r} gives NaN or infinity on {recording.file}")
         results[name] = known[key]
@@ -149,7 +151,7 @@ def _arguments(
         q.device, q.shape[-1]
     ):
         return None
-    arguments = of_module.arguments(recording.text)
+    arguments = of_module.arguments(recording.text, recording.grid)
     if is_dense(recordings, recording, config):
         return {"high": arguments["high"], "lowering": arguments["lowering"], "mapped": False}
     return arguments
@@ -166,18 +168,29 @@ def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) ->
     )
 
 
-def high_tiles(arguments: Mapping[str, Any], recording: Recording) -> torch.Tensor:
-    """Which pairs of tiles the operator computes in HIGH with these arguments: bool `[1, H or 1, q_tiles, k_tiles]`."""
-    policy, text = Dense(Class.HIGH), (0, 0)
-    if arguments.get("mapped", True):
-        policy = parse(arguments["policy"])
-        text = arguments["text_start"], arguments["text_stop"]
-    layout, is_causal = replace(recording.layout, text=text), recording.is_causal
-    classes = policy.classes(layout, is_causal)
-    classes = causal_classes(classes) if is_causal else classes
-    high = classes == Class.HIGH
-    # Tiles that a mask cuts are HIGH if any tile is.
-    return high | (cut_tiles(layout, is_causal) & (classes != Class.SKIP)) if high.any() else high
+def planned(arguments: Mapping[str, Any], recording: Recording) -> plan.Plan:
+    """What the operator does with these arguments."""
+    layout = replace(recording.layout, text=(0, 0), grid=())
+    if not arguments.get("mapped", True):
+        return plan.make(Dense(Class.HIGH), layout, recording.is_causal)
+    text = arguments["text_start"], arguments["text_stop"]
+    layout = replace(layout, text=text, grid=arguments["grid"])
+    return plan.make(parse(arguments["policy"]), layout, recording.is_causal)
+
+
+def tile_classes(made: plan.Plan) -> torch.Tensor:
+    """The class in which each pair of tiles is computed: integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`."""
+    walks = made.precision_map
+    q_tiles = walks.indices.shape[-2]  # and as many of the keys: queries and keys are the same tokens
+    classes = torch.full((*walks.indices.shape[:-1], q_tiles + 1), int(Class.SKIP))
+    place, start = torch.arange(walks.indices.shape[-1]), torch.zeros_like(walks.bounds[..., :1])
+    of_phase = {Phase.HIGH: Class.HIGH, Phase.LOW: Class.LOW, Phase.MASKED: Class(int(not walks.has_high))}
+    for phase in Phase:
+        end = walks.bounds[..., phase, None]
+        tile = torch.where((place >= start) & (place < end), walks.indices, q_tiles)
+        classes.scatter_(-1, tile.long(), int(of_phase[phase]))
+        start = end
+    return classes[..., :-1]
 
 
 def _compared(
@@ -185,7 +198,7 @@ def _compared(
     tensors: Tensors,
     arguments: dict[str, Any] | None,
     exact: torch.Tensor,
-    mass: torch.Tensor,
+    masses: dict[bytes | None, torch.Tensor],
 ) -> np.ndarray:
     q, k, v, mask = tensors
     if arguments is None:
@@ -194,11 +207,17 @@ def _compared(
             q, k, v, key_mask, is_causal=recording.is_causal, scale=recording.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         ).nan_to_num()  # fmt: skip
-        kept = mass.sum((-2, -1))
+        kept = masses[None].sum((-2, -1))
     else:
         out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
-        high = high_tiles(arguments, recording)
-        kept = (mass * high.to(mass.device)).sum((-2, -1))
+        made = planned(arguments, recording)
+        order = made.order
+        key = None if order is None else order.numpy().tobytes()
+        if key not in masses:
+            places, order = in_places(tensors, order), order.to(q.device)
+            masses[key] = exact_attention(places, recording.scale, recording.is_causal, order >= 0)[1]
+        high = (tile_classes(made) == Class.HIGH).to(q.device)
+        kept = (masses[key] * high).sum((-2, -1))
     out = out.double()
     quantities = [
         ((out - exact) ** 2).sum((0, 2, 3)), (exact**2).sum((0, 2, 3)), (out**2).sum((0, 2, 3)),

@@ -46,13 +46,14 @@ def record(
     steps: int | Sequence[int] = 3,
     limit: int = LIMIT,
     text: str | None = None,
+    grid: tuple[int, ...] | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> Recordings:
     """q, k and v of attention modules at some steps of each prompt, in `folder`, which is made.
 
     call: keyword arguments of the pipeline's call. seeds: one a prompt, 0, 1, … if left out. modules: indices into
     those that DMA would divert, or their names; None for all. steps: so many, evenly spread from the first to the
-    last, or which. limit: bytes that the folder may take. text: as of `DMAConfig`. on_step: called after each
+    last, or which. limit: bytes that the folder may take. text, grid: as of `DMAConfig`. on_step: called after each
     denoising step with a title, steps done, steps in all.
 
     Calls that DMA would leave to stock whatever its formats, such as cross-attention, are not recorded. Every call
@@ -69,7 +70,7 @@ def record(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"give one seed a prompt, got {len(seeds)} for {len(prompts)}")
-    with _recorder_on(pipe, text) as recorder:
+    with _recorder_on(pipe, text, grid) as recorder:
         chosen = _chosen_modules(modules, recorder.available)
         draw = partial(_draw, pipe, call)
         bytes_of_step, total = recorder.measure(partial(draw, prompts[0], seeds[0]), chosen)
@@ -110,10 +111,12 @@ def record(
 
 
 @contextmanager
-def _recorder_on(pipe: DiffusionPipeline, text: str | None) -> Iterator["_Recorder"]:
+def _recorder_on(
+    pipe: DiffusionPipeline, text: str | None, grid: tuple[int, ...] | None
+) -> Iterator["_Recorder"]:
     """A recorder in the place of the operator; afterwards everything is as stock as it can be."""
     models = [model for _, model in transformers_of(pipe)]
-    apply(pipe, DMAConfig(min_length=0, text=text))
+    apply(pipe, DMAConfig(min_length=0, text=text, grid=grid))
     hooks: list[RemovableHandle] = []
     try:
         yield _Recorder(models, hooks)
@@ -172,7 +175,18 @@ class _Recorder:
             nonlocal left
             if module not in chosen or self.step not in steps:
                 return
-            names = ("prompt", "step", "call", "module", "sigma", "shape", "text", "scale", "is_causal")
+            names = (
+                "prompt",
+                "step",
+                "call",
+                "module",
+                "sigma",
+                "shape",
+                "text",
+                "grid",
+                "scale",
+                "is_causal",
+            )
             sigma = None if self.sigma is None else float(self.sigma)
             values = (prompt, self.step, self.call, module, sigma, tuple(tensors.q.shape), *values)
             data = serialise(tensors, names, values)
@@ -194,11 +208,14 @@ class _Recorder:
     def _observe(self, forward: Any, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call += 1
         self.sigma = forward.noise_level(args, kwargs)
+        self.grid = forward.find_grid(model, args, kwargs)
 
     def _attend(
         self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_
     ) -> Result:
-        self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), scale, is_causal)
+        is_grid = math.prod(self.grid) == q.shape[2] - (text_stop - text_start)
+        grid = self.grid if is_grid else ()  # a module may be given other tokens
+        self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), grid, scale, is_causal)
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(

@@ -36,7 +36,8 @@ class Recording:
 
     prompt, step: counted from 0. call: the transformer's, within the step: with true classifier-free guidance it
     runs twice. sigma: noise level, 0 to 1; None if not known. shape: of q, `[B, H, S, D]`. text: its tokens, from
-    start to stop. scale: of the scores, None for D^-½. bytes: of the file.
+    start to stop. scale: of the scores, None for D^-½. bytes: of the file. grid: what the other tokens lie on; () if
+    not known.
     """
 
     prompt: int
@@ -50,11 +51,12 @@ class Recording:
     is_causal: bool
     file: str
     bytes: int
+    grid: tuple[int, ...] = ()
 
     @property
     def layout(self) -> Layout:
         """The call's tokens: DMA takes no calls whose keys are others than the queries."""
-        return Layout(self.shape[2], self.shape[2], self.text)
+        return Layout(self.shape[2], self.shape[2], self.text, self.grid)
 
 
 @dataclass
@@ -135,7 +137,9 @@ def read_recordings(folder: Path) -> Recordings:
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is {document['format']!r}, version {document['version']}")
         recordings = [
-            Recording(**{**entry, "shape": tuple(entry["shape"]), "text": tuple(entry["text"])})
+            Recording(
+                **entry | {name: tuple(entry[name]) for name in ("shape", "text", "grid") if name in entry}
+            )
             for entry in document["recordings"]
         ]
         return Recordings(folder, document["settings"], document["notes"], recordings)

@@ -149,6 +149,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "diverted": 2,
         "left": {},
         "inexact_rows": 0,
+        "notes": [],
     }
     assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference on cpu: asked for" in str(receipt)
 

@@ -30,8 +30,14 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("fields", [{}, {"dense_above_sigma": 0.9, "dense_layers": (0,)}])
-@pytest.mark.parametrize("name", LAYERS)
+FIELDS = [{}, {"dense_above_sigma": 0.9, "dense_layers": (0,)}]
+ON_GRID = {"policy": "diagonal(near=grid)"}
+
+
+@pytest.mark.parametrize(("name", "fields"), [
+    *((name, fields) for name in LAYERS for fields in FIELDS),
+    ("flux", {**ON_GRID, "dense_above_sigma": 0.9}), ("wan", ON_GRID),
+])  # fmt: skip
 def test_a_whole_model_is_one_graph(name, fields):
     pipe = getattr(tiny_pipelines, name)()
     apply(pipe, **fields)
@@ -40,7 +46,7 @@ def test_a_whole_model_is_one_graph(name, fields):
     pipe.transformer.compile(backend=graphs, fullgraph=True)
     assert torch.equal(draw(pipe), eager)
     whole = [nodes for nodes in graphs.nodes if nodes]  # the hook may have a little graph of its own
-    assert whole == [LAYERS[name]] * (2 if fields else 1)  # dense steps, and others
+    assert whole == [LAYERS[name]] * (2 if "dense_above_sigma" in fields else 1)  # dense steps, and others
 
 
 def test_repeated_blocks_compile_with_dense_steps_layers_and_another_length():
@@ -69,6 +75,20 @@ def test_heads_and_modules_of_their_own_break_no_graph(method):
 
 def test_a_new_length_recompiles_no_more_than_stock():
     assert graphs_of_three_lengths(apply) == graphs_of_three_lengths(lambda pipe: None)
+
+
+def test_new_sizes_of_a_grid_compile_nothing():
+    pipe = tiny_pipelines.flux()
+    apply(pipe, policy="neighborhood(window=9x7, high=3x3)")
+    sizes = ((48, 40), (36, 42), (44, 46), (42, 36))
+    eager = [draw(pipe, height=height, width=width) for height, width in sizes]
+    graphs = Graphs()
+    pipe.transformer.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    counts = []
+    for (height, width), expected in zip(sizes, eager, strict=True):
+        assert torch.equal(draw(pipe, height=height, width=width), expected)
+        counts.append(len(graphs.nodes))
+    assert counts[1] == counts[3]  # a first size, and any other
 
 
 def graphs_of_three_lengths(prepare) -> int:

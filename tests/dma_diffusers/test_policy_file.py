@@ -84,7 +84,7 @@ def test_what_is_refused_in_one_line(tmp_path, content, options, words):
 @pytest.mark.parametrize(("modules", "words"), [
     (3, "modules must map names"),
     ({"attn": 3}, "modules must map names"),
-    ({"attn": {"text": "first"}}, "attn has no text; there are high, low, window, sink, dense"),
+    ({"attn": {"text": "first"}}, "attn has no text; there are high, low, window, sink, policy, dense"),
     ({"attn": {"window": -1}}, "attn: window must be a whole number of tokens"),
     ({"attn": {"window": [128, 1.5]}}, "attn: window must be a whole number of tokens, 0 or more, got 1.5"),
     ({"attn": {"window": []}}, "attn: window must be a whole number"),

@@ -43,10 +43,11 @@ class Case:
         width = next(config[name] for name in names if config.get(name))
         return [torch.randn(self.latents.shape[0], TEXT, width) for _ in range(number)]
 
-    def run(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> None:
+    def run(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.pack(self.latents if latents is None else latents)
         timestep = torch.full((hidden.shape[0],), 0.5)
-        self.model(hidden_states=hidden, encoder_hidden_states=text, timestep=timestep, **self.inputs)
+        inputs = {"timestep": timestep, "return_dict": False, **self.inputs}
+        return self.model(hidden_states=hidden, encoder_hidden_states=text, **inputs)[0]
 
     def keys(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
         """Of the first attention call that has all of the image or the video: `[B, H, S, D]`."""

@@ -15,7 +15,7 @@ from dma_diffusers.kernels.policies import Dense, Diagonal, Importance, Neighbor
 
 POLICIES = [
     (Dense(Class.LOW), "dense(everywhere=low)"),
-    (Diagonal(), "diagonal(window=128, sink=128, near=sequence)"),
+    (Diagonal(), "diagonal(window=128, sink=128)"),
     (Diagonal((0, 384), 0, "grid"), "diagonal(window=0/384, sink=0, near=grid)"),
     (Neighborhood((18, 24, 24), (16, 8, 8), (6, 8, 8)), "neighborhood(window=18x24x24, stride=16x8x8, high=6x8x8)"),
     (Neighborhood(high=50), "neighborhood(high=50)"),

@@ -25,10 +25,24 @@ def test_text():
     )
 
 
+def test_policies_in_words():
+    assert parse("policy=neighborhood(window=8x8)") == DMAConfig(policy="neighborhood(window=8x8)")
+    assert parse(
+        "preset=hopper, policy=neighborhood(window=9x8, high=3x3) | importance(budget=.05),dense_layers=[0,-1]"
+    ) == DMAConfig.preset(
+        "hopper", policy="neighborhood(window=9x8, high=3x3) | importance(budget=0.05)", dense_layers=(0, -1)
+    )
+    assert parse("text=first,grid=12x25") == DMAConfig(text="first", grid=(12, 25))
+
+
 def test_yaml(tmp_path):
     path = tmp_path / "configs.yaml"
-    path.write_text("near: low=mxfp4,window=384\nstock: exact\nwide:\n  preset: b200\n  window: 640\n")
+    path.write_text(
+        "near: low=mxfp4,window=384\nstock: exact\nwide:\n  preset: b200\n  window: 640\n"
+        "grid:\n  policy: neighborhood(window=9x8, high=3x3)\n"
+    )
     assert read(path) == {
+        "grid": DMAConfig(policy="neighborhood(window=9x8, high=3x3)"),
         "near": DMAConfig(low="mxfp4", window=384),
         "stock": DMAConfig.preset("exact"),
         "wide": DMAConfig.preset("b200", window=640),
@@ -46,6 +60,10 @@ def test_yaml(tmp_path):
         ("window=-1", "window must be"),
         ("windows=3", "unexpected keyword argument 'windows'"),
         ("preset=b300", "unknown preset"),
+        ("policy=neighbourhood(window=8x8)", "is no policy"),
+        ("policy=dense(),window=384", "leave them out"),
+        ("policy=absent.json", "there is no policy file absent.json"),
+        ("policy=dense(),quality=0.5", "unexpected keyword argument 'quality'"),
         ("preset=exact,window=0", "takes no window"),
     ],
 )

@@ -9,10 +9,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers import DMAConfig
+from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import exact
+from dma_diffusers.eval.recordings.cost import head_clocks
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
 from dma_diffusers.eval.recordings.measure import layers, measure, to_json
-from dma_diffusers.kernels import operator
+from dma_diffusers.kernels import operator, plan
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.policies import parse as parse_policy
 from tests import tiny_pipelines
 from tests.eval.recordings.folders import random_tensors, saved
 from tests.kernels.calls import Call, is_high
@@ -86,6 +91,63 @@ def test_recall_is_the_probability_of_high_tokens(fields, windows, text, tmp_pat
             high[:, 512:] = True  # the tile that the end of the keys cuts: HIGH in every head if any tile is
         share = (probabilities(tensors)[0, head] * high).sum() / 600
         assert recall[0, 0, 0, head] == pytest.approx(share.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "skips"),
+    [
+        ("neighborhood(window=9x14, high=3x4)", True),
+        ("neighborhood(high=3x4)", False),
+        ("diagonal(near=grid)", False),
+    ],
+)
+def test_recall_on_a_grid(policy, skips, masked, tmp_path):
+    """The probability between the tokens of those pairs of boxes that the operator's plan has HIGH."""
+    tensors, text, grid = random_tensors(1, 1320, batch=2, masked=masked), (1280, 1320), (40, 32)
+    recordings = saved(tmp_path, [({"text": text, "grid": grid}, tensors)], MODULES)
+    recall = measure(recordings, {"it": DMAConfig(policy=policy)}, "cpu")["it"].recall[0, 0, 0]
+    places = Places(Layout(1320, 1320, text, grid), parse_policy(policy).box(grid))
+    made = plan.make(parse_policy(policy), Layout(1320, 1320, text, grid))
+    p = probabilities(tensors)
+    expected = torch.zeros(2, dtype=torch.float64)
+    bounds, indices = made.precision_map.bounds[0, 0], made.precision_map.indices[0, 0]
+    for q_tile, tokens in enumerate(places.order.view(-1, 128)):
+        first, low, last = bounds[q_tile].tolist()  # ends of HIGH, LOW and MASKED, which is HIGH too
+        for k_tile in [*indices[q_tile, :first].tolist(), *indices[q_tile, low:last].tolist()]:
+            keys = places.order.view(-1, 128)[k_tile]
+            expected += p[:, :, tokens[tokens >= 0]][..., keys[keys >= 0]].sum((0, 2, 3))
+    np.testing.assert_allclose(recall, expected / 2640, rtol=1e-9)
+    assert 0 < recall.max() < 1
+    assert (bounds[:, -1] < len(bounds)).any() == skips
+
+
+def test_errors_on_a_grid_are_those_of_the_operator(tmp_path):
+    tensors = random_tensors(1, 640)
+    recordings = saved(tmp_path, [({"text": (600, 640), "grid": (20, 30)}, tensors)], MODULES)
+    policy = "neighborhood(window=9x14, high=3x4)"
+    found = measure(recordings, {"it": DMAConfig(policy=policy)}, "cpu")["it"].of_modules
+    q, k, v, _ = tensors
+    out = operator.attention(
+        q, k, v, policy=policy, grid=(20, 30), text_start=600, text_stop=640
+    ).out.double()
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert found[0, 0, 0] == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-9)
+    without = saved(tmp_path / "without", [({"text": (600, 640)}, tensors)], MODULES)
+    with pytest.raises(
+        ValueError, match=r"neighborhood\(.*\) needs the grid that the tokens lie on, and none was given"
+    ):
+        measure(without, {"it": DMAConfig(policy=policy)}, "cpu")
+
+
+def test_skipped_tiles_cost_nothing(tmp_path):
+    """Of 20 tiles in boxes of 8×16, each visits itself alone."""
+    recordings = saved(tmp_path, [({"grid": (40, 64)}, random_tensors(1, 2560))], MODULES)
+    policy = {"policy": "neighborhood(window=8x16, stride=8x16)", "high": "bf16", "low": "int8"}
+    clocks = head_clocks(recordings, DMAConfig(**policy), "sm_90")
+    everywhere = DMAConfig(policy="dense(everywhere=low)", high="bf16", low="int8")
+    np.testing.assert_allclose(clocks * 20, head_clocks(recordings, everywhere, "sm_90"))
+    np.testing.assert_allclose(clocks, 20 * tile_clocks("sm_90", 32, "bf16", "int8")[1])
 
 
 def test_errors_are_those_of_the_operator(tmp_path):

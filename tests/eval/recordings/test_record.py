@@ -69,6 +69,8 @@ def test_they_are_what_stock_attention_was_given(name, tmp_path):
     assert {key: id(value) for key, value in pipe.transformer.attn_processors.items()} == processors
     assert not report(pipe).modules and not pipe.transformer._forward_pre_hooks
     assert recordings.steps == [0, 1] and recordings.recordings[0].sigma == pytest.approx(1, abs=1e-3)
+    grid = {"flux": (24, 20), "sd3": (20, 19), "wan": (3, 9, 11), "hunyuan": (3, 10, 14)}[name]
+    assert {recording.layout.grid for recording in recordings} == {grid}
     texts = {recording.module: (recording.text, recording.shape[2]) for recording in recordings}
     if name == "flux":
         assert {text for text, _ in texts.values()} == {(0, 19)}
@@ -80,6 +82,26 @@ def test_they_are_what_stock_attention_was_given(name, tmp_path):
     if name == "hunyuan":
         assert {stop - start for (start, stop), _ in texts.values()} == {27}
         assert all(stop == tokens for (_, stop), tokens in texts.values())
+
+
+def test_calls_without_a_single_grid_are_recorded_without_it(flux, tmp_path):
+    def two_images(_, args, kwargs):
+        kwargs["img_ids"] = kwargs["img_ids"].clone()
+        kwargs["img_ids"][100:, 0] = 1
+        return args, kwargs
+
+    hook = flux.transformer.register_forward_pre_hook(two_images, with_kwargs=True)
+    recordings = record(flux, ["a cat"], tmp_path, call_of(flux), steps=1)
+    hook.remove()
+    assert {recording.grid for recording in recordings} == {()}
+
+
+def test_an_index_without_grids_is_read(flux, tmp_path):
+    record(flux, ["a cat"], tmp_path, call_of(flux), steps=1)
+    document = json.loads((tmp_path / INDEX).read_text())
+    assert [entry.pop("grid") for entry in document["recordings"]] == [[24, 20]] * 3
+    (tmp_path / INDEX).write_text(json.dumps(document))
+    assert {recording.layout.grid for recording in read_recordings(tmp_path)} == {()}
 
 
 def test_guidance_is_recorded_whole(flux, tmp_path):
