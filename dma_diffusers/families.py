@@ -16,6 +16,7 @@ class Family:
         cross-attention.
     single_stream: modules called without `encoder_hidden_states` get text and image as one sequence.
     cross_attention: last parts of the names of modules that do cross-attention.
+    masks_text: whether the model masks no keys of joint attention but text.
     timestep_scale: timestep of pure noise; None if not known.
     grid: finds what the tokens other than text lie on; None if not known.
     grid_on_device: whether finding it waits for the device.
@@ -24,6 +25,7 @@ class Family:
     text: str
     single_stream: bool = False
     cross_attention: tuple[str, ...] = ()
+    masks_text: bool = False
     timestep_scale: float | None = None
     grid: grids.Finder | None = None
     grid_on_device: bool = False
@@ -63,9 +65,11 @@ FAMILIES = {
     "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000, grid=grids.of_frames),
     "Flux2Transformer2DModel": _FLUX,
     "FluxTransformer2DModel": _FLUX,
-    "HunyuanVideoTransformer3DModel": Family("last", timestep_scale=1000, grid=grids.of_video),
+    "HunyuanVideoTransformer3DModel": Family(
+        "last", masks_text=True, timestep_scale=1000, grid=grids.of_video
+    ),
     "LTXVideoTransformer3DModel": replace(_CROSS, grid=grids.of_lengths),
-    "QwenImageTransformer2DModel": Family("first", timestep_scale=1, grid=grids.of_shapes),
+    "QwenImageTransformer2DModel": Family("first", masks_text=True, timestep_scale=1, grid=grids.of_shapes),
     "SD3Transformer2DModel": Family("last", timestep_scale=1000, grid=grids.of_image),
     "WanTransformer3DModel": replace(_CROSS, grid=grids.of_video),
 }

@@ -191,7 +191,7 @@ def _attention(
     if asked.heads not in (None, q.shape[1]):
         raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-    masks_text = masks_text and key_mask is not None
+    masks_text = masks_text and key_mask is not None and text_stop > text_start
     planned = _plan(asked, layout, is_causal, masks_text, q.device)
     call = {
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
