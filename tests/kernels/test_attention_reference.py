@@ -12,7 +12,7 @@ def run(call: Call):
     q, k, v, mask = call.tensors()
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, order=call.order, **call.ropes(),
+        key_mask=mask, is_causal=call.is_causal, order=call.order, **call.ropes(), skip_below=call.skip_below,
     )  # fmt: skip
 
 
