@@ -197,7 +197,7 @@ def _attention(
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
         "k_rope": None if k_cos is None else (k_cos, k_sin),
-        "order": planned.order, "spans": planned.spans,
+        "order": planned.order, "spans": planned.spans, "skip_below": planned.skip_below or None,
     }  # fmt: skip
     inexact_rows = None
     if chosen == "reference":
