@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.families import FAMILIES, family_of
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.layout import DIMENSIONS
@@ -156,6 +157,22 @@ class DMAConfig:
             raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
         formats = _measured_formats() if name == "auto" else {}
         return cls.of(None, **PRESETS[name] | formats | changes)
+
+    @classmethod
+    def published(cls, model: torch.nn.Module, grid: tuple[int, ...], **changes) -> "DMAConfig":
+        """The neighbourhood that was published for the family of `model`, with some fields changed.
+
+        grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its window is
+            the same share of it as of the published one (`families.Published`), and steps above the published noise
+            level are dense. It was published in full precision; here what the window holds is LOW, but for text.
+        Raises ValueError for a family without one.
+        """
+        found = family_of(model, "none").published
+        if found is None:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.published)
+            raise ValueError(f"no neighbourhood was published for {type(model).__name__}; there are {known}")
+        fields = {"policy": found.policy(grid), "dense_above_sigma": found.dense_above_sigma}
+        return cls.of(None, **fields | changes)
 
     @classmethod
     def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":

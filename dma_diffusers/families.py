@@ -1,4 +1,4 @@
-"""Where each model family has its text, and how its attention modules are called."""
+"""Where each model family has its text, what its tokens lie on, and which neighbourhood was published for it."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -6,6 +6,33 @@ from functools import partial
 import torch
 
 from dma_diffusers import grids
+from dma_diffusers.kernels.neighborhood import check_dimensions
+from dma_diffusers.kernels.policies import Neighborhood
+
+
+@dataclass(frozen=True)
+class Published:
+    """A neighbourhood that kept a family's pictures as they were, in full precision and without training.
+
+    grid, window, stride: in tokens, as published. dense_above_sigma: a noise level between the last of the first steps
+        that ran with full attention and the step after it, by the family's own schedule. source: who published it.
+    """
+
+    grid: tuple[int, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    dense_above_sigma: float
+    source: str
+
+    def policy(self, grid: grids.Grid) -> Neighborhood:
+        """The same share of each side of another grid, which nobody has shown anything about, and the same stride.
+
+        Raises ValueError for a grid of other dimensions.
+        """
+        check_dimensions("the published window", self.window, grid)
+        sides = zip(grid, self.window, self.grid, strict=True)
+        window = [max(round(length * side / of), 1) for length, side, of in sides]
+        return Neighborhood(tuple(window), tuple(map(min, self.stride, window)))
 
 
 @dataclass(frozen=True)
@@ -20,6 +47,7 @@ class Family:
     timestep_scale: timestep of pure noise; None if not known.
     grid: finds what the tokens other than text lie on; None if not known.
     grid_on_device: whether finding it waits for the device.
+    published: a neighbourhood for it; None where none is known of.
     """
 
     text: str
@@ -29,6 +57,7 @@ class Family:
     timestep_scale: float | None = None
     grid: grids.Finder | None = None
     grid_on_device: bool = False
+    published: Published | None = None
 
     def role_left_to_stock(self, module: str) -> str:
         """Why the module of this name is left to stock; empty if it is not."""
@@ -58,15 +87,23 @@ class Family:
 
 
 _FLUX = Family("first", single_stream=True, timestep_scale=1, grid=grids.of_positions, grid_on_device=True)
+# 9 of 28 steps dense. Their sigmas are those of 1024×1024 (mu 1.15, the largest that FLUX.1's schedule was given for):
+# .888 and .870 are the ninth and the tenth. At 4096×4096 Diffusers extrapolates mu to 11.55, where the last step is at
+# .9997 and every one dense: give the scheduler another shift there.
+_FLUX_4K = Published((256, 256), (80, 80), (16, 16), 0.88, "arXiv 2504.16922 (GNA), FLUX at 4096×4096")
+# 15 of 50 steps dense. Shift 7: .947 and .942 are the fifteenth and the sixteenth.
+_HUNYUAN_720P = Published(
+    (30, 48, 80), (18, 24, 24), (16, 8, 8), 0.945, "arXiv 2504.16922 (GNA), HunyuanVideo at 720p, 5 s"
+)
 _CROSS = Family("none", cross_attention=("attn2",), timestep_scale=1000)
 
 FAMILIES = {
     "ChromaTransformer2DModel": _FLUX,
     "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000, grid=grids.of_frames),
     "Flux2Transformer2DModel": _FLUX,
-    "FluxTransformer2DModel": _FLUX,
+    "FluxTransformer2DModel": replace(_FLUX, published=_FLUX_4K),
     "HunyuanVideoTransformer3DModel": Family(
-        "last", masks_text=True, timestep_scale=1000, grid=grids.of_video
+        "last", masks_text=True, timestep_scale=1000, grid=grids.of_video, published=_HUNYUAN_720P
     ),
     "LTXVideoTransformer3DModel": replace(_CROSS, grid=grids.of_lengths),
     "QwenImageTransformer2DModel": Family("first", masks_text=True, timestep_scale=1, grid=grids.of_shapes),
