@@ -1,15 +1,12 @@
 """What attention calls cost on a GPU, predicted: nothing here is measured."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import clocks_of, pairs, tile_clocks
-from dma_diffusers.eval.recordings.measure import is_dense
+from dma_diffusers.eval.recordings.measure import asked, is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
-from dma_diffusers.kernels.maps import Class, tiles
-from dma_diffusers.kernels.policies import Dense, parse
+from dma_diffusers.kernels.maps import tiles
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -22,11 +19,8 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
         if key not in known:
-            arguments = own.arguments(recording.text, recording.grid)
-            policy = Dense(Class.HIGH) if dense else parse(arguments["policy"])
-            text = arguments["text_start"], arguments["text_stop"]
-            layout = replace(recording.layout, text=text, grid=arguments["grid"])
-            visited = pairs(policy, layout, recording.is_causal)
+            arguments = own.arguments(recording.text, recording.grid) | {"mapped": not dense}
+            visited = pairs(*asked(arguments, recording), recording.is_causal)
             per_high, per_low = tile_clocks(target, recording.shape[3], own.high, own.low)
             clocks = visited.high * per_high + visited.low * per_low
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()

@@ -13,8 +13,9 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.recordings.exact import exact_attention, in_places
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
 from dma_diffusers.kernels import operator, plan
+from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import Class, Phase
-from dma_diffusers.kernels.policies import Dense, parse
+from dma_diffusers.kernels.policies import Dense, Policy, parse
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Measured:
     Each is float64 `[prompts, modules, steps, heads]`, NaN where nothing was recorded. error, exact, out: squared
     norms of the error, of exact attention, and of the configuration's. product: out · exact. recall: the share of
     exact attention's probability that lies in HIGH tiles, of tile order for a policy on the grid; in a map that skips
-    none, the rest lies in LOW ones.
+    none, the rest lies in LOW ones. Tiles that a policy chooses by content are not counted.
     """
 
     error: np.ndarray
@@ -168,14 +169,13 @@ def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) ->
     )
 
 
-def planned(arguments: Mapping[str, Any], recording: Recording) -> plan.Plan:
-    """What the operator does with these arguments."""
+def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
+    """The policy that the operator follows with these arguments, and the layout that it follows it on."""
     layout = replace(recording.layout, text=(0, 0), grid=())
     if not arguments.get("mapped", True):
-        return plan.make(Dense(Class.HIGH), layout, recording.is_causal)
+        return Dense(Class.HIGH), layout
     text = arguments["text_start"], arguments["text_stop"]
-    layout = replace(layout, text=text, grid=arguments["grid"])
-    return plan.make(parse(arguments["policy"]), layout, recording.is_causal)
+    return parse(arguments["policy"]), replace(layout, text=text, grid=arguments["grid"])
 
 
 def tile_classes(made: plan.Plan) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _compared(
         kept = masses[None].sum((-2, -1))
     else:
         out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
-        made = planned(arguments, recording)
+        made = plan.make(*asked(arguments, recording), recording.is_causal)
         order = made.order
         key = None if order is None else order.numpy().tobytes()
         if key not in masses:
