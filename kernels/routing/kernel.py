@@ -79,7 +79,7 @@ def score(
         larger = tl.maximum(largest, tl.max(mass, axis=1))
         whole = whole * tl.exp2(largest - larger) + tl.sum(tl.exp2(mass - larger[:, None]), axis=1)
         largest = larger
-    whole = largest + tl.log2(tl.maximum(whole, 1.0))  # less than 1 only where nothing is visited
+    whole = tl.where(whole == 0.0, 0.0, largest + tl.log2(tl.maximum(whole, 1.0)))  # 0: nothing is visited
 
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)

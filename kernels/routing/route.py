@@ -25,11 +25,12 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     run(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, *strides,
-        ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1,
+        ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     run(
         kernel.find_least, (batch,),
-        histogram, routing.allowed, least, 1 if len(routing.allowed) > 1 else 0, num_warps=32,
+        histogram, routing.allowed, least, 1 if len(routing.allowed) > 1 else 0,
+        num_warps=32, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
@@ -40,6 +41,6 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     run(
         kernel.write_walks, (batch * heads * programs,),
         levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, *strides,
-        BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4,
+        BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return PrecisionMap(indices, bounds, has_high=True, has_low=True)
