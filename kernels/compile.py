@@ -23,8 +23,9 @@ from dma_diffusers.kernels.attention import hopper, launch
 from dma_diffusers.kernels.instructions import describe, markdown
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
-from dma_diffusers.kernels.maps import TILE, Class, build_map
+from dma_diffusers.kernels.maps import TILE, Class, build_map, visiting_phases
 from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.spans import hiding
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
@@ -37,7 +38,7 @@ _TOKENS, _HEADS = 256, 16
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 
@@ -89,10 +90,12 @@ def launches(
     masks_keys: bool = False,
     places: int | None = None,
     has_spans: bool = False,
+    routes: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
     places: of an order, 256 if it leaves none empty; None for a call without one. has_spans: whether MASKED tiles have.
+    routes: whether LOW pairs are upgraded by content.
     """
     recorded = []
 
@@ -102,11 +105,13 @@ def launches(
     q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
     policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
     layout = Layout(_TOKENS, _TOKENS)
+    classes = policy.classes(layout)
     launch.attention(
-        q, k, v, build_map(policy.classes(layout), layout), high or low, low or high,
+        q, k, v, build_map(classes, layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
         order=None if places is None else torch.arange(places, dtype=torch.int32),
         spans=hiding(torch.arange(places or _TOKENS)) if has_spans else None,
+        routing=Routing.of(visiting_phases(classes, layout), 0.05, _HEADS) if routes else None,
         scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip

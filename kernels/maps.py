@@ -35,6 +35,9 @@ class Phase(IntEnum):
     MASKED = 2
 
 
+UNVISITED = len(Phase)
+
+
 def tiles(length: int) -> int:
     """How many map tiles `length` tokens take."""
     return -(-length // TILE)
@@ -122,6 +125,29 @@ def cut_tiles(layout: Layout, is_causal: bool, order: torch.Tensor | None = None
     return cut
 
 
+def visiting_phases(
+    classes: torch.Tensor,
+    layout: Layout,
+    is_causal: bool = False,
+    order: torch.Tensor | None = None,
+    cut: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The phase that visits each pair of tiles, `UNVISITED` for none: integers of `classes`' shape.
+
+    classes, order, cut: as of `build_map`.
+    """
+    expected = (tiles(layout.q_length), tiles(layout.k_length))
+    if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
+        raise ValueError(f"classes must be [B or 1, H or 1, *{expected}], got {list(classes.shape)}")
+    if is_causal:
+        classes = causal_classes(classes)
+    skipped = classes == Class.SKIP
+    masked = cut_tiles(layout, is_causal, order)
+    masked = masked if cut is None else masked | cut
+    phases = torch.where(masked, int(Phase.MASKED), classes)
+    return torch.where(skipped, UNVISITED, phases)
+
+
 def build_map(
     classes: torch.Tensor,
     layout: Layout,
@@ -136,21 +162,16 @@ def build_map(
     order: integers `[Sk]`, the token that stands at each place of `layout`, −1 where none does: such keys are hidden.
     cut: bool `[q_tiles, k_tiles]`, other tiles of which not every query sees all keys.
     """
-    expected = (tiles(layout.q_length), tiles(layout.k_length))
-    if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
-        raise ValueError(f"classes must be [B or 1, H or 1, *{expected}], got {list(classes.shape)}")
-    if is_causal:
-        classes = causal_classes(classes)
-    skipped = classes == Class.SKIP
-    masked = cut_tiles(layout, is_causal, order)
-    masked = masked if cut is None else masked | cut
-    phases = torch.where(masked, int(Phase.MASKED), classes)
-    phases = torch.where(skipped, len(Phase), phases)
+    phases = visiting_phases(classes, layout, is_causal, order, cut)
+    return map_of(phases, has_high=bool(((classes == Class.HIGH) & (phases != UNVISITED)).any()))
+
+
+def map_of(phases: torch.Tensor, has_high: bool) -> PrecisionMap:
+    """The map of these `visiting_phases`; has_high: whether MASKED tiles are HIGH."""
     walked = phases.argsort(dim=-1, stable=True)
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
-    has_high = bool((classes == Class.HIGH).any())
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
     indices = walked[..., :longest].int().contiguous()
     return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)

@@ -23,6 +23,8 @@ from dma_diffusers.kernels.quantiser.encode import (
     statistics_of,
 )
 from dma_diffusers.kernels.quantiser.reference import Rope
+from dma_diffusers.kernels.routing.reference import Routing
+from dma_diffusers.kernels.routing.route import route
 from dma_diffusers.kernels.run import Run, multiprocessors, run
 from dma_diffusers.kernels.spans import Spans
 from dma_diffusers.kernels.tuning import Tuning, tuning
@@ -47,6 +49,7 @@ def attention(
     masks_all: bool = True,
     skip_below: float | None = None,
     skipped: torch.Tensor | None = None,
+    routing: Routing | None = None,
     return_lse: bool = True,
     target: str | None = None,
     run: Run = run,
@@ -59,6 +62,7 @@ def attention(
     skip_below: a KV tile is skipped for a block of queries (64 in hopper.py, else the tuning's) if each probability
     there is less than this share of its row's largest so far, 0 < skip_below < 1; None never skips. skipped: int32
     `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
+    routing: upgrades LOW pairs, for a map that has both classes, whose walks are then not looked at.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
@@ -89,8 +93,8 @@ def attention(
     encoded = encode(
         q, k, of_v if order is None else v, classes, fold, known,
         q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask, order=order,
-        wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
-        inexact_rows=inexact_rows, run=run,
+        wants_offset=smooths and (return_lse or "bf16" in formats), wants_pools=routing is not None,
+        transposed_v=tuned.transposed_v, inexact_rows=inexact_rows, run=run,
         registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
     out = torch.empty(batch, q.shape[2], heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -106,7 +110,10 @@ def attention(
         v_high = descriptor(bf16_for_tma(v) if order is None else encoded.v_high, TILE, dim)
     if classes[1]:
         v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
-    walks = precision_map.shared if in_gluon else precision_map
+    if routing is not None:
+        walks = route(encoded.pools, routing, is_shared=in_gluon, run=run)
+    else:
+        walks = precision_map.shared if in_gluon else precision_map
     arguments = (
         *high_operands, v_high, *low_operands, v_low,
         encoded.v_scale, fold, encoded.offset, walks.indices, walks.bounds,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.maps import TILE, Phase, PrecisionMap, tiles
 from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.routing.reference import Routing, route
 from dma_diffusers.kernels.spans import Spans
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
@@ -34,6 +35,7 @@ def attention(
     k_rope: quantiser.Rope | None = None,
     order: torch.Tensor | None = None,
     spans: Spans | None = None,
+    routing: Routing | None = None,
     sums_rounded: bool = False,
     skip_below: float | None = None,
     skip_rows: int = 64,
@@ -49,6 +51,7 @@ def attention(
     order: int32 `[places]`, for Sq = Sk, not causal: which token stands at each place, −1 where none does. The map is
     one of places, everything else is in the tokens' own order. Raises ValueError unless each token has one place.
     spans: which places see each other in MASKED tiles.
+    routing: upgrades LOW pairs, for a map that has both classes, whose walks are then not looked at.
     sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_below: a KV tile counts as not visited by a block of `skip_rows` queries (64 or 128) where each probability
     is less than this share of its row's largest so far, 0 < skip_below < 1. skipped: int32 `[B, H]`, to which the
@@ -78,6 +81,13 @@ def attention(
         offset = F.pad(offset, (0, 1))[:, :, order]
     q_length, k_length = q.shape[2], k.shape[2]
     q_tiles, k_tiles = tiles(q_length), tiles(k_length)
+    if routing is not None:
+        there = None if order is None else taken[None]
+        pools = (
+            quantiser.pooled(folded, there), quantiser.pooled(smoothed, there if key_mask is None else key_mask),
+            quantiser.pooled(v.float(), there)[..., 1, :].sum(-1),
+        )  # fmt: skip
+        precision_map = route(quantiser.Pools(*pools), routing)
 
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v in tiles, and the factor and the offset that make products scores."""

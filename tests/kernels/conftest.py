@@ -23,11 +23,15 @@ def kernel_device() -> torch.device:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """`torch.empty` full of NaN (bytes: 0xFF, which is NaN in e4m3 and E8M0; int8: −128): what isn't written shows."""
+    """`torch.empty` full of NaN (bytes: 0xFF, which is NaN in e4m3 and E8M0; int8: −128; other integers: −1).
+
+    What isn't written shows.
+    """
     empty = torch.empty
 
     def poisoned_empty(*args, **kwargs):
         x = empty(*args, **kwargs)
-        return x.fill_({torch.uint8: 0xFF, torch.int8: -128}.get(x.dtype, torch.nan))
+        poison = {torch.uint8: 0xFF, torch.int8: -128, torch.int16: -1, torch.int32: -1}
+        return x.fill_(poison.get(x.dtype, torch.nan))
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)

@@ -271,3 +271,20 @@ def test_a_new_length_runs_the_same_kernels(lengths):
         return [ahead.specialisation(kernel, arguments, options) for kernel, arguments, options in recorded]
 
     assert compiled_in(lengths[0]) == compiled_in(lengths[1])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_routing_takes_three_kernels_more(target):
+    pair = ahead.PAIRS[target][0]
+    without, launches = (
+        {
+            kernel.__name__: (kernel, *rest)
+            for kernel, *rest in ahead.launches(target, *pair, 128, routes=routes)
+        }
+        for routes in (False, True)
+    )
+    added = [name for name in launches if name not in without]
+    assert added == ["score", "find_least", "write_walks"]
+    for name in ("score", "write_walks"):
+        compiled = ahead.compile_launch(*launches[name], target)
+        assert ahead.resources(compiled.asm["cubin"])[1] == 0

@@ -1,0 +1,1 @@
+"""Precision routed by content: which LOW pairs of tiles a call's own q, k and v make HIGH."""
