@@ -111,7 +111,7 @@ def launches(
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
         order=None if places is None else torch.arange(places, dtype=torch.int32),
         spans=hiding(torch.arange(places or _TOKENS)) if has_spans else None,
-        routing=Routing.of(visiting_phases(classes, layout), 0.05, _HEADS) if routes else None,
+        routing=Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
         scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip

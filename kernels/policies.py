@@ -25,7 +25,7 @@ class Policy:
 
     on_grid: whether it asks where tokens lie on their grid; its tiles are then boxes.
     by_content: whether it looks at what tiles hold; united with others, it says nothing of where tiles lie.
-    importance: of the pairs that a head visits, the share that is HIGH for what it holds.
+    importance: of the pairs that all heads visit, the share that is HIGH for what it holds.
     skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; 0 for none.
     heads: for how many heads of the queries the policy is; None for any number.
     unsaid: values of fields that words leave out.
@@ -197,9 +197,9 @@ class Neighborhood(Policy):
 
 @dataclass(frozen=True)
 class Importance(Policy):
-    """The tiles that matter most for what they hold HIGH, in each head, the rest LOW.
+    """The tiles that matter most for what they hold HIGH, in each head others, the rest LOW.
 
-    budget: the share of a head's pairs that is HIGH so, over 0 and up to 1.
+    budget: the share of all heads' pairs that is HIGH so, beside those with text, over 0 and up to 1.
     """
 
     budget: float

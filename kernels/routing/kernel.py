@@ -45,13 +45,13 @@ def _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
 def score(
-    q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles,
-    phases_stride_b, phases_stride_h, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
+    q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The levels of ROWS Q tiles of one head, and how many LOW pairs of its batch entry have each.
 
     q_pools: float32 [B·H, q_tiles, 2, D], means and variances; k_pools likewise; v_pools: float32 [B·Hkv, k_tiles].
-    phases: uint8 [.., q_tiles, k_tiles]. levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
+    phases: uint8 [H or 1, q_tiles, k_tiles]. levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
     histogram: int32 [B, LEVELS], zeros.
     """
     blocks = tl.cdiv(q_tiles, ROWS)
@@ -61,7 +61,7 @@ def score(
     q_pools += head.to(tl.int64) * q_tiles * (2 * D)
     k_pools += kv_head.to(tl.int64) * k_tiles * (2 * D)
     v_pools += kv_head.to(tl.int64) * k_tiles
-    phases += batch.to(tl.int64) * phases_stride_b + head_in_batch.to(tl.int64) * phases_stride_h
+    phases += head_in_batch.to(tl.int64) * phases_stride_h
     levels += head.to(tl.int64) * q_tiles * k_tiles
     histogram += batch * LEVELS
     q_mean, q_variance = _pool(q_pools, q_tile, q_tiles, D)
@@ -96,15 +96,15 @@ def score(
         tl.atomic_add(histogram + level, 1, mask=level >= 0, sem="relaxed")
 
 
-@triton.jit
-def find_least(histogram, allowed, least, allowed_stride):
+@triton.jit(do_not_specialize=["allowed"])
+def find_least(histogram, allowed, least):
     """The least level of one batch entry that is upgraded: no more pairs than are allowed have it or a higher one.
 
-    histogram: int32 [B, LEVELS]. allowed: int32 [B or 1]. least: int32 [B].
+    histogram: int32 [B, LEVELS]. least: int32 [B].
     """
     batch = tl.program_id(0)
     counts = tl.load(histogram + batch * LEVELS + (LEVELS - 1 - tl.arange(0, LEVELS)))
-    is_beyond = tl.cumsum(counts, axis=0) > tl.load(allowed + batch * allowed_stride)
+    is_beyond = tl.cumsum(counts, axis=0) > allowed
     tl.store(least + batch, tl.sum(is_beyond.to(tl.int32), axis=0))
 
 
@@ -138,8 +138,8 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles", "programs", "length"])
 def write_walks(
-    levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
-    phases_stride_b, phases_stride_h, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The walk of one program of BLOCKS blocks of ROWS queries of one head: as of maps.py, `shared` of several blocks.
 
@@ -147,7 +147,7 @@ def write_walks(
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
-    phases += batch.to(tl.int64) * phases_stride_b + head_in_batch.to(tl.int64) * phases_stride_h
+    phases += head_in_batch.to(tl.int64) * phases_stride_h
     levels += head.to(tl.int64) * q_tiles * k_tiles
     indices += tl.program_id(0).to(tl.int64) * length
     bounds += tl.program_id(0) * 3

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from dma_diffusers.kernels.maps import TILE, UNVISITED, Phase, PrecisionMap, map_of
 from dma_diffusers.kernels.quantiser.reference import Pools
@@ -24,22 +25,27 @@ LEVELS = 1 << 15
 class Routing:
     """What a call can route.
 
-    phases: uint8 `[B or 1, H or 1, q_tiles, k_tiles]`, the phase that visits each pair by policy, `maps.UNVISITED` for
-    none. allowed: int32 `[B or 1]`, how many LOW pairs of all heads of a batch entry may become HIGH.
+    phases: uint8 `[1, H or 1, q_tiles, k_tiles]`, the phase that visits each pair by policy, `maps.UNVISITED` for none.
+    visited: how many pairs of `phases` are. budget: of all pairs that the heads of a batch entry visit, the share that
+    may become HIGH.
     """
 
     phases: torch.Tensor
-    allowed: torch.Tensor
+    visited: int
+    budget: float
 
     @classmethod
-    def of(cls, phases: torch.Tensor, budget: float, heads: int) -> "Routing":
-        """budget: of all pairs that the heads of a batch entry visit, the share that may become HIGH."""
-        visited = (phases != UNVISITED).sum((-3, -2, -1)) * (heads // phases.shape[1])
-        return cls(phases.to(torch.uint8).contiguous(), (visited.double() * budget).int())
+    def of(cls, phases: torch.Tensor, budget: float) -> "Routing":
+        """phases: as `maps.visiting_phases` gives them."""
+        return cls(phases.to(torch.uint8).contiguous(), int((phases != UNVISITED).sum()), budget)
 
     def to(self, device: torch.device) -> "Routing":
         """The same on `device`."""
-        return replace(self, phases=self.phases.to(device), allowed=self.allowed.to(device))
+        return replace(self, phases=self.phases.to(device))
+
+    def allowed(self, heads: int) -> int:
+        """How many LOW pairs of a batch entry may become HIGH."""
+        return int(self.budget * (self.visited * heads // self.phases.shape[1]))
 
 
 def importance(pools: Pools, phases: torch.Tensor) -> torch.Tensor:
@@ -77,10 +83,10 @@ def routed(levels: torch.Tensor, routing: Routing) -> torch.Tensor:
     Of each batch entry as many as are allowed; fewer where that would part pairs of one level, which go together.
     """
     phases = routing.phases.int().expand(levels.shape)
+    allowed = routing.allowed(levels.shape[1])
     offered = torch.where(phases == Phase.LOW, levels, -1).flatten(1)
-    ranked = offered.sort(descending=True).values
-    allowed = routing.allowed.long().expand(len(levels))[:, None].clamp(max=offered.shape[1])
-    beyond = torch.cat((ranked, torch.full_like(ranked[:, :1], -1)), dim=1).gather(1, allowed)
+    ranked = F.pad(offered.sort(descending=True).values, (0, 1), value=-1)
+    beyond = ranked[:, allowed, None]
     is_upgraded = (offered > beyond).view(levels.shape)
     return torch.where(is_upgraded, int(Phase.HIGH), phases)
 

@@ -17,20 +17,19 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
     device, phases = pools.q.device, routing.phases
-    strides = [phases.stride(d) if phases.shape[d] > 1 else 0 for d in (0, 1)]
+    stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
     histogram = torch.zeros(batch, LEVELS, dtype=torch.int32, device=device)
     least = torch.empty(batch, dtype=torch.int32, device=device)
     rows, columns = (32, 64) if dim <= 128 else (16, 32)
     run(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
-        *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, *strides,
+        *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
         ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     run(
         kernel.find_least, (batch,),
-        histogram, routing.allowed, least, 1 if len(routing.allowed) > 1 else 0,
-        num_warps=32, enable_fp_fusion=True,
+        histogram, routing.allowed(heads), least, num_warps=32, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
@@ -40,7 +39,7 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     bounds = torch.empty(batch, heads, programs, 3, dtype=torch.int32, device=device)
     run(
         kernel.write_walks, (batch * heads * programs,),
-        levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, *strides,
+        levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return PrecisionMap(indices, bounds, has_high=True, has_low=True)

@@ -85,7 +85,7 @@ def test_importance_is_the_root_mean_square_probability_times_the_spread_of_valu
 
 def test_heads_of_q_share_heads_of_k():
     q, k, v = random(2, 4, 300, 16), random(2, 2, 400, 16, seed=1), random(2, 2, 400, 16, seed=2)
-    phases = random_phases(2, 4, 3, 4)
+    phases = random_phases(1, 4, 3, 4)
     shared = importance(pools_of(q, k, v), phases)
     own = importance(pools_of(q, *(x.repeat_interleave(2, dim=1) for x in (k, v))), phases)
     torch.testing.assert_close(shared, own)
@@ -108,10 +108,10 @@ def test_levels_are_ordered_as_importance():
 
 @pytest.mark.parametrize("budget", [0.0, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("top", [8, LEVELS])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 3)])
-def test_the_most_important_low_pairs_of_a_batch_entry_become_high(shape, top, budget):
-    phases, found = random_phases(*shape, 5, 9), random_levels(2, 3, 5, 9, top=top)
-    routing = Routing.of(phases, budget, heads=3)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_most_important_low_pairs_of_a_batch_entry_become_high(heads, top, budget):
+    phases, found = random_phases(1, heads, 5, 9), random_levels(2, 3, 5, 9, top=top)
+    routing = Routing.of(phases, budget)
     after = routed(found, routing)
     before = phases.expand(2, 3, -1, -1)
     for entry in range(2):
@@ -131,7 +131,7 @@ def test_a_call_routes_by_policy_and_content():
     centres = 8 * random(1, 1, 8, 1, 64)
     q = (centres + 0.1 * random(1, 1, 8, TILE, 64)).flatten(2, 3)[:, :, :1000]
     k = (centres.flip(2) + 0.1 * random(1, 1, 8, TILE, 64, seed=1)).flatten(2, 3)[:, :, :1000]
-    found = route(pools_of(q / 64, k, q), Routing.of(visiting_phases(classes, layout), 0.1, heads=1))
+    found = route(pools_of(q / 64, k, q), Routing.of(visiting_phases(classes, layout), 0.1))
     static = build_map(classes, layout)
     for tile in range(1, 8):
         end = found.bounds[0, 0, tile].tolist()
@@ -220,11 +220,11 @@ def assert_same_walks(found, expected) -> None:
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "q_length", "k_length", "phases", "dim"), [
-    (1, 1, 100, 100, (1, 1), 64), (4, 2, 500, 700, (1, 1), 64), (2, 2, 900, 600, (2, 2), 64),
-    (2, 1, 650, 650, (2, 1), 128), (2, 2, 300, 300, (1, 2), 256), (1, 1, 300, 300 * TILE, (1, 1), 64),
+@pytest.mark.parametrize(("heads", "kv_heads", "q_length", "k_length", "own", "dim"), [
+    (1, 1, 100, 100, 1, 64), (4, 2, 500, 700, 1, 64), (2, 2, 900, 600, 2, 64), (2, 1, 650, 650, 1, 128),
+    (2, 2, 300, 300, 2, 256), (1, 1, 300, 300 * TILE, 1, 64),
 ])  # fmt: skip
-def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, phases, dim, is_shared, kernel_device):
+def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, own, dim, is_shared, kernel_device):
     """Levels within the products' rounding; from the same levels, the same walks."""
     from dma_diffusers.kernels.routing.route import route as route_by_kernel
 
@@ -236,7 +236,7 @@ def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, phases, di
     for pooled in pools[:2]:
         pooled[..., 1, :].abs_()
     pools = Pools(*(x.to(kernel_device) for x in pools))
-    routing = Routing.of(random_phases(*phases, q_tiles, k_tiles), 0.2, heads).to(kernel_device)
+    routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), 0.2).to(kernel_device)
     recorded = Recorded(is_guarded=True)
     found = route_by_kernel(pools, routing, is_shared, run=recorded)
     by_kernel = recorded.given["score"]["levels"].int()
@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_not_upgraded_and_spoils_no_other_row(which, bad, 
     pools = Pools(*(x.clone() for x in pools))
     pools[which][0, 0, 1] = bad
     pools = Pools(*(x.to(kernel_device) for x in pools))
-    routing = Routing.of(torch.ones(1, 1, 4, 4, dtype=torch.int), 0.5, heads=2).to(kernel_device)
+    routing = Routing.of(torch.ones(1, 1, 4, 4, dtype=torch.int), 0.5).to(kernel_device)
     recorded = Recorded(is_guarded=True)
     found = route_by_kernel(pools, routing, run=recorded)
     assert (found.bounds[..., 2] == 4).all()
@@ -277,7 +277,7 @@ def routed_call(device, budget=0.2, **changes):
     classes = Importance(budget).classes(call.layout)
     phases = visiting_phases(classes, call.layout, order=call.order)
     static = build_map(classes, call.layout, order=call.order)
-    return call, replace(static, has_high=True).to(device), Routing.of(phases, budget, 4).to(device)
+    return call, replace(static, has_high=True).to(device), Routing.of(phases, budget).to(device)
 
 
 @pytest.mark.kernel
@@ -304,7 +304,7 @@ def test_attention_walks_what_was_routed(changes, kernel_device):
     )
     upgraded = routed(recorded.given["score"]["levels"].int(), routing)
     counts = ((upgraded == Phase.HIGH) & (routing.phases == Phase.LOW)).sum((1, 2, 3))
-    assert (counts > 0).all() and (counts <= routing.allowed).all()
+    assert (counts > 0).all() and (counts <= routing.allowed(4)).all()
     same_map = map_of(upgraded.cpu(), has_high=True).to(kernel_device)
     as_given = launch.attention(q, k, v, same_map, call.high, call.low, **given, lowering=lowering)
     assert torch.equal(out, as_given[0]) and torch.equal(lse, as_given[1])
@@ -323,7 +323,7 @@ def test_a_graph_captures_the_routing(kernel_device):
     pools = Pools(
         *(x.to(kernel_device) for x in pools_of(*(random(1, 2, 900, 64, seed=seed) for seed in range(3))))
     )
-    routing = Routing.of(random_phases(1, 1, 8, 8), 0.2, 2).to(kernel_device)
+    routing = Routing.of(random_phases(1, 1, 8, 8), 0.2).to(kernel_device)
     expected = route_by_kernel(pools, routing)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
