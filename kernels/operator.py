@@ -157,7 +157,7 @@ def _plan(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
     planned = plan.make(policy, layout, is_causal, masks_text).to(device)
-    if lowerings.architecture(device) == "sm_90":
+    if lowerings.architecture(device) == "sm_90" and planned.routing is None:
         _ = planned.precision_map.shared  # the walks of hopper.py, which no capture could make either
     return planned
 
@@ -197,7 +197,7 @@ def _attention(
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
         "k_rope": None if k_cos is None else (k_cos, k_sin),
-        "order": planned.order, "spans": planned.spans, "skip_below": planned.skip_below or None,
+        "order": planned.order, "spans": planned.spans, "routing": planned.routing, "skip_below": planned.skip_below,
     }  # fmt: skip
     inexact_rows = None
     if chosen == "reference":

@@ -5,9 +5,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import TILE, Class, PrecisionMap, build_map, cut_tiles, tiles
+from dma_diffusers.kernels.maps import (
+    TILE,
+    UNVISITED,
+    Class,
+    Phase,
+    PrecisionMap,
+    map_of,
+    tiles,
+    visiting_phases,
+)
 from dma_diffusers.kernels.places import Places
 from dma_diffusers.kernels.policies import Policy, reached
+from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.spans import Spans, spans
 
 
@@ -15,24 +25,21 @@ from dma_diffusers.kernels.spans import Spans, spans
 class Plan:
     """What a call needs beside its tensors.
 
-    precision_map: of places, where there is an order. order: int32 `[places]`, the token that stands at each, −1 where
-    none does; None for tokens as they are. spans: who sees whom in MASKED tiles; None where that is a matter of the
-    keys' length and causality. skip_below: as a policy's.
+    precision_map: of places, where there is an order. routing: what of it is routed by content; None for nothing.
+    order: int32 `[places]`, the token that stands at each, −1 where none does; None for tokens as they are. spans: who
+    sees whom in MASKED tiles; None where that is a matter of the keys' length and causality. skip_below: as a policy's.
     """
 
     precision_map: PrecisionMap
+    routing: Routing | None = None
     order: torch.Tensor | None = None
     spans: Spans | None = None
-    skip_below: float = 0.0
+    skip_below: float | None = None
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan on `device`."""
-        return replace(
-            self,
-            precision_map=self.precision_map.to(device),
-            order=None if self.order is None else self.order.to(device),
-            spans=None if self.spans is None else self.spans.to(device),
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return replace(self, **moved)
 
 
 def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bool = False) -> Plan:
@@ -42,9 +49,10 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     Raises ValueError for a policy on the grid without a grid, or with a grid that it can't have, or a causal call.
     """
     if not policy.on_grid:
-        classes = policy.classes(layout, is_causal)
         cut = _with_text(layout) if masks_text else None
-        return Plan(build_map(classes, layout, is_causal, cut=cut), skip_below=policy.skip_below)
+        classes = policy.classes(layout, is_causal)
+        phases = visiting_phases(classes, layout, is_causal, cut=cut)
+        return Plan(*_walks(classes, phases, policy), skip_below=policy.skip_below)
     if not layout.grid:
         raise ValueError(f"{policy} needs the grid that the tokens lie on, and none was given")
     if is_causal:
@@ -53,12 +61,21 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     places = Places(layout, policy.box(layout.grid))
     order, cut = places.order, ~reached(axes, places, "filled")
     classes = policy.classes(places.layout, places=places)
-    is_visited = (classes != Class.SKIP).any(1)[0]
-    has_spans = bool((is_visited & (cut | cut_tiles(places.layout, False, order))).any())
-    cut = cut | _with_text(places.layout) if masks_text else cut
-    precision_map = build_map(classes, places.layout, order=order, cut=cut)
-    packed = spans(order, places.coordinates, axes) if has_spans else None
-    return Plan(precision_map, order, packed, policy.skip_below)
+    phases = visiting_phases(classes, places.layout, order=order, cut=cut)
+    packed = spans(order, places.coordinates, axes) if (phases == Phase.MASKED).any() else None
+    if masks_text:
+        phases = torch.where(_with_text(places.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
+    return Plan(*_walks(classes, phases, policy), order, packed, policy.skip_below)
+
+
+def _walks(
+    classes: torch.Tensor, phases: torch.Tensor, policy: Policy
+) -> tuple[PrecisionMap, Routing | None]:
+    """A map, and what of it is routed."""
+    if policy.importance and (phases == Phase.LOW).any():
+        return map_of(phases, has_high=True), Routing.of(phases, policy.importance)
+    has_high = bool(((classes == Class.HIGH) & (phases != UNVISITED)).any())
+    return map_of(phases, has_high), None
 
 
 def _with_text(layout: Layout) -> torch.Tensor:

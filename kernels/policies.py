@@ -25,8 +25,8 @@ class Policy:
 
     on_grid: whether it asks where tokens lie on their grid; its tiles are then boxes.
     by_content: whether it looks at what tiles hold; united with others, it says nothing of where tiles lie.
-    importance: of the pairs that all heads visit, the share that is HIGH for what it holds.
-    skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; 0 for none.
+    importance: of all pairs that a call's heads visit, the share that is HIGH for what it holds.
+    skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; None for none.
     heads: for how many heads of the queries the policy is; None for any number.
     unsaid: values of fields that words leave out.
     """
@@ -34,7 +34,7 @@ class Policy:
     on_grid = False
     by_content = False
     importance = 0.0
-    skip_below = 0.0
+    skip_below: float | None = None
     heads: int | None = None
     unsaid: tuple[Any, ...] = (None,)
 
@@ -197,9 +197,9 @@ class Neighborhood(Policy):
 
 @dataclass(frozen=True)
 class Importance(Policy):
-    """The tiles that matter most for what they hold HIGH, in each head others, the rest LOW.
+    """The pairs of tiles that matter most for what they hold HIGH, the rest LOW (`routing`).
 
-    budget: the share of all heads' pairs that is HIGH so, beside those with text, over 0 and up to 1.
+    budget: of all pairs that the heads of a call visit, the share that is HIGH so, over 0 and up to 1. Heads share it.
     """
 
     budget: float
@@ -235,7 +235,7 @@ class SkipSoftmax(Policy):
             raise ValueError(f"threshold must be over 0 and under 1, got {self.threshold!r}")
 
     @property
-    def skip_below(self) -> float:
+    def skip_below(self) -> float | None:
         return self.threshold
 
     def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
@@ -271,8 +271,8 @@ class Union(Policy):
         return max(member.importance for member in self.members)
 
     @property
-    def skip_below(self) -> float:
-        return max(member.skip_below for member in self.members)
+    def skip_below(self) -> float | None:
+        return max((member.skip_below for member in self.members if member.skip_below), default=None)
 
     @property
     def heads(self) -> int | None:

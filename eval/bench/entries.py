@@ -167,8 +167,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
         out, *_ = launch.attention(
             *copy, planned.precision_map, config.high, config.low, key_mask=None, scale=q.shape[3] ** -0.5,
             is_causal=False, lowering=chosen.lowering, order=planned.order, spans=planned.spans,
-            skip_below=planned.skip_below or None, return_lse=False,
-            run=record,
+            routing=planned.routing, skip_below=planned.skip_below, return_lse=False, run=record,
         )  # fmt: skip
         return launches, out
 
