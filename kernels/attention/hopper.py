@@ -130,6 +130,42 @@ def _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: gl.const
 
 
 @gluon.jit
+def _larger(x, y):
+    return gl.maximum(x, y, propagate_nan=PROPAGATE_NAN)
+
+
+@gluon.jit
+def _largest(s, skip_below):
+    """The rows' largest s, float32; with a threshold, under which a tile may be skipped, NaN if any is."""
+    if skip_below is None:
+        return gl.max(s, axis=1).to(gl.float32)
+    else:
+        return gl.reduce(s, 1, _larger).to(gl.float32)
+
+
+@gluon.jit
+def _counts(top, m, factor, shift, skip_below):
+    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN."""
+    if skip_below is None:
+        return True
+    else:
+        is_below = top * factor - (shift + P_SHIFT) < m + skip_below
+        counts = gl.max(gl.reshape(is_below.to(gl.int32) ^ 1, (4, 2, 8)), axis=1)  # of a thread's two rows
+        # Each warp reads what all have found, which costs one barrier; a reduction over all rows would cost two.
+        each_warp: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+        return gl.max(gl.reshape(gl.convert_layout(counts, each_warp), (32,)), axis=0) != 0
+
+
+@gluon.jit
+def _token_at(order, place, length, tokens):
+    """As the quantiser's `token_at`."""
+    if order is not None:
+        token = gl.load(order + place, mask=place < length, other=-1)
+        place = gl.where((token >= 0) & (token < tokens), token, length)
+    return place
+
+
+@gluon.jit
 def _probabilities(s, top, m, factor, shift):
     """exp2(s·factor − shift − m)·2^8 under a new m, which `top`, the rows' largest s, may raise; m; what rescales."""
     m_new = gl.maximum(m, top * factor - (shift + P_SHIFT))
@@ -139,7 +175,7 @@ def _probabilities(s, top, m, factor, shift):
 @gluon.jit
 def _high_phase(
     accumulator, l, m, q, fold, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
-    key_mask, spans, guards, k_length, q_tokens, q_rows, known,
+    key_mask, spans, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Walk tiles in bf16; l is [64]."""
@@ -167,13 +203,19 @@ def _high_phase(
             if MASKED or key_mask is not None:
                 tile = entry & ((1 << VISITORS) - 1)
                 s = _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
-            p, m, rescale = _probabilities(s, gl.max(s, axis=1), m, factor, shift)
-            l = l * rescale + gl.sum(p, axis=1)
-            accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
-            p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, sums, 2), assert_trivial=True)
-            mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
-            accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            top = _largest(s, skip_below)
+            if _counts(top, m, factor, shift, skip_below):
+                p, m, rescale = _probabilities(s, top, m, factor, shift)
+                l = l * rescale + gl.sum(p, axis=1)
+                accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
+                p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, sums, 2), assert_trivial=True)
+                mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
+                accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
+                accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            else:
+                if counter is not None:
+                    gl.atomic_add(counter[0], 1, mask=counter[1], sem="relaxed")
+                mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
         else:
             mbarrier.arrive(barriers.index(SLOTS + keys), count=1)
             mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
@@ -186,7 +228,7 @@ def _high_phase(
 def _low_phase(
     accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales,
     indices, entries, first, last, warpgroup,
-    key_mask, spans, guards, k_length, q_tokens,
+    key_mask, spans, guards, k_length, q_tokens, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -225,19 +267,25 @@ def _low_phase(
                 )
                 # 0·−inf is NaN
                 own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)
-            top = gl.max(s, axis=1).to(gl.float32)
-            p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
-            p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
-            p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (ROWS, TILE))
-            p = gl.convert_layout(p, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
-            p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 4), assert_trivial=True)
-            v = low_values.index(2 * slot + 1).permute((1, 0))
-            added = warpgroup_mma(p, v, no_sums, use_acc=False, is_async=True)
-            counted = warpgroup_mma(p_again, ones.permute((1, 0)), no_total, use_acc=False, is_async=True)
-            added, counted = warpgroup_mma_wait(0, deps=(added, counted))
-            # FP8 MMA keeps 13 bits of a sum: no more than a tile's goes through it
-            accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None] + added
-            l = l * gl.convert_layout(rescale, gl.SliceLayout(1, total))[:, None] + counted
+            top = _largest(s, skip_below)
+            if _counts(top, m, own_factor, no_shift, skip_below):
+                p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
+                p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
+                p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (ROWS, TILE))
+                p = gl.convert_layout(p, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
+                p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 4), assert_trivial=True)
+                v = low_values.index(2 * slot + 1).permute((1, 0))
+                added = warpgroup_mma(p, v, no_sums, use_acc=False, is_async=True)
+                counted = warpgroup_mma(p_again, ones.permute((1, 0)), no_total, use_acc=False, is_async=True)
+                added, counted = warpgroup_mma_wait(0, deps=(added, counted))
+                # FP8 MMA keeps 13 bits of a sum: no more than a tile's goes through it
+                accumulator = (
+                    accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None] + added
+                )
+                l = l * gl.convert_layout(rescale, gl.SliceLayout(1, total))[:, None] + counted
+            else:
+                if counter is not None:
+                    gl.atomic_add(counter[0], 1, mask=counter[1], sem="relaxed")
         mbarrier.arrive(barriers.index(SLOTS + slot), count=1)
         n += 1
     return accumulator, l, m
@@ -297,7 +345,7 @@ def _attend(
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
         smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, guards, head_dim, out_stride_s,
+        q_length, k_length, order_tokens, guards, head_dim, out_stride_s, skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -309,16 +357,20 @@ def _attend(
     known = q_tokens < gl.cdiv(q_length, TILE) * TILE
     wide_mask = key_mask if MASKS_ALL else None
 
+    tokens = q_length if order_tokens is None else order_tokens
     m = gl.full((ROWS,), LOWEST, gl.float32, row)
+    if skip_below is not None:  # a row that is no query's holds on to no tile
+        m = gl.where(_token_at(order, q_tokens, q_length, tokens) < q_length, m, -m)
     l = gl.zeros((ROWS,), gl.float32, row)
     accumulator = gl.zeros((ROWS, D), gl.float32, high_sums)
+    counter = None if skipped is None else (skipped, start + warpgroup * ROWS < q_length)
     mbarrier.wait(barriers.index(2 * SLOTS + warpgroup), 0)
     n = 0
     if HIGH is not None:
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
             indices, own_entries, 0, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
-            False, CAUSAL, HIGH, D, SLOTS,
+            skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
         v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
@@ -335,14 +387,14 @@ def _attend(
             low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
             own_scales, indices, own_entries, high_end, low_end, warpgroup, wide_mask, None, None,
             k_length, low_tokens,
-            False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
+            skip_below, counter, False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
             low_sums, low_l, low_m = _low_phase(
                 low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end, k_scales,
                 own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards,
                 k_length, low_tokens,
-                True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
+                skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
         # volatile: read anew, not kept in registers throughout the loop
         accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
@@ -352,17 +404,14 @@ def _attend(
         accumulator, l, m = _high_phase(
             accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
             indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, q_tokens, q_rows, known,
-            True, CAUSAL, HIGH, D, SLOTS,
+            skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
     nothing_seen = l == 0.0
     l = gl.where(nothing_seen, 1.0, l)
     result = accumulator * gl.convert_layout(1.0 / l, out_row)[:, None]
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, high_sums))
-    tokens = q_length if order_tokens is None else order_tokens
-    if order is not None:  # q_length where it names no token
-        token = gl.load(order + q_tokens, mask=q_tokens < q_length, other=-1)
-        q_tokens = gl.where((token >= 0) & (token < tokens), token, q_length)
+    q_tokens = _token_at(order, q_tokens, q_length, tokens)
     out_tokens = gl.convert_layout(q_tokens, out_row)
     places = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
     inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
@@ -383,7 +432,7 @@ def attend_hopper(
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
     v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
     heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
-    out_stride_b, out_stride_h, out_stride_s,
+    out_stride_b, out_stride_h, out_stride_s, skip_below, skipped,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr,
     CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -392,6 +441,7 @@ def attend_hopper(
 
     `indices` and `bounds` are a map's `shared` walks (maps.py). HIGH is read as bf16 numbers without tensor scales,
     LOW as e4m3 or int8 ones under scales of K's tiles or tokens; other scales and block sizes are not looked at.
+    Each warpgroup skips tiles by itself.
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)
     head, block = gl.program_id(0) // blocks, gl.program_id(0) % blocks
@@ -433,9 +483,11 @@ def attend_hopper(
     kv_row = batch * kv_heads + kv_head
     scales = (q_low_scales, k_low_scales, v_scale)
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
+    if skipped is not None:
+        skipped += head
     given = (
         smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, guards, head_dim, out_stride_s,
+        q_length, k_length, order_tokens, guards, head_dim, out_stride_s, skip_below, skipped,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)

@@ -103,10 +103,64 @@ def _seen(tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: tl.constexp
 
 
 @triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(s, skip_below):
+    """The rows' largest s; with a threshold, under which a tile may be skipped, NaN if any is."""
+    if skip_below is None:
+        top = tl.max(s, axis=1)
+    elif INTERPRETED:  # which takes long over a function of ours
+        top = tl.where(tl.max((s != s).to(tl.int32), axis=1) != 0, float("nan"), tl.max(s, axis=1))
+    else:
+        top = tl.reduce(s, 1, _larger)
+    return top
+
+
+@triton.jit
+def _counts(highest, m, skip_below):
+    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN."""
+    if skip_below is None:
+        return True
+    else:
+        return tl.max((highest < m + skip_below).to(tl.int32) ^ 1, axis=0) != 0
+
+
+@triton.jit
+def _add_values(
+    accumulator, l, rescale, p, v, batch, kv_head, tile,
+    LOW: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
+):  # fmt: skip
+    """accumulator·rescale + p·V."""
+    if TCGEN05:
+        # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
+        rescale = tl.where(l < 0.0, 0.0, rescale)
+    if TCGEN05 or not LOW:
+        accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
+    if LOW:
+        if V_TRANSPOSED:
+            value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
+            probabilities = _in_order_of_v(e4m3_operand(p))
+        else:
+            value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
+            probabilities = e4m3_operand(p)
+        if TCGEN05:
+            accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
+        else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
+            accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
+    else:
+        value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
+        accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
+    return accumulator
+
+
+@triton.jit
 def _phase(
     accumulator, l, m, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold, offset,
     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, spans,
-    guards, k_length, start, zero,
+    guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
@@ -147,32 +201,29 @@ def _phase(
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
         # and of int8 products before they are converted: Hopper compares three integers at once.
-        m_new = tl.maximum(m, tl.max(s, axis=1).to(tl.float32) * factor - (shift + P_SHIFT))
-        p = shared_exp2(
-            multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
-        )
-        rescale = tl.exp2(m - m_new)
-        l = l * rescale + tl.sum(p, axis=1)
-        if TCGEN05:
-            # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
-            rescale = tl.where(l < 0.0, 0.0, rescale)
-        if TCGEN05 or not LOW:
-            accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
-        if LOW:
-            if V_TRANSPOSED:
-                value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
-                probabilities = _in_order_of_v(e4m3_operand(p))
-            else:
-                value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-                probabilities = e4m3_operand(p)
-            if TCGEN05:
-                accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
-            else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
-                accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
+        highest = _largest(s, skip_below).to(tl.float32) * factor - (shift + P_SHIFT)
+        if _counts(highest, m, skip_below):
+            m_new = tl.maximum(m, highest)
+            p = shared_exp2(
+                multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
+            )
+            rescale = tl.exp2(m - m_new)
+            l = l * rescale + tl.sum(p, axis=1)
+            m = m_new
+            if not TCGEN05:
+                accumulator = _add_values(
+                    accumulator, l, rescale, p, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+                )
         else:
-            value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-            accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
-        m = m_new
+            if skipped is not None:
+                tl.atomic_add(skipped, ROWS // 64, sem="relaxed")
+            if TCGEN05:
+                p = tl.zeros((ROWS, TILE), tl.float32)
+                rescale = tl.full((ROWS,), 1.0, tl.float32)
+        if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
+            accumulator = _add_values(
+                accumulator, l, rescale, p, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+            )
     return accumulator, l, m
 
 
@@ -184,7 +235,7 @@ def attend(
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
     v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
     heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
-    out_stride_b, out_stride_h, out_stride_s, total, zero,
+    out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
@@ -201,6 +252,9 @@ def attend(
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles
     look at it unless MASKS_ALL. None: a class that the
     map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
+    `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
+    below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
+    such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
     With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
     query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
     have, None if as many as there are places. `spans` (spans.py; int32 [4, whole tiles], with its `guards`) say in
@@ -227,6 +281,10 @@ def attend(
         wide_mask = own_mask if MASKS_ALL else None
 
         m = tl.full((ROWS,), LOWEST, tl.float32)
+        if skip_below is not None:  # a row that is no query's holds on to no tile
+            is_query = token_at(order, q_tokens, q_length, order_tokens) < q_length
+            m = tl.where(is_query, m, -m)
+        own_skipped = None if skipped is None else skipped + head
         l = tl.zeros((ROWS,), tl.float32)
         accumulator = tl.zeros((ROWS, D), tl.float32)
         if HIGH is not None:
@@ -234,7 +292,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, 0, high_end, wide_mask, None, guards, k_length, start, zero,
+                tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -245,7 +303,7 @@ def attend(
                 accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, high_end, low_end, wide_mask, None, guards, k_length, start, zero,
+                tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
@@ -254,7 +312,7 @@ def attend(
                     accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, spans, guards, k_length, start, zero,
+                    tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, MASKED_STAGES,
                 )  # fmt: skip
@@ -265,7 +323,7 @@ def attend(
                 accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, low_end, end, own_mask, spans, guards, k_length, start, zero,
+                tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip

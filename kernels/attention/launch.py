@@ -1,5 +1,6 @@
 """Runs the fused attention: statistics, quantiser, kernel."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,8 @@ def attention(
     order: torch.Tensor | None = None,
     spans: Spans | None = None,
     masks_all: bool = True,
+    skip_below: float | None = None,
+    skipped: torch.Tensor | None = None,
     return_lse: bool = True,
     target: str | None = None,
     run: Run = run,
@@ -53,6 +56,9 @@ def attention(
     Only the classes that the map has are encoded and compiled. order: contiguous, and not checked: numbers that are
     no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide places.
     masks_all: whether `key_mask` may hide keys of any tile, or of the map's MASKED ones alone.
+    skip_below: a KV tile is skipped for a block of queries (64 in hopper.py, else the tuning's) if each probability
+    there is less than this share of its row's largest so far, 0 < skip_below < 1; None never skips. skipped: int32
+    `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
@@ -107,7 +113,7 @@ def attention(
         whole_mask, spans and spans.packed, order, out, lse,
         heads, kv_heads, q_length, k_length, order_tokens, spans and spans.guards, head_dim,
         *(walks.bounds.stride(d) // 3 if walks.bounds.shape[d] > 1 else 0 for d in (0, 1)), walks.indices.shape[-1],
-        *out.stride()[:3],
+        *out.stride()[:3], None if skip_below is None else math.log2(skip_below), skipped,
     )  # fmt: skip
     multiplied = [constant for c in classes for constant in (c.multiplied if c else [None, None, None])]
     if in_gluon:
@@ -126,7 +132,8 @@ def attention(
             EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
             STAGES=tuned.stages,
             MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
-            num_warps=tuned.warps, maxnreg=None if tuned.slots else tuned.registers, enable_fp_fusion=True,
+            num_warps=tuned.warps, enable_fp_fusion=True,
+            maxnreg=None if tuned.slots or skip_below is not None else tuned.registers,  # which would spill
         )  # fmt: skip
     return out, lse, inexact_rows
 

@@ -35,6 +35,9 @@ def attention(
     order: torch.Tensor | None = None,
     spans: Spans | None = None,
     sums_rounded: bool = False,
+    skip_below: float | None = None,
+    skip_rows: int = 64,
+    skipped: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
 
@@ -47,7 +50,10 @@ def attention(
     one of places, everything else is in the tokens' own order. Raises ValueError unless each token has one place.
     spans: which places see each other in MASKED tiles.
     sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
-    Source: DMA, arXiv 2604.03950.
+    skip_below: a KV tile counts as not visited by a block of `skip_rows` queries (64 or 128) where each probability
+    is less than this share of its row's largest so far, 0 < skip_below < 1. skipped: int32 `[B, H]`, to which the
+    skipped tiles of each head are added, counted in blocks of 64 queries.
+    Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087.
     """
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -96,6 +102,11 @@ def attention(
     row_batch, row_head, row_tile = row // (heads * q_tiles), row // q_tiles % heads, row % q_tiles
     row_kv_head = row_batch * kv_heads + row_head // (heads // kv_heads)
     inner = torch.arange(TILE, device=device)
+    is_query = torch.arange(q_tiles * TILE, device=device) < q_length
+    if order is not None:
+        is_query &= F.pad(taken, (0, -q_length % TILE))
+    is_query = is_query.view(q_tiles, TILE, 1)
+    has_block = torch.arange(0, q_tiles * TILE, skip_rows, device=device).view(q_tiles, -1) < q_length
 
     state = {"dtype": torch.float32, "device": device}
     m = torch.full((rows, TILE, 1), LOWEST, **state)
@@ -130,14 +141,27 @@ def attention(
                 if phase is Phase.MASKED and spans is not None:
                     seen = seen & spans.seen(q_tokens[:, :, None], tokens[:, None, :])
                 s = torch.where(seen, s, -math.inf)
-            m_new = torch.maximum(m[:count], s.amax(-1, keepdim=True) - P_SHIFT)
+            highest = s.amax(-1, keepdim=True) - P_SHIFT
+            m_new = torch.maximum(m[:count], highest)
             p = torch.exp2(s - m_new)
             rescale = torch.exp2(m[:count] - m_new)
             rounded = p.to(torch.float8_e4m3fn if is_low else torch.bfloat16).float()
             summed = rounded if is_low and sums_rounded else p
-            l[:count] = l[:count] * rescale + summed.sum(-1, keepdim=True)
-            accumulator[:count] = accumulator[:count] * rescale + rounded @ phase_v[kv_tile]
-            m[:count] = m_new
+            updated = (
+                (m, m_new),
+                (l, l[:count] * rescale + summed.sum(-1, keepdim=True)),
+                (accumulator, accumulator[:count] * rescale + rounded @ phase_v[kv_tile]),
+            )
+            if skip_below is not None:
+                is_below = (highest < m[:count] + math.log2(skip_below)) | ~is_query[row_tile[active]]
+                skips = is_below.view(count, -1, skip_rows).all(-1)
+                if skipped is not None:
+                    blocks = (skips & has_block[row_tile[active]]).sum(-1, dtype=torch.int32)
+                    skipped.view(-1).index_add_(0, active // q_tiles, blocks * (skip_rows // 64))
+                keeps = ~skips.repeat_interleave(skip_rows, -1)[..., None]
+                updated = tuple((old, torch.where(keeps, new, old[:count])) for old, new in updated)
+            for old, new in updated:
+                old[:count] = new
         m, l, accumulator = (
             torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator)
         )

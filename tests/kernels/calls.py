@@ -1,5 +1,6 @@
 """Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ class Call:
     has_order: whether its tokens stand in a random order, with `empty_places` among them.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
+    skip_below: of the softmax; every other tile's keys are then such that it may be skipped.
     """
 
     q_length: int
@@ -47,6 +49,7 @@ class Call:
     policy: str = ""
     grid: tuple[int, ...] = ()
     masks_text: bool = False
+    skip_below: float | None = None
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
     seed: int = 0
@@ -116,6 +119,9 @@ class Call:
             return x.transpose(1, 2).contiguous().transpose(1, 2) if self.tokens_first else x
 
         q, k, v = random(self.heads, self.q_length), random(self.kv_heads, self.k_length), None
+        if self.skip_below is not None:
+            size = torch.where(torch.arange(self.layout.k_length) // 128 % 2 == 0, 4.0, 0.1)[:, None]
+            k = k * self.of_tokens(size).to(self.dtype).to(device)
         k = k + torch.randn(self.head_dim, generator=generator).to(self.dtype).to(device)
         v = random(self.kv_heads, self.k_length)
         mask = None
@@ -143,7 +149,7 @@ class Call:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
-            f"{'-ordered' * self.has_order}-{self.policy}"
+            f"{'-ordered' * self.has_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
         )
 
 
@@ -199,6 +205,25 @@ def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
     return (y.round() if fmt == "int8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
 
 
+def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
+    """Scores `[B, H, Sq, Sk]`, −inf in every tile that a block of 64 queries skips, walked one by one."""
+    s, precision_map = s.clone(), call.map()
+    is_query = torch.ones(s.shape[2], dtype=torch.bool) if call.order is None else call.order >= 0
+    for b, h, block in itertools.product(*map(range, s.shape[:2]), range(0, s.shape[2], 64)):
+        row = tuple(i % n for i, n in zip((b, h), precision_map.bounds.shape, strict=False))
+        own = precision_map.indices[row][block // 128][: precision_map.bounds[row][block // 128, -1]]
+        queries = (block + torch.arange(64))[: s.shape[2] - block]
+        queries = queries[is_query[queries]]
+        largest = torch.full((len(queries),), -math.inf, dtype=s.dtype)
+        for tile in own.tolist():
+            scores = s[b, h, queries, 128 * tile : 128 * (tile + 1)]
+            top = scores.amax(-1)
+            if (top < largest + math.log(call.skip_below)).all():
+                s[b, h, queries, 128 * tile : 128 * (tile + 1)] = -math.inf
+            largest = torch.maximum(largest, top)
+    return s
+
+
 def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
     q, k, v = (x.cpu().float() for x in (q, k, v))
@@ -230,21 +255,24 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     takes_bf16 = "bf16" in call.map().used(call.high, call.low)
     s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
     s = s.masked_fill(~seen(call, mask), -math.inf)
+    if call.skip_below is not None:
+        s = without_skipped(call, s)
     lse = s.logsumexp(-1)
     p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
     return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
 
 
-def sums_rounded(call: Call, lowering: str, device: torch.device) -> bool:
-    """Whether hopper.py runs the call, which sums LOW's probabilities as it multiplies them."""
+def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
+    """The reference's options: hopper.py sums LOW's probabilities as it multiplies them; who skips tiles together."""
     from dma_diffusers.kernels.attention.launch import takes_gluon
     from dma_diffusers.kernels.quantiser.encode import Stored, padded_dim
 
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
     formats = call.map().used(call.high, call.low)
     classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
-    tuned = tuning(architecture(device), padded_dim(call.head_dim), tuple(c and c.storage for c in classes))
-    return takes_gluon(tuned, classes)
+    storages = tuple(c and c.storage for c in classes)
+    tuned = tuning(target or architecture(device), padded_dim(call.head_dim), storages)
+    return {"sums_rounded": takes_gluon(tuned, classes), "skip_rows": tuned.rows}
 
 
 def guarded(kernel, grid, *arguments, **options) -> None:
@@ -337,6 +365,36 @@ NAMED_CALLS = [
     ),
     Call(2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_order=True, name="order-2100"),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
+    Call(640, 640, 64, skip_below=0.05, name="skips"),
+    Call(513, 513, 128, high="bf16", low="int8", window=0, sink=0, skip_below=0.05, name="skips-all-low"),
+    Call(
+        600, 600, 72, high="bf16", low="fp8", window=10_000, batch=2, skip_below=0.05, name="skips-all-high"
+    ),
+    Call(
+        700,
+        700,
+        64,
+        high="bf16",
+        low="int8",
+        heads=4,
+        is_causal=True,
+        masks_keys=True,
+        skip_below=0.05,
+        name="skips-causal-key-mask",
+    ),
+    Call(
+        450,
+        450,
+        64,
+        high="bf16",
+        low="int8",
+        text=(0, 40),
+        has_order=True,
+        empty_places=100,
+        skip_below=0.05,
+        name="skips-order-empty",
+    ),
+    Call(200, 700, 128, low="mxfp6_e2m3", window=0, sink=0, skip_below=0.05, name="skips-cross-rows"),
     Call(
         4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"
     ),
@@ -358,6 +416,10 @@ GRID_CALLS = [
         grid=(4, 7, 9), name="3-D-nested",
     ),
     Call(252, 252, 128, low="int8", policy="neighborhood(window=3x4x5)", grid=(4, 7, 9), name="3-D-int8"),
+    Call(
+        280, 280, 64, heads=4, high="bf16", low="int8", policy="neighborhood(window=13x19)", grid=(14, 20),
+        skip_below=0.05, name="2-D-skips",
+    ),
     Call(
         400, 400, 64, kv_heads=1, batch=2, masks_keys=True, text=(252, 400), masks_text=True, high="bf16", low="int8",
         policy="neighborhood(window=4x7x9, stride=4x7x9)", grid=(4, 7, 9), name="masked-text",

@@ -13,6 +13,7 @@ def run(call: Call):
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, order=call.order, spans=call.spans, **call.ropes(),
+        skip_below=call.skip_below,
     )  # fmt: skip
 
 
