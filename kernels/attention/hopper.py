@@ -150,8 +150,10 @@ def _counts(top, m, factor, shift, skip_below):
         return True
     else:
         is_below = top * factor - (shift + P_SHIFT) < m + skip_below
-        each_warp: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # knows of every row
-        return gl.max(gl.convert_layout(is_below.to(gl.int32) ^ 1, each_warp), axis=0) != 0
+        counts = gl.max(gl.reshape(is_below.to(gl.int32) ^ 1, (4, 2, 8)), axis=1)  # of a thread's two rows
+        # Each warp reads what all have found, which costs one barrier; a reduction over all rows would cost two.
+        each_warp: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+        return gl.max(gl.reshape(gl.convert_layout(counts, each_warp), (32,)), axis=0) != 0
 
 
 @gluon.jit

@@ -220,8 +220,7 @@ def _phase(
             if TCGEN05:
                 p = tl.zeros((ROWS, TILE), tl.float32)
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
-        if TCGEN05:
-            # Outside the branch, where it is asynchronous and not what limits; of a skipped tile it adds 0.
+        if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator = _add_values(
                 accumulator, l, rescale, p, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
             )

@@ -149,7 +149,7 @@ class Call:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
-            f"{'-ordered' * self.has_order}{'-skips' * (self.skip_below is not None)}-{self.policy}"
+            f"{'-ordered' * self.has_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
         )
 
 
@@ -416,6 +416,10 @@ GRID_CALLS = [
         grid=(4, 7, 9), name="3-D-nested",
     ),
     Call(252, 252, 128, low="int8", policy="neighborhood(window=3x4x5)", grid=(4, 7, 9), name="3-D-int8"),
+    Call(
+        280, 280, 64, heads=4, high="bf16", low="int8", policy="neighborhood(window=13x19)", grid=(14, 20),
+        skip_below=0.05, name="2-D-skips",
+    ),
     Call(
         400, 400, 64, kv_heads=1, batch=2, masks_keys=True, text=(252, 400), masks_text=True, high="bf16", low="int8",
         policy="neighborhood(window=4x7x9, stride=4x7x9)", grid=(4, 7, 9), name="masked-text",

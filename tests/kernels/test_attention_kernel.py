@@ -48,7 +48,8 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
         **call.ropes(device),
-        **as_the_kernel(call, lowering, device), skip_below=call.skip_below, skipped=skipped,
+        **as_the_kernel(call, lowering, device),
+        skip_below=call.skip_below, skipped=skipped,
     )  # fmt: skip
 
 

@@ -147,6 +147,21 @@ def test_masked_variants_are_native_and_do_not_spill(high, low, is_causal, masks
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("high", "low"), [("mxfp8", "mxfp4"), ("mxfp8", None), (None, "mxfp4")])
+@pytest.mark.parametrize("target", ["sm_100", "sm_120"])
+def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, high, low, head_dim):
+    def compiled(skips):
+        kernel, arguments, options = list(ahead.launches(target, high, low, head_dim, skips=skips))[-1]
+        return ahead.compile_launch(kernel, arguments, options, target)
+
+    plain, skipping = compiled(False), compiled(True)
+    assert skipping.metadata.shared >= plain.metadata.shared
+    assert skipping.metadata.shared <= MOST_SHARED_BYTES[target]
+    assert ahead.mma_kinds(skipping.asm["ptx"]) == ahead.mma_kinds(plain.asm["ptx"])
+    assert ahead.resources(skipping.asm["cubin"])[1] == 0
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 @pytest.mark.parametrize(("high", "low", "places"), [
     ("mxfp8", "mxfp4", 256), ("mxfp8", "mxfp4", 384), (None, "mxfp4", 256),
 ])  # fmt: skip
