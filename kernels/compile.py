@@ -90,12 +90,13 @@ def launches(
     masks_keys: bool = False,
     places: int | None = None,
     has_spans: bool = False,
+    routes: bool = False,
     skips: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
     places: of an order, 256 if it leaves none empty; None for a call without one. has_spans: whether MASKED tiles have.
-    skips: whether tiles may be skipped by their softmax.
+    routes: whether LOW pairs are upgraded by content. skips: whether tiles may be skipped by their softmax.
     """
     recorded = []
 
@@ -111,6 +112,7 @@ def launches(
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
         order=None if places is None else torch.arange(places, dtype=torch.int32),
         spans=hiding(torch.arange(places or _TOKENS)) if has_spans else None,
+        routing=Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
         skip_below=1e-3 if skips else None, scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,
     )  # fmt: skip

@@ -137,7 +137,7 @@ def _larger(x, y):
 @gluon.jit
 def _largest(s, skip_below):
     """The rows' largest s, float32; with a threshold, under which a tile may be skipped, NaN if any is."""
-    if skip_below is None:
+    if skip_below is None or s.dtype == gl.int32:
         return gl.max(s, axis=1).to(gl.float32)
     else:
         return gl.reduce(s, 1, _larger).to(gl.float32)

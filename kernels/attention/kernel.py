@@ -110,7 +110,7 @@ def _larger(x, y):
 @triton.jit
 def _largest(s, skip_below):
     """The rows' largest s; with a threshold, under which a tile may be skipped, NaN if any is."""
-    if skip_below is None:
+    if skip_below is None or s.dtype == tl.int32:
         top = tl.max(s, axis=1)
     elif INTERPRETED:  # which takes long over a function of ours
         top = tl.where(tl.max((s != s).to(tl.int32), axis=1) != 0, float("nan"), tl.max(s, axis=1))

@@ -49,6 +49,7 @@ def attention(
     masks_all: bool = True,
     skip_below: float | None = None,
     skipped: torch.Tensor | None = None,
+    routing: Routing | None = None,
     return_lse: bool = True,
     target: str | None = None,
     run: Run = run,
@@ -61,6 +62,7 @@ def attention(
     skip_below: a KV tile is skipped for a block of queries (64 in hopper.py, else the tuning's) if each probability
     there is less than this share of its row's largest so far, 0 < skip_below < 1; None never skips. skipped: int32
     `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
+    routing: upgrades LOW pairs, for a map that has both classes, whose walks are then not looked at.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
