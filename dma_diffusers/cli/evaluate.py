@@ -67,6 +67,9 @@ def evaluate(
         float | None, typer.Option(min=0.001, help="Gigabytes that recordings may take; 2 if left out.")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
+    target: Annotated[
+        str, typer.Option(help="GPU whose attention's cost is predicted, such as sm_90 or sm_100.")
+    ] = "sm_100",
 ) -> None:
     """Draw prompts in several configurations and in full precision, and compare.
 
@@ -99,7 +102,7 @@ def evaluate(
         call = recommended_call(path)
         call |= given({"num_inference_steps": steps, "height": size, "width": size})
         seeds = range(seed, seed + seeds)
-        asked = Asked(path, chosen, seeds, batch, call, configurations)
+        asked = Asked(path, chosen, seeds, batch, call, configurations, target)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if attention:

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
+from dma_diffusers.eval.cost import check_target
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
@@ -26,6 +27,7 @@ from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
 from dma_diffusers.eval.quality.trajectory import Trajectory
 from dma_diffusers.eval.quality.worst import worst
+from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
@@ -41,7 +43,8 @@ class Asked:
     """What is evaluated.
 
     model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together.
-    call: further arguments of the pipeline's call. configurations: by name, beside full precision.
+    call: further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU
+    whose attention's cost is predicted, by architecture.
     """
 
     model: str | Path
@@ -50,6 +53,7 @@ class Asked:
     batch: int
     call: dict[str, Any]
     configurations: dict[str, DMAConfig]
+    target: str = "sm_100"
 
 
 def evaluate(
@@ -61,6 +65,7 @@ def evaluate(
     share; the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN,
     and before anything is drawn where the model cannot have a configuration.
     """
+    check_target(asked.target)
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
     pipe = load_pipeline(asked.model, video=True)
@@ -81,7 +86,7 @@ def evaluate(
     stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // asked.batch, 1)]]
     trajectory = Trajectory(pipe, FULL_PRECISION, stepped, asked.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, remarks_on_layers = _layers(pipe, asked, folder, on_step)
+    of_layers, costs, remarks_on_layers = _layers(pipe, asked, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
@@ -91,6 +96,7 @@ def evaluate(
             "role": row.role,
             "config": row.config and asdict(row.config),
             "seconds_per_picture": _seconds(pictures[row.name], chunks),
+            "predicted_cost": costs.get(row.name),
             "summary": judged[row.name].summary,
             "pictures": {name: _stored(scores) for name, scores in judged[row.name].samples.items()},
             "steps": _stored(steps[row.name]),
@@ -108,7 +114,7 @@ def evaluate(
         | {"model": "demo" if asked.model == DEMO_MODEL else str(asked.model)}
         | {"fingerprint": settings["model"], "batch": asked.batch}
         | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]}
-        | {"stepped": sum(map(len, stepped))},
+        | {"stepped": sum(map(len, stepped)), "target": asked.target},
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in asked.prompts],
@@ -133,17 +139,23 @@ def evaluate(
 
 def _layers(
     pipe: DiffusionPipeline, asked: Asked, folder: Path, on_step: OnStep
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Each attention module's own error on recorded calls, and why there is none where they take too much room."""
+) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
+    """Of recorded calls, each attention module's own error and each configuration's predicted cost; remarks.
+
+    Without errors and costs where recordings take too much room.
+    """
     texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
         try:
             recordings = record(pipe, texts, Path(scratch), asked.call, on_step=on_step)
         except ValueError as error:
-            return None, [f"no errors by layer: {error}"]
-        return layers(
-            recordings, measure(recordings, asked.configurations, on_step=on_step)
-        ), recordings.notes
+            return None, {}, [f"no errors by layer, no predicted costs: {error}"]
+        costs = {
+            name: predicted_cost(recordings, config, asked.target)
+            for name, config in asked.configurations.items()
+        }
+        errors = layers(recordings, measure(recordings, asked.configurations, on_step=on_step))
+        return errors, costs, recordings.notes
 
 
 @contextmanager

@@ -1,12 +1,17 @@
 """What attention calls cost on a GPU, predicted: nothing here is measured."""
 
 import numpy as np
+import torch
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.cost import clocks_of, pairs, tile_clocks
+from dma_diffusers.eval.cost import check_target, clocks_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.recordings.measure import asked, is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
-from dma_diffusers.kernels.maps import tiles
+from dma_diffusers.kernels import plan
+from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.maps import SHARED_ROWS, TILE, tiles
+from dma_diffusers.kernels.policies import Policy
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -17,16 +22,37 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
     known: dict[tuple, np.ndarray] = {}
     for recording in recordings:
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
+        policy, layout = asked(
+            own.arguments(recording.text, recording.grid) | {"mapped": not dense}, recording
+        )
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
+        if policy.skip_below:  # what is left out is a matter of what the recording holds
+            key = (*key, recording.file)
         if key not in known:
-            arguments = own.arguments(recording.text, recording.grid) | {"mapped": not dense}
-            visited = pairs(*asked(arguments, recording), recording.is_causal)
-            per_high, per_low = tile_clocks(target, recording.shape[3], own.high, own.low)
+            visited = pairs(policy, layout, recording.is_causal)
+            formats = target, recording.shape[3], own.high, own.low
+            per_high, per_low = tile_clocks(*formats)
+            if policy.skip_below:
+                left_out = _left_out(recordings, recording, policy, layout, own.high, own.low)
+                per_low *= share_left(min(left_out / float(visited.low.mean()), 1.0), *formats)
             clocks = visited.high * per_high + visited.low * per_low
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
     return total / len(recordings.prompts)
+
+
+def predicted_cost(recordings: Recordings, config: DMAConfig, target: str) -> float | None:
+    """Attention's predicted clocks, of those of bf16 attention; None for formats that no kernel of `target` multiplies.
+
+    Quantisation, gather and routing are left out. Raises ValueError for an unknown target.
+    """
+    check_target(target)
+    try:
+        clocks = head_clocks(recordings, config, target).mean(1).sum()
+    except ValueError:
+        return None
+    return float(clocks / full_precision_clocks(recordings, target))
 
 
 def full_precision_clocks(recordings: Recordings, target: str) -> float:
@@ -42,3 +68,18 @@ def _pairs(recording: Recording) -> int:
     """How many pairs of tiles a head computes."""
     side = tiles(recording.shape[2])
     return side * (side + 1) // 2 if recording.is_causal else side**2
+
+
+def _left_out(
+    recordings: Recordings, recording: Recording, policy: Policy, layout: Layout, high: str, low: str
+) -> float:
+    """How many pairs of tiles a head leaves out by its softmax, a mean over heads and batch entries."""
+    q, k, v, mask = recordings.tensors(recording)
+    made = plan.make(policy, layout, recording.is_causal)
+    skipped = torch.zeros(q.shape[:2], dtype=torch.int32)
+    reference.attention(
+        q, k, v, made.precision_map, high, low, key_mask=mask, scale=recording.scale, is_causal=recording.is_causal,
+        order=made.order, spans=made.spans, routing=made.routing,
+        skip_below=policy.skip_below, skip_rows=TILE, skipped=skipped,
+    )  # fmt: skip
+    return float(skipped.double().mean()) * SHARED_ROWS / TILE  # counted in blocks of 64 queries

@@ -80,5 +80,16 @@ def seconds_text(row: dict[str, Any]) -> str:
     return f"{seconds:#.3g}".rstrip(".") if seconds < 999.5 else f"{seconds:.0f}"
 
 
+def cost_text(row: dict[str, Any]) -> str:
+    """A row's predicted cost of attention, of bf16's."""
+    cost = row.get("predicted_cost")
+    return MISSING if cost is None else f"{cost:.3f}"
+
+
+def has_costs(evaluation: dict[str, Any]) -> bool:
+    """Whether any row has a predicted cost."""
+    return any(row.get("predicted_cost") is not None for row in evaluation["rows"].values())
+
+
 def _text(value: float, digits: int) -> str:
     return "∞" if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")

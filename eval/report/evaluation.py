@@ -29,6 +29,7 @@ _SHAPE = {
             "label?": _TEXT,
             "config?": ({str: object}, None),
             "seconds_per_picture?": _NUMBER,
+            "predicted_cost?": _NUMBER,
             "summary": {str: {"estimate": _NUMBER, "low?": _NUMBER, "high?": _NUMBER, "n?": (int, None)}},
             "pictures?": {str: [_NUMBER]},
             "steps?": ([_NUMBER], None),

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from dma_diffusers.eval.report.columns import Cell, cell, columns, seconds_text
+from dma_diffusers.eval.report.columns import Cell, cell, columns, cost_text, has_costs, seconds_text
 from dma_diffusers.eval.report.evaluation import CONFIGURATION, check
 
 
@@ -15,20 +15,18 @@ def table(evaluation: dict[str, Any]) -> str:
     """
     check(evaluation)
     shown = columns(evaluation)
-    lines = [
-        [
-            "Attention",
-            *(f"{escaped(column.title)} {column.arrow}" for column in shown),
-            "Seconds per picture",
-        ],
-        ["---", *["---:"] * (len(shown) + 1)],
-    ]
+    costs = ["Predicted cost of attention"] if has_costs(evaluation) else []
+    titles = [f"{escaped(column.title)} {column.arrow}" for column in shown]
+    header = ["Attention", *titles, "Seconds per picture", *costs]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, row in evaluation["rows"].items():
         role = "" if row["role"] in (CONFIGURATION, name) else f" ({row['role']})"
         label = escaped(name) + role
         figures = [_figure(cell(row, column), column.n is None) for column in shown]
-        lines.append([label if row["role"] == CONFIGURATION else f"**{label}**", *figures, seconds_text(row)])
-    lines.append(["n", *(str(column.n or "") for column in shown), ""])
+        cost = [cost_text(row) for _ in costs]
+        label = label if row["role"] == CONFIGURATION else f"**{label}**"
+        lines.append([label, *figures, seconds_text(row), *cost])
+    lines.append(["n", *(str(column.n or "") for column in shown), "", *("" for _ in costs)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dma_diffusers.eval.report.categories import by_category
-from dma_diffusers.eval.report.columns import cell, columns, leading_metric, seconds_text
+from dma_diffusers.eval.report.columns import (
+    cell,
+    columns,
+    cost_text,
+    has_costs,
+    leading_metric,
+    seconds_text,
+)
 from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check
 from dma_diffusers.eval.report.heat_maps import layer_errors
 from dma_diffusers.eval.report.pareto import pareto
@@ -50,9 +57,11 @@ def html(evaluation: dict[str, Any], folder: Path) -> str:
         baseline=baseline(evaluation),
         noise_floors=[name for name, row in rows.items() if row["role"] == NOISE_FLOOR],
         columns=columns(evaluation),
+        has_costs=has_costs(evaluation),
         rows=_rows(evaluation),
         metric=evaluation["metrics"].get(metric),
         pareto=pareto(evaluation, metric),
+        pareto_of_prediction=pareto(evaluation, metric, "predicted_cost"),
         steps=step_plot(evaluation),
         step_rows=step_errors(evaluation),
         layers=layer_errors(evaluation.get("layers")),
@@ -75,6 +84,7 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             "colour": css_colour(colours[name]),
             "cells": [cell(row, column) for column in shown],
             "seconds": seconds_text(row),
+            "cost": cost_text(row),
             "times": row["seconds_per_picture"] / reference
             if reference and row.get("seconds_per_picture")
             else None,

@@ -1,4 +1,4 @@
-"""Cost against quality: measured seconds per picture, one metric, and the noise floor."""
+"""Cost against quality: measured seconds per picture or predicted attention, one metric, and the noise floor."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,30 +15,39 @@ if TYPE_CHECKING:
 _PLACES = [(8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (0, 12), (0, -12), (0, 22), (0, -22)]
 
 
+COSTS = {
+    "seconds_per_picture": "seconds per picture, measured",
+    "predicted_cost": "attention's cost, predicted, of bf16's",
+}
+
+
 class Point(NamedTuple):
-    """A configuration: its seconds per picture, and its figure with the bounds of the interval."""
+    """A configuration: what it costs, and its figure with the bounds of the interval."""
 
     name: str
-    seconds: float
+    cost: float
     estimate: float
     low: float
     high: float
 
 
-def pareto(evaluation: dict[str, Any], metric: str | None) -> str | None:
-    """The plot as an <svg> element, a point with its 95 % interval for each configuration; None without points."""
-    if metric is None or not _points(evaluation, metric):
+def pareto(evaluation: dict[str, Any], metric: str | None, cost: str = "seconds_per_picture") -> str | None:
+    """The plot as an <svg> element, a point with its 95 % interval for each configuration; None without points.
+
+    cost: one of `COSTS`.
+    """
+    if metric is None or not _points(evaluation, metric, cost):
         return None
-    return svg("pareto", 6.4, 4.2, lambda figure: _draw(figure, evaluation, metric))
+    return svg(f"pareto-{cost}", 6.4, 4.2, lambda figure: _draw(figure, evaluation, metric, cost))
 
 
-def _points(evaluation: dict[str, Any], metric: str) -> list[Point]:
-    """The configurations that can be drawn: those with a finite figure and a time."""
+def _points(evaluation: dict[str, Any], metric: str, cost: str) -> list[Point]:
+    """The configurations that can be drawn: those with a finite figure and a cost."""
     points = []
     for name, row in evaluation["rows"].items():
-        interval, seconds = _finite(row, metric), row.get("seconds_per_picture")
-        if row["role"] == CONFIGURATION and interval and seconds:
-            points.append(Point(name, seconds, *interval))
+        interval = _finite(row, metric)
+        if row["role"] == CONFIGURATION and interval and row.get(cost):
+            points.append(Point(name, row[cost], *interval))
     return points
 
 
@@ -52,24 +61,24 @@ def _finite(row: dict[str, Any], metric: str) -> tuple[float, float, float] | No
     return estimate, estimate if low is None else low, estimate if high is None else high
 
 
-def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str) -> None:
+def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str, cost: str) -> None:
     axes, colours = figure.subplots(), row_colours(evaluation["rows"])
-    points, about = _points(evaluation, metric), evaluation["metrics"][metric]
-    values, costs = [value for point in points for value in point[2:]], [point.seconds for point in points]
+    points, about = _points(evaluation, metric, cost), evaluation["metrics"][metric]
+    values, costs = [value for point in points for value in point[2:]], [point.cost for point in points]
 
     axes.plot(*zip(*front(points, about["better"]), strict=True), color=FAINT, lw=0.8)
     for point in points:
         bars = [[point.estimate - point.low], [point.high - point.estimate]]
         style = {"color": colours[point.name], "fmt": "o", "ms": 6, "lw": 1.4, "capsize": 3}
-        axes.errorbar(point.seconds, point.estimate, bars, **style)
+        axes.errorbar(point.cost, point.estimate, bars, **style)
     for row in evaluation["rows"].values():
         if row["role"] == NOISE_FLOOR and (interval := _finite(row, metric)):
             axes.axhline(interval[0], color=FAINT, lw=1, ls="--")
             axes.axhspan(*interval[1:], color=FAINT, alpha=0.15, lw=0)
             values += interval
-        if row["role"] == BASELINE and (seconds := row.get("seconds_per_picture")):
-            axes.axvline(seconds, color=INK, lw=1, ls=":")
-            costs.append(seconds)
+        if row["role"] == BASELINE and row.get(cost):
+            axes.axvline(row[cost], color=INK, lw=1, ls=":")
+            costs.append(row[cost])
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
         label_decades(axes.yaxis)
@@ -78,21 +87,21 @@ def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str) -> None:
         label_decades(axes.xaxis)
     axes.margins(0.12, 0.14)
     arrow = "↑" if about["better"] == "higher" else "↓"
-    axes.set(xlabel="seconds per picture, measured", ylabel=f"{about['title']} {arrow}")
+    axes.set(xlabel=COSTS[cost], ylabel=f"{about['title']} {arrow}")
 
     figure.draw_without_rendering()  # labels are placed in the axes' final frame
     _place_labels(axes, points)
 
 
 def front(points: list[Point], better: str) -> list[tuple[float, float]]:
-    """Stairs through the points that no other is both faster and better than, fastest first."""
+    """Stairs through the points that no other is both cheaper and better than, cheapest first."""
     sign = 1 if better == "higher" else -1
     stairs: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: (point.seconds, -sign * point.estimate)):
+    for point in sorted(points, key=lambda point: (point.cost, -sign * point.estimate)):
         if not stairs:
-            stairs = [(point.seconds, point.estimate)]
+            stairs = [(point.cost, point.estimate)]
         elif sign * point.estimate > sign * stairs[-1][1]:
-            stairs += [(point.seconds, stairs[-1][1]), (point.seconds, point.estimate)]
+            stairs += [(point.cost, stairs[-1][1]), (point.cost, point.estimate)]
     return stairs
 
 
@@ -104,11 +113,11 @@ def _place_labels(axes: "Axes", points: list[Point]) -> None:
     lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
     taken = [Bbox(ends).padded(1) for line in lines for ends in pairwise(line)]
     for point in points:
-        bar = axes.transData.transform([(point.seconds, point.low), (point.seconds, point.high)])
+        bar = axes.transData.transform([(point.cost, point.low), (point.cost, point.high)])
         taken.append(Bbox(bar).padded(4))
     for point in points:
         text = axes.annotate(
-            point.name, (point.seconds, point.estimate), (0, 0), textcoords="offset points", fontsize=8
+            point.name, (point.cost, point.estimate), (0, 0), textcoords="offset points", fontsize=8
         )
 
         def cost(place: tuple[int, int], text: "Annotation" = text) -> float:

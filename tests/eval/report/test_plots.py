@@ -55,10 +55,10 @@ def test_front_is_what_nothing_beats(better):
     seconds = random.integers(12, size=40).tolist()
     points = [Point("", x, sign * (x + random.integers(4)), 0, 0) for x in seconds]
     unbeaten = {
-        (p.seconds, p.estimate)
+        (p.cost, p.estimate)
         for p in points
         if not any(
-            q.seconds <= p.seconds and sign * q.estimate >= sign * p.estimate and q[1:3] != p[1:3]
+            q.cost <= p.cost and sign * q.estimate >= sign * p.estimate and q[1:3] != p[1:3]
             for q in points
         )
     }
