@@ -129,29 +129,35 @@ def _counts(highest, m, skip_below):
 
 
 @triton.jit
+def _values(v, batch, kv_head, tile, TRANSPOSED: tl.constexpr, D: tl.constexpr):
+    """V of one tile, [128, D]."""
+    if TRANSPOSED:
+        value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
+    else:
+        value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
+    return value
+
+
+@triton.jit
 def _add_values(
-    accumulator, l, rescale, p, v, batch, kv_head, tile,
+    accumulator, l, rescale, p, value, v, batch, kv_head, tile,
     LOW: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
 ):  # fmt: skip
-    """accumulator·rescale + p·V."""
+    """accumulator·rescale + p·V, of a tile that is loaded now unless `value` is it."""
     if TCGEN05:
         # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
         rescale = tl.where(l < 0.0, 0.0, rescale)
     if TCGEN05 or not LOW:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
+    if value is None:
+        value = _values(v, batch, kv_head, tile, LOW and V_TRANSPOSED, D)
     if LOW:
-        if V_TRANSPOSED:
-            value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
-            probabilities = _in_order_of_v(e4m3_operand(p))
-        else:
-            value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-            probabilities = e4m3_operand(p)
+        probabilities = _in_order_of_v(e4m3_operand(p)) if V_TRANSPOSED else e4m3_operand(p)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
         else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
             accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
     else:
-        value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
         accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
     return accumulator
 
@@ -199,6 +205,9 @@ def _phase(
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
+        value = None
+        if skip_below is not None:  # outside the branch, so that it is loaded ahead
+            value = _values(v, batch, kv_head, tile, LOW and V_TRANSPOSED, D)
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
         # and of int8 products before they are converted: Hopper compares three integers at once.
         highest = _largest(s, skip_below).to(tl.float32) * factor - (shift + P_SHIFT)
@@ -212,7 +221,7 @@ def _phase(
             m = m_new
             if not TCGEN05:
                 accumulator = _add_values(
-                    accumulator, l, rescale, p, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+                    accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
                 )
         else:
             if skipped is not None:
@@ -222,7 +231,7 @@ def _phase(
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator = _add_values(
-                accumulator, l, rescale, p, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+                accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
             )
     return accumulator, l, m
 
