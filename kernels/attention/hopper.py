@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dma_diffusers.kernels import maps
-from dma_diffusers.kernels.attention.kernel import LN_2, LOWEST, P_SHIFT
+from dma_diffusers.kernels.attention.kernel import LN_2, LOOKED_AT, LOWEST, P_SHIFT, PATIENCE
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 
 TILE = gl.constexpr(maps.TILE)
@@ -144,16 +144,24 @@ def _largest(s, skip_below):
 
 
 @gluon.jit
-def _counts(top, m, factor, shift, skip_below):
-    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN."""
+def _counts(top, m, factor, shift, skip_below, kept):
+    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN; or nobody looks."""
     if skip_below is None:
         return True
     else:
-        is_below = top * factor - (shift + P_SHIFT) < m + skip_below
-        counts = gl.max(gl.reshape(is_below.to(gl.int32) ^ 1, (4, 2, 8)), axis=1)  # of a thread's two rows
-        # Each warp reads what all have found, which costs one barrier; a reduction over all rows would cost two.
-        each_warp: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
-        return gl.max(gl.reshape(gl.convert_layout(counts, each_warp), (32,)), axis=0) != 0
+        counts = (kept >= PATIENCE) & (kept % LOOKED_AT != 0)
+        if not counts:
+            counts = _any_counts(top, m, factor, shift, skip_below)
+        return counts
+
+
+@gluon.jit
+def _any_counts(top, m, factor, shift, skip_below):
+    is_below = top * factor - (shift + P_SHIFT) < m + skip_below
+    counts = gl.max(gl.reshape(is_below.to(gl.int32) ^ 1, (4, 2, 8)), axis=1)  # of a thread's two rows
+    # Each warp reads what all have found, which costs one barrier; a reduction over all rows would cost two.
+    each_warp: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    return gl.max(gl.reshape(gl.convert_layout(counts, each_warp), (32,)), axis=0) != 0
 
 
 @gluon.jit
@@ -174,7 +182,7 @@ def _probabilities(s, top, m, factor, shift):
 
 @gluon.jit
 def _high_phase(
-    accumulator, l, m, q, fold, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
+    accumulator, l, m, kept, q, fold, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
     key_mask, spans, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -204,7 +212,8 @@ def _high_phase(
                 tile = entry & ((1 << VISITORS) - 1)
                 s = _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
             top = _largest(s, skip_below)
-            if _counts(top, m, factor, shift, skip_below):
+            if _counts(top, m, factor, shift, skip_below, kept):
+                kept += 1
                 p, m, rescale = _probabilities(s, top, m, factor, shift)
                 l = l * rescale + gl.sum(p, axis=1)
                 accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
@@ -213,6 +222,7 @@ def _high_phase(
                 accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
                 accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             else:
+                kept = 0
                 if counter is not None:
                     gl.atomic_add(counter[0], 1, mask=counter[1], sem="relaxed")
                 mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
@@ -221,12 +231,12 @@ def _high_phase(
             mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
         mbarrier.arrive(barriers.index(SLOTS + values), count=1)
         n += 2
-    return accumulator, l, m
+    return accumulator, l, m, kept
 
 
 @gluon.jit
 def _low_phase(
-    accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales,
+    accumulator, l, m, kept, q, factor, ones, ring, barriers, n, k_scales, own_scales,
     indices, entries, first, last, warpgroup,
     key_mask, spans, guards, k_length, q_tokens, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr,
@@ -268,7 +278,8 @@ def _low_phase(
                 # 0·−inf is NaN
                 own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)
             top = _largest(s, skip_below)
-            if _counts(top, m, own_factor, no_shift, skip_below):
+            if _counts(top, m, own_factor, no_shift, skip_below, kept):
+                kept += 1
                 p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
                 p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
                 p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (ROWS, TILE))
@@ -284,11 +295,12 @@ def _low_phase(
                 )
                 l = l * gl.convert_layout(rescale, gl.SliceLayout(1, total))[:, None] + counted
             else:
+                kept = 0
                 if counter is not None:
                     gl.atomic_add(counter[0], 1, mask=counter[1], sem="relaxed")
         mbarrier.arrive(barriers.index(SLOTS + slot), count=1)
         n += 1
-    return accumulator, l, m
+    return accumulator, l, m, kept
 
 
 @gluon.jit
@@ -365,10 +377,10 @@ def _attend(
     accumulator = gl.zeros((ROWS, D), gl.float32, high_sums)
     counter = None if skipped is None else (skipped, start + warpgroup * ROWS < q_length)
     mbarrier.wait(barriers.index(2 * SLOTS + warpgroup), 0)
-    n = 0
+    n, kept = 0, 0
     if HIGH is not None:
-        accumulator, l, m = _high_phase(
-            accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
+        accumulator, l, m, kept = _high_phase(
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
             indices, own_entries, 0, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
             skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
@@ -383,16 +395,16 @@ def _attend(
             (ROWS, 8), gl.float32, counts
         )
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
-        low_sums, low_l, low_m = _low_phase(
-            low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end, k_scales,
-            own_scales, indices, own_entries, high_end, low_end, warpgroup, wide_mask, None, None,
+        low_sums, low_l, low_m, kept = _low_phase(
+            low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end,
+            k_scales, own_scales, indices, own_entries, high_end, low_end, warpgroup, wide_mask, None, None,
             k_length, low_tokens,
             skip_below, counter, False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
-            low_sums, low_l, low_m = _low_phase(
-                low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end, k_scales,
-                own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards,
+            low_sums, low_l, low_m, kept = _low_phase(
+                low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end,
+                k_scales, own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards,
                 k_length, low_tokens,
                 skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
@@ -401,8 +413,8 @@ def _attend(
         l = gl.convert_layout(gl.max(low_l, axis=1), row)
         m = gl.convert_layout(low_m, row)
     if HIGH is not None:
-        accumulator, l, m = _high_phase(
-            accumulator, l, m, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
+        accumulator, l, m, kept = _high_phase(
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
             indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, q_tokens, q_rows, known,
             skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip

@@ -8,6 +8,7 @@ this file defines what is correct.
 import triton
 import triton.language as tl
 
+from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
 from dma_diffusers.kernels.quantiser.tile import token_at
@@ -25,6 +26,7 @@ TILE = tl.constexpr(128)
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
 P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
+PATIENCE, LOOKED_AT = tl.constexpr(reference.PATIENCE), tl.constexpr(reference.LOOKED_AT)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Before Triton 3.9, dot_scaled can't start from nothing in a loop.
 STARTS_FROM_NOTHING = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
@@ -120,12 +122,13 @@ def _largest(s, skip_below):
 
 
 @triton.jit
-def _counts(highest, m, skip_below):
-    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN."""
+def _counts(highest, m, skip_below, kept):
+    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN; or nobody looks."""
     if skip_below is None:
         return True
     else:
-        return tl.max((highest < m + skip_below).to(tl.int32) ^ 1, axis=0) != 0
+        looks = (kept < PATIENCE) | (kept % LOOKED_AT == 0)
+        return (tl.max((highest < m + skip_below).to(tl.int32) ^ 1, axis=0) != 0) | ~looks
 
 
 @triton.jit
@@ -164,8 +167,8 @@ def _add_values(
 
 @triton.jit
 def _phase(
-    accumulator, l, m, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold, offset,
-    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, spans,
+    accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold,
+    offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, spans,
     guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -211,7 +214,8 @@ def _phase(
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
         # and of int8 products before they are converted: Hopper compares three integers at once.
         highest = _largest(s, skip_below).to(tl.float32) * factor - (shift + P_SHIFT)
-        if _counts(highest, m, skip_below):
+        if _counts(highest, m, skip_below, kept):
+            kept += 1
             m_new = tl.maximum(m, highest)
             p = shared_exp2(
                 multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
@@ -224,6 +228,7 @@ def _phase(
                     accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
                 )
         else:
+            kept = 0
             if skipped is not None:
                 tl.atomic_add(skipped, ROWS // 64, sem="relaxed")
             if TCGEN05:
@@ -233,7 +238,7 @@ def _phase(
             accumulator = _add_values(
                 accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
             )
-    return accumulator, l, m
+    return accumulator, l, m, kept
 
 
 @triton.jit(do_not_specialize=[
@@ -296,9 +301,10 @@ def attend(
         own_skipped = None if skipped is None else skipped + head
         l = tl.zeros((ROWS,), tl.float32)
         accumulator = tl.zeros((ROWS, D), tl.float32)
+        kept = 0
         if HIGH is not None:
-            accumulator, l, m = _phase(
-                accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
+            accumulator, l, m, kept = _phase(
+                accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
@@ -308,8 +314,8 @@ def attend(
         if LOW is not None:
             v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
             accumulator = accumulator / tl.load(v_units)[None, :]
-            accumulator, l, m = _phase(
-                accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
+            accumulator, l, m, kept = _phase(
+                accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
@@ -317,8 +323,8 @@ def attend(
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
             if HIGH is None:
-                accumulator, l, m = _phase(
-                    accumulator, l, m, q_low, q_low_scales, q_low_tensor_scale,
+                accumulator, l, m, kept = _phase(
+                    accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                     tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,
@@ -328,8 +334,8 @@ def attend(
             # volatile: read anew, not kept in registers throughout the loop
             accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
         if HIGH is not None:
-            accumulator, l, m = _phase(
-                accumulator, l, m, q_high, q_high_scales, q_high_tensor_scale,
+            accumulator, l, m, kept = _phase(
+                accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,

@@ -12,6 +12,8 @@ from dma_diffusers.kernels.spans import Spans
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30
+# After so many tiles in a row that it didn't skip, a block looks only at every so many, until it skips one.
+PATIENCE, LOOKED_AT = 16, 4
 
 
 def _tiled(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +57,8 @@ def attention(
     sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_below: a KV tile counts as not visited by a block of `skip_rows` queries (64 or 128) where each probability
     is less than this share of its row's largest so far, 0 < skip_below < 1. skipped: int32 `[B, H]`, to which the
-    skipped tiles of each head are added, counted in blocks of 64 queries.
+    skipped tiles of each head are added, counted in blocks of 64 queries. A block that has kept `PATIENCE` tiles in
+    a row looks at one of `LOOKED_AT`: where nothing is to be skipped, looking is not to cost much.
     Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087.
     """
     batch, heads, tokens, head_dim = q.shape
@@ -123,6 +126,7 @@ def attention(
     l = torch.zeros(rows, TILE, 1, **state)
     accumulator = torch.zeros(rows, TILE, head_dim, **state)
     v_unit = v_scale.reshape(-1, 1, head_dim)[row_kv_head]
+    kept = torch.zeros(rows, TILE // skip_rows, dtype=torch.int32, device=device)  # tiles in a row
     start = torch.zeros_like(row)
     for phase in Phase:
         end = bounds[:, phase]
@@ -132,7 +136,7 @@ def attention(
         phase_q, shift = phase_q[longest_first], shift[longest_first]
         if is_low:
             accumulator = accumulator / v_unit
-        m, l, accumulator = m[longest_first], l[longest_first], accumulator[longest_first]
+        m, l, accumulator, kept = (x[longest_first] for x in (m, l, accumulator, kept))
         still_active = (length[None, :] > torch.arange(int(length[0]), device=device)[:, None]).sum(-1)
         for step, count in enumerate(still_active.tolist()):
             active = longest_first[:count]
@@ -164,7 +168,9 @@ def attention(
             )
             if skip_below is not None:
                 is_below = (highest < m[:count] + math.log2(skip_below)) | ~is_query[row_tile[active]]
-                skips = is_below.view(count, -1, skip_rows).all(-1)
+                looks = (kept[:count] < PATIENCE) | (kept[:count] % LOOKED_AT == 0)
+                skips = looks & is_below.view(count, -1, skip_rows).all(-1)
+                kept[:count] = torch.where(skips, 0, kept[:count] + 1)
                 if skipped is not None:
                     blocks = (skips & has_block[row_tile[active]]).sum(-1, dtype=torch.int32)
                     skipped.view(-1).index_add_(0, active // q_tiles, blocks * (skip_rows // 64))
@@ -172,8 +178,8 @@ def attention(
                 updated = tuple((old, torch.where(keeps, new, old[:count])) for old, new in updated)
             for old, new in updated:
                 old[:count] = new
-        m, l, accumulator = (
-            torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator)
+        m, l, accumulator, kept = (
+            torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator, kept)
         )
         if is_low:
             accumulator = accumulator * v_unit

@@ -27,7 +27,8 @@ class Call:
     has_order: whether its tokens stand in a random order, with `empty_places` among them.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
-    skip_below: of the softmax; every other tile's keys are then such that it may be skipped.
+    skip_below: of the softmax; every other tile's keys, or of many tiles the last ones', are then such that it may be
+        skipped.
     """
 
     q_length: int
@@ -120,7 +121,9 @@ class Call:
 
         q, k, v = random(self.heads, self.q_length), random(self.kv_heads, self.k_length), None
         if self.skip_below is not None:
-            size = torch.where(torch.arange(self.layout.k_length) // 128 % 2 == 0, 4.0, 0.1)[:, None]
+            tile = torch.arange(self.layout.k_length) // 128
+            is_weak = tile >= 18 if self.layout.k_length > 2500 else tile % 2 == 1
+            size = torch.where(is_weak, 0.1, 4.0)[:, None]
             k = k * self.of_tokens(size).to(self.dtype).to(device)
         k = k + torch.randn(self.head_dim, generator=generator).to(self.dtype).to(device)
         v = random(self.kv_heads, self.k_length)
@@ -215,11 +218,16 @@ def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
         queries = (block + torch.arange(64))[: s.shape[2] - block]
         queries = queries[is_query[queries]]
         largest = torch.full((len(queries),), -math.inf, dtype=s.dtype)
+        kept = 0
         for tile in own.tolist():
             scores = s[b, h, queries, 128 * tile : 128 * (tile + 1)]
             top = scores.amax(-1)
-            if (top < largest + math.log(call.skip_below)).all():
+            is_looked_at = kept < 16 or kept % 4 == 0
+            if is_looked_at and (top < largest + math.log(call.skip_below)).all():
                 s[b, h, queries, 128 * tile : 128 * (tile + 1)] = -math.inf
+                kept = 0
+            else:
+                kept += 1
             largest = torch.maximum(largest, top)
     return s
 
@@ -395,6 +403,17 @@ NAMED_CALLS = [
         name="skips-order-empty",
     ),
     Call(200, 700, 128, low="mxfp6_e2m3", window=0, sink=0, skip_below=0.05, name="skips-cross-rows"),
+    Call(
+        60,
+        3328,
+        40,
+        heads=1,
+        kv_heads=1,
+        low="int8",
+        high="bf16",
+        skip_below=0.05,
+        name="skips-looks-now-and-then",
+    ),
     Call(
         4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"
     ),

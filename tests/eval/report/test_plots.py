@@ -58,8 +58,7 @@ def test_front_is_what_nothing_beats(better):
         (p.cost, p.estimate)
         for p in points
         if not any(
-            q.cost <= p.cost and sign * q.estimate >= sign * p.estimate and q[1:3] != p[1:3]
-            for q in points
+            q.cost <= p.cost and sign * q.estimate >= sign * p.estimate and q[1:3] != p[1:3] for q in points
         )
     }
     assert len(unbeaten) > 2
