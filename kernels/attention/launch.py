@@ -24,7 +24,7 @@ from dma_diffusers.kernels.quantiser.encode import (
 )
 from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.routing.route import route
+from dma_diffusers.kernels.routing.route import pooled, route
 from dma_diffusers.kernels.run import Run, multiprocessors, run
 from dma_diffusers.kernels.spans import Spans
 from dma_diffusers.kernels.tuning import Tuning, tuning
@@ -93,8 +93,8 @@ def attention(
     encoded = encode(
         q, k, of_v if order is None else v, classes, fold, known,
         q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask, order=order,
-        wants_offset=smooths and (return_lse or "bf16" in formats), wants_pools=routing is not None,
-        transposed_v=tuned.transposed_v, inexact_rows=inexact_rows, run=run,
+        wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
+        inexact_rows=inexact_rows, run=run,
         registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
     out = torch.empty(batch, q.shape[2], heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -111,7 +111,10 @@ def attention(
     if classes[1]:
         v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
     if routing is not None:
-        walks = route(encoded.pools, routing, is_shared=in_gluon, run=run)
+        pools = pooled(
+            q, k, v, known.mean, fold, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask, order=order, run=run
+        )
+        walks = route(pools, routing, is_shared=in_gluon, run=run)
     else:
         walks = precision_map.shared if in_gluon else precision_map
     arguments = (

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.maps import TILE, Phase, PrecisionMap, tiles
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.routing.reference import Routing, route
+from dma_diffusers.kernels.routing.reference import Pools, Routing, pooled, route
 from dma_diffusers.kernels.spans import Spans
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
@@ -86,11 +86,9 @@ def attention(
     q_tiles, k_tiles = tiles(q_length), tiles(k_length)
     if routing is not None:
         there = None if order is None else taken[None]
-        pools = (
-            quantiser.pooled(folded, there), quantiser.pooled(smoothed, there if key_mask is None else key_mask),
-            quantiser.pooled(v.float(), there)[..., 1, :].sum(-1),
-        )  # fmt: skip
-        precision_map = route(quantiser.Pools(*pools), routing)
+        seen = there if key_mask is None else key_mask
+        values = pooled(v.float(), there)[..., 1, :].sum(-1)
+        precision_map = route(Pools(pooled(folded, there), pooled(smoothed, seen), values), routing)
 
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v in tiles, and the factor and the offset that make products scores."""

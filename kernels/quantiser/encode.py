@@ -3,7 +3,6 @@
 import math
 import struct
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser import kernel, statistics
-from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS, Pools, Rope
+from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS, Rope
 from dma_diffusers.kernels.run import Run, multiprocessors, run
 
 
@@ -83,7 +82,6 @@ class Encoded:
     v_high: HIGH's, bf16 `[B, Hkv, tiles·128, D]`; None also if it is read where the model has it.
     v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
-    pools: of every tile, for routing; channels past the head dimension are zeros.
     """
 
     q: list[Operand | None]
@@ -92,7 +90,6 @@ class Encoded:
     v_high: torch.Tensor | None
     v_scale: torch.Tensor | None
     offset: torch.Tensor | None
-    pools: Pools | None
 
 
 def padded_dim(head_dim: int) -> int:
@@ -161,7 +158,7 @@ def _pointers(operands: list[Operand | None]) -> list[torch.Tensor | None]:
     return pointers
 
 
-def _tables(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, int]]:
+def tables_of(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, int]]:
     """Cosines and sines, and the strides that both have."""
     if rope is None:
         return [None, None], (0, 0)
@@ -204,7 +201,7 @@ def statistics_of(
     mean, v_scale = (
         None if y is None else torch.empty(of_all, dim, dtype=torch.float32, device=device) for y in (k, v)
     )
-    tables, rope_strides = _tables(None if k is None else rope)
+    tables, rope_strides = tables_of(None if k is None else rope)
     programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
     run(
         statistics.statistics, (programs,),
@@ -230,7 +227,6 @@ def encode(
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     wants_offset: bool = False,
-    wants_pools: bool = False,
     transposed_v: bool = False,
     inexact_rows: torch.Tensor | None = None,
     registers: int | None = None,
@@ -245,7 +241,6 @@ def encode(
     order: int32 `[places]`, the token of q, k and v that stands at each place, −1 where none does; what is encoded, and
         key_mask, stands in that order. HIGH's bf16 numbers are then copied too.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
-    wants_pools: whether `pools` are, for which q, k and v must be given, and k's statistics and v's.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
     registers: the most that a thread may use; None leaves it to the compiler.
     """
@@ -268,14 +263,9 @@ def encode(
         values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     if v is not None and order is not None and classes[0]:
         v_high = torch.empty(batch, kv_heads, rows, dim, dtype=torch.bfloat16, device=device)
-    pools = None
-    if wants_pools:
-        room = partial(torch.empty, dtype=torch.float32, device=device)
-        of_q, of_k = (batch, heads, tiles(q_length)), (batch, kv_heads, tiles(k_length))
-        pools = Pools(room(*of_q, 2, dim), room(*of_k, 2, dim), room(of_k))
-    encoded = Encoded(q_operands, k_operands, values, v_high, known.v_scale, offset, pools)
-    q = q if wants_offset or wants_pools or any(q_operands) else None
-    k = k if wants_pools or any(k_operands) else None
+    encoded = Encoded(q_operands, k_operands, values, v_high, known.v_scale, offset)
+    q = q if wants_offset or any(q_operands) else None
+    k = k if any(k_operands) else None
     v = None if values is None and v_high is None else v
     of_keys = kv_heads * tiles(k_length)
     programs = batch * (
@@ -285,12 +275,12 @@ def encode(
     )
     if programs == 0:
         return encoded
-    (q_tables, q_rope_strides), (k_tables, k_rope_strides) = _tables(q_rope), _tables(k_rope)
+    (q_tables, q_rope_strides), (k_tables, k_rope_strides) = tables_of(q_rope), tables_of(k_rope)
     run(
         kernel.encode, (programs,),
         q, k, v, *known, factor, *q_tables, *k_tables, key_mask, offset,
         *_pointers(q_operands), *_pointers(k_operands),
-        v_high, values, *(pools or (None, None, None)), order, inexact_rows,
+        v_high, values, order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens, *_strides(q), *_strides(k), *_strides(v),
         *q_rope_strides, *k_rope_strides,
         *(constant for c in classes for constant in (c.quantised if c else [None] * 6)),

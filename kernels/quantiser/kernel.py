@@ -214,25 +214,8 @@ def _stored_at(position):
 
 
 @triton.jit
-def _mean_and_variance(x, there):
-    """Of each column of x [128, D], over the rows that are `there`; NaN without any. Elsewhere x is zero."""
-    count = tl.sum(there.to(tl.float32), axis=0)
-    mean, square = tl.sum(x, axis=0) / count, tl.sum(x * x, axis=0) / count
-    variance = square - mean * mean
-    return mean, tl.where(variance < 0, 0.0, variance)
-
-
-@triton.jit
-def _store_pool(pools, x, there, tile, D: tl.constexpr):
-    mean, variance = _mean_and_variance(x, there)
-    place = tile * (2 * D) + tl.arange(0, D)
-    tl.store(pools + place, mean)
-    tl.store(pools + D + place, variance)
-
-
-@triton.jit
 def _encode_value(
-    v, v_scale, high, low, pools, order, batch, head_in_batch, head, tile, tiles, length, order_tokens,
+    v, v_scale, high, low, order, batch, head_in_batch, head, tile, tiles, length, order_tokens,
     stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -243,9 +226,6 @@ def _encode_value(
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
-    if pools is not None:
-        _, variance = _mean_and_variance(value, tokens < length)
-        tl.store(pools + head * tiles + tile, tl.sum(variance, axis=0))
     if high is not None:
         _store_rows(high, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + places, D)
     if low is not None:
@@ -267,7 +247,7 @@ def encode(
     q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_high, v_low, q_pools, k_pools, v_pools, order, inexact_rows,
+    v_high, v_low, order, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, order_tokens,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
@@ -284,10 +264,8 @@ def encode(
     keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
     written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_high is [B·Hkv, tiles·128, D] as v
     is; v_low too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows
-    that one power of two could not bring into e4m3. q_pools and k_pools (float32 [B·H, tiles, 2, D]) take mean and
-    variance of what is encoded, v_pools (float32 [B·Hkv, tiles]) the sum of the channels' variances: over the tokens
-    of a tile that are there, keys that are seen. None: a tensor of which nothing is wanted, or a class of which nothing
-    is.
+    that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
+    nothing is.
     With an `order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in that
     order, zeros where it names no token. `order_tokens` is how many there are, None if as many as places.
     """
@@ -301,9 +279,8 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_high, v_low, v_pools, order, head // kv_heads, head % kv_heads, head,
-                index % k_tiles, k_tiles, k_length, order_tokens,
-                v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v, v_scale, v_high, v_low, order, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles,
+                k_length, order_tokens, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
@@ -332,11 +309,6 @@ def encode(
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
                 LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
             )  # fmt: skip
-            if k_pools is not None:
-                there = tokens < k_length
-                if key_mask is not None:
-                    there &= (seen != 0)[:, None]
-                _store_pool(k_pools, value, there, program.to(tl.int64), D)
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
         if program >= 0:
@@ -361,5 +333,3 @@ def encode(
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
                 LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
             )  # fmt: skip
-            if q_pools is not None:
-                _store_pool(q_pools, x * factor, tokens < q_length, tile, D)

@@ -1,7 +1,6 @@
 """What the quantiser computes, in torch."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +14,6 @@ SAMPLED_TOKENS = 1024
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
-
-
-class Pools(NamedTuple):
-    """What the tokens of each tile have in common; NaN for tiles without any.
-
-    q, k: float32 `[B, H or Hkv, tiles, 2, D]`, mean and variance of each channel, of q·factor and of k less its mean.
-    v: float32 `[B, Hkv, tiles]`, the sum of the channels' variances.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 def fold(scale: float) -> float:
@@ -118,19 +105,3 @@ def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tenso
     """What smoothing takes from the scores of each row, in the kernel's base 2: float32 `[B, H, S]`."""
     mean = mean.repeat_interleave(q.shape[1] // mean.shape[1], dim=1)
     return (q * mean).sum(-1) * fold(scale)
-
-
-def pooled(x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean and variance of each channel over the tokens of each tile, float32 `[B, H, tiles, 2, D]`.
-
-    x: float32 `[B, H, S, D]`. there: bool `[B or 1, S]`, which tokens count; None for all.
-    """
-    if there is None:
-        there = torch.ones_like(x[:1, 0, :, 0], dtype=torch.bool)
-    whole_tiles = (0, 0, 0, -x.shape[-2] % TILE)
-    counts = F.pad(there[:, None, :, None], whole_tiles).unflatten(-2, (-1, TILE))
-    x = torch.where(counts, F.pad(x, whole_tiles).unflatten(-2, (-1, TILE)), 0)
-    count = counts.sum(-2, keepdim=True)
-    mean = x.sum(-2, keepdim=True) / count
-    variance = torch.where(counts, x - mean, 0).square().sum(-2, keepdim=True) / count
-    return torch.cat((mean, variance), dim=-2)

@@ -1,4 +1,4 @@
-"""Routing on the GPU, in three kernels: score every pair, find the least level that is upgraded, write the walks.
+"""Routing on the GPU, in three kernels: pool every tile, score every pair, write the walks.
 
 What reference.py defines, from the same formulas; products are in TF32, which is as fine as the levels are.
 """
@@ -7,16 +7,94 @@ import triton
 import triton.language as tl
 
 from dma_diffusers.kernels import maps
+from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
 
 TILE = tl.constexpr(maps.TILE)
 HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in maps.Phase)
 UNVISITED = tl.constexpr(maps.UNVISITED)
+SAMPLED = tl.constexpr(reference.SAMPLED)
 LEVELS = tl.constexpr(reference.LEVELS)
+LEVELS_PER_BINADE = tl.constexpr(reference.LEVELS_PER_BINADE)
+LOWEST = tl.constexpr(reference.LOWEST)
 LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
-LOWEST = tl.constexpr(-1.0e30)
+MINUS_INFINITY = tl.constexpr(-1.0e30)
 SHARED_TILE_BITS = tl.constexpr(maps.SHARED_TILE_BITS)
+
+
+@triton.jit
+def _mean_and_variance(
+    x, mean, factor, cos, sin, mask, order, index, heads, length, order_tokens,
+    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Of each channel of (x − mean)·factor, over the sample of a tile: two of [D], NaN where nothing is in it.
+
+    index: of the tile among those of all heads. x is rotated first. mask: uint8 [B, tiles·128], which tokens count.
+    """
+    tiles = tl.cdiv(length, TILE)
+    head, place = index // tiles, index % tiles * TILE + SAMPLED * tl.arange(0, TILE // SAMPLED)
+    batch, columns = head // heads, tl.arange(0, D)
+    tokens = token_at(order, place, length, order_tokens)[:, None]
+    there = tokens < length
+    inside = there & (columns < HEAD_DIM)[None, :]
+    value = load_tile(x, batch, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
+    if cos is not None:
+        value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
+    if mask is not None:
+        there &= (tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0)[:, None]
+    if mean is not None:
+        value -= tl.load(mean + head * D + columns)[None, :]
+    value *= factor
+    count = tl.sum(there.to(tl.float32), axis=0)
+    middle = tl.sum(tl.where(there, value, 0.0), axis=0) / count
+    apart = tl.where(there, value - middle[None, :], 0.0)
+    return middle, tl.sum(apart * apart, axis=0) / count
+
+
+@triton.jit
+def _store_pool(pools, index, mean, variance, D: tl.constexpr):
+    place = index.to(tl.int64) * (2 * D) + tl.arange(0, D)
+    tl.store(pools + place, mean)
+    tl.store(pools + place + D, variance)
+
+
+@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
+def pool(
+    q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, order, q_pools, k_pools, v_pools,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length, order_tokens,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Pool one tile of one head of V, K or Q, all as of the quantiser's `encode`: what its formats encode.
+
+    q_pools: float32 [B·H, q_tiles, 2, D], mean and variance of each channel; k_pools likewise, over keys that are seen.
+    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances.
+    """
+    index = tl.program_id(0)
+    of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
+    if index < of_keys:
+        _, variance = _mean_and_variance(
+            v, None, 1.0, None, None, None, order, index, kv_heads, k_length, order_tokens,
+            v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
+        )  # fmt: skip
+        tl.store(v_pools + index, tl.sum(variance, axis=0))
+    elif index < 2 * of_keys:
+        index -= of_keys
+        middle, variance = _mean_and_variance(
+            k, mean, 1.0, k_cos, k_sin, key_mask, order, index, kv_heads, k_length, order_tokens,
+            k_stride_b, k_stride_h, k_stride_s, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D,
+        )  # fmt: skip
+        _store_pool(k_pools, index, middle, variance, D)
+    else:
+        index -= 2 * of_keys
+        middle, variance = _mean_and_variance(
+            q, None, factor, q_cos, q_sin, None, order, index, heads, q_length, order_tokens,
+            q_stride_b, q_stride_h, q_stride_s, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D,
+        )  # fmt: skip
+        _store_pool(q_pools, index, middle, variance, D)
 
 
 @triton.jit
@@ -50,7 +128,7 @@ def score(
 ):  # fmt: skip
     """The levels of ROWS Q tiles of one head, and how many LOW pairs of its batch entry have each.
 
-    q_pools: float32 [B·H, q_tiles, 2, D], means and variances; k_pools likewise; v_pools: float32 [B·Hkv, k_tiles].
+    The pools are as `pool` leaves them.
     phases: uint8 [H or 1, q_tiles, k_tiles]. levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
     histogram: int32 [B, LEVELS], zeros.
     """
@@ -66,7 +144,7 @@ def score(
     histogram += batch * LEVELS
     q_mean, q_variance = _pool(q_pools, q_tile, q_tiles, D)
 
-    largest = tl.full((ROWS,), LOWEST, tl.float32)
+    largest = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
     whole = tl.zeros((ROWS,), tl.float32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
@@ -81,31 +159,30 @@ def score(
         largest = larger
     whole = tl.where(whole == 0.0, 0.0, largest + tl.log2(tl.maximum(whole, 1.0)))  # 0: nothing is visited
 
+    counts = tl.zeros((LEVELS,), tl.int32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         place = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
         mean, deviation = _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D)
-        spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=0.0)
+        spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
         root = mean + 0.5 * _log_mean_exp(2.0 * deviation)
-        importance = tl.exp2(root - whole[:, None]) * tl.sqrt(spread)[None, :]
+        importance = root - whole[:, None] + (0.5 * tl.log2(spread))[None, :]
         phase = tl.load(phases + place, mask=inside, other=UNVISITED)
-        level = importance.to(tl.int32, bitcast=True) >> 16
-        level = tl.where((phase == LOW) & (importance == importance), level, -1)
-        tl.store(levels + place, level.to(tl.int16), mask=inside)
-        tl.atomic_add(histogram + level, 1, mask=level >= 0, sem="relaxed")
+        is_offered = (phase == LOW) & (importance == importance)
+        level = tl.minimum(tl.maximum(LEVELS_PER_BINADE * (importance - LOWEST), 0.0), LEVELS - 1.0).to(
+            tl.int32
+        )
+        tl.store(levels + place, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
+        counts += tl.histogram(tl.ravel(level), LEVELS, mask=tl.ravel(is_offered))
+    tl.atomic_add(histogram + tl.arange(0, LEVELS), counts, mask=counts != 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["allowed"])
-def find_least(histogram, allowed, least):
-    """The least level of one batch entry that is upgraded: no more pairs than are allowed have it or a higher one.
-
-    histogram: int32 [B, LEVELS]. least: int32 [B].
-    """
-    batch = tl.program_id(0)
-    counts = tl.load(histogram + batch * LEVELS + (LEVELS - 1 - tl.arange(0, LEVELS)))
-    is_beyond = tl.cumsum(counts, axis=0) > allowed
-    tl.store(least + batch, tl.sum(is_beyond.to(tl.int32), axis=0))
+@triton.jit
+def _least(histogram, allowed):
+    """The least level that is upgraded: no more pairs than are allowed have it or a higher one."""
+    counts = tl.load(histogram + (LEVELS - 1 - tl.arange(0, LEVELS)))
+    return tl.sum((tl.cumsum(counts, axis=0) > allowed).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -136,14 +213,15 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
     return start + tl.sum(visited, axis=0)
 
 
-@triton.jit(do_not_specialize=["q_tiles", "k_tiles", "programs", "length"])
+@triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
 def write_walks(
-    levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
+    levels, histogram, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The walk of one program of BLOCKS blocks of ROWS queries of one head: as of maps.py, `shared` of several blocks.
 
-    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as of `score` and `find_least`.
+    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as of
+    `score`, of whose batch entries each may upgrade as many pairs as are `allowed`.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -151,20 +229,20 @@ def write_walks(
     levels += head.to(tl.int64) * q_tiles * k_tiles
     indices += tl.program_id(0).to(tl.int64) * length
     bounds += tl.program_id(0) * 3
-    own_least = tl.load(least + batch)
+    least = _least(histogram + batch * LEVELS, allowed)
     first_row = program * BLOCKS * ROWS
 
     high_end, low_entries = 0, 0
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        high, low, _ = _visitors(phases, levels, own_least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS)
+        high, low, _ = _visitors(phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS)
         high_end += tl.sum((high != 0).to(tl.int32), axis=0)
         low_entries += tl.sum((low != 0).to(tl.int32), axis=0)
     high_place, low_place, masked_place = 0, high_end, high_end + low_entries
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         high, low, masked = _visitors(
-            phases, levels, own_least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
+            phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
         )
         high_place = _write(indices, high_place, k_tile, high, BLOCKS)
         low_place = _write(indices, low_place, k_tile, low, BLOCKS)

@@ -7,18 +7,32 @@ tiles' means and variances, times how far its values lie apart. Scores within a 
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.maps import TILE, UNVISITED, Phase, PrecisionMap, map_of
-from dma_diffusers.kernels.quantiser.reference import Pools
 
 LN_2 = math.log(2)
 # Among 128 scores there is none that lies much farther out, in base 2: from there on, the largest is all that counts
 # (Derrida's random energy model, Phys. Rev. B 24, 2613).
 FARTHEST = math.sqrt(2 * math.log(TILE)) / LN_2
-LEVELS = 1 << 15
+SAMPLED = 4  # of so many tokens, pools take one
+# Importance is told apart in 32nds of a binade, from 2^-44 to 2^20.
+LEVELS, LEVELS_PER_BINADE, LOWEST = 2048, 32, -44
+
+
+class Pools(NamedTuple):
+    """What a sample of each tile's tokens has in common; NaN for tiles with none in it.
+
+    q, k: float32 `[B, H or Hkv, tiles, 2, D]`, mean and variance of each channel, of q·factor and of k less its mean.
+    v: float32 `[B, Hkv, tiles]`, the sum of the channels' variances.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,26 @@ class Routing:
         return int(self.budget * (self.visited * heads // self.phases.shape[1]))
 
 
+def pooled(x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean and variance of each channel over the sample of each tile, float32 `[B, H, tiles, 2, D]`.
+
+    x: float32 `[B, H, S, D]`. there: bool `[B or 1, S]`, which tokens count; None for all.
+    """
+    if there is None:
+        there = torch.ones_like(x[:1, 0, :, 0], dtype=torch.bool)
+    whole_tiles = (0, 0, 0, -x.shape[-2] % TILE)
+    x, counts = (
+        F.pad(y, whole_tiles).unflatten(-2, (-1, TILE))[..., ::SAMPLED, :]
+        for y in (x, there[:, None, :, None])
+    )
+    count = counts.sum(-2, keepdim=True)
+    mean = torch.where(counts, x, 0).sum(-2, keepdim=True) / count
+    variance = torch.where(counts, x - mean, 0).square().sum(-2, keepdim=True) / count
+    return torch.cat((mean, variance), dim=-2)
+
+
 def importance(pools: Pools, phases: torch.Tensor) -> torch.Tensor:
-    """Of each pair, float32 `[B, H, q_tiles, k_tiles]`; NaN where pools are.
+    """log2 of that of each pair, float32 `[B, H, q_tiles, k_tiles]`; NaN where pools are.
 
     Probabilities are shares of what each Q tile visits; pairs with NaN count for nothing in it.
     """
@@ -62,7 +94,7 @@ def importance(pools: Pools, phases: torch.Tensor) -> torch.Tensor:
     mass = score + log_mean_exp(deviation)
     counted = torch.where((phases != UNVISITED) & ~mass.isnan(), mass, -math.inf)
     whole = torch.logsumexp(counted * LN_2, dim=-1, keepdim=True) / LN_2
-    return torch.exp2(score + log_mean_exp(2 * deviation) / 2 - whole) * v.sqrt()[:, :, None]
+    return score + log_mean_exp(2 * deviation) / 2 - whole + v.log2()[:, :, None] / 2
 
 
 def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
@@ -72,9 +104,9 @@ def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
 
 
 def levels(importance: torch.Tensor) -> torch.Tensor:
-    """Importance to 8 bits, as int32 that are ordered alike: bfloat16's bits, rounded down. −1 for NaN."""
-    bits = importance.contiguous().view(torch.int32) >> 16
-    return torch.where(importance.isnan(), -1, bits)
+    """Of log2 of importance, rounded down, as int32 that are ordered alike; −1 for NaN."""
+    steps = (LEVELS_PER_BINADE * (importance - LOWEST)).clamp(0, LEVELS - 1)
+    return torch.where(importance.isnan(), -1, steps.int())
 
 
 def routed(levels: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -1,12 +1,52 @@
-"""Runs the routing's kernels: from the pools that the quantiser leaves to the walks that the attention kernel reads."""
+"""Runs the routing's kernels: from q, k and v to the walks that the attention kernel reads."""
+
+import math
 
 import torch
 
-from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap
-from dma_diffusers.kernels.quantiser.reference import Pools
+from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap, tiles
+from dma_diffusers.kernels.quantiser.encode import padded_dim, tables_of
+from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing import kernel
-from dma_diffusers.kernels.routing.reference import LEVELS, Routing
+from dma_diffusers.kernels.routing.reference import LEVELS, Pools, Routing
 from dma_diffusers.kernels.run import Run, run
+
+
+def pooled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mean: torch.Tensor | None,
+    factor: float,
+    *,
+    q_rope: Rope | None = None,
+    k_rope: Rope | None = None,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    run: Run = run,
+) -> Pools:
+    """The reference's pools of q·factor, of k less its mean and of v; past the head dimension, channels are zeros.
+
+    The arguments are as of the quantiser's `encode`; hidden keys are left out of K's pools. mean: float32 `[B·Hkv, D]`.
+    """
+    (batch, heads, q_length, head_dim), (kv_heads, k_length) = q.shape, k.shape[1:3]
+    order_tokens = None
+    if order is not None:
+        order_tokens = None if len(order) == k_length else k_length
+        q_length = k_length = len(order)
+    dim = padded_dim(head_dim)
+    of_q, of_k = (batch, heads, tiles(q_length)), (batch, kv_heads, tiles(k_length))
+    shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
+    pools = Pools(*(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes))
+    (q_tables, q_rope_strides), (k_tables, k_rope_strides) = tables_of(q_rope), tables_of(k_rope)
+    run(
+        kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
+        q, k, v, mean, factor, *q_tables, *k_tables, key_mask, order, *pools,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q_rope_strides, *k_rope_strides,
+        HEAD_DIM=head_dim, D=dim, num_warps=dim // 64, enable_fp_fusion=True,
+    )  # fmt: skip
+    return pools
 
 
 def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = run) -> PrecisionMap:
@@ -20,16 +60,11 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
     histogram = torch.zeros(batch, LEVELS, dtype=torch.int32, device=device)
-    least = torch.empty(batch, dtype=torch.int32, device=device)
-    rows, columns = (32, 64) if dim <= 128 else (16, 32)
+    columns = 64 if dim <= 128 else 32
     run(
-        kernel.score, (batch * heads * -(-q_tiles // rows),),
+        kernel.score, (batch * heads * -(-q_tiles // 16),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    run(
-        kernel.find_least, (batch,),
-        histogram, routing.allowed(heads), least, num_warps=32, enable_fp_fusion=True,
+        ROWS=16, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
@@ -39,7 +74,8 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     bounds = torch.empty(batch, heads, programs, 3, dtype=torch.int32, device=device)
     run(
         kernel.write_walks, (batch * heads * programs,),
-        levels, least, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, stride,
+        levels, histogram, routing.allowed(heads), phases, indices, bounds,
+        heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return PrecisionMap(indices, bounds, has_high=True, has_low=True)

@@ -11,13 +11,15 @@ from dma_diffusers.kernels.attention import reference as attention_reference
 from dma_diffusers.kernels.maps import TILE, UNVISITED, Phase, build_map, map_of, visiting_phases
 from dma_diffusers.kernels.policies import Importance
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.reference import Pools
 from dma_diffusers.kernels.routing.reference import (
     LEVELS,
+    SAMPLED,
+    Pools,
     Routing,
     importance,
     levels,
     log_mean_exp,
+    pooled,
     route,
     routed,
 )
@@ -40,20 +42,20 @@ def random_levels(*shape: int, seed: int = 0, top: int = LEVELS) -> torch.Tensor
 
 
 def pools_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pools:
-    return Pools(quantiser.pooled(q), quantiser.pooled(k), quantiser.pooled(v)[..., 1, :].sum(-1))
+    return Pools(pooled(q), pooled(k), pooled(v)[..., 1, :].sum(-1))
 
 
 def test_a_pool_is_mean_and_variance_of_what_is_there():
     x, there = random(2, 3, 300, 8), random(2, 300) > 0
     there[1, 128:256] = False
-    pooled = quantiser.pooled(torch.where(there[:, None, :, None], x, math.inf), there)
+    found = pooled(torch.where(there[:, None, :, None], x, math.inf), there)
     for batch, tile in ((0, 0), (0, 2), (1, 0)):
-        rows = slice(tile * TILE, (tile + 1) * TILE)
+        rows = slice(tile * TILE, (tile + 1) * TILE, SAMPLED)
         tokens = x[batch, :, rows][:, there[batch, rows]]
-        torch.testing.assert_close(pooled[batch, :, tile, 0], tokens.mean(1))
-        torch.testing.assert_close(pooled[batch, :, tile, 1], tokens.var(1, unbiased=False))
-    assert pooled[1, :, 1].isnan().all()
-    torch.testing.assert_close(quantiser.pooled(x), quantiser.pooled(x, torch.ones(1, 300, dtype=torch.bool)))
+        torch.testing.assert_close(found[batch, :, tile, 0], tokens.mean(1))
+        torch.testing.assert_close(found[batch, :, tile, 1], tokens.var(1, unbiased=False))
+    assert found[1, :, 1].isnan().all()
+    torch.testing.assert_close(pooled(x), pooled(x, torch.ones(1, 300, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_importance_is_the_root_mean_square_probability_times_the_spread_of_valu
     probabilities = torch.softmax(q @ k.mT * math.log(2), dim=-1)
     probabilities = probabilities.unflatten(-1, (6, TILE)).unflatten(-3, (6, TILE))
     expected = (TILE * probabilities.square().mean((-3, -1)).sqrt() * spreads * 8).log2()  # √64 channels
-    found = importance(pools_of(q, k, v), torch.zeros(1, 1, 6, 6)).log2()
+    found = importance(pools_of(q, k, v), torch.zeros(1, 1, 6, 6))
     assert (found - expected).square().mean().sqrt() < 0.3 < 2 < expected.std()
 
 
@@ -100,10 +102,14 @@ def test_probability_is_a_share_of_what_is_visited():
 
 
 def test_levels_are_ordered_as_importance():
-    values = torch.tensor([math.nan, 0.0, 1e-40, 1e-30, 0.1, 1.0, 1.001, 1.01, 3.0, 1e30, math.inf])
+    values = torch.tensor(
+        [math.nan, -math.inf, -45.0, -44.0, -43.9, -1.0, 0.0, 0.03, 0.04, 19.0, 19.99, math.inf]
+    )
     found = levels(values).tolist()
-    assert found[0] == -1 and found[5] == found[6] and found[-1] < LEVELS
-    assert all(a < b for a, b in zip(found[3:5] + found[6:-1], found[4:6] + found[7:], strict=True))
+    assert (
+        found[0] == -1 and found[1:4] == [0, 0, 0] and found[6] == found[7] and found[-2:] == [LEVELS - 1] * 2
+    )
+    assert all(a < b for a, b in zip(found[3:6] + found[7:9], found[4:7] + found[8:10], strict=True))
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.05, 0.3, 1.0])
@@ -143,27 +149,16 @@ def test_a_call_routes_by_policy_and_content():
 # The kernels.
 
 
-def pooled_by_kernel(q, k, v, factor=1.0, mean=None, **options):
-    from dma_diffusers.kernels.formats import get_format
-    from dma_diffusers.kernels.lowerings import NATIVE
-    from dma_diffusers.kernels.quantiser.encode import Statistics, Stored, encode, padded_dim, statistics_of
-
-    classes = tuple(Stored(get_format(name), NATIVE[name]) for name in ("mxfp8", "mxfp4"))
-    known = statistics_of(None, v)
-    if mean is None:
-        mean = torch.zeros_like(k[:, :, :1])
-    padded = torch.nn.functional.pad(mean, (0, padded_dim(mean.shape[-1]) - mean.shape[-1]))
-    known = Statistics(padded.flatten(0, 2).contiguous(), known.v_scale)
-    return encode(q, k, v, classes, factor, known, wants_pools=True, **options).pools
-
-
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("length", "head_dim", "masks_keys", "has_order"), [
     (1, 64, False, False), (300, 72, True, True), (256, 128, False, False), (300, 64, True, False),
     (300, 64, False, True),
 ])  # fmt: skip
-def test_the_quantiser_pools_tiles(length, head_dim, masks_keys, has_order, kernel_device):
+def test_pools_as_the_reference(length, head_dim, masks_keys, has_order, kernel_device):
+    from dma_diffusers.kernels.quantiser.encode import padded_dim
+    from dma_diffusers.kernels.routing.route import pooled as pooled_by_kernel
+
     call = Call(
         length, length, head_dim, batch=2, heads=4, has_rope=head_dim == 72, masks_keys=masks_keys,
         has_order=has_order, empty_places=200 * has_order,
@@ -177,15 +172,18 @@ def test_the_quantiser_pools_tiles(length, head_dim, masks_keys, has_order, kern
         mask[1, :] = False  # a whole tile that no query sees
         seen = seen & call.at_places(mask[..., None].expand(-1, -1, 1))[..., 0]
     whole = torch.nn.functional.pad(seen.to(torch.uint8), (0, -places % TILE)).contiguous()
+    padded_mean = (
+        torch.nn.functional.pad(mean, (0, padded_dim(head_dim) - head_dim)).flatten(0, 2).contiguous()
+    )
     found = pooled_by_kernel(
-        q, k, v, 0.3, mean, **ropes, key_mask=None if mask is None else whole,
+        q, k, v, padded_mean, 0.3, **ropes, key_mask=None if mask is None else whole,
         order=call.order_on(kernel_device),
     )  # fmt: skip
     q, k = quantiser.rotate(q, ropes["q_rope"]) * 0.3, quantiser.rotate(k, ropes["k_rope"]) - mean
     q, k, v, there = call.at_places(q), call.at_places(k), call.at_places(v), there.to(kernel_device)
     expected = Pools(
-        quantiser.pooled(q, there), quantiser.pooled(k, there if mask is None else seen),
-        quantiser.pooled(v, there)[..., 1, :].sum(-1),
+        pooled(q, there), pooled(k, there if mask is None else seen),
+        pooled(v, there)[..., 1, :].sum(-1),
     )  # fmt: skip
     for x, wanted in zip(found, expected, strict=True):
         assert x.isnan().any() == (wanted.isnan().any())
@@ -233,8 +231,8 @@ def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, own, dim, 
         0.3 * random(2, heads, q_tiles, 2, dim), 0.3 * random(2, kv_heads, k_tiles, 2, dim, seed=1),
         random(2, kv_heads, k_tiles, seed=2).abs(),
     )  # fmt: skip
-    for pooled in pools[:2]:
-        pooled[..., 1, :].abs_()
+    for pools_of_x in pools[:2]:
+        pools_of_x[..., 1, :].abs_()
     pools = Pools(*(x.to(kernel_device) for x in pools))
     routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), 0.2).to(kernel_device)
     recorded = Recorded(is_guarded=True)
