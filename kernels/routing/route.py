@@ -60,11 +60,11 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
     histogram = torch.zeros(batch, LEVELS, dtype=torch.int32, device=device)
-    columns = 64 if dim <= 128 else 32
+    rows, columns = (32, 64) if dim <= 128 else (16, 32)
     run(
-        kernel.score, (batch * heads * -(-q_tiles // 16),),
+        kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        ROWS=16, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
+        ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
