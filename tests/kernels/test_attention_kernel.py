@@ -92,7 +92,8 @@ def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
     # Where probabilities are summed as rounded, one that falls to the neighbouring number moves the sum.
     assert (difference <= (5e-2 if is_fp8 else 1e-2 if is_rounded else 1e-4)).all()
     if is_rounded and not is_fp8:
-        assert (difference <= 1e-4).float().mean() >= 0.5
+        # In calls that skip, scores are large: one probability is much of a sum.
+        assert (difference <= 1e-4).float().mean() >= (0.5 if call.skip_below is None else 0.2)
 
 
 def test_each_head_has_its_own_window(kernel_device):
