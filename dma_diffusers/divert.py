@@ -200,7 +200,6 @@ class Diversion:
     def _why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
         """Why one call is left to stock; empty if it is not."""
         tensors = (query, key, value)
-        masks_keys = attn_mask is not None and not (self.family.masks_text and self.config.protect_text)
         if any(x.ndim != 4 or x.dtype not in DTYPES for x in tensors) or value.shape[-1] != query.shape[-1]:
             return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
         if 0 in query.shape or 0 in key.shape:
@@ -211,7 +210,7 @@ class Diversion:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
             return "cross-attention, or a model called without its text"
-        if reason := self.config.why_stock(query.device, query.shape[-1], masks_keys):
+        if reason := self.config.why_stock(query.device, query.shape[-1], attn_mask is not None):
             return reason
         if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):
             return f"fewer than {least} keys"

@@ -21,6 +21,9 @@ COSTS = {
 }
 
 
+_NAMED = 10  # points that have room for their names; more are numbered
+
+
 class Point(NamedTuple):
     """A configuration: what it costs, and its figure with the bounds of the interval."""
 
@@ -38,7 +41,8 @@ def pareto(evaluation: dict[str, Any], metric: str | None, cost: str = "seconds_
     """
     if metric is None or not _points(evaluation, metric, cost):
         return None
-    return svg(f"pareto-{cost}", 6.4, 4.2, lambda figure: _draw(figure, evaluation, metric, cost))
+    width = 6.4 if len(_points(evaluation, metric, cost)) <= _NAMED else 9.6
+    return svg(f"pareto-{cost}", width, 4.2, lambda figure: _draw(figure, evaluation, metric, cost))
 
 
 def _points(evaluation: dict[str, Any], metric: str, cost: str) -> list[Point]:
@@ -89,8 +93,13 @@ def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str, cost: str) 
     arrow = "↑" if about["better"] == "higher" else "↓"
     axes.set(xlabel=COSTS[cost], ylabel=f"{about['title']} {arrow}")
 
+    labels = [point.name for point in points]
+    if len(points) > _NAMED:
+        labels = [str(number) for number in range(1, len(points) + 1)]
+        names = "\n".join(f"{number}  {point.name}" for number, point in enumerate(points, 1))
+        axes.annotate(names, (1.02, 1), xycoords="axes fraction", va="top", fontsize=7.5)
     figure.draw_without_rendering()  # labels are placed in the axes' final frame
-    _place_labels(axes, points)
+    _place_labels(axes, points, labels)
 
 
 def front(points: list[Point], better: str) -> list[tuple[float, float]]:
@@ -105,8 +114,8 @@ def front(points: list[Point], better: str) -> list[tuple[float, float]]:
     return stairs
 
 
-def _place_labels(axes: "Axes", points: list[Point]) -> None:
-    """Write each point's name beside it, where it covers the least of what is there already."""
+def _place_labels(axes: "Axes", points: list[Point], labels: list[str]) -> None:
+    """Write each point's label beside it, where it covers the least of what is there already."""
     from matplotlib.transforms import Bbox
 
     frame = axes.get_window_extent()
@@ -115,9 +124,9 @@ def _place_labels(axes: "Axes", points: list[Point]) -> None:
     for point in points:
         bar = axes.transData.transform([(point.cost, point.low), (point.cost, point.high)])
         taken.append(Bbox(bar).padded(4))
-    for point in points:
+    for point, label in zip(points, labels, strict=True):
         text = axes.annotate(
-            point.name, (point.cost, point.estimate), (0, 0), textcoords="offset points", fontsize=8
+            label, (point.cost, point.estimate), (0, 0), textcoords="offset points", fontsize=8
         )
 
         def cost(place: tuple[int, int], text: "Annotation" = text) -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INK, FAINT, RULE = "#010101", "#020202", "#030303"
 _PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", RULE: "var(--rule)"}
 
+_FONT = "system-ui, sans-serif"
 # After Paul Tol: to be told apart by colour-blind readers too, on white and on black.
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#009988")
 
@@ -74,6 +75,12 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
     for colour, variable in _PAGE.items():
         drawn = drawn.replace(colour, variable)
     return drawn
+
+
+def standalone(element: str) -> str:
+    """A plot's <svg> element as a file of its own, on white."""
+    colours = f"--ink: #1d1d1b; --faint: #6b6b66; --rule: #dfdfd8; background: #fff; font-family: {_FONT}"
+    return element.replace(">", f"><style>svg {{ {colours} }}</style>", 1)
 
 
 def label_decades(axis: "Axis") -> None:

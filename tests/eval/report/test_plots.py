@@ -12,6 +12,7 @@ from PIL import Image
 from dma_diffusers.eval.report.heat_maps import layer_errors
 from dma_diffusers.eval.report.pareto import Point, front, pareto
 from dma_diffusers.eval.report.steps import step_plot
+from dma_diffusers.eval.report.svg import standalone
 from tests.eval.report.synthetic import STEPS, evaluation
 
 
@@ -25,6 +26,28 @@ def test_pareto_names_every_configuration():
     written = texts(pareto(contents, "lpips"))
     assert [text for text in written if text in contents["rows"]] == names
     assert "LPIPS ↓" in written
+
+
+def test_pareto_numbers_many_configurations():
+    contents = evaluation()
+    row = contents["rows"]["all MXFP4"]
+    contents["rows"] |= {f"another {number}": row for number in range(12)}
+    written = texts(pareto(contents, "lpips"))
+    names = [name for name, row in contents["rows"].items() if row["role"] == "configuration"]
+    for number, name in enumerate(names, 1):
+        assert str(number) in written and any(
+            text.split() == [str(number), *name.split()] for text in written
+        )
+
+
+def test_pareto_of_predicted_costs():
+    contents = evaluation()
+    assert pareto(contents, "lpips", "predicted_cost") is None
+    for number, row in enumerate(contents["rows"].values()):
+        row["predicted_cost"] = number / 10
+    written = pareto(contents, "lpips", "predicted_cost")
+    assert "attention's cost, predicted, of bf16's" in texts(written)
+    assert "--ink: #1d1d1b" in standalone(written) and "--ink:" not in written
 
 
 @pytest.mark.parametrize("scale", [1, 1000])

@@ -30,6 +30,17 @@ def test_both_files(folder):
     }
 
 
+def test_predicted_costs_have_a_plot_and_a_column(folder):
+    path = folder / "evaluation.json"
+    contents = json.loads(path.read_text())
+    contents["rows"]["all MXFP4"]["predicted_cost"] = 0.7925
+    contents["settings"]["target"] = "sm_100"
+    path.write_text(json.dumps(contents))
+    page, markdown = write_report(folder)
+    assert (folder / "predicted_cost.svg").read_text().startswith("<svg")
+    assert "predicted for sm_100" in page.read_text() and "| 0.792 |" in markdown.read_text()
+
+
 def _absent(folder):
     (folder / "evaluation.json").unlink()
 
