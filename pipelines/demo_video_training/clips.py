@@ -30,14 +30,14 @@ class TrainingClips:
         pairs = [(c, m) for c, concept in enumerate(CONCEPTS) for m, motion in enumerate(MOTIONS)
                  if not is_held_out(concept, motion)]  # fmt: skip
         self.pairs = torch.tensor(pairs, device=device)
+        self.limits = torch.tensor([0.03, 0.03, 0.05], device=device)
 
     def __call__(self, count: int) -> Clips:
         """``count`` clips; objects are moved by up to .03 and scaled by up to 5 %."""
         device = self.pairs.device
         concept, motion = self.pairs[torch.randint(len(self.pairs), (count,), device=device)].unbind(1)
         background = torch.randint(len(BACKGROUNDS), (count,), device=device)
-        limits = torch.tensor([0.03, 0.03, 0.05], device=device)
-        return Clips(concept, motion, background, (torch.rand(count, 3, device=device) * 2 - 1) * limits)
+        return Clips(concept, motion, background, (torch.rand(count, 3, device=device) * 2 - 1) * self.limits)
 
 
 class ClipRenderer:
@@ -60,7 +60,7 @@ class ClipRenderer:
     def __call__(self, clips: Clips, frames: range, height: int = HEIGHT) -> torch.Tensor:
         """Draw ``frames`` of ``clips``; returns float32 ``[B, 3, len(frames), height, height * 3 / 2]`` in [-1, 1]."""
         width, count = height * WIDTH // HEIGHT, len(frames)
-        index = torch.tensor(frames, device=clips.motion.device)
+        index = torch.arange(frames.start, frames.stop, frames.step, device=clips.motion.device)
         pose = self.poses[clips.motion][:, index]  # [B, frames, 4]
         x, y = (pose[..., :2] + clips.jitter[:, None, :2]).flatten(0, 1)[..., None, None].unbind(1)
         side = (pose[..., 2] * (1 + clips.jitter[:, 2:])).flatten()

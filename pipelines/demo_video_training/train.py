@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_model, save_model
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dma_diffusers.pipelines.demo_training.train import build_optimizers, shifted
 from dma_diffusers.pipelines.demo_video_training.clips import HEIGHT, WIDTH, ClipRenderer, TrainingClips
@@ -63,7 +62,7 @@ def main() -> None:
     stride = (args.frame_stride, HEIGHT // args.height)
     model.transformer.rope = SpreadPositions(grid, stride, model.transformer.config.attention_head_dim)
     model.to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average))
+    average = deepcopy(model)
     optimizers = build_optimizers(model, args.lr)
     vae = AutoencoderKLWan.from_pretrained(args.vae)
     vae = whole_clips(vae).to(device)
@@ -94,13 +93,14 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        average.update_parameters(model)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - args.average)
 
         if step % 50 == 0 or share == 1:
             log(step, str((step + 1) * args.batch), f"{loss.item():.4f}")
         if step % args.save_every == args.save_every - 1 or share == 1:
             partial = args.output / "partial.safetensors"
-            save_model(deepcopy(average.module).bfloat16(), partial)
+            save_model(deepcopy(average).bfloat16(), partial)
             partial.rename(args.output / "model.safetensors")
 
 
