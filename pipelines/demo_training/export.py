@@ -5,11 +5,12 @@ python -m dma_diffusers.pipelines.demo_training.export .demo/high/model.safetens
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_model
 
 from dma_diffusers.pipelines.demo_training.model import FULL_RESOLUTION, DemoModel
@@ -47,24 +48,27 @@ def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
     return pipeline
 
 
-def save_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, generation: Mapping[str, Any] = GENERATION
+) -> None:
     """Save ``pipeline`` so that stock classes load it, with the keyword arguments of its call beside it."""
     pipeline.save_pretrained(folder, max_shard_size="14MB")
-    _edit(folder / "model_index.json", {name: _TOKENIZER_CLASS for name in ("tokenizer", "tokenizer_2")})
-    for name in ("tokenizer", "tokenizer_2"):
-        _edit(folder / name / "tokenizer_config.json", {"tokenizer_class": _TOKENIZER_CLASS[1]})
-    for encoder in ("text_encoder", "text_encoder_2"):
-        # Transformers follows this where no dtype is asked for, Diffusers takes float32: they must agree.
-        _edit(folder / encoder / "config.json", {"dtype": "float32"})
+    for name in pipeline.components:
+        if name.startswith("tokenizer"):
+            _edit(folder / "model_index.json", {name: _TOKENIZER_CLASS})
+            _edit(folder / name / "tokenizer_config.json", {"tokenizer_class": _TOKENIZER_CLASS[1]})
+        if name.startswith("text_encoder"):
+            # Transformers follows this where no dtype is asked for, Diffusers takes float32: they must agree.
+            _edit(folder / name / "config.json", {"dtype": "float32"})
     for config in folder.glob("*/config.json"):
         _edit(config, {}, {"_name_or_path"})  # where a component was loaded from
-    _edit(folder / "generation.json", GENERATION)
+    _edit(folder / "generation.json", generation)
 
 
-def _edit(path: Path, changes: dict, dropped: Collection[str] = ()) -> None:
+def _edit(path: Path, changes: Mapping[str, Any], dropped: Collection[str] = ()) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     kept = {name: value for name, value in content.items() if name not in dropped}
-    path.write_text(json.dumps(kept | changes, indent=2) + "\n")
+    path.write_text(json.dumps({**kept, **changes}, indent=2) + "\n")
 
 
 def main() -> None:

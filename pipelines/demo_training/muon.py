@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, for the matrices inside transformer blocks."""
+"""Muon: momentum made orthogonal, for matrices inside transformer blocks and kernels of convolutions."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,7 +19,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay; matrices of one shape are updated together.
+    """Muon with Nesterov momentum and decoupled weight decay; tensors of one shape are updated together, each as
+    the matrix of its first dimension by all others.
 
     Updates have the root mean square of AdamW's (.2), so that ``lr`` means the same for both.
     """
@@ -37,10 +38,10 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grads = torch.stack([param.grad for param in params])
+            grads = torch.stack([param.grad.flatten(1) for param in params])
             state = self.state[params[0]]
             average = state.setdefault("average", torch.zeros_like(grads)).lerp_(grads, 1 - momentum)
             updates = orthogonalise(grads.lerp(average, momentum)).to(grads.dtype)
             updates *= 0.2 * max(grads.shape[1:]) ** 0.5
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(updates.unbind()), alpha=-lr)
+            torch._foreach_add_(params, [update.view(params[0].shape) for update in updates], alpha=-lr)

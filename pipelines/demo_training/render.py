@@ -22,9 +22,9 @@ class SceneRenderer:
         rgba = torch.from_numpy(sprites).to(device).permute(0, 3, 1, 2).float() / 255
         rgba[:, :3] *= rgba[:, 3:]  # interpolation needs premultiplied colours
         self.size = rgba.shape[-1]
-        self.textures = _mipmaps(rgba)
-        self.backgrounds = _colours(BACKGROUNDS, device)
-        self.tints = _colours(TINTS, device)
+        self.textures = mipmaps(rgba)
+        self.backgrounds = colour_table(BACKGROUNDS, device)
+        self.tints = colour_table(TINTS, device)
 
     @torch.no_grad()
     def __call__(self, scenes: SceneBatch, resolution: int) -> torch.Tensor:
@@ -43,29 +43,36 @@ class SceneRenderer:
         pixel = (torch.arange(resolution, device=place.device) + 0.5) / resolution
         u = ((pixel - x[:, None]) / side[:, None] + 0.5)[:, None, :].expand(-1, resolution, -1)
         v = ((pixel - y[:, None]) / side[:, None] + 0.5)[:, :, None].expand(-1, -1, resolution)
-        inside = ((u > 0) & (u < 1) & (v > 0) & (v < 1))[:, None] & (concept >= 0)[:, None, None, None]
-
-        minification = torch.log2(self.size / (side * resolution)).round().clamp(0, _LEVELS - 1)
-        scale = 0.5 ** minification[:, None, None]
-        left = (minification > 0)[:, None, None].float()
-        top = (minification > 1)[:, None, None] * 0.5
-        texture_u = (left + u * scale) / 1.5 * 2 - 1
-        texture_v = (top + v * scale) * 2 - 1
-        rgba = F.grid_sample(
-            self.textures[concept.clamp(min=0)],
-            torch.stack([texture_u, texture_v], dim=-1),
-            align_corners=False,
-        )
-        rgb, alpha = (rgba * inside).split([3, 1], dim=1)
+        minification = torch.log2(self.size / (side * resolution))
+        rgba = sample(self.textures[concept.clamp(min=0)], u, v, minification)
+        rgb, alpha = (rgba * (concept >= 0)[:, None, None, None]).split([3, 1], dim=1)
         tinted = _tint(rgb, alpha, self.tints[tint.clamp(min=0)][:, :, None, None])
         return torch.where((tint >= 0)[:, None, None, None], tinted, rgb), alpha
 
 
-def _mipmaps(rgba: torch.Tensor) -> torch.Tensor:
+def mipmaps(rgba: torch.Tensor) -> torch.Tensor:
     """Sprites at full, half and quarter size in one texture: ``[N, 4, S, S]`` to ``[N, 4, S, 1.5 S]``."""
     half, quarter = F.avg_pool2d(rgba, 2), F.avg_pool2d(rgba, 4)
     below = F.pad(quarter, (0, quarter.shape[-1], 0, quarter.shape[-1]))
     return torch.cat([rgba, torch.cat([half, below], dim=2)], dim=3)
+
+
+def sample(
+    textures: torch.Tensor, u: torch.Tensor, v: torch.Tensor, minification: torch.Tensor
+) -> torch.Tensor:
+    """Premultiplied colours ``[B, 4, H, W]`` of sprites at ``u``, ``v`` ``[B, H, W]``, transparent outside [0, 1].
+
+    ``textures`` ``[B, 4, S, 1.5 S]`` from :func:`mipmaps`; ``minification`` ``[B]``, log2 of sprite pixels a pixel.
+    """
+    inside = (u > 0) & (u < 1) & (v > 0) & (v < 1)
+    level = minification.round().clamp(0, _LEVELS - 1)
+    scale = 0.5 ** level[:, None, None]
+    left = (level > 0)[:, None, None].float()
+    top = (level > 1)[:, None, None] * 0.5
+    texture_u = (left + u * scale) / 1.5 * 2 - 1
+    texture_v = (top + v * scale) * 2 - 1
+    grid = torch.stack([texture_u, texture_v], dim=-1)
+    return F.grid_sample(textures, grid, align_corners=False) * inside[:, None]
 
 
 def _tint(rgb: torch.Tensor, alpha: torch.Tensor, tint: torch.Tensor) -> torch.Tensor:
@@ -77,6 +84,7 @@ def _tint(rgb: torch.Tensor, alpha: torch.Tensor, tint: torch.Tensor) -> torch.T
     return (dark + (1 - dark) * (2 * light - 1).clamp(min=0)) * alpha
 
 
-def _colours(colours: dict[str, str], device: torch.device) -> torch.Tensor:
+def colour_table(colours: dict[str, str], device: torch.device) -> torch.Tensor:
+    """Colours (word -> sRGB, "#rrggbb") as float32 ``[N, 3]`` in [0, 1]."""
     rows = [[int(value[i : i + 2], 16) / 255 for i in (1, 3, 5)] for value in colours.values()]
     return torch.tensor(rows, device=device)

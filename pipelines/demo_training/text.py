@@ -14,7 +14,14 @@ TEXT_TOKENS = 128
 POOLED_TOKENS = 77
 _LONGEST_PROMPT = 32  # tokens of the longest training prompt, rounded up
 _SPECIALS = ("<pad>", "</s>", "<reserved>", "<unk>")
-_VOCABULARY = {word: i for i, word in enumerate([*_SPECIALS, *vocabulary()])}
+
+
+def number_words(words: list[str]) -> dict[str, int]:
+    """Token ids of the special tokens and of `words`."""
+    return {word: i for i, word in enumerate([*_SPECIALS, *words])}
+
+
+_VOCABULARY = number_words(vocabulary())
 
 
 def word_ids(words: list[str]) -> list[int]:
@@ -22,9 +29,9 @@ def word_ids(words: list[str]) -> list[int]:
     return [_VOCABULARY.get(word, UNK) for word in words]
 
 
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(max_length: int, vocabulary: dict[str, int] = _VOCABULARY) -> PreTrainedTokenizerFast:
     """One token per word, any case, punctuation ignored, unknown words ``<unk>``, ``</s>`` at the end."""
-    tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\s]"), " ")]
     )

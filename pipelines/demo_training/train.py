@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
 from safetensors.torch import load_model, save_model
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -48,11 +49,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_optimizers(model: DemoModel, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and feed-forward layers, AdamW for everything else."""
     matrices, others = [], []
     for name, param in model.named_parameters():
-        in_block = any(part in name for part in ("blocks.", "t5.encoder.block.", "clip.encoder.layers."))
+        in_block = any(part in name for part in ("blocks.", "encoder.block.", "encoder.layers."))
         is_matrix = param.ndim == 2 and "norm" not in name and "bias" not in name
         (matrices if in_block and is_matrix else others).append(param)
     return [

@@ -1,0 +1,1 @@
+"""Training of the demo video model: animated sprites, clips, autoencoder and transformer."""

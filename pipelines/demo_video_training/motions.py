@@ -1,0 +1,41 @@
+"""How an object moves through a clip."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+FRAMES = 33
+"""Frames of a clip: four for each latent frame but the first."""
+
+_SIDE = 0.58  # of an object that keeps its size, in canvas heights
+
+
+def _pose(t: np.ndarray, x=0.0, y=0.0, side=_SIDE, turn=0.0) -> np.ndarray:
+    return np.stack([np.broadcast_to(value, t.shape) for value in (x, y, side, turn)], axis=-1)
+
+
+_MOTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "standing still": _pose,
+    "moving left": lambda t: _pose(t, x=0.44 - 0.88 * t),
+    "moving right": lambda t: _pose(t, x=0.88 * t - 0.44),
+    "moving up": lambda t: _pose(t, y=0.22 - 0.44 * t),
+    "moving down": lambda t: _pose(t, y=0.44 * t - 0.22),
+    "growing": lambda t: _pose(t, side=0.3 + 0.6 * t),
+    "shrinking": lambda t: _pose(t, side=0.9 - 0.6 * t),
+    "spinning": lambda t: _pose(t, turn=t),
+    "bouncing": lambda t: _pose(t, y=0.2 - 0.42 * np.abs(np.sin(2 * np.pi * t))),
+    "rocking": lambda t: _pose(t, turn=np.sin(4 * np.pi * t) / 10),
+}
+
+MOTIONS = tuple(_MOTIONS)
+"""Motions the model can draw, as the prompt says them."""
+
+
+def poses() -> np.ndarray:
+    """Where every motion puts an object in every frame: float64 ``[motions, FRAMES, 4]``.
+
+    A pose is (x, y, side, turn): the object's centre relative to the canvas' (y downwards) and its side in
+    canvas heights, and clockwise turns.
+    """
+    t = np.linspace(0, 1, FRAMES)
+    return np.stack([motion(t) for motion in _MOTIONS.values()])
