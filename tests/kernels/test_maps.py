@@ -111,7 +111,7 @@ def test_negative_width_is_refused():
         Diagonal(window=-1)
     with pytest.raises(ValueError, match="window must be a whole number of tokens, 0 or more, got -2"):
         Diagonal(window=(128, -2))
-    with pytest.raises(ValueError, match="sink must be 0 tokens or more, got -128"):
+    with pytest.raises(ValueError, match="sink must be a whole number of tokens, 0 or more, got -128"):
         Diagonal(sink=-128)
 
 
