@@ -165,6 +165,9 @@ class DMAConfig:
         grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its window is
             the same share of it as of the published one (`families.Published`), and steps above the published noise
             level are dense. It was published in full precision; here what the window holds is LOW, but for text.
+        FLUX's level is that of its schedule at 1024×1024. Diffusers' own schedule shifts with the size: at 2048×2048
+        22 of 28 steps lie above it, at 4096×4096 all of them: give the scheduler another shift there, or
+        dense_above_sigma=None.
         Raises ValueError for a family without one.
         """
         found = family_of(model, "none").published

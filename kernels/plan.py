@@ -18,7 +18,7 @@ from dma_diffusers.kernels.maps import (
 from dma_diffusers.kernels.places import Places
 from dma_diffusers.kernels.policies import Policy, reached
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.spans import Spans, spans
+from dma_diffusers.kernels.spans import Spans, hiding, spans
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     order, cut = places.order, ~reached(axes, places, "filled")
     classes = policy.classes(places.layout, places=places)
     phases = visiting_phases(classes, places.layout, order=order, cut=cut)
-    packed = spans(order, places.coordinates, axes) if (phases == Phase.MASKED).any() else None
+    packed = None
+    if (phases == Phase.MASKED).any():
+        packed = spans(order, places.coordinates, axes) if axes else hiding(order)
     if masks_text:
         phases = torch.where(_with_text(places.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
     return Plan(*_walks(classes, phases, policy), order, packed, policy.skip_below)

@@ -75,7 +75,7 @@ class Dense(Policy):
     everywhere: Class = Class.HIGH
 
     def __post_init__(self):
-        if self.everywhere not in (Class.HIGH, Class.LOW):
+        if not isinstance(self.everywhere, Class) or self.everywhere is Class.SKIP:
             raise ValueError(f"everywhere must be high or low, got {self._word(self.everywhere)}")
 
     def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Diagonal(Policy):
 
     window: tokens. 128 is the diagonal tile alone; each further 256 (causal: 128) adds a tile on either side
         (causal: before it). 0 is no band. Other widths round up. A tuple has a width for each head of the queries.
-    sink: tokens at the start of the keys, rounded up to tiles.
+    sink: tokens at the start of the keys, rounded up to tiles; on the grid, text stands there.
     near: "sequence" for a band of the flattened sequence; "grid" for as many boxes, those nearest on the grid.
     """
 
@@ -165,6 +165,9 @@ class Neighborhood(Policy):
             object.__setattr__(self, name, sides)
         if self.window is None and self.high is None:
             raise ValueError("a neighbourhood needs a window, or one that is HIGH")
+        given = [sides for sides in (self.window, self.stride, self.high) if sides]
+        if len({len(sides) for sides in given}) > 1:
+            raise ValueError(f"{self}: window, stride and high must have as many sides as each other")
         for stride, window in zip(self.stride or (), self.window or (), strict=False):
             if stride > window:
                 raise ValueError(f"stride {stride} exceeds window {window}: it can be 1 to the window")
@@ -354,7 +357,7 @@ def parse(words: str) -> Policy:
             name, _, value = map(str.strip, argument.partition("="))
             if name not in known or not value:
                 raise ValueError(f"{call[1]}({argument}): give {', '.join(f'{name}=…' for name in known)}")
-            given[name] = _value(value)
+            given[name] = _class(value) if name == "everywhere" else _value(value)
         try:
             members.append(kind(**given))
         except TypeError:
@@ -375,14 +378,16 @@ def _value(word: str) -> Any:
     for separator in "x/":
         if re.fullmatch(rf"\d+({separator}\d+)+", word):
             return tuple(map(int, word.split(separator)))
-    if word.upper() in Class.__members__:
-        return Class[word.upper()]
     for number in (int, float):
         try:
             return number(word)
         except ValueError:
             pass
     return word
+
+
+def _class(word: str) -> Class | str:
+    return Class.__members__.get(word.upper(), word)
 
 
 def _is_share(value: Any) -> bool:

@@ -182,13 +182,17 @@ def _print_policy(
     from dma_diffusers.kernels.policies import parse
 
     tokens = text + math.prod(grid)
-    counted = simulator.record(parse(words), Layout(tokens, tokens, (0, text), grid), **how)
+    policy = parse(words)
+    counted = simulator.record(policy, Layout(tokens, tokens, (0, text), grid), **how)
+    counted["notes"] = policy.notes(grid)
     prediction = summary.with_run(counted["prediction"], attention_share, dense_steps)
     if as_json:
         print_json(counted | {"prediction": prediction})
         return
     print_table(*simulator.lines(counted))
     print_table(*summary.times(prediction))
+    for note in counted["notes"]:
+        print(f"note: {note}")
     print(f"Times are {prediction['label']}.")
 
 

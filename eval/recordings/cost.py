@@ -32,9 +32,9 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
             visited = pairs(policy, layout, recording.is_causal)
             formats = target, recording.shape[3], own.high, own.low
             per_high, per_low = tile_clocks(*formats)
-            if policy.skip_below:
+            if policy.skip_below and (of_low := float(visited.low.mean())):
                 left_out = _left_out(recordings, recording, policy, layout, own.high, own.low)
-                per_low *= share_left(min(left_out / float(visited.low.mean()), 1.0), *formats)
+                per_low *= share_left(min(left_out / of_low, 1.0), *formats)  # as if LOW alone were left out
             clocks = visited.high * per_high + visited.low * per_low
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)

@@ -85,6 +85,8 @@ def test_positions_are_read_once_for_all_steps_of_a_run():
         assert grids.of_positions(None, call) == (12, 25)
     assert first.number > again.number == 0
     assert grids.of_positions(None, {"img_ids": flux_positions(25, 12)}) == (25, 12)
+    call["img_ids"].copy_(flux_positions(25, 12))
+    assert grids.of_positions(None, call) == (25, 12)
 
 
 @pytest.mark.parametrize("name", tiny_models.CASES)

@@ -66,6 +66,17 @@ def test_the_table_of_policies(evaluation):
         assert line.replace(" 0.", " .") in README
 
 
+def test_the_table_of_where_attention_matters():
+    for name, row in read(RESULTS / "h200_where.json")["rows"].items():
+        if row["role"] == "baseline":
+            continue
+        psnr, lpips = row["summary"]["psnr_db"], row["summary"]["lpips"]
+        cost = "" if row["predicted_cost"] is None else f"{row['predicted_cost']:.3f}"
+        psnr = f"{psnr['estimate']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}]"
+        lpips = f"{lpips['estimate']:.4f} [{lpips['low']:.4f}, {lpips['high']:.4f}]"
+        assert f"| {name} | {cost} | {psnr} | {lpips} |".replace(" 0.", " .") in README
+
+
 def test_the_committed_policy_can_be_read():
     config = DMAConfig.from_file(RESULTS / "h200_policy.json", quality=0.6)
     assert config.low == "nvfp4" and len(config.modules) == 6

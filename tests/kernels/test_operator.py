@@ -289,3 +289,13 @@ def test_the_default_dtype_changes_nothing(default):
         torch.set_default_dtype(torch.float32)
     assert torch.equal(given.out, expected.out) and torch.equal(given.lse, expected.lse)
     assert given.lse.dtype == empty.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", ["diagonal(window=128, sink=0, near=grid)", "neighborhood(high=1x1x1)"])
+def test_a_long_side_hides_no_key(policy):
+    """Longer than spans of a window could hold: without one, all that is hidden are empty places."""
+    zeros = torch.zeros(1, 1, 3 * 520, 32)
+    found = operator.attention(
+        zeros, zeros, zeros, policy=policy, grid=(1, 520, 3), lowering="reference", return_lse=True
+    )
+    torch.testing.assert_close(found.lse.exp(), torch.full_like(found.lse, 3 * 520.0))
