@@ -99,7 +99,7 @@ def bench_neighborhood(
     chosen = {name: neighborhood.named(name) for name in shape or neighborhood.NAMED}
     if grid:
         sides = sizes_of("--grid", grid), sizes_of("--window", window)
-        chosen = {"": (*sides, sizes_of("--stride", stride) if stride else (1,) * len(sides[0]))}
+        chosen = {"": (*sides, sizes_of("--stride", stride) if stride else (1,) * len(sides[1]))}
     cases = [
         neighborhood.Case(name, *sides, tokens, heads, head_dim)
         for name, sides in chosen.items()
