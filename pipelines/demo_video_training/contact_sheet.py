@@ -1,7 +1,7 @@
 """Draw the held-out prompts, lay the clips out on one sheet, and say what they show.
 
 python -m dma_diffusers.pipelines.demo_video_training.contact_sheet \
-    pipelines/demo_video/wan pipelines/demo_video/contact_sheet.png --sprites .demo/animated.npz
+    pipelines/demo_video/wan pipelines/demo_video/contact_sheet.webp --sprites .demo/animated.npz
 
 A row for each prompt, nine frames from left to right. The score: of all objects (motions, backgrounds), drawn from
 the sprites with everything else as the prompt says, the nearest to the clip.
@@ -75,7 +75,7 @@ def main() -> None:
     chosen = held_out_clips()[: args.count]
     captions = [prompt(*clip) for clip in chosen]
     clips = draw_clips(args.pipeline, captions, args.height, args.frame_stride)
-    lay_out(clips, captions).quantize(256, dither=Image.Dither.NONE).save(args.output, optimize=True)
+    lay_out(clips, captions).save(args.output, quality=75, method=6)
     render = ClipRenderer(
         load_sprites(args.sprites), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )

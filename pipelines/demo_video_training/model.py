@@ -12,7 +12,7 @@ from dma_diffusers.pipelines.demo_video_training.text import TEXT_TOKENS, build_
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """The denoiser, 6 million parameters; every block starts without modulation, the output at zero."""
+    """The denoiser, 4.2 million parameters; every block starts without modulation, the output at zero."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
@@ -22,7 +22,7 @@ def build_transformer() -> WanTransformer3DModel:
         text_dim=128,
         freq_dim=256,
         ffn_dim=704,
-        num_layers=6,
+        num_layers=4,
         rope_max_seq_len=64,
     )
     modulation, output = transformer.condition_embedder.time_proj, transformer.proj_out
