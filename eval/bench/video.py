@@ -2,26 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from dma_diffusers import apply, report, restore
+from dma_diffusers import report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.bound import Gpu, Products, bound_tflops, current_gpu
-from dma_diffusers.eval.bench.entries import FULL, products
-from dma_diffusers.eval.bench.inputs import draw
-from dma_diffusers.eval.bench.peers import PEERS, Peer, first_line
+from dma_diffusers.eval.bench.entries import products
 from dma_diffusers.eval.bench.shapes import Shape
-from dma_diffusers.eval.bench.timing import require_gpu, take_turns
+from dma_diffusers.eval.bench.steps import BACKENDS, Step, fastest_backend, step
+from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.bench.video_models import Video, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels import operator, plan
@@ -30,29 +25,17 @@ from dma_diffusers.kernels.maps import Class, tiles
 from dma_diffusers.kernels.policies import Dense, Policy
 
 NOTE = (
-    "Weights are random: these are speeds, and quality is unknown. A step is one forward call without torch.compile. "
-    "Attention is self-attention alone, quantisation and gathering included."
+    "Weights are random: these are speeds, and quality is unknown. A step is one forward call, without torch.compile. "
+    "Attention is self-attention alone, quantisation and gathering included. The relative L2 of a step's result to "
+    "stock's tells whether the same is computed, and with skipped tiles it is not; trained weights give other errors."
 )
 STOCK, LOW, SPARSE, DENSE = "stock", "LOW everywhere", "neighbourhood", "its dense step, HIGH everywhere"
 DENSE_SHARE = 0.3
 # No step and no layer is dense: a model's family may ask for some by default.
 UNGATED = {"dense_above_sigma": 1, "dense_layers": ()}
 EVERY_STEP_DENSE = {"dense_above_sigma": 0, "dense_layers": ()}
-_OURS = (torch.ops.dma_diffusers.attention, torch.ops.dma_diffusers.attention.default)
 _PACKAGES = ("dma_diffusers", "torch", "diffusers")
-_PROBE_SECONDS = 0.5
 OnStep = Callable[[str, int, int], None]
-
-
-def _flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-BACKENDS = (
-    *(peer for peer in PEERS if peer.kind == FULL),
-    Peer("FlashAttention-2 SDPA bf16", FULL, "H", "H", ("torch",), "torch", _flash),
-)
 
 
 def configurations(neighborhood: Policy) -> dict[str, DMAConfig | None]:
@@ -83,12 +66,12 @@ def bench_video(
     require_gpu()
     gpu = current_gpu()
     ours = configurations(Dense())[LOW]
-    chosen = operator.choose(torch.device("cuda"), 128, ours.high, ours.low, ours.operator_lowering)
+    device = torch.device("cuda")
+    chosen = operator.choose(device, 128, ours.high, ours.low, ours.operator_lowering)
     if chosen.lowering == "reference":
         raise ValueError(f"there is no kernel for {ours.high}|{ours.low}: {chosen.reason}")
     backends = {peer.name: peer.version for peer in BACKENDS}
     settings = {"note": NOTE, "seed": seed, "rounds": rounds, "backends": backends}
-    device = torch.device("cuda")
     measures = {
         name: partial(measure, name, video, device, gpu, rounds, seed, on_step)
         for name, video in videos.items()
@@ -156,6 +139,7 @@ def measure(
     return {
         "model": video.kind,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "clip": video.clip,
         "size": list(shape.size),
         "grid": list(layout.grid),
@@ -165,113 +149,6 @@ def measure(
         "stock": stock.name,
         "entries": compared(entries),
     }
-
-
-def fastest_backend(shape: Shape, gpu: Gpu, seed: int) -> tuple[dict[str, Any], Peer]:
-    """What an attention call takes in each of `BACKENDS`, or why it is absent; and the fastest of them.
-
-    Raises ValueError where none runs.
-    """
-    # As models lay tokens out: `[B, S, H, D]`.
-    copy = [
-        x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(shape, "normal", seed, gpu.l2_bytes)[0]
-    ]
-    found: dict[str, Any] = {}
-    calls = {}
-    for peer in BACKENDS:
-        try:
-            call = partial(peer.call, peer.load(), *copy)
-            call()
-            calls[peer] = lambda number, call=call: call()
-        except Exception as error:  # a peer may fail in whatever way it likes
-            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
-            found[peer.name] = {"absent": first_line(error)}
-    if not calls:
-        raise ValueError("no backend of stock attention runs here: see `bench attention`")
-    taken = take_turns(calls, _PROBE_SECONDS)
-    found |= {peer.name: times for peer, times in taken.items()}
-    return found, min(taken, key=lambda peer: taken[peer]["ms"])
-
-
-class Clock(TorchFunctionMode):
-    """Times the self-attention of a forward call, ours and stock's; `stock` stands in for SDPA there.
-
-    tokens: of a call of self-attention. Other calls of SDPA are left as they are.
-    """
-
-    def __init__(self, stock: Peer, tokens: int):
-        super().__init__()
-        self._stock = partial(stock.call, stock.load())
-        self._tokens = tokens
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @property
-    def calls(self) -> int:
-        return len(self._events)
-
-    @property
-    def seconds(self) -> float:
-        """Of all calls, on a GPU that has been waited for."""
-        return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._sdpa(*args, **kwargs)
-        if func in _OURS:
-            return self._timed(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _sdpa(self, query, key, value, attn_mask=None, *args, **kwargs):
-        if not query.shape[-2] == key.shape[-2] == self._tokens:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
-        if attn_mask is not None:
-            raise RuntimeError("stock self-attention was given a mask, for which it has no fast kernel")
-        return self._timed(self._stock, query, key, value)
-
-    def _timed(self, attend, *args, **kwargs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        out = attend(*args, **kwargs)
-        end.record()
-        self._events.append((start, end))
-        return out
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward call: its time, that of its calls of self-attention, the most memory allocated, its result."""
-
-    seconds: float
-    attention: float
-    calls: int
-    peak_bytes: int
-    out: torch.Tensor
-
-
-def step(
-    model: torch.nn.Module,
-    config: DMAConfig | None,
-    inputs: dict[str, torch.Tensor],
-    stock: Peer,
-    tokens: int,
-) -> Step:
-    """One forward call with `config`, timed on the GPU."""
-    if config is None:
-        restore(model)
-    else:
-        apply(model, config)
-    clock = Clock(stock, tokens)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad(), clock:
-        start.record()
-        out = model(**inputs, return_dict=False)[0]
-        end.record()
-    torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) / 1e3
-    return Step(seconds, clock.seconds, clock.calls, torch.cuda.max_memory_allocated(), out)
 
 
 def work(
@@ -332,12 +209,13 @@ HEADER = (
     "Attention",
     "s a step",
     "× stock",
-    "of it attention, s",
+    "attention, s",
     "× stock",
+    "% of step",
     "% of bound",
     "% of tiles",
     "peak GiB",
-    "relative L2 to stock",
+    "relative L2",
 )
 
 
@@ -346,20 +224,18 @@ def cells(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for entry in entries:
         bound = entry.get("attention_bound_s")
-        error = (
-            ""
-            if entry.get("computed")
-            else "NaN"
-            if entry["relative_l2"] is None
-            else f"{entry['relative_l2']:.4f}"
-        )
         lines.append([
             entry["name"],
             f"{entry['step_s']:.3f}", f"{entry['over_stock']:.2f}",
             f"{entry['attention_s']:.3f}", f"{entry['attention_over_stock']:.2f}",
+            f"{100 * entry['attention_share']:.0f}",
             f"{100 * bound / entry['attention_s']:.0f}" if bound else "",
             f"{100 * (entry['high'] + entry['low']):.1f}",
             f"{entry['peak_bytes'] / 2**30:.1f}",
-            error,
+            "" if entry.get("computed") else _error(entry["relative_l2"]),
         ])  # fmt: skip
     return lines
+
+
+def _error(relative_l2: float | None) -> str:
+    return "NaN" if relative_l2 is None else f"{relative_l2:.4f}"

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers import apply, report
-from dma_diffusers.eval.bench import timing, video
+from dma_diffusers.eval.bench import steps, timing, video
 from dma_diffusers.eval.bench.bound import bound_tflops
 from dma_diffusers.eval.bench.entries import FULL
 from dma_diffusers.eval.bench.peers import Peer
 from dma_diffusers.eval.bench.shapes import Shape
-from dma_diffusers.eval.bench.video import DENSE, LOW, SPARSE, STOCK, Clock, bench_video, cells, compared
+from dma_diffusers.eval.bench.steps import Clock
+from dma_diffusers.eval.bench.video import DENSE, LOW, SPARSE, STOCK, bench_video, cells, compared
 from dma_diffusers.eval.bench.video_models import VIDEOS, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels.lowerings import Choice
@@ -69,12 +70,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(timing, "require_gpu", lambda: None)
     monkeypatch.setattr(video, "require_gpu", lambda: None)
     monkeypatch.setattr(video, "current_gpu", lambda: H200)
-    monkeypatch.setattr(video, "fastest_backend", lambda *_: ({"SDPA": {"ms": 1.0}}, SDPA))
 
 
 @pytest.fixture
-def measured(gpu):
-    return {name: video.measure(name, tiny, CPU, H200, 2, 0) for name, tiny in TINY.items()}
+def measured(monkeypatch, gpu):
+    monkeypatch.setattr(video, "fastest_backend", lambda *_: ({"SDPA": {"ms": 1.0}}, SDPA))
+    return lambda name: video.measure(name, TINY[name], CPU, H200, 2, 0)
 
 
 @pytest.mark.parametrize(("name", "parameters", "grid", "text"), [
@@ -142,8 +143,9 @@ def test_a_shortened_model_has_a_block_of_each_kind(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_is_timed_wherever_it_runs(name, measured):
-    entries = {entry["name"]: entry for entry in measured[name]["entries"]}
-    assert measured[name]["attention_calls"] == CALLS[name]
+    found = measured(name)
+    entries = {entry["name"]: entry for entry in found["entries"]}
+    assert found["attention_calls"] == CALLS[name]
     for entry in (STOCK, LOW, SPARSE, DENSE):
         # Two events for each call, the first and the last of them within the step's.
         assert entries[entry]["attentions_s"] == [CALLS[name]] * 2
@@ -152,7 +154,7 @@ def test_attention_is_timed_wherever_it_runs(name, measured):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_each_configuration_computes(name, measured):
-    entries = {entry["name"]: entry for entry in measured[name]["entries"]}
+    entries = {entry["name"]: entry for entry in measured(name)["entries"]}
     errors = {entry: entries[entry]["relative_l2"] for entry in (STOCK, LOW, SPARSE, DENSE)}
     assert errors[STOCK] == 0 < errors[DENSE] < 0.01
     assert errors[DENSE] < errors[LOW] < 0.03 < errors[SPARSE]
@@ -189,6 +191,30 @@ def test_gated_configurations_take_the_map_in_every_step():
     assert report(model).modules[0].diverted == 1
 
 
+def test_the_fastest_backend_that_runs_is_stock(monkeypatch, gpu):
+    def no_kernel(module, *qkv):
+        raise RuntimeError("No available kernel.\nAborting")
+
+    def peer(name, call=SDPA.call):
+        return Peer(name, FULL, "H", "H", ("torch",), "torch", call)
+
+    given = torch.zeros(3, 1, 2, 8, 16)
+    seen = []
+    peers = (peer("slow"), peer("none", no_kernel), peer("fast", lambda _, *qkv: seen.extend(qkv)))
+    times = {"slow": {"ms": 2.0}, "fast": {"ms": 1.0}}
+    monkeypatch.setattr(steps, "BACKENDS", peers)
+    monkeypatch.setattr(steps, "draw", lambda *_: [tuple(given)])
+    monkeypatch.setattr(steps, "take_turns", lambda calls, _: {peer: times[peer.name] for peer in calls})
+    found, fastest = steps.fastest_backend(Shape("", 1, 2, 8, 16), H200, 0)
+    assert found == {"none": {"absent": "No available kernel."}} | times
+    assert fastest.name == "fast"
+    assert [x.shape for x in seen] == [given.shape[1:]] * 3
+    assert all(x.transpose(1, 2).is_contiguous() for x in seen)  # as models lay tokens out
+    monkeypatch.setattr(steps, "BACKENDS", peers[1:2])
+    with pytest.raises(ValueError, match="no backend of stock attention runs here"):
+        steps.fastest_backend(Shape("", 1, 2, 8, 16), H200, 0)
+
+
 def entry(name, step_s, attention_s, gib=1, high=0.0, low=0.0):
     return {
         "name": name, "policy": None, "step_s": step_s, "attention_s": attention_s, "attention_bound_s": 1.0,
@@ -218,10 +244,10 @@ def test_a_schedule_is_computed_from_steps():
 
 def test_the_table():
     lines = cells(compared([*ENTRIES[:1], ENTRIES[1] | {"relative_l2": None}, *ENTRIES[2:]]))
-    assert lines[0] == ["stock", "10.000", "1.00", "8.000", "1.00", "12", "100.0", "1.0", "0.0100"]
+    assert lines[0] == ["stock", "10.000", "1.00", "8.000", "1.00", "80", "12", "100.0", "1.0", "0.0100"]
     assert lines[1][-1] == "NaN"
     assert lines[-1] == [
-        "neighbourhood, 30% of steps dense", "5.400", "1.85", "3.400", "2.35", "", "37.7", "3.0", "",
+        "neighbourhood, 30% of steps dense", "5.400", "1.85", "3.400", "2.35", "63", "", "37.7", "3.0", "",
     ]  # fmt: skip
 
 
