@@ -1,14 +1,17 @@
 """What a measurement was made with: enough to tell whether a stored one still holds."""
 
 import hashlib
+import importlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 import dma_diffusers
+
+# What a picture depends on.
+PACKAGES = ("dma_diffusers", "torch", "diffusers", "transformers")
 
 
 def fingerprint(folder: Path, *patterns: str) -> str:
@@ -40,10 +43,10 @@ def sources() -> dict[str, str]:
     return {"dma_diffusers": fingerprint(package, "*.py"), "kernels": fingerprint(kernels, "**/*.py")}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a picture depends on."""
-    packages = (dma_diffusers, torch, diffusers, transformers)
-    return {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of `packages`."""
+    found = {name: importlib.import_module(name).__version__ for name in packages}
+    return {"python": platform.python_version()} | found
 
 
 def hardware() -> str:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from dma_diffusers.cli.bench import bench_attention, bench_neighborhood
+from dma_diffusers.cli.bench import bench_attention, bench_neighborhood, bench_video
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
@@ -31,6 +31,7 @@ app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)
 bench.command("neighborhood")(bench_neighborhood)
+bench.command("video")(bench_video)
 
 
 def main() -> None:

@@ -118,3 +118,42 @@ def bench_neighborhood(
         print(f"\n{label}, {inputs} inputs, {gpu}; tiles counted: {measured['simulated']:.2f}× fewer")
         lines = neighborhood.cells(measured["entries"])
         print_table(neighborhood.HEADER, ([escape(text) for text in line] for line in lines))
+
+
+def bench_video(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="wan-14b-720p or hunyuan-720p; both, one after the other, if left out."),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=20, help="Timed steps of each configuration, in turns.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Time whole denoising steps of video transformers at their true size, with random weights: speed alone."""
+    from dma_diffusers.eval.bench.timing import require_gpu
+
+    require_gpu()
+    require(("triton",), "pip install triton")
+    from dma_diffusers.eval.bench import video
+    from dma_diffusers.eval.bench.video_models import VIDEOS, named
+    from dma_diffusers.pipelines.files import check_writable
+
+    chosen = {name: named(name) for name in model or VIDEOS}
+    if output:
+        check_writable(output)
+    command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    with quiet(), progress(not as_json) as on_step:
+        result = video.bench_video(chosen, rounds, seed, output, command, on_step)
+    if as_json:
+        print_json(result)
+        return
+    for name, measured in result["shapes"].items():
+        gpu = result["settings"]["gpu"]["name"]
+        print(f"\n{name}, {measured['clip']}, {gpu}; stock attention: {measured['stock']}")
+        print_table(
+            video.HEADER, ([escape(text) for text in line] for line in video.cells(measured["entries"]))
+        )
+    print(video.NOTE)

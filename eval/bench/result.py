@@ -1,7 +1,7 @@
 """A benchmark's result: measured shape by shape, into a file that an interrupted run goes on with."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,13 @@ def settings(gpu: Gpu, inputs: str, seed: int, seconds: float, **others: Any) ->
     """What a result is measured with: these, the sources and the versions. Raises ValueError for unknown inputs."""
     if inputs not in KINDS:
         raise ValueError(f"unknown inputs {inputs!r}: choose from {', '.join(KINDS)}")
-    import triton
+    return {"inputs": inputs, "seed": seed, "seconds": seconds, **others, **environment(gpu)}
 
-    versions = provenance.versions() | {"triton": triton.__version__, "cuda": torch.version.cuda}
-    return {
-        "inputs": inputs,
-        "seed": seed,
-        "seconds": seconds,
-        **others,
-        "gpu": gpu._asdict(),
-        "sources": provenance.sources(),
-        "versions": versions,
-    }
+
+def environment(gpu: Gpu, packages: Sequence[str] = provenance.PACKAGES) -> dict[str, Any]:
+    """The GPU, the sources, and the versions of `packages`, Triton and CUDA."""
+    versions = provenance.versions((*packages, "triton")) | {"cuda": torch.version.cuda}
+    return {"gpu": gpu._asdict(), "sources": provenance.sources(), "versions": versions}
 
 
 def collect(

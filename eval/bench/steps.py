@@ -1,0 +1,140 @@
+"""Whole forward calls of a model, timed together with the self-attention inside them."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from dma_diffusers import apply, restore
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.bench.bound import Gpu
+from dma_diffusers.eval.bench.entries import FULL
+from dma_diffusers.eval.bench.inputs import draw
+from dma_diffusers.eval.bench.peers import PEERS, Peer, first_line
+from dma_diffusers.eval.bench.shapes import Shape
+from dma_diffusers.eval.bench.timing import take_turns
+
+_PROBE_SECONDS = 0.5
+_OURS = (torch.ops.dma_diffusers.attention, torch.ops.dma_diffusers.attention.default)
+
+
+def _flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+BACKENDS = (
+    *(peer for peer in PEERS if peer.kind == FULL),
+    Peer("FlashAttention-2 SDPA bf16", FULL, "H", "H", ("torch",), "torch", _flash),
+)
+
+
+def fastest_backend(shape: Shape, gpu: Gpu, seed: int) -> tuple[dict[str, Any], Peer]:
+    """What an attention call takes in each of `BACKENDS`, or why it is absent; and the fastest of them.
+
+    Raises ValueError where none runs.
+    """
+    # As models lay tokens out: `[B, S, H, D]`.
+    copy = [
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(shape, "normal", seed, gpu.l2_bytes)[0]
+    ]
+    found: dict[str, Any] = {}
+    calls = {}
+    for peer in BACKENDS:
+        try:
+            call = partial(peer.call, peer.load(), *copy)
+            call()
+            calls[peer] = lambda number, call=call: call()
+        except Exception as error:  # a peer may fail in whatever way it likes
+            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
+            found[peer.name] = {"absent": first_line(error)}
+    if not calls:
+        raise ValueError("no backend of stock attention runs here: see `bench attention`")
+    taken = take_turns(calls, _PROBE_SECONDS)
+    found |= {peer.name: times for peer, times in taken.items()}
+    return found, min(taken, key=lambda peer: taken[peer]["ms"])
+
+
+class Clock(TorchFunctionMode):
+    """Times the self-attention of a forward call, ours and stock's; `stock` stands in for SDPA there.
+
+    tokens: of a call of self-attention. Other calls of SDPA are left as they are.
+    """
+
+    def __init__(self, stock: Peer, tokens: int):
+        super().__init__()
+        self._stock = partial(stock.call, stock.load())
+        self._tokens = tokens
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self._events)
+
+    @property
+    def seconds(self) -> float:
+        """Of all calls, on a GPU that has been waited for."""
+        return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func in _OURS:
+            return self._timed(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _sdpa(self, query, key, value, attn_mask=None, *args, **kwargs):
+        if not query.shape[-2] == key.shape[-2] == self._tokens:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+        if attn_mask is not None:
+            raise RuntimeError("stock self-attention was given a mask, for which it has no fast kernel")
+        return self._timed(self._stock, query, key, value)
+
+    def _timed(self, attend, *args, **kwargs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        out = attend(*args, **kwargs)
+        end.record()
+        self._events.append((start, end))
+        return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward call: its time, that of its calls of self-attention, the most memory allocated, its result."""
+
+    seconds: float
+    attention: float
+    calls: int
+    peak_bytes: int
+    out: torch.Tensor
+
+
+def step(
+    model: torch.nn.Module,
+    config: DMAConfig | None,
+    inputs: dict[str, torch.Tensor],
+    stock: Peer,
+    tokens: int,
+) -> Step:
+    """One forward call with `config`, timed on the GPU."""
+    if config is None:
+        restore(model)
+    else:
+        apply(model, config)
+    clock = Clock(stock, tokens)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad(), clock:
+        start.record()
+        out = model(**inputs, return_dict=False)[0]
+        end.record()
+    torch.cuda.synchronize()
+    seconds = start.elapsed_time(end) / 1e3
+    return Step(seconds, clock.seconds, clock.calls, torch.cuda.max_memory_allocated(), out)
