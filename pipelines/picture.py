@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,10 +24,10 @@ def picture_format(path: Path) -> str:
     return kind
 
 
-def encode(picture: Image.Image, kind: str) -> bytes:
-    """The bytes of a picture file of Pillow's format `kind`."""
+def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of a picture file of Pillow's format `kind`, written with its options."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -18,7 +18,8 @@ def lpips(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Learned perceptual distance of [B, 3, H, W] uint8 pictures, [B] float32 on their device; 0 where identical.
 
     Zhang et al., 2018 (https://arxiv.org/abs/1801.03924), version 0.1 with the AlexNet backbone, as the `lpips`
-    package has it. Raises ValueError where the shapes differ or a side is shorter than 31 pixels.
+    package has it, with most weights rounded to float16: ATTRIBUTION.md says what that changes.
+    Raises ValueError where the shapes differ or a side is shorter than 31 pixels.
     """
     if pictures.shape != references.shape or min(pictures.shape[2:]) < _SMALLEST:
         raise ValueError(

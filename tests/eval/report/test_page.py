@@ -79,7 +79,7 @@ def test_nothing_is_requested(page, text):
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base")
         for name in ("src", "href", "xlink:href", "srcset", "data"):
-            assert re.match(r"data:image/png;base64,|#", attributes.get(name) or "#")
+            assert re.match(r"data:image/(png|webp);base64,|#", attributes.get(name) or "#")
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
@@ -169,7 +169,8 @@ def test_worst_pictures_are_those_in_the_folder(run, page):
         assert np.array_equal(reference, expected)
         assert np.array_equal(drawn, Image.open(folder / entry["pictures"]["row"]))
         amplified, factor = amplified_difference(Image.fromarray(drawn), expected)
-        assert np.array_equal(difference, amplified)
+        off = np.abs(difference.astype(int) - np.asarray(amplified))  # lossy: it is for the eye
+        assert np.mean(off) < 0.5 * np.mean(amplified)
         assert f"difference × {factor}" in page.text
 
 
