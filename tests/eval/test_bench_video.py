@@ -94,7 +94,7 @@ def test_nine_tenths_of_the_tiles_are_skipped(name):
     chosen = VIDEOS[name]
     layout = chosen.layout(chosen.build(torch.device("meta"), 0))
     visited = sum(number.mean().item() for number in pairs(chosen.neighborhood, layout))
-    assert visited / tiles(layout.k_length) ** 2 == pytest.approx(0.11, abs=0.005)
+    assert visited / tiles(layout.k_length) ** 2 <= 0.1
     assert math.prod(chosen.neighborhood.window) / math.prod(layout.grid) == pytest.approx(0.091, abs=0.001)
 
 
