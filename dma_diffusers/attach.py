@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.bind import Bound, bind
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.dense import dense_parts
 from dma_diffusers.divert import Diversion, Forward
 from dma_diffusers.families import family_of
 from dma_diffusers.processor import DMAAttnProcessor
@@ -35,8 +36,8 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     attention backend that was chosen before runs only where whole modules are left to stock.
 
     Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
-    `dense_layers` or `modules` that do not exist, a configuration for another model, a policy that needs a grid
-    which is not known, or context parallelism.
+    `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a configuration for
+    another model, a policy that needs a grid which is not known, or context parallelism.
     """
     config = DMAConfig.of(config, **fields)
     for attach in [_prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
@@ -131,8 +132,6 @@ def _attachment(model: torch.nn.Module) -> Attachment | None:
 def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
     """Checks that `config` can be applied to `model`, or to its modules `chosen`; the result does it."""
     family = family_of(model, config.text, config.grid)
-    if config.dense_above_sigma is not None and family.timestep_scale is None:
-        raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
         raise ValueError("DMA attention does not support context parallelism")
@@ -148,14 +147,12 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
             wrapped.append(name)
     if not wrapped:
         raise ValueError(f"{type(model).__name__} has no attention module to divert")
-    if not all(-len(wrapped) <= index < len(wrapped) for index in config.dense_layers):
-        raise ValueError(
-            f"dense_layers {config.dense_layers}: {type(model).__name__} has {len(wrapped)} modules to divert"
-        )
     diverted = [name for name, _ in _attention_modules(model) if not family.role_left_to_stock(name)]
     _check_modules(model, config, diverted)
-    dense = {wrapped[index] for index in config.dense_layers} | set(filter(config.is_dense, wrapped))
-    policies = [config.of_module(name).asked for name in wrapped if name not in dense]
+    dense = dense_parts(config, family, type(model).__name__, tuple(diverted))
+    if dense.above_sigma is not None and family.timestep_scale is None:
+        raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
+    policies = [config.of_module(name).asked for name in wrapped if name not in dense.modules]
     on_grid = [policy for policy in policies if policy.on_grid]
     if on_grid and family.grid is None:
         raise ValueError(
@@ -165,10 +162,11 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
 
     def attach() -> None:
         _detach(model)
-        forward = Forward(model, family, config.dense_above_sigma, bool(on_grid))
+        forward = Forward(model, family, dense.above_sigma, bool(on_grid), dense.note)
         for name in wrapped:
             module = model.get_submodule(name)
-            diversion = Diversion(config.of_module(name), family, forward, name in dense, _head_dim(module))
+            own = config.of_module(name)
+            diversion = Diversion(own, family, forward, name in dense.modules, _head_dim(module))
             module.processor = bind(module.processor, diversion)
         hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)

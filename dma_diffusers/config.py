@@ -49,11 +49,15 @@ class DMAConfig:
         "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept as
         words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
     min_length: calls with fewer keys (tokens) are left to stock attention.
-    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH; None for no such
-        step. Reading the level waits for the device once per forward call. It happens before a model's
-        compiled graph, but breaks the graph of whatever else is compiled around the model.
-    dense_layers: attention modules that run with every tile HIGH, as indices into those that are diverted, in
-        module order; negative ones count from the end.
+    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step. None:
+        as published for the model's family where the policy leaves pairs out (`families.DenseFirst`; the receipt
+        says who by), else none. It is the level that counts, so of few steps many may be dense. Reading it waits
+        for the device once per forward call. It happens before a model's compiled graph, but breaks the graph of
+        whatever else is compiled around the model.
+    dense_layers: attention modules that run with every tile HIGH, as indices into those that can be diverted, in
+        module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
+    quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than
+        are needed, by what is published where there is some, else by our judgement (README's table says which).
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for
         formats and lengths that were measured to gain, on Hopper, and leaves other calls to stock; "stock"
@@ -77,7 +81,8 @@ class DMAConfig:
     policy: Policy | str | None = None
     min_length: int = 256
     dense_above_sigma: float | None = None
-    dense_layers: tuple[int, ...] = ()
+    dense_layers: tuple[int, ...] | None = None
+    quality_first: bool = False
     lowering: str = "auto"
     protect_text: bool = True
     text: str | None = None
@@ -100,9 +105,16 @@ class DMAConfig:
         sigma = self.dense_above_sigma
         if sigma is not None and not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
             raise ValueError(f"dense_above_sigma must be a number between 0 and 1, or None, got {sigma!r}")
-        if not isinstance(self.dense_layers, tuple | list) or not all(map(_is_integer, self.dense_layers)):
-            raise ValueError(f"dense_layers must be a tuple of whole numbers, got {self.dense_layers!r}")
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if self.dense_layers is not None:
+            if not isinstance(self.dense_layers, tuple | list) or not all(
+                map(_is_integer, self.dense_layers)
+            ):
+                raise ValueError(
+                    f"dense_layers must be a tuple of whole numbers, or None, got {self.dense_layers!r}"
+                )
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if not isinstance(self.quality_first, bool):
+            raise ValueError(f"quality_first must be true or false, got {self.quality_first!r}")
         allowed = [*CHOICES, *(lowering.name for lowering in lowerings.LOWERINGS)]
         if self.lowering not in allowed:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
@@ -163,19 +175,18 @@ class DMAConfig:
         """The neighbourhood that was published for the family of `model`, with some fields changed.
 
         grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its window is
-            the same share of it as of the published one (`families.Published`), and steps above the published noise
-            level are dense. It was published in full precision; here what the window holds is LOW, but for text.
+            the same share of it as of the published one (`families.Published`). It was published in full precision;
+            here what the window holds is LOW, but for text. Steps above the family's noise level are dense.
         FLUX's level is that of its schedule at 1024×1024. Diffusers' own schedule shifts with the size: at 2048×2048
         22 of 28 steps lie above it, at 4096×4096 all of them: give the scheduler another shift there, or
-        dense_above_sigma=None.
+        dense_above_sigma=1.
         Raises ValueError for a family without one.
         """
         found = family_of(model, "none").published
         if found is None:
             known = ", ".join(name for name, family in FAMILIES.items() if family.published)
             raise ValueError(f"no neighbourhood was published for {type(model).__name__}; there are {known}")
-        fields = {"policy": found.policy(grid), "dense_above_sigma": found.dense_above_sigma}
-        return cls.of(None, **fields | changes)
+        return cls.of(None, **{"policy": found.policy(grid)} | changes)
 
     @classmethod
     def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":

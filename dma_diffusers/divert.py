@@ -26,7 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Forward:
     """What all attention modules of a model need to know of its running forward call.
 
+    dense_above_sigma: steps with a higher noise level run with every tile HIGH; None for no such step.
     wants_grid: whether a policy needs to know what the tokens lie on; the family must know how to find it.
+    note: where dense steps and layers come from; empty for nowhere.
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class Forward:
         family: Family,
         dense_above_sigma: float | None,
         wants_grid: bool = False,
+        note: str = "",
     ):
         self.family = family
         self.dense_above_sigma = dense_above_sigma
         self.wants_grid = wants_grid
+        self.note = note
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
         self.announced = False
@@ -125,6 +129,7 @@ class Diversion:
         self.stand_in: Callable[..., operator.Result] | None = None
         self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.diverted = 0
+        self.in_dense_steps = 0
         self.left: Counter[str] = Counter()
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
         self.device: torch.device | None = None
@@ -170,7 +175,8 @@ class Diversion:
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.diverted, dict(self.left), architecture(self.device or device),
-            sum(int(rows) for rows in self.inexact_rows), tuple(self.notes(self.forward.grid)),
+            sum(int(rows) for rows in self.inexact_rows),
+            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid)))), self.in_dense_steps,
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
@@ -194,7 +200,7 @@ class Diversion:
             return "dense"
         words = self.config.words
         words += "" if self.config.protect_text else " without protected text"
-        sigma = self.config.dense_above_sigma
+        sigma = self.forward.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
 
     def _why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
@@ -239,6 +245,7 @@ class Diversion:
     def _diverted(self, query: torch.Tensor) -> None:
         if not torch.compiler.is_compiling():
             self.diverted += 1
+            self.in_dense_steps += not (self.mapped or self.dense)
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)
 

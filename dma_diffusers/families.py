@@ -14,14 +14,13 @@ from dma_diffusers.kernels.policies import Neighborhood
 class Published:
     """A neighbourhood that kept a family's pictures as they were, in full precision and without training.
 
-    grid, window, stride: in tokens, as published. dense_above_sigma: a noise level between the last of the first steps
-        that ran with full attention and the step after it, by the family's own schedule. source: who published it.
+    grid, window, stride: in tokens, as published. source: who published it. Its first steps ran with full attention
+        (`Family.dense_first`).
     """
 
     grid: tuple[int, ...]
     window: tuple[int, ...]
     stride: tuple[int, ...]
-    dense_above_sigma: float
     source: str
 
     def policy(self, grid: grids.Grid) -> Neighborhood:
@@ -33,6 +32,20 @@ class Published:
         sides = zip(grid, self.window, self.grid, strict=True)
         window = [max(round(length * side / of), 1) for length, side, of in sides]
         return Neighborhood(tuple(window), tuple(map(min, self.stride, window)))
+
+
+@dataclass(frozen=True)
+class DenseFirst:
+    """Steps and layers that keep every pair where a family's other calls leave pairs out.
+
+    above_sigma: a noise level (0 to 1) between the last of the dense steps and the step after it, by the schedule of
+        those who published their number. layers: attention modules, as in `DMAConfig.dense_layers`; those that a small
+        model has not are passed over. source: who published it, and what of it is our own judgement.
+    """
+
+    above_sigma: float
+    layers: tuple[int, ...]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Family:
     grid: finds what the tokens other than text lie on; None if not known.
     grid_on_device: whether finding it waits for the device.
     published: a neighbourhood for it; None where none is known of.
+    dense_first: what published work keeps dense; None where none is known of, or needed.
+    quality_first: the same for those who would rather wait; known where `dense_first` is.
     """
 
     text: str
@@ -58,6 +73,8 @@ class Family:
     grid: grids.Finder | None = None
     grid_on_device: bool = False
     published: Published | None = None
+    dense_first: DenseFirst | None = None
+    quality_first: DenseFirst | None = None
 
     def role_left_to_stock(self, module: str) -> str:
         """Why the module of this name is left to stock; empty if it is not."""
@@ -87,28 +104,71 @@ class Family:
 
 
 _FLUX = Family("first", single_stream=True, timestep_scale=1, grid=grids.of_positions, grid_on_device=True)
-# 9 of 28 steps dense. Their sigmas are those of 1024×1024 (mu 1.15, the largest that FLUX.1's schedule was given for):
-# .888 and .870 are the ninth and the tenth. At 4096×4096 Diffusers extrapolates mu to 11.55, where the last step is at
-# .9997 and every one dense: give the scheduler another shift there.
-_FLUX_4K = Published((256, 256), (80, 80), (16, 16), 0.88, "arXiv 2504.16922 (GNA), FLUX at 4096×4096")
-# 15 of 50 steps dense. Shift 7: .947 and .942 are the fifteenth and the sixteenth.
-_HUNYUAN_720P = Published(
-    (30, 48, 80), (18, 24, 24), (16, 8, 8), 0.945, "arXiv 2504.16922 (GNA), HunyuanVideo at 720p, 5 s"
-)
 _CROSS = Family("none", cross_attention=("attn2",), timestep_scale=1000)
+
+# Sigmas of the last dense step and the next one stand behind each number; tests compute them from the schedules.
+# Those of 1024×1024 (mu 1.15, the largest that FLUX.1's schedule was given for), .888 and .870, .785 and .760. At
+# 4096×4096 Diffusers extrapolates mu to 11.55, where the last step is at .9997 and every one dense: give the scheduler
+# another shift there.
+_FLUX_1 = replace(
+    _FLUX,
+    published=Published((256, 256), (80, 80), (16, 16), "arXiv 2504.16922 (GNA), FLUX at 4096×4096"),
+    dense_first=DenseFirst(0.88, (), "9 of 28 steps for FLUX (GNA, arXiv 2504.16922)"),
+    quality_first=DenseFirst(0.77, (), "half of 28 steps, our judgement"),
+)
+# Shift 7: .947 and .942, .919 and .913. Radial Attention (arXiv 2506.19852) keeps 12 steps, Sparse VideoGen 5.
+_HUNYUAN_VIDEO = Family(
+    "last",
+    masks_text=True,
+    timestep_scale=1000,
+    grid=grids.of_video,
+    published=Published(
+        (30, 48, 80), (18, 24, 24), (16, 8, 8), "arXiv 2504.16922 (GNA), HunyuanVideo at 720p, 5 s"
+    ),
+    dense_first=DenseFirst(
+        0.945, (), "15 of 50 steps for HunyuanVideo (GNA, arXiv 2504.16922, and STA, arXiv 2502.04507)"
+    ),
+    quality_first=DenseFirst(
+        0.916, (0,), "20 of 50 steps, our judgement, and the first layer (Sparse VideoGen, arXiv 2502.01776)"
+    ),
+)
+# Shift 5: .912 and .902, the most of several. Text to video has 12 of 50 (Radial Attention and STA, .943) and 10 of 50
+# (Sparse VideoGen, .955), Wan 2.2 11 of 40 (Radial Attention, at shift 3, where .907 has 10 of 40).
+_WAN = replace(
+    _CROSS,
+    grid=grids.of_video,
+    dense_first=DenseFirst(
+        0.907, (0,), "14 of 40 steps and the first layer for Wan 2.1 image to video at 720p "
+        "(Sparse VideoGen, arXiv 2502.01776)"
+    ),
+    quality_first=DenseFirst(
+        0.86, (0, 1, -2, -1), "for skip-softmax on Wan 2.2, the level of TensorRT-LLM's conservative setting and the "
+        "two first and two last layers of NVIDIA's Model Optimizer"
+    ),
+)  # fmt: skip
+# Timesteps of 1000, 20 apart: 819 and 799, 759 and 739.
+_COGVIDEO = Family(
+    "first",
+    timestep_scale=1000,
+    grid=grids.of_frames,
+    dense_first=DenseFirst(
+        0.8, (0, 1), "the first fifth of the timesteps and two layers for CogVideoX 1.5 (Sparse VideoGen's code)"
+    ),
+    quality_first=DenseFirst(
+        0.75, (0, 1), "the first quarter of the timesteps (Sparse VideoGen, arXiv 2502.01776) and two layers (its code)"
+    ),
+)  # fmt: skip
 
 FAMILIES = {
     "ChromaTransformer2DModel": _FLUX,
-    "CogVideoXTransformer3DModel": Family("first", timestep_scale=1000, grid=grids.of_frames),
+    "CogVideoXTransformer3DModel": _COGVIDEO,
     "Flux2Transformer2DModel": _FLUX,
-    "FluxTransformer2DModel": replace(_FLUX, published=_FLUX_4K),
-    "HunyuanVideoTransformer3DModel": Family(
-        "last", masks_text=True, timestep_scale=1000, grid=grids.of_video, published=_HUNYUAN_720P
-    ),
+    "FluxTransformer2DModel": _FLUX_1,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
     "LTXVideoTransformer3DModel": replace(_CROSS, grid=grids.of_lengths),
     "QwenImageTransformer2DModel": Family("first", masks_text=True, timestep_scale=1, grid=grids.of_shapes),
     "SD3Transformer2DModel": Family("last", timestep_scale=1000, grid=grids.of_image),
-    "WanTransformer3DModel": replace(_CROSS, grid=grids.of_video),
+    "WanTransformer3DModel": _WAN,
 }
 
 

@@ -18,7 +18,9 @@ class ModuleReceipt:
         (one token of one head each), summed over calls, that were not stored as their format says, because the
         scales of their blocks are too far apart for lowering "faithful". None of them counts calls inside a
         compiled graph.
-    notes: what the policy changed for the grid of the last call, such as a window that was clamped.
+    notes: where dense steps and layers come from if they were not asked for, and what the policy changed for the
+        grid of the last call, such as a window that was clamped.
+    in_dense_steps: of the calls diverted, those that had every tile HIGH for their noise level.
     """
 
     module: str
@@ -32,6 +34,7 @@ class ModuleReceipt:
     architecture: str | None = None
     inexact_rows: int = 0
     notes: tuple[str, ...] = ()
+    in_dense_steps: int = 0
 
     def __str__(self) -> str:
         if self.lowering == "stock":
@@ -59,6 +62,8 @@ class Receipt:
             lines.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
             left = sum((Counter(member.left) for member in members), Counter())
             lines.append(f"  {sum(member.diverted for member in members)} calls diverted")
+            if calls := sum(member.in_dense_steps for member in members):
+                lines[-1] += f", {calls} of them with every tile HIGH for their noise level"
             lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
             lines.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
             if inexact := sum(member.inexact_rows for member in members):

@@ -25,6 +25,7 @@ class Policy:
 
     on_grid: whether it asks where tokens lie on their grid; its tiles are then boxes.
     by_content: whether it looks at what tiles hold; united with others, it says nothing of where tiles lie.
+    leaves_out: whether it leaves pairs out, rather than compute all of them in HIGH or LOW.
     importance: of all pairs that a call's heads visit, the share that is HIGH for what it holds.
     skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; None for none.
     heads: for how many heads of the queries the policy is; None for any number.
@@ -33,6 +34,7 @@ class Policy:
 
     on_grid = False
     by_content = False
+    leaves_out = False
     importance = 0.0
     skip_below: float | None = None
     heads: int | None = None
@@ -172,6 +174,10 @@ class Neighborhood(Policy):
             if stride > window:
                 raise ValueError(f"stride {stride} exceeds window {window}: it can be 1 to the window")
 
+    @property
+    def leaves_out(self) -> bool:
+        return self.window is not None
+
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:
         return neighborhood(grid, self.window, self.stride)[0] if self.window else ()
 
@@ -232,6 +238,7 @@ class SkipSoftmax(Policy):
     threshold: float
 
     by_content = True
+    leaves_out = True
 
     def __post_init__(self):
         if not _is_share(self.threshold) or self.threshold >= 1:
@@ -268,6 +275,10 @@ class Union(Policy):
     @property
     def by_content(self) -> bool:
         return all(member.by_content for member in self.members)
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.skip_below is not None or all(member.leaves_out for member in self._of_place)
 
     @property
     def importance(self) -> float:

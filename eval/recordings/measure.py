@@ -10,8 +10,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.dense import dense_parts
 from dma_diffusers.eval.recordings.exact import exact_attention, in_places
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
+from dma_diffusers.families import FAMILIES, Family
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import Class, Phase
@@ -160,13 +162,10 @@ def _arguments(
 
 def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) -> bool:
     """Whether a configuration runs this call with every tile HIGH."""
-    modules = recordings.settings["model"]["modules"]
-    sigma, above = recording.sigma, config.dense_above_sigma
-    return (
-        config.is_dense(recording.module)
-        or recording.module in {modules[index] for index in config.dense_layers}
-        or (above is not None and sigma is not None and sigma > above)
-    )
+    kind, modules = recordings.settings["model"]["class"], tuple(recordings.settings["model"]["modules"])
+    dense = dense_parts(config, FAMILIES.get(kind, Family("none")), kind, modules)
+    sigma, above = recording.sigma, dense.above_sigma
+    return recording.module in dense.modules or (above is not None and sigma is not None and sigma > above)
 
 
 def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
