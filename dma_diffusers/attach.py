@@ -170,6 +170,8 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
             module.processor = bind(module.processor, diversion)
         hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)
+        if dense.note:
+            logger.info("%s: %s", type(model).__name__, dense.note)
 
     return attach
 

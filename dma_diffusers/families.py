@@ -126,10 +126,10 @@ _HUNYUAN_VIDEO = Family(
         (30, 48, 80), (18, 24, 24), (16, 8, 8), "arXiv 2504.16922 (GNA), HunyuanVideo at 720p, 5 s"
     ),
     dense_first=DenseFirst(
-        0.945, (), "15 of 50 steps for HunyuanVideo (GNA, arXiv 2504.16922, and STA, arXiv 2502.04507)"
+        0.945, (), "15 of 50 steps for HunyuanVideo (GNA, arXiv 2504.16922; FastVideo's sliding tiles)"
     ),
     quality_first=DenseFirst(
-        0.916, (0,), "20 of 50 steps, our judgement, and the first layer (Sparse VideoGen, arXiv 2502.01776)"
+        0.916, (0,), "20 of 50 steps, our judgement, and the first layer (Sparse VideoGen's scripts)"
     ),
 )
 # Shift 5: .912 and .902, the most of several. Text to video has 12 of 50 (Radial Attention and STA, .943) and 10 of 50
@@ -139,7 +139,7 @@ _WAN = replace(
     grid=grids.of_video,
     dense_first=DenseFirst(
         0.907, (0,), "14 of 40 steps and the first layer for Wan 2.1 image to video at 720p "
-        "(Sparse VideoGen, arXiv 2502.01776)"
+        "(Sparse VideoGen's scripts)"
     ),
     quality_first=DenseFirst(
         0.86, (0, 1, -2, -1), "for skip-softmax on Wan 2.2, the level of TensorRT-LLM's conservative setting and the "

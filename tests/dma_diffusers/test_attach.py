@@ -150,6 +150,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "left": {},
         "inexact_rows": 0,
         "notes": [],
+        "in_dense_steps": 0,
     }
     assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference on cpu: asked for" in str(receipt)
 

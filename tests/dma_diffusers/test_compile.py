@@ -32,11 +32,14 @@ def fresh_compiler():
 
 FIELDS = [{}, {"dense_above_sigma": 0.9, "dense_layers": (0,)}]
 ON_GRID = {"policy": "diagonal(near=grid)"}
+BY_DEFAULT = {
+    "policy": "neighborhood(window=2x7x5)"
+}  # has dense steps and layers, as the family's literature asks
 
 
 @pytest.mark.parametrize(("name", "fields"), [
     *((name, fields) for name in LAYERS for fields in FIELDS),
-    ("flux", {**ON_GRID, "dense_above_sigma": 0.9}), ("wan", ON_GRID),
+    ("flux", {**ON_GRID, "dense_above_sigma": 0.9}), ("wan", ON_GRID), ("wan", BY_DEFAULT),
 ])  # fmt: skip
 def test_a_whole_model_is_one_graph(name, fields):
     pipe = getattr(tiny_pipelines, name)()
@@ -46,7 +49,8 @@ def test_a_whole_model_is_one_graph(name, fields):
     pipe.transformer.compile(backend=graphs, fullgraph=True)
     assert torch.equal(draw(pipe), eager)
     whole = [nodes for nodes in graphs.nodes if nodes]  # the hook may have a little graph of its own
-    assert whole == [LAYERS[name]] * (2 if "dense_above_sigma" in fields else 1)  # dense steps, and others
+    has_dense_steps = "dense_above_sigma" in fields or fields == BY_DEFAULT
+    assert whole == [LAYERS[name]] * (2 if has_dense_steps else 1)  # dense steps, and others
 
 
 def test_repeated_blocks_compile_with_dense_steps_layers_and_another_length():

@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
         ({"dense_above_sigma": float("nan")}, ["dense_above_sigma", "nan"]),
         ({"dense_layers": 3}, ["dense_layers", "3"]),
         ({"dense_layers": (0.5,)}, ["dense_layers", "0.5"]),
+        ({"quality_first": 0.5}, ["quality_first", "true or false", "0.5"]),
         ({"lowering": "magic"}, ["magic", "auto", "reference"]),
         ({"text": "middle"}, ["middle", "first", "last", "none"]),
     ],

@@ -1,11 +1,8 @@
 """Where text stands, told by the models themselves: the keys that change when the text does are the text."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from dma_diffusers import DMAConfig, apply
 from dma_diffusers.families import FAMILIES, family_of
@@ -72,30 +69,11 @@ def test_single_stream_text_comes_from_the_model_and_must_fit():
     assert family.text_range(keys=300, hidden=300, encoder=0, model=301) is None
 
 
-SCHEDULES = {  # the family's own, the steps that were published, how many of them dense
-    "FluxTransformer2DModel": (
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        {"sigmas": np.linspace(1, 1 / 28, 28), "mu": calculate_shift(4096)}, 9,
-    ),
-    "HunyuanVideoTransformer3DModel": (
-        FlowMatchEulerDiscreteScheduler(shift=7.0), {"sigmas": np.linspace(1, 0, 51)[:-1]}, 15,
-    ),
-}  # fmt: skip
-
-
-def test_published_steps_are_dense_by_the_familys_schedule():
-    assert {name for name, family in FAMILIES.items() if family.published} == set(SCHEDULES)
-    for name, (scheduler, steps, dense) in SCHEDULES.items():
-        scheduler.set_timesteps(**steps)
-        level = FAMILIES[name].published.dense_above_sigma
-        assert int((scheduler.sigmas[:-1] > level).sum()) == dense
-
-
 def test_a_published_neighborhood_is_a_share_of_the_grid():
     flux = diffusers.FluxTransformer2DModel.__new__(diffusers.FluxTransformer2DModel)
     video = diffusers.HunyuanVideoTransformer3DModel.__new__(diffusers.HunyuanVideoTransformer3DModel)
     published = DMAConfig.published(flux, (256, 256))
-    assert published == DMAConfig(policy="neighborhood(window=80x80, stride=16x16)", dense_above_sigma=0.88)
+    assert published == DMAConfig(policy="neighborhood(window=80x80, stride=16x16)")
     words = {
         (flux, (64, 96)): "neighborhood(window=20x30, stride=16x16)",
         (video, (30, 48, 80)): "neighborhood(window=18x24x24, stride=16x8x8)",

@@ -18,6 +18,7 @@ from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
 
+NOWHERE_DENSE = {"dense_above_sigma": 1, "dense_layers": ()}
 WINDOWS = {2: (9, 8), 3: (2, 7, 5)}  # by the grid's dimensions
 
 
@@ -63,7 +64,7 @@ def test_every_familys_neighbourhood_is_where_its_pixels_are(name):
     with Masked(case) as mode:
         expected = case.run(text)
     assert mode.calls == case.joint_calls + case.image_calls
-    apply(case.model, policy=near(case.grid), high="bf16", low="bf16", min_length=0)
+    apply(case.model, policy=near(case.grid), high="bf16", low="bf16", min_length=0, **NOWHERE_DENSE)
     found = case.run(text)
     effect = relative_l2(expected, stock)
     assert relative_l2(found, expected) < min(0.01, effect / 4)
@@ -92,7 +93,7 @@ def test_modules_have_policies_of_their_own(asked):
         "transformer_blocks.0.attn": {"policy": Neighborhood((5, 5))},
         "single_transformer_blocks.1.attn": {"window": 384},
     }
-    apply(pipe, policy="neighborhood(window=9x8, high=3x3)", modules=modules)
+    apply(pipe, policy="neighborhood(window=9x8, high=3x3)", modules=modules, **NOWHERE_DENSE)
     draw(pipe, num_inference_steps=1)
     words = [
         "neighborhood(window=5x5)",
@@ -138,7 +139,7 @@ def test_dense_steps_and_layers_are_high_everywhere_with_every_policy(name, poli
 
 def test_a_clamped_window_is_noted_once(caplog):
     pipe = tiny_pipelines.flux()
-    apply(pipe, policy="neighborhood(window=9x30)")
+    apply(pipe, policy="neighborhood(window=9x30)", **NOWHERE_DENSE)
     note = "window 30 in dimension 2 was clamped to the grid's 20"
     with caplog.at_level(logging.WARNING, "dma_diffusers"):
         draw(pipe)

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dma_diffusers import DMAConfig
 from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import exact
-from dma_diffusers.eval.recordings.cost import head_clocks
+from dma_diffusers.eval.recordings.cost import head_clocks, predicted_cost
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
 from dma_diffusers.eval.recordings.measure import layers, measure, to_json
 from dma_diffusers.kernels import operator, plan
@@ -199,6 +199,27 @@ def test_configurations_run_as_in_the_pipeline(tmp_path):
     np.testing.assert_allclose(found["layers"], [[low] * 2, [low] * 2, [dense] * 2])
     np.testing.assert_allclose(found["steps"], [[dense, low]] * 3)
     assert (found["stock"] < 1e-5).all() and (found["short"] < 1e-5).all()
+
+
+def test_a_familys_dense_steps_and_layers_are_measured_and_cost_what_they_cost(tmp_path):
+    tensors = random_tensors(3, 512)
+    places = [(module, step) for step in (0, 1) for module in MODULES]
+    fields = {"grid": (2, 16, 16)}
+    calls = [({"module": m, "step": s, "sigma": 1.0 - s / 2, **fields}, tensors) for m, s in places]
+    recordings = saved(tmp_path, calls, MODULES, "WanTransformer3DModel")
+    near = {"policy": "neighborhood(window=2x8x8, stride=2x8x8)", "min_length": 0}
+    configurations = {
+        "default": DMAConfig(**near),
+        "asked for": DMAConfig(**near, dense_above_sigma=0.9, dense_layers=(0,)),
+        "none": DMAConfig(**near, dense_above_sigma=1, dense_layers=()),
+    }
+    found = measure(recordings, configurations, "cpu")
+    default, asked_for, none = (found[name].of_modules[0] for name in configurations)
+    assert np.array_equal(default, asked_for)
+    dense = np.array([[True, True], [True, False], [True, False]])  # the first module, and the first step
+    assert (default[dense] < none[dense] / 3).all() and np.array_equal(default[~dense], none[~dense])
+    costs = [predicted_cost(recordings, config, "sm_100") for config in configurations.values()]
+    assert costs[0] == costs[1] > costs[2]
 
 
 def test_what_was_not_recorded_is_null(tmp_path):
