@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from dma_diffusers.divert import Diversion, Diverting
 
@@ -77,13 +77,22 @@ def _call(stock: type):
         passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
     hidden = names[2]
     encoder = "encoder_hidden_states" if "encoder_hidden_states" in names else "None"
+    # Cosmos' processors have no backend of their own, and would take the process's.
+    takes_any = "dispatch_attention_fn" in stock.__call__.__code__.co_names and not hasattr(
+        stock, "_attention_backend"
+    )
     source = f"""
 def __call__({", ".join(declared)}):
     if self.diversion.leaves_all({hidden}.device):
         return self.stock({", ".join(passed[1:])})
-    with Diverting(self.diversion, {hidden}, {encoder}):
+    with Diverting(self.diversion, {hidden}, {encoder}){", attention_backend()" * takes_any}:
         return stock_call({", ".join(passed)})
 """
-    namespace = {"Diverting": Diverting, "stock_call": stock.__call__, **defaults}
+    namespace = {
+        "Diverting": Diverting,
+        "attention_backend": attention_backend,
+        "stock_call": stock.__call__,
+        **defaults,
+    }
     exec(source, namespace)
     return namespace["__call__"]

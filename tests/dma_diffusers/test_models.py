@@ -1,0 +1,223 @@
+"""Tiny models of every family: with an exact operation in the operator's place they are stock, with low bits not."""
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+)
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dma_diffusers import apply, report
+from dma_diffusers.attach import diversions
+from dma_diffusers.kernels import operator
+from tests.dma_diffusers import tiny_models
+
+LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
+
+
+class Exact:
+    """The operator's calls, by full precision; `texts`: (tokens, start and stop of the text) of each."""
+
+    def __init__(self, model: torch.nn.Module, **fields):
+        apply(model, **{"min_length": 0} | fields)
+        self.texts = []
+        for diversion in diversions(model).values():
+            diversion.stand_in = self.attend
+
+    def attend(self, query, key, value, key_mask, scale, is_causal, **call) -> operator.Result:
+        self.texts.append((key.shape[2], call["text_start"], call["text_stop"]))
+        mask = None if key_mask is None else key_mask[:, None, None]
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+        return operator.Result(out, torch.empty(0), torch.empty(0, dtype=torch.int32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny_models.CASES)
+def test_exact_is_stock_and_low_is_not(name):
+    case = tiny_models.make(name)
+    (text,) = case.texts(1)
+    stock = case.run(text)
+    exact = Exact(case.model)
+    drawn = case.run(text)
+    assert len(exact.texts) == case.joint_calls + case.image_calls
+    torch.testing.assert_close(drawn, stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0)
+    apply(case.model, **LOW)
+    assert (case.run(text) - stock).norm() > 1e-4 * stock.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "columns, refiners, captions", [(24, 1, (21,)), (25, 1, (21,)), (25, 1, (21, 33, 40))]
+)
+def test_z_image_has_its_padding_with_the_text(columns, refiners, captions):
+    torch.manual_seed(0)
+    case = tiny_models.z_image(12, columns, refiners, captions)
+    texts = [torch.randn(tokens, 8) for tokens in captions]
+    stock = case.run(texts)
+    exact = Exact(case.model)
+    assert torch.equal(case.run(texts), stock)
+    tokens, image = 12 * columns, -(-12 * columns // 32) * 32
+    refiner = (image, tokens, image) if image > tokens else (image, 0, 0)
+    assert exact.texts == [refiner] + [(image + -(-max(captions) // 32) * 32, *case.text)] * 2
+    left = {module.module for module in report(case.model).modules if module.reason == "token refiner"}
+    assert left == {"context_refiner.0.attention"}
+
+    apply(case.model, min_length=0, policy="neighborhood(window=5x5, high=3x3)")
+    assert not torch.equal(case.run(texts), stock)
+    assert [module.diverted for module in report(case.model).modules if module.policy] == [1, 1, 1]
+
+
+@torch.no_grad()
+def test_images_of_several_sizes_in_one_call_of_z_image():
+    torch.manual_seed(0)
+    case = tiny_models.z_image()
+    sizes = [torch.randn(4, 1, 24, 48), torch.randn(4, 1, 20, 40)]
+    call = {
+        "x": sizes,
+        "t": torch.full((2,), 0.5),
+        "cap_feats": list(torch.randn(2, 21, 8)),
+        "return_dict": False,
+    }
+    stock = case.model(**call)[0]
+    apply(case.model, min_length=0)
+    assert all(map(torch.equal, case.model(**call)[0], stock))
+    assert [module.left for module in report(case.model).modules if module.policy] == [
+        {"cross-attention, or a model's call that does not tell where text is": 1}
+    ] * 2
+    apply(case.model, min_length=0, policy="neighborhood(window=5x5)")
+    with pytest.raises(
+        ValueError, match=r"images of several sizes .* no single grid: use a policy that needs none"
+    ):
+        case.model(**call)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor of booleans that anything made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.dtype == torch.bool
+            and func is not torch.ops.aten.expand.default
+        ):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image", [0, 1])
+def test_hunyuan_video_15_masks_keys_alone(image):
+    torch.manual_seed(0)
+    case = tiny_models.hunyuan15()
+    valid, valid_2 = torch.tensor([[21], [9]]), torch.tensor([[0], [7]])
+    text = torch.randn(2, 21, 8)
+    case.latents = torch.randn(2, *case.latents.shape[1:])
+    case.inputs = dict(
+        encoder_attention_mask=torch.arange(21) < valid, encoder_attention_mask_2=torch.arange(7) < valid_2,
+        encoder_hidden_states_2=torch.randn(2, 7, 6), image_embeds=torch.randn(2, 3, 5) * image,
+    )  # fmt: skip
+    with Largest() as stock_masks:
+        stock = case.run(text)
+    exact = Exact(case.model)
+    with Largest() as masks:
+        drawn = case.run(text)
+    torch.testing.assert_close(drawn, stock, rtol=0, atol=1e-6)
+    assert exact.texts == [(451, 420, 451)] * 2
+    assert stock_masks.elements == 2 * 451**2 and masks.elements < 451**2
+
+    apply(case.model, min_length=452)
+    with Largest() as masks:
+        torch.testing.assert_close(case.run(text), stock, rtol=0, atol=1e-6)
+    assert masks.elements < 451**2
+
+
+@torch.no_grad()
+def test_mochi_attends_to_each_prompt_as_long_as_it_is():
+    torch.manual_seed(0)
+    case = tiny_models.mochi()
+    text, valid = torch.randn(3, 21, 8), torch.tensor([[21], [9], [0]])
+    case.latents = torch.randn(3, *case.latents.shape[1:])
+    case.inputs = dict(encoder_attention_mask=torch.arange(21) < valid)
+    stock = case.run(text)
+    exact = Exact(case.model)
+    assert torch.equal(case.run(text), stock)
+    assert exact.texts == [(441, 420, 441), (429, 420, 429), (420, 0, 0)] * 2
+
+
+def by_hand(query, key, value, **_) -> torch.Tensor:
+    """Attention that never asks PyTorch for it, of `[B, S, H, D]`."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+@torch.no_grad()
+def test_cosmos_is_diverted_whatever_the_process_has_for_backend(monkeypatch):
+    case = tiny_models.make("cosmos")
+    (text,) = case.texts(1)
+    apply(case.model, min_length=0)
+    expected = case.run(text)
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName.FLEX, by_hand)
+    with attention_backend("flex"):
+        torch.testing.assert_close(case.run(text), expected, rtol=0, atol=1e-5)
+        assert _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.FLEX
+    assert [module.diverted for module in report(case.model).modules if module.policy] == [2, 2]
+
+
+ROLES = {  # modules left to stock, of one block
+    "cosmos": {"attn2": "cross-attention"},
+    "ltx2": {
+        "audio_attn1": "attention among tokens of sound", "attn2": "cross-attention", "audio_attn2": "cross-attention",
+        "audio_to_video_attn": "cross-attention", "video_to_audio_attn": "cross-attention",
+    },
+    "skyreels": {"attn2": "cross-attention"},
+    "wan, of images": {"attn2": "cross-attention"},
+    "wan, vace": {"attn2": "cross-attention"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_roles_left_to_stock(name):
+    model = tiny_models.make(name).model
+    apply(model)
+    left = {module.module: module.reason for module in report(model).modules if not module.policy}
+    blocks = {module.rpartition(".")[0] for module in left}
+    assert left == {f"{block}.{role}": reason for block in blocks for role, reason in ROLES[name].items()}
+    diverted = {module.module for module in report(model).modules if module.policy}
+    assert diverted == {f"{block}.attn1" for block in blocks}
+
+
+@torch.no_grad()
+def test_frames_that_attend_in_blocks_are_left_to_stock():
+    case = tiny_models.make("skyreels")
+    case.model._set_ar_attention(3)
+    (text,) = case.texts(1)
+    stock = case.run(text)
+    apply(case.model, min_length=0)
+    assert torch.equal(case.run(text), stock)
+    assert {reason for module in report(case.model).modules for reason in module.left} == {
+        "a mask that is not boolean over keys alone"
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ltx", "ltx2"])
+def test_conditions_among_the_tokens_have_no_grid(name):
+    case = tiny_models.make(name)
+    (text,) = case.texts(1)
+    call = case.call(text) | {"hidden_states": torch.randn(1, 110 + 330, 4), "return_dict": False}
+    coordinates = torch.randn(1, 3, 440) if name == "ltx" else torch.rand(1, 3, 440, 2)
+    call["video_coords"] = coordinates
+    apply(case.model, **LOW)
+    case.model(**call)
+    assert [module.diverted for module in report(case.model).modules if module.policy] == [1, 1]
+    apply(case.model, policy="neighborhood(window=3x5x5)")
+    with pytest.raises(
+        ValueError, match="440 tokens, conditions among them, do not lie on 3×10×11: use a policy"
+    ):
+        case.model(**call)
