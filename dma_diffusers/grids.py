@@ -51,8 +51,8 @@ def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     tokens, *grid = _arguments(call, "hidden_states", "num_frames", "height", "width")
     if math.prod(grid) != tokens.shape[1]:
         raise ValueError(
-            f"{tokens.shape[1]} tokens, conditions among them, do not lie on {'×'.join(map(str, grid))}: "
-            "use a policy that needs no grid"
+            f"{tokens.shape[1]} tokens do not lie on {'×'.join(map(str, grid))}, which the model was called with; "
+            "conditions may have joined them: use a policy that needs no grid, or say it, with grid="
         )
     return tuple(grid)
 
@@ -122,5 +122,7 @@ def _check_single(tokens: Sequence[int]) -> None:
 
 def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
     if missing := [name for name in names if call.get(name) is None]:
-        raise ValueError(f"the model was called without {', '.join(missing)}, which tell its grid")
+        raise ValueError(
+            f"the model was called without {', '.join(missing)}, which tell its grid: say it, with grid="
+        )
     return [call[name] for name in names]

@@ -1,5 +1,8 @@
 """Tiny models of every family: with an exact operation in the operator's place they are stock, with low bits not."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import (
@@ -10,9 +13,10 @@ from diffusers.models.attention_dispatch import (
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import apply, report
-from dma_diffusers.attach import diversions
+from dma_diffusers import apply, report, restore
+from dma_diffusers.attach import diversions, transformers_of
 from dma_diffusers.kernels import operator
+from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 
 LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
@@ -21,11 +25,12 @@ LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
 class Exact:
     """The operator's calls, by full precision; `texts`: (tokens, start and stop of the text) of each."""
 
-    def __init__(self, model: torch.nn.Module, **fields):
-        apply(model, **{"min_length": 0} | fields)
+    def __init__(self, pipe_or_model):
+        apply(pipe_or_model, min_length=0)
         self.texts = []
-        for diversion in diversions(model).values():
-            diversion.stand_in = self.attend
+        for _, model in transformers_of(pipe_or_model):
+            for diversion in diversions(model).values():
+                diversion.stand_in = self.attend
 
     def attend(self, query, key, value, key_mask, scale, is_causal, **call) -> operator.Result:
         self.texts.append((key.shape[2], call["text_start"], call["text_stop"]))
@@ -218,6 +223,66 @@ def test_conditions_among_the_tokens_have_no_grid(name):
     assert [module.diverted for module in report(case.model).modules if module.policy] == [1, 1]
     apply(case.model, policy="neighborhood(window=3x5x5)")
     with pytest.raises(
-        ValueError, match="440 tokens, conditions among them, do not lie on 3×10×11: use a policy"
+        ValueError, match=r"440 tokens do not lie on 3×10×11, .* conditions may have joined them: use"
     ):
         case.model(**call)
+
+
+# Of two steps with guidance: how many calls have so many tokens, and their text from where to where.
+DRAWN = {
+    "cosmos": {(323, 0, 0): 8},
+    "hunyuan15": {(420 + 5 + 9 + 21, 420, 455): 8},
+    "mochi": {(420 + 13, 420, 433): 4, (420 + 2, 420, 422): 4},
+    "wan22": {(297, 0, 0): 8},
+    "z_image": {(320, 300, 320): 2, (352, 300, 352): 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_pipelines_are_stock_with_an_exact_operation_and_every_transformer_is_diverted(name):
+    pipe = getattr(tiny_pipelines, name)()
+    stock = tiny_pipelines.draw(pipe)
+    exact = Exact(pipe)
+    torch.testing.assert_close(
+        tiny_pipelines.draw(pipe), stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0
+    )
+    assert Counter(exact.texts) == DRAWN[name]
+
+    apply(pipe, policy=f"neighborhood(window={'5x5' if name == 'z_image' else '3x5x5'})")
+    assert not torch.equal(tiny_pipelines.draw(pipe), stock)
+    diverted = {module.module: module.diverted for module in report(pipe).modules if module.policy}
+    assert sum(diverted.values()) == len(exact.texts) and all(diverted.values())
+    covered = {module.partition(".")[0] for module in diverted}
+    assert covered == {prefix.removesuffix(".") for prefix, _ in transformers_of(pipe)}
+    assert len(covered) == (2 if name == "wan22" else 1)
+    restore(pipe)
+    assert torch.equal(tiny_pipelines.draw(pipe), stock)
+
+
+@pytest.mark.parametrize("name", ["hunyuan15", "mochi", "wan22", "z_image"])
+def test_noise_levels_are_those_of_the_schedule(name):
+    pipe = getattr(tiny_pipelines, name)()
+    tiny_pipelines.draw(pipe)
+    first, second = pipe.scheduler.sigmas[:2].tolist()
+    if name == "mochi":
+        first, second = 1 - first, 1 - second
+    mapped = []
+
+    def spy(diversion, *args):
+        mapped.append(diversion.mapped)
+        return ""
+
+    apply(pipe, dense_above_sigma=(first + second) / 2)
+    for _, model in transformers_of(pipe):
+        for diversion in diversions(model).values():
+            diversion._why_stock = partial(spy, diversion)
+    tiny_pipelines.draw(pipe)
+    half = len(mapped) // 2
+    assert mapped == [False] * half + [True] * half != []
+
+
+def test_the_timestep_of_cosmos_does_not_tell_its_noise():
+    with pytest.raises(
+        ValueError, match="dense_above_sigma: the scale of CosmosTransformer3DModel's timestep"
+    ):
+        apply(tiny_pipelines.cosmos(), dense_above_sigma=0.9)
