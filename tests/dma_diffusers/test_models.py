@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import apply, report, restore
 from dma_diffusers.attach import diversions, transformers_of
+from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
@@ -92,6 +93,9 @@ def test_images_of_several_sizes_in_one_call_of_z_image():
     assert [module.left for module in report(case.model).modules if module.policy] == [
         {"cross-attention, or a model's call that does not tell where text is": 1}
     ] * 2
+    for images in (sizes, [sizes[:1]], [[sizes[0], None]]):  # of several sizes, and with others for reference
+        with pytest.raises(ValueError, match="no single grid"):
+            of_list(case.model, {"x": images})
     apply(case.model, min_length=0, policy="neighborhood(window=5x5)")
     with pytest.raises(
         ValueError, match=r"images of several sizes .* no single grid: use a policy that needs none"
