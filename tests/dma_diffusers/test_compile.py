@@ -54,7 +54,6 @@ def test_a_whole_model_is_one_graph(name, fields):
     [
         ("cosmos", "compile", [2]),
         ("z_image", "compile", [3]),
-        ("z_image", "compile_repeated_blocks", [1, 1]),  # a refiner's block, and the others
         ("hunyuan15", "compile_repeated_blocks", [1]),
     ],
 )
