@@ -1,12 +1,16 @@
 """Wrapping a stock attention processor, which keeps its projections, norms and RoPE."""
 
 import inspect
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
 from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+)
 
 from dma_diffusers.divert import Diversion, Diverting
 
@@ -77,13 +81,22 @@ def _call(stock: type):
         passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
     hidden = names[2]
     encoder = "encoder_hidden_states" if "encoder_hidden_states" in names else "None"
+    dispatches = "dispatch_attention_fn" in stock.__call__.__code__.co_names
+    context = ", _native()" if dispatches and not hasattr(stock, "_attention_backend") else ""
     source = f"""
 def __call__({", ".join(declared)}):
     if self.diversion.leaves_all({hidden}.device):
         return self.stock({", ".join(passed[1:])})
-    with Diverting(self.diversion, {hidden}, {encoder}):
+    with Diverting(self.diversion, {hidden}, {encoder}){context}:
         return stock_call({", ".join(passed)})
 """
-    namespace = {"Diverting": Diverting, "stock_call": stock.__call__, **defaults}
+    namespace = {"Diverting": Diverting, "_native": _native, "stock_call": stock.__call__, **defaults}
     exec(source, namespace)
     return namespace["__call__"]
+
+
+def _native() -> AbstractContextManager:
+    """PyTorch's own backend for a processor that has none of its own and takes the process's, as Cosmos' do."""
+    if _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.NATIVE:
+        return nullcontext()  # a graph cannot set it
+    return attention_backend(AttentionBackendName.NATIVE)

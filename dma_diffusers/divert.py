@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import operator as operators
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,7 @@ class Forward:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """What the tokens other than text lie on; () where no policy needs it."""
+        """What the tokens other than text lie on; () where nobody needs it, or the call does not tell."""
         return () if self._grid is None else tuple(self._grid.shape[:-1])
 
     @property
@@ -69,13 +70,13 @@ class Forward:
         return self.observe_on_device if reads else self.observe
 
     def observe(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook: the length of the text, and the grid if a policy needs it."""
+        """A forward pre-hook: the length of the text, and the grid if a policy or the family needs it."""
         call = self._named(args, kwargs)
         text = call.get("encoder_hidden_states")
         self._text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
-        if self.wants_grid:
-            grid = self.family.grid(model, call)
-            self._grid = torch.empty(*grid, 0)
+        if self.wants_grid or self.family.pads_grid:
+            grid = self.family.grid(model, call) if self.wants_grid else self._find_grid(model, call)
+            self._grid = torch.empty(*grid, 0) if grid else None
             if not torch.compiler.is_compiling():
                 self._check(grid)
 
@@ -90,15 +91,17 @@ class Forward:
 
     def find_grid(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """What a forward call's tokens lie on; () if that is not known."""
-        try:
-            return self.family.grid(model, self._named(args, kwargs)) if self.family.grid else ()
-        except ValueError:
-            return ()
+        return self._find_grid(model, self._named(args, kwargs))
 
     def noise_level(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The highest sigma (0 to 1) of a forward call's batch, on its device; None if the scale is not known."""
-        scale = self.family.timestep_scale
-        return None if scale is None else self._named(args, kwargs)["timestep"].max() / scale
+        return self.family.noise_level(self._named(args, kwargs)[self.family.timestep])
+
+    def _find_grid(self, model: torch.nn.Module, call: dict[str, Any]) -> tuple[int, ...]:
+        try:
+            return self.family.grid(model, call) if self.family.grid else ()
+        except ValueError:
+            return ()
 
     def _check(self, grid: tuple[int, ...]) -> None:
         """Logs what policies change for a grid that is new; raises ValueError for one that they can't have."""
@@ -150,7 +153,8 @@ class Diversion:
 
         hidden, encoder: tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
         """
-        text = self.family.text_range(key.shape[-2], hidden, encoder, self.forward.text_length)
+        grid = math.prod(self.forward.grid) if self.forward.grid else None
+        text = self.family.text_range(key.shape[-2], hidden, encoder, self.forward.text_length, grid)
         reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if reason:
             self._left(reason)
@@ -215,7 +219,7 @@ class Diversion:
         if query.shape[-2] != key.shape[-2]:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
-            return "cross-attention, or a model called without its text"
+            return "cross-attention, or a model's call that does not tell where text is"
         if reason := self.config.why_stock(query.device, query.shape[-1], attn_mask is not None):
             return reason
         if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):
@@ -282,9 +286,19 @@ class Diverting(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
             return self.diversion.attention(self.hidden, self.encoder, *args, **kwargs)
+        if func in _SQUARING and self.diversion.family.squares_masks and _is_mask(args[0]):
+            return args[0]  # [B, 1, 1, S] all the way
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # torch.compile of PyTorch 2.11 cannot trace the method inside a mode
         return func(*args, **kwargs)
+
+
+# What makes [B, 1, S, S] of a mask of keys: repeat(1, 1, S, 1), and `&` with the transpose (in a graph `and_`).
+_SQUARING = (torch.Tensor.repeat, torch.Tensor.__and__, operators.and_)
+
+
+def _is_mask(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bool and x.ndim == 4
 
 
 def _shares_memory(x: torch.Tensor) -> bool:

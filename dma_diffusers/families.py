@@ -55,9 +55,17 @@ class Family:
     text: where text stands in joint attention, "first" or "last"; "none" where text is only attended to by
         cross-attention.
     single_stream: modules called without `encoder_hidden_states` get text and image as one sequence.
+    pads_grid: modules get one sequence in which padding stands between the grid's tokens and the text: all that are not
+        the grid's count as text. Calls that don't tell their grid are left to stock.
+    drops_padding: modules attend to fewer tokens than they were given, without the text's padding.
     cross_attention: last parts of the names of modules that do cross-attention.
+    audio: last parts of the names of modules that attend among tokens of sound.
+    refiners: parts of the names of modules that see the text alone.
     masks_text: whether the model masks no keys of joint attention but text.
-    timestep_scale: timestep of pure noise; None if not known.
+    squares_masks: whether a module masks padding as queries too, whose rows nobody reads: it is then asked to mask keys
+        alone, and spared a mask of tokens × tokens.
+    timestep: the name of the model's argument. timestep_scale: what it is at pure noise; None if not known.
+    timestep_rises: whether it is 0 at pure noise and the scale without noise.
     grid: finds what the tokens other than text lie on; None if not known.
     grid_on_device: whether finding it waits for the device.
     published: a neighbourhood for it; None where none is known of.
@@ -67,9 +75,16 @@ class Family:
 
     text: str
     single_stream: bool = False
+    pads_grid: bool = False
+    drops_padding: bool = False
     cross_attention: tuple[str, ...] = ()
+    audio: tuple[str, ...] = ()
+    refiners: tuple[str, ...] = ("refiner",)
     masks_text: bool = False
+    squares_masks: bool = False
+    timestep: str = "timestep"
     timestep_scale: float | None = None
+    timestep_rises: bool = False
     grid: grids.Finder | None = None
     grid_on_device: bool = False
     published: Published | None = None
@@ -78,29 +93,43 @@ class Family:
 
     def role_left_to_stock(self, module: str) -> str:
         """Why the module of this name is left to stock; empty if it is not."""
-        if "refiner" in module:
+        if any(part in module for part in self.refiners):
             return "token refiner"
+        if module.endswith(self.audio):
+            return "attention among tokens of sound"
         return "cross-attention" if module.endswith(self.cross_attention) else ""
 
-    def text_range(self, keys: int, hidden: int, encoder: int, model: int | None) -> tuple[int, int] | None:
+    def text_range(
+        self, keys: int, hidden: int, encoder: int, model: int | None, grid: int | None = None
+    ) -> tuple[int, int] | None:
         """The text tokens (start, stop) of a self- or joint-attention call, (0, 0) if it has none.
 
         keys: tokens in the call's sequence. hidden, encoder: tokens of the `hidden_states` and
         `encoder_hidden_states` that the module was given, encoder 0 for none. model: tokens of text that the
-        model was given. None if this cannot be told: cross-attention, or a model that was given no text.
+        model was given. grid: tokens on the model's grid, if that is known. None if this cannot be told:
+        cross-attention, or a model that was given no text or tells no grid.
         """
-        if encoder:
-            if self.text == "none" or keys != hidden + encoder:
+        if self.text == "none":
+            return None if encoder else (0, 0)
+        if self.pads_grid:
+            length = None if grid is None else keys - grid
+        elif encoder:
+            length = keys - hidden
+            if length > encoder or (length < encoder and not self.drops_padding):
                 return None
-            length = encoder
-        elif self.text == "none" or not self.single_stream:
-            length = 0
-        elif model is None or model > keys:
-            return None
         else:
-            length = model
+            length = model if self.single_stream else 0
+        if length is None or not 0 <= length <= keys:
+            return None
         start = 0 if self.text == "first" or not length else keys - length
         return start, start + length
+
+    def noise_level(self, timestep: torch.Tensor) -> torch.Tensor | None:
+        """The highest sigma (0 to 1) of these timesteps, on their device; None if their scale is not known."""
+        if self.timestep_scale is None:
+            return None
+        level = timestep / self.timestep_scale
+        return (1 - level if self.timestep_rises else level).max()
 
 
 _FLUX = Family("first", single_stream=True, timestep_scale=1, grid=grids.of_positions, grid_on_device=True)
@@ -162,14 +191,33 @@ _COGVIDEO = Family(
 FAMILIES = {
     "ChromaTransformer2DModel": _FLUX,
     "CogVideoXTransformer3DModel": _COGVIDEO,
+    # Its timestep is ln(sigma) / 4 in the first release's pipelines, sigma / (1 + sigma) in those since.
+    "CosmosTransformer3DModel": replace(_CROSS, timestep_scale=None, grid=grids.of_video),
     "Flux2Transformer2DModel": _FLUX,
     "FluxTransformer2DModel": _FLUX_1,
+    # Tokens of an image count as text: they stand with it, and are conditions like it.
+    "HunyuanVideo15Transformer3DModel": Family(
+        "last", masks_text=True, squares_masks=True, timestep_scale=1000, grid=grids.of_video
+    ),
     "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
+    "LTX2VideoTransformer3DModel": replace(
+        _CROSS, cross_attention=("attn2", "_to_video_attn", "_to_audio_attn"), audio=("audio_attn1",),
+        grid=grids.of_lengths,
+    ),
     "LTXVideoTransformer3DModel": replace(_CROSS, grid=grids.of_lengths),
+    "MochiTransformer3DModel": Family(
+        "last", drops_padding=True, timestep_scale=1000, timestep_rises=True, grid=grids.of_video
+    ),
     "QwenImageTransformer2DModel": Family("first", masks_text=True, timestep_scale=1, grid=grids.of_shapes),
     "SD3Transformer2DModel": Family("last", timestep_scale=1000, grid=grids.of_image),
+    "SkyReelsV2Transformer3DModel": replace(_CROSS, grid=grids.of_video),
     "WanTransformer3DModel": _WAN,
-}
+    "WanVACETransformer3DModel": replace(_CROSS, grid=grids.of_video),
+    "ZImageTransformer2DModel": Family(
+        "last", pads_grid=True, refiners=("context_refiner", "siglip_refiner"), masks_text=True,
+        timestep="t", timestep_scale=1, timestep_rises=True, grid=grids.of_list,
+    ),
+}  # fmt: skip
 
 
 def family_of(model: torch.nn.Module, text: str | None = None, grid: grids.Grid | None = None) -> Family:

@@ -5,6 +5,7 @@ columns) of a video, in tokens: the order in which Diffusers' models flatten the
 ValueError for a call that does not say its grid, or has none.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,13 @@ def of_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From latents `[B, C, T, H, W]` and the patch sizes, in one entry of the model's configuration or in two."""
+    """From latents `[B, C, T, H, W]` and the patch sizes, in one entry of the model's configuration or in two.
+
+    Without an entry for time, that is 1.
+    """
     (latents,) = _arguments(call, "hidden_states")
     patch = model.config.patch_size
-    patch = (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else patch
+    patch = (model.config.get("patch_size_t", 1), patch, patch) if isinstance(patch, int) else patch
     return tuple(length // side for length, side in zip(latents.shape[2:], patch, strict=True))
 
 
@@ -43,8 +47,28 @@ def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From the numbers themselves."""
-    return tuple(_arguments(call, "num_frames", "height", "width"))
+    """From the numbers themselves, of tokens `[B, S, C]`: as many, or pipelines have joined conditions to them."""
+    tokens, *grid = _arguments(call, "hidden_states", "num_frames", "height", "width")
+    if math.prod(grid) != tokens.shape[1]:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not lie on {'×'.join(map(str, grid))}, which the model was called with; "
+            "conditions may have joined them: use a policy that needs no grid, or say it, with grid="
+        )
+    return tuple(grid)
+
+
+def of_list(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """From a list of latents `[C, T, H, W]`, which are alike, and the call's patch sizes; one frame is an image."""
+    (latents,) = _arguments(call, "x")
+    if isinstance(latents[0], list) or len({image.shape[1:] for image in latents}) > 1:
+        raise ValueError(
+            "images of several sizes or for reference in one call are no single grid: "
+            "use a policy that needs none"
+        )
+    side = call.get("patch_size", 2)
+    sides = (call.get("f_patch_size", 1), side, side)
+    frames, rows, columns = (length // side for length, side in zip(latents[0].shape[1:], sides, strict=True))
+    return (rows, columns) if frames == 1 else (frames, rows, columns)
 
 
 def of_shapes(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
@@ -98,5 +122,7 @@ def _check_single(tokens: Sequence[int]) -> None:
 
 def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
     if missing := [name for name in names if call.get(name) is None]:
-        raise ValueError(f"the model was called without {', '.join(missing)}, which tell its grid")
+        raise ValueError(
+            f"the model was called without {', '.join(missing)}, which tell its grid: say it, with grid="
+        )
     return [call[name] for name in names]

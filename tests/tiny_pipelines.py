@@ -1,22 +1,34 @@
 """Stock pipelines with tiny random weights, made of configurations alone: nothing is fetched.
 
-`flux()`, `sd3()`, `wan()`, `hunyuan()` build one each, the same one every time; `draw(pipe)` runs it.
+`flux()`, `sd3()`, `wan()`, `hunyuan()` build one each, the same one every time, and so do `z_image()`, `mochi()`,
+`hunyuan15()`, `cosmos()` and `wan22()` at the end; `draw(pipe)` runs it.
 """
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
+    Cosmos2TextToImagePipeline,
+    CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -26,6 +38,10 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -181,3 +197,116 @@ def draw(pipe, prompt: str = "a red apple", seed: int = 0, **changes) -> torch.T
     call = dict(num_inference_steps=2, output_type="latent", return_dict=False) | CALLS[type(pipe)]
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, generator=generator, **call | changes)[0].float()
+
+
+def _of_chats(length: int = 512) -> PreTrainedTokenizerFast:
+    """A tokenizer whose chats are their last message alone."""
+    made = tokenizer(length)
+    made.chat_template = "{{ messages[-1]['content'] }}"
+    return made
+
+
+_LANGUAGE = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def z_image(head_dim: int = 16, **config) -> ZImagePipeline:
+    """Two blocks behind a refiner of the image and one of the text, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=4, dim=2 * head_dim, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=rope_axes(head_dim), axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(4), tokenizer=_of_chats(),
+        text_encoder=Qwen3Model(Qwen3Config(**_LANGUAGE, head_dim=8)).eval(),
+        transformer=ZImageTransformer2DModel(**settings | config).eval(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def mochi(head_dim: int = 16, **config) -> MochiPipeline:
+    """Two blocks, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        num_attention_heads=2, attention_head_dim=head_dim, num_layers=2, pooled_projection_dim=16, in_channels=12,
+        text_embed_dim=WIDTH, time_embed_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )  # fmt: skip
+    pipe = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae=vae.eval(), text_encoder=_t5(),
+        tokenizer=tokenizer(256), transformer=MochiTransformer3DModel(**settings | config).eval(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def hunyuan15(head_dim: int = 16, **config) -> HunyuanVideo15Pipeline:
+    """Two blocks behind a token refiner, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=2,
+        num_refiner_layers=1, mlp_ratio=2, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH, image_embed_dim=8,
+        rope_axes_dim=rope_axes(head_dim), task_type="t2v",
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=16,
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    pipe = HunyuanVideo15Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae.eval(), tokenizer=_of_chats(),
+        text_encoder=Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**_LANGUAGE, rope_parameters=rope)).eval(),
+        text_encoder_2=_t5(), tokenizer_2=tokenizer(), guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        transformer=HunyuanVideo15Transformer3DModel(**settings | config).eval(),
+    )  # fmt: skip
+    pipe.tokenizer_max_length, pipe.prompt_template_encode_start_idx = 21, 0
+    pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 9, 5
+    return _quiet(pipe)
+
+
+class _Guardrail(torch.nn.Module):
+    """In the place of NVIDIA's, which Cosmos' pipelines insist on: these prompts are ours."""
+
+    device = torch.device("cpu")
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video):
+        return video
+
+
+def cosmos(head_dim: int = 16, **config) -> Cosmos2TextToImagePipeline:
+    """Two blocks, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=head_dim, num_layers=2, mlp_ratio=2,
+        text_embed_dim=WIDTH, adaln_lora_dim=4, max_size=(4, 64, 64), concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )  # fmt: skip
+    pipe = Cosmos2TextToImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), vae=wan().vae, text_encoder=_t5(),
+        tokenizer=tokenizer(512), safety_checker=_Guardrail(),
+        transformer=CosmosTransformer3DModel(**settings | config).eval(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def wan22(**config) -> WanPipeline:
+    """Two transformers, the second one for the steps with less noise."""
+    first = wan(**config)
+    torch.manual_seed(1)
+    second = WanTransformer3DModel.from_config(first.transformer.config).eval()
+    return _quiet(WanPipeline(**{**first.components, "transformer_2": second}, boundary_ratio=0.95))
+
+
+CALLS |= {
+    ZImagePipeline: dict(height=40, width=30, max_sequence_length=64),
+    MochiPipeline: dict(height=160, width=224, num_frames=13, max_sequence_length=23),
+    HunyuanVideo15Pipeline: dict(height=160, width=224, num_frames=9),
+    Cosmos2TextToImagePipeline: dict(height=272, width=304, max_sequence_length=21, negative_prompt=""),
+}

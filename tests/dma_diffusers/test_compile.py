@@ -53,6 +53,24 @@ def test_a_whole_model_is_one_graph(name, fields):
     assert whole == [LAYERS[name]] * (2 if has_dense_steps else 1)  # dense steps, and others
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "expected"),
+    [
+        ("cosmos", "compile", [2]),
+        ("z_image", "compile", [3]),
+        ("hunyuan15", "compile_repeated_blocks", [1]),
+    ],
+)
+def test_lists_and_masks_and_backends_of_the_process_break_no_graph(name, method, expected):
+    pipe = getattr(tiny_pipelines, name)()
+    apply(pipe)
+    eager = draw(pipe)
+    graphs = Graphs()
+    getattr(pipe.transformer, method)(backend=graphs, fullgraph=True)
+    assert torch.equal(draw(pipe), eager)
+    assert [nodes for nodes in graphs.nodes if nodes] == expected
+
+
 def test_repeated_blocks_compile_with_dense_steps_layers_and_another_length():
     pipe = tiny_pipelines.flux(num_layers=3, num_single_layers=6)
     apply(pipe, dense_layers=(0, -1), dense_above_sigma=0.9)

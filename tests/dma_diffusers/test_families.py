@@ -16,7 +16,7 @@ def test_text_range_is_where_the_keys_follow_the_text(name, monkeypatch):
     case = tiny_models.make(name)
     first, second = case.texts(2)
     changed = (case.keys(first) != case.keys(second)).any(-1).any(1).any(0).nonzero().flatten().tolist()
-    assert changed == list(range(*case.text))
+    assert changed == list(range(*case.prompt or case.text))
 
     calls = []
     genuine = operator.attention

@@ -93,7 +93,7 @@ def test_positions_are_read_once_for_all_steps_of_a_run():
 def test_only_positions_are_read_off_the_device(name):
     case = tiny_models.make(name)
     family = family_of(case.model)
-    call = case.inputs | {"hidden_states": case.pack(case.latents)}
+    call = case.call(*case.texts(1))
     with Waits() as waits:
         family.grid(case.model, call)
     assert bool(waits.number) == family.grid_on_device
@@ -147,7 +147,7 @@ def test_positions_in_another_order_are_no_grid(order):
 
 def test_a_call_that_does_not_tell_its_grid():
     with pytest.raises(ValueError, match=r"the model was called without height, width, which tell its grid"):
-        grids.of_lengths(None, {"num_frames": 3, "height": None})
+        grids.of_lengths(None, {"hidden_states": torch.empty(1, 6, 1), "num_frames": 3, "height": None})
 
 
 def test_a_grid_that_is_given_replaces_what_is_known():

@@ -20,7 +20,8 @@ class Case:
 
     text: of joint calls. grid: the image's or the video's. latents: as the VAE has them. pack: the pipeline's, to
     `hidden_states`. inputs: the model's other arguments. joint_calls, image_calls: of attention; the latter have the
-    image or the video alone.
+    image or the video alone. prompt: those text tokens that follow the prompt, if not all do. prompt_tokens: that the
+    model is given. names: of its arguments for latents, prompt and timestep.
     """
 
     model: torch.nn.Module
@@ -31,6 +32,9 @@ class Case:
     joint_calls: int
     image_calls: int = 0
     pack: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+    prompt: tuple[int, int] | None = None
+    prompt_tokens: int = TEXT
+    names: tuple[str, str, str] = ("hidden_states", "encoder_hidden_states", "timestep")
 
     @property
     def tokens(self) -> int:
@@ -39,15 +43,19 @@ class Case:
     def texts(self, number: int) -> list[torch.Tensor]:
         """Different texts for the model."""
         config = self.model.config
-        names = ("joint_attention_dim", "text_dim", "text_embed_dim", "caption_channels")
+        names = ("joint_attention_dim", "text_dim", "text_embed_dim", "caption_channels", "cap_feat_dim")
         width = next(config[name] for name in names if config.get(name))
-        return [torch.randn(self.latents.shape[0], TEXT, width) for _ in range(number)]
+        return [torch.randn(self.latents.shape[0], self.prompt_tokens, width) for _ in range(number)]
+
+    def call(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> dict:
+        """The model's arguments."""
+        latents = self.latents if latents is None else latents
+        timestep = torch.full((latents.shape[0],), 0.5)
+        return dict(zip(self.names, (self.pack(latents), text, timestep), strict=True)) | self.inputs
 
     def run(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.pack(self.latents if latents is None else latents)
-        timestep = torch.full((hidden.shape[0],), 0.5)
-        inputs = {"timestep": timestep, "return_dict": False, **self.inputs}
-        return self.model(hidden_states=hidden, encoder_hidden_states=text, **inputs)[0]
+        out = self.model(**self.call(text, latents), return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
 
     def keys(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
         """Of the first attention call that has all of the image or the video: `[B, H, S, D]`."""
@@ -147,13 +155,22 @@ def qwen() -> Case:
     )  # fmt: skip
 
 
-def cogvideox(frames: int = 3, **config) -> Case:
+def cogvideox(frames: int = 3, in_channels: int = 4, **config) -> Case:
     model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2,
+        num_attention_heads=2, attention_head_dim=16, in_channels=in_channels, out_channels=4, time_embed_dim=2,
         text_embed_dim=8, num_layers=2, sample_width=24, sample_height=20, sample_frames=9, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=TEXT, **config,
     )  # fmt: skip
     return Case(model, (0, TEXT), (3, 10, 12), torch.randn(1, frames, 4, 20, 24), {}, 2)
+
+
+def cogvideox_of_images() -> Case:
+    """As CogVideoX 1.5 takes an image: in channels beside the latents'."""
+    case = cogvideox(6, in_channels=8, patch_size_t=2, use_rotary_positional_embeddings=True, ofs_embed_dim=2)
+    image = torch.randn_like(case.latents)
+    case.inputs = dict(ofs=torch.full((1,), 2.0))
+    case.pack = lambda latents: torch.cat((latents, image), 2)
+    return case
 
 
 def ltx() -> Case:
@@ -168,21 +185,133 @@ def ltx() -> Case:
     )  # fmt: skip
 
 
+def ltx2() -> Case:
+    model = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8,
+        audio_cross_attention_dim=16, num_layers=2, caption_channels=8, rope_double_precision=False,
+    )  # fmt: skip
+    inputs = dict(
+        num_frames=3, height=10, width=11, encoder_attention_mask=torch.ones(1, TEXT),
+        audio_hidden_states=torch.randn(1, 13, 4), audio_encoder_hidden_states=torch.randn(1, TEXT, 8),
+        audio_encoder_attention_mask=torch.ones(1, TEXT), audio_num_frames=13,
+    )  # fmt: skip
+    return Case(
+        model, (0, 0), (3, 10, 11), torch.randn(1, 4, 3, 10, 11), inputs, 0, image_calls=2,
+        pack=diffusers.LTX2Pipeline._pack_latents,
+    )  # fmt: skip
+
+
+def cosmos(**config) -> Case:
+    model = diffusers.CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2, mlp_ratio=2,
+        text_embed_dim=8, adaln_lora_dim=4, max_size=(4, 32, 32), concat_padding_mask=False, **config,
+    )  # fmt: skip
+    return Case(model, (0, 0), (3, 9, 11), torch.randn(1, 4, 3, 18, 22), {"fps": 16}, 0, image_calls=2)
+
+
+def hunyuan15() -> Case:
+    model = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_refiner_layers=1, mlp_ratio=2, patch_size=2, text_embed_dim=8, text_embed_2_dim=6, image_embed_dim=5,
+        rope_axes_dim=AXES,
+    )  # fmt: skip
+    inputs = dict(
+        encoder_attention_mask=torch.arange(TEXT)[None] < TEXT - 2,
+        encoder_hidden_states_2=torch.randn(1, 7, 6), encoder_attention_mask_2=torch.arange(7)[None] < 4,
+        image_embeds=torch.randn(1, 3, 5),
+    )  # fmt: skip
+    start, tokens = 3 * 10 * 14, 3 + 7 + TEXT
+    return Case(
+        model, (start, start + tokens), (3, 10, 14), torch.randn(1, 9, 3, 20, 28), inputs, 2,
+        prompt=(start + 3 + 4, start + 3 + 4 + TEXT - 2),  # behind the image and those of the second text that count
+    )  # fmt: skip
+
+
+def mochi() -> Case:
+    model = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, pooled_projection_dim=16, in_channels=4,
+        text_embed_dim=8, time_embed_dim=4,
+    )  # fmt: skip
+    torch.nn.init.zeros_(model.time_embed.pooler.to_out.weight)  # through which all tokens follow the prompt
+    torch.nn.init.normal_(model.pos_frequencies)
+    inputs = dict(encoder_attention_mask=torch.arange(TEXT)[None] < TEXT - 2)
+    latents = torch.randn(1, 4, 3, 20, 28)
+    return Case(model, (420, 420 + TEXT - 2), (3, 10, 14), latents, inputs, 2)
+
+
+def z_image(
+    rows: int = 12, columns: int = 24, refiners: int = 0, captions: tuple[int, ...] = (TEXT,)
+) -> Case:
+    """A batch entry for each of the captions' lengths in tokens, of which the model makes 32, or 64, …"""
+    model = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=refiners, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
+        axes_dims=AXES, axes_lens=[128, 32, 32],
+    )  # fmt: skip
+    tokens, text = rows * columns, -(-max(captions) // 32) * 32
+    padded = -(-tokens // 32) * 32
+    return Case(
+        model, (tokens, padded + text), (rows, columns), torch.randn(len(captions), 4, 1, 2 * rows, 2 * columns), {},
+        2, pack=list, prompt=(padded, padded + max(captions)), prompt_tokens=max(captions),
+        names=("x", "cap_feats", "t"),
+    )  # fmt: skip
+
+
+def wan_of_images() -> Case:
+    """As Wan 2.1 takes an image: beside the latents, and as tokens for a second cross-attention."""
+    model = tiny_pipelines.wan(in_channels=36, image_dim=4, added_kv_proj_dim=32).transformer
+    inputs = dict(encoder_hidden_states_image=torch.randn(1, 7, 4))
+    latents = torch.randn(1, 36, 3, 18, 22)
+    return Case(model, (0, 0), (3, 9, 11), latents, inputs, 0, image_calls=2, prompt_tokens=512)
+
+
+WAN = dict(
+    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=256, ffn_dim=32,
+    num_layers=2, rope_max_seq_len=32,
+)  # fmt: skip
+
+
+def wan_vace() -> Case:
+    model = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=6)
+    inputs = dict(control_hidden_states=torch.randn(1, 6, 3, 18, 22))
+    return Case(model, (0, 0), (3, 9, 11), torch.randn(1, 4, 3, 18, 22), inputs, 0, image_calls=3)
+
+
+def skyreels() -> Case:
+    model = diffusers.SkyReelsV2Transformer3DModel(**WAN)
+    return Case(model, (0, 0), (3, 9, 11), torch.randn(1, 4, 3, 18, 22), {}, 0, image_calls=2)
+
+
 CASES = {
     "chroma": chroma,
     "cogvideox": cogvideox,
     "cogvideox, frames in patches": lambda: cogvideox(
         6, patch_size_t=2, use_rotary_positional_embeddings=True
     ),
+    "cogvideox, of images": cogvideox_of_images,
+    "cosmos": lambda: cosmos(extra_pos_embed_type="learnable"),
+    "cosmos 2.5": lambda: cosmos(
+        extra_pos_embed_type=None,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=8,
+        encoder_hidden_states_channels=8,
+    ),
     "flux": flux,
     "flux, single blocks alone": lambda: flux(double=0),
     "flux2": flux2,
     "hunyuan": hunyuan,
+    "hunyuan15": hunyuan15,
     "ltx": ltx,
+    "ltx2": ltx2,
+    "mochi": mochi,
     "qwen": qwen,
     "sd3": sd3,
     "wan": wan,
+    "skyreels": skyreels,
     "wan, as much text as video": wan_with_as_much_text_as_video,
+    "wan, of images": wan_of_images,
+    "wan, vace": wan_vace,
+    "z_image": z_image,
 }
 
 
