@@ -40,7 +40,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, RuntimeError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         sys.exit(1)
