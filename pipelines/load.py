@@ -10,6 +10,7 @@ from typing import Any, get_args
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
 from dma_diffusers.pipelines.placement import place
@@ -24,6 +25,8 @@ _NO_CALLBACK = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
 # Families of which Diffusers' documentation loads these components in float32 while the others are in bfloat16.
 _FLOAT32_FAMILIES = ("Wan", "SkyReelsV2", "ChronoEdit", "Allegro")
 _FLOAT32 = ("vae", "image_encoder")
+# Pipelines that call ftfy whether it is there or not.
+_NEED_FTFY = ("WanImageToVideo", "WanVACE", "SkyReelsV2", "ChronoEdit", "Helios")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def check_model(model: str | Path, video: bool | None = None, image: bool = Fals
         raise ValueError(f"{named}, which takes no image to start from: leave it out")
     if not image and not can.from_text:
         raise ValueError(f"{named}, which starts from an image: dma-diffusers generate-video --image FILE")
+    if kind.__name__.startswith(_NEED_FTFY) and not is_ftfy_available():
+        raise ValueError(f"{named}, which needs ftfy: pip install 'dma-diffusers[demo]'")
 
 
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:

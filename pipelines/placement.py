@@ -51,14 +51,17 @@ def place(pipe: DiffusionPipeline, pixels: int) -> str:
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _bytes(module) for name, module in modules.items()}
     dtypes = _dtypes(modules)
-    size = f"{type(pipe).__name__}, {sum(weights.values()) / 1e9:.3g} GB of weights in {dtypes}"
+    total = sum(weights.values())
+    amount = f"{total / 1e9:.1f} GB" if total > 1e9 else f"{total / 1e6:.1f} MB"
+    size = f"{type(pipe).__name__}, {amount} of weights in {dtypes}"
     if not torch.cuda.is_available():
         return f"{size}, on the CPU"
     device = torch.device("cuda", torch.cuda.current_device())
     chosen = choose(weights, torch.cuda.mem_get_info(device)[0], pixels)
-    tiling = chosen.tiling and hasattr(pipe.vae, "enable_tiling")
+    vae = modules.get("vae")
+    tiling = chosen.tiling and hasattr(vae, "enable_tiling")
     if tiling:
-        pipe.vae.enable_tiling()
+        vae.enable_tiling()
     if chosen.offload == "none":
         pipe.to(device)
     elif chosen.offload == "model":
@@ -66,7 +69,8 @@ def place(pipe: DiffusionPipeline, pixels: int) -> str:
     else:
         # Tiles are of several sizes, which streamed layers do not expect: the VAE, which is small, stays.
         pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules="vae")
-        pipe.vae.to(device)
+        if vae is not None:
+            vae.to(device)
     where = {"none": "all", "model": "one component at a time", "group": "one layer at a time"}[
         chosen.offload
     ]
@@ -79,7 +83,11 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _dtypes(modules: Mapping[str, torch.nn.Module]) -> str:
     """The dtype of most, and who has another."""
-    of = {name: str(module.dtype).removeprefix("torch.") for name, module in modules.items()}
+    of = {
+        name: str(module.dtype).removeprefix("torch.")
+        for name, module in modules.items()
+        if hasattr(module, "dtype")
+    }
     most = max(of.values(), key=list(of.values()).count)
     others = [f"{name} in {dtype}" for name, dtype in of.items() if dtype != most]
     return f"{most} ({', '.join(others)})" if others else most
