@@ -61,7 +61,7 @@ def test_a_clip_with_frames_size_and_rate_that_were_asked_for(monkeypatch, capsy
     assert clip(target).shape == (5, 176, 208, 3)
     with av.open(str(target)) as file:
         assert file.streams.video[0].average_rate == 12.5
-    placed, drawn, *receipt = output.splitlines()
+    drawn, placed, *receipt = output.splitlines()
     assert re.fullmatch(r"WanPipeline, .* of weights in .*", placed)
     words = rf"{target}: 5 frames of 208x176, 12\.5 a second; DMA mxfp8/mxfp4, window 128, sink 128, [\d.]+ s"
     assert re.fullmatch(words, drawn)

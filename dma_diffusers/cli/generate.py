@@ -83,8 +83,7 @@ def generate(
         result = {"output": str(output), "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict()}
         print_json(result)
         return
-    print("\n".join(notes))
     print(f"{output}: {label}, {drawing.seconds:.1f} s")
     if compare:
         print(comparison.in_words(metrics))
-    print(receipt)
+    print("\n".join([*notes, str(receipt)]))

@@ -99,10 +99,9 @@ def generate_video(
         }  # fmt: skip
         print_json(result)
         return
-    print("\n".join(notes))
     print(
         f"{output}: {count} frames of {width}x{height}, {call.fps:g} a second; {label}, {drawing.seconds:.1f} s"
     )
     if compare:
         print(comparison.in_words(metrics))
-    print(receipt)
+    print("\n".join([*notes, str(receipt)]))
