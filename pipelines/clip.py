@@ -69,7 +69,6 @@ def encode_clip(frames: np.ndarray, fps: float, kind: str) -> bytes:
 
 def _h264(frames: np.ndarray, fps: float) -> bytes:
     import av
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     buffer = io.BytesIO()
     # To put the index in front, the muxer reads again what it has written.
@@ -78,12 +77,11 @@ def _h264(frames: np.ndarray, fps: float) -> bytes:
         stream = file.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": str(_CRF)})
         stream.pix_fmt = "yuv420p"
         stream.height, stream.width = frames.shape[1:3]
-        stream.codec_context.colorspace = Colorspace.ITU709
-        stream.codec_context.color_primaries = ColorPrimaries.BT709
-        stream.codec_context.color_trc = ColorTrc.BT709
-        stream.codec_context.color_range = ColorRange.MPEG
+        codec = stream.codec_context
+        # Matrix, primaries and transfer of BT.709, and its narrow range, as H.264 counts them: all are 1.
+        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
         for values in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(values), format="rgb24")
-            file.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            file.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         file.mux(stream.encode(None))
     return buffer.getvalue()

@@ -46,8 +46,8 @@ def _curve(
 ) -> tuple[Image.Image, list[tuple[int, int]]]:
     """The figure over time, and where each frame stands on it."""
     font = caption_font(panel)
-    finite = [value for value in decibels if value is not None] or [0.0]
-    low, high = min(finite), max(finite)
+    finite = [value for value in decibels if value is not None]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     above, below = font.size, round(1.6 * font.size)  # the curve's distance to the edges
     left = round(font.getlength("PSNR 00.0 dB ")) + GAP
 
@@ -61,7 +61,7 @@ def _curve(
     places = [place(i, value) for i, value in enumerate(decibels)]
     picture = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(picture)
-    for value in {low, high}:
+    for value in {low, high} if finite else ():
         y = place(0, value)[1]
         pen.line([(left, y), (width - GAP, y)], fill=(215, 215, 210))
         pen.text((2, y), f"PSNR {value:.1f} dB", fill=GREY, font=font, anchor="lm")

@@ -56,10 +56,18 @@ def test_figures_of_a_clip(clips):
     assert words.endswith(f"flicker 6.00 of 255; worst is frame 4 of 5, {decibels[2]:.2f} dB")
 
 
-def test_figures_of_one_clip_with_itself(clips):
-    _, metrics = compare_clips(clips[0], clips[0], "a cat", "DMA")
+def test_one_clip_with_itself(clips):
+    shown, metrics = compare_clips(clips[0], clips[0], "a cat", "DMA")
+    assert not shown[:, :32, -48:].any()
     assert (metrics["psnr_db"], metrics["worst_frame"], metrics["flicker"]) == (None, None, 0.0)
     assert in_words(metrics).startswith("identical pictures, SSIM 1.0000")
+
+
+def test_a_clip_of_one_frame(clips):
+    first = [Drawing(each.frames[:, 3:4], each.latents, each.seconds) for each in clips]
+    shown, metrics = compare_clips(*first, "a cat", "DMA")
+    assert shown.shape[0] == 1
+    assert (metrics["worst_frame"], metrics["flicker"]) == (1, None)
 
 
 def test_the_clip_that_compares(clips):
