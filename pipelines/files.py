@@ -12,16 +12,26 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(2**12))  # a full disk still takes files of which nothing is written
     except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+        raise _refused(path, error) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: an interrupted call leaves what was there before."""
+    """Put `data` at `path` in one step: an interrupted call leaves what was there before.
+
+    Raises OSError, in one line, where there is no room for it or no file can be put there.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_bytes(data)
         unfinished.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _refused(path: Path, error: OSError) -> OSError:
+    return type(error)(f"cannot write {path}: {error.strerror or error}")

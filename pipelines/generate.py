@@ -1,7 +1,9 @@
 """Draw pictures or videos with a pipeline: one seed per prompt, the latents kept."""
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+
+from dma_diffusers.pipelines.load import arguments
 
 
 @dataclass(frozen=True)
@@ -51,26 +55,52 @@ def draw(
     """
     latents = None
 
-    def step_ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def after_step(step: int, left: torch.Tensor) -> torch.Tensor:
         nonlocal latents
-        latents = tensors["latents"]
+        latents = left
         on_step(step + 1, pipe.num_timesteps)
-        return {"latents": through(step, latents)}
+        return through(step, left)
 
     if isinstance(call.get("negative_prompt"), str):
         # Flux does not repeat a single negative prompt over the batch.
         call = {**call, "negative_prompt": [call["negative_prompt"]] * len(prompts)}
     start = time.perf_counter()
-    output = pipe(
-        prompt=list(prompts),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="np",
-        callback_on_step_end=step_ended,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **call,
-    )
+    with _watched(pipe, after_step) as watching:
+        output = pipe(
+            prompt=list(prompts),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="np",
+            **watching,
+            **call,
+        )
     seconds = time.perf_counter() - start
     drawn = output.frames if "frames" in output else output.images[:, None]
     if not (latents.isfinite().all() and np.isfinite(drawn).all()):
         raise ValueError("the pipeline drew NaN or infinity instead of a picture")
     return Drawing((drawn * 255).round().astype(np.uint8), latents.float().cpu(), seconds)
+
+
+@contextmanager
+def _watched(
+    pipe: DiffusionPipeline, after_step: Callable[[int, torch.Tensor], torch.Tensor]
+) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of a call in which `after_step` sees, and replaces, what each step leaves."""
+    if "callback_on_step_end" in arguments(type(pipe)):
+
+        def ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"latents": after_step(step, tensors["latents"])}
+
+        yield {"callback_on_step_end": ended, "callback_on_step_end_tensor_inputs": ["latents"]}
+        return
+    # HunyuanVideo 1.5 has no callback, but its scheduler makes one step for each of its own.
+    stock, steps = pipe.scheduler.step, itertools.count()
+
+    def step(*given, **named) -> tuple[torch.Tensor, ...]:
+        left, *others = stock(*given, **named)
+        return after_step(next(steps), left), *others
+
+    pipe.scheduler.step = step
+    try:
+        yield {}
+    finally:
+        del pipe.scheduler.step

@@ -1,43 +1,125 @@
-"""Load a text-to-image pipeline, and the call arguments that its folder recommends."""
+"""Load the pipelines that draw pictures or clips, and the call arguments that their folders recommend."""
 
 import inspect
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
+from dma_diffusers.pipelines.placement import place
+
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
-# Arguments of pipelines that edit or follow a picture.
-_PICTURES_IN = {"strength", "mask_image", "control_image", "video"}
+VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
+_DEMOS = {None: DEMO_MODEL, "demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
+# Arguments of pipelines that edit or follow a picture; "image" and "video" are looked at more closely.
+_PICTURES_IN = {"strength", "mask_image", "control_image"}
+# Their calls have no callback after each step, but step through their scheduler once for each.
+_NO_CALLBACK = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
+# Families of which Diffusers' documentation loads these components in float32 while the others are in bfloat16.
+_FLOAT32_FAMILIES = ("Wan", "SkyReelsV2", "ChronoEdit", "Allegro")
+_FLOAT32 = ("vae", "image_encoder")
+# Pipelines that call ftfy whether it is there or not.
+_NEED_FTFY = ("WanImageToVideo", "WanVACE", "SkyReelsV2", "ChronoEdit", "Helios")
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What a pipeline draws from what, as the signature of its call tells.
+
+    video: clips, not pictures. from_text: a prompt alone will do. from_image: a prompt and the first frame will do.
+    """
+
+    video: bool
+    from_text: bool
+    from_image: bool
 
 
 def named_model(name: str | None) -> str | Path:
-    """The folder of the demo model for "demo" or None; anything else as it is."""
-    return DEMO_MODEL if name in (None, "demo") else name
+    """The folder of an embedded model for "demo" or None and "demo-video"; anything else as it is."""
+    return _DEMOS.get(name, name)
 
 
-def load_pipeline(model: str | Path = DEMO_MODEL, video: bool = False) -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path = DEMO_MODEL,
+    video: bool | None = None,
+    image: bool = False,
+    call: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> DiffusionPipeline:
     """The pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 
-    Only safetensors are read, and no code that comes with a model is run. Raises ValueError where `model` is
-    no text-to-image pipeline (video: nor a text-to-video one), OSError where it cannot be read or fetched.
-    """
-    pipeline = _pipeline_class(model)
-    if not draws_from_text_alone(pipeline, video):
-        raise ValueError(f"{model} is a {pipeline.__name__}, which does not turn text alone into an image")
+    Args:
+        video, image: as for `check_model`.
+        call: keyword arguments of the calls to come; their height, width and frames decide what has room on the GPU.
+        say: called with the line that says what was placed where.
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    Where Diffusers' documentation asks for a VAE in float32, as Wan's, it is. Weights that don't fit the GPU stay in
+    the CPU's memory until they are needed; a VAE decodes in tiles where it has no room for the whole. Only
+    safetensors are read, and no code that comes with a model is run. Raises what `check_model` raises, ValueError for
+    corrupt weights.
+    """
+    check_model(model, video, image)
+    kind = pipeline_class(model)
+    dtype: Any = torch.float32
+    if torch.cuda.is_available():
+        dtype = {"default": torch.bfloat16}
+        if kind.__name__.startswith(_FLOAT32_FAMILIES):
+            dtype |= dict.fromkeys(_FLOAT32, torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"{model} holds corrupt weights: {error}") from error
-    pipe.to(device)
+    say(place(pipe, _pixels(kind, call or {})))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def outline(model: str | Path) -> DiffusionPipeline:
+    """The pipeline with neither weights nor text encoders: its Diffusers models on the meta device, all else None.
+
+    What it tells without loading: how much its VAE compresses, which sizes its transformer expects.
+    """
+    kind, parts = pipeline_class(model), {}
+    for name, value in DiffusionPipeline.load_config(model).items():
+        if not isinstance(value, list | tuple):
+            parts |= {} if name.startswith("_") else {name: value}
+            continue
+        part = getattr(diffusers, str(value[1]), None) if value[0] == "diffusers" else None
+        parts[name] = None
+        if isinstance(part, type) and issubclass(part, ModelMixin):
+            with torch.device("meta"):
+                parts[name] = part.from_config(part.load_config(model, subfolder=name))
+    return kind(**parts)
+
+
+def check_model(model: str | Path, video: bool | None = None, image: bool = False) -> None:
+    """Raise ValueError unless `model` draws what is asked for, OSError where it cannot be read or fetched.
+
+    Args:
+        video: whether it is to draw clips; None where either will do.
+        image: whether it is given an image to start from.
+    """
+    kind = pipeline_class(model)
+    can, named = ability(kind), f"{model} is a {kind.__name__}"
+    if not (can.from_text or can.from_image):
+        raise ValueError(f"{named}, which does not turn text alone into an image, nor an image into a clip")
+    if video is False and can.video:
+        raise ValueError(f"{named}, which draws clips: dma-diffusers generate-video is for those")
+    if video and not can.video:
+        raise ValueError(f"{named}, which draws pictures: dma-diffusers generate is for those")
+    if image and not can.from_image:
+        raise ValueError(f"{named}, which takes no image to start from: leave it out")
+    if not image and not can.from_text:
+        raise ValueError(f"{named}, which starts from an image: dma-diffusers generate-video --image FILE")
+    if kind.__name__.startswith(_NEED_FTFY) and not is_ftfy_available():
+        raise ValueError(f"{named}, which needs ftfy: pip install 'dma-diffusers[demo]'")
 
 
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
@@ -54,26 +136,43 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(call, dict):
         raise ValueError(f"{path} holds no JSON object")
-    pipeline = _pipeline_class(model)
-    if unknown := call.keys() - _arguments(pipeline):
+    pipeline = pipeline_class(model)
+    if unknown := call.keys() - arguments(pipeline):
         raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
     return call
 
 
-def draws_from_text_alone(pipeline: type[DiffusionPipeline], video: bool = False) -> bool:
-    """Whether a call with a prompt and no picture gives an image (video: or a video), as its signature tells."""
-    arguments = _arguments(pipeline)
-    if not {"prompt", "height", "callback_on_step_end"} <= arguments.keys():
-        return False
-    if "num_frames" in arguments and not video:
-        return False
-    required = {name for name, argument in arguments.items() if argument.default is argument.empty}
+def ability(pipeline: type[DiffusionPipeline]) -> Ability:
+    """What a class of pipelines draws from what."""
+    given = arguments(pipeline)
+    video = "num_frames" in given
+    steps = "callback_on_step_end" in given or pipeline.__name__ in _NO_CALLBACK
+    if "prompt" not in given or not steps:
+        return Ability(video, from_text=False, from_image=False)
+    required = {name for name, argument in given.items() if argument.default is argument.empty}
     # Where a picture is optional, as in FLUX.2, its type says so; its default is None in all pipelines.
-    optional = "image" not in arguments or type(None) in get_args(arguments["image"].annotation)
-    return optional and required <= {"prompt"} and not arguments.keys() & _PICTURES_IN
+    optional = all(
+        type(None) in get_args(given[name].annotation) for name in {"image", "video"} & given.keys()
+    )
+    return Ability(
+        video,
+        from_text=optional and required <= {"prompt"} and not given.keys() & _PICTURES_IN,
+        from_image=video and "image" in given and required <= {"prompt", "image"},
+    )
 
 
-def _pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
+def arguments(pipeline: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+    """The parameters of its call that have a name of their own, without self."""
+    signature = inspect.signature(pipeline.__call__).parameters.items()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: argument for name, argument in signature if argument.kind in named and name != "self"}
+
+
+def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
+    """The class that a local folder or hub id names.
+
+    Raises ValueError where it is no pipeline of this Diffusers, OSError where it cannot be read or fetched.
+    """
     _check_folder(model)
     try:
         name = DiffusionPipeline.load_config(model).get("_class_name")
@@ -87,11 +186,11 @@ def _pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     return getattr(diffusers, name)
 
 
-def _arguments(pipeline: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
-    """The parameters of its call that have a name of their own, without self."""
-    signature = inspect.signature(pipeline.__call__).parameters.items()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: argument for name, argument in signature if argument.kind in named and name != "self"}
+def _pixels(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> int:
+    """Height × width × frames; a side that neither call nor signature says is 1,024, a number of frames 128."""
+    known = {name: argument.default for name, argument in arguments(pipeline).items()} | dict(call)
+    height, width = (known.get(name) or 1024 for name in ("height", "width"))
+    return height * width * (known["num_frames"] or 128 if "num_frames" in known else 1)
 
 
 def _check_folder(model: str | Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP = 8  # pixels between panels
-_PAPER, _INK, _GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
+GAP = 8  # pixels between panels
+PAPER, INK, GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
 
 
 def picture_format(path: Path) -> str:
@@ -32,31 +32,42 @@ def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def amplified_difference(picture: Image.Image, reference: Image.Image) -> tuple[Image.Image, int]:
-    """|picture − reference| times a power of two ≤ 64, and that factor.
+    """|picture − reference| times a power of two ≤ 64, and that factor: `amplified` of pictures."""
+    pixels, factor = amplified(np.asarray(picture), np.asarray(reference))
+    return Image.fromarray(pixels), factor
+
+
+def amplified(pixels: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, int]:
+    """|pixels − reference| of uint8 arrays, times a power of two ≤ 64, and that factor.
 
     The factor is the largest at which 999 of 1000 values stay below white.
     """
-    difference = np.abs(np.asarray(picture, np.int16) - np.asarray(reference, np.int16))
+    difference = np.abs(pixels.astype(np.int16) - reference)
     brightest = max(np.quantile(difference, 0.999), 1)
     factor = 2 ** int(np.clip(np.log2(255 / brightest), 0, 6))
-    return Image.fromarray(np.minimum(difference * factor, 255).astype(np.uint8)), factor
+    return np.minimum(difference * factor, 255).astype(np.uint8), factor
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, str]]) -> Image.Image:
     """Pictures of one size in a row, untouched, each with a title and a text of up to two lines below it."""
     width, height = panels[0].size
-    font = ImageFont.load_default(size=max(10, width // 20))
+    font = caption_font(width)
     line, letters = round(font.size * 1.3), max(2, int(26 * width / font.getlength(ascii_lowercase)))
-    sheet = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height + 3 * line + _GAP), _PAPER)
+    sheet = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height + 3 * line + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (panel, (title, text)) in enumerate(zip(panels, captions, strict=True)):
-        left = i * (width + _GAP)
+        left = i * (width + GAP)
         sheet.paste(panel, (left, 0))
         rows = [*_wrap(title, letters, 1), *_wrap(text, letters, 2)]
         for row, words in enumerate(rows):
-            at = (left + 2, height + _GAP // 2 + row * line)
-            pen.text(at, words, fill=_GREY if row else _INK, font=font)
+            at = (left + 2, height + GAP // 2 + row * line)
+            pen.text(at, words, fill=GREY if row else INK, font=font)
     return sheet
+
+
+def caption_font(width: int) -> ImageFont.FreeTypeFont:
+    """That of the captions of pictures so many pixels wide."""
+    return ImageFont.load_default(size=max(10, width // 20))
 
 
 def _wrap(text: str, letters: int, lines: int) -> list[str]:

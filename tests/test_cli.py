@@ -341,7 +341,7 @@ def test_compile_refuses_in_one_line(monkeypatch, capsys, flags):
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys, model, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("dma_diffusers.pipelines.load.load_pipeline", fail)

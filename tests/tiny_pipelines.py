@@ -1,17 +1,21 @@
 """Stock pipelines with tiny random weights, made of configurations alone: nothing is fetched.
 
-`flux()`, `sd3()`, `wan()`, `hunyuan()` build one each, the same one every time, and so do `z_image()`, `mochi()`,
-`hunyuan15()`, `cosmos()` and `wan22()` at the end; `draw(pipe)` runs it.
+`flux()`, `sd3()`, `wan()`, `wan_from_image()`, `cogvideox()`, `hunyuan()` build one each, the same one every time, and
+so do `z_image()`, `mochi()`, `hunyuan15()`, `cosmos()` and `wan22()` at the end; `draw(pipe)` runs it.
 """
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLMochi,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     Cosmos2TextToImagePipeline,
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -25,6 +29,7 @@ from diffusers import (
     MochiTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -132,18 +137,54 @@ def sd3(head_dim: int = 16, **config) -> StableDiffusion3Pipeline:
 def wan(head_dim: int = 16, **config) -> WanPipeline:
     """Two blocks, two heads."""
     torch.manual_seed(0)
+    return _quiet(WanPipeline(transformer=_wan_transformer(head_dim, **config), **_wan_parts()))
+
+
+def wan_from_image(head_dim: int = 16, **config) -> WanImageToVideoPipeline:
+    """As Wan 2.2's: two transformers, one for high noise levels and one for low ones, and no image encoder."""
+    torch.manual_seed(0)
+    noisy, clean = (_wan_transformer(head_dim, in_channels=36, **config) for _ in range(2))
+    pipe = WanImageToVideoPipeline(
+        transformer=noisy, transformer_2=clean, image_encoder=None, image_processor=None, boundary_ratio=0.9,
+        **_wan_parts(),
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+def _wan_transformer(head_dim: int, **config) -> WanTransformer3DModel:
     settings = dict(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head_dim, in_channels=16,
         out_channels=16, text_dim=WIDTH, freq_dim=256, ffn_dim=32, num_layers=2,
         cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
-    transformer = WanTransformer3DModel(**settings | config).eval()
+    return WanTransformer3DModel(**settings | config).eval()
+
+
+def _wan_parts() -> dict:
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     ).eval()
-    pipe = WanPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae, transformer=transformer,
+    return dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae,
         text_encoder=_t5(UMT5Config, UMT5EncoderModel), tokenizer=tokenizer(512),
+    )  # fmt: skip
+
+
+def cogvideox(head_dim: int = 16, **config) -> CogVideoXPipeline:
+    """Two blocks, two heads."""
+    torch.manual_seed(0)
+    settings = dict(
+        num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=4, time_embed_dim=2,
+        text_embed_dim=WIDTH, num_layers=2, sample_width=12, sample_height=8, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=16, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    ).eval()  # fmt: skip
+    pipe = CogVideoXPipeline(
+        scheduler=CogVideoXDDIMScheduler(), vae=vae, text_encoder=_t5(), tokenizer=tokenizer(16),
+        transformer=CogVideoXTransformer3DModel(**settings | config).eval(),
     )  # fmt: skip
     return _quiet(pipe)
 
@@ -185,6 +226,8 @@ CALLS = {
     FluxPipeline: dict(height=48, width=40, max_sequence_length=19),
     StableDiffusion3Pipeline: dict(height=20, width=19, max_sequence_length=23),
     WanPipeline: dict(height=144, width=176, num_frames=9, max_sequence_length=21),
+    WanImageToVideoPipeline: dict(height=96, width=112, num_frames=5, max_sequence_length=21),
+    CogVideoXPipeline: dict(height=64, width=96, num_frames=9, max_sequence_length=16),
     HunyuanVideoPipeline: dict(
         height=80, width=112, num_frames=9, max_sequence_length=27,
         prompt_template={"template": "{}", "crop_start": 0},

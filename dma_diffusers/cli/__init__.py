@@ -10,6 +10,7 @@ from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
 from dma_diffusers.cli.generate import generate
+from dma_diffusers.cli.generate_video import generate_video
 from dma_diffusers.cli.machine import compile_kernels, doctor
 from dma_diffusers.cli.simulate import simulate
 
@@ -23,6 +24,7 @@ bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 app.command()(generate)
+app.command()(generate_video)
 app.command("eval")(evaluate)
 app.command()(distance)
 app.command()(calibrate)
@@ -40,7 +42,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except (ValueError, OSError, RuntimeError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         sys.exit(1)

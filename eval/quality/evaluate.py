@@ -68,7 +68,7 @@ def evaluate(
     check_target(asked.target)
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
-    pipe = load_pipeline(asked.model, video=True)
+    pipe = load_pipeline(asked.model, call=asked.call)
     check(pipe, asked.configurations)
     settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}

@@ -1,5 +1,8 @@
 """Output files are whole or absent."""
 
+import errno
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,25 @@ def test_check_writable_leaves_nothing(tmp_path):
 def test_check_writable_refuses_in_one_line(tmp_path, target):
     with pytest.raises(OSError, match=r"^cannot write [^\n]+$"):
         check_writable(tmp_path / target)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "out.mp4"
+    write = Path.write_bytes
+
+    def full(self, data):
+        write(self, data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"^cannot write \S+out\.mp4: No space left on device$"):
+        write_atomically(target, b"a clip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
+    """/dev/full takes files to be opened, and nothing to be written."""
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full)
+        with pytest.raises(OSError, match=r"^cannot write \S+out\.mp4: No space left on device$"):
+            check_writable(tmp_path / "out.mp4")

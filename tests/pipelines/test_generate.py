@@ -3,14 +3,15 @@
 import json
 import shutil
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from dma_diffusers.pipelines.generate import draw
-from dma_diffusers.pipelines.load import draws_from_text_alone, load_pipeline, recommended_call
+from dma_diffusers.pipelines.load import load_pipeline, recommended_call
 from tests.pipelines.saved_flux import CALL, save_flux
+from tests.tiny_pipelines import CALLS, wan
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,24 @@ def test_steps_are_counted(pipe):
     seen = []
     draw(pipe, ["a cat"], [0], CALL | {"num_inference_steps": 3}, lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_pipeline_without_a_callback_is_watched_through_its_scheduler():
+    class Silent(WanPipeline):
+        def __call__(self, prompt=None, **call):
+            assert "callback_on_step_end" not in call
+            return super().__call__(prompt, **call)
+
+    pipe, call = wan(), CALLS[WanPipeline] | {"num_inference_steps": 3}
+    stock = draw(pipe, ["a cat"], [3], call)
+    seen = []
+    silent = draw(Silent(**pipe.components), ["a cat"], [3], call, lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(silent.latents, stock.latents)
+    assert np.array_equal(silent.frames, stock.frames)
+    halved = draw(Silent(**pipe.components), ["a cat"], [3], call, through=lambda step, latents: latents / 2)
+    assert not torch.allclose(halved.latents, stock.latents)
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_a_picture_of_nan_is_refused(folder):
@@ -104,27 +123,10 @@ def test_folders_that_are_no_pipeline_are_refused(folder, tmp_path, spoil):
     copy = shutil.copytree(folder, tmp_path / "model")
     spoil(copy)
     with pytest.raises((ValueError, OSError), match="model"):
-        load_pipeline(copy)
+        load_pipeline(copy, video=False)
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./owner/name", "/no/such/folder", "a/b/c"])
 def test_names_that_are_neither_folder_nor_hub_id_are_refused(name):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         load_pipeline(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ChromaPipeline"],
-)
-def test_pipelines_that_draw_from_text_alone(name):
-    assert draws_from_text_alone(getattr(diffusers, name))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxControlPipeline", "WanPipeline",
-     "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "QwenImageImg2ImgPipeline"],
-)  # fmt: skip
-def test_pipelines_that_need_a_picture_or_draw_none(name):
-    assert not draws_from_text_alone(getattr(diffusers, name))

@@ -1,0 +1,127 @@
+"""Calls of video pipelines: the frames, sizes and rates that each can take."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+
+from dma_diffusers.attach import transformers_of
+from dma_diffusers.pipelines.load import arguments, outline, recommended_call
+
+# What pipelines call the frames, and the pixels of a side, that are one in their latents.
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+_SIDE = 16  # Diffusers' video pipelines take multiples of this, or of a multiple of it
+# Frames per second of families whose calls don't ask for it: what their authors made, or else 24.
+_RATES = {"Wan": 16, "CogVideoX": 8, "Mochi": 30, "Cosmos": 16, "Allegro": 15}
+
+
+@dataclass(frozen=True)
+class ClipCall:
+    """A call that a video pipeline can take.
+
+    arguments: keyword arguments of the call, without prompt and seed.
+    size: width and height of the clip in pixels; None where the pipeline decides in its call.
+    fps: frames per second.
+    """
+
+    arguments: dict[str, Any]
+    size: tuple[int, int] | None
+    fps: float
+
+
+def clip_call(
+    model: str | Path,
+    *,
+    steps: int | None = None,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    image: Image.Image | None = None,
+) -> ClipCall:
+    """The call of a model that `check_model(model, video=True, image=…)` lets pass; no weights are loaded.
+
+    Args:
+        model: local folder or hub id.
+        size: width and height. image: first frame; cropped, around its middle, to the clip's shape.
+        None is what the model's folder recommends, or else the pipeline's default.
+
+    Raises ValueError for frames or sides that the pipeline would round or refuse, naming the nearest ones.
+    """
+    pipe = outline(model)
+    known = arguments(type(pipe))
+    width, height = size or (None, None)
+    asked = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if unknown := asked.keys() - known.keys():
+        names = " and ".join(sorted(unknown))
+        raise ValueError(f"{type(pipe).__name__} takes no {names}: leave that to the image")
+    rate = next((name for name in ("frame_rate", "fps") if name in known), None)
+    call = recommended_call(model) | asked | ({rate: fps} if rate and fps else {})
+
+    chosen = {name: parameter.default for name, parameter in known.items()} | call
+    width, height = (chosen.get(name) or _default_side(pipe, name) for name in ("width", "height"))
+    size = (width, height) if "height" in known and width and height else None
+    if size:
+        _check_size(pipe, size)
+        call |= {"width": width, "height": height}
+    if chosen["num_frames"]:
+        _check_frames(pipe, chosen["num_frames"])
+    if image is not None:
+        call["image"] = ImageOps.fit(image, size) if size else image
+    return ClipCall(call, size, fps or (chosen[rate] if rate else _family_rate(pipe)))
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file's picture in RGB, upright; OSError, in one line, where it holds none."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no picture that Pillow can read"
+        raise OSError(f"cannot read {path}: {reason}") from error
+
+
+def _check_frames(pipe: DiffusionPipeline, frames: int) -> None:
+    name = type(pipe).__name__
+    stride = _first(pipe, _TEMPORAL)
+    if name.startswith("CogVideoX"):
+        stride *= 2  # its VAE gives 4 frames too many for an even number of latent ones
+    if name.startswith("Allegro"):
+        return  # counts 4·k, and takes what it is given
+    below = (frames - 1) // stride * stride + 1
+    if frames != below:
+        nearest = f"{below} or {below + stride}"
+        raise ValueError(f"{name} draws {stride}·k + 1 frames, not {frames}: take {nearest}")
+
+
+def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
+    (_, transformer), *_ = transformers_of(pipe)
+    patch = transformer.config.get("patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[-1]
+    multiple = math.lcm(_first(pipe, _SPATIAL) * patch, _SIDE)
+    if any(side % multiple for side in size):
+        near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in size)
+        raise ValueError(
+            f"{type(pipe).__name__} draws sides that are multiples of {multiple}, not {size[0]}x{size[1]}: "
+            f"take {near}"
+        )
+
+
+def _default_side(pipe: DiffusionPipeline, name: str) -> int | None:
+    """What a pipeline falls back on whose call's default is None, if that is known before the call."""
+    (_, transformer), *_ = transformers_of(pipe)
+    latent = transformer.config.get(f"sample_{name}")
+    return latent * _first(pipe, _SPATIAL) if latent else getattr(pipe, f"default_{name}", None)
+
+
+def _first(pipe: DiffusionPipeline, names: tuple[str, ...]) -> int:
+    return next(getattr(pipe, name) for name in names if hasattr(pipe, name))
+
+
+def _family_rate(pipe: DiffusionPipeline) -> float:
+    name = type(pipe).__name__
+    return next((rate for family, rate in _RATES.items() if name.startswith(family)), 24)
