@@ -11,13 +11,15 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
+VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
+_DEMOS = {None: DEMO_MODEL, "demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
 # Arguments of pipelines that edit or follow a picture.
 _PICTURES_IN = {"strength", "mask_image", "control_image", "video"}
 
 
 def named_model(name: str | None) -> str | Path:
-    """The folder of the demo model for "demo" or None; anything else as it is."""
-    return DEMO_MODEL if name in (None, "demo") else name
+    """The folder of an embedded model for "demo" or None and "demo-video"; anything else as it is."""
+    return _DEMOS.get(name, name)
 
 
 def load_pipeline(model: str | Path = DEMO_MODEL, video: bool = False) -> DiffusionPipeline:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from dma_diffusers.eval.report.columns import Cell, cell, columns, cost_text, has_costs, seconds_text
-from dma_diffusers.eval.report.evaluation import CONFIGURATION, check
+from dma_diffusers.eval.report.evaluation import CONFIGURATION, check, noun
 
 
 def table(evaluation: dict[str, Any]) -> str:
@@ -17,7 +17,7 @@ def table(evaluation: dict[str, Any]) -> str:
     shown = columns(evaluation)
     costs = ["Predicted cost of attention"] if has_costs(evaluation) else []
     titles = [f"{escaped(column.title)} {column.arrow}" for column in shown]
-    header = ["Attention", *titles, "Seconds per picture", *costs]
+    header = ["Attention", *titles, f"Seconds per {noun(evaluation)}", *costs]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, row in evaluation["rows"].items():
         role = "" if row["role"] in (CONFIGURATION, name) else f" ({row['role']})"

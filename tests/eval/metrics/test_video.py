@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dma_diffusers.eval.metrics.paired import psnr_db, ssim
-from dma_diffusers.eval.metrics.video import flicker, mean_over_frames
+from dma_diffusers.eval.metrics.video import flicker, each_frame
 
 FRAMES = 5
 
@@ -61,7 +61,7 @@ def test_a_metric_is_averaged_over_each_videos_own_frames(noisy, references, met
         sum(metric(frame[None], other[None]).item() for frame, other in zip(*pair, strict=True)) / FRAMES
         for pair in zip(noisy, references, strict=True)
     ]
-    measured = mean_over_frames(metric, noisy, references)
+    measured = each_frame(metric, noisy, references)
     np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_frames_are_measured_one_at_a_time(references):
         seen.append(pictures.shape)
         return psnr_db(pictures, others)
 
-    mean_over_frames(metric, references, references)
+    each_frame(metric, references, references)
     assert seen == [(2, 3, 24, 32)] * FRAMES
 
 
