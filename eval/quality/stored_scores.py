@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dma_diffusers.eval import metrics, provenance
+from dma_diffusers.eval import provenance
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.files import write_atomically
 
@@ -32,9 +32,7 @@ def stored(
 
 @cache
 def _measured_by() -> list[Any]:
-    folder = Path(metrics.__file__).parent
-    return [
-        provenance.fingerprint(folder, "*.py", "lpips_alex.*"),
-        provenance.versions(),
-        provenance.hardware(),
-    ]
+    code = provenance.fingerprint(
+        Path(__file__).parents[1], "metrics/*.py", "metrics/lpips_alex.*", "quality/scoring.py"
+    )
+    return [code, provenance.versions(), provenance.hardware()]

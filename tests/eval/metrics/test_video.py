@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dma_diffusers.eval.metrics.paired import psnr_db, ssim
-from dma_diffusers.eval.metrics.video import flicker, each_frame
+from dma_diffusers.eval.metrics.video import each_frame, flicker
 
 FRAMES = 5
 
