@@ -47,9 +47,8 @@ def table_by_cost(evaluation: dict[str, Any]) -> str:
     for name, row in sorted(rows.items(), key=lambda named: named[1].get("predicted_cost") or 0):
         cost = "" if row.get("predicted_cost") is None else cost_text(row)
         lines.append([escaped(name), cost, *(_figure(cell(row, column), False) for column in shown)])
-    return "\n".join(
-        re.sub(r"(?<=[ \[−])0\.", ".", "| " + " | ".join(line) + " |") for line in lines
-    ).replace("|  |", "| |")
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return re.sub(r"(?<=[ \[−])0\.", ".", text)
 
 
 def escaped(text: str) -> str:
