@@ -57,10 +57,8 @@ def draw_missing(
     missing = {sample.key for sample, is_gone in zip(samples, gone, strict=True) if is_gone}
     wanted = [chunk for chunk in batches if any(sample.key in missing for sample in chunk)]
     mine = wanted[state.process_index :: state.num_processes]
-    with (
-        attached(pipe, row),
-        ThreadPoolExecutor() as writers,
-    ):  # encoding clips takes longer than drawing them
+    # Writers in threads: to encode clips takes longer than to draw them.
+    with attached(pipe, row), ThreadPoolExecutor() as writers:
         for i, chunk in enumerate(mine):
             drawing = draw(
                 pipe,
