@@ -31,6 +31,13 @@ def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def animation(frames: Sequence[Image.Image], **options: Any) -> bytes:
+    """The bytes of a .webp that shows frames of one size over and over, 16 a second."""
+    return encode(
+        frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=62, loop=0, method=0, **options
+    )
+
+
 def amplified_difference(picture: Image.Image, reference: Image.Image) -> tuple[Image.Image, int]:
     """|picture − reference| times a power of two ≤ 64, and that factor: `amplified` of pictures."""
     pixels, factor = amplified(np.asarray(picture), np.asarray(reference))

@@ -30,13 +30,19 @@ def evaluate(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
+        str | None,
+        typer.Option(
+            help="Local folder or hub id; demo-video; `demo`, the embedded model of pictures, if left out."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help=".txt, .jsonl, .json, .csv or .tsv; 200 held-out ones if left out.")
+        Path | None,
+        typer.Option(
+            help=".txt, .jsonl, .json, .csv or .tsv; held-out ones if left out, 200 or the clips' 40."
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(min=3, help="How many of the prompts, from the first.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures or clips of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     config: Annotated[
         list[str] | None,
@@ -45,7 +51,7 @@ def evaluate(
     configs: Annotated[Path | None, typer.Option(help="YAML: names and what --config takes.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures or clips drawn together.")] = 1,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
     ] = None,
@@ -71,7 +77,7 @@ def evaluate(
         str, typer.Option(help="GPU whose attention's cost is predicted, such as sm_90 or sm_100.")
     ] = "sm_100",
 ) -> None:
-    """Draw prompts in several configurations and in full precision, and compare.
+    """Draw prompts in several configurations and in full precision, and compare: pictures, or clips frame by frame.
 
     Pictures are split over processes under `accelerate launch -m dma_diffusers eval …`.
     """
@@ -90,15 +96,15 @@ def evaluate(
         hide_loading_bars()
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
-        from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
+        from dma_diffusers.eval.quality.prompts import built_in, read_prompts
         from dma_diffusers.pipelines.load import named_model, recommended_call
 
         configurations = known.DEFAULT
         if config or configs:
             configurations = known.read(configs) if configs else known.named(config)
-        chosen, repeated = read_prompts(prompts or BUILT_IN, count)
-        notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         path = named_model(model)
+        chosen, repeated = read_prompts(prompts or built_in(path), count)
+        notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
         call |= given({"num_inference_steps": steps, "height": size, "width": size})
         seeds = range(seed, seed + seeds)

@@ -1,27 +1,39 @@
-"""Metrics of videos: paired metrics frame by frame, and flicker."""
+"""Metrics of videos: paired metrics of each frame, what they come to over several, and flicker."""
 
 from collections.abc import Callable
 
 import torch
 
+_PIXELS = 2**21  # measured at once: SSIM takes some 500 bytes for each
 
-def mean_over_frames(
+
+def each_frame(
     metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     videos: torch.Tensor,
     references: torch.Tensor,
 ) -> torch.Tensor:
-    """A paired metric of pictures (`psnr_db`, `ssim`, LPIPS...), averaged over each video's frames, `[B]`.
+    """A paired metric of pictures (`psnr_db`, `ssim`, LPIPS...) of every frame, `[B, F]` float64.
 
-    A PSNR is infinite as soon as one frame is identical to its reference.
+    However long a video is, only so many frames are measured at once as have two million pixels.
 
     Args:
-        metric: takes two uint8 `[B, 3, H, W]`, one frame of each video, gives `[B]`.
+        metric: takes two uint8 `[n, 3, H, W]`, gives `[n]`.
         videos: uint8 `[B, F, 3, H, W]`.
         references: the same shape, frame by frame what `videos` is compared with.
     """
     _check(videos, references)
-    frames = zip(videos.unbind(1), references.unbind(1), strict=True)  # SSIM of all at once would be large
-    return torch.stack([metric(*pair) for pair in frames], 1).mean(1)
+    at_once = max(_PIXELS // (videos.shape[3] * videos.shape[4]), 1)
+    pairs = zip(*(frames.flatten(0, 1).split(at_once) for frames in (videos, references)), strict=True)
+    return torch.cat([metric(*pair).double() for pair in pairs]).unflatten(0, videos.shape[:2])
+
+
+def pooled_psnr_db(psnr: torch.Tensor, dim: int) -> torch.Tensor:
+    """The PSNR of the mean of the squared errors over `dim`, from each one's PSNR in dB, float64.
+
+    Of a video, the PSNR of all its pixels: infinite only where every frame is identical to its reference, where a
+    mean of dB would be infinite as soon as one is. One frame's is its own.
+    """
+    return -10 * torch.log10((10 ** (-psnr.double() / 10)).mean(dim))
 
 
 def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

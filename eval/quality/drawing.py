@@ -1,6 +1,7 @@
 """Draw the pictures of a row that are not there yet, each process its share of the batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def draw_missing(
     missing = {sample.key for sample, is_gone in zip(samples, gone, strict=True) if is_gone}
     wanted = [chunk for chunk in batches if any(sample.key in missing for sample in chunk)]
     mine = wanted[state.process_index :: state.num_processes]
-    with attached(pipe, row):
+    # Writers in threads: to encode clips takes longer than to draw them.
+    with attached(pipe, row), ThreadPoolExecutor() as writers:
         for i, chunk in enumerate(mine):
             drawing = draw(
                 pipe,
@@ -69,8 +71,8 @@ def draw_missing(
                 row.config is not None and state.is_main_process
             ):  # before the pictures, which say that all is there
                 pictures.write_receipt(report(pipe).to_dict())
-            for sample, frames, latents in zip(chunk, drawing.frames, drawing.latents, strict=True):
-                if sample.key in missing:
-                    pictures.write(sample, frames, latents, drawing.seconds / len(chunk))
+            drawn = zip(chunk, drawing.frames, drawing.latents, strict=True)
+            new = [(*of, drawing.seconds / len(chunk)) for of in drawn if of[0].key in missing]
+            list(writers.map(lambda of: pictures.write(*of), new))  # list: to raise what a writer raises
     state.wait_for_everyone()
     return corrupt

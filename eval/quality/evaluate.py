@@ -1,5 +1,6 @@
 """An evaluation, from prompts to `evaluation.json`: draw, score, sum up. What is there already is not done again."""
 
+import inspect
 import json
 import statistics
 import tempfile
@@ -31,11 +32,12 @@ from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.load import DEMO_MODEL, load_pipeline
+from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 
 _STEPPED = 8  # samples, at most, whose steps are measured one by one
 _RECORDED = 2  # prompts whose attention calls are recorded, for errors by layer
 _DIGITS = 6  # of a stored score: more is rounding noise
+_EMBEDDED = {DEMO_MODEL: "demo", VIDEO_DEMO_MODEL: "demo-video"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def evaluate(
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
     pipe = load_pipeline(asked.model, call=asked.call)
     check(pipe, asked.configurations)
+    if judge:
+        judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
     settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
@@ -99,6 +103,7 @@ def evaluate(
             "predicted_cost": costs.get(row.name),
             "summary": judged[row.name].summary,
             "pictures": {name: _stored(scores) for name, scores in judged[row.name].samples.items()},
+            "frames": {name: _stored(scores) for name, scores in (judged[row.name].frames or {}).items()},
             "steps": _stored(steps[row.name]),
             "receipt": pictures[row.name].receipt(),
         }
@@ -111,10 +116,13 @@ def evaluate(
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings
-        | {"model": "demo" if asked.model == DEMO_MODEL else str(asked.model)}
+        | {"model": _EMBEDDED.get(asked.model, str(asked.model))}
         | {"fingerprint": settings["model"], "batch": asked.batch}
         | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]}
-        | {"stepped": sum(map(len, stepped)), "target": asked.target},
+        | {"stepped": sum(map(len, stepped)), "target": asked.target}
+        | (
+            {"frames": len(next(iter(of_frames.values())))} if (of_frames := results[shown]["frames"]) else {}
+        ),
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in asked.prompts],

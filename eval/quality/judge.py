@@ -19,23 +19,28 @@ from dma_diffusers.eval.quality.scoring import (
     Scorer,
     distances,
     features,
-    paired_scorers,
+    over,
     prompt_scorer,
-    sample_scores,
+    row_scores,
 )
 from dma_diffusers.eval.quality.summary import summarise
 from dma_diffusers.pipelines.load import DEMO_MODEL
 
+_NO_DISTANCES = (
+    "no FID and no KID: they compare sets of independent pictures, and a clip's frames are nearly one picture"
+)
+
 
 class Scored(NamedTuple):
-    """The scores of a row: one for each sample, by metric, and every metric's summary."""
+    """The scores of a row: one for each sample, by metric, and every metric's summary; of videos, each frame's mean."""
 
     samples: dict[str, list[float]]
     summary: dict[str, dict[str, Any]]
+    frames: dict[str, list[float]] | None = None
 
 
 class Judge:
-    """Paired scores, FID and KID; the alignment score for the demo model; more on request.
+    """Paired scores; of pictures, FID and KID; the alignment score for the demo model of pictures; more on request.
 
     clip: folder or id of a CLIP, for CLIPScore. reference: a folder of pictures, for FID and KID to them too.
     Raises what their loaders raise.
@@ -59,23 +64,34 @@ class Judge:
         watch = partial(on_step, "reference pictures")
         self.reference = folder_features(reference, device, watch) if reference is not None else None
 
+    def check(self, video: bool) -> None:
+        """ValueError where the reference folder's pictures would be compared with clips."""
+        if video and self.reference:
+            raise ValueError(
+                "a reference folder is for FID and KID of pictures; this model draws clips: leave it out"
+            )
+
     def judge(
         self, exact: Pictures, compared: dict[str, Pictures], batches: Batches, seeds: int
     ) -> tuple[dict[str, Scored], list[str]]:
         """Scores of each row beside full precision's pictures, and what a reader of them has to know."""
-        seen = self._features("full precision", exact, batches)
-        scorers = paired_scorers(video=len(exact.frames(batches[0][0])) > 1) | self.scorers
+        video = len(exact.frames(batches[0][0])) > 1
+        seen = None if video else self._features("full precision", exact, batches)
         judged = {}
         for name, pictures in compared.items():
             watch = partial(self.on_step, f"scores of {name}")
-            scores = sample_scores(pictures, exact, batches, scorers, self.device, watch)
-            summary = {metric: summarise(values, seeds) for metric, values in scores.items()}
+            samples, frames = row_scores(pictures, exact, batches, self.scorers, self.device, watch)
+            summary = {metric: summarise(values, seeds) for metric, values in samples.items()}
+            if video:
+                of_frames = {metric: over(metric, scores, 0).tolist() for metric, scores in frames.items()}
+                judged[name] = Scored(samples, summary, of_frames)
+                continue
             found = self._features(name, pictures, batches)
             summary |= distances(found, seen)
             if self.reference:
                 summary |= distances(found, self.reference, "_reference")
-            judged[name] = Scored(scores, summary)
-        notes = fid_notes(seen, self.reference or seen)
+            judged[name] = Scored(samples, summary)
+        notes = [_NO_DISTANCES] if video else fid_notes(seen, self.reference or seen)
         if self.clip and self.clip.truncated:
             notes.append(
                 f"CLIP read the first {self.clip.length} tokens of {len(self.clip.truncated)} prompts only"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dma_diffusers.pipelines.load import DEMO_MODEL
+from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 
 BUILT_IN = DEMO_MODEL.parent / "prompts.jsonl"
+BUILT_IN_OF_CLIPS = VIDEO_DEMO_MODEL.parent / "prompts.jsonl"
 FEWEST = 3  # different prompts of which an interval can be told
 _PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # DrawBench says Prompts, PartiPrompts Prompt
 
@@ -21,6 +22,11 @@ class Prompt:
 
     text: str
     category: str = ""
+
+
+def built_in(model: str | Path) -> Path:
+    """Held-out prompts: those of the embedded model of clips for that one, those of the one of pictures for others."""
+    return BUILT_IN_OF_CLIPS if model == VIDEO_DEMO_MODEL else BUILT_IN
 
 
 def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], int]:

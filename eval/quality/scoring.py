@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +15,9 @@ from dma_diffusers.eval.metrics.inception import inception_features
 from dma_diffusers.eval.metrics.kernel_distance import kid
 from dma_diffusers.eval.metrics.lpips import lpips
 from dma_diffusers.eval.metrics.paired import psnr_db, relative_l2, ssim
-from dma_diffusers.eval.metrics.video import flicker, mean_over_frames
+from dma_diffusers.eval.metrics.video import each_frame, flicker, pooled_psnr_db
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
+from dma_diffusers.eval.quality.stored_scores import stored
 from dma_diffusers.eval.quality.summary import as_json
 
 Batches = Sequence[Sequence[Sample]]
@@ -38,15 +40,19 @@ Scorer = Callable[[Chunk], torch.Tensor]
 """One number for each sample of a batch, `[B]`."""
 
 
-def paired_scorers(video: bool) -> dict[str, Scorer]:
-    """What low precision changed; of a video, means over frames, and how it flickers."""
-    scorers: dict[str, Scorer] = {
-        "psnr_db": lambda chunk: mean_over_frames(psnr_db, chunk.frames, chunk.exact_frames),
-        "ssim": lambda chunk: mean_over_frames(ssim, chunk.frames, chunk.exact_frames),
-        "lpips": lambda chunk: mean_over_frames(lpips, chunk.frames, chunk.exact_frames),
-        "latents_relative_l2": lambda chunk: relative_l2(chunk.latents, chunk.exact_latents),
-    }
-    return scorers | ({"flicker": lambda chunk: flicker(chunk.frames, chunk.exact_frames)} if video else {})
+_OF_FRAMES = {"psnr_db": psnr_db, "ssim": ssim, "lpips": lpips}
+
+
+class Scores(NamedTuple):
+    """A row's scores by metric: one number for each sample, in order; of each frame, float64 `[samples, F]`."""
+
+    samples: dict[str, list[float]]
+    frames: dict[str, torch.Tensor]
+
+
+def over(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """One score of several pictures: their mean, or the PSNR of their mean squared error."""
+    return pooled_psnr_db(scores, dim) if metric == "psnr_db" else scores.mean(dim)
 
 
 def prompt_scorer(score: Callable[[torch.Tensor, list[str]], torch.Tensor]) -> Scorer:
@@ -54,33 +60,58 @@ def prompt_scorer(score: Callable[[torch.Tensor, list[str]], torch.Tensor]) -> S
     return lambda chunk: score(_middle(chunk.frames), chunk.prompts)
 
 
-def sample_scores(
+def row_scores(
     row: Pictures,
     exact: Pictures,
     batches: Batches,
     scorers: dict[str, Scorer],
     device: torch.device,
     on_batch: OnBatch,
-) -> dict[str, list[float]]:
-    """Every scorer's numbers, one for each sample in order."""
+) -> Scores:
+    """What low precision changed, and every further scorer's numbers; of videos, how they flicker too.
+
+    The former are kept in the row's folder, batch by batch, and not measured again.
+    """
+    paired: list[dict[str, list]] = []
     scores: dict[str, list[float]] = {name: [] for name in scorers}
     for done, batch in enumerate(batches, 1):
-        loaders = (row.frames, exact.frames, row.latents, exact.latents)
-        tensors = [_loaded(load, batch).to(device) for load in loaders]
-        chunk = Chunk(*tensors, [sample.prompt.text for sample in batch])
+
+        @cache
+        def chunk(batch: Sequence[Sample] = batch) -> Chunk:
+            loaders = (row.frames, exact.frames, row.latents, exact.latents)
+            tensors = [_loaded(load, batch).to(device) for load in loaders]
+            return Chunk(*tensors, [sample.prompt.text for sample in batch])
+
+        paired.append(stored(row, exact, batch, lambda chunk=chunk: _paired(chunk())))
         for name, scorer in scorers.items():
-            scores[name] += scorer(chunk).tolist()
+            scores[name] += scorer(chunk()).tolist()
         on_batch(done, len(batches))
-    return scores
+    found = {
+        name: torch.cat([torch.tensor(of[name], dtype=torch.float64) for of in paired]) for name in paired[0]
+    }
+    frames = {name: found[name] for name in _OF_FRAMES}
+    samples = {name: over(name, x, 1) if name in frames else x for name, x in found.items()}
+    return Scores({name: x.tolist() for name, x in samples.items()} | scores, frames)
+
+
+def _paired(chunk: Chunk) -> dict[str, list]:
+    """By metric, `[B, F]` numbers where it is one of frames, else `[B]`."""
+    found = {
+        name: each_frame(metric, chunk.frames, chunk.exact_frames) for name, metric in _OF_FRAMES.items()
+    }
+    found["latents_relative_l2"] = relative_l2(chunk.latents, chunk.exact_latents)
+    if chunk.frames.shape[1] > 1:
+        found["flicker"] = flicker(chunk.frames, chunk.exact_frames)
+    return {name: scores.tolist() for name, scores in found.items()}
 
 
 def features(pictures: Pictures, batches: Batches, device: torch.device, on_batch: OnBatch) -> FeatureSet:
-    """What FID and KID see of a row's pictures; of videos, the middle frame."""
+    """What FID and KID see of a row's pictures."""
     found = FeatureSet()
     for done, batch in enumerate(batches, 1):
         frames = _loaded(pictures.frames, batch).to(device)
         keys = [(sample.prompt.text, sample.seed) for sample in batch]
-        found.update(inception_features(_middle(frames)), keys)
+        found.update(inception_features(frames[:, 0]), keys)
         on_batch(done, len(batches))
     return found
 

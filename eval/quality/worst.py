@@ -1,4 +1,4 @@
-"""The pictures that a configuration changed most, copied to where a report finds them."""
+"""The pictures and clips that a configuration changed most, copied to where a report finds them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from dma_diffusers.eval.quality.configurations import AGAIN
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.picture import encode
+from dma_diffusers.pipelines.picture import animation, encode
 
 COUNT = 10
 
@@ -27,7 +27,7 @@ def worst(
 ) -> list[dict[str, Any]]:
     """The ten prompts that `row` changed most by `metric` (more is worse), each with its worst seed.
 
-    Their pictures, of a video the middle frame, go to `folder`/worst.
+    Their pictures go to `folder`/worst: .png, of clips .webp, which move; both exact.
     """
     table = torch.tensor(scores).reshape(-1, seeds)
     samples = [sample for batch in batches for sample in batch]
@@ -36,11 +36,15 @@ def worst(
     for rank, prompt in enumerate(table.amax(dim=1).argsort(descending=True)[:COUNT].tolist()):
         seed = int(table[prompt].argmax())
         sample = samples[prompt * seeds + seed]
-        paths = {AGAIN.name: f"worst/{rank}-full-precision.png", "row": f"worst/{rank}-row.png"}
-        for path, pictures in zip(paths.values(), (reference, row), strict=True):
-            frames = pictures.frames(sample)
-            middle = Image.fromarray(frames[len(frames) // 2].permute(1, 2, 0).numpy())
-            write_atomically(folder / path, encode(middle, "PNG"))
+        paths = {}
+        for which, pictures in ((AGAIN.name, reference), ("row", row)):
+            frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in pictures.frames(sample)]
+            kind = "png" if len(frames) == 1 else "webp"
+            paths[which] = f"worst/{rank}-{which.replace(' ', '-')}.{kind}"
+            data = (
+                encode(frames[0], "PNG") if len(frames) == 1 else animation(frames, lossless=True, quality=0)
+            )
+            write_atomically(folder / paths[which], data)
         found.append(
             {"row": name, "prompt": prompt, "seed": sample.seed, "metric": metric,
              "value": table[prompt, seed].item(), "pictures": paths}

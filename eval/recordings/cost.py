@@ -23,7 +23,7 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
     for recording in recordings:
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
         policy, layout = asked(
-            own.arguments(recording.text, recording.grid) | {"mapped": not dense}, recording
+            own.arguments(recording.text, own.grid or recording.grid) | {"mapped": not dense}, recording
         )
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
         if policy.skip_below:  # what is left out is a matter of what the recording holds
@@ -74,12 +74,13 @@ def _left_out(
     recordings: Recordings, recording: Recording, policy: Policy, layout: Layout, high: str, low: str
 ) -> float:
     """How many pairs of tiles a head leaves out by its softmax, a mean over heads and batch entries."""
-    q, k, v, mask = recordings.tensors(recording)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    q, k, v, mask = (x if x is None else x.to(device) for x in recordings.tensors(recording))
     made = plan.make(policy, layout, recording.is_causal)
-    skipped = torch.zeros(q.shape[:2], dtype=torch.int32)
+    skipped = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
     reference.attention(
         q, k, v, made.precision_map, high, low, key_mask=mask, scale=recording.scale, is_causal=recording.is_causal,
-        order=made.order, spans=made.spans, routing=made.routing,
+        order=made.order if made.order is None else made.order.to(device), spans=made.spans, routing=made.routing,
         skip_below=policy.skip_below, skip_rows=TILE, skipped=skipped,
     )  # fmt: skip
     return float(skipped.double().mean()) * SHARED_ROWS / TILE  # counted in blocks of 64 queries

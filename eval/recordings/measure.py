@@ -154,7 +154,7 @@ def _arguments(
         q.device, q.shape[-1]
     ):
         return None
-    arguments = of_module.arguments(recording.text, recording.grid)
+    arguments = of_module.arguments(recording.text, of_module.grid or recording.grid)
     if is_dense(recordings, recording, config):
         return {"high": arguments["high"], "lowering": arguments["lowering"], "mapped": False}
     return arguments

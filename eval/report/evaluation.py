@@ -16,7 +16,7 @@ _TEXT = (str, None)
 _SHAPE = {
     "command": str,
     "created": str,
-    "settings": {"model": str, "prompts": int, "seeds": int},
+    "settings": {"model": str, "prompts": int, "seeds": int, "frames?": int},
     "versions": {str: object},
     "hardware": str,
     "sources": {str: object},
@@ -32,6 +32,7 @@ _SHAPE = {
             "predicted_cost?": _NUMBER,
             "summary": {str: {"estimate": _NUMBER, "low?": _NUMBER, "high?": _NUMBER, "n?": (int, None)}},
             "pictures?": {str: [_NUMBER]},
+            "frames?": {str: [_NUMBER]},
             "steps?": ([_NUMBER], None),
             "receipt?": ({"modules": [{"module": str, "lowering": _TEXT}]}, None),
         }
@@ -81,6 +82,11 @@ def check(evaluation: Any) -> None:
 def baseline(evaluation: dict[str, Any]) -> str:
     """The name of the row that all others are compared with."""
     return next(name for name, row in evaluation["rows"].items() if row["role"] == BASELINE)
+
+
+def noun(evaluation: dict[str, Any]) -> str:
+    """What was drawn: "picture" or "clip"."""
+    return "clip" if "frames" in evaluation["settings"] else "picture"
 
 
 def number(value: float | None) -> float:
@@ -136,9 +142,12 @@ def _contradictions(evaluation: dict[str, Any]) -> Iterator[str]:
         yield f"settings say {evaluation['settings']['prompts']} prompts, there are {len(prompts)}"
     pictures = len(prompts) * evaluation["settings"]["seeds"]
     for name, row in rows.items():
-        for metric in row["summary"] | row.get("pictures", {}):
+        for metric in row["summary"] | row.get("pictures", {}) | row.get("frames", {}):
             if metric not in metrics:
                 yield f"row {name!r} has {metric!r}, which is none of the metrics"
+        for metric, values in row.get("frames", {}).items():
+            if len(values) != evaluation["settings"].get("frames"):
+                yield f"row {name!r} has {len(values)} frames of {metric!r}, settings say another number"
         for metric, values in row.get("pictures", {}).items():
             if len(values) != pictures:
                 yield f"row {name!r} has {len(values)} values of {metric!r} for {pictures} pictures"

@@ -1,10 +1,12 @@
-"""The table of an evaluation as Markdown."""
+"""The tables of an evaluation as Markdown: every figure, and what each row buys at its predicted cost."""
 
 import re
 from typing import Any
 
 from dma_diffusers.eval.report.columns import Cell, cell, columns, cost_text, has_costs, seconds_text
-from dma_diffusers.eval.report.evaluation import CONFIGURATION, check
+from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, check, noun
+
+_BY_COST = ("psnr_db", "lpips", "flicker")
 
 
 def table(evaluation: dict[str, Any]) -> str:
@@ -17,7 +19,7 @@ def table(evaluation: dict[str, Any]) -> str:
     shown = columns(evaluation)
     costs = ["Predicted cost of attention"] if has_costs(evaluation) else []
     titles = [f"{escaped(column.title)} {column.arrow}" for column in shown]
-    header = ["Attention", *titles, "Seconds per picture", *costs]
+    header = ["Attention", *titles, f"Seconds per {noun(evaluation)}", *costs]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, row in evaluation["rows"].items():
         role = "" if row["role"] in (CONFIGURATION, name) else f" ({row['role']})"
@@ -28,6 +30,25 @@ def table(evaluation: dict[str, Any]) -> str:
         lines.append([label, *figures, seconds_text(row), *cost])
     lines.append(["n", *(str(column.n or "") for column in shown), "", *("" for _ in costs)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_by_cost(evaluation: dict[str, Any]) -> str:
+    """Predicted cost, PSNR and LPIPS, of clips flicker too, cheapest first; the baseline is left out.
+
+    Numbers below one have no zero before the point. No newline at the end; ValueError where `evaluation` is none.
+    """
+    check(evaluation)
+    shown = [column for column in columns(evaluation) if column.metric in _BY_COST]
+    rows = {name: row for name, row in evaluation["rows"].items() if row["role"] != BASELINE}
+    lines = [
+        ["", "Predicted cost", *(column.title for column in shown)],
+        ["---", *["---:"] * (len(shown) + 1)],
+    ]
+    for name, row in sorted(rows.items(), key=lambda named: named[1].get("predicted_cost") or 0):
+        cost = "" if row.get("predicted_cost") is None else cost_text(row)
+        lines.append([escaped(name), cost, *(_figure(cell(row, column), False) for column in shown)])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return re.sub(r"(?<=[ \[−])0\.", ".", text)
 
 
 def escaped(text: str) -> str:

@@ -15,7 +15,8 @@ from dma_diffusers.eval.report.columns import (
     leading_metric,
     seconds_text,
 )
-from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check
+from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check, noun
+from dma_diffusers.eval.report.frames import frame_plot, frame_scores
 from dma_diffusers.eval.report.heat_maps import layer_errors
 from dma_diffusers.eval.report.pareto import pareto
 from dma_diffusers.eval.report.steps import step_errors, step_plot
@@ -64,6 +65,9 @@ def html(evaluation: dict[str, Any], folder: Path) -> str:
         pareto_of_prediction=pareto(evaluation, metric, "predicted_cost"),
         steps=step_plot(evaluation),
         step_rows=step_errors(evaluation),
+        frames=frame_plot(evaluation),
+        frame_rows=frame_scores(evaluation, "lpips"),
+        noun=noun(evaluation),
         layers=layer_errors(evaluation.get("layers")),
         categories=by_category(evaluation, metric) if metric else [],
         configurations=_configurations(rows),

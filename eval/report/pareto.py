@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, NOISE_FLOOR
+from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, NOISE_FLOOR, noun
 from dma_diffusers.eval.report.svg import FAINT, INK, label_decades, row_colours, svg
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _PLACES = [(8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (0, 12), (0, -12
 
 
 COSTS = {
-    "seconds_per_picture": "seconds per picture, measured",
+    "seconds_per_picture": "seconds per {noun}, measured",
     "predicted_cost": "attention's cost, predicted, of bf16's",
 }
 
@@ -91,7 +91,7 @@ def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str, cost: str) 
         label_decades(axes.xaxis)
     axes.margins(0.12, 0.14)
     arrow = "↑" if about["better"] == "higher" else "↓"
-    axes.set(xlabel=COSTS[cost], ylabel=f"{about['title']} {arrow}")
+    axes.set(xlabel=COSTS[cost].format(noun=noun(evaluation)), ylabel=f"{about['title']} {arrow}")
 
     labels = [point.name for point in points]
     if len(points) > _NAMED:

@@ -1,32 +1,38 @@
-"""The worst pictures of an evaluation, beside the baseline's, inside the page."""
+"""The worst pictures or clips of an evaluation, beside the baseline's, inside the page."""
 
 import base64
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageSequence
 
 from dma_diffusers.eval.report.columns import value_text
 from dma_diffusers.eval.report.evaluation import baseline
-from dma_diffusers.pipelines.picture import amplified_difference, encode
+from dma_diffusers.pipelines.picture import amplified_difference, animation, encode
 
-_SIDE = 512  # pixels; larger pictures are shrunk to keep the page small
+_SIDE, _CLIP_SIDE = 512, 256  # pixels; what is larger is shrunk to keep the page small
+_GAP, _PAPER = 8, (128, 128, 128)  # pixels between the panels of a clip, and their colour
 _EXACT = {"lossless": True, "quality": 100, "method": 6}
 _FOR_THE_EYE = {"quality": 90, "method": 6}  # a difference times 64 is nothing to read values from
 
 
 class Worst(NamedTuple):
-    """A picture, the baseline's of the same prompt and seed, and their difference times `factor`, as data URIs."""
+    """A picture, the baseline's of the same prompt and seed, and their difference times `factor`, as data URIs.
+
+    Of a clip one URI, `clip`, with the three side by side, so that browsers show them in step.
+    """
 
     row: str
     prompt: str
     seed: int
     metric: str
     value: str
-    reference: str
-    picture: str
-    difference: str
     factor: int
+    reference: str = ""
+    picture: str = ""
+    difference: str = ""
+    clip: str = ""
 
 
 def worst(evaluation: dict[str, Any], folder: Path) -> list[Worst]:
@@ -40,12 +46,13 @@ def worst(evaluation: dict[str, Any], folder: Path) -> list[Worst]:
 
 def _worst(evaluation: dict[str, Any], folder: Path, entry: dict[str, Any]) -> Worst:
     reference, picture = (_read(folder, entry["pictures"][which]) for which in (baseline(evaluation), "row"))
-    if picture.size != reference.size:
-        sizes = (f"{image.width} × {image.height}" for image in (picture, reference))
+    if _size(picture) != _size(reference):
         raise ValueError(
-            "{} has {} pixels, the baseline's {}".format(folder / entry["pictures"]["row"], *sizes)
+            "{} has {}, the baseline's {}".format(
+                folder / entry["pictures"]["row"], _size(picture), _size(reference)
+            )
         )
-    difference, factor = amplified_difference(picture, reference)
+    difference, factor = amplified_difference(_strip(picture), _strip(reference))  # one factor for all frames
     about = evaluation["metrics"].get(entry["metric"], {"title": entry["metric"], "digits": 4})
     return Worst(
         row=entry["row"],
@@ -53,27 +60,67 @@ def _worst(evaluation: dict[str, Any], folder: Path, entry: dict[str, Any]) -> W
         seed=entry["seed"],
         metric=about["title"],
         value=value_text(entry["value"], about["digits"]),
-        reference=_uri(reference, _EXACT),
-        picture=_uri(picture, _EXACT),
-        difference=_uri(difference, _FOR_THE_EYE),
         factor=factor,
+        **(_clip if len(picture) > 1 else _pictures)(reference, picture, difference),
     )
 
 
-def _read(folder: Path, name: str) -> Image.Image:
+def _pictures(
+    reference: list[Image.Image], picture: list[Image.Image], difference: Image.Image
+) -> dict[str, str]:
+    return {
+        "reference": _uri(encode(_shrunk(reference[0], _SIDE), "WEBP", **_EXACT)),
+        "picture": _uri(encode(_shrunk(picture[0], _SIDE), "WEBP", **_EXACT)),
+        "difference": _uri(encode(_shrunk(difference, _SIDE), "WEBP", **_FOR_THE_EYE)),
+    }
+
+
+def _clip(
+    reference: list[Image.Image], picture: list[Image.Image], difference: Image.Image
+) -> dict[str, str]:
+    width, height = picture[0].size
+    differences = [difference.crop((0, i * height, width, (i + 1) * height)) for i in range(len(picture))]
+    shown = []
+    for panels in zip(reference, picture, differences, strict=True):
+        panels = [_shrunk(panel, _CLIP_SIDE) for panel in panels]
+        width, height = panels[0].size
+        row = Image.new("RGB", (3 * width + 2 * _GAP, height), _PAPER)
+        for i, panel in enumerate(panels):
+            row.paste(panel, (i * (width + _GAP), 0))
+        shown.append(row)
+    return {"clip": _uri(animation(shown, quality=80))}
+
+
+def _strip(frames: list[Image.Image]) -> Image.Image:
+    """Frames below each other."""
+    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
+
+
+def _size(frames: list[Image.Image]) -> str:
+    of_frames = f", {len(frames)} frames" if len(frames) > 1 else ""
+    return f"{frames[0].width} × {frames[0].height} pixels{of_frames}"
+
+
+def _read(folder: Path, name: str) -> list[Image.Image]:
+    """The frames of a picture file, one or more."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} is outside of the run folder {folder}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, one of the evaluation's worst pictures")
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
+        with Image.open(path) as picture:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is no picture, or a broken one: {error}") from None
 
 
-def _uri(picture: Image.Image, options: dict[str, Any]) -> str:
-    if max(picture.size) > _SIDE:
+def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+    if max(picture.size) > side:
         picture = picture.copy()
-        picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    return "data:image/webp;base64," + base64.b64encode(encode(picture, "WEBP", **options)).decode()
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _uri(webp: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(webp).decode()

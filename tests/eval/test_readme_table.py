@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.cost import tile_clocks
+from dma_diffusers.eval.cost import pairs, tile_clocks
+from dma_diffusers.eval.quality import configurations
 from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL, DEFAULT
 from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
 from dma_diffusers.eval.quality.summary import summarise
 from dma_diffusers.eval.report.evaluation import read
-from dma_diffusers.eval.report.markdown import table
+from dma_diffusers.eval.report.markdown import table, table_by_cost
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.maps import Class
 from dma_diffusers.kernels.policies import Diagonal
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results"
 README = (ROOT / "README.md").read_text()
 FILES = ("h200_quality.json", "h200_quality_of_policy.json")
+_CONFIGURATIONS = {
+    "h200_where.json": RESULTS / "h200_where.yaml",
+    "h200_video_where.json": RESULTS / "video_where.yaml",
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +71,29 @@ def test_the_table_of_policies(evaluation):
         assert line.replace(" 0.", " .") in README
 
 
-def test_the_table_of_where_attention_matters():
-    for name, row in read(RESULTS / "h200_where.json")["rows"].items():
-        if row["role"] == "baseline":
-            continue
-        psnr, lpips = row["summary"]["psnr_db"], row["summary"]["lpips"]
-        cost = "" if row["predicted_cost"] is None else f"{row['predicted_cost']:.3f}"
-        psnr = f"{psnr['estimate']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}]"
-        lpips = f"{lpips['estimate']:.4f} [{lpips['low']:.4f}, {lpips['high']:.4f}]"
-        assert f"| {name} | {cost} | {psnr} | {lpips} |".replace(" 0.", " .").replace("[0.", "[.") in README
+@pytest.mark.parametrize("file", ["h200_where.json", "h200_video_where.json"])
+def test_the_tables_of_where_attention_matters(file):
+    if not (RESULTS / file).is_file():
+        pytest.skip(f"{file} has not been measured")
+    evaluation = read(RESULTS / file)
+    assert table_by_cost(evaluation) in README
+    assert list(evaluation["rows"])[2:] == list(configurations.read(_CONFIGURATIONS[file]))
+
+
+def test_rows_of_the_demo_clips_come_at_three_costs():
+    grid, tokens = (9, 16, 24), 9 * 16 * 24
+    per_high, per_low = tile_clocks("sm_100", 64, "mxfp8", "mxfp4")
+    costs = {}
+    for name, config in configurations.read(_CONFIGURATIONS["h200_video_where.json"]).items():
+        assert (config.dense_above_sigma, config.dense_layers) == (1, ())
+        visited = pairs(config.asked, Layout(tokens, tokens, (0, 0), config.grid or grid))
+        clocks = visited.high.mean() * per_high + visited.low.mean() * per_low
+        costs[name] = clocks.item() / (tokens / 128) ** 2 / tile_clocks("sm_100", 64, "bf16", "bf16")[0]
+    names = list(costs)
+    for level, rows in ((0.823, names[4:9]), (0.616, names[9:13]), (0.446, names[13:])):
+        of_level = [costs[name] for name in rows]
+        assert max(of_level) / min(of_level) < 1.03
+        assert np.mean(of_level) == pytest.approx(level, abs=0.005)
 
 
 def test_the_committed_policy_can_be_read():

@@ -1,11 +1,14 @@
 """Video metrics of moving squares against loops over frames and pixels."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from dma_diffusers.eval.metrics import video
 from dma_diffusers.eval.metrics.paired import psnr_db, ssim
-from dma_diffusers.eval.metrics.video import flicker, mean_over_frames
+from dma_diffusers.eval.metrics.video import each_frame, flicker, pooled_psnr_db
 
 FRAMES = 5
 
@@ -55,25 +58,40 @@ def test_a_still_picture_of_a_moving_scene_counts_as_much_as_the_motion_it_lacks
     torch.testing.assert_close(flicker(still, references), motion)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("metric", [psnr_db, ssim])
-def test_a_metric_is_averaged_over_each_videos_own_frames(noisy, references, metric):
-    expected = [
-        sum(metric(frame[None], other[None]).item() for frame, other in zip(*pair, strict=True)) / FRAMES
-        for pair in zip(noisy, references, strict=True)
-    ]
-    measured = mean_over_frames(metric, noisy, references)
-    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
-
-
-def test_frames_are_measured_one_at_a_time(references):
+def test_a_metric_of_each_frame(noisy, references, metric, at_once, monkeypatch):
+    monkeypatch.setattr(video, "_PIXELS", at_once * 24 * 32)
     seen = []
 
-    def metric(pictures, others):
-        seen.append(pictures.shape)
-        return psnr_db(pictures, others)
+    def watched(pictures, others):
+        seen.append(len(pictures))
+        return metric(pictures, others)
 
-    mean_over_frames(metric, references, references)
-    assert seen == [(2, 3, 24, 32)] * FRAMES
+    expected = [
+        [metric(frame[None], other[None]).item() for frame, other in zip(*pair, strict=True)]
+        for pair in zip(noisy, references, strict=True)
+    ]
+    measured = each_frame(watched, noisy, references)
+    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
+    assert max(seen) == min(at_once, 2 * FRAMES) and sum(seen) == 2 * FRAMES
+
+
+def test_pooled_psnr_is_that_of_all_pixels(noisy, references):
+    noisy[0, 1] = references[0, 1]
+    of_frames = each_frame(psnr_db, noisy, references)
+    assert of_frames[0, 1] == math.inf
+    squares = (noisy.double() - references.double()).square()
+    for dim, kept in ((1, (1, 2, 3, 4)), (0, (0, 2, 3, 4))):
+        expected = 10 * torch.log10(255**2 / squares.mean(kept))
+        torch.testing.assert_close(pooled_psnr_db(of_frames, dim), expected, rtol=1e-6, atol=0)
+    same = each_frame(psnr_db, references, references)
+    assert pooled_psnr_db(same, 1).tolist() == [math.inf] * 2
+
+
+def test_the_pooled_psnr_of_one_picture_is_its_own():
+    psnr = torch.rand(50, 1) * 60
+    torch.testing.assert_close(pooled_psnr_db(psnr, 1), psnr[:, 0].double(), rtol=1e-12, atol=0)
 
 
 def test_what_cannot_be_measured(references):

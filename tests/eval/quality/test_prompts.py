@@ -5,12 +5,20 @@ from collections import Counter
 
 import pytest
 
-from dma_diffusers.eval.quality.prompts import BUILT_IN, Prompt, read_prompts
+from dma_diffusers.eval.quality.prompts import BUILT_IN, Prompt, built_in, read_prompts
+from dma_diffusers.pipelines.load import named_model
 
 CATS = [Prompt("a cat"), Prompt("two cats, one of them red"), Prompt('a "cat" on a hill')]
 
 
+def test_the_built_in_set_of_clips():
+    prompts, repeated = read_prompts(built_in(named_model("demo-video")))
+    assert len(prompts) == 40 and repeated == 0
+    assert set(Counter(prompt.category for prompt in prompts).values()) == {4}  # of each motion
+
+
 def test_the_built_in_set():
+    assert built_in(named_model("demo")) == built_in("owner/name") == BUILT_IN
     prompts, repeated = read_prompts(BUILT_IN)
     assert len(prompts) == 200 and repeated == 0
     assert set(Counter(prompt.category for prompt in prompts)) == {

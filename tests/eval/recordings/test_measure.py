@@ -140,6 +140,22 @@ def test_errors_on_a_grid_are_those_of_the_operator(tmp_path):
         measure(without, {"it": DMAConfig(policy=policy)}, "cpu")
 
 
+def test_a_grid_of_ones_own_is_followed(tmp_path):
+    """A window in the sequence, of a model that knows its tokens to lie on a grid of two dimensions."""
+    tensors = random_tensors(1, 640)
+    recordings = saved(tmp_path, [({"grid": (20, 32)}, tensors)], MODULES)
+    config = DMAConfig(policy="neighborhood(window=128, stride=128)", grid=(640,), high="bf16", low="int8")
+    found = measure(recordings, {"it": config}, "cpu")["it"].of_modules
+    q, k, v, _ = tensors
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    call = {"policy": config.policy, "grid": (640,), "high": "bf16", "low": "int8"}
+    out = operator.attention(q, k, v, **call).out.double()
+    assert found[0, 0, 0] == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-9)
+    np.testing.assert_allclose(
+        head_clocks(recordings, config, "sm_90"), 5 * tile_clocks("sm_90", 32, "bf16", "int8")[1]
+    )
+
+
 def test_skipped_tiles_cost_nothing(tmp_path):
     """Of 20 tiles in boxes of 8×16, each visits itself alone."""
     recordings = saved(tmp_path, [({"grid": (40, 64)}, random_tensors(1, 2560))], MODULES)

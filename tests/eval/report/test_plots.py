@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dma_diffusers.eval.report.frames import frame_plot, frame_scores
 from dma_diffusers.eval.report.heat_maps import layer_errors
 from dma_diffusers.eval.report.pareto import Point, front, pareto
 from dma_diffusers.eval.report.steps import step_plot
@@ -108,6 +109,25 @@ def test_lines_fall_as_the_errors_do():
             np.tile((line[-1] - line[0]) / (STEPS - 1), (STEPS - 1, 1)), abs=1e-3
         )
         assert line[-1, 1] > line[0, 1]
+
+
+def test_scores_of_frames_are_two_plots():
+    contents = evaluation()
+    assert frame_plot(contents) is None
+    for i, row in enumerate(contents["rows"].values()):
+        row["frames"] = {
+            "psnr_db": [40.0 - i - t for t in range(7)],
+            "lpips": [0.01 * 2**t for t in range(7)],
+        }
+    baseline = contents["rows"]["full precision"]
+    baseline["frames"] = {"psnr_db": [None] * 7, "lpips": [0.0] * 7}
+    contents["rows"]["noise floor"]["frames"]["psnr_db"][3] = None
+    svg = frame_plot(contents)
+    assert {"PSNR, dB", "LPIPS", "frame"} <= set(texts(svg))
+    assert set(frame_scores(contents, "lpips")) == contents["rows"].keys() - {"full precision"}
+    lines = [re.findall(r"[ML] \S+ \S+", path) for path in re.findall(r' d="(M[^"z]+)"', svg)]
+    whole = [line for line in lines if len(line) == 7]
+    assert len(whole) == len(contents["rows"]) - 2 + len(contents["rows"]) - 1  # one PSNR has a gap
 
 
 def test_heat_maps_share_a_scale():

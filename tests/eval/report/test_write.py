@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from dma_diffusers.eval.report.markdown import table
+from dma_diffusers.eval.report.markdown import table, table_by_cost
 from dma_diffusers.eval.report.page import html
 from dma_diffusers.eval.report.write import write_report
 from tests.eval.report.synthetic import evaluation, write
@@ -39,6 +39,7 @@ def test_predicted_costs_have_a_plot_and_a_column(folder):
     page, markdown = write_report(folder)
     assert (folder / "predicted_cost.svg").read_text().startswith("<svg")
     assert "predicted for sm_100" in page.read_text() and "| 0.792 |" in markdown.read_text()
+    assert table_by_cost(contents) in markdown.read_text()
 
 
 def _absent(folder):
