@@ -87,11 +87,13 @@ def outline(model: str | Path) -> DiffusionPipeline:
     What it tells without loading: how much its VAE compresses, which sizes its transformer expects.
     """
     kind, parts = pipeline_class(model), {}
-    for name, value in DiffusionPipeline.load_config(model).items():
-        if not isinstance(value, list | tuple):
-            parts |= {} if name.startswith("_") else {name: value}
+    index = DiffusionPipeline.load_config(model)
+    for name in inspect.signature(kind.__init__).parameters.keys() & index.keys():
+        if not isinstance(index[name], list | tuple):
+            parts[name] = index[name]
             continue
-        part = getattr(diffusers, str(value[1]), None) if value[0] == "diffusers" else None
+        library, class_name = index[name]
+        part = getattr(diffusers, class_name, None) if library == "diffusers" else None
         parts[name] = None
         if isinstance(part, type) and issubclass(part, ModelMixin):
             with torch.device("meta"):
