@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dma_diffusers.eval.metrics.paired import psnr_db, relative_l2, ssim
-from dma_diffusers.eval.metrics.video import flicker, mean_over_frames
+from dma_diffusers.eval.metrics.video import each_frame, flicker, pooled_psnr_db
 from dma_diffusers.pipelines.comparison import clips_side_by_side
 from dma_diffusers.pipelines.generate import Drawing
 from dma_diffusers.pipelines.picture import amplified, side_by_side
@@ -37,44 +37,40 @@ def compare_clips(
     """
     metrics: dict[str, Any] = {name: values[0] for name, values in paired_metrics(drawing, exact).items()}
     clip, reference = (_channels_first(each)[:1] for each in (drawing, exact))
-    of_frames = [
-        _finite(psnr_db(*pair).item()) for pair in zip(clip[0, :, None], reference[0, :, None], strict=True)
-    ]
-    differing = [i for i, value in enumerate(of_frames) if value is not None]
+    psnr = each_frame(psnr_db, clip, reference)[0]
     metrics |= {
-        "flicker": flicker(clip, reference).item() if len(of_frames) > 1 else None,
-        "frames_psnr_db": of_frames,
-        "worst_frame": min(differing, key=of_frames.__getitem__) + 1 if differing else None,
+        "flicker": flicker(clip, reference).item() if len(psnr) > 1 else None,
+        "frames_psnr_db": [_finite(value) for value in psnr.tolist()],
+        "worst_frame": psnr.argmin().item() + 1 if psnr.isfinite().any() else None,
     }
-    figures = _figures(_mean_of_differing(of_frames), metrics["ssim"])
+    figures = _figures(metrics["psnr_db"], metrics["ssim"])
     panels, captions = _panels(exact, drawing, prompt, label, figures)
-    return clips_side_by_side(panels, captions, of_frames), metrics
+    return clips_side_by_side(panels, captions, metrics["frames_psnr_db"]), metrics
 
 
 def in_words(metrics: dict[str, Any]) -> str:
     """The figures of `compare` or `compare_clips`, in one line."""
-    frames = metrics.get("frames_psnr_db", [metrics["psnr_db"]])
-    mean, same = _mean_of_differing(frames), frames.count(None)
-    words = "identical pictures" if mean is None else f"PSNR {mean:.2f} dB"
-    if mean is not None and same:
-        words += f" ({same} of {len(frames)} frames are identical and left out)"
+    words = "identical pictures" if metrics["psnr_db"] is None else f"PSNR {metrics['psnr_db']:.2f} dB"
     words += f", SSIM {metrics['ssim']:.4f}, relative L2 of latents {metrics['latents_relative_l2']:.4f}"
     if metrics.get("flicker") is not None:
         words += f", flicker {metrics['flicker']:.2f} of 255"
     if worst := metrics.get("worst_frame"):
+        frames = metrics["frames_psnr_db"]
         words += f"; worst is frame {worst} of {len(frames)}, {frames[worst - 1]:.2f} dB"
     return words
 
 
 def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float | None]]:
-    """Three metrics of two drawings of the same prompts and seeds, one value per prompt; of clips, means over frames.
+    """Three metrics of two drawings of the same prompts and seeds, one value per prompt.
 
-    Identical pictures have an infinite PSNR, and so has a clip with one that is; JSON cannot hold it: it is None here.
+    Of clips, PSNR is that of all their pixels, SSIM the mean over frames. What is identical has an infinite PSNR, which
+    JSON cannot hold: it is None here.
     """
     clips, references = _channels_first(drawing), _channels_first(reference)
+    psnr = pooled_psnr_db(each_frame(psnr_db, clips, references), dim=1)
     return {
-        "psnr_db": [_finite(value) for value in mean_over_frames(psnr_db, clips, references).tolist()],
-        "ssim": mean_over_frames(ssim, clips, references).tolist(),
+        "psnr_db": [_finite(value) for value in psnr.tolist()],
+        "ssim": each_frame(ssim, clips, references).mean(1).tolist(),
         "latents_relative_l2": relative_l2(drawing.latents, reference.latents).tolist(),
     }
 
@@ -95,11 +91,6 @@ def _figures(psnr: float | None, ssim: float) -> str:
 def _channels_first(drawing: Drawing) -> torch.Tensor:
     """Frames `[prompts, F, 3, height, width]`."""
     return torch.from_numpy(drawing.frames).permute(0, 1, 4, 2, 3)
-
-
-def _mean_of_differing(decibels: list[float | None]) -> float | None:
-    finite = [value for value in decibels if value is not None]
-    return sum(finite) / len(finite) if finite else None
 
 
 def _finite(value: float) -> float | None:

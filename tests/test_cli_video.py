@@ -86,7 +86,8 @@ def test_compare_shows_and_measures(monkeypatch, capsys, model, tmp_path):
     assert result | {"frames": FRAMES, "fps": 16, "width": WIDTH, "height": HEIGHT} == result
     assert len(result["frames_psnr_db"]) == FRAMES
     assert min(result["frames_psnr_db"]) == result["frames_psnr_db"][result["worst_frame"] - 1]
-    assert result["psnr_db"] == pytest.approx(np.mean(result["frames_psnr_db"]))
+    squares = [10 ** (-value / 10) for value in result["frames_psnr_db"]]
+    assert result["psnr_db"] == pytest.approx(-10 * np.log10(np.mean(squares)))
     assert 0.5 < result["ssim"] < 1
     assert result["flicker"] > 0
     assert result["receipt"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dma_diffusers.eval.compare import compare_clips, in_words, paired_metrics
-from dma_diffusers.eval.metrics.paired import psnr_db, ssim
+from dma_diffusers.eval.metrics.paired import ssim
 from dma_diffusers.pipelines.generate import Drawing
 
 
@@ -33,14 +33,14 @@ def clips():
     return Drawing(frames, latents, 1.0), Drawing(other, latents, 1.0)
 
 
-def test_paired_metrics_of_clips_are_means_over_frames(clips):
+def test_paired_metrics_of_clips_are_of_all_their_frames(clips):
     exact, drawing = clips
     found = paired_metrics(drawing, exact)
-    for name, metric in (("psnr_db", psnr_db), ("ssim", ssim)):
-        one, other = (torch.from_numpy(each.frames[1]).permute(0, 3, 1, 2) for each in (drawing, exact))
-        assert found[name][1] == pytest.approx(metric(one, other).mean().item(), rel=1e-5)
-    assert found["psnr_db"][0] is None  # one of its frames is identical
-    assert found["ssim"][0] < 1
+    squares = [np.mean([(change + more) ** 2 for change in (0, 2, 4, 16, 8)]) for more in (0, 3)]
+    assert found["psnr_db"] == [pytest.approx(10 * np.log10(255**2 / square), rel=1e-5) for square in squares]
+    one, other = (torch.from_numpy(each.frames[1]).permute(0, 3, 1, 2) for each in (drawing, exact))
+    assert found["ssim"][1] == pytest.approx(ssim(one, other).mean().item(), rel=1e-5)
+    assert found["ssim"][1] < found["ssim"][0] < 1
 
 
 def test_figures_of_a_clip(clips):
@@ -50,9 +50,7 @@ def test_figures_of_a_clip(clips):
     assert metrics["worst_frame"] == 4
     assert metrics["flicker"] == pytest.approx(np.mean([2, 2, 12, 8]))
     words = in_words(metrics)
-    assert words.startswith(
-        f"PSNR {np.mean(decibels):.2f} dB (1 of 5 frames are identical and left out), SSIM 0."
-    )
+    assert words.startswith(f"PSNR {10 * np.log10(255**2 / 68):.2f} dB, SSIM 0.")  # 68: the mean square
     assert words.endswith(f"flicker 6.00 of 255; worst is frame 4 of 5, {decibels[2]:.2f} dB")
 
 
