@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.errors import first_line
+from dma_diffusers.pipelines.clip import KINDS
 
 _NAME = 200  # bytes of a file's name at most: systems allow 255, and an unfinished file has more in its name
 
@@ -43,8 +45,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that was not drawn, by its place, and why, in one line."""
+    """A job that was not drawn, by its number and place, and why, in one line."""
 
+    number: int
     where: str
     error: str
 
@@ -55,7 +58,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     .jsonl: one object a line. .csv: a table with a header, whose empty cells say nothing. .yaml, .yml: a list of
     mappings. A job has `prompt`, and perhaps other fields of `Job`, with size as "WxH" or one number for a square,
     and what `DMAConfig.from_fields` takes but `model`. Empty text and null say nothing.
-    defaults: fields of every job that does not give them; where a job gives a preset, it chooses its DMAConfig alone.
+    defaults: fields of every job that does not give them; where a job gives a preset, it chooses its DMAConfig alone,
+        and frames and fps are not for jobs whose output is a picture.
     Raises ValueError where the file is of no such kind, holds nothing, or the defaults are no fields of jobs, OSError
     where a file cannot be read.
     """
@@ -84,7 +88,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
                 raise entry
             jobs.append(parse(entry, defaults, where, number))
         except (ValueError, TypeError, OSError) as error:
-            failures.append(Failure(where, one_line(error)))
+            failures.append(Failure(number, where, first_line(error)))
     return jobs, failures
 
 
@@ -99,20 +103,15 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     if unknown := own.keys() - _READERS.keys() - _CONFIG:
         known = ", ".join([*_READERS, *sorted(_CONFIG)])
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}; there are {known}")
-    given = {
-        name: value for name, value in defaults.items() if not ("preset" in own and name in _CONFIG)
-    } | own
+    others = _CONFIG if "preset" in own else set()
+    if Path(str(own.get("output", ""))).suffix.lower() not in ("", *KINDS):
+        others = others | {"frames", "fps"}
+    given = {name: value for name, value in defaults.items() if name not in others} | own
     if "prompt" not in given:
         raise ValueError("a job needs a prompt")
     values = {name: _READERS[name](name, value) for name, value in given.items() if name in _READERS}
     config = DMAConfig.from_fields({name: value for name, value in given.items() if name in _CONFIG})
     return Job(where=where, number=number, config=config, **values)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _json_lines(text: str) -> Iterator[tuple[str, Any]]:

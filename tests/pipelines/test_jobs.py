@@ -128,6 +128,14 @@ def test_the_command_lines_defaults_are_for_what_a_job_leaves_out(tmp_path):
     assert [job.seed for job in jobs] == [4, 5, 4] and jobs[0].size == (32, 32)
 
 
+def test_frames_and_rate_of_the_command_line_are_for_clips(tmp_path):
+    names = ("a.mp4", "a.PNG", None)
+    content = lines(*({"prompt": "a", "output": name} for name in names))
+    jobs, failures = jobs_of(tmp_path / "jobs.jsonl", content, frames=9, fps=12)
+    assert not failures
+    assert [(job.frames, job.fps) for job in jobs] == [(9, 12), (None, None), (9, 12)]
+
+
 def test_a_default_that_no_job_could_take_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="unknown format 'fp3'"):
         jobs_of(tmp_path / "jobs.jsonl", lines({"prompt": "a"}), low="fp3")
