@@ -171,6 +171,22 @@ class DMAConfig:
         return cls.of(None, **PRESETS[name] | formats | changes)
 
     @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "DMAConfig":
+        """What fields of a file say: a `preset` or none, and fields of this class, with lists for tuples.
+
+        A `policy` without parentheses is a policy file of `calibrate`, which goes with a `quality`, not with a preset.
+        Raises ValueError for anything else, OSError where a policy file cannot be read.
+        """
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        if "policy" in fields and not is_words(str(fields["policy"])):
+            return cls.from_file(fields.pop("policy"), **fields)
+        if "quality" in fields:
+            raise ValueError("quality chooses from a policy file: give that as policy")
+        if "preset" in fields:
+            return cls.preset(str(fields.pop("preset")), **fields)
+        return cls.of(None, **fields)
+
+    @classmethod
     def published(cls, model: torch.nn.Module, grid: tuple[int, ...], **changes) -> "DMAConfig":
         """The neighbourhood that was published for the family of `model`, with some fields changed.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_KINDS = {".mp4": "mp4", ".webp": "webp", ".gif": "gif"}
+KINDS = {".mp4": "mp4", ".webp": "webp", ".gif": "gif"}
 _CRF = 16  # of H.264, from 0, lossless, to 51
 # Milliseconds: the unit in which Pillow's formats say how long a frame stays, and the shortest stay that browsers
 # honour; what is shorter, they show for 100.
@@ -17,10 +17,10 @@ _UNIT, _SHORTEST = {"webp": 1, "gif": 10}, {"webp": 11, "gif": 20}
 
 def clip_format(path: Path) -> str:
     """What `encode_clip` calls the format of `path`; ValueError where nothing here can write it."""
-    kind = _KINDS.get(path.suffix.lower())
+    kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(
-            f"cannot write {path}: {path.suffix or 'no extension'} is no clip format; there are {', '.join(_KINDS)}"
+            f"cannot write {path}: {path.suffix or 'no extension'} is no clip format; there are {', '.join(KINDS)}"
         )
     if kind == "mp4" and importlib.util.find_spec("av") is None:
         raise ValueError(

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from dma_diffusers.cli.batch import batch
 from dma_diffusers.cli.bench import bench_attention, bench_neighborhood, bench_video
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
@@ -13,6 +14,7 @@ from dma_diffusers.cli.generate import generate
 from dma_diffusers.cli.generate_video import generate_video
 from dma_diffusers.cli.machine import compile_kernels, doctor
 from dma_diffusers.cli.simulate import simulate
+from dma_diffusers.errors import first_line
 
 app = typer.Typer(
     help="Diffusers pipelines with diagonal-tiled mixed-precision attention.",
@@ -25,6 +27,7 @@ app.add_typer(bench, name="bench")
 
 app.command()(generate)
 app.command()(generate_video)
+app.command()(batch)
 app.command("eval")(evaluate)
 app.command()(distance)
 app.command()(calibrate)
@@ -43,6 +46,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(1)

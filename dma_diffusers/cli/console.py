@@ -71,7 +71,7 @@ def progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         def on_step(title: str, done: int, total: int) -> None:
             if title not in tasks:
                 tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done)
+            bars.update(tasks[title], completed=done, total=total)
 
         yield on_step
 

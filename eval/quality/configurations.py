@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dma_diffusers.config import PRESETS, DMAConfig, is_words
+from dma_diffusers.config import PRESETS, DMAConfig
 
 BASELINE, NOISE_FLOOR, CONFIGURATION = "baseline", "noise floor", "configuration"
 
@@ -116,12 +116,7 @@ def _configuration(label: str, fields: Any) -> DMAConfig:
         raise ValueError(
             f"configuration {label!r}: give a preset ({', '.join(PRESETS)}) or fields, as in low=mxfp4,window=384"
         )
-    fields = {str(name): tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
-        if "policy" in fields and not is_words(str(fields["policy"])):
-            return DMAConfig.from_file(fields.pop("policy"), **fields)
-        if "preset" in fields:
-            return DMAConfig.preset(fields.pop("preset"), **fields)
-        return DMAConfig(**fields)
+        return DMAConfig.from_fields({str(name): value for name, value in fields.items()})
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"configuration {label!r}: {error}") from error

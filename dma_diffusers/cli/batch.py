@@ -1,0 +1,83 @@
+"""`dma-diffusers batch`: many pictures and clips, from a file of jobs."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dma_diffusers.cli import attention
+from dma_diffusers.cli.console import (
+    DEMO_PACKAGES,
+    given,
+    hide_loading_bars,
+    progress,
+    quiet,
+    require,
+)
+
+
+def batch(
+    jobs: Annotated[
+        Path, typer.Argument(help=".jsonl, .csv or .yaml: a prompt a job, and what it asks for.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of pictures, clips and results.jsonl; resumed.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Local folder or hub id; `demo`, or `demo-video` for clips, if left out."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="auto, b200, hopper or exact; b200 if left out.")] = None,
+    high: attention.Format = None,
+    low: attention.Format = None,
+    window: attention.Tokens = None,
+    sink: attention.Tokens = None,
+    policy: attention.Policy = None,
+    quality: attention.Quality = None,
+    lowering: attention.Lowering = None,
+    quality_first: attention.QualityFirst = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; 0 if left out.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels, such as 832x480, or one number for a square.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of clips.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of clips.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+) -> None:
+    """Draw the JOBS of a file; the options are for jobs that don't say otherwise.
+
+    What is in the folder already, drawn with the same settings, is not drawn again. Jobs are split over processes
+    under `accelerate launch -m dma_diffusers batch …`. Ends with status 1 if any job failed.
+    """
+    require((*DEMO_PACKAGES, "accelerate"), "pip install 'dma-diffusers[demo]'")
+    defaults = given({
+        "model": model, "preset": preset, "high": high, "low": low, "window": window, "sink": sink,
+        "policy": policy, "quality": quality, "lowering": lowering, "quality_first": quality_first or None,
+        "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps, "negative_prompt": negative_prompt,
+    })  # fmt: skip
+    with quiet():
+        hide_loading_bars()
+        import torch
+        from accelerate import PartialState
+
+        from dma_diffusers.pipelines.batch import batch as drawn
+        from dma_diffusers.pipelines.files import check_writable
+        from dma_diffusers.pipelines.jobs import read_jobs
+
+        asked, failures = read_jobs(jobs, defaults)
+        output.mkdir(exist_ok=True)
+        check_writable(output / "results.jsonl")
+        # Before a pipeline is loaded: it chooses this process's GPU. Who is done waits for a clip of another's.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        with progress(state.is_main_process) as on_step:
+            outcome = drawn(asked, failures, output, on_step)
+    if outcome is None:
+        return
+    print(f"{output}: {outcome.drawn} drawn, {outcome.there} there already, {len(outcome.failures)} failed")
+    for failure in outcome.failures:
+        print(f"failed: {failure.where}: {failure.error}", file=sys.stderr)
+    if outcome.failures:
+        raise typer.Exit(1)

@@ -1,0 +1,155 @@
+"""A batch of jobs: draw what is not there yet, each process its share, and say what failed."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DiffusionPipeline
+
+from dma_diffusers.attach import apply, report
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.errors import first_line
+from dma_diffusers.pipelines.clip import encode_clip
+from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.generate import draw
+from dma_diffusers.pipelines.jobs import Failure, Job
+from dma_diffusers.pipelines.load import load_pipeline
+from dma_diffusers.pipelines.picture import encode
+from dma_diffusers.pipelines.results import Results
+from dma_diffusers.pipelines.tasks import Task, tasks_of
+from dma_diffusers.receipt import Receipt
+
+OnStep = Callable[[str, int, int], None]
+"""Called with (title, done, in all)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many jobs were drawn and how many were there before, and what failed."""
+
+    drawn: int
+    there: int
+    failures: list[Failure]
+
+
+def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_step: OnStep) -> Outcome | None:
+    """Draw jobs into `folder`, and log how each ended in `folder`/results.jsonl.
+
+    failures: jobs that cannot be drawn, which are logged, too. A job whose output is there, drawn with the same
+    settings, is left alone; whatever is wrong with one job, the others go on. Under `accelerate launch` the processes
+    share the jobs, and those but the first return None. Raises OSError where something cannot be written.
+    """
+    state, results = PartialState(), Results(folder)
+    plan: list[Any] = [None]
+    if state.is_main_process:
+        tasks, impossible = tasks_of(jobs)
+        impossible += failures
+        for failure in impossible:
+            results.append({"job": failure.where, "output": None, "error": failure.error})
+        last = results.last()
+        plan = [[task for task in tasks if not _is_there(task, folder, last)]]
+    broadcast_object_list(plan)  # one process looks: another may have drawn something before a slow one does
+    missing: list[Task] = plan[0]
+    mine = missing[state.process_index :: state.num_processes]
+    failed = []
+    on_step("jobs", 0, len(mine))
+    for done, (task, result) in enumerate(_draw(mine, folder, on_step), 1):
+        results.append(_asked(task) | result)
+        if result["error"]:
+            where = f"{task.job.where}, {task.output}"
+            failed.append(Failure(task.job.number, where, result["error"]))
+        on_step("jobs", done, len(mine))
+    failed = gather_object(failed)
+    if not state.is_main_process:
+        return None
+    all_failures = sorted([*impossible, *failed], key=attrgetter("number"))
+    return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures)
+
+
+def _is_there(task: Task, folder: Path, results: dict[str, dict[str, Any]]) -> bool:
+    last = results.get(task.output, {})
+    same = last.get("settings") == task.settings and last.get("error") is None
+    return same and (folder / task.output).is_file()
+
+
+def _asked(task: Task) -> dict[str, Any]:
+    job = task.job
+    asked = {"job": job.where, "output": task.output, "prompt": job.prompt, "seed": job.seed}
+    return asked | {"model": task.model, "config": _words(job.config), "settings": task.settings}
+
+
+def _words(config: DMAConfig) -> str:
+    if config.lowering == "stock":
+        return "stock attention"
+    own = f", {len(config.modules)} modules of their own" if config.modules else ""
+    return f"{config.high}|{config.low} {config.words}{own}"
+
+
+def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Each task and how it ended; no more than one model in memory."""
+    for model, group in groupby(tasks, attrgetter("model")):
+        yield from _draw_with(model, list(group), folder, on_step)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _draw_with(
+    model: str, tasks: list[Task], folder: Path, on_step: OnStep
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    try:
+        largest = max(tasks, key=attrgetter("pixels"))
+        pipe = load_pipeline(model, image=largest.image is not None, call=largest.call)
+    except Exception as error:
+        yield from ((task, {"error": first_line(error)}) for task in tasks)
+        return
+    for config, group in groupby(tasks, attrgetter("job.config")):
+        try:
+            apply(pipe, config)
+        except ValueError as error:
+            yield from ((task, {"error": first_line(error)}) for task in group)
+            continue
+        for task in group:
+            before = report(pipe)
+            try:
+                data, seconds = _drawn(pipe, task, partial(on_step, "steps"))
+            except Exception as error:  # whatever is wrong with one job, the others run
+                yield task, {"error": first_line(error)}
+                continue
+            write_atomically(folder / task.output, data)  # a disk that is full is wrong with all of them
+            yield task, {"seconds": round(seconds, 3), "receipt": _ran(before, report(pipe)), "error": None}
+
+
+def _drawn(pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], None]) -> tuple[bytes, float]:
+    """The bytes of a task's file, and the seconds that drawing took."""
+    job = task.job
+    drawing = draw(pipe, [job.prompt], [job.seed], task.arguments(), on_step)
+    if task.fps:
+        return encode_clip(drawing.frames[0], task.fps, task.kind), drawing.seconds
+    picture = drawing.pictures[0]
+    if job.size and picture.size != job.size:  # which Diffusers says in a warning
+        raise ValueError(f"{type(pipe).__name__} drew {'x'.join(map(str, picture.size))}: ask for that size")
+    return encode(picture, task.kind), drawing.seconds
+
+
+def _ran(before: Receipt, after: Receipt) -> dict[str, Any]:
+    """Calls that were diverted and the lowerings that took them, and calls left to stock by reason, between two."""
+    left = sum((Counter(module.left) for module in after.modules), Counter())
+    left -= sum((Counter(module.left) for module in before.modules), Counter())
+    diverted = [
+        (module.lowering, module.diverted - then.diverted)
+        for module, then in zip(after.modules, before.modules, strict=True)
+    ]
+    return {
+        "diverted": sum(calls for _, calls in diverted),
+        "lowerings": sorted({str(lowering) for lowering, calls in diverted if calls}),
+        "left": dict(left),
+    }

@@ -1,0 +1,40 @@
+"""The log of a batch: a line of JSON for each job that ended, drawn or not."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """`results.jsonl` in a batch's folder, to which several processes may append.
+
+    What was interrupted while it was written is no line, and is not read.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "results.jsonl"
+
+    def append(self, result: dict[str, Any]) -> None:
+        """Add a line; OSError, in one line, where that cannot be."""
+        line = json.dumps(result, allow_nan=False).encode() + b"\n"
+        with self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = file.seek(0, os.SEEK_END)
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                line = b"\n" + line
+            if file.write(line) != len(line):
+                raise OSError(f"cannot write {self.path}: no space is left")
+
+    def last(self) -> dict[str, dict[str, Any]]:
+        """The last line of each output."""
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        found = {}
+        for line in lines:
+            try:
+                result = json.loads(line)
+                found[result["output"]] = result
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found

@@ -1,0 +1,153 @@
+"""Jobs against their models: what each one calls, and where its picture or clip goes."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dma_diffusers.errors import first_line
+from dma_diffusers.pipelines.clip import KINDS, check_clip, clip_format
+from dma_diffusers.pipelines.jobs import Failure, Job
+from dma_diffusers.pipelines.load import (
+    ability,
+    arguments,
+    check_model,
+    named_model,
+    pipeline_class,
+    recommended_call,
+)
+from dma_diffusers.pipelines.picture import picture_format
+from dma_diffusers.pipelines.video import ClipCall, clip_call, read_image
+
+_LETTERS = 40  # of a prompt in the name of a file
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that its model can draw.
+
+    model: local folder or hub id. call: keyword arguments of the pipeline's call, without the image.
+    kind: the file's format, as `clip_format` calls it or, where fps is None, `picture_format`.
+    image: a digest of the image to start from.
+    """
+
+    job: Job
+    output: str
+    kind: str
+    model: str
+    call: dict[str, Any]
+    fps: float | None = None
+    image: str | None = None
+
+    @property
+    def settings(self) -> str:
+        """A digest of what decides how the picture or clip looks."""
+        job = self.job
+        decisive = [job.prompt, job.seed, asdict(job.config), self.model, self.call, self.fps, self.image]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def pixels(self) -> int:
+        """Height × width × frames, as far as the call says them."""
+        return math.prod(self.call.get(name) or 1 for name in ("height", "width", "num_frames"))
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call, the image among them."""
+        if self.job.image is None:
+            return self.call
+        image = read_image(Path(self.job.image))
+        return clip_call(self.model, **_wanted(self.job), image=image).arguments | self.call
+
+
+def tasks_of(jobs: Sequence[Job]) -> tuple[list[Task], list[Failure]]:
+    """What the jobs' models can draw, jobs of one model and one configuration together; and the other jobs.
+
+    No weights are loaded. Of two jobs with one output the second is wrong.
+    """
+    once = cache(_attempt)  # a hub that does not answer is asked once
+    tasks: dict[str, Task] = {}
+    failures = []
+    for job in jobs:
+        try:
+            task = _task(job, once)
+            if task.output in tasks:
+                raise ValueError(f"{task.output} is the output of {tasks[task.output].job.where} already")
+            tasks[task.output] = task
+        except Exception as error:  # whatever is wrong with one job or model, the others run
+            failures.append(Failure(job.number, job.where, first_line(error)))
+    models = list(dict.fromkeys(task.model for task in tasks.values()))
+    configs = list(dict.fromkeys(task.job.config for task in tasks.values()))
+    together = sorted(tasks.values(), key=lambda t: (models.index(t.model), configs.index(t.job.config)))
+    return together, failures
+
+
+def _task(job: Job, once: Callable[..., tuple[Any, Exception | None]]) -> Task:
+    def found(find: Callable, *about: Any) -> Any:
+        value, error = once(find, *about)
+        if error:
+            raise error
+        return value
+
+    model = str(named_model(job.model or ("demo-video" if _looks_like_a_clip(job) else "demo")))
+    kind = found(pipeline_class, model)
+    found(check_model, model, None, job.image is not None)
+    image = found(_digest, job.image) if job.image else None
+    clips = ability(kind).video
+    output = job.output or _name(job, ".mp4" if clips else ".png")
+    if clips:
+        file = clip_format(Path(output))
+        clip = found(_clip_call, model, *_wanted(job).items())
+        call, fps = clip.arguments, clip.fps
+        if clip.size:
+            check_clip(file, *clip.size, fps)
+    else:
+        file = picture_format(Path(output))
+        call, fps = found(recommended_call, model) | _picture_call(job, kind.__name__), None
+    if job.negative_prompt:
+        call = call | {"negative_prompt": job.negative_prompt}
+    if unknown := call.keys() - arguments(kind):
+        raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+    return Task(job, output, file, model, call, fps, image)
+
+
+def _looks_like_a_clip(job: Job) -> bool:
+    return Path(job.output).suffix.lower() in KINDS if job.output else bool(job.frames or job.fps)
+
+
+def _name(job: Job, suffix: str) -> str:
+    words = re.sub(r"\W+", "-", job.prompt.lower())[:_LETTERS].strip("-")
+    return "-".join(filter(None, (f"{job.number:04}", words, str(job.seed)))) + suffix
+
+
+def _wanted(job: Job) -> dict[str, Any]:
+    return {"steps": job.steps, "frames": job.frames, "size": job.size, "fps": job.fps}
+
+
+def _clip_call(model: str, *wanted: tuple[str, Any]) -> ClipCall:
+    return clip_call(model, **dict(wanted))
+
+
+def _picture_call(job: Job, pipeline: str) -> dict[str, Any]:
+    if job.frames or job.fps:
+        raise ValueError(f"frames and fps are for clips: {pipeline} draws pictures")
+    width, height = job.size or (None, None)
+    asked = {"num_inference_steps": job.steps, "width": width, "height": height}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _digest(image: str) -> str:
+    read_image(Path(image))
+    return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+
+
+def _attempt(find: Callable, *about: Any) -> tuple[Any, Exception | None]:
+    """What `find` finds about something, or its error."""
+    try:
+        return find(*about), None
+    except Exception as error:
+        return None, error
