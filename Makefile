@@ -6,16 +6,21 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --color=no
 # Prints everything, and fails where no test passed: pytest itself is content if all of them were skipped.
 SOME_PASSED := awk '{ print; fflush() } /^=+ .*[0-9]+ passed/ { passed = 1 } END { exit !passed }'
 
-.PHONY: demo test
+.PHONY: demo test test-plain test-interpreted
 
 demo: .venv/demo.stamp
 	mkdir -p out
 	$(BIN)/dma-diffusers generate "a red apple left of a cat on a yellow background" --compare -o out/demo.png
 	@echo "The picture is $(CURDIR)/out/demo.png"
 
-# Triton's interpreter and its compiler cannot share a process.
+# Triton's interpreter and its compiler cannot share a process; side by side they take half the time.
 test: .venv/test.stamp
+	+$(MAKE) --no-print-directory --jobs=2 test-plain test-interpreted
+
+test-plain:
 	$(PYTEST) | $(SOME_PASSED)
+
+test-interpreted:
 	TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
 	TRITON_INTERPRET=1 $(PYTEST) -m fuzz | $(SOME_PASSED)
 

@@ -26,6 +26,8 @@ TEXT_PLACES = ("first", "last", "none")
 # their formats (eval/results/h200_bench.json). Shorter ones were not, or were not measured.
 GAINS_FROM = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
 MEASURED_FORMATS = {"sm_90": ("bf16", "int8")}
+# Where that holds for calls with keys of the text masked, too (eval/results/h200_masked.txt).
+GAINS_WITH_MASKED_TEXT = {("sm_90", 128)}
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
 MODULE_FIELDS = (
     "high",
@@ -250,15 +252,18 @@ class DMAConfig:
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
         }  # fmt: skip
 
-    def why_stock(self, device: torch.device, head_dim: int, masks_keys: bool = False) -> str:
-        """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not."""
+    def why_stock(self, device: torch.device, head_dim: int, masked: str = "") -> str:
+        """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not.
+
+        masked: which keys are: "text" for those of text alone, "keys" for any.
+        """
         if self.lowering == "stock":
             return "exact: nothing is quantised"
         if self.lowering != "fastest":
             return ""
         if head_dim > lowerings.MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
-        return _why_not_faster(device, head_dim, self.high, self.low, masks_keys)
+        return _why_not_faster(device, head_dim, self.high, self.low, masked)
 
     def least_keys(self, device: torch.device, head_dim: int) -> int:
         """Calls with fewer keys are left to stock attention."""
@@ -330,23 +335,31 @@ def _constant(value: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # a graph cannot ask a device what it is
-def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str, masks_keys: bool) -> str:
+def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str, masked: str) -> str:
     architecture = lowerings.architecture(device)
     choice = lowerings.choose(architecture, head_dim, high, low)
     if choice.lowering == "reference":
         return f"nothing is faster than stock: {choice.reason}"
     if choice.lowering == "native" and architecture in lowerings.BLOCK_SCALED_ARCHITECTURES:
         return ""
-    if MEASURED_FORMATS.get(architecture) == (high, low) and _gains_from(device, head_dim) and not masks_keys:
+    measured = (architecture, _measured_head_dim(head_dim))
+    gains = measured in GAINS_FROM and MEASURED_FORMATS.get(architecture) == (high, low)
+    if gains and (not masked or (masked == "text" and measured in GAINS_WITH_MASKED_TEXT)):
         return ""
-    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}{' with masked keys' * masks_keys}"
+    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}"
+    if masked:
+        formats += f" with masked {masked}"
     return f"{formats} is not shown to be faster than stock on {architecture}"
 
 
 @torch.compiler.assume_constant_result
 def _gains_from(device: torch.device, head_dim: int) -> int:
-    dim = next((dim for dim in (64, 128) if head_dim <= dim), None)
-    return GAINS_FROM.get((lowerings.architecture(device), dim), 0)
+    return GAINS_FROM.get((lowerings.architecture(device), _measured_head_dim(head_dim)), 0)
+
+
+def _measured_head_dim(head_dim: int) -> int | None:
+    """The one that was measured of those that calls with `head_dim` are padded to; None beyond."""
+    return next((dim for dim in (64, 128) if head_dim <= dim), None)
 
 
 def _measured_formats() -> dict[str, str]:

@@ -220,7 +220,8 @@ class Diversion:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
             return "cross-attention, or a model's call that does not tell where text is"
-        if reason := self.config.why_stock(query.device, query.shape[-1], attn_mask is not None):
+        masked = "" if attn_mask is None else "text" if self.family.masks_text else "keys"
+        if reason := self.config.why_stock(query.device, query.shape[-1], masked):
             return reason
         if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):
             return f"fewer than {least} keys"

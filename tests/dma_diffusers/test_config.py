@@ -124,8 +124,10 @@ def test_auto_leaves_what_was_not_measured(monkeypatch):
     monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_90")
     auto = DMAConfig.preset("auto")
     assert "head_dim 192 is not shown" in auto.why_stock(CPU, 192)
-    assert "head_dim 128 with masked keys is not shown" in auto.why_stock(CPU, 128, masks_keys=True)
-    assert not DMAConfig.preset("hopper").why_stock(CPU, 128, masks_keys=True)
+    assert auto.why_stock(CPU, 128, masked="text") == ""
+    assert "head_dim 128 with masked keys is not shown" in auto.why_stock(CPU, 128, masked="keys")
+    assert "head_dim 64 with masked text is not shown" in auto.why_stock(CPU, 64, masked="text")
+    assert not DMAConfig.preset("hopper").why_stock(CPU, 128, masked="keys")
 
 
 def test_every_length_from_which_a_call_gains_was_measured_to_gain():

@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 FILES = ("h200_quality.json", "h200_quality_of_policy.json")
 _CONFIGURATIONS = {
     "h200_where.json": RESULTS / "h200_where.yaml",
-    "h200_video_where.json": RESULTS / "video_where.yaml",
+    "h200_video_where.json": RESULTS / "h200_video_where.yaml",
 }
 
 
