@@ -246,11 +246,15 @@ class DMAConfig:
 
         grid: what the others lie on; () will do where the policy doesn't ask.
         """
-        start, stop = text if self.protect_text else (0, 0)
+        start, stop = self.protected(text)
         return {
             "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
         }  # fmt: skip
+
+    def protected(self, text: tuple[int, int]) -> tuple[int, int]:
+        """Start and stop of the text tokens that the operator is told of."""
+        return text if self.protect_text else (0, 0)
 
     def why_stock(self, device: torch.device, head_dim: int, masked: str = "") -> str:
         """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not.

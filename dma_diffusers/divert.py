@@ -220,7 +220,7 @@ class Diversion:
             return "cross-attention: queries and keys are different tokens"
         if text is None:
             return "cross-attention, or a model's call that does not tell where text is"
-        masked = "" if attn_mask is None else "text" if self.family.masks_text else "keys"
+        masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         if reason := self.config.why_stock(query.device, query.shape[-1], masked):
             return reason
         if key.shape[-2] < (least := self.config.least_keys(query.device, query.shape[-1])):

@@ -124,11 +124,15 @@ class Family:
         start = 0 if self.text == "first" or not length else keys - length
         return start, start + length
 
+    def masked(self, text: tuple[int, int]) -> str:
+        """Which keys a mask hides from calls with this text: "text" for none but these, "keys" for any."""
+        return "text" if self.masks_text and text[0] < text[1] else "keys"
+
     def noise_level(self, timestep: torch.Tensor) -> torch.Tensor | None:
         """The highest sigma (0 to 1) of these timesteps, on their device; None if their scale is not known."""
         if self.timestep_scale is None:
             return None
-        level = timestep / self.timestep_scale
+        level = timestep.float() / self.timestep_scale  # bf16 would round what it is compared with
         return (1 - level if self.timestep_rises else level).max()
 
 
@@ -234,5 +238,6 @@ def family_of(model: torch.nn.Module, text: str | None = None, grid: grids.Grid 
             'say where its joint attention has text, with text="first", "last" or "none"'
         )
     family = known or Family(text, single_stream=True)
-    found = replace(family, grid=partial(grids.given, grid), grid_on_device=False) if grid else family
-    return replace(found, text=text or family.text)
+    if text not in (None, family.text):  # where masks hide text was told of the place that is known
+        family = replace(family, text=text, masks_text=False)
+    return replace(family, grid=partial(grids.given, grid), grid_on_device=False) if grid else family

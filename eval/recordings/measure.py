@@ -150,9 +150,9 @@ def _arguments(
     """The operator's keyword arguments, without those that change nothing; None for stock attention."""
     q, k, _, mask = tensors
     of_module = config.of_module(recording.module)
-    if of_module.why_stock(q.device, q.shape[-1], mask is not None) or k.shape[2] < of_module.least_keys(
-        q.device, q.shape[-1]
-    ):
+    masked = "" if mask is None else _family(recordings).masked(of_module.protected(recording.text))
+    of_call = q.device, q.shape[-1]
+    if of_module.why_stock(*of_call, masked) or k.shape[2] < of_module.least_keys(*of_call):
         return None
     arguments = of_module.arguments(recording.text, of_module.grid or recording.grid)
     if is_dense(recordings, recording, config):
@@ -163,9 +163,13 @@ def _arguments(
 def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) -> bool:
     """Whether a configuration runs this call with every tile HIGH."""
     kind, modules = recordings.settings["model"]["class"], tuple(recordings.settings["model"]["modules"])
-    dense = dense_parts(config, FAMILIES.get(kind, Family("none")), kind, modules)
+    dense = dense_parts(config, _family(recordings), kind, modules)
     sigma, above = recording.sigma, dense.above_sigma
     return recording.module in dense.modules or (above is not None and sigma is not None and sigma > above)
+
+
+def _family(recordings: Recordings) -> Family:
+    return FAMILIES.get(recordings.settings["model"]["class"], Family("none"))
 
 
 def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:

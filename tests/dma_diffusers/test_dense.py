@@ -76,6 +76,12 @@ def test_published_steps_are_dense_by_the_familys_schedule():
     assert {kind for kind, family in FAMILIES.items() if family.published} == {FLUX, HUNYUAN}
 
 
+def test_a_timestep_in_bf16_is_not_compared_in_bf16():
+    for kind, scale in ((FLUX, 1), (HUNYUAN, 1000)):
+        timestep = torch.tensor([0.904 * scale]).bfloat16()
+        assert FAMILIES[kind].noise_level(timestep) > 0.901  # in bf16 both are .9023
+
+
 def test_of_few_steps_those_at_high_noise_are_dense():
     """Distilled models: what counts is the level, so a schedule that stays at high noise is dense for longer."""
     assert dense_steps(FLUX, flux(4, mu=0)) == (1, 1)  # FLUX.1-schnell

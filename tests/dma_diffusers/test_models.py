@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import (
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import apply, report, restore
+from dma_diffusers import DMAConfig, apply, report, restore
 from dma_diffusers.attach import diversions, transformers_of
 from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
@@ -144,6 +144,53 @@ def test_hunyuan_video_15_masks_keys_alone(image):
     with Largest() as masks:
         torch.testing.assert_close(case.run(text), stock, rtol=0, atol=1e-6)
     assert masks.elements < 451**2
+
+
+VALID = torch.arange(21) < torch.tensor([[21], [9], [1]])
+MASKED = {  # models whose texts differ in length, and the arguments of their calls that depend on the batch
+    "hunyuan": lambda: dict(
+        pooled_projections=torch.randn(3, 32), guidance=torch.ones(3), encoder_attention_mask=VALID.float()
+    ),
+    "hunyuan15": lambda: dict(
+        encoder_attention_mask=VALID, encoder_hidden_states_2=torch.randn(3, 7, 6),
+        encoder_attention_mask_2=torch.arange(7) < torch.tensor([[0], [7], [3]]), image_embeds=torch.randn(3, 3, 5),
+    ),
+    "qwen": lambda: dict(img_shapes=[[(1, 16, 19)]] * 3, encoder_hidden_states_mask=VALID),
+    "z_image": dict,
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("fields", [{}, {"protect_text": False}, {"text": "first"}, {"text": "last"}])
+def test_masks_that_are_said_to_hide_text_hide_nothing_else(name, fields, monkeypatch):
+    case = tiny_models.make(name)
+    case.latents, case.inputs = torch.randn(3, *case.latents.shape[1:]), MASKED[name]()
+    text = [torch.randn(length, 8) for length in (21, 33, 40)] if name == "z_image" else case.texts(1)[0]
+    stock = case.run(text)
+    exact, said = Exact(case.model), []
+    apply(case.model, min_length=0, **fields)
+
+    def attend(query, key, value, key_mask, masks_text, **call):
+        start, stop = call["text_start"], call["text_stop"]
+        hidden = (~key_mask).any(0).nonzero().flatten()
+        assert len(hidden)
+        looks_at_text_alone = masks_text and stop > start  # as the operator has it
+        assert not looks_at_text_alone or start <= hidden.min() <= hidden.max() < stop
+        assert said.pop() == ("text" if looks_at_text_alone else "keys")
+        return exact.attend(query, key, value, key_mask, masks_text=masks_text, **call)
+
+    why_stock = DMAConfig.why_stock
+
+    def spy(config, device, head_dim, masked=""):
+        said.extend([masked] * bool(masked))  # not what is asked about whole modules
+        return why_stock(config, device, head_dim, masked)
+
+    monkeypatch.setattr(DMAConfig, "why_stock", spy)
+    for diversion in diversions(case.model).values():
+        diversion.stand_in = attend
+    torch.testing.assert_close(case.run(text), stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0)
+    assert len(exact.texts) == 2
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import exact
 from dma_diffusers.eval.recordings.cost import head_clocks, predicted_cost
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
-from dma_diffusers.eval.recordings.measure import layers, measure, to_json
+from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, to_json
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.places import Places
@@ -215,6 +215,24 @@ def test_configurations_run_as_in_the_pipeline(tmp_path):
     np.testing.assert_allclose(found["layers"], [[low] * 2, [low] * 2, [dense] * 2])
     np.testing.assert_allclose(found["steps"], [[dense, low]] * 3)
     assert (found["stock"] < 1e-5).all() and (found["short"] < 1e-5).all()
+
+
+@pytest.mark.parametrize(("kind", "fields", "is_stock"), [
+    ("HunyuanVideoTransformer3DModel", {}, False),
+    ("HunyuanVideoTransformer3DModel", {"protect_text": False}, True),
+    ("WanTransformer3DModel", {}, True),
+])  # fmt: skip
+def test_masked_text_is_left_to_stock_where_the_pipeline_leaves_it(
+    kind, fields, is_stock, tmp_path, monkeypatch
+):
+    tensors = random_tensors(3, 300, head_dim=128)
+    tensors = tensors._replace(key_mask=(torch.arange(300) < 280)[None])
+    recordings = saved(tmp_path, [({"text": (260, 300)}, tensors)], MODULES[:1], kind)
+    monkeypatch.setattr("dma_diffusers.config.lowerings.architecture", lambda device: "sm_90")
+    monkeypatch.setattr("dma_diffusers.config.GAINS_FROM", {("sm_90", 128): 300})
+    auto = DMAConfig(high="bf16", low="int8", lowering="fastest", **fields)
+    arguments = _arguments(recordings, recordings.recordings[0], tensors, auto)
+    assert (arguments is None) == is_stock
 
 
 def test_a_familys_dense_steps_and_layers_are_measured_and_cost_what_they_cost(tmp_path):
