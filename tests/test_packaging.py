@@ -1,5 +1,6 @@
-"""Guards of the package's layout: what a wheel holds, and what an import brings along."""
+"""Guards of the package's layout: what a wheel holds, what an import brings along, and where pages lead."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def test_every_template_is_in_the_wheel(sources, wheel):
     expected = {f"dma_diffusers/{path}" for path in sources if path.endswith(".jinja")}
     assert expected
     assert expected <= wheel
+
+
+def heading_anchors(page: str) -> set[str]:
+    """What GitHub calls the page's headings in links."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_pages_lead_somewhere(sources):
+    pages = {path: (ROOT / path).read_text() for path in sources if path.endswith(".md")}
+    links = [(path, link) for path, page in pages.items() for link in re.findall(r"\]\(([^)\s]+)\)", page)]
+    relative = [(path, *link.partition("#")[::2]) for path, link in links if "://" not in link]
+    assert len(relative) > 50
+    for path, target, anchor in relative:
+        file = (ROOT / path).parent.joinpath(target).resolve() if target else ROOT / path
+        led_to = file.relative_to(ROOT.resolve()).as_posix()
+        assert led_to in sources, f"{path} links to {target}"
+        assert not anchor or anchor in heading_anchors(pages[led_to]), f"{path} links to {target}#{anchor}"
 
 
 def test_hugging_face_kernels_is_not_shadowed():

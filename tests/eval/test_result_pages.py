@@ -1,4 +1,4 @@
-"""README's tables of quality say what the committed evaluations hold."""
+"""The tables of quality say what the committed evaluations hold, README's small ones what those say."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,8 @@ from dma_diffusers.kernels.policies import Diagonal
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results"
+QUALITY = (RESULTS / "quality.md").read_text()
+SPEED = (RESULTS / "speed.md").read_text()
 README = (ROOT / "README.md").read_text()
 FILES = ("h200_quality.json", "h200_quality_of_policy.json")
 _CONFIGURATIONS = {
@@ -33,9 +35,16 @@ def evaluation():
     return read(RESULTS / FILES[0])
 
 
-def test_readme_has_the_table(evaluation):
-    assert table(evaluation) in README
+def test_the_page_has_the_table(evaluation):
+    assert table(evaluation) in QUALITY
     assert list(evaluation["rows"]) == [AGAIN.name, ANOTHER_KERNEL.name, *DEFAULT]
+
+
+@pytest.mark.parametrize("page, corner, size", [(QUALITY, "Attention", (5, 3)), (SPEED, "Shape", (4, 5))])
+def test_readme_has_part_of_the_table(page, corner, size):
+    part, whole = cells(README, corner), cells(page, corner)
+    assert len(part) == size[0] * size[1]
+    assert part.items() <= whole.items()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -64,11 +73,11 @@ def test_the_table_of_policies(evaluation):
         psnr, lpips = summary["psnr_db"], summary["lpips"]["estimate"]
         numbers = f"{costs[quality]:.3f} | {psnr['estimate']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}] | {lpips:.4f}"
         line = f"| quality {quality} | {numbers} |".replace(" 0.", " .")
-        assert line in README
+        assert line in QUALITY
     for window in (128, 384):
         psnr = evaluation["rows"][f"DMA, window {window}"]["summary"]["psnr_db"]
         line = f"| DMA, window {window} | {_predicted_cost(window):.3f} | {psnr['estimate']:.2f} "
-        assert line.replace(" 0.", " .") in README
+        assert line.replace(" 0.", " .") in QUALITY
 
 
 @pytest.mark.parametrize("file", ["h200_where.json", "h200_video_where.json"])
@@ -76,7 +85,7 @@ def test_the_tables_of_where_attention_matters(file):
     if not (RESULTS / file).is_file():
         pytest.skip(f"{file} has not been measured")
     evaluation = read(RESULTS / file)
-    assert table_by_cost(evaluation) in README
+    assert table_by_cost(evaluation) in QUALITY
     assert list(evaluation["rows"])[2:] == list(configurations.read(_CONFIGURATIONS[file]))
 
 
@@ -99,6 +108,15 @@ def test_rows_of_the_demo_clips_come_at_three_costs():
 def test_the_committed_policy_can_be_read():
     config = DMAConfig.from_file(RESULTS / "h200_policy.json", quality=0.6)
     assert config.low == "nvfp4" and len(config.modules) == 6
+
+
+def cells(text: str, corner: str) -> dict[tuple[str, str], str]:
+    """The cells, by row and column, of the table whose first column is called `corner`."""
+    lines = text[text.index(f"| {corner} |") :].split("\n\n")[0].splitlines()
+    header, _, *rows = (
+        [cell.strip() for cell in line.replace(r"\|", "/").split("|")[1:-1]] for line in lines
+    )
+    return {(name, column): cell for name, *row in rows for column, cell in zip(header[1:], row, strict=True)}
 
 
 def _predicted_cost(window: int) -> float:
