@@ -59,7 +59,8 @@ class DMAConfig:
     dense_layers: attention modules that run with every tile HIGH, as indices into those that can be diverted, in
         module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
     quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than
-        are needed, by what is published where there is some, else by our judgement (families.md says which).
+        are needed, by what is published where there is some, else by our judgement (families.md says which). Changes
+        nothing where the policy leaves no pairs out.
     lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for
         formats and lengths that were measured to gain, on Hopper, and leaves other calls to stock; "stock"

@@ -57,8 +57,9 @@ def test_every_module_is_in_the_wheel(sources, wheel):
 
 
 def test_every_demo_file_is_in_the_wheel(sources, wheel):
-    expected = {f"dma_diffusers/{path}" for path in sources if path.startswith("pipelines/demo/")}
-    assert expected
+    demos = ("pipelines/demo/", "pipelines/demo_video/")
+    expected = {f"dma_diffusers/{path}" for path in sources if path.startswith(demos)}
+    assert {f"dma_diffusers/{demo}prompts.jsonl" for demo in demos} <= expected
     assert expected <= wheel
 
 
