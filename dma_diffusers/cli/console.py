@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +60,18 @@ def hide_loading_bars() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # transformers hides downloads too, which can take long
+
+
+def processes() -> Any:
+    """accelerate's PartialState: which of the processes of `accelerate launch` or torchrun this is.
+
+    Call it before a pipeline is loaded: it chooses this process's GPU.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # Without a GPU it looks for other processes only if told cpu; who is done waits for a clip of another's.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 @contextmanager

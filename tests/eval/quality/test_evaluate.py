@@ -181,18 +181,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(monkeypatch, capsys, asked, fi
 
 
 def test_processes_share_the_prompts(asked, finished, tmp_path):
+    """Launched as `accelerate launch` does for several GPUs; without one it starts a single process."""
     folder = tmp_path / "run"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "dma_diffusers", *asked, "-o", str(folder)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
