@@ -177,12 +177,15 @@ def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     """
     _check_folder(model)
     try:
-        name = DiffusionPipeline.load_config(model).get("_class_name")
+        index = DiffusionPipeline.load_config(model)
     except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"{Path(model) / 'model_index.json'} is not JSON") from error
         raise OSError(
             f"cannot get {model} from the hub ({str(error).splitlines()[0]}); where there is a network: "
             f"hf download {model} --local-dir FOLDER, then give the folder"
         ) from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise ValueError(f"{model} is a {name!r} pipeline, which this Diffusers does not have")
     return getattr(diffusers, name)

@@ -78,6 +78,16 @@ def test_a_model_for_something_else_is_refused(tmp_path, name, video, image, wor
         check_model(_folder(tmp_path, name), video, image)
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [('{"_class_name": "WanPipeline"', "model_index.json is not JSON"), ("[]", "is a None pipeline")],
+)
+def test_a_folder_that_is_damaged_is_named(tmp_path, index, words):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=words):
+        check_model(tmp_path)
+
+
 def test_what_ftfy_is_needed_for(tmp_path, monkeypatch):
     monkeypatch.setattr("dma_diffusers.pipelines.load.is_ftfy_available", lambda: False)
     folder = _folder(tmp_path, "WanImageToVideoPipeline")
