@@ -97,12 +97,13 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
-        from dma_diffusers.pipelines.load import named_model, recommended_call
+        from dma_diffusers.pipelines.load import check_model, named_model, recommended_call
 
         configurations = known.DEFAULT
         if config or configs:
             configurations = known.read(configs) if configs else known.named(config)
         path = named_model(model)
+        check_model(path)
         chosen, repeated = read_prompts(prompts or built_in(path), count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
