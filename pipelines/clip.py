@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 KINDS = {".mp4": "mp4", ".webp": "webp", ".gif": "gif"}
+_RATES = 0.1, 1000  # frames per second: beyond, files' counters of time round or overflow
 _CRF = 16  # of H.264, from 0, lossless, to 51
 # Milliseconds: the unit in which Pillow's formats say how long a frame stays, and the shortest stay that browsers
 # honour; what is shorter, they show for 100.
@@ -29,15 +30,17 @@ def clip_format(path: Path) -> str:
     return kind
 
 
-def check_clip(kind: str, width: int, height: int, fps: float) -> None:
-    """ValueError unless a clip of this size in pixels and rate in frames per second can be encoded as `kind`.
+def check_clip(kind: str, size: tuple[int, int] | None, fps: float) -> None:
+    """ValueError unless a clip of this size and rate in frames per second can be encoded as `kind`.
 
+    size: width and height in pixels; None while they are not known.
     .mp4 needs even sides: its chroma has half the resolution, and nothing is padded or cut here.
     """
-    if fps <= 0:
-        raise ValueError(f"a clip needs more than 0 frames per second, got {fps:g}")
-    if kind == "mp4" and (width % 2 or height % 2):
-        raise ValueError(f".mp4 needs even sides, got {width}x{height}; .webp and .gif take any")
+    least, most = _RATES
+    if not least <= fps <= most:
+        raise ValueError(f"a clip needs {least:g} to {most:g} frames per second, got {fps:g}")
+    if kind == "mp4" and size and any(side % 2 for side in size):
+        raise ValueError(f".mp4 needs even sides, got {size[0]}x{size[1]}; .webp and .gif take any")
     if kind != "mp4" and fps > (most := 1000 // _SHORTEST[kind]):
         raise ValueError(f"a .{kind} holds at most {most} frames per second, got {fps:g}; .mp4 takes more")
 
@@ -55,7 +58,7 @@ def encode_clip(frames: np.ndarray, fps: float, kind: str) -> bytes:
     Raises ValueError for what `check_clip` refuses.
     """
     count, height, width, _ = frames.shape
-    check_clip(kind, width, height, fps)
+    check_clip(kind, (width, height), fps)
     if kind == "mp4":
         return _h264(frames, fps)
     unit = _UNIT[kind]

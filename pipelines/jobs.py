@@ -127,6 +127,8 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
 def _table(text: str) -> Iterator[tuple[str, Any]]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip().lower() for name in next(rows, ())]
+    if twice := {name for name in header if name and header.count(name) > 1}:
+        raise ValueError(f"the header has {', '.join(sorted(twice))} more than once")
     while True:
         where = f"line {rows.line_num + 1}"
         try:

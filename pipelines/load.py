@@ -20,6 +20,7 @@ VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
 _DEMOS = {None: DEMO_MODEL, "demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
 # Arguments of pipelines that edit or follow a picture; "image" and "video" are looked at more closely.
 _PICTURES_IN = {"strength", "mask_image", "control_image"}
+_COUNTS = {"height", "width", "num_frames", "num_inference_steps"}
 # Their calls have no callback after each step, but step through their scheduler once for each.
 _NO_CALLBACK = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
 # Families of which Diffusers' documentation loads these components in float32 while the others are in bfloat16.
@@ -141,6 +142,9 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     pipeline = pipeline_class(model)
     if unknown := call.keys() - arguments(pipeline):
         raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
+    for name in _COUNTS & call.keys():
+        if type(call[name]) is not int or call[name] < 1:
+            raise ValueError(f"{path}: {name} must be a whole number from 1, got {call[name]!r:.100}")
     return call
 
 
@@ -177,12 +181,15 @@ def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     """
     _check_folder(model)
     try:
-        name = DiffusionPipeline.load_config(model).get("_class_name")
+        index = DiffusionPipeline.load_config(model)
     except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"{Path(model) / 'model_index.json'} is not JSON") from error
         raise OSError(
             f"cannot get {model} from the hub ({str(error).splitlines()[0]}); where there is a network: "
             f"hf download {model} --local-dir FOLDER, then give the folder"
         ) from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or not hasattr(diffusers, name):
         raise ValueError(f"{model} is a {name!r} pipeline, which this Diffusers does not have")
     return getattr(diffusers, name)

@@ -17,10 +17,12 @@ PAPER, INK, GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
 def picture_format(path: Path) -> str:
     """Pillow's name of the format that `path` asks for; ValueError for an extension that it cannot write."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
+    try:
+        encode(Image.new("RGB", (16, 16)), kind)  # some have no encoder, or none for colours
+    except (KeyError, OSError, ValueError) as error:
         raise ValueError(
             f"cannot write {path}: {path.suffix or 'no extension'} is no picture format; try .png"
-        )
+        ) from error
     return kind
 
 

@@ -103,8 +103,7 @@ def _task(job: Job, once: Callable[..., tuple[Any, Exception | None]]) -> Task:
         file = clip_format(Path(output))
         clip = found(_clip_call, model, *_wanted(job).items())
         call, fps = clip.arguments, clip.fps
-        if clip.size:
-            check_clip(file, *clip.size, fps)
+        check_clip(file, clip.size, fps)
     else:
         file = picture_format(Path(output))
         call, fps = found(recommended_call, model) | _picture_call(job, kind.__name__), None

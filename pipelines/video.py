@@ -60,7 +60,7 @@ def clip_call(
         names = " and ".join(sorted(unknown))
         raise ValueError(f"{type(pipe).__name__} takes no {names}: leave that to the image")
     rate = next((name for name in ("frame_rate", "fps") if name in known), None)
-    call = recommended_call(model) | asked | ({rate: fps} if rate and fps else {})
+    call = recommended_call(model) | asked | ({rate: fps} if rate and fps is not None else {})
 
     chosen = {name: parameter.default for name, parameter in known.items()} | call
     width, height = (chosen.get(name) or _default_side(pipe, name) for name in ("width", "height"))
@@ -72,7 +72,9 @@ def clip_call(
         _check_frames(pipe, chosen["num_frames"])
     if image is not None:
         call["image"] = ImageOps.fit(image, size) if size else image
-    return ClipCall(call, size, fps or (chosen[rate] if rate else _family_rate(pipe)))
+    if fps is None:
+        fps = chosen[rate] if rate else _family_rate(pipe)
+    return ClipCall(call, size, fps)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -169,6 +169,7 @@ def test_bad_jobs_among_good_ones(batch, flux, video, tmp_path):
         "frames": ({"frames": 6}, "WanPipeline draws 4·k \\+ 1 frames, not 6: take 5 or 9"),
         "size": ({"size": "65x64"}, "multiples of 16, not 65x64: take 64x64"),
         "rate": ({"fps": 60, "output": "a.gif"}, "at most 50 frames per second"),
+        "slow": ({"fps": 0.0001}, "0.1 to 1000 frames per second, got 0.0001"),
         "picture": ({"output": "b.png"}, "no clip format"),
     }
     bad += [

@@ -140,6 +140,8 @@ BAD_INPUT = {
     "size of three sides": ("wan", ("--size", "9x170x140"), "give width and height"),
     "size of no sides": ("wan", ("--size", "big"), "give one number for each dimension"),
     "no encoder": ("wan", ("-o", "out.avi"), r"\.avi is no clip format; there are \.mp4, \.webp, \.gif$"),
+    "no frames per second": ("wan", ("--fps", "0"), "a clip needs 0.1 to 1000 frames per second, got 0$"),
+    "endless frames per second": ("wan", ("--fps", "inf"), "a clip needs .*, got inf$"),
     "too fast for a gif": ("wan", ("--fps", "60", "-o", "out.gif"), "at most 50 frames per second, got 60"),
     "no folder": ("wan", ("-o", "/no/such/folder/out.mp4"), "no folder"),
     "place that takes no files": ("wan", ("-o", "/proc/out.mp4"), "cannot write"),

@@ -1,7 +1,6 @@
 """`dma-diffusers batch`: many pictures and clips, from a file of jobs."""
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     given,
     hide_loading_bars,
+    processes,
     progress,
     quiet,
     require,
@@ -60,9 +60,6 @@ def batch(
     })  # fmt: skip
     with quiet():
         hide_loading_bars()
-        import torch
-        from accelerate import PartialState
-
         from dma_diffusers.pipelines.batch import batch as drawn
         from dma_diffusers.pipelines.files import check_writable
         from dma_diffusers.pipelines.jobs import read_jobs
@@ -70,9 +67,7 @@ def batch(
         asked, failures = read_jobs(jobs, defaults)
         output.mkdir(exist_ok=True)
         check_writable(output / "results.jsonl")
-        # Before a pipeline is loaded: it chooses this process's GPU. Who is done waits for a clip of another's.
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-        with progress(state.is_main_process) as on_step:
+        with progress(processes().is_main_process) as on_step:
             outcome = drawn(asked, failures, output, on_step)
     if outcome is None:
         return

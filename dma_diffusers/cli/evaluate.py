@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from dma_diffusers.cli.console import (
     given,
     hide_loading_bars,
     print_table,
+    processes,
     progress,
     quiet,
     require,
@@ -97,12 +97,13 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Asked
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
-        from dma_diffusers.pipelines.load import named_model, recommended_call
+        from dma_diffusers.pipelines.load import check_model, named_model, recommended_call
 
         configurations = known.DEFAULT
         if config or configs:
             configurations = known.read(configs) if configs else known.named(config)
         path = named_model(model)
+        check_model(path)
         chosen, repeated = read_prompts(prompts or built_in(path), count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
@@ -121,15 +122,12 @@ def _compare_pictures(
     asked: Any, clip: str | None, reference: Path | None, output: Path, notes: list[str]
 ) -> None:
     with quiet():
-        from accelerate import PartialState
-
         from dma_diffusers.eval.quality.evaluate import evaluate as measured
         from dma_diffusers.eval.quality.judge import Judge
         from dma_diffusers.eval.report.markdown import table
         from dma_diffusers.eval.report.write import write_report
 
-        # Before a pipeline is loaded: it chooses this process's GPU. Who is done waits for a video of another's.
-        state = PartialState(timeout=timedelta(days=1))
+        state = processes()
         with progress(state.is_main_process) as on_step:
             main = state.is_main_process
             judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None

@@ -10,6 +10,7 @@ from dma_diffusers.cli import attention
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
+    Seed,
     given,
     hide_loading_bars,
     print_json,
@@ -35,7 +36,7 @@ def generate(
     lowering: attention.Lowering = None,
     quality_first: attention.QualityFirst = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Seed = 0,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Add full precision and the difference.")

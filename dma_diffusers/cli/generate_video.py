@@ -10,6 +10,7 @@ from dma_diffusers.cli import attention
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
+    Seed,
     hide_loading_bars,
     print_json,
     progress,
@@ -26,7 +27,7 @@ def generate_video(
         str, typer.Option(help="Local folder or hub id, or `demo-video`, the embedded model.")
     ] = "demo-video",
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the clip.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     size: Annotated[str | None, typer.Option(help="Width x height in pixels, such as 832x480.")] = None,
     image: Annotated[
         Path | None,
@@ -42,7 +43,7 @@ def generate_video(
     lowering: attention.Lowering = None,
     quality_first: attention.QualityFirst = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Seed = 0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Add full precision, the difference, and PSNR over time.")
     ] = False,
@@ -72,7 +73,7 @@ def generate_video(
         check_model(path, video=True, image=image is not None)
         first = image and read_image(image)
         call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
-        check_clip(kind, *(call.size or (2, 2)), call.fps)
+        check_clip(kind, call.size, call.fps)
         notes: list[str] = []
         pipe = load_pipeline(path, True, image is not None, call.arguments, notes.append)
 

@@ -90,7 +90,10 @@ def test_one_frame_is_a_clip(frames, kind):
     ("cut", "fps", "kind", "words"),
     [
         (1, 8, "mp4", r"^\.mp4 needs even sides, got 95x64; .*webp.*gif"),
-        (0, 0, "webp", "more than 0 frames per second"),
+        (0, 0, "webp", "0.1 to 1000 frames per second, got 0"),
+        (0, 0.0001, "mp4", "0.1 to 1000 frames per second, got 0.0001"),
+        (0, float("inf"), "mp4", "0.1 to 1000 frames per second, got inf"),
+        (0, float("nan"), "gif", "0.1 to 1000 frames per second, got nan"),
         (0, 60, "gif", "at most 50 frames per second, got 60"),
         (0, 120, "webp", "at most 90 frames per second, got 120"),
     ],

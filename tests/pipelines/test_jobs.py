@@ -203,6 +203,7 @@ BAD_FILES = {
     ("jobs.jsonl", b"\n\n"): "holds no jobs",
     ("jobs.csv", b"prompt\n"): "holds no jobs",
     ("jobs.csv", b""): "holds no jobs",
+    ("jobs.csv", b"prompt,seed,Prompt\na,1,b\n"): "the header has prompt more than once",
     ("jobs.yaml", b"# nothing"): "holds no jobs",
     ("jobs.yaml", b"prompt: a cat"): "give a list of jobs, as in `- prompt: a cat`",
     ("jobs.yml", b"- prompt: ["): "expected the node content",

@@ -13,6 +13,7 @@ from dma_diffusers.pipelines.load import (
     check_model,
     load_pipeline,
     named_model,
+    recommended_call,
 )
 from dma_diffusers.pipelines.placement import Placement, choose, place
 from tests.tiny_pipelines import wan
@@ -76,6 +77,23 @@ def _folder(path, name):
 def test_a_model_for_something_else_is_refused(tmp_path, name, video, image, words):
     with pytest.raises(ValueError, match=rf"is a {name}, which {words}[^\n]*$"):
         check_model(_folder(tmp_path, name), video, image)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [('{"_class_name": "WanPipeline"', "model_index.json is not JSON"), ("[]", "is a None pipeline")],
+)
+def test_a_folder_that_is_damaged_is_named(tmp_path, index, words):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=words):
+        check_model(tmp_path)
+
+
+@pytest.mark.parametrize("frames", ['"9"', "-3", "true", "0"])
+def test_recommended_counts_are_whole_numbers(tmp_path, frames):
+    (_folder(tmp_path, "WanPipeline") / "generation.json").write_text(f'{{"num_frames": {frames}}}')
+    with pytest.raises(ValueError, match=r"generation\.json: num_frames must be a whole number from 1, got"):
+        recommended_call(tmp_path)
 
 
 def test_what_ftfy_is_needed_for(tmp_path, monkeypatch):

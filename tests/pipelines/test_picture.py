@@ -50,7 +50,7 @@ def test_encodes_what_it_is_given(pictures):
     assert np.array_equal(np.asarray(decoded), np.asarray(pictures[0]))
 
 
-@pytest.mark.parametrize("name", ["out", "out.safetensors", "out.psd"])
+@pytest.mark.parametrize("name", ["out", "out.safetensors", "out.psd", "out.h5", "out.xbm"])
 def test_unknown_formats_are_refused(name):
     with pytest.raises(ValueError, match="no picture format"):
         picture_format(Path(name))

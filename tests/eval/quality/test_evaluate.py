@@ -181,18 +181,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(monkeypatch, capsys, asked, fi
 
 
 def test_processes_share_the_prompts(asked, finished, tmp_path):
+    """Launched as `accelerate launch` does for several GPUs; without one it starts a single process."""
     folder = tmp_path / "run"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "dma_diffusers", *asked, "-o", str(folder)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
@@ -269,6 +260,7 @@ BAD = {
         ("--config", "policy=/no/such/policy.json"),
         "there is no policy file /no/such/policy.json",
     ),
+    "no model": (("--model", str(ROOT / "tests")), "no Diffusers pipeline"),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
     "no such dense layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
@@ -285,3 +277,10 @@ def test_bad_input_is_one_line(monkeypatch, capsys, asked, tmp_path, arguments, 
     assert code == 1 and not output
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     assert not pictures(tmp_path / "run")
+
+
+def test_a_model_that_draws_nothing_leaves_no_folder(monkeypatch, capsys, asked, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LTXImageToVideoPipeline"}')
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(tmp_path), "-o", str(tmp_path / "run"))
+    assert code == 1 and "starts from an image" in error
+    assert not (tmp_path / "run").exists()
