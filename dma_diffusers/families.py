@@ -188,7 +188,8 @@ _COGVIDEO = Family(
         0.8, (0, 1), "the first fifth of the timesteps and two layers for CogVideoX 1.5 (Sparse VideoGen's code)"
     ),
     quality_first=DenseFirst(
-        0.75, (0, 1), "the first quarter of the timesteps (Sparse VideoGen's authors, its issue 27) and two layers (its code)"
+        0.75, (0, 1), "the first quarter of the timesteps (Sparse VideoGen's authors, in its issue 27) and two layers "
+        "(its code)"
     ),
 )  # fmt: skip
 
