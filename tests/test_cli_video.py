@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.command_line import run
+from tests.command_line import ROOT, run
 from tests.pipelines.saved_flux import save_flux
 from tests.pipelines.saved_video import save_video
 
@@ -151,6 +151,11 @@ BAD_INPUT = {
     "unreadable image": ("wan from image", ("--image", __file__), "cannot read .*holds no picture"),
     "text to image": ("flux", (), "draws pictures: dma-diffusers generate is"),
     "policy and window": ("wan", ("--policy", "dense()", "--window", "384"), "leave them out"),
+    "policy file of another model": (
+        "wan",
+        ("--policy", str(ROOT / "eval/results/h200_policy.json")),
+        "is for FluxTransformer2DModel, not for Wan",
+    ),
     "quality without a file": ("wan", ("--quality", "0.5"), "give --policy too"),
 }
 

@@ -66,7 +66,7 @@ def generate_video(
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
         from dma_diffusers.pipelines.generate import Drawing, draw
-        from dma_diffusers.pipelines.load import check_model, load_pipeline, named_model
+        from dma_diffusers.pipelines.load import check_model, load_pipeline, named_model, outline
         from dma_diffusers.pipelines.video import clip_call, read_image
 
         path = named_model(model)
@@ -74,6 +74,7 @@ def generate_video(
         first = image and read_image(image)
         call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
         check_clip(kind, call.size, call.fps)
+        apply(outline(path), chosen.config)  # what the model can't take is refused before its weights are loaded
         notes: list[str] = []
         pipe = load_pipeline(path, True, image is not None, call.arguments, notes.append)
 
