@@ -169,6 +169,7 @@ def test_bad_input_is_one_line_before_weights_are_loaded(
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", load)
     common = ("generate-video", "a cat", "--model", folders(name), "-o", str(tmp_path / "out.mp4"))
+    capsys.readouterr()  # saving a model shows a bar
     code, output, error = run(monkeypatch, capsys, *common, *arguments)
     assert code == 1
     assert not output
