@@ -222,7 +222,10 @@ BAD_MODELS = {
     "generation.json that is a list": (partial(_generation, "[1]"), "generation.json holds no JSON object"),
     "generation.json that is text": (partial(_generation, "24 steps"), "generation.json is not JSON"),
     "generation.json with an unknown key": (partial(_generation, '{"stepps": 3}'), "takes no stepps"),
-    "generation.json with a wrong type": (partial(_generation, '{"num_inference_steps": "3"}'), "num_inference_steps must be a whole number from 1, got '3'"),
+    "generation.json with a wrong type": (
+        partial(_generation, '{"num_inference_steps": "3"}'),
+        "num_inference_steps must be a whole number from 1, got '3'",
+    ),
 }
 
 
