@@ -74,9 +74,8 @@ def generate_video(
         first = image and read_image(image)
         call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
         check_clip(kind, call.size, call.fps)
-        apply(
-            outline(path), chosen.config
-        )  # what the model can't take is refused before its weights are loaded
+        # What the model can't take is refused before its weights are loaded.
+        apply(outline(path), chosen.config)
         notes: list[str] = []
         pipe = load_pipeline(path, True, image is not None, call.arguments, notes.append)
 
