@@ -1,7 +1,8 @@
-"""Output files that are either whole or absent."""
+"""Output files that are either whole or absent, and text files that were given."""
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -35,3 +36,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _refused(path: Path, error: OSError) -> OSError:
     return type(error)(f"cannot write {path}: {error.strerror or error}")
+
+
+def read_text(path: Path, suffixes: Collection[str], what: str) -> str:
+    """The text of a file of `what`, which comes with one of these suffixes, with or without a byte order mark.
+
+    Raises ValueError for another suffix, or where it is not UTF-8, OSError where it cannot be read.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"{path}: {what} come as {', '.join(suffixes)}, not {path.suffix or 'without a suffix'}"
+        )
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error

@@ -14,6 +14,7 @@ import yaml
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS
+from dma_diffusers.pipelines.files import read_text
 
 _NAME = 200  # bytes of a file's name at most: systems allow 255, and an unfinished file has more in its name
 
@@ -64,16 +65,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     where a file cannot be read.
     """
     readers = {".jsonl": _json_lines, ".csv": _table, ".yaml": _list, ".yml": _list}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"{path}: jobs come as {', '.join(readers)}, not {path.suffix or 'without a suffix'}"
-        )
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
+    text = read_text(path, readers, "jobs")
     try:
         entries = list(readers[path.suffix](text))
     except (ValueError, csv.Error, yaml.YAMLError) as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dma_diffusers.pipelines.files import read_text
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 
 BUILT_IN = DEMO_MODEL.parent / "prompts.jsonl"
@@ -38,16 +39,7 @@ def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], in
     perhaps `category`, in any case. Raises ValueError for anything else, and where fewer than three prompts are left.
     """
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".json": _json}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"{path}: prompts come as {', '.join(readers)}, not {path.suffix or 'without a suffix'}"
-        )
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
+    text = read_text(path, readers, "prompts")
     try:
         found = list(readers[path.suffix](text))
     except (ValueError, csv.Error) as error:
