@@ -1,4 +1,4 @@
-"""Routing on the GPU, in three kernels: pool every tile, score every pair, write the walks.
+"""Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the walks.
 
 What reference.py defines, from the same formulas; products are in TF32, which is as fine as the levels are.
 """
@@ -15,7 +15,7 @@ HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in maps.Phase)
 UNVISITED = tl.constexpr(maps.UNVISITED)
 SAMPLED = tl.constexpr(reference.SAMPLED)
 LEVELS = tl.constexpr(reference.LEVELS)
-LEVELS_PER_BINADE = tl.constexpr(reference.LEVELS_PER_BINADE)
+BINS = tl.constexpr(reference.BINS)
 LOWEST = tl.constexpr(reference.LOWEST)
 LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
@@ -36,21 +36,22 @@ def _mean_and_variance(
     tiles = tl.cdiv(length, TILE)
     head, place = index // tiles, index % tiles * TILE + SAMPLED * tl.arange(0, TILE // SAMPLED)
     batch, columns = head // heads, tl.arange(0, D)
-    tokens = token_at(order, place, length, order_tokens)[:, None]
-    there = tokens < length
-    inside = there & (columns < HEAD_DIM)[None, :]
+    tokens = token_at(order, place, length, order_tokens)
+    if mask is not None:
+        tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0, tokens, length)
+    count = tl.sum((tokens < length).to(tl.float32), axis=0)
+    tokens = tokens[:, None]
+    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     value = load_tile(x, batch, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
     if cos is not None:
         value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
-    if mask is not None:
-        there &= (tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0)[:, None]
+    # Two sums over what was loaded, in which each number takes part with two instructions.
+    middle = tl.sum(value, axis=0) / count
+    variance = tl.sum(value * value, axis=0) / count - middle * middle
+    variance = tl.where(variance < 0.0, 0.0, variance)
     if mean is not None:
-        value -= tl.load(mean + head * D + columns)[None, :]
-    value *= factor
-    count = tl.sum(there.to(tl.float32), axis=0)
-    middle = tl.sum(tl.where(there, value, 0.0), axis=0) / count
-    apart = tl.where(there, value - middle[None, :], 0.0)
-    return middle, tl.sum(apart * apart, axis=0) / count
+        middle -= tl.load(mean + head * D + columns)
+    return middle * factor, variance * (factor * factor)
 
 
 @triton.jit
@@ -126,11 +127,11 @@ def score(
     q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The levels of ROWS Q tiles of one head, and how many LOW pairs of its batch entry have each.
+    """The levels of ROWS Q tiles of one head, and how many LOW pairs there are in each binade.
 
     The pools are as `pool` leaves them.
     phases: uint8 [H or 1, q_tiles, k_tiles]. levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
-    histogram: int32 [B, LEVELS], zeros.
+    histogram: int32 [B, 2, BINS], zeros; the first take how many of them are in each binade.
     """
     blocks = tl.cdiv(q_tiles, ROWS)
     head, q_tile = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -141,7 +142,7 @@ def score(
     v_pools += kv_head.to(tl.int64) * k_tiles
     phases += head_in_batch.to(tl.int64) * phases_stride_h
     levels += head.to(tl.int64) * q_tiles * k_tiles
-    histogram += batch * LEVELS
+    histogram += batch * (2 * BINS)
     q_mean, q_variance = _pool(q_pools, q_tile, q_tiles, D)
 
     largest = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
@@ -159,7 +160,7 @@ def score(
         largest = larger
     whole = tl.where(whole == 0.0, 0.0, largest + tl.log2(tl.maximum(whole, 1.0)))  # 0: nothing is visited
 
-    counts = tl.zeros((LEVELS,), tl.int32)
+    counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         place = q_tile[:, None] * k_tiles + k_tile[None, :]
@@ -170,19 +171,40 @@ def score(
         importance = root - whole[:, None] + (0.5 * tl.log2(spread))[None, :]
         phase = tl.load(phases + place, mask=inside, other=UNVISITED)
         is_offered = (phase == LOW) & (importance == importance)
-        level = tl.minimum(tl.maximum(LEVELS_PER_BINADE * (importance - LOWEST), 0.0), LEVELS - 1.0).to(
-            tl.int32
-        )
+        level = tl.minimum(tl.maximum(BINS * (importance - LOWEST), 0.0), LEVELS - 1.0).to(tl.int32)
         tl.store(levels + place, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
-        counts += tl.histogram(tl.ravel(level), LEVELS, mask=tl.ravel(is_offered))
-    tl.atomic_add(histogram + tl.arange(0, LEVELS), counts, mask=counts != 0, sem="relaxed")
+        counts += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
+    tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
 def _least(histogram, allowed):
+    """The least bin from which on no more than `allowed` are counted, and how many may still be."""
+    counts = tl.load(histogram + tl.arange(0, BINS))
+    fits = tl.cumsum(counts, axis=0, reverse=True) <= allowed
+    return BINS - tl.sum(fits.to(tl.int32), axis=0), allowed - tl.sum(tl.where(fits, counts, 0), axis=0)
+
+
+@triton.jit(do_not_specialize=["allowed", "pairs"])
+def count_steps(levels, histogram, allowed, pairs, BLOCK: tl.constexpr):
+    """How many pairs of a batch entry have each level of the binade that is upgraded in part, for BLOCK pairs.
+
+    levels: int16 [B, pairs]. histogram: as `score` leaves it; the second of each entry take the counts.
+    """
+    batch, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    histogram += batch * (2 * BINS)
+    whole, _ = _least(histogram, allowed)
+    level = tl.load(levels + batch.to(tl.int64) * pairs + place, mask=place < pairs, other=-1).to(tl.int32)
+    counts = tl.histogram(level % BINS, BINS, mask=(level >= 0) & (level // BINS == whole - 1))
+    tl.atomic_add(histogram + BINS + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
+
+
+@triton.jit
+def _least_level(histogram, allowed):
     """The least level that is upgraded: no more pairs than are allowed have it or a higher one."""
-    counts = tl.load(histogram + (LEVELS - 1 - tl.arange(0, LEVELS)))
-    return tl.sum((tl.cumsum(counts, axis=0) > allowed).to(tl.int32), axis=0)
+    whole, left = _least(histogram, allowed)
+    step, _ = _least(histogram + BINS, left)
+    return tl.maximum((whole - 1) * BINS + step, 0)
 
 
 @triton.jit
@@ -220,8 +242,8 @@ def write_walks(
 ):  # fmt: skip
     """The walk of one program of BLOCKS blocks of ROWS queries of one head: as of maps.py, `shared` of several blocks.
 
-    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as of
-    `score`, of whose batch entries each may upgrade as many pairs as are `allowed`.
+    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as
+    `score` and `count_steps` leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -229,7 +251,7 @@ def write_walks(
     levels += head.to(tl.int64) * q_tiles * k_tiles
     indices += tl.program_id(0).to(tl.int64) * length
     bounds += tl.program_id(0) * 3
-    least = _least(histogram + batch * LEVELS, allowed)
+    least = _least_level(histogram + batch * (2 * BINS), allowed)
     first_row = program * BLOCKS * ROWS
 
     high_end, low_entries = 0, 0

@@ -19,8 +19,9 @@ LN_2 = math.log(2)
 # (Derrida's random energy model, Phys. Rev. B 24, 2613).
 FARTHEST = math.sqrt(2 * math.log(TILE)) / LN_2
 SAMPLED = 4  # of so many tokens, pools take one
-# Importance is told apart in 32nds of a binade, from 2^-44 to 2^20.
-LEVELS, LEVELS_PER_BINADE, LOWEST = 2048, 32, -44
+# Importance is told apart in 64 binades from 2^-44 to 2^20, in 64 steps each.
+BINS, LOWEST = 64, -44
+LEVELS = BINS * BINS
 
 
 class Pools(NamedTuple):
@@ -105,7 +106,7 @@ def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
 
 def levels(importance: torch.Tensor) -> torch.Tensor:
     """Of log2 of importance, rounded down, as int32 that are ordered alike; −1 for NaN."""
-    steps = (LEVELS_PER_BINADE * (importance - LOWEST)).clamp(0, LEVELS - 1)
+    steps = (BINS * (importance - LOWEST)).clamp(0, LEVELS - 1)
     return torch.where(importance.isnan(), -1, steps.int())
 
 

@@ -8,7 +8,7 @@ from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE, Precisi
 from dma_diffusers.kernels.quantiser.encode import padded_dim, tables_of
 from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing import kernel
-from dma_diffusers.kernels.routing.reference import LEVELS, Pools, Routing
+from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
 from dma_diffusers.kernels.run import Run, run
 
 
@@ -59,12 +59,17 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     device, phases = pools.q.device, routing.phases
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
-    histogram = torch.zeros(batch, LEVELS, dtype=torch.int32, device=device)
+    histogram = torch.zeros(batch, 2, BINS, dtype=torch.int32, device=device)
+    allowed, pairs = routing.allowed(heads), heads * q_tiles * k_tiles
     rows, columns = (32, 64) if dim <= 128 else (16, 32)
     run(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
         ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    run(
+        kernel.count_steps, (-(-pairs // 4096), batch),
+        levels, histogram, allowed, pairs, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
@@ -74,7 +79,7 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     bounds = torch.empty(batch, heads, programs, 3, dtype=torch.int32, device=device)
     run(
         kernel.write_walks, (batch * heads * programs,),
-        levels, histogram, routing.allowed(heads), phases, indices, bounds,
+        levels, histogram, allowed, phases, indices, bounds,
         heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -289,7 +289,7 @@ def test_a_new_length_runs_the_same_kernels(lengths):
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_routing_takes_three_kernels_more(target):
+def test_routing_takes_four_kernels_more(target):
     pair = ahead.PAIRS[target][0]
     without, launches = (
         {
@@ -299,7 +299,7 @@ def test_routing_takes_three_kernels_more(target):
         for routes in (False, True)
     )
     added = [name for name in launches if name not in without]
-    assert added == ["pool", "score", "write_walks"]
+    assert added == ["pool", "score", "count_steps", "write_walks"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0

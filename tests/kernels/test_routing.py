@@ -103,7 +103,7 @@ def test_probability_is_a_share_of_what_is_visited():
 
 def test_levels_are_ordered_as_importance():
     values = torch.tensor(
-        [math.nan, -math.inf, -45.0, -44.0, -43.9, -1.0, 0.0, 0.03, 0.04, 19.0, 19.99, math.inf]
+        [math.nan, -math.inf, -45.0, -44.0, -43.9, -1.0, 0.0, 0.015, 0.016, 19.0, 19.99, math.inf]
     )
     found = levels(values).tolist()
     assert (
