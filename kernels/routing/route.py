@@ -44,7 +44,7 @@ def pooled(
         q, k, v, mean, factor, *q_tables, *k_tables, key_mask, order, *pools,
         heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q_rope_strides, *k_rope_strides,
-        HEAD_DIM=head_dim, D=dim, num_warps=dim // 64, enable_fp_fusion=True,
+        HEAD_DIM=head_dim, D=dim, num_warps=max(dim // 128, 1), enable_fp_fusion=True,
     )  # fmt: skip
     return pools
 
@@ -61,11 +61,11 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
     histogram = torch.zeros(batch, 2, BINS, dtype=torch.int32, device=device)
     allowed, pairs = routing.allowed(heads), heads * q_tiles * k_tiles
-    rows, columns = (32, 64) if dim <= 128 else (16, 32)
+    rows, columns = 16, 64 if dim <= 128 else 32
     run(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        ROWS=rows, COLUMNS=columns, D=dim, num_warps=8, num_stages=1, enable_fp_fusion=True,
+        ROWS=rows, COLUMNS=columns, D=dim, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     run(
         kernel.count_steps, (-(-pairs // 4096), batch),
