@@ -77,7 +77,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"{model} holds corrupt weights: {error}") from error
-    say(place(pipe, _pixels(kind, call or {})))
+    say(place(pipe, *_size(kind, call or {})))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -195,11 +195,11 @@ def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     return getattr(diffusers, name)
 
 
-def _pixels(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> int:
-    """Height × width × frames; a side that neither call nor signature says is 1,024, a number of frames 128."""
+def _size(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> tuple[int, int]:
+    """Height × width, and frames; a side that neither call nor signature says is 1,024, a number of frames 128."""
     known = {name: argument.default for name, argument in arguments(pipeline).items()} | dict(call)
     height, width = (known.get(name) or 1024 for name in ("height", "width"))
-    return height * width * (known["num_frames"] or 128 if "num_frames" in known else 1)
+    return height * width, known["num_frames"] or 128 if "num_frames" in known else 1
 
 
 def _check_folder(model: str | Path) -> None:

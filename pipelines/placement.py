@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
-# What a call takes beside weights, in bytes for each pixel of all frames: some 12 tensors of the transformer's width
-# at once; and of a VAE that decodes without tiles, some 4 of 128 channels in bf16.
-_TRANSFORMER, _DECODER = 256, 1024
+# Bytes of what a call takes beside weights, over what was measured: of transformers 120 a pixel of all frames; of
+# VAEs that decode without tiles 4,230 a pixel of one frame (QwenImage's), 60,300 where they decode clips, of any
+# number of frames (HunyuanVideo 1.5's; they go through time in parts).
+_TRANSFORMER, _PICTURE_DECODER, _CLIP_DECODER = 256, 5_000, 64_000
 _LEAST = 2**30  # of either, and what tiles take
 
 
@@ -20,13 +21,13 @@ class Placement(NamedTuple):
     tiling: bool
 
 
-def choose(weights: Mapping[str, int], free: int, pixels: int) -> Placement:
+def choose(weights: Mapping[str, int], free: int, area: int, frames: int) -> Placement:
     """The fastest placement that should fit; the last one, where none does.
 
     Args:
         weights: bytes of each component.
         free: bytes of the GPU's memory.
-        pixels: height × width × frames of what a call draws.
+        area, frames: height × width, and how many of them a call draws.
     """
     rest = [name for name in weights if name != "vae"]
     resident = {
@@ -34,19 +35,20 @@ def choose(weights: Mapping[str, int], free: int, pixels: int) -> Placement:
         "model": max(weights.values(), default=0),
         "group": weights.get("vae", 0) + max((weights[name] for name in rest), default=0) // 20,
     }
-    drawing = max(_LEAST, _TRANSFORMER * pixels)
+    drawing = max(_LEAST, _TRANSFORMER * area * frames)
+    decoding = min(_PICTURE_DECODER * frames, _CLIP_DECODER) * area
     for offload, held in resident.items():
-        if held + max(drawing, _DECODER * pixels) <= free:
+        if held + max(drawing, decoding) <= free:
             return Placement(offload, tiling=False)
         if held + drawing <= free:
             return Placement(offload, tiling=True)
     return Placement("group", tiling=True)
 
 
-def place(pipe: DiffusionPipeline, pixels: int) -> str:
+def place(pipe: DiffusionPipeline, area: int, frames: int) -> str:
     """Put a pipeline that is on the CPU where it fits, a CUDA GPU if there is one, and say so in one line.
 
-    pixels: height × width × frames of what a call draws.
+    area, frames: height × width, and how many of them a call draws.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _bytes(module) for name, module in modules.items()}
@@ -57,7 +59,7 @@ def place(pipe: DiffusionPipeline, pixels: int) -> str:
     if not torch.cuda.is_available():
         return f"{size}, on the CPU"
     device = torch.device("cuda", torch.cuda.current_device())
-    chosen = choose(weights, torch.cuda.mem_get_info(device)[0], pixels)
+    chosen = choose(weights, torch.cuda.mem_get_info(device)[0], area, frames)
     vae = modules.get("vae")
     tiling = chosen.tiling and hasattr(vae, "enable_tiling")
     if tiling:

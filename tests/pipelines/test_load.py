@@ -113,29 +113,31 @@ def test_embedded_models_have_names():
 GB = 10**9
 WAN_14B = {"transformer": 28 * GB, "text_encoder": 11 * GB, "vae": GB // 2}
 FLUX = {"transformer": 24 * GB, "text_encoder": GB // 4, "text_encoder_2": 9 * GB, "vae": GB // 6}
-PICTURE_PIXELS, CLIP_PIXELS = 1024**2, 81 * 720 * 1280
+A_PICTURE, A_CLIP, A_SHORT_CLIP = (1024**2, 1), (720 * 1280, 81), (720 * 1280, 17)
 
 
 @pytest.mark.parametrize(
-    ("weights", "memory", "pixels", "expected"),
+    ("weights", "memory", "size", "expected"),
     [
-        (WAN_14B, 141, CLIP_PIXELS, Placement("none", tiling=False)),
-        (WAN_14B, 80, CLIP_PIXELS, Placement("none", tiling=True)),
-        (WAN_14B, 48, CLIP_PIXELS, Placement("model", tiling=True)),
-        (WAN_14B, 24, CLIP_PIXELS, Placement("group", tiling=True)),
-        (FLUX, 80, PICTURE_PIXELS, Placement("none", tiling=False)),
-        (FLUX, 32, PICTURE_PIXELS, Placement("model", tiling=False)),
-        (FLUX, 16, PICTURE_PIXELS, Placement("group", tiling=False)),
-        (FLUX, 2, PICTURE_PIXELS, Placement("group", tiling=True)),
+        (WAN_14B, 141, A_CLIP, Placement("none", tiling=False)),
+        (WAN_14B, 80, A_CLIP, Placement("none", tiling=True)),
+        (WAN_14B, 48, A_CLIP, Placement("model", tiling=True)),
+        (WAN_14B, 24, A_CLIP, Placement("group", tiling=True)),
+        (WAN_14B, 100, A_CLIP, Placement("none", tiling=False)),  # as much for many frames as for few
+        (WAN_14B, 90, A_SHORT_CLIP, Placement("none", tiling=True)),
+        (FLUX, 80, A_PICTURE, Placement("none", tiling=False)),
+        (FLUX, 32, A_PICTURE, Placement("model", tiling=False)),
+        (FLUX, 16, A_PICTURE, Placement("group", tiling=False)),
+        (FLUX, 2, A_PICTURE, Placement("group", tiling=True)),
     ],
 )
-def test_placement_by_memory(weights, memory, pixels, expected):
-    assert choose(weights, memory * GB, pixels) == expected
+def test_placement_by_memory(weights, memory, size, expected):
+    assert choose(weights, memory * GB, *size) == expected
 
 
 def test_less_memory_never_asks_for_more():
     order = [Placement(offload, tiling) for offload in ("none", "model", "group") for tiling in (False, True)]
-    ranks = [order.index(choose(WAN_14B, memory * GB, CLIP_PIXELS)) for memory in range(160, 0, -1)]
+    ranks = [order.index(choose(WAN_14B, memory * GB, *A_CLIP)) for memory in range(160, 0, -1)]
     assert ranks == sorted(ranks)
     assert ranks[-1] == len(order) - 1
 
@@ -177,7 +179,7 @@ def test_pipelines_are_placed_as_chosen(monkeypatch, memory, done, words, tiled)
     pipe = wan()
     recorder = _Recorder(monkeypatch, pipe, memory)
     pipe.transformer.to(torch.bfloat16)
-    said = place(pipe, 64 * 64)
+    said = place(pipe, 64 * 64, 1)
     assert recorder.done == done
     assert said == f"WanPipeline, 0.2 MB of weights in float32 (transformer in bfloat16), {words}"
     assert pipe.vae.use_tiling == tiled
