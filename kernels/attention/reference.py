@@ -13,7 +13,7 @@ from dma_diffusers.kernels.spans import Spans
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30
 # After so many tiles in a row that it didn't skip, a block looks only at every so many, until it skips one.
-PATIENCE, LOOKED_AT = 16, 4
+PATIENCE, LOOKED_AT = 16, 8
 
 
 def _tiled(x: torch.Tensor) -> torch.Tensor:

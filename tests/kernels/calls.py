@@ -222,7 +222,7 @@ def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
         for tile in own.tolist():
             scores = s[b, h, queries, 128 * tile : 128 * (tile + 1)]
             top = scores.amax(-1)
-            is_looked_at = kept < 16 or kept % 4 == 0
+            is_looked_at = kept < 16 or kept % 8 == 0
             if is_looked_at and (top < largest + math.log(call.skip_below)).all():
                 s[b, h, queries, 128 * tile : 128 * (tile + 1)] = -math.inf
                 kept = 0
