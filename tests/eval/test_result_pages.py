@@ -47,6 +47,24 @@ def test_readme_has_part_of_the_table(page, corner, size):
     assert part.items() <= whole.items()
 
 
+def test_the_table_of_an_h100():
+    table, shapes = (
+        cells(SPEED, "Shape on an H100"),
+        json.loads((RESULTS / "h100_bench.json").read_text())["shapes"],
+    )
+    assert len(table) == 3 * len(shapes)
+    found = iter(table.values())
+    for shape in shapes.values():
+        batch, heads, tokens, head_dim = shape["size"]
+        ms = {entry["name"]: entry["whole"]["ms"] for entry in shape["entries"] if "whole" in entry}
+        stock, low, mixed = (
+            ms[name] for name in ("cuDNN SDPA bf16", "LOW int8", "bf16|int8, window 128, sink 128")
+        )
+        for of in (stock, low, mixed):
+            speed = f"{4 * batch * heads * tokens**2 * head_dim / of / 1e9:.0f}"
+            assert next(found) == (speed if of == stock else f"{speed} ({stock / of:.2f} ×)")
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_summaries_follow_from_the_scores(file):
     evaluation = read(RESULTS / file)
