@@ -106,8 +106,8 @@ def _draw_with(
     model: str, tasks: list[Task], folder: Path, on_step: OnStep
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     try:
-        largest = max(tasks, key=attrgetter("pixels"))
-        pipe = load_pipeline(model, image=largest.image is not None, call=largest.call)
+        has_image = any(task.image is not None for task in tasks)
+        pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks])
     except Exception as error:
         yield from ((task, {"error": first_line(error)}) for task in tasks)
         return

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
-from dma_diffusers.pipelines.placement import place
+from dma_diffusers.pipelines.placement import Size, place
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
@@ -51,14 +51,14 @@ def load_pipeline(
     model: str | Path = DEMO_MODEL,
     video: bool | None = None,
     image: bool = False,
-    call: Mapping[str, Any] | None = None,
+    calls: Iterable[Mapping[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> DiffusionPipeline:
     """The pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 
     Args:
         video, image: as for `check_model`.
-        call: keyword arguments of the calls to come; their height, width and frames decide what has room on the GPU.
+        calls: keyword arguments of the calls to come; their height, width and frames decide what has room on the GPU.
         say: called with the line that says what was placed where.
 
     Where Diffusers' documentation asks for a VAE in float32, as Wan's, it is. Weights that don't fit the GPU stay in
@@ -77,7 +77,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"{model} holds corrupt weights: {error}") from error
-    say(place(pipe, *_size(kind, call or {})))
+    say(place(pipe, [_size(kind, call) for call in calls] or [_size(kind, {})]))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -195,11 +195,13 @@ def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
     return getattr(diffusers, name)
 
 
-def _size(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> tuple[int, int]:
-    """Height × width, and frames; a side that neither call nor signature says is 1,024, a number of frames 128."""
+def _size(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> Size:
+    """What a call draws; a side that neither it nor the signature says is 1,024, a number of frames 128."""
     known = {name: argument.default for name, argument in arguments(pipeline).items()} | dict(call)
     height, width = (known.get(name) or 1024 for name in ("height", "width"))
-    return height * width, known["num_frames"] or 128 if "num_frames" in known else 1
+    # A VAE of clips takes as much for one frame as for three.
+    frames = max(known["num_frames"] or 128, 3) if "num_frames" in known else 1
+    return Size(height * width, frames)
 
 
 def _check_folder(model: str | Path) -> None:

@@ -1,16 +1,23 @@
 """Where a pipeline's weights are while it draws, and whether its VAE works in tiles: what fits the GPU's memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 
-# Bytes of what a call takes beside weights, over what was measured: of transformers 120 a pixel of all frames; of
-# VAEs that decode without tiles 4,230 a pixel of one frame (QwenImage's), 60,300 where they decode clips, of any
-# number of frames (HunyuanVideo 1.5's; they go through time in parts).
-_TRANSFORMER, _PICTURE_DECODER, _CLIP_DECODER = 256, 5_000, 64_000
-_LEAST = 2**30  # of either, and what tiles take
+# Bytes of what a call takes beside weights, above all that was measured (eval/results/h200_placement.txt).
+# Transformers: for each pixel of all frames. The least of a call, and what VAEs take that decode in tiles.
+_DRAWS, _LEAST = {"picture": 512, "clip": 256}, {"picture": 2**30, "clip": 2**32}
+# VAEs without tiles: for each pixel of one frame; of clips, which they decode in parts, for any number of frames.
+_DECODES_FRAME, _DECODES_CLIP = 5_000, 64_000
+
+
+class Size(NamedTuple):
+    """What a call draws: height × width in pixels, and how many frames."""
+
+    area: int
+    frames: int
 
 
 class Placement(NamedTuple):
@@ -21,13 +28,13 @@ class Placement(NamedTuple):
     tiling: bool
 
 
-def choose(weights: Mapping[str, int], free: int, area: int, frames: int) -> Placement:
+def choose(weights: Mapping[str, int], free: int, sizes: Sequence[Size]) -> Placement:
     """The fastest placement that should fit; the last one, where none does.
 
     Args:
         weights: bytes of each component.
         free: bytes of the GPU's memory.
-        area, frames: height × width, and how many of them a call draws.
+        sizes: what calls draw.
     """
     rest = [name for name in weights if name != "vae"]
     resident = {
@@ -35,8 +42,7 @@ def choose(weights: Mapping[str, int], free: int, area: int, frames: int) -> Pla
         "model": max(weights.values(), default=0),
         "group": weights.get("vae", 0) + max((weights[name] for name in rest), default=0) // 20,
     }
-    drawing = max(_LEAST, _TRANSFORMER * area * frames)
-    decoding = min(_PICTURE_DECODER * frames, _CLIP_DECODER) * area
+    drawing, decoding = max(map(_drawing, sizes)), max(map(_decoding, sizes))
     for offload, held in resident.items():
         if held + max(drawing, decoding) <= free:
             return Placement(offload, tiling=False)
@@ -45,10 +51,10 @@ def choose(weights: Mapping[str, int], free: int, area: int, frames: int) -> Pla
     return Placement("group", tiling=True)
 
 
-def place(pipe: DiffusionPipeline, area: int, frames: int) -> str:
+def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     """Put a pipeline that is on the CPU where it fits, a CUDA GPU if there is one, and say so in one line.
 
-    area, frames: height × width, and how many of them a call draws.
+    sizes: what calls draw.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _bytes(module) for name, module in modules.items()}
@@ -59,7 +65,7 @@ def place(pipe: DiffusionPipeline, area: int, frames: int) -> str:
     if not torch.cuda.is_available():
         return f"{size}, on the CPU"
     device = torch.device("cuda", torch.cuda.current_device())
-    chosen = choose(weights, torch.cuda.mem_get_info(device)[0], area, frames)
+    chosen = choose(weights, torch.cuda.mem_get_info(device)[0], sizes)
     vae = modules.get("vae")
     tiling = chosen.tiling and hasattr(vae, "enable_tiling")
     if tiling:
@@ -77,6 +83,15 @@ def place(pipe: DiffusionPipeline, area: int, frames: int) -> str:
         chosen.offload
     ]
     return f"{size}, {where} on {torch.cuda.get_device_name(device)}{', VAE in tiles' if tiling else ''}"
+
+
+def _drawing(size: Size) -> int:
+    kind = "picture" if size.frames == 1 else "clip"
+    return max(_LEAST[kind], _DRAWS[kind] * size.area * size.frames)
+
+
+def _decoding(size: Size) -> int:
+    return size.area * min(_DECODES_FRAME * size.frames, _DECODES_CLIP)
 
 
 def _bytes(module: torch.nn.Module) -> int:

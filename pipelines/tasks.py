@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -50,11 +49,6 @@ class Task:
         job = self.job
         decisive = [job.prompt, job.seed, asdict(job.config), self.model, self.call, self.fps, self.image]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def pixels(self) -> int:
-        """Height × width × frames, as far as the call says them."""
-        return math.prod(self.call.get(name) or 1 for name in ("height", "width", "num_frames"))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call, the image among them."""

@@ -74,7 +74,7 @@ def calibrate(
         chosen_prompts, repeated = read_prompts(prompts, count)
         texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given({"num_inference_steps": steps, "height": size, "width": size})
-        pipe = load_pipeline(path, call=call)
+        pipe = load_pipeline(path, calls=[call])
         seeds = range(seed, seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recordings or Path(scratch)

@@ -144,7 +144,7 @@ def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str
         from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
         from dma_diffusers.pipelines.load import load_pipeline
 
-        pipe = load_pipeline(asked.model, call=asked.call)
+        pipe = load_pipeline(asked.model, calls=[asked.call])
         texts = [prompt.text for prompt in asked.prompts[:count]]
         seeds = range(asked.seeds[0], asked.seeds[0] + len(texts))
         found = evaluate_attention(

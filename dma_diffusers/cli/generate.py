@@ -63,7 +63,7 @@ def generate(
         path = named_model(model)
         call = recommended_call(path) | given(flags)
         notes: list[str] = []
-        pipe = load_pipeline(path, video=False, call=call, say=notes.append)
+        pipe = load_pipeline(path, video=False, calls=[call], say=notes.append)
 
         with progress(not as_json) as on_step:
 

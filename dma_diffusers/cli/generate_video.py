@@ -77,7 +77,7 @@ def generate_video(
         # What the model can't take is refused before its weights are loaded.
         apply(outline(path), chosen.config)
         notes: list[str] = []
-        pipe = load_pipeline(path, True, image is not None, call.arguments, notes.append)
+        pipe = load_pipeline(path, True, image is not None, [call.arguments], notes.append)
 
         with progress(not as_json) as on_step:
 

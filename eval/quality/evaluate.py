@@ -70,7 +70,7 @@ def evaluate(
     check_target(asked.target)
     compared = rows(asked.configurations)
     chunks = batches(asked.prompts, asked.seeds, asked.batch)
-    pipe = load_pipeline(asked.model, call=asked.call)
+    pipe = load_pipeline(asked.model, calls=[asked.call])
     check(pipe, asked.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)

@@ -1,6 +1,6 @@
 """Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the walks.
 
-What reference.py defines, from the same formulas; products are in TF32, which is as fine as the levels are.
+What reference.py defines, from the same formulas; products are in TF32, about as fine as the levels are.
 """
 
 import triton
@@ -45,7 +45,7 @@ def _mean_and_variance(
     value = load_tile(x, batch, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
     if cos is not None:
         value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
-    # Two sums over what was loaded, in which each number takes part with two instructions.
+    # Two sums of what was loaded, by two instructions a number: of bf16, whose spread survived its rounding, to .1 %.
     middle = tl.sum(value, axis=0) / count
     variance = tl.sum(value * value, axis=0) / count - middle * middle
     variance = tl.where(variance < 0.0, 0.0, variance)
@@ -242,8 +242,8 @@ def write_walks(
 ):  # fmt: skip
     """The walk of one program of BLOCKS blocks of ROWS queries of one head: as of maps.py, `shared` of several blocks.
 
-    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as
-    `score` and `count_steps` leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.
+    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as `score` and `count_steps`
+    leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads

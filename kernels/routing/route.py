@@ -39,6 +39,7 @@ def pooled(
     shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
     pools = Pools(*(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes))
     (q_tables, q_rope_strides), (k_tables, k_rope_strides) = tables_of(q_rope), tables_of(k_rope)
+    # One warp spills where it rotates, and is still faster than two.
     run(
         kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
         q, k, v, mean, factor, *q_tables, *k_tables, key_mask, order, *pools,
@@ -53,14 +54,19 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     """The reference's map, or its `shared` walks, made on the device without waiting for it.
 
     pools: contiguous; past the head dimension, channels are zeros. `indices` is as long as any walk could be, and what
-    no walk takes of it undefined.
+    no walk takes of it undefined. Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
+    pairs = heads * q_tiles * k_tiles
+    if pairs >= 2**31:
+        raise ValueError(
+            f"routing chooses among fewer than 2^31 pairs of tiles in a batch entry, not {pairs}"
+        )
     device, phases = pools.q.device, routing.phases
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = torch.empty(batch, heads, q_tiles, k_tiles, dtype=torch.int16, device=device)
     histogram = torch.zeros(batch, 2, BINS, dtype=torch.int32, device=device)
-    allowed, pairs = routing.allowed(heads), heads * q_tiles * k_tiles
+    allowed = routing.allowed(heads)
     rows, columns = 16, 64 if dim <= 128 else 32
     run(
         kernel.score, (batch * heads * -(-q_tiles // rows),),

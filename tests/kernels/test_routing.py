@@ -192,6 +192,29 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_order, kernel_
         assert (rest.nan_to_num() == 0).all()
 
 
+@pytest.mark.kernel
+@pytest.mark.usefixtures("poisoned")
+def test_pools_far_from_zero(kernel_device):
+    from dma_diffusers.kernels.routing.route import pooled as pooled_by_kernel
+
+    x = (30 + random(1, 2, 300, 64)).bfloat16().to(kernel_device)
+    found, wanted = pooled_by_kernel(x, x, x, None, 1.0), pooled(x.float())
+    for pools in (found.q, found.k):
+        torch.testing.assert_close(pools, wanted, rtol=2e-3, atol=0)
+    torch.testing.assert_close(found.v, wanted[..., 1, :].sum(-1), rtol=2e-3, atol=0)
+
+
+def test_more_pairs_than_can_be_counted_are_refused():
+    pytest.importorskip("triton")
+    from dma_diffusers.kernels.routing.route import route as route_by_kernel
+
+    tiles = 2**14
+    pools = Pools(*(torch.empty(1, 8, tiles, *rest, device="meta") for rest in ((2, 64), (2, 64), ())))
+    routing = Routing(torch.empty(1, 1, tiles, tiles, device="meta"), visited=1, budget=0.1)
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 pairs .* not 2147483648"):
+        route_by_kernel(pools, routing)
+
+
 class Recorded:
     """Runs kernels, amid guarded memory where that is asked, and keeps what they were given last."""
 
@@ -218,11 +241,13 @@ def assert_same_walks(found, expected) -> None:
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "q_length", "k_length", "own", "dim"), [
-    (1, 1, 100, 100, 1, 64), (4, 2, 500, 700, 1, 64), (2, 2, 900, 600, 2, 64), (2, 1, 650, 650, 1, 128),
-    (2, 2, 300, 300, 2, 256), (1, 1, 300, 300 * TILE, 1, 64),
+@pytest.mark.parametrize(("heads", "kv_heads", "q_length", "k_length", "own", "dim", "budget"), [
+    (1, 1, 100, 100, 1, 64, 1.0), (4, 2, 500, 700, 1, 64, 0.2), (2, 2, 900, 600, 2, 64, 0.01),
+    (2, 1, 650, 650, 1, 128, 0.7), (2, 2, 300, 300, 2, 256, 1.0), (1, 1, 300, 300 * TILE, 1, 64, 0.05),
 ])  # fmt: skip
-def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, own, dim, is_shared, kernel_device):
+def test_routes_as_the_reference(
+    heads, kv_heads, q_length, k_length, own, dim, budget, is_shared, kernel_device
+):
     """Levels within the products' rounding; from the same levels, the same walks."""
     from dma_diffusers.kernels.routing.route import route as route_by_kernel
 
@@ -234,7 +259,7 @@ def test_routes_as_the_reference(heads, kv_heads, q_length, k_length, own, dim, 
     for pools_of_x in pools[:2]:
         pools_of_x[..., 1, :].abs_()
     pools = Pools(*(x.to(kernel_device) for x in pools))
-    routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), 0.2).to(kernel_device)
+    routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), budget).to(kernel_device)
     recorded = Recorded(is_guarded=True)
     found = route_by_kernel(pools, routing, is_shared, run=recorded)
     by_kernel = recorded.given["score"]["levels"].int()

@@ -8,6 +8,7 @@ import torch
 
 from dma_diffusers.pipelines.load import (
     DEMO_MODEL,
+    VIDEO_DEMO_MODEL,
     Ability,
     ability,
     check_model,
@@ -15,7 +16,7 @@ from dma_diffusers.pipelines.load import (
     named_model,
     recommended_call,
 )
-from dma_diffusers.pipelines.placement import Placement, choose, place
+from dma_diffusers.pipelines.placement import Placement, Size, choose, place
 from tests.tiny_pipelines import wan
 
 PICTURE = Ability(video=False, from_text=True, from_image=False)
@@ -113,7 +114,8 @@ def test_embedded_models_have_names():
 GB = 10**9
 WAN_14B = {"transformer": 28 * GB, "text_encoder": 11 * GB, "vae": GB // 2}
 FLUX = {"transformer": 24 * GB, "text_encoder": GB // 4, "text_encoder_2": 9 * GB, "vae": GB // 6}
-A_PICTURE, A_CLIP, A_SHORT_CLIP = (1024**2, 1), (720 * 1280, 81), (720 * 1280, 17)
+A_PICTURE, A_CLIP, A_SHORT_CLIP = Size(1024**2, 1), Size(720 * 1280, 81), Size(720 * 1280, 17)
+A_LONG_CLIP = Size(480 * 832, 161)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +134,41 @@ A_PICTURE, A_CLIP, A_SHORT_CLIP = (1024**2, 1), (720 * 1280, 81), (720 * 1280, 1
     ],
 )
 def test_placement_by_memory(weights, memory, size, expected):
-    assert choose(weights, memory * GB, *size) == expected
+    assert choose(weights, memory * GB, [size]) == expected
+
+
+def test_placement_has_room_for_every_call():
+    """The longest clip asks most of the transformer, the widest most of the VAE."""
+    sizes = [A_LONG_CLIP, Size(720 * 1280, 49)]
+    assert not choose(WAN_14B, 80 * GB, sizes[:1]).tiling
+    assert choose(WAN_14B, 80 * GB, sizes) == Placement("none", tiling=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected"),
+    [
+        ("WanPipeline", {"height": 64, "width": 48, "num_frames": 5}, Size(64 * 48, 5)),
+        ("WanPipeline", {"height": 64, "width": 48, "num_frames": 1}, Size(64 * 48, 3)),
+        ("FluxPipeline", {"width": 512}, Size(512 * 1024, 1)),
+    ],
+)
+def test_what_calls_draw_is_what_has_to_fit(monkeypatch, name, call, expected):
+    """Through `load_pipeline`, of every call."""
+    seen = []
+
+    def placed(pipe, sizes):
+        seen.extend(sizes)
+        return ""
+
+    monkeypatch.setattr("dma_diffusers.pipelines.load.place", placed)
+    model = DEMO_MODEL if name == "FluxPipeline" else VIDEO_DEMO_MODEL
+    load_pipeline(model, calls=[call, call | {"height": 128}])
+    assert seen == [expected, Size(128 * call["width"], expected.frames)]
 
 
 def test_less_memory_never_asks_for_more():
     order = [Placement(offload, tiling) for offload in ("none", "model", "group") for tiling in (False, True)]
-    ranks = [order.index(choose(WAN_14B, memory * GB, *A_CLIP)) for memory in range(160, 0, -1)]
+    ranks = [order.index(choose(WAN_14B, memory * GB, [A_CLIP])) for memory in range(160, 0, -1)]
     assert ranks == sorted(ranks)
     assert ranks[-1] == len(order) - 1
 
@@ -179,7 +210,7 @@ def test_pipelines_are_placed_as_chosen(monkeypatch, memory, done, words, tiled)
     pipe = wan()
     recorder = _Recorder(monkeypatch, pipe, memory)
     pipe.transformer.to(torch.bfloat16)
-    said = place(pipe, 64 * 64, 1)
+    said = place(pipe, [Size(64 * 64, 1)])
     assert recorder.done == done
     assert said == f"WanPipeline, 0.2 MB of weights in float32 (transformer in bfloat16), {words}"
     assert pipe.vae.use_tiling == tiled
