@@ -282,6 +282,11 @@ class DMAConfig:
         """The lowering to ask the operator for."""
         return "auto" if self.lowering == "fastest" else self.lowering
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError, in one line, for a lowering that can't run these formats on `device` at any head_dim."""
+        if self.lowering not in ("fastest", "stock"):
+            lowerings.choose(lowerings.architecture(device), 1, self.high, self.low, self.lowering)
+
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str | Policy):
             raise ValueError(f"policy must be a policy, its words, or None, got {self.policy!r}")

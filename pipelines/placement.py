@@ -51,6 +51,13 @@ def choose(weights: Mapping[str, int], free: int, sizes: Sequence[Size]) -> Plac
     return Placement("group", tiling=True)
 
 
+def own_device() -> torch.device:
+    """Where pipelines run: the current CUDA GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     """Put a pipeline that is on the CPU where it fits, a CUDA GPU if there is one, and say so in one line.
 
@@ -62,9 +69,9 @@ def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     total = sum(weights.values())
     amount = f"{total / 1e9:.1f} GB" if total > 1e9 else f"{total / 1e6:.1f} MB"
     size = f"{type(pipe).__name__}, {amount} of weights in {dtypes}"
-    if not torch.cuda.is_available():
+    device = own_device()
+    if device.type == "cpu":
         return f"{size}, on the CPU"
-    device = torch.device("cuda", torch.cuda.current_device())
     chosen = choose(weights, torch.cuda.mem_get_info(device)[0], sizes)
     vae = modules.get("vae")
     tiling = chosen.tiling and hasattr(vae, "enable_tiling")

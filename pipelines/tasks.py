@@ -21,6 +21,7 @@ from dma_diffusers.pipelines.load import (
     recommended_call,
 )
 from dma_diffusers.pipelines.picture import picture_format
+from dma_diffusers.pipelines.placement import own_device
 from dma_diffusers.pipelines.video import ClipCall, clip_call, read_image
 
 _LETTERS = 40  # of a prompt in the name of a file
@@ -88,6 +89,7 @@ def _task(job: Job, once: Callable[..., tuple[Any, Exception | None]]) -> Task:
         return value
 
     model = str(named_model(job.model or ("demo-video" if _looks_like_a_clip(job) else "demo")))
+    job.config.check_device(own_device())
     kind = found(pipeline_class, model)
     found(check_model, model, None, job.image is not None)
     image = found(_digest, job.image) if job.image else None

@@ -195,6 +195,26 @@ def test_bad_input_is_one_line_and_no_picture(monkeypatch, capsys, model, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run it")
+@pytest.mark.parametrize("command", ["generate", "generate-video", "batch"])
+def test_a_lowering_that_does_not_run_here_is_refused_before_weights_are_loaded(
+    monkeypatch, capsys, tmp_path, command
+):
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", load)
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a cat"}')
+    what, output = {
+        "generate": ("a cat", "out.png"), "generate-video": ("a cat", "out.gif"),
+        "batch": (str(tmp_path / "jobs.jsonl"), "out"),
+    }[command]  # fmt: skip
+    common = (command, what, "-o", str(tmp_path / output))
+    code, _, error = run(monkeypatch, capsys, *common, "--lowering", "native")
+    assert code == 1
+    assert "lowering native can't run mxfp8 | mxfp4 on cpu" in error
+
+
 def _nan(folder: Path) -> None:
     (weights,) = (folder / "transformer").glob("*.safetensors")
     nan = {name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}

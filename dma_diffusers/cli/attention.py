@@ -60,15 +60,19 @@ def chosen(
     lowering: str | None,
     quality_first: bool,
 ) -> Attention:
-    """ValueError, in one line, for options that do not go together."""
+    """ValueError, in one line, for options that do not go together, or a lowering that does not run here."""
     from dma_diffusers.config import DMAConfig, is_words
+    from dma_diffusers.pipelines.placement import own_device
 
     tiles = given({"high": high, "low": low, "window": window, "sink": sink})
     others = given({"lowering": lowering, "quality_first": quality_first or None})
     if not policy or is_words(policy):
         if quality is not None:
             raise ValueError("--quality chooses from a policy file: give --policy too")
-        return Attention(DMAConfig.preset(preset, **tiles, **others, **given({"policy": policy})), None)
-    if tiles:
+        asked = Attention(DMAConfig.preset(preset, **tiles, **others, **given({"policy": policy})), None)
+    elif tiles:
         raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
-    return Attention(DMAConfig.from_file(policy, quality, **others), Path(policy))
+    else:
+        asked = Attention(DMAConfig.from_file(policy, quality, **others), Path(policy))
+    asked.config.check_device(own_device())
+    return asked
