@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dma_diffusers.cli.console import given
+from dma_diffusers.cli.console import given, quiet
 
 Preset = Annotated[str, typer.Option(help="auto, b200, hopper or exact.")]
 Format = Annotated[
@@ -62,7 +62,6 @@ def chosen(
 ) -> Attention:
     """ValueError, in one line, for options that do not go together, or a lowering that does not run here."""
     from dma_diffusers.config import DMAConfig, is_words
-    from dma_diffusers.pipelines.placement import own_device
 
     tiles = given({"high": high, "low": low, "window": window, "sink": sink})
     others = given({"lowering": lowering, "quality_first": quality_first or None})
@@ -74,5 +73,7 @@ def chosen(
         raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
     else:
         asked = Attention(DMAConfig.from_file(policy, quality, **others), Path(policy))
+    with quiet():
+        from dma_diffusers.pipelines.placement import own_device
     asked.config.check_device(own_device())
     return asked
