@@ -54,9 +54,8 @@ class DMAConfig:
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step. None:
         as published for the model's family where the policy leaves pairs out (`families.DenseFirst`; the receipt
         says who by), else none; for the whole model, also where a single module's policy does. It is the level that
-        counts, so of few steps many may be dense. Reading it waits
-        for the device once per forward call. It happens before a model's compiled graph, but breaks the graph of
-        whatever else is compiled around the model.
+        counts, so of few steps many may be dense. Reading it waits for the device once per forward call. It happens
+        before a model's compiled graph, but breaks the graph of whatever else is compiled around the model.
     dense_layers: attention modules that run with every tile HIGH, as indices into those that can be diverted, in
         module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
     quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than

@@ -199,7 +199,7 @@ def _size(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> Size:
     """What a call draws; a side that neither it nor the signature says is 1,024, a number of frames 128."""
     known = {name: argument.default for name, argument in arguments(pipeline).items()} | dict(call)
     height, width = (known.get(name) or 1024 for name in ("height", "width"))
-    # A VAE of clips takes as much for one frame as for three.
+    # One frame takes of a clip's VAE more than of a picture's: it counts as three.
     frames = max(known["num_frames"] or 128, 3) if "num_frames" in known else 1
     return Size(height * width, frames)
 
