@@ -12,8 +12,8 @@ import torch
 from dma_diffusers.families import FAMILIES, family_of
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.layout import DIMENSIONS
-from dma_diffusers.kernels.policies import Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.layout import DIMENSIONS
+from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
 
 PRESETS = {
     "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from dma_diffusers import grids
-from dma_diffusers.kernels.neighborhood import check_dimensions
-from dma_diffusers.kernels.policies import Neighborhood
+from dma_diffusers.kernels.tiling.neighborhood import check_dimensions
+from dma_diffusers.kernels.tiling.policies import Neighborhood
 
 
 @dataclass(frozen=True)

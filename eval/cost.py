@@ -6,11 +6,11 @@ import torch
 
 from dma_diffusers.eval.bench.bound import letter
 from dma_diffusers.kernels import lowerings, plan
-from dma_diffusers.kernels.instructions import MATRIX_RATES, RATES
-from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.maps import TILE, Phase
-from dma_diffusers.kernels.policies import Policy
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Policy
+from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
 
 TARGETS = tuple(MATRIX_RATES)
 

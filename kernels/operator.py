@@ -14,11 +14,11 @@ import torch
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.maps import TILE, Class, tiles
-from dma_diffusers.kernels.policies import Dense, Diagonal, Policy, parse
 from dma_diffusers.kernels.quantiser.reference import Rope
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.precision_map import TILE, Class, tiles
 
 DIAGONAL = str(Diagonal())
 
@@ -158,7 +158,7 @@ def _plan(
         raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
     planned = plan.make(policy, layout, is_causal, masks_text).to(device)
     if lowerings.architecture(device) == "sm_90" and planned.routing is None:
-        _ = planned.precision_map.shared  # the walks of hopper.py, which no capture could make either
+        _ = planned.precision_map.shared  # the block lists of hopper.py, which no capture could make either
     return planned
 
 
@@ -197,7 +197,8 @@ def _attention(
         "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
         "q_rope": None if q_cos is None else (q_cos, q_sin),
         "k_rope": None if k_cos is None else (k_cos, k_sin),
-        "order": planned.order, "spans": planned.spans, "routing": planned.routing, "skip_below": planned.skip_below,
+        "token_order": planned.token_order, "fine_mask": planned.fine_mask, "routing": planned.routing,
+        "skip_below": planned.skip_below,
     }  # fmt: skip
     inexact_rows = None
     if chosen == "reference":

@@ -4,8 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import (
+from dma_diffusers.kernels.routing.reference import Routing
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hiding
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Policy, reached
+from dma_diffusers.kernels.tiling.precision_map import (
     TILE,
     UNVISITED,
     Class,
@@ -15,25 +18,22 @@ from dma_diffusers.kernels.maps import (
     tiles,
     visiting_phases,
 )
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.policies import Policy, reached
-from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.spans import Spans, hiding, spans
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a call needs beside its tensors.
 
-    precision_map: of places, where there is an order. routing: what of it is routed by content; None for nothing.
-    order: int32 `[places]`, the token that stands at each, −1 where none does; None for tokens as they are. spans: who
+    precision_map: of slots, where there is a token order. routing: what of it is routed by content; None for nothing.
+    token_order: int32 `[slots]`, the token that stands at each, −1 where none does; None for tokens as they are. fine_mask: who
     sees whom in MASKED tiles; None where that is a matter of the keys' length and causality. skip_below: as a policy's.
     """
 
     precision_map: PrecisionMap
     routing: Routing | None = None
-    order: torch.Tensor | None = None
-    spans: Spans | None = None
+    token_order: torch.Tensor | None = None
+    fine_mask: FineMask | None = None
     skip_below: float | None = None
 
     def to(self, device: torch.device) -> "Plan":
@@ -52,25 +52,25 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
         cut = _with_text(layout) if masks_text else None
         classes = policy.classes(layout, is_causal)
         phases = visiting_phases(classes, layout, is_causal, cut=cut)
-        return Plan(*_walks(classes, phases, policy), skip_below=policy.skip_below)
+        return Plan(*_block_lists(classes, phases, policy), skip_below=policy.skip_below)
     if not layout.grid:
         raise ValueError(f"{policy} needs the grid that the tokens lie on, and none was given")
     if is_causal:
         raise ValueError(f"{policy} can't be had with a causal mask, which compares tokens one by one")
     axes = policy.axes(layout.grid)
-    places = Places(layout, policy.box(layout.grid))
-    order, cut = places.order, ~reached(axes, places, "filled")
-    classes = policy.classes(places.layout, places=places)
-    phases = visiting_phases(classes, places.layout, order=order, cut=cut)
+    tile_order = TileOrder(layout, policy.box(layout.grid))
+    token_order, cut = tile_order.token_order, ~reached(axes, tile_order, "filled")
+    classes = policy.classes(tile_order.layout, tile_order=tile_order)
+    phases = visiting_phases(classes, tile_order.layout, token_order=token_order, cut=cut)
     packed = None
     if (phases == Phase.MASKED).any():
-        packed = spans(order, places.coordinates, axes) if axes else hiding(order)
+        packed = fine_mask(token_order, tile_order.coordinates, axes) if axes else hiding(token_order)
     if masks_text:
-        phases = torch.where(_with_text(places.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
-    return Plan(*_walks(classes, phases, policy), order, packed, policy.skip_below)
+        phases = torch.where(_with_text(tile_order.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
+    return Plan(*_block_lists(classes, phases, policy), token_order, packed, policy.skip_below)
 
 
-def _walks(
+def _block_lists(
     classes: torch.Tensor, phases: torch.Tensor, policy: Policy
 ) -> tuple[PrecisionMap, Routing | None]:
     """A map, and what of it is routed."""

@@ -345,7 +345,7 @@ def test_compile_lists_every_variant(monkeypatch, capsys):
 
 
 def test_compile_in_words(monkeypatch, capsys):
-    compiler = pytest.importorskip("dma_diffusers.kernels.compile")
+    compiler = pytest.importorskip("dma_diffusers.kernels.ahead_of_time.compile")
     variant = {"kernel": "attend", "formats": ["bf16", "int8"], "spills": 0, "loops": [{"matrix": []}]}
     monkeypatch.setattr(compiler, "compile_all", lambda *_, **__: [variant])
     code, output, _ = run(monkeypatch, capsys, "compile", "--target", "sm_90")

@@ -35,7 +35,7 @@ def compile_kernels(
 ) -> None:
     """Compile every kernel variant for an architecture, ahead of time, on any machine."""
     require(("triton",), "it is there for Linux alone")
-    from dma_diffusers.kernels.compile import compile_all
+    from dma_diffusers.kernels.ahead_of_time.compile import compile_all
 
     with quiet():
         variants = compile_all(target, high=high, low=low)

@@ -111,8 +111,8 @@ def simulate(
     from dma_diffusers.eval.simulator import summary
     from dma_diffusers.eval.simulator.count import Count, end_to_end
     from dma_diffusers.eval.simulator.search import search as propose
-    from dma_diffusers.kernels.boxes import plan
-    from dma_diffusers.kernels.neighborhood import neighborhood
+    from dma_diffusers.kernels.tiling.boxes import plan
+    from dma_diffusers.kernels.tiling.neighborhood import neighborhood
     from dma_diffusers.pipelines.files import check_writable, write_atomically
 
     if attention_share is not None:
@@ -178,8 +178,8 @@ def _print_policy(
 ) -> None:
     from dma_diffusers.eval.simulator import policy as simulator
     from dma_diffusers.eval.simulator import summary
-    from dma_diffusers.kernels.layout import Layout
-    from dma_diffusers.kernels.policies import parse
+    from dma_diffusers.kernels.tiling.layout import Layout
+    from dma_diffusers.kernels.tiling.policies import parse
 
     tokens = text + math.prod(grid)
     policy = parse(words)

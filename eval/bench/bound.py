@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dma_diffusers.eval.bench.shapes import Shape
-from dma_diffusers.kernels.instructions import MATRIX_RATES, RATES
+from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
 from dma_diffusers.kernels.lowerings import NATIVE, Storage, architecture
 
 _FOUR_BIT = ("mxfp4", "nvfp4")

@@ -10,14 +10,15 @@ import torch
 
 from dma_diffusers.eval.bench.bound import Products, letter
 from dma_diffusers.eval.bench.inputs import Seen
-from dma_diffusers.kernels import operator, plan, policies
+from dma_diffusers.kernels import operator, plan
+from dma_diffusers.kernels.device.launch import run
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
-from dma_diffusers.kernels.maps import Class, PrecisionMap
-from dma_diffusers.kernels.neighborhood import Axis
-from dma_diffusers.kernels.policies import Dense, Diagonal, Policy
-from dma_diffusers.kernels.run import run
+from dma_diffusers.kernels.tiling import policies
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import Axis
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap
 
 FULL, LOW_BIT, SPARSE, OURS = "full precision", "low bit", "sparse", "ours"
 
@@ -166,7 +167,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 
         out, *_ = launch.attention(
             *copy, planned.precision_map, config.high, config.low, key_mask=None, scale=q.shape[3] ** -0.5,
-            is_causal=False, lowering=chosen.lowering, order=planned.order, spans=planned.spans,
+            is_causal=False, lowering=chosen.lowering, token_order=planned.token_order, fine_mask=planned.fine_mask,
             routing=planned.routing, skip_below=planned.skip_below, return_lse=False, run=record,
         )  # fmt: skip
         return launches, out

@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dma_diffusers.eval.bench.bound import Products
 from dma_diffusers.eval.bench.entries import Prepared, Tensors
-from dma_diffusers.kernels.maps import TILE, Phase
 from dma_diffusers.kernels.plan import Plan
+from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
 
 
 def prepare(plan: Plan, copies: Sequence[Tensors]) -> Prepared:
@@ -20,7 +20,7 @@ def prepare(plan: Plan, copies: Sequence[Tensors]) -> Prepared:
     whole: tokens into tile order, attention, and back; kernel: attention alone; quantise: the permutation alone.
     """
     plan = plan.to(copies[0][0].device)
-    token, is_taken = plan.order.clamp(min=0).long(), plan.order >= 0
+    token, is_taken = plan.token_order.clamp(min=0).long(), plan.token_order >= 0
     place = token.new_empty(copies[0][0].shape[2])
     place[token[is_taken]] = is_taken.nonzero()[:, 0]
     mask = block_mask(plan)
@@ -47,14 +47,19 @@ def block_mask(plan: Plan) -> BlockMask:
     full, visited = (bounds[..., phase].contiguous() for phase in (Phase.LOW, Phase.MASKED))
     after_full = (full[..., None] + torch.arange(q_tiles, device=full.device)).clamp(max=q_tiles - 1)
     # Rows of their own: what the compiler takes of a captured tensor is its elements.
-    spans = plan.spans and replace(plan.spans, packed=plan.spans.packed.unbind())
+    fine_mask = plan.fine_mask and replace(plan.fine_mask, packed=plan.fine_mask.packed.unbind())
 
     def sees(batch, head, query, key):
-        return spans.seen(query, key)
+        return fine_mask.seen(query, key)
 
     # Without partial blocks there is no mask of single keys, and the compiled kernel is the leaner for it.
     return BlockMask.from_kv_blocks(
-        visited - full, indices.gather(-1, after_full.long()), full, indices, TILE, sees if spans else None
+        visited - full,
+        indices.gather(-1, after_full.long()),
+        full,
+        indices,
+        TILE,
+        sees if fine_mask else None,
     )
 
 

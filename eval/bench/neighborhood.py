@@ -16,9 +16,9 @@ from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels import plan
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.neighborhood import shape_text
-from dma_diffusers.kernels.policies import Neighborhood
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import shape_text
+from dma_diffusers.kernels.tiling.policies import Neighborhood
 
 # grid, window, stride: what arXiv 2504.16922 measures
 NAMED = {

@@ -10,8 +10,8 @@ import torch
 
 from dma_diffusers.families import FAMILIES
 from dma_diffusers.grids import of_video
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.policies import Neighborhood
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Neighborhood
 
 _Random = Callable[..., torch.Tensor]
 

@@ -9,9 +9,9 @@ from dma_diffusers.eval.recordings.measure import asked, is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import SHARED_ROWS, TILE, tiles
-from dma_diffusers.kernels.policies import Policy
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Policy
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, TILE, tiles
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -80,7 +80,7 @@ def _left_out(
     skipped = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
     reference.attention(
         q, k, v, made.precision_map, high, low, key_mask=mask, scale=recording.scale, is_causal=recording.is_causal,
-        order=made.order if made.order is None else made.order.to(device), spans=made.spans, routing=made.routing,
+        token_order=made.token_order if made.token_order is None else made.token_order.to(device), fine_mask=made.fine_mask, routing=made.routing,
         skip_below=policy.skip_below, skip_rows=TILE, skipped=skipped,
     )  # fmt: skip
     return float(skipped.double().mean()) * SHARED_ROWS / TILE  # counted in blocks of 64 queries

@@ -4,19 +4,19 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.eval.recordings.store import Tensors
-from dma_diffusers.kernels.maps import TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
 
 _SCORES = 2**25  # in memory at once
 
 
-def in_places(tensors: Tensors, order: torch.Tensor) -> Tensors:
+def in_slots(tensors: Tensors, token_order: torch.Tensor) -> Tensors:
     """A call's tensors in tile order: int32 `[places]`, the token at each place, −1 where none stands.
 
     In empty places stand queries and keys that are nobody's, and the key mask hides them.
     """
     q, k, v, mask = tensors
-    order = order.to(q.device)
-    taken, token = order >= 0, order.clamp(min=0).long()
+    token_order = token_order.to(q.device)
+    taken, token = token_order >= 0, token_order.clamp(min=0).long()
     mask = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
     return Tensors(q[:, :, token], k[:, :, token], v[:, :, token], mask[:, token] & taken)
 

@@ -11,13 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.dense import dense_parts
-from dma_diffusers.eval.recordings.exact import exact_attention, in_places
+from dma_diffusers.eval.recordings.exact import exact_attention, in_slots
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
 from dma_diffusers.families import FAMILIES, Family
 from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class, Phase
-from dma_diffusers.kernels.policies import Dense, Policy, parse
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Policy, parse
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,18 @@ def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, L
 
 def tile_classes(made: plan.Plan) -> torch.Tensor:
     """The class in which each pair of tiles is computed: integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`."""
-    walks = made.precision_map
-    q_tiles = walks.indices.shape[-2]  # and as many of the keys: queries and keys are the same tokens
-    classes = torch.full((*walks.indices.shape[:-1], q_tiles + 1), int(Class.SKIP))
-    place, start = torch.arange(walks.indices.shape[-1]), torch.zeros_like(walks.bounds[..., :1])
-    of_phase = {Phase.HIGH: Class.HIGH, Phase.LOW: Class.LOW, Phase.MASKED: Class(int(not walks.has_high))}
+    block_lists = made.precision_map
+    q_tiles = block_lists.indices.shape[-2]  # and as many of the keys: queries and keys are the same tokens
+    classes = torch.full((*block_lists.indices.shape[:-1], q_tiles + 1), int(Class.SKIP))
+    place, start = torch.arange(block_lists.indices.shape[-1]), torch.zeros_like(block_lists.bounds[..., :1])
+    of_phase = {
+        Phase.HIGH: Class.HIGH,
+        Phase.LOW: Class.LOW,
+        Phase.MASKED: Class(int(not block_lists.has_high)),
+    }
     for phase in Phase:
-        end = walks.bounds[..., phase, None]
-        tile = torch.where((place >= start) & (place < end), walks.indices, q_tiles)
+        end = block_lists.bounds[..., phase, None]
+        tile = torch.where((place >= start) & (place < end), block_lists.indices, q_tiles)
         classes.scatter_(-1, tile.long(), int(of_phase[phase]))
         start = end
     return classes[..., :-1]
@@ -214,11 +218,11 @@ def _compared(
     else:
         out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
         made = plan.make(*asked(arguments, recording), recording.is_causal)
-        order = made.order
-        key = None if order is None else order.numpy().tobytes()
+        token_order = made.token_order
+        key = None if token_order is None else token_order.numpy().tobytes()
         if key not in masses:
-            places, order = in_places(tensors, order), order.to(q.device)
-            masses[key] = exact_attention(places, recording.scale, recording.is_causal, order >= 0)[1]
+            places, token_order = in_slots(tensors, token_order), token_order.to(q.device)
+            masses[key] = exact_attention(places, recording.scale, recording.is_causal, token_order >= 0)[1]
         high = (tile_classes(made) == Class.HIGH).to(q.device)
         kept = (masses[key] * high).sum((-2, -1))
     out = out.double()

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.pipelines.files import write_atomically
 
 FORMAT, VERSION = "dma-diffusers recordings", 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from dma_diffusers.kernels.neighborhood import Axis, check_dimensions, shape_text
+from dma_diffusers.kernels.tiling.neighborhood import Axis, check_dimensions, shape_text
 
 
 class Tally(NamedTuple):

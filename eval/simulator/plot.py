@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.eval.simulator.count import Count
-from dma_diffusers.kernels.neighborhood import shape_text, tile_map
+from dma_diffusers.kernels.tiling.neighborhood import shape_text, tile_map
 
 _LARGEST = 2**25  # pairs of tiles
 _SKIPPED, _CUT, _FILLED, _TEXT = range(4)

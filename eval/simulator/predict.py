@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from dma_diffusers.eval.cost import clocks_of, pairs, share_left, storages, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
+from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE
-from dma_diffusers.kernels.neighborhood import shape_text
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.policies import Policy
-from dma_diffusers.kernels.tuning import tuning
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import shape_text
+from dma_diffusers.kernels.tiling.policies import Policy
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 START = 8.5e-6  # seconds: until a round of programs is under way, and so long for each step before the kernel
 WITHIN = 0.15
@@ -187,7 +187,7 @@ def predict_policy(
     dense = Call(gpu, heads, layout.q_length, head_dim, high, low)
     visited, places = pairs(policy, layout), layout.q_length
     if policy.on_grid:
-        places = Places(layout, policy.box(layout.grid)).layout.q_length
+        places = TileOrder(layout, policy.box(layout.grid)).layout.q_length
     of_high, of_low = (share.mean().item() for share in visited)
     of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
     ours = replace(dense, tokens=places).whole(of_high, of_low, in_boxes=policy.on_grid)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from dma_diffusers.eval.simulator.count import Count, tally
-from dma_diffusers.kernels.boxes import plan
-from dma_diffusers.kernels.neighborhood import Axis
+from dma_diffusers.kernels.tiling.boxes import plan
+from dma_diffusers.kernels.tiling.neighborhood import Axis
 
 _BOXES = 3  # shapes tried, from the planner's best
 _WINDOWS = 32  # tried in each dimension, at most

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dma_diffusers.eval.simulator.count import Count, end_to_end
-from dma_diffusers.kernels.boxes import padding, plan
-from dma_diffusers.kernels.neighborhood import shape_text
+from dma_diffusers.kernels.tiling.boxes import padding, plan
+from dma_diffusers.kernels.tiling.neighborhood import shape_text
 
 if TYPE_CHECKING:
     from dma_diffusers.eval.simulator.predict import Prediction  # which needs Triton

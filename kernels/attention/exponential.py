@@ -7,7 +7,7 @@ FlashAttention-4's trick is to let those do a part. The polynomial is a minimax 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.rounding import INTERPRETED
+from dma_diffusers.kernels.device.rounding import INTERPRETED
 
 # 1.5·2^23 + 127: added to x, it leaves round(x) + 127, the exponent field of 2^round(x), in the lowest bits.
 _ANCHOR = tl.constexpr(12583039.0)

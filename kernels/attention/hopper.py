@@ -1,6 +1,6 @@
 """The fused attention kernel for sm_90, in Gluon: one warp loads for three warpgroups of 64 queries of one head.
 
-It walks the same phases as kernel.py over the same operands, for HIGH in bf16 numbers and LOW in e4m3 or int8.
+It block lists the same phases as kernel.py over the same operands, for HIGH in bf16 numbers and LOW in e4m3 or int8.
 Every K and V that comes from L2, whose bandwidth binds one warpgroup by itself, serves all three, and while one
 waits for its products, the others take exponentials. hopper.md tells what was tried.
 """
@@ -18,18 +18,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dma_diffusers.kernels import maps
 from dma_diffusers.kernels.attention.kernel import LN_2, LOOKED_AT, LOWEST, P_SHIFT, PATIENCE
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
+from dma_diffusers.kernels.tiling import precision_map
 
-TILE = gl.constexpr(maps.TILE)
-WARPGROUPS = gl.constexpr(maps.SHARED_BLOCKS)
-ROWS = gl.constexpr(maps.SHARED_ROWS)  # of one warpgroup
-QUERIES = maps.SHARED_BLOCKS * maps.SHARED_ROWS  # of one program
+TILE = gl.constexpr(precision_map.TILE)
+WARPGROUPS = gl.constexpr(precision_map.SHARED_BLOCKS)
+ROWS = gl.constexpr(precision_map.SHARED_ROWS)  # of one warpgroup
+QUERIES = precision_map.SHARED_BLOCKS * precision_map.SHARED_ROWS  # of one program
 PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
 VISITORS = gl.constexpr(
-    maps.SHARED_TILE_BITS
-)  # from this bit on, an entry of a walk tells who visits the tile
+    precision_map.SHARED_TILE_BITS
+)  # from this bit on, an entry of a block list tells who visits the tile
 ONE = gl.constexpr(0x38)  # in e4m3
 
 # Triton 3.6 knows them by other names.
@@ -67,7 +67,7 @@ def _views(ring, SLOTS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _ends(ends, HAS_HIGH: gl.constexpr):
-    """Where the phases of a walk end."""
+    """Where the phases of a block list end."""
     high_end = 0
     if HAS_HIGH:
         high_end = gl.load(ends)
@@ -108,16 +108,16 @@ def _load_phase(
 
 
 @gluon.jit
-def _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: gl.constexpr):
+def _seen(s, tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: gl.constexpr):
     """Scores [64, 128] of one tile, −inf where a query doesn't see a key."""
     columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, s.type.layout))
-    if spans is not None:  # as Spans.seen has it
-        places = gl.cdiv(k_length, TILE) * TILE
-        known = q_tokens < places
-        first = gl.load(spans + q_tokens, mask=known, other=0)
-        last = gl.load(spans + (places + q_tokens), mask=known, other=0) | guards
-        low = gl.load(spans + (2 * places + tile * TILE + columns)) | guards
-        high = gl.load(spans + (3 * places + tile * TILE + columns))
+    if fine_mask is not None:  # as FineMask.seen has it
+        slots = gl.cdiv(k_length, TILE) * TILE
+        known = q_tokens < slots
+        first = gl.load(fine_mask + q_tokens, mask=known, other=0)
+        last = gl.load(fine_mask + (slots + q_tokens), mask=known, other=0) | guards
+        low = gl.load(fine_mask + (2 * slots + tile * TILE + columns)) | guards
+        high = gl.load(fine_mask + (3 * slots + tile * TILE + columns))
         inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
         seen = (inside & guards) == guards
     elif CAUSAL:
@@ -165,10 +165,10 @@ def _any_counts(top, m, factor, shift, skip_below):
 
 
 @gluon.jit
-def _token_at(order, place, length, tokens):
+def _token_at(token_order, place, length, tokens):
     """As the quantiser's `token_at`."""
-    if order is not None:
-        token = gl.load(order + place, mask=place < length, other=-1)
+    if token_order is not None:
+        token = gl.load(token_order + place, mask=place < length, other=-1)
         place = gl.where((token >= 0) & (token < tokens), token, length)
     return place
 
@@ -182,8 +182,8 @@ def _probabilities(s, top, m, factor, shift):
 
 @gluon.jit
 def _high_phase(
-    accumulator, l, m, kept, q, fold, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
-    key_mask, spans, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
+    accumulator, l, m, kept, q, softmax_scale_log2, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
+    key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Walk tiles in bf16; l is [64]."""
@@ -195,7 +195,7 @@ def _high_phase(
     factor = gl.full((ROWS,), 1.0, gl.float32, row)
     shift = gl.zeros((ROWS,), gl.float32, row)
     if NUMBERS == "bf16":  # the model's own: neither folded nor smoothed
-        factor *= fold
+        factor *= softmax_scale_log2
         if offset is not None:
             shift = gl.load(offset + q_rows, mask=known, other=0.0, volatile=True)
     next_entry = gl.load(indices + (entries + first))
@@ -210,7 +210,7 @@ def _high_phase(
             mbarrier.arrive(barriers.index(SLOTS + keys), count=1)
             if MASKED or key_mask is not None:
                 tile = entry & ((1 << VISITORS) - 1)
-                s = _seen(s, tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
+                s = _seen(s, tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL)
             top = _largest(s, skip_below)
             if _counts(top, m, factor, shift, skip_below, kept):
                 kept += 1
@@ -238,7 +238,7 @@ def _high_phase(
 def _low_phase(
     accumulator, l, m, kept, q, factor, ones, ring, barriers, n, k_scales, own_scales,
     indices, entries, first, last, warpgroup,
-    key_mask, spans, guards, k_length, q_tokens, skip_below, counter,
+    key_mask, fine_mask, guards, k_length, q_tokens, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -273,7 +273,7 @@ def _low_phase(
                 s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
             if MASKED or key_mask is not None:
                 s = _seen(
-                    s.to(gl.float32), tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL
+                    s.to(gl.float32), tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL
                 )
                 # 0·−inf is NaN
                 own_factor = gl.maximum(own_factor, SMALLEST_NORMAL, propagate_nan=PROPAGATE_NAN)
@@ -305,14 +305,14 @@ def _low_phase(
 
 @gluon.jit
 def _load(
-    sources, smem, place, walk,
+    sources, smem, place, block_list,
     HIGH: gl.constexpr, LOW: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: Q, and K and V of every tile that a warpgroup visits."""
     q_high, k_high, v_high, q_low, k_low, v_low = sources
     q_high_smem, q_low_smem, ring, barriers = smem
     batch, head_in_batch, kv_head, start = place
-    indices, own_entries, bounds, own_ends = walk
+    indices, own_entries, bounds, own_ends = block_list
     size: gl.constexpr = (2 if HIGH is not None else 0) + (1 if LOW is not None else 0)
     for warpgroup in gl.static_range(WARPGROUPS):
         own_ready = barriers.index(2 * SLOTS + warpgroup)
@@ -356,12 +356,12 @@ def _attend(
     low_row: gl.constexpr = gl.SliceLayout(1, _products_layout(TILE, 32))
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
-        smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, guards, head_dim, out_stride_s, skip_below, skipped,
+        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row, start, block_list,
+        q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
-    indices, own_entries, bounds, own_ends = walk
+    indices, own_entries, bounds, own_ends = block_list
     high_end, low_end, end = _ends(bounds + own_ends, HIGH is not None)
     q_tokens = start + warpgroup * ROWS + gl.arange(0, ROWS, layout=row)
     # The last program's last warpgroups may lie past the whole tiles that the quantiser wrote.
@@ -369,10 +369,10 @@ def _attend(
     known = q_tokens < gl.cdiv(q_length, TILE) * TILE
     wide_mask = key_mask if MASKS_ALL else None
 
-    tokens = q_length if order_tokens is None else order_tokens
+    tokens = q_length if token_count is None else token_count
     m = gl.full((ROWS,), LOWEST, gl.float32, row)
     if skip_below is not None:  # a row that is no query's holds on to no tile
-        m = gl.where(_token_at(order, q_tokens, q_length, tokens) < q_length, m, -m)
+        m = gl.where(_token_at(token_order, q_tokens, q_length, tokens) < q_length, m, -m)
     l = gl.zeros((ROWS,), gl.float32, row)
     accumulator = gl.zeros((ROWS, D), gl.float32, high_sums)
     counter = None if skipped is None else (skipped, start + warpgroup * ROWS < q_length)
@@ -380,7 +380,7 @@ def _attend(
     n, kept = 0, 0
     if HIGH is not None:
         accumulator, l, m, kept = _high_phase(
-            accumulator, l, m, kept, q_high_smem.index(warpgroup), fold, offset, ring, barriers, n,
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, n,
             indices, own_entries, 0, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
             skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
@@ -404,7 +404,7 @@ def _attend(
         if HIGH is None:
             low_sums, low_l, low_m, kept = _low_phase(
                 low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end,
-                k_scales, own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards,
+                k_scales, own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
                 k_length, low_tokens,
                 skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
@@ -414,8 +414,8 @@ def _attend(
         m = gl.convert_layout(low_m, row)
     if HIGH is not None:
         accumulator, l, m, kept = _high_phase(
-            accumulator, l, m, kept, q_high_smem.index(warpgroup), fold, offset, ring, barriers, high_end + low_end,
-            indices, own_entries, low_end, end, warpgroup, key_mask, spans, guards, k_length, q_tokens, q_rows, known,
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, high_end + low_end,
+            indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known,
             skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
@@ -423,11 +423,11 @@ def _attend(
     l = gl.where(nothing_seen, 1.0, l)
     result = accumulator * gl.convert_layout(1.0 / l, out_row)[:, None]
     channels = gl.arange(0, D, layout=gl.SliceLayout(0, high_sums))
-    q_tokens = _token_at(order, q_tokens, q_length, tokens)
+    q_tokens = _token_at(token_order, q_tokens, q_length, tokens)
     out_tokens = gl.convert_layout(q_tokens, out_row)
-    places = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
+    slots = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
     inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
-    gl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
+    gl.store(out + slots, result.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
         log_sum = m + gl.log2(l)
         if offset is not None:
@@ -442,8 +442,8 @@ def _attend(
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
-    heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
+    v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
+    heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr,
@@ -451,14 +451,14 @@ def attend_hopper(
 ):  # fmt: skip
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
 
-    `indices` and `bounds` are a map's `shared` walks (maps.py). HIGH is read as bf16 numbers without tensor scales,
+    `indices` and `bounds` are a map's `shared` block lists (precision_map.py). HIGH is read as bf16 numbers without tensor scales,
     LOW as e4m3 or int8 ones under scales of K's tiles or tokens; other scales and block sizes are not looked at.
     Each warpgroup skips tiles by itself.
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)
     head, block = gl.program_id(0) // blocks, gl.program_id(0) % blocks
     if CAUSAL:
-        block = blocks - 1 - block  # the longest walks first
+        block = blocks - 1 - block  # the longest block lists first
     batch, head_in_batch = head // heads, head % heads
     kv_head = head_in_batch // (heads // kv_heads)
     row = batch * map_stride_b + head_in_batch * map_stride_h + block
@@ -491,15 +491,15 @@ def attend_hopper(
     # A partition keeps what it is given in registers: as few and as far computed as can be.
     smem = (q_high_smem, q_low_smem, ring, barriers)
     start = block * (WARPGROUPS * ROWS)
-    walk = (indices, row * map_length, bounds, row * 3)
+    block_list = (indices, row * map_length, bounds, row * 3)
     kv_row = batch * kv_heads + kv_head
     scales = (q_low_scales, k_low_scales, v_scale)
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
     if skipped is not None:
         skipped += head
     given = (
-        smem, ones, scales, fold, offset, key_mask, spans, order, out, lse, head, kv_row, start, walk,
-        q_length, k_length, order_tokens, guards, head_dim, out_stride_s, skip_below, skipped,
+        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row, start, block_list,
+        q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)
@@ -508,7 +508,7 @@ def attend_hopper(
             (_attend, (0, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
             (_attend, (1, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
             (_attend, (2, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_load, (sources, smem, place, walk, HIGH, LOW, D, SLOTS)),
+            (_load, (sources, smem, place, block_list, HIGH, LOW, D, SLOTS)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],

@@ -10,9 +10,7 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
-from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
-from dma_diffusers.kernels.quantiser.tile import token_at
-from dma_diffusers.kernels.rounding import (
+from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
     bf16_operand,
     decoded_nvfp4,
@@ -21,6 +19,8 @@ from dma_diffusers.kernels.rounding import (
     loaded_e4m3,
     to_output,
 )
+from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
+from dma_diffusers.kernels.quantiser.tile import token_at
 
 TILE = tl.constexpr(128)
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
@@ -84,14 +84,14 @@ def _in_order_of_v(p):
 
 
 @triton.jit
-def _seen(tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
+def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
     """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
     columns = tl.arange(0, TILE)
-    if spans is not None:  # as Spans.seen has it
-        places = tl.cdiv(k_length, TILE) * TILE
-        first, last = tl.load(spans + q_tokens), tl.load(spans + places + q_tokens) | guards
-        low = tl.load(spans + 2 * places + tile * TILE + columns) | guards
-        high = tl.load(spans + 3 * places + tile * TILE + columns)
+    if fine_mask is not None:  # as FineMask.seen has it
+        slots = tl.cdiv(k_length, TILE) * TILE
+        first, last = tl.load(fine_mask + q_tokens), tl.load(fine_mask + slots + q_tokens) | guards
+        low = tl.load(fine_mask + 2 * slots + tile * TILE + columns) | guards
+        high = tl.load(fine_mask + 3 * slots + tile * TILE + columns)
         inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
         seen = (inside & guards) == guards
     elif CAUSAL:
@@ -100,7 +100,7 @@ def _seen(tile, key_mask, spans, guards, k_length, q_tokens, CAUSAL: tl.constexp
         seen = (columns < k_length - tile * TILE)[None, :]
     if key_mask is not None:
         unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
-        seen = (seen & unmasked) if CAUSAL or spans is not None else unmasked
+        seen = (seen & unmasked) if CAUSAL or fine_mask is not None else unmasked
     return seen
 
 
@@ -167,8 +167,8 @@ def _add_values(
 
 @triton.jit
 def _phase(
-    accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, fold,
-    offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, spans,
+    accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, softmax_scale_log2,
+    offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, fine_mask,
     guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -182,7 +182,7 @@ def _phase(
     if STORAGE == "row" or STORAGE == "tile":
         row_factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     elif ELEMENT == "bf16":
-        row_factor = tl.zeros((ROWS,), tl.float32) + fold
+        row_factor = tl.zeros((ROWS,), tl.float32) + softmax_scale_log2
     elif q_tensor_scale is not None:
         scale = tl.load(q_tensor_scale + head) * tl.load(k_tensor_scale + batch * kv_heads + kv_head)
         row_factor = tl.zeros((ROWS,), tl.float32) + tl.maximum(scale, SMALLEST_NORMAL)  # 0·−inf is NaN
@@ -204,7 +204,7 @@ def _phase(
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
         if MASKED or key_mask is not None:
-            seen = _seen(tile, key_mask, spans, guards, k_length, q_tokens, MASKED and CAUSAL)
+            seen = _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL)
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
@@ -247,8 +247,8 @@ def _phase(
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, fold, offset, indices, bounds, key_mask, spans, order, out, lse,
-    heads, kv_heads, q_length, k_length, order_tokens, guards, head_dim, map_stride_b, map_stride_h, map_length,
+    v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
+    heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, total, zero,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
@@ -258,9 +258,9 @@ def attend(
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
-    The phases are HIGH, LOW and MASKED (maps.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
+    The phases are HIGH, LOW and MASKED (precision_map.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
     tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). Products of bf16
-    numbers still have to be multiplied by `fold`, others by the scales of rows, tiles or tensors, where there are
+    numbers still have to be multiplied by `softmax_scale_log2`, others by the scales of rows, tiles or tensors, where there are
     any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles
@@ -269,10 +269,10 @@ def attend(
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
-    With an `order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
-    query at a place gives is stored in the row that it names, if any. `order_tokens` is how many rows `out` and `lse`
-    have, None if as many as there are places. `spans` (spans.py; int32 [4, whole tiles], with its `guards`) say in
-    MASKED tiles who sees whom, in place of the length and the causal mask; empty places are hidden by them, or by
+    With a `token_order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
+    query at a slot gives is stored in the row that it names, if any. `token_count` is how many rows `out` and `lse`
+    have, None if as many as there are slots. `fine_mask` (fine_mask.py; int32 [4, whole tiles], with its `guards`) say in
+    MASKED tiles who sees whom, in place of the length and the causal mask; empty slots are hidden by them, or by
     `key_mask`.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
@@ -296,7 +296,7 @@ def attend(
 
         m = tl.full((ROWS,), LOWEST, tl.float32)
         if skip_below is not None:  # a row that is no query's holds on to no tile
-            is_query = token_at(order, q_tokens, q_length, order_tokens) < q_length
+            is_query = token_at(token_order, q_tokens, q_length, token_count) < q_length
             m = tl.where(is_query, m, -m)
         own_skipped = None if skipped is None else skipped + head
         l = tl.zeros((ROWS,), tl.float32)
@@ -305,7 +305,7 @@ def attend(
         if HIGH is not None:
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
-                k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
+                k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
@@ -316,7 +316,7 @@ def attend(
             accumulator = accumulator / tl.load(v_units)[None, :]
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
-                k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
+                k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
                 LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
@@ -325,9 +325,9 @@ def attend(
             if HIGH is None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
-                    k_low, k_low_scales, k_low_tensor_scale, v_low, fold, offset,
+                    k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,
+                    tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, MASKED_STAGES,
                 )  # fmt: skip
@@ -336,16 +336,16 @@ def attend(
         if HIGH is not None:
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
-                k_high, k_high_scales, k_high_tensor_scale, v_high, fold, offset,
+                k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, low_end, end, own_mask, spans, guards, k_length, start, skip_below, own_skipped, zero,
+                tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
                 HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip
 
         nothing_seen = l == 0.0
         result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
-        out_rows = token_at(order, q_tokens, q_length, order_tokens)
+        out_rows = token_at(token_order, q_tokens, q_length, token_count)
         place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
         place = place + out_rows[:, None].to(tl.int64) * out_stride_s + channels[None, :]
         inside = (out_rows < q_length)[:, None] & (channels < head_dim)[None, :]
@@ -355,5 +355,5 @@ def attend(
             if offset is not None:
                 log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
             log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
-            lse_rows = head.to(tl.int64) * (q_length if order_tokens is None else order_tokens) + out_rows
+            lse_rows = head.to(tl.int64) * (q_length if token_count is None else token_count) + out_rows
             tl.store(lse + lse_rows, log_sum, mask=out_rows < q_length)

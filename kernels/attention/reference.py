@@ -5,10 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.maps import TILE, Phase, PrecisionMap, tiles
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import Pools, Routing, pooled, route
-from dma_diffusers.kernels.spans import Spans
+from dma_diffusers.kernels.tiling.fine_mask import FineMask
+from dma_diffusers.kernels.tiling.precision_map import TILE, Phase, PrecisionMap, tiles
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30
@@ -35,8 +35,8 @@ def attention(
     is_causal: bool = False,
     q_rope: quantiser.Rope | None = None,
     k_rope: quantiser.Rope | None = None,
-    order: torch.Tensor | None = None,
-    spans: Spans | None = None,
+    token_order: torch.Tensor | None = None,
+    fine_mask: FineMask | None = None,
     routing: Routing | None = None,
     sums_rounded: bool = False,
     skip_below: float | None = None,
@@ -50,10 +50,10 @@ def attention(
     natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
     A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards what smoothing
     takes from those of the other class.
-    order: int32 `[places]`, for Sq = Sk, not causal: which token stands at each place, −1 where none does. The map is
-    one of places, everything else is in the tokens' own order. Raises ValueError unless each token has one place.
-    spans: which places see each other in MASKED tiles.
-    routing: upgrades LOW pairs, for a map that has both classes, whose walks are then not looked at.
+    token_order: int32 `[slots]`, for Sq = Sk, not causal: which token stands at each slot, −1 where none does. The map is
+    one of slots, everything else is in the tokens' own order. Raises ValueError unless each token has one slot.
+    fine_mask: which slots see each other in MASKED tiles.
+    routing: upgrades LOW pairs, for a map that has both classes, whose block lists are then not looked at.
     sums_rounded: LOW's probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_below: a KV tile counts as not visited by a block of `skip_rows` queries (64 or 128) where each probability
     is less than this share of its row's largest so far, 0 < skip_below < 1. skipped: int32 `[B, H]`, to which the
@@ -69,23 +69,25 @@ def attention(
     used = precision_map.used(high, low)
     mean = quantiser.key_mean(k) if quantiser.smooths(*used) else torch.zeros_like(k[:, :, :1])
     offset = quantiser.key_offset(q.bfloat16().float() if "bf16" in used else q, mean, scale)
-    folded, smoothed = q * quantiser.fold(scale), k - mean
+    folded, smoothed = q * quantiser.softmax_scale_log2(scale), k - mean
     if key_mask is not None:  # a hidden key counts for no scale
         smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
     v_scale = quantiser.value_scale(v)
-    if order is not None:
-        taken = order >= 0
-        if order[taken].sort().values.tolist() != list(range(tokens)):
+    if token_order is not None:
+        taken = token_order >= 0
+        if token_order[taken].sort().values.tolist() != list(range(tokens)):
             raise ValueError(f"order must name each of the {tokens} tokens once")
         if key_mask is not None or not taken.all():
             key_mask = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
-            key_mask = F.pad(key_mask, (0, 1))[:, order]
-        q, k, v, folded, smoothed = (F.pad(x, (0, 0, 0, 1))[:, :, order] for x in (q, k, v, folded, smoothed))
-        offset = F.pad(offset, (0, 1))[:, :, order]
+            key_mask = F.pad(key_mask, (0, 1))[:, token_order]
+        q, k, v, folded, smoothed = (
+            F.pad(x, (0, 0, 0, 1))[:, :, token_order] for x in (q, k, v, folded, smoothed)
+        )
+        offset = F.pad(offset, (0, 1))[:, :, token_order]
     q_length, k_length = q.shape[2], k.shape[2]
     q_tiles, k_tiles = tiles(q_length), tiles(k_length)
     if routing is not None:
-        there = None if order is None else taken[None]
+        there = None if token_order is None else taken[None]
         seen = there if key_mask is None else key_mask
         values = pooled(v.float(), there)[..., 1, :].sum(-1)
         precision_map = route(Pools(pooled(folded, there), pooled(smoothed, seen), values), routing)
@@ -93,7 +95,7 @@ def attention(
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v in tiles, and the factor and the offset that make products scores."""
         if fmt == "bf16":
-            pair, factor, shift = (q, k), quantiser.fold(scale), offset
+            pair, factor, shift = (q, k), quantiser.softmax_scale_log2(scale), offset
         else:
             pair, factor, shift = (folded, smoothed), 1.0, torch.zeros_like(offset)
         pair = quantiser.quantised_q(pair[0], fmt), quantiser.quantised_k(pair[1], fmt)
@@ -114,7 +116,7 @@ def attention(
     row_kv_head = row_batch * kv_heads + row_head // (heads // kv_heads)
     inner = torch.arange(TILE, device=device)
     is_query = torch.arange(q_tiles * TILE, device=device) < q_length
-    if order is not None:
+    if token_order is not None:
         is_query &= F.pad(taken, (0, -q_length % TILE))
     is_query = is_query.view(q_tiles, TILE, 1)
     has_block = torch.arange(0, q_tiles * TILE, skip_rows, device=device).view(q_tiles, -1) < q_length
@@ -150,8 +152,8 @@ def attention(
                 q_tokens = row_tile[active][:, None] * TILE + inner
                 if is_causal:
                     seen = seen & (tokens[:, None, :] <= q_tokens[:, :, None])
-                if phase is Phase.MASKED and spans is not None:
-                    seen = seen & spans.seen(q_tokens[:, :, None], tokens[:, None, :])
+                if phase is Phase.MASKED and fine_mask is not None:
+                    seen = seen & fine_mask.seen(q_tokens[:, :, None], tokens[:, None, :])
                 s = torch.where(seen, s, -math.inf)
             highest = s.amax(-1, keepdim=True) - P_SHIFT
             m_new = torch.maximum(m[:count], highest)
@@ -187,7 +189,7 @@ def attention(
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(dtype)
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
     lse = (lse + offset) * math.log(2)
-    if order is not None:
-        of_token = taken.nonzero()[:, 0][order[taken].argsort()]
+    if token_order is not None:
+        of_token = taken.nonzero()[:, 0][token_order[taken].argsort()]
         out, lse = out[:, :, of_token], lse[:, :, of_token]
     return out, lse

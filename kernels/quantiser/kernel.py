@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from dma_diffusers.kernels.device.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -12,7 +13,6 @@ from dma_diffusers.kernels.quantiser.tile import (
     rotated,
     token_at,
 )
-from dma_diffusers.kernels.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
 
 TILE = tl.constexpr(128)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -215,19 +215,19 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, high, low, order, batch, head_in_batch, head, tile, tiles, length, order_tokens,
+    v, v_scale, high, low, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
     stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of V in bf16, and in e4m3 under a power of two for each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    places = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
-    tokens = token_at(order, places, length, order_tokens)[:, None]
+    slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
+    tokens = token_at(token_order, slots, length, token_count)[:, None]
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
     if high is not None:
-        _store_rows(high, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + places, D)
+        _store_rows(high, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if low is not None:
         # Of a normal power of two, the inverse too is a power of two.
         inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
@@ -247,8 +247,8 @@ def encode(
     q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_high, v_low, order, inexact_rows,
-    heads, kv_heads, kv_heads_in_all, q_length, k_length, order_tokens,
+    v_high, v_low, token_order, inexact_rows,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -266,8 +266,8 @@ def encode(
     is; v_low too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows
     that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
     nothing is.
-    With an `order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in that
-    order, zeros where it names no token. `order_tokens` is how many there are, None if as many as places.
+    With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in that
+    order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
     # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
@@ -279,8 +279,8 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_high, v_low, order, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles,
-                k_length, order_tokens, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v, v_scale, v_high, v_low, token_order, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles,
+                k_length, token_count, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
@@ -288,7 +288,7 @@ def encode(
         if (program >= 0) & (program < of_keys):
             head = program // k_tiles
             place = program % k_tiles * TILE + rows
-            tokens = token_at(order, place, k_length, order_tokens)[:, None]
+            tokens = token_at(token_order, place, k_length, token_count)[:, None]
             inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
             batch, head_in_batch = head // kv_heads, head % kv_heads
             x = load_tile(
@@ -314,7 +314,7 @@ def encode(
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
             head = program // q_tiles
-            tokens = token_at(order, program % q_tiles * TILE + rows, q_length, order_tokens)[:, None]
+            tokens = token_at(token_order, program % q_tiles * TILE + rows, q_length, token_count)[:, None]
             inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
             batch, head_in_batch = head // heads, head % heads
             x = load_tile(

@@ -1,7 +1,7 @@
 """What encoding needs to know of a whole head first: K's mean and V's scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
-same order: the same inputs give the same bits.
+same token_order: the same inputs give the same bits.
 """
 
 import triton

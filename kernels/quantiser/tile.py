@@ -14,13 +14,13 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def token_at(order, place, length, tokens):
-    """Which token stands at each of `length` places, `length` where none does; without an order `place` itself.
+def token_at(token_order, place, length, tokens):
+    """Which token stands at each of `length` slots, `length` where none does; without a token order `place` itself.
 
-    tokens: how many there are, None for one at each place.
+    tokens: how many there are, None for one at each slot.
     """
-    if order is not None:
-        token = tl.load(order + place, mask=place < length, other=-1)
+    if token_order is not None:
+        token = tl.load(token_order + place, mask=place < length, other=-1)
         place = tl.where((token >= 0) & (token < (length if tokens is None else tokens)), token, length)
     return place
 

@@ -1,4 +1,4 @@
-"""Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the walks.
+"""Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the block lists.
 
 What reference.py defines, from the same formulas; products are in TF32, about as fine as the levels are.
 """
@@ -6,13 +6,13 @@ What reference.py defines, from the same formulas; products are in TF32, about a
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels import maps
 from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
+from dma_diffusers.kernels.tiling import precision_map
 
-TILE = tl.constexpr(maps.TILE)
-HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in maps.Phase)
-UNVISITED = tl.constexpr(maps.UNVISITED)
+TILE = tl.constexpr(precision_map.TILE)
+HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.Phase)
+UNVISITED = tl.constexpr(precision_map.UNVISITED)
 SAMPLED = tl.constexpr(reference.SAMPLED)
 LEVELS = tl.constexpr(reference.LEVELS)
 BINS = tl.constexpr(reference.BINS)
@@ -20,12 +20,12 @@ LOWEST = tl.constexpr(reference.LOWEST)
 LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
 MINUS_INFINITY = tl.constexpr(-1.0e30)
-SHARED_TILE_BITS = tl.constexpr(maps.SHARED_TILE_BITS)
+SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
 
 
 @triton.jit
 def _mean_and_variance(
-    x, mean, factor, cos, sin, mask, order, index, heads, length, order_tokens,
+    x, mean, factor, cos, sin, mask, token_order, index, heads, length, token_count,
     stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -34,9 +34,9 @@ def _mean_and_variance(
     index: of the tile among those of all heads. x is rotated first. mask: uint8 [B, tiles·128], which tokens count.
     """
     tiles = tl.cdiv(length, TILE)
-    head, place = index // tiles, index % tiles * TILE + SAMPLED * tl.arange(0, TILE // SAMPLED)
+    head, place = index // tiles, index % tiles * TILE + tl.arange(0, TILE // SAMPLED) * SAMPLED
     batch, columns = head // heads, tl.arange(0, D)
-    tokens = token_at(order, place, length, order_tokens)
+    tokens = token_at(token_order, place, length, token_count)
     if mask is not None:
         tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0, tokens, length)
     count = tl.sum((tokens < length).to(tl.float32), axis=0)
@@ -63,8 +63,8 @@ def _store_pool(pools, index, mean, variance, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
 def pool(
-    q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, order, q_pools, k_pools, v_pools,
-    heads, kv_heads, kv_heads_in_all, q_length, k_length, order_tokens,
+    q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, token_order, q_pools, k_pools, v_pools,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
@@ -78,21 +78,21 @@ def pool(
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, None, order, index, kv_heads, k_length, order_tokens,
+            v, None, 1.0, None, None, None, token_order, index, kv_heads, k_length, token_count,
             v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))
     elif index < 2 * of_keys:
         index -= of_keys
         middle, variance = _mean_and_variance(
-            k, mean, 1.0, k_cos, k_sin, key_mask, order, index, kv_heads, k_length, order_tokens,
+            k, mean, 1.0, k_cos, k_sin, key_mask, token_order, index, kv_heads, k_length, token_count,
             k_stride_b, k_stride_h, k_stride_s, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(k_pools, index, middle, variance, D)
     else:
         index -= 2 * of_keys
         middle, variance = _mean_and_variance(
-            q, None, factor, q_cos, q_sin, None, order, index, heads, q_length, order_tokens,
+            q, None, factor, q_cos, q_sin, None, token_order, index, heads, q_length, token_count,
             q_stride_b, q_stride_h, q_stride_s, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(q_pools, index, middle, variance, D)
@@ -101,7 +101,7 @@ def pool(
 @triton.jit
 def _log_mean_exp(deviation):
     within = tl.minimum(deviation, FARTHEST)
-    return LN_2 * within * (deviation - within * 0.5)
+    return within * LN_2 * (deviation - within * 0.5)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def score(
         importance = root - whole[:, None] + (0.5 * tl.log2(spread))[None, :]
         phase = tl.load(phases + place, mask=inside, other=UNVISITED)
         is_offered = (phase == LOW) & (importance == importance)
-        level = tl.minimum(tl.maximum(BINS * (importance - LOWEST), 0.0), LEVELS - 1.0).to(tl.int32)
+        level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
         tl.store(levels + place, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
         counts += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
@@ -182,7 +182,7 @@ def _least(histogram, allowed):
     """The least bin from which on no more than `allowed` are counted, and how many may still be."""
     counts = tl.load(histogram + tl.arange(0, BINS))
     fits = tl.cumsum(counts, axis=0, reverse=True) <= allowed
-    return BINS - tl.sum(fits.to(tl.int32), axis=0), allowed - tl.sum(tl.where(fits, counts, 0), axis=0)
+    return tl.sum((~fits).to(tl.int32), axis=0), allowed - tl.sum(tl.where(fits, counts, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=["allowed", "pairs"])
@@ -236,11 +236,11 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
-def write_walks(
+def write_block_lists(
     levels, histogram, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The walk of one program of BLOCKS blocks of ROWS queries of one head: as of maps.py, `shared` of several blocks.
+    """The block list of one program of BLOCKS blocks of ROWS queries of one head: as of precision_map.py, `shared` of several blocks.
 
     indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as `score` and `count_steps`
     leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.

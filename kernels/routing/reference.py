@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.maps import TILE, UNVISITED, Phase, PrecisionMap, map_of
+from dma_diffusers.kernels.tiling.precision_map import TILE, UNVISITED, Phase, PrecisionMap, map_of
 
 LN_2 = math.log(2)
 # Among 128 scores there is none that lies much farther out, in base 2: from there on, the largest is all that counts
@@ -40,7 +40,7 @@ class Pools(NamedTuple):
 class Routing:
     """What a call can route.
 
-    phases: uint8 `[1, H or 1, q_tiles, k_tiles]`, the phase that visits each pair by policy, `maps.UNVISITED` for none.
+    phases: uint8 `[1, H or 1, q_tiles, k_tiles]`, the phase that visits each pair by policy, `precision_map.UNVISITED` for none.
     visited: how many pairs of `phases` are. budget: of all pairs that the heads of a batch entry visit, the share that
     may become HIGH.
     """
@@ -51,7 +51,7 @@ class Routing:
 
     @classmethod
     def of(cls, phases: torch.Tensor, budget: float) -> "Routing":
-        """phases: as `maps.visiting_phases` gives them."""
+        """phases: as `precision_map.visiting_phases` gives them."""
         return cls(phases.to(torch.uint8).contiguous(), int((phases != UNVISITED).sum()), budget)
 
     def to(self, device: torch.device) -> "Routing":

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dma_diffusers import DMAAttnProcessor, DMAConfig, apply, report, restore
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import build_map
-from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import build_map
 from tests import tiny_pipelines
 
 # Calls of two steps by their number of tokens: how many are DMA's, and where their text is.

@@ -11,9 +11,9 @@ from dma_diffusers import DMAConfig, apply, report
 from dma_diffusers.divert import Diversion, Diverting, Forward
 from dma_diffusers.families import FAMILIES
 from dma_diffusers.kernels import operator
-from dma_diffusers.kernels.neighborhood import mask as neighborhood_mask
-from dma_diffusers.kernels.neighborhood import neighborhood
-from dma_diffusers.kernels.policies import Dense, Diagonal, Importance, Neighborhood
+from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
+from dma_diffusers.kernels.tiling.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Importance, Neighborhood
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw

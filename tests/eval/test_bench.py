@@ -29,9 +29,9 @@ from dma_diffusers.eval.bench.peers import PEERS
 from dma_diffusers.eval.bench.plot import check_plot, plot
 from dma_diffusers.eval.bench.shapes import NAMED, Shape, parse
 from dma_diffusers.eval.bench.summary import HEADER, cells, compared, markdown
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import build_map
-from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Diagonal
+from dma_diffusers.kernels.tiling.precision_map import build_map
 
 # The clock at which NVIDIA's data sheet gives 989 dense bf16 TFLOP/s; the card's highest is 1.98 GHz.
 H200 = Gpu("H200", "sm_90", 132, 1.83e9, 50 * 2**20)

@@ -14,7 +14,7 @@ from dma_diffusers.eval.bench.inputs import Sample
 from dma_diffusers.eval.bench.neighborhood import NAMED, Case, bench_neighborhood, cells, compared
 from dma_diffusers.eval.bench.summary import markdown
 from dma_diffusers.kernels import plan
-from dma_diffusers.kernels.neighborhood import mask
+from dma_diffusers.kernels.tiling.neighborhood import mask
 from tests.command_line import run
 from tests.eval.test_bench import H200, SHAPE, entry
 from tests.eval.test_bench import compared as compared_full
@@ -78,8 +78,10 @@ def test_flex_attention_sees_the_same(case, monkeypatch):
     for number, copy in enumerate(copies):
         expected = F.scaled_dot_product_attention(*copy, attn_mask=seen_of(case))
         assert torch.allclose(prepared.whole(number), expected, atol=1e-5)
-        of_place = prepared.kernel(number)[:, :, planned.order >= 0]
-        assert torch.allclose(of_place, expected[:, :, planned.order[planned.order >= 0]], atol=1e-5)
+        of_place = prepared.kernel(number)[:, :, planned.token_order >= 0]
+        assert torch.allclose(
+            of_place, expected[:, :, planned.token_order[planned.token_order >= 0]], atol=1e-5
+        )
         assert torch.equal(prepared.quantise(number), copy[0])
     visited = planned.precision_map.bounds[..., -1].sum().item()
     assert prepared.products == [

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from dma_diffusers.eval.cost import pairs, share_left
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.policies import parse
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import parse
+from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 LAYOUT = Layout(1024 + 128, 1024 + 128, (0, 128), (32, 32))
 
 
 def counted(words):
     policy = parse(words)
-    places = Places(LAYOUT, policy.box(LAYOUT.grid)) if policy.on_grid else None
-    classes = policy.classes(places.layout if places else LAYOUT, places=places)[0]
+    places = TileOrder(LAYOUT, policy.box(LAYOUT.grid)) if policy.on_grid else None
+    classes = policy.classes(places.layout if places else LAYOUT, tile_order=places)[0]
     return [(classes == one).sum((1, 2)).double() for one in (Class.HIGH, Class.LOW)]
 
 

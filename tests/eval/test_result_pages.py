@@ -14,9 +14,9 @@ from dma_diffusers.eval.quality.prompts import BUILT_IN, read_prompts
 from dma_diffusers.eval.quality.summary import summarise
 from dma_diffusers.eval.report.evaluation import read
 from dma_diffusers.eval.report.markdown import table, table_by_cost
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class
-from dma_diffusers.kernels.policies import Diagonal
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Diagonal
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results"

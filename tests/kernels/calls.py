@@ -8,14 +8,14 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import fake_quantize, get_format
-from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
-from dma_diffusers.kernels.maps import PrecisionMap, build_map
 from dma_diffusers.kernels.plan import Plan, make
-from dma_diffusers.kernels.policies import Diagonal, parse
-from dma_diffusers.kernels.spans import Spans, hiding
-from dma_diffusers.kernels.tuning import tuning
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, hiding
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Diagonal, parse
+from dma_diffusers.kernels.tiling.precision_map import PrecisionMap, build_map
 
 GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 256
 
@@ -24,7 +24,7 @@ GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 
 class Call:
     """One attention call: shapes, formats, policy, masks.
 
-    has_order: whether its tokens stand in a random order, with `empty_places` among them.
+    has_token_order: whether its tokens stand in a random order, with `empty_slots` among them.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
     skip_below: of the softmax; every other tile's keys, or of many tiles the last ones', are then such that it may be
@@ -45,8 +45,8 @@ class Call:
     is_causal: bool = False
     masks_keys: bool = False
     has_rope: bool = False
-    has_order: bool = False
-    empty_places: int = 0
+    has_token_order: bool = False
+    empty_slots: int = 0
     policy: str = ""
     grid: tuple[int, ...] = ()
     masks_text: bool = False
@@ -65,48 +65,48 @@ class Call:
     @property
     def layout(self) -> Layout:
         if self.policy:
-            places = len(self.plan.order)
-            return Layout(places, places, (0, self.text[1] - self.text[0]))
-        return Layout(self.q_length + self.empty_places, self.k_length + self.empty_places, self.text)
+            slots = len(self.plan.token_order)
+            return Layout(slots, slots, (0, self.text[1] - self.text[0]))
+        return Layout(self.q_length + self.empty_slots, self.k_length + self.empty_slots, self.text)
 
     @property
-    def order(self) -> torch.Tensor | None:
-        """int32 `[places]`."""
+    def token_order(self) -> torch.Tensor | None:
+        """int32 `[slots]`."""
         if self.policy:
-            return self.plan.order
-        if not self.has_order:
+            return self.plan.token_order
+        if not self.has_token_order:
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(self.q_length + self.empty_places, generator=generator).int()
-        return torch.where(order < self.q_length, order, -1)
+        token_order = torch.randperm(self.q_length + self.empty_slots, generator=generator).int()
+        return torch.where(token_order < self.q_length, token_order, -1)
 
     @property
-    def spans(self) -> Spans | None:
-        """Those that hide empty places, or all that a neighbourhood does."""
+    def fine_mask(self) -> FineMask | None:
+        """Those that hide empty slots, or all that a neighbourhood does."""
         if self.policy:
-            return self.plan.spans
-        return hiding(self.order) if self.empty_places else None
+            return self.plan.fine_mask
+        return hiding(self.token_order) if self.empty_slots else None
 
-    def spans_on(self, device: torch.device) -> Spans | None:
-        return self.spans and self.spans.to(device)
+    def fine_mask_on(self, device: torch.device) -> FineMask | None:
+        return self.fine_mask and self.fine_mask.to(device)
 
-    def order_on(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.order is None else self.order.to(device)
+    def token_order_on(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.token_order is None else self.token_order.to(device)
 
-    def at_places(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., tokens, D]` in the order of places, zeros where they are empty."""
-        return x if self.order is None else F.pad(x, (0, 0, 0, 1))[..., self.order, :]
+    def in_slots(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., tokens, D]` in the order of slots, zeros where they are empty."""
+        return x if self.token_order is None else F.pad(x, (0, 0, 0, 1))[..., self.token_order, :]
 
     def of_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., places, D]` in the order of tokens: the inverse of `at_places`."""
-        return x if self.order is None else x[..., self.order.argsort()[-self.q_length :], :]
+        """`[..., slots, D]` in the order of tokens: the inverse of `in_slots`."""
+        return x if self.token_order is None else x[..., self.token_order.argsort()[-self.q_length :], :]
 
     def map(self) -> PrecisionMap:
         if self.policy:
             return self.plan.precision_map
         policy = Diagonal(self.window, self.sink)
         classes = policy.classes(self.layout, self.is_causal)
-        return build_map(classes, self.layout, self.is_causal, self.order)
+        return build_map(classes, self.layout, self.is_causal, self.token_order)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
         """q, k, v and the key mask (or None). Rows differ in size, and keys have a mean, as real ones do."""
@@ -137,7 +137,7 @@ class Call:
     def ropes(
         self, device: torch.device | str = "cpu"
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The keyword arguments `q_rope` and `k_rope`: queries stand at other places than keys."""
+        """The keyword arguments `q_rope` and `k_rope`: queries stand at other slots than keys."""
         if not self.has_rope:
             return {"q_rope": None, "k_rope": None}
 
@@ -152,21 +152,21 @@ class Call:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
-            f"{'-ordered' * self.has_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
+            f"{'-ordered' * self.has_token_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
         )
 
 
 def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """Which key each query sees, by places: bool `[B or 1, 1, Sq, Sk]`."""
+    """Which key each query sees, by slots: bool `[B or 1, 1, Sq, Sk]`."""
     q_token = torch.arange(call.layout.q_length)[:, None]
     k_token = torch.arange(call.layout.k_length)[None, :]
     visible = (k_token <= q_token) if call.is_causal else (k_token >= 0).expand(len(q_token), -1)
     mask = torch.ones(1, call.k_length, dtype=torch.bool) if mask is None else mask.cpu()
-    return visible & call.at_places(mask[:, None, :, None]).mT
+    return visible & call.in_slots(mask[:, None, :, None]).mT
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Which pair of places is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    """Which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     q_length, k_length = call.layout.q_length, call.layout.k_length
     high = torch.zeros(q_length, k_length, dtype=torch.bool)
     cut = high.clone()
@@ -184,7 +184,7 @@ def is_high(call: Call) -> torch.Tensor:
             if call.is_causal and k_tile > q_tile:
                 continue
             high[i, j : j + 128] = in_band or is_sink or is_text
-            has_empty = call.has_order and -1 in call.order[j : j + 128].tolist()
+            has_empty = call.has_token_order and -1 in call.token_order[j : j + 128].tolist()
             cut[i, j : j + 128] = (
                 k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
             )
@@ -211,7 +211,7 @@ def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
 def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
     """Scores `[B, H, Sq, Sk]`, −inf in every tile that a block of 64 queries skips, walked one by one."""
     s, precision_map = s.clone(), call.map()
-    is_query = torch.ones(s.shape[2], dtype=torch.bool) if call.order is None else call.order >= 0
+    is_query = torch.ones(s.shape[2], dtype=torch.bool) if call.token_order is None else call.token_order >= 0
     for b, h, block in itertools.product(*map(range, s.shape[:2]), range(0, s.shape[2], 64)):
         row = tuple(i % n for i, n in zip((b, h), precision_map.bounds.shape, strict=False))
         own = precision_map.indices[row][block // 128][: precision_map.bounds[row][block // 128, -1]]
@@ -244,7 +244,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
-    q, k, v, folded, smoothed = map(call.at_places, (q, k, v, folded, smoothed))
+    q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
 
     def scores(fmt: str) -> torch.Tensor:
         if fmt == "bf16":
@@ -273,7 +273,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
     """The reference's options: hopper.py sums LOW's probabilities as it multiplies them; who skips tiles together."""
     from dma_diffusers.kernels.attention.launch import takes_gluon
-    from dma_diffusers.kernels.quantiser.encode import Stored, padded_dim
+    from dma_diffusers.kernels.quantiser.launch import Stored, padded_dim
 
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
     formats = call.map().used(call.high, call.low)
@@ -288,7 +288,7 @@ def guarded(kernel, grid, *arguments, **options) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from dma_diffusers.kernels.run import run
+    from dma_diffusers.kernels.device.launch import run
 
     copies = []
 
@@ -360,18 +360,45 @@ NAMED_CALLS = [
     Call(300, 300, 72, low="mxfp6_e3m2", window=0, sink=0, name="mxfp6-e3m2"),
     Call(384, 384, 64, has_rope=True, name="rope"),
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),
-    Call(111, 111, 40, has_order=True, name="order-111"),
-    Call(300, 300, 64, has_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
-    Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_order=True, seed=1),
+    Call(111, 111, 40, has_token_order=True, name="order-111"),
+    Call(300, 300, 64, has_token_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
+    Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),
     Call(
-        300, 300, 72, high="bf16", low="fp8", window=300, has_order=True, has_rope=True, name="order-all-high"
+        300,
+        300,
+        72,
+        high="bf16",
+        low="fp8",
+        window=300,
+        has_token_order=True,
+        has_rope=True,
+        name="order-all-high",
     ),
-    Call(300, 300, 72, low="int8", window=0, sink=0, has_order=True, empty_places=60, name="order-empty-low"),
-    Call(200, 200, 64, high="bf16", low="int8", masks_keys=True, has_order=True, empty_places=180),
     Call(
-        500, 500, 64, heads=3, kv_heads=1, has_order=True, empty_places=12, name="order-empty-in-every-tile"
+        300,
+        300,
+        72,
+        low="int8",
+        window=0,
+        sink=0,
+        has_token_order=True,
+        empty_slots=60,
+        name="order-empty-low",
     ),
-    Call(2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_order=True, name="order-2100"),
+    Call(200, 200, 64, high="bf16", low="int8", masks_keys=True, has_token_order=True, empty_slots=180),
+    Call(
+        500,
+        500,
+        64,
+        heads=3,
+        kv_heads=1,
+        has_token_order=True,
+        empty_slots=12,
+        name="order-empty-in-every-tile",
+    ),
+    Call(
+        2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_token_order=True, name="order-2100"
+    ),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
     Call(640, 640, 64, skip_below=0.05, name="skips"),
     Call(513, 513, 128, high="bf16", low="int8", window=0, sink=0, skip_below=0.05, name="skips-all-low"),
@@ -397,8 +424,8 @@ NAMED_CALLS = [
         high="bf16",
         low="int8",
         text=(0, 40),
-        has_order=True,
-        empty_places=100,
+        has_token_order=True,
+        empty_slots=100,
         skip_below=0.05,
         name="skips-order-empty",
     ),

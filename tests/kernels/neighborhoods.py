@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from dma_diffusers.kernels.neighborhood import Axis
+from dma_diffusers.kernels.tiling.neighborhood import Axis
 
 
 @cache

@@ -9,9 +9,9 @@ import torch
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
-from dma_diffusers.kernels.maps import Class, build_map
-from dma_diffusers.kernels.policies import Dense, Diagonal
-from dma_diffusers.kernels.spans import hiding
+from dma_diffusers.kernels.tiling.fine_mask import hiding
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 from tests.kernels.calls import (
     GRID_CALLS,
     NAMED_CALLS,
@@ -36,7 +36,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering,
-        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
         masks_all=not call.masks_text, **call.ropes(device),
         skip_below=call.skip_below, skipped=skipped,
     )[:2]  # fmt: skip
@@ -46,7 +46,7 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
     q, k, v, mask = call.tensors(device)
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, order=call.order_on(device), spans=call.spans_on(device),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
         **call.ropes(device),
         **as_the_kernel(call, lowering, device),
         skip_below=call.skip_below, skipped=skipped,
@@ -55,7 +55,7 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
 
 def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device) -> None:
     """Where there is no block-scaled MMA, Triton widens its operands; Triton 3.6 can't in these cases."""
-    from dma_diffusers.kernels.quantiser.encode import padded_dim
+    from dma_diffusers.kernels.quantiser.launch import padded_dim
 
     formats = call.map().used(call.high, call.low)
     blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
@@ -223,32 +223,41 @@ def test_same_inputs_same_bits(pair, kernel_device):
 @pytest.mark.parametrize("length", [111, 200])
 def test_an_order_gives_the_bits_of_tokens_permuted_before_and_after(length, pair, changes, kernel_device):
     dtype = torch.float32 if length == 111 else torch.bfloat16
-    call = Call(length, length, 64, high=pair[0], low=pair[1], dtype=dtype, has_order=True, **changes)
+    call = Call(length, length, 64, high=pair[0], low=pair[1], dtype=dtype, has_token_order=True, **changes)
     skip_what_triton_gets_wrong(call, "native", kernel_device)
-    order, inverse = call.order_on(kernel_device), call.order.argsort().to(kernel_device)
+    token_order, inverse = call.token_order_on(kernel_device), call.token_order.argsort().to(kernel_device)
     q, k, v, mask = call.tensors(kernel_device)
     ropes = call.ropes(kernel_device)
     permuted = launched(
-        *(x[:, :, order] for x in (q, k, v)), call.map(), *pair, key_mask=None if mask is None else mask[:, order],
-        **{name: rope and tuple(table[order] for table in rope) for name, rope in ropes.items()},
+        *(x[:, :, token_order] for x in (q, k, v)), call.map(), *pair, key_mask=None if mask is None else mask[:, token_order],
+        **{name: rope and tuple(table[token_order] for table in rope) for name, rope in ropes.items()},
     )  # fmt: skip
-    out, lse, _ = launched(q, k, v, call.map(), *pair, key_mask=mask, order=order, **ropes)
+    out, lse, _ = launched(q, k, v, call.map(), *pair, key_mask=mask, token_order=token_order, **ropes)
     assert torch.equal(out, permuted[0][:, :, inverse]) and torch.equal(lse, permuted[1][:, :, inverse])
 
 
-@pytest.mark.parametrize("empty_places", [0, 40])
+@pytest.mark.parametrize("empty_slots", [0, 40])
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
-def test_what_an_order_does_not_name_is_left_alone(pair, empty_places, kernel_device):
+def test_what_an_order_does_not_name_is_left_alone(pair, empty_slots, kernel_device):
     """Rows that it leaves out stay as they were, numbers that are no token's read and write nothing."""
-    call = Call(300, 300, 64, batch=2, high=pair[0], low=pair[1], has_order=True, empty_places=empty_places)
+    call = Call(
+        300, 300, 64, batch=2, high=pair[0], low=pair[1], has_token_order=True, empty_slots=empty_slots
+    )
     q, k, v, _ = call.tensors(kernel_device)
-    order = call.order
-    places = (order >= 0).nonzero()[[5, 130, 131, 299], 0]
-    left_out = order[places]
-    order[places] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    spans = hiding(order.where(order < 300, -1)).to(kernel_device)
+    token_order = call.token_order
+    slots = (token_order >= 0).nonzero()[[5, 130, 131, 299], 0]
+    left_out = token_order[slots]
+    token_order[slots] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    fine_mask = hiding(token_order.where(token_order < 300, -1)).to(kernel_device)
     out, lse, _ = launched(
-        q, k, v, call.map(), *pair, order=order.to(kernel_device), spans=spans, run=guarded
+        q,
+        k,
+        v,
+        call.map(),
+        *pair,
+        token_order=token_order.to(kernel_device),
+        fine_mask=fine_mask,
+        run=guarded,
     )
     is_left_out = torch.zeros(300, dtype=torch.bool)
     is_left_out[left_out.long()] = True
@@ -257,16 +266,16 @@ def test_what_an_order_does_not_name_is_left_alone(pair, empty_places, kernel_de
 
 
 def test_a_key_mask_hides_what_an_order_does_not_name(kernel_device):
-    call = Call(300, 300, 64, batch=2, high="bf16", low="int8", masks_keys=True, has_order=True)
+    call = Call(300, 300, 64, batch=2, high="bf16", low="int8", masks_keys=True, has_token_order=True)
     q, k, v, mask = call.tensors(kernel_device)
     options = {"high": call.high, "low": call.low, "key_mask": mask, "return_lse": False}
-    nobody, strange = call.order, call.order
-    places = torch.tensor([5, 130, 131, 299])
-    nobody[places] = -1
-    strange[places] = torch.tensor([-2, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    nobody, strange = call.token_order, call.token_order
+    slots = torch.tensor([5, 130, 131, 299])
+    nobody[slots] = -1
+    strange[slots] = torch.tensor([-2, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
     expected, found = (
-        launched(q, k, v, call.map(), order=order.to(kernel_device), **options)[0]
-        for order in (nobody, strange)
+        launched(q, k, v, call.map(), token_order=token_order.to(kernel_device), **options)[0]
+        for token_order in (nobody, strange)
     )
     assert torch.equal(found.nan_to_num(), expected.nan_to_num()) and not found.isnan().all()
 
@@ -288,25 +297,25 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 
-@pytest.mark.parametrize("has_order", [False, True])
+@pytest.mark.parametrize("has_token_order", [False, True])
 @pytest.mark.parametrize(("high", "low", "everywhere", "names"), [
     ("bf16", "int8", None, ["statistics", "encode", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
     ("bf16", "int8", Class.LOW, ["statistics", "encode", "attend"]),
     ("bf16", "bf16", Class.LOW, ["statistics", "encode", "attend"]),
 ])  # fmt: skip
 def test_two_launches_before_the_attention_kernel_or_none(
-    high, low, everywhere, names, has_order, kernel_device
+    high, low, everywhere, names, has_token_order, kernel_device
 ):
     """An order adds none, but what was read where the model has it is gathered."""
     recorded = []
-    call = Call(512, 512, 64, high=high, low=low, dtype=torch.bfloat16, has_order=has_order)
+    call = Call(512, 512, 64, high=high, low=low, dtype=torch.bfloat16, has_token_order=has_token_order)
     q, k, v, _ = call.tensors(kernel_device)
     whole = None if everywhere is None else build_map(Dense(everywhere).classes(call.layout), call.layout)
     launched(
-        q, k, v, whole or call.map(), high, low, order=call.order_on(kernel_device),
+        q, k, v, whole or call.map(), high, low, token_order=call.token_order_on(kernel_device),
         run=lambda kernel, grid, *arguments, **options: recorded.append(kernel.fn.__name__.removesuffix("_hopper")),
     )  # fmt: skip
-    assert recorded == (["encode", "attend"] if has_order and len(names) == 1 else names)
+    assert recorded == (["encode", "attend"] if has_token_order and len(names) == 1 else names)
 
 
 def test_v_is_read_where_it_lies(kernel_device):

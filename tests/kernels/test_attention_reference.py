@@ -12,7 +12,7 @@ def run(call: Call):
     q, k, v, mask = call.tensors()
     return reference.attention(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, order=call.order, spans=call.spans, **call.ropes(),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask, **call.ropes(),
         skip_below=call.skip_below,
     )  # fmt: skip
 
@@ -58,12 +58,12 @@ def test_every_format_can_be_previewed(low):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1], [0, 1]])
-def test_an_order_names_each_token_once(order):
+@pytest.mark.parametrize("token_order", [[0, 1, 1], [0, 1, 3], [0, 1, -1], [0, 1]])
+def test_an_order_names_each_token_once(token_order):
     call = Call(3, 3, 64)
     with pytest.raises(ValueError, match="order must name each of the 3 tokens once"):
-        order = torch.tensor(order, dtype=torch.int32)
-        reference.attention(*call.tensors()[:3], call.map(), "mxfp8", "mxfp4", order=order)
+        token_order = torch.tensor(token_order, dtype=torch.int32)
+        reference.attention(*call.tensors()[:3], call.map(), "mxfp8", "mxfp4", token_order=token_order)
 
 
 def test_more_bits_are_better():

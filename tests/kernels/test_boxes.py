@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dma_diffusers.kernels.boxes import padding, plan
+from dma_diffusers.kernels.tiling.boxes import padding, plan
 
 
 @pytest.mark.parametrize(("grid", "box", "expected"), [

@@ -10,9 +10,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's compiler and its interpreter can't share a process", allow_module_level=True)
 
-from dma_diffusers.kernels import compile as ahead  # noqa: E402
+from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
+from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
 from dma_diffusers.kernels.attention import launch  # noqa: E402
-from dma_diffusers.kernels.instructions import loops  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call  # noqa: E402
 
 KIND_OF_QK = {
@@ -27,8 +27,8 @@ MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
 @lru_cache
-def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, places=None):
-    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, places)
+def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, slots=None):
+    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, slots)
     kernel, arguments, options = list(variant)[-1]
     return ahead.compile_launch(kernel, arguments, options, target)
 
@@ -162,11 +162,11 @@ def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, 
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
-@pytest.mark.parametrize(("high", "low", "places"), [
+@pytest.mark.parametrize(("high", "low", "slots"), [
     ("mxfp8", "mxfp4", 256), ("mxfp8", "mxfp4", 384), (None, "mxfp4", 256),
 ])  # fmt: skip
-def test_ordered_variants_are_native_and_do_not_spill(high, low, head_dim, places):
-    for kernel, arguments, options in ahead.launches("sm_100", high, low, head_dim, places=places):
+def test_ordered_variants_are_native_and_do_not_spill(high, low, head_dim, slots):
+    for kernel, arguments, options in ahead.launches("sm_100", high, low, head_dim, slots=slots):
         compiled = ahead.compile_launch(kernel, arguments, options, "sm_100")
         assert compiled.metadata.shared <= MOST_SHARED_BYTES["sm_100"]
         registers, spills = ahead.resources(compiled.asm["cubin"])
@@ -179,8 +179,8 @@ def test_ordered_variants_are_native_and_do_not_spill(high, low, head_dim, place
 def test_an_order_costs_hoppers_loops_nothing(high, low, head_dim):
     """Only the beginning and the end of a program know of it."""
 
-    def instructions(places):
-        cubin = attend("sm_90", high, low, head_dim, places=places).asm["cubin"]
+    def instructions(slots):
+        cubin = attend("sm_90", high, low, head_dim, slots=slots).asm["cubin"]
         return [sum(loop["every"].values()) for loop in loops(cubin)]
 
     plain, ordered = instructions(None), instructions(256)
@@ -238,7 +238,7 @@ def test_named_calls_compile(call, target):
     recorded = []
     q, k, v, mask = call.tensors()
     launch.attention(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal, order=call.order,
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal, token_order=call.token_order,
         lowering=lowering.lowering, target=target, **call.ropes(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def scores(q, k, q_scales, k_scales, out, ELEMENT: tl.constexpr, STORAGE: tl.con
 
 def multiplied(q: torch.Tensor, k: torch.Tensor, fmt: str) -> tuple[torch.Tensor, int]:
     """Scores of q and k `[128, D]` in `fmt`, quantised and multiplied by the kernels; inexact rows."""
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode, row_descriptor
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode, row_descriptor
 
     stored, dim = Stored(get_format(fmt), FAITHFUL[fmt]), q.shape[-1]
     inexact = torch.zeros(1, dtype=torch.int32, device=q.device)

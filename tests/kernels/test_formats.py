@@ -89,14 +89,14 @@ def test_nan_and_infinity_spoil_their_own_block(name, bad):
     clean = gaussian(2, 150, 72)
     spoilt = torch.zeros(clean.shape, dtype=torch.bool)
     width = {"bf16": 1}.get(name, FORMATS[name].block or 72)
-    places = [(0, 0, 0), (0, 140, 71), (1, 5, 33)]
-    for batch, row, column in places:
+    slots = [(0, 0, 0), (0, 140, 71), (1, 5, 33)]
+    for batch, row, column in slots:
         clean[batch, row, column] = 0  # what the statistics of the others see
         clean[batch, row, 40] = 9  # finite, so it counts even in a row that is spoilt
         first = column // width * width
         spoilt[batch, row, first : first + width] = True
     dirty = clean.clone()
-    for batch, row, column in places:
+    for batch, row, column in slots:
         dirty[batch, row, column] = bad
 
     result = fake_quantize(dirty, name)

@@ -18,6 +18,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
     FAITHFUL,
@@ -27,10 +28,9 @@ from dma_diffusers.kernels.lowerings import (
     architecture,
     choose,
 )
-from dma_diffusers.kernels.maps import TILE, Class, PrecisionMap, build_map, tiles
-from dma_diffusers.kernels.policies import Diagonal
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.tuning import tuning
+from dma_diffusers.kernels.tiling.policies import Diagonal
+from dma_diffusers.kernels.tiling.precision_map import TILE, Class, PrecisionMap, build_map, tiles
 from tests.kernels.calls import Call, as_the_kernel, guarded, seen
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
@@ -127,7 +127,7 @@ class Drawn(Call):
         return among[torch.randint(len(among), shape, generator=generator)]
 
     def map(self) -> PrecisionMap:
-        precision_map = build_map(self.classes(), self.layout, self.is_causal, self.order)
+        precision_map = build_map(self.classes(), self.layout, self.is_causal, self.token_order)
         if self.used is None:
             return precision_map
         return replace(precision_map, has_high=self.used[0], has_low=self.used[1])
@@ -218,8 +218,8 @@ def constants(random: Random, arch: str) -> dict:
             "lowering": choose(arch, 128, *FORMATS).lowering if on_gpu else "native",
         }  # fmt: skip
     if not drawn["is_causal"]:
-        drawn["has_order"] = pick([False, False, True])
-        drawn["empty_places"] = pick([0, 37]) if drawn["has_order"] else 0
+        drawn["has_token_order"] = pick([False, False, True])
+        drawn["empty_slots"] = pick([0, 37]) if drawn["has_token_order"] else 0
     return drawn
 
 
@@ -257,7 +257,7 @@ def drawn_call(random: Random, arch: str) -> Drawn:
         edges = [edge for edge in (LONG_EDGES if on_gpu else EDGES) if edge <= most]
         return pick([pick(edges), random.randint(1, most)])
 
-    is_cross = not fixed.get("has_order") and pick([False, True])
+    is_cross = not fixed.get("has_token_order") and pick([False, True])
     q_length = length(pairs if is_cross else math.isqrt(pairs))
     k_length = length(pairs // tiles(q_length)) if is_cross else q_length
     drawn = {
@@ -286,12 +286,12 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     seen in the interpreter. On Hopper FP8 MMA adds 32 products to a sum at a time and cuts each 13 bits below the
     largest of them, which may be a single product or, at the end, the score itself.
     """
-    from dma_diffusers.kernels.quantiser.encode import padded_dim
+    from dma_diffusers.kernels.quantiser.launch import padded_dim
 
     ropes = call.ropes(device)
     keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
     reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
-    reach *= quantiser.fold(call.head_dim**-0.5 if call.scale is None else call.scale)
+    reach *= quantiser.softmax_scale_log2(call.head_dim**-0.5 if call.scale is None else call.scale)
     formats = call.map().used(call.high, call.low)
     classes = [name and STORES[call.lowering][name] for name in formats]
     lost, absolute = 2**-21, 2**-19
@@ -306,7 +306,7 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
             product = (turned.abs() * keys.abs().amax(-2, keepdim=True)).amax(-1)
             largest = product + (turned @ keys.mT).abs().amax(-1)
             scale = call.head_dim**-0.5 if call.scale is None else call.scale
-            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * quantiser.fold(scale)
+            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * quantiser.softmax_scale_log2(scale)
     if inexact_rows is not None and inexact_rows.item():
         lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
     tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
@@ -337,8 +337,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         "key_mask": mask,
         "scale": scale,
         "is_causal": call.is_causal,
-        "order": call.order_on(device),
-        "spans": call.spans_on(device),
+        "token_order": call.token_order_on(device),
+        "fine_mask": call.fine_mask_on(device),
         "skip_below": call.skip_below,
         **ropes,
     }

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels.neighborhood import Axis, mask, neighborhood, tile_map
+from dma_diffusers.kernels.tiling.neighborhood import Axis, mask, neighborhood, tile_map
 from tests.kernels.neighborhoods import brute_mask, draw_axes, pairs_seen, tile_of_tokens
 
 

@@ -10,12 +10,12 @@ import torch
 
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class
-from dma_diffusers.kernels.neighborhood import mask as neighborhood_mask
-from dma_diffusers.kernels.neighborhood import neighborhood
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.policies import Diagonal, Neighborhood
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
+from dma_diffusers.kernels.tiling.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.policies import Diagonal, Neighborhood
+from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests.kernels.calls import Call, oracle, relative_l2, rotated
 
 
@@ -168,7 +168,7 @@ def test_near_tiles_of_a_grid_are_the_nearest_boxes():
     """Of 1,024 tokens on 32×32, windows of 128 and 640 tokens make 1 and 5 of 8 tiles HIGH; sequences have as many."""
     layout = Layout(1024, 1024, grid=(32, 32))
     for window, count in ((0, 0), (128, 1), (384, 3), (640, 5)):
-        classes = Diagonal(window, 0, "grid").classes(Layout(1024, 1024), places=Places(layout, (8, 16)))
+        classes = Diagonal(window, 0, "grid").classes(Layout(1024, 1024), tile_order=TileOrder(layout, (8, 16)))
         assert (classes == Class.HIGH).sum(-1).unique().tolist() == [count]
     high = (classes[0, 0] == Class.HIGH).nonzero().tolist()  # 4 rows of 2 boxes, 8 tokens high and 16 wide
     assert [column for row, column in high if row == 2] == [0, 2, 3, 4, 6]
@@ -293,7 +293,7 @@ def test_the_default_dtype_changes_nothing(default):
 
 @pytest.mark.parametrize("policy", ["diagonal(window=128, sink=0, near=grid)", "neighborhood(high=1x1x1)"])
 def test_a_long_side_hides_no_key(policy):
-    """Longer than spans of a window could hold: without one, all that is hidden are empty places."""
+    """Longer than spans of a window could hold: without one, all that is hidden are empty slots."""
     zeros = torch.zeros(1, 1, 3 * 520, 32)
     found = operator.attention(
         zeros, zeros, zeros, policy=policy, grid=(1, 520, 3), lowering="reference", return_lse=True

@@ -6,12 +6,19 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class, Phase
-from dma_diffusers.kernels.neighborhood import mask, neighborhood
-from dma_diffusers.kernels.places import Places
 from dma_diffusers.kernels.plan import make
-from dma_diffusers.kernels.policies import Dense, Diagonal, Importance, Neighborhood, SkipSoftmax, parse
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import mask, neighborhood
+from dma_diffusers.kernels.tiling.policies import (
+    Dense,
+    Diagonal,
+    Importance,
+    Neighborhood,
+    SkipSoftmax,
+    parse,
+)
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 POLICIES = [
     (Dense(Class.LOW), "dense(everywhere=low)"),
@@ -73,17 +80,17 @@ def test_a_neighborhood_has_three_classes_of_tiles():
         text = rng.choice((0, 20))
         policy, tokens = Neighborhood(window, stride, high), math.prod(grid)
         layout = Layout(tokens + text, tokens + text, (0, text), grid)
-        places = Places(layout, policy.box(grid))
-        classes = policy.classes(places.layout, places=places)[0, 0]
+        slots = TileOrder(layout, policy.box(grid))
+        classes = policy.classes(slots.layout, tile_order=slots)[0, 0]
         inner = (
-            _visits(grid, high, [min(s, h) for s, h in zip(stride, high, strict=True)], places)[0]
+            _visits(grid, high, [min(s, h) for s, h in zip(stride, high, strict=True)], slots)[0]
             if high
             else None
         )
-        visited, filled = _visits(grid, window, stride, places)
+        visited, filled = _visits(grid, window, stride, slots)
         assert torch.equal(classes != Class.SKIP, visited)
         is_text = torch.zeros_like(visited)
-        is_text[: places.text_tiles] = is_text[:, : places.text_tiles] = True
+        is_text[: slots.text_tiles] = is_text[:, : slots.text_tiles] = True
         assert torch.equal(classes == Class.HIGH, is_text | inner if high else is_text)
         planned = make(policy, layout).precision_map
         for q_tile in range(len(visited)):
@@ -92,12 +99,12 @@ def test_a_neighborhood_has_three_classes_of_tiles():
             assert masked == (visited & ~filled)[q_tile].nonzero()[:, 0].tolist()
 
 
-def _visits(grid, window, stride, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+def _visits(grid, window, stride, slots: TileOrder) -> tuple[torch.Tensor, torch.Tensor]:
     """Which pairs of tiles hold a pair of tokens that see each other, and which hold no pair of others."""
-    text = places.tokens.text_length
-    seen = torch.ones(places.tokens.k_length, places.tokens.k_length, dtype=torch.bool)
+    text = slots.tokens.text_length
+    seen = torch.ones(slots.tokens.k_length, slots.tokens.k_length, dtype=torch.bool)
     seen[text:, text:] = mask(neighborhood(grid, window, stride)[0])
-    taken, token = places.order >= 0, places.order.long().clamp(min=0)
+    taken, token = slots.token_order >= 0, slots.token_order.long().clamp(min=0)
     of_places = seen[token][:, token]
     some = (of_places & taken[:, None] & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
     every = ((of_places | ~taken[:, None]) & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
@@ -108,9 +115,9 @@ def test_unions_take_the_more_precise_class():
     layout = Layout(1024, 1024, (0, 100), (28, 33))
     near, sink = Neighborhood((8, 8), high=(4, 4)), Diagonal(0, 384)
     united = near | sink
-    places = Places(layout, united.box(layout.grid))
-    both = [policy.classes(places.layout, places=places) for policy in (near, sink)]
-    assert torch.equal(united.classes(places.layout, places=places), torch.minimum(*both))
+    slots = TileOrder(layout, united.box(layout.grid))
+    both = [policy.classes(slots.layout, tile_order=slots) for policy in (near, sink)]
+    assert torch.equal(united.classes(slots.layout, tile_order=slots), torch.minimum(*both))
     assert united.axes(layout.grid) == () and near.axes(layout.grid)  # the diagonal sees every key
 
 
@@ -118,8 +125,8 @@ def test_content_says_nothing_of_where_tiles_lie():
     layout = Layout(1024, 1024, (0, 100), (28, 33))
     near = Neighborhood((8, 8), high=(4, 4))
     united = near | Importance(0.1) | SkipSoftmax(0.01)
-    places = Places(layout, united.box(layout.grid))
-    assert torch.equal(*(policy.classes(places.layout, places=places) for policy in (near, united)))
+    slots = TileOrder(layout, united.box(layout.grid))
+    assert torch.equal(*(policy.classes(slots.layout, tile_order=slots) for policy in (near, united)))
     assert united.axes(layout.grid) == near.axes(layout.grid)
     assert (united.importance, united.skip_below) == (0.1, 0.01)
     alone = Importance(0.1).classes(layout)

@@ -16,7 +16,7 @@ FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
 
 def known(mean: torch.Tensor | None = None):
     """Statistics that say that keys have this mean `[B, H, 1, D]`."""
-    from dma_diffusers.kernels.quantiser.encode import Statistics, padded_dim
+    from dma_diffusers.kernels.quantiser.launch import Statistics, padded_dim
 
     if mean is None:
         return Statistics(None, None)
@@ -26,7 +26,7 @@ def known(mean: torch.Tensor | None = None):
 
 def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
     """Q as one format's operand, through the kernel."""
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     classes = (Stored(get_format(fmt), stores[fmt]), None)
     return encode(x, None, None, classes, factor, known(), q_amax=amax, **options).q[0]
@@ -34,7 +34,7 @@ def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
 
 def encoded_k(x, fmt, amax=None, mean=None, stores=NATIVE, **options):
     """K as one format's operand, through the kernel; no mean means none is subtracted."""
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     classes = (Stored(get_format(fmt), stores[fmt]), None)
     return encode(None, x, None, classes, 1.0, known(mean), k_amax=amax, **options).k[0]
@@ -75,7 +75,7 @@ def plain_scales(operand, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
 @pytest.mark.parametrize("is_key", [False, True])
 def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import padded_dim
+    from dma_diffusers.kernels.quantiser.launch import padded_dim
 
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(2, 3, length, head_dim, generator=generator)
@@ -110,7 +110,7 @@ def test_a_bad_block_is_nan_and_no_other(fmt, bad, kernel_device):
 
 
 def test_both_classes_in_one_pass(kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(1)).to(kernel_device)
     stored = [Stored(get_format(name), Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
@@ -124,7 +124,7 @@ def test_both_classes_in_one_pass(kernel_device):
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
 def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_device):
     """K's mean to the last bit, which K's elements depend on, over the same sample; V's scales exactly."""
-    from dma_diffusers.kernels.quantiser.encode import statistics_of
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
 
     call = Call(length, length, head_dim, heads=2, kv_heads=2, batch=2, has_rope=has_rope)
     _, k, v, _ = call.tensors(kernel_device)
@@ -148,7 +148,7 @@ def in_order(transposed: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_equal_the_reference(transposed, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import encode, statistics_of
+    from dma_diffusers.kernels.quantiser.launch import encode, statistics_of
 
     v = torch.randn(2, 2, 300, 40, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
     v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
@@ -271,7 +271,7 @@ def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
 @pytest.mark.parametrize("fmt", ["mxfp4", "bf16"])
 def test_rope_and_offset(fmt, kernel_device):
     """q is rotated before anything else; the offset is what K's mean contributes to each row's scores."""
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     call = Call(130, 130, 40, heads=4, has_rope=True)
     q, k, _, _ = call.tensors(kernel_device)
@@ -300,24 +300,28 @@ def test_rope_and_offset(fmt, kernel_device):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("empty_places", [0, 70])
+@pytest.mark.parametrize("empty_slots", [0, 70])
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
-def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_places, transposed, kernel_device):
-    """Empty places are zeros."""
-    from dma_diffusers.kernels.quantiser.encode import Stored, encode, statistics_of
+def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transposed, kernel_device):
+    """Empty slots are zeros."""
+    from dma_diffusers.kernels.quantiser.launch import Stored, encode, statistics_of
 
-    call = Call(200, 200, 40, heads=4, batch=2, has_rope=True, has_order=True, empty_places=empty_places)
+    call = Call(200, 200, 40, heads=4, batch=2, has_rope=True, has_token_order=True, empty_slots=empty_slots)
     q, k, v, _ = call.tensors(kernel_device)
     v[..., 3, 5] = torch.inf
     ropes = call.ropes(kernel_device)
     stored = tuple(Stored(get_format(name), NATIVE[name]) for name in pair)
     statistics = statistics_of(k, v, ropes["k_rope"])
     options = {"wants_offset": True, "transposed_v": transposed}
-    found = encode(q, k, v, stored, 0.3, statistics, order=call.order_on(kernel_device), **options, **ropes)
+    found = encode(
+        q, k, v, stored, 0.3, statistics, token_order=call.token_order_on(kernel_device), **options, **ropes
+    )
 
-    gathered = (call.at_places(x) for x in (q, k, v))
-    turned = {name: tuple(map(call.at_places, rope)) for name, rope in ropes.items()}
-    is_taken = torch.nn.functional.pad(call.order >= 0, (0, -len(call.order) % 128)).to(kernel_device)
+    gathered = (call.in_slots(x) for x in (q, k, v))
+    turned = {name: tuple(map(call.in_slots, rope)) for name, rope in ropes.items()}
+    is_taken = torch.nn.functional.pad(call.token_order >= 0, (0, -len(call.token_order) % 128)).to(
+        kernel_device
+    )
     key_mask = is_taken.to(torch.uint8).expand(2, -1).contiguous()
     expected = encode(*gathered, stored, 0.3, statistics, key_mask=key_mask, **options, **turned)
     for one, other in zip(found.q + found.k, expected.q + expected.k, strict=True):
@@ -325,7 +329,7 @@ def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_places, transpo
         assert one.scales is other.scales is None or torch.equal(one.scales, other.scales)
     assert torch.equal(found.v.view(torch.uint8), expected.v.view(torch.uint8))
     assert torch.equal(found.offset, expected.offset)
-    assert torch.equal(found.v_high.flatten(0, 2)[:, :40], tiles_of(call.at_places(v), 40).bfloat16())
+    assert torch.equal(found.v_high.flatten(0, 2)[:, :40], tiles_of(call.in_slots(v), 40).bfloat16())
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

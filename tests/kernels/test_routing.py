@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.attention import reference as attention_reference
-from dma_diffusers.kernels.maps import TILE, UNVISITED, Phase, build_map, map_of, visiting_phases
-from dma_diffusers.kernels.policies import Importance
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import (
     LEVELS,
@@ -22,6 +20,15 @@ from dma_diffusers.kernels.routing.reference import (
     pooled,
     route,
     routed,
+)
+from dma_diffusers.kernels.tiling.policies import Importance
+from dma_diffusers.kernels.tiling.precision_map import (
+    TILE,
+    UNVISITED,
+    Phase,
+    build_map,
+    map_of,
+    visiting_phases,
 )
 from tests.kernels.calls import Call, guarded, relative_l2
 
@@ -151,36 +158,38 @@ def test_a_call_routes_by_policy_and_content():
 
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("length", "head_dim", "masks_keys", "has_order"), [
+@pytest.mark.parametrize(("length", "head_dim", "masks_keys", "has_token_order"), [
     (1, 64, False, False), (300, 72, True, True), (256, 128, False, False), (300, 64, True, False),
     (300, 64, False, True),
 ])  # fmt: skip
-def test_pools_as_the_reference(length, head_dim, masks_keys, has_order, kernel_device):
-    from dma_diffusers.kernels.quantiser.encode import padded_dim
-    from dma_diffusers.kernels.routing.route import pooled as pooled_by_kernel
+def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, kernel_device):
+    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     call = Call(
         length, length, head_dim, batch=2, heads=4, has_rope=head_dim == 72, masks_keys=masks_keys,
-        has_order=has_order, empty_places=200 * has_order,
+        has_token_order=has_token_order, empty_slots=200 * has_token_order,
     )  # fmt: skip
     q, k, v, mask = call.tensors(kernel_device)
     ropes, mean = call.ropes(kernel_device), random(2, 2, 1, head_dim).to(kernel_device)
-    places = call.layout.k_length
-    there = torch.ones(1, places, dtype=torch.bool) if call.order is None else (call.order >= 0)[None]
+    slots = call.layout.k_length
+    there = (
+        torch.ones(1, slots, dtype=torch.bool) if call.token_order is None else (call.token_order >= 0)[None]
+    )
     seen = there.to(kernel_device).expand(2, -1)
     if mask is not None:
         mask[1, :] = False  # a whole tile that no query sees
-        seen = seen & call.at_places(mask[..., None].expand(-1, -1, 1))[..., 0]
-    whole = torch.nn.functional.pad(seen.to(torch.uint8), (0, -places % TILE)).contiguous()
+        seen = seen & call.in_slots(mask[..., None].expand(-1, -1, 1))[..., 0]
+    whole = torch.nn.functional.pad(seen.to(torch.uint8), (0, -slots % TILE)).contiguous()
     padded_mean = (
         torch.nn.functional.pad(mean, (0, padded_dim(head_dim) - head_dim)).flatten(0, 2).contiguous()
     )
     found = pooled_by_kernel(
         q, k, v, padded_mean, 0.3, **ropes, key_mask=None if mask is None else whole,
-        order=call.order_on(kernel_device),
+        token_order=call.token_order_on(kernel_device),
     )  # fmt: skip
     q, k = quantiser.rotate(q, ropes["q_rope"]) * 0.3, quantiser.rotate(k, ropes["k_rope"]) - mean
-    q, k, v, there = call.at_places(q), call.at_places(k), call.at_places(v), there.to(kernel_device)
+    q, k, v, there = call.in_slots(q), call.in_slots(k), call.in_slots(v), there.to(kernel_device)
     expected = Pools(
         pooled(q, there), pooled(k, there if mask is None else seen),
         pooled(v, there)[..., 1, :].sum(-1),
@@ -195,7 +204,7 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_order, kernel_
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 def test_pools_far_from_zero(kernel_device):
-    from dma_diffusers.kernels.routing.route import pooled as pooled_by_kernel
+    from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     x = (30 + random(1, 2, 300, 64)).bfloat16().to(kernel_device)
     found, wanted = pooled_by_kernel(x, x, x, None, 1.0), pooled(x.float())
@@ -206,7 +215,7 @@ def test_pools_far_from_zero(kernel_device):
 
 def test_more_pairs_than_can_be_counted_are_refused():
     pytest.importorskip("triton")
-    from dma_diffusers.kernels.routing.route import route as route_by_kernel
+    from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     tiles = 2**14
     pools = Pools(*(torch.empty(1, 8, tiles, *rest, device="meta") for rest in ((2, 64), (2, 64), ())))
@@ -222,14 +231,14 @@ class Recorded:
         self.is_guarded, self.given = is_guarded, {}
 
     def __call__(self, kernel, grid, *arguments, **options):
-        from dma_diffusers.kernels.run import run
+        from dma_diffusers.kernels.device.launch import run
 
         (guarded if self.is_guarded else run)(kernel, grid, *arguments, **options)
         self.given[kernel.fn.__name__] = dict(zip(kernel.arg_names, arguments, strict=False))
 
 
 def assert_same_walks(found, expected) -> None:
-    """Up to where each walk ends."""
+    """Up to where each block list ends."""
     bounds = expected.bounds
     assert torch.equal(found.bounds, bounds.expand(found.bounds.shape))
     length = min(found.indices.shape[-1], expected.indices.shape[-1])
@@ -248,8 +257,8 @@ def assert_same_walks(found, expected) -> None:
 def test_routes_as_the_reference(
     heads, kv_heads, q_length, k_length, own, dim, budget, is_shared, kernel_device
 ):
-    """Levels within the products' rounding; from the same levels, the same walks."""
-    from dma_diffusers.kernels.routing.route import route as route_by_kernel
+    """Levels within the products' rounding; from the same levels, the same block lists."""
+    from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     q_tiles, k_tiles = -(-q_length // TILE), -(-k_length // TILE)
     pools = Pools(
@@ -277,7 +286,7 @@ def test_routes_as_the_reference(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_what_is_not_finite_is_not_upgraded_and_spoils_no_other_row(which, bad, kernel_device):
-    from dma_diffusers.kernels.routing.route import route as route_by_kernel
+    from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     pools = pools_of(random(1, 2, 512, 64) / 8, random(1, 2, 512, 64, seed=1), random(1, 2, 512, 64, seed=2))
     pools = Pools(*(x.clone() for x in pools))
@@ -298,18 +307,18 @@ def routed_call(device, budget=0.2, **changes):
     """A call, its static map and its routing."""
     call = Call(400, 400, 64, heads=4, text=(0, 128), **changes)
     classes = Importance(budget).classes(call.layout)
-    phases = visiting_phases(classes, call.layout, order=call.order)
-    static = build_map(classes, call.layout, order=call.order)
+    phases = visiting_phases(classes, call.layout, token_order=call.token_order)
+    static = build_map(classes, call.layout, token_order=call.token_order)
     return call, replace(static, has_high=True).to(device), Routing.of(phases, budget).to(device)
 
 
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("changes", [
-    {}, {"high": "bf16", "low": "int8"}, {"masks_keys": True, "has_order": True},
+    {}, {"high": "bf16", "low": "int8"}, {"masks_keys": True, "has_token_order": True},
 ])  # fmt: skip
 def test_attention_walks_what_was_routed(changes, kernel_device):
-    """The bits of the same walks given as a map; and the reference's numbers where it upgrades the same pairs."""
+    """The bits of the same block lists given as a map; and the reference's numbers where it upgrades the same pairs."""
     from dma_diffusers.kernels.attention import launch
     from dma_diffusers.kernels.operator import choose
 
@@ -318,8 +327,8 @@ def test_attention_walks_what_was_routed(changes, kernel_device):
     lowering = choose(kernel_device, 64, call.high, call.low).lowering if is_gpu else "native"
     q, k, v, mask = call.tensors(kernel_device)
     given = {
-        "key_mask": mask, "scale": 64**-0.5, "is_causal": False, "order": call.order_on(kernel_device),
-        "spans": call.spans_on(kernel_device),
+        "key_mask": mask, "scale": 64**-0.5, "is_causal": False, "token_order": call.token_order_on(kernel_device),
+        "fine_mask": call.fine_mask_on(kernel_device),
     }  # fmt: skip
     recorded = Recorded()
     out, lse, _ = launch.attention(
@@ -341,7 +350,7 @@ def test_attention_walks_what_was_routed(changes, kernel_device):
 @pytest.mark.kernel
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graph_captures_the_routing(kernel_device):
-    from dma_diffusers.kernels.routing.route import route as route_by_kernel
+    from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     pools = Pools(
         *(x.to(kernel_device) for x in pools_of(*(random(1, 2, 900, 64, seed=seed) for seed in range(3))))

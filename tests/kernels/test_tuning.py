@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 
+from dma_diffusers.kernels.attention.tuning import TABLE, tuning
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, TCGEN05_ARCHITECTURES, Storage
-from dma_diffusers.kernels.tuning import TABLE, tuning
 
 ARCHITECTURES = ("cpu", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 CLASSES = [classes for classes in product((None, *Storage), repeat=2) if any(classes)]

@@ -15,9 +15,9 @@ from dma_diffusers.eval.recordings.cost import head_clocks, predicted_cost
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
 from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, to_json
 from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.policies import parse as parse_policy
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import parse as parse_policy
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests import tiny_pipelines
 from tests.eval.recordings.folders import random_tensors, saved
 from tests.kernels.calls import Call, is_high
@@ -107,15 +107,15 @@ def test_recall_on_a_grid(policy, skips, masked, tmp_path):
     tensors, text, grid = random_tensors(1, 1320, batch=2, masked=masked), (1280, 1320), (40, 32)
     recordings = saved(tmp_path, [({"text": text, "grid": grid}, tensors)], MODULES)
     recall = measure(recordings, {"it": DMAConfig(policy=policy)}, "cpu")["it"].recall[0, 0, 0]
-    places = Places(Layout(1320, 1320, text, grid), parse_policy(policy).box(grid))
+    places = TileOrder(Layout(1320, 1320, text, grid), parse_policy(policy).box(grid))
     made = plan.make(parse_policy(policy), Layout(1320, 1320, text, grid))
     p = probabilities(tensors)
     expected = torch.zeros(2, dtype=torch.float64)
     bounds, indices = made.precision_map.bounds[0, 0], made.precision_map.indices[0, 0]
-    for q_tile, tokens in enumerate(places.order.view(-1, 128)):
+    for q_tile, tokens in enumerate(places.token_order.view(-1, 128)):
         first, low, last = bounds[q_tile].tolist()  # ends of HIGH, LOW and MASKED, which is HIGH too
         for k_tile in [*indices[q_tile, :first].tolist(), *indices[q_tile, low:last].tolist()]:
-            keys = places.order.view(-1, 128)[k_tile]
+            keys = places.token_order.view(-1, 128)[k_tile]
             expected += p[:, :, tokens[tokens >= 0]][..., keys[keys >= 0]].sum((0, 2, 3))
     np.testing.assert_allclose(recall, expected / 2640, rtol=1e-9)
     assert 0 < recall.max() < 1

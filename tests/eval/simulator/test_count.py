@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.eval.simulator.count import Count, end_to_end
-from dma_diffusers.kernels.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from tests.kernels.neighborhoods import brute_mask, draw_axes, pairs_seen, tile_of_tokens
 
 # End to end, from arXiv 2504.16922: FLUX at 4K, and HunyuanVideo at 720p over 5 s.

@@ -9,8 +9,8 @@ import pytest
 from dma_diffusers.eval.bench.entries import FULL, OURS
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.eval.simulator.predict import MACHINES, WITHIN, Call, default_formats, predict
-from dma_diffusers.kernels.boxes import fitting
-from dma_diffusers.kernels.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.boxes import fitting
+from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results"
 BENCHES = ("h200_bench.json", "h200_bench_batch2.json", "h200_bench_outliers.json")

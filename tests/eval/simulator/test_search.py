@@ -4,7 +4,7 @@ import pytest
 
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.eval.simulator.search import search
-from dma_diffusers.kernels.neighborhood import Axis, neighborhood
+from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood
 
 
 def axes_of(grid, **kwargs) -> tuple[Axis, ...]:

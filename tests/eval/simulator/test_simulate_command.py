@@ -10,7 +10,7 @@ from PIL import Image
 
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.eval.simulator.plot import classes
-from dma_diffusers.kernels.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from tests.command_line import ROOT, run
 
 FLUX = (

@@ -19,14 +19,14 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dma_diffusers.kernels.ahead_of_time.sass import describe, markdown
 from dma_diffusers.kernels.attention import hopper, launch
-from dma_diffusers.kernels.instructions import describe, markdown
-from dma_diffusers.kernels.layout import Layout
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
-from dma_diffusers.kernels.maps import TILE, Class, build_map, visiting_phases
-from dma_diffusers.kernels.policies import Dense, Diagonal
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.spans import hiding
+from dma_diffusers.kernels.tiling.fine_mask import hiding
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import TILE, Class, build_map, visiting_phases
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
@@ -69,7 +69,7 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
 
 
 def loops_of_mixed_kernels() -> str:
-    """The table of attention/instructions.md: every loop of each target's first pair at head_dim 128."""
+    """The table of ahead_of_time/instructions.md: every loop of each target's first pair at head_dim 128."""
     rows = []
     for target in TARGETS:
         kernel, arguments, options = list(launches(target, *PAIRS[target][0], 128))[-1]
@@ -88,14 +88,14 @@ def launches(
     head_dim: int,
     is_causal: bool = False,
     masks_keys: bool = False,
-    places: int | None = None,
-    has_spans: bool = False,
+    slots: int | None = None,
+    has_fine_mask: bool = False,
     routes: bool = False,
     skips: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
-    places: of an order, 256 if it leaves none empty; None for a call without one. has_spans: whether MASKED tiles have.
+    slots: of a token order, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether MASKED tiles have.
     routes: whether LOW pairs are upgraded by content. skips: whether tiles may be skipped by their softmax.
     """
     recorded = []
@@ -110,8 +110,8 @@ def launches(
     launch.attention(
         q, k, v, build_map(classes, layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
-        order=None if places is None else torch.arange(places, dtype=torch.int32),
-        spans=hiding(torch.arange(places or _TOKENS)) if has_spans else None,
+        token_order=None if slots is None else torch.arange(slots, dtype=torch.int32),
+        fine_mask=hiding(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
         routing=Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
         skip_below=1e-3 if skips else None, scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,

@@ -1,4 +1,4 @@
-"""Spans against the mask that they pack."""
+"""FineMask against the mask that they pack."""
 
 import math
 import random
@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.neighborhood import Axis
-from dma_diffusers.kernels.places import Places
-from dma_diffusers.kernels.spans import hiding, spans
+from dma_diffusers.kernels.tiling.fine_mask import fine_mask, hiding
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import Axis
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests.kernels.neighborhoods import brute_mask
 
 
@@ -21,14 +21,14 @@ def test_who_sees_whom():
         grid = tuple(axis.length for axis in axes)
         text, tokens = rng.choice((0, 3)), math.prod(grid)
         box = {1: (128,), 2: (64, 2), 3: (32, 2, 2)}[len(grid)]
-        places = Places(Layout(tokens + text, tokens + text, (0, text), grid), box)
-        packed = spans(places.order, places.coordinates, axes)
+        slots = TileOrder(Layout(tokens + text, tokens + text, (0, text), grid), box)
+        packed = fine_mask(slots.token_order, slots.coordinates, axes)
         expected = torch.ones(tokens + text, tokens + text, dtype=torch.bool)
         expected[text:, text:] = brute_mask(axes)
         query, key = torch.meshgrid(
-            torch.arange(len(places.order)), torch.arange(len(places.order)), indexing="ij"
+            torch.arange(len(slots.token_order)), torch.arange(len(slots.token_order)), indexing="ij"
         )
-        taken, token = places.order >= 0, places.order.long()
+        taken, token = slots.token_order >= 0, slots.token_order.long()
         found = packed.seen(query, key)
         assert torch.equal(found[taken][:, taken], expected[token[taken]][:, token[taken]]), axes
         assert not found[:, ~taken].any()
@@ -42,17 +42,17 @@ def test_long_sides():
         ((Axis(2**20, 5),), 2**20 - 1),
     ):
         coordinates = torch.tensor([[0, at, at - 1, 0]] * len(axes))
-        seen = spans(torch.arange(4), coordinates, axes).seen(torch.arange(4)[:, None], torch.arange(4))
+        seen = fine_mask(torch.arange(4), coordinates, axes).seen(torch.arange(4)[:, None], torch.arange(4))
         assert torch.equal(
             seen, torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]]).bool()
         )
     with pytest.raises(ValueError, match="3 dimensions takes up to 511 tokens in each, got 512"):
-        spans(torch.arange(1), torch.zeros(3, 1), (Axis(512, 7),) * 3)
+        fine_mask(torch.arange(1), torch.zeros(3, 1), (Axis(512, 7),) * 3)
 
 
-def test_only_empty_places_are_hidden():
-    order = torch.tensor([3, -1, 0, 2, 1])
-    seen = hiding(order).seen(torch.arange(128)[:, None], torch.arange(128))
+def test_only_empty_slots_are_hidden():
+    token_order = torch.tensor([3, -1, 0, 2, 1])
+    seen = hiding(token_order).seen(torch.arange(128)[:, None], torch.arange(128))
     assert torch.equal(seen, (torch.arange(128) < 5).logical_and(torch.arange(128) != 1).expand(128, -1))
 
 

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import Class, Phase, build_map, tiles
-from dma_diffusers.kernels.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map, tiles
 from tests.kernels.calls import Call, is_high
 
 HIGH, LOW, SKIP = Class.HIGH, Class.LOW, Class.SKIP
 
 
-def walk(precision_map, q_tile, batch=0, head=0):
+def block_list(precision_map, q_tile, batch=0, head=0):
     """The KV tiles of each phase of one Q tile."""
     bounds = [0, *precision_map.bounds[batch, head, q_tile].tolist()]
     indices = precision_map.indices[batch, head, q_tile].tolist()
@@ -25,37 +25,37 @@ def walk(precision_map, q_tile, batch=0, head=0):
 def test_phases_hold_sorted_tiles_of_their_class():
     classes = torch.tensor([[LOW, HIGH, SKIP, LOW], [SKIP, SKIP, SKIP, SKIP], [HIGH, HIGH, LOW, HIGH]])
     precision_map = build_map(classes[None, None], Layout(384, 512))
-    assert walk(precision_map, 0) == [[1], [0, 3], []]
-    assert walk(precision_map, 1) == [[], [], []]
-    assert walk(precision_map, 2) == [[0, 1, 3], [2], []]
+    assert block_list(precision_map, 0) == [[1], [0, 3], []]
+    assert block_list(precision_map, 1) == [[], [], []]
+    assert block_list(precision_map, 2) == [[0, 1, 3], [2], []]
     assert precision_map.indices.dtype == precision_map.bounds.dtype == torch.int32
 
 
 def test_end_of_the_keys_is_masked():
     precision_map = build_map(Dense(LOW).classes(Layout(256, 300)), Layout(256, 300))
-    assert walk(precision_map, 0) == walk(precision_map, 1) == [[], [0, 1], [2]]
+    assert block_list(precision_map, 0) == block_list(precision_map, 1) == [[], [0, 1], [2]]
 
 
-def test_empty_places_are_masked():
-    """Where an order names no token, and nowhere else."""
-    order = torch.arange(500)
-    order[[130, 499]] = -1
-    precision_map = build_map(Dense(LOW).classes(Layout(500, 500)), Layout(500, 500), order=order)
-    assert walk(precision_map, 0) == walk(precision_map, 3) == [[], [0, 2], [1, 3]]
-    whole = build_map(Dense(LOW).classes(Layout(512, 512)), Layout(512, 512), order=torch.arange(512))
-    assert walk(whole, 0) == [[], [0, 1, 2, 3], []]
+def test_empty_slots_are_masked():
+    """Where a token order names no token, and nowhere else."""
+    token_order = torch.arange(500)
+    token_order[[130, 499]] = -1
+    precision_map = build_map(Dense(LOW).classes(Layout(500, 500)), Layout(500, 500), token_order=token_order)
+    assert block_list(precision_map, 0) == block_list(precision_map, 3) == [[], [0, 2], [1, 3]]
+    whole = build_map(Dense(LOW).classes(Layout(512, 512)), Layout(512, 512), token_order=torch.arange(512))
+    assert block_list(whole, 0) == [[], [0, 1, 2, 3], []]
 
 
 def test_skipped_end_stays_skipped():
     precision_map = build_map(torch.tensor([[[[HIGH, SKIP]]]]), Layout(128, 200))
-    assert walk(precision_map, 0) == [[0], [], []]
+    assert block_list(precision_map, 0) == [[0], [], []]
 
 
 def test_batches_and_heads_have_lists_of_their_own():
     classes = torch.stack([torch.full((2, 2), LOW), torch.full((2, 2), HIGH)])[None]
     precision_map = build_map(classes, Layout(256, 256))
-    assert walk(precision_map, 1, head=0) == [[], [0, 1], []]
-    assert walk(precision_map, 1, head=1) == [[0, 1], [], []]
+    assert block_list(precision_map, 1, head=0) == [[], [0, 1], []]
+    assert block_list(precision_map, 1, head=1) == [[0, 1], [], []]
 
 
 def test_wrong_shape_is_refused():
@@ -95,7 +95,7 @@ def test_map_equals_brute_force(q_length, k_length, window, sink, is_causal, dat
     call = Call(q_length, k_length, 64, window=window, sink=sink, text=(start, stop), is_causal=is_causal)
     precision_map, expected = call.map(), is_high(call)
     for q_tile in range(-(-q_length // 128)):
-        high, low, masked = walk(precision_map, q_tile)
+        high, low, masked = block_list(precision_map, q_tile)
         last_query = min(q_tile * 128 + 127, q_length - 1)
         visited = [j for j in range(-(-k_length // 128)) if not is_causal or j * 128 <= q_tile * 128 + 127]
         assert sorted(high + low + masked) == visited
@@ -130,16 +130,16 @@ def test_a_shared_walk_visits_for_each_block_what_its_own_tile_visits(seed):
     assert shared.indices.shape[-2] == -(-tiles(q_length) * 2 // 3)
     for batch, head in product(*map(range, precision_map.bounds.shape[:2])):
         for block in range(2 * tiles(q_length)):
-            walks = walk(shared, block // 3, batch, head)
-            for phase, own_tiles in enumerate(walk(precision_map, block // 2, batch, head)):
-                visited = [entry & 0xFFFFFF for entry in walks[phase] if entry >> (24 + block % 3) & 1]
+            block_lists = block_list(shared, block // 3, batch, head)
+            for phase, own_tiles in enumerate(block_list(precision_map, block // 2, batch, head)):
+                visited = [entry & 0xFFFFFF for entry in block_lists[phase] if entry >> (24 + block % 3) & 1]
                 assert visited == own_tiles
 
 
 def test_a_shared_walk_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
     shared = random_map(3, 1, 2, 640, 900, False).shared
     for _, head, program in product(*map(range, shared.bounds.shape[:3])):
-        for entries in walk(shared, program, head=head):
+        for entries in block_list(shared, program, head=head):
             assert all(0 < entry >> 24 < 8 for entry in entries)
             found = [entry & 0xFFFFFF for entry in entries]
             assert found == sorted(set(found))
@@ -152,4 +152,4 @@ def test_heads_with_walks_alike_share_them():
     for head, window in enumerate((384, 0, 384, 128)):
         alone = build_map(Diagonal(window).classes(layout), layout).shared
         for program in range(4):
-            assert walk(shared, program, head=head) == walk(alone, program)
+            assert block_list(shared, program, head=head) == block_list(alone, program)

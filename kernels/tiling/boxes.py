@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from dma_diffusers.kernels.maps import TILE
-from dma_diffusers.kernels.neighborhood import Axis
+from dma_diffusers.kernels.tiling.neighborhood import Axis
+from dma_diffusers.kernels.tiling.precision_map import TILE
 
 
 def padding(grid: Sequence[int], box: Sequence[int]) -> float:

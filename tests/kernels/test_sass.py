@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's compiler and its interpreter can't share a process", allow_module_level=True)
 
-from dma_diffusers.kernels import compile as ahead  # noqa: E402
-from dma_diffusers.kernels import instructions  # noqa: E402
+from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
+from dma_diffusers.kernels.ahead_of_time import sass as instructions  # noqa: E402
 
 
 def loops_in(program):

@@ -6,48 +6,48 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels import boxes
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.tiling import boxes
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 
-def drawn(rng: random.Random) -> Places:
+def drawn(rng: random.Random) -> TileOrder:
     grid = tuple(rng.randint(1, 20) for _ in range(rng.randint(1, 3)))
     text, tokens = rng.choice((0, 0, 5, 128, 200)), math.prod(grid)
     start = rng.choice((0, tokens, rng.randint(0, tokens))) if text else 0
     layout = Layout(tokens + text, tokens + text, (start, start + text), grid)
-    return Places(layout, rng.choice(boxes.plan(grid)))
+    return TileOrder(layout, rng.choice(boxes.plan(grid)))
 
 
 def test_gather_then_scatter_is_the_identity():
     rng = random.Random(0)
     for _ in range(200):
-        places = drawn(rng)
-        tokens = torch.randn(places.tokens.k_length)
-        taken = places.order >= 0
+        slots = drawn(rng)
+        tokens = torch.randn(slots.tokens.k_length)
+        taken = slots.token_order >= 0
         scattered = torch.full_like(tokens, torch.nan)
-        scattered[places.order[taken].long()] = tokens[places.order[taken].long()]
+        scattered[slots.token_order[taken].long()] = tokens[slots.token_order[taken].long()]
         assert torch.equal(scattered, tokens) and int(taken.sum()) == len(tokens)
-        assert len(places.order) == places.layout.k_length and len(places.order) % 128 == 0
+        assert len(slots.token_order) == slots.layout.k_length and len(slots.token_order) % 128 == 0
 
 
 def test_tiles_are_text_or_boxes():
     rng = random.Random(1)
     for _ in range(100):
-        places = drawn(rng)
-        grid, (start, stop) = places.tokens.grid, places.tokens.text
-        others = [token for token in range(places.tokens.k_length) if not start <= token < stop]
-        for number, tile in enumerate(places.order.view(-1, 128).tolist()):
+        slots = drawn(rng)
+        grid, (start, stop) = slots.tokens.grid, slots.tokens.text
+        others = [token for token in range(slots.tokens.k_length) if not start <= token < stop]
+        for number, tile in enumerate(slots.token_order.view(-1, 128).tolist()):
             own = [token for token in tile if token >= 0]
-            if number < places.text_tiles:
+            if number < slots.text_tiles:
                 assert own == list(range(start, stop))[128 * number : 128 * (number + 1)]
                 continue
             at = [torch.unravel_index(torch.tensor(others.index(token)), grid) for token in own]
-            box = torch.tensor(at).view(-1, len(grid)) // torch.tensor(places.box)
+            box = torch.tensor(at).view(-1, len(grid)) // torch.tensor(slots.box)
             assert (box == box[0]).all()
-            found = places.coordinates[:, number * 128 : (number + 1) * 128].T[torch.tensor(tile) >= 0]
+            found = slots.coordinates[:, number * 128 : (number + 1) * 128].T[torch.tensor(tile) >= 0]
             assert torch.equal(found, torch.tensor(at, dtype=torch.int32).view(-1, len(grid)))
-        assert (places.coordinates[0] >= 0).sum() == math.prod(grid)
+        assert (slots.coordinates[0] >= 0).sum() == math.prod(grid)
 
 
 @pytest.mark.parametrize(("layout", "box", "words"), [
@@ -57,4 +57,4 @@ def test_tiles_are_text_or_boxes():
 ])  # fmt: skip
 def test_bad_boxes_are_one_line(layout, box, words):
     with pytest.raises(ValueError, match=words):
-        Places(layout, box)
+        TileOrder(layout, box)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.kernels import boxes
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import TILE, Class, tiles
-from dma_diffusers.kernels.neighborhood import Axis, neighborhood, tile_map
-from dma_diffusers.kernels.places import Places
+from dma_diffusers.kernels.tiling import boxes
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood, tile_map
+from dma_diffusers.kernels.tiling.precision_map import TILE, Class, tiles
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 
 class Policy:
@@ -40,8 +40,10 @@ class Policy:
     heads: int | None = None
     unsaid: tuple[Any, ...] = (None,)
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
-        """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`; on the grid they need `places`, and their layout."""
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
+        """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`; on the grid they need `slots`, and their layout."""
         return torch.full((1, 1, tiles(layout.q_length), tiles(layout.k_length)), int(Class.LOW))
 
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
@@ -80,7 +82,9 @@ class Dense(Policy):
         if not isinstance(self.everywhere, Class) or self.everywhere is Class.SKIP:
             raise ValueError(f"everywhere must be high or low, got {self._word(self.everywhere)}")
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
         return torch.full_like(super().classes(layout), int(self.everywhere))
 
 
@@ -124,12 +128,14 @@ class Diagonal(Policy):
     def on_grid(self) -> bool:
         return self.near == "grid"
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
         q_tile = torch.arange(tiles(layout.q_length))[:, None]
         k_tile = torch.arange(tiles(layout.k_length))[None, :]
         width = torch.tensor(self.windows)[:, None, None]
         reach = -(-(width - TILE).clamp(min=0) // (TILE if is_causal else 2 * TILE))
-        near = _ranks(places) <= 2 * reach if self.on_grid else (q_tile - k_tile).abs() <= reach
+        near = _ranks(tile_order) <= 2 * reach if self.on_grid else (q_tile - k_tile).abs() <= reach
         high = ((width > 0) & near) | (k_tile < tiles(self.sink))
         return _protected(torch.where(high, int(Class.HIGH), int(Class.LOW))[None], layout)
 
@@ -188,12 +194,14 @@ class Neighborhood(Policy):
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
         return boxes.fitting(self.axes(grid) or self._high(grid)[0])
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
-        grid = places.tokens.grid
-        low = reached(self.axes(grid), places, "visited")
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
+        grid = tile_order.tokens.grid
+        low = reached(self.axes(grid), tile_order, "visited")
         classes = torch.where(low, int(Class.LOW), int(Class.SKIP))
         if self.high:
-            high = reached(self._high(grid)[0], places, "visited")
+            high = reached(self._high(grid)[0], tile_order, "visited")
             classes = torch.where(high, int(Class.HIGH), classes)
         return _protected(classes[None, None], layout)
 
@@ -223,7 +231,9 @@ class Importance(Policy):
     def importance(self) -> float:
         return self.budget
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
         low = super().classes(layout)
         return _protected(low, layout)
 
@@ -248,7 +258,9 @@ class SkipSoftmax(Policy):
     def skip_below(self) -> float | None:
         return self.threshold
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
         low = super().classes(layout)
         return _protected(low, layout)
 
@@ -292,8 +304,10 @@ class Union(Policy):
     def heads(self) -> int | None:
         return next((member.heads for member in self.members if member.heads), None)
 
-    def classes(self, layout: Layout, is_causal: bool = False, places: Places | None = None) -> torch.Tensor:
-        chosen = [member.classes(layout, is_causal, places) for member in self._of_place]
+    def classes(
+        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
+    ) -> torch.Tensor:
+        chosen = [member.classes(layout, is_causal, tile_order) for member in self._of_place]
         classes = chosen[0]
         for other in chosen[1:]:
             classes = torch.minimum(classes, other)
@@ -315,25 +329,25 @@ class Union(Policy):
         return [member for member in self.members if not member.by_content] or list(self.members)
 
 
-def reached(axes: Sequence[Axis], places: Places, how: str) -> torch.Tensor:
+def reached(axes: Sequence[Axis], tile_order: TileOrder, how: str) -> torch.Tensor:
     """Which KV tiles a neighbourhood reaches from each Q tile: bool `[q_tiles, k_tiles]`, True for those of text.
 
     how: "visited", that some query sees some of its keys, or "filled", that all see all. Without axes all are reached.
     """
-    reach = torch.ones(2 * (places.layout.k_length // TILE,), dtype=torch.bool)
+    reach = torch.ones(2 * (tile_order.layout.k_length // TILE,), dtype=torch.bool)
     if axes:
-        ranges = [getattr(axis, how)(side, side) for axis, side in zip(axes, places.box, strict=True)]
-        reach[places.text_tiles :, places.text_tiles :] = tile_map(ranges, places.boxes)
+        ranges = [getattr(axis, how)(side, side) for axis, side in zip(axes, tile_order.box, strict=True)]
+        reach[tile_order.text_tiles :, tile_order.text_tiles :] = tile_map(ranges, tile_order.boxes)
     return reach
 
 
-def _ranks(places: Places) -> torch.Tensor:
+def _ranks(tile_order: TileOrder) -> torch.Tensor:
     """For each Q tile, how many boxes are nearer than each KV tile: int64 `[q_tiles, k_tiles]`; text is far."""
-    axes = [side * torch.arange(count) for count, side in zip(places.boxes, places.box, strict=True)]
+    axes = [side * torch.arange(count) for count, side in zip(tile_order.boxes, tile_order.box, strict=True)]
     boxes_at = torch.cartesian_prod(*axes).view(-1, len(axes)).double()
-    ranks = torch.full(2 * (places.layout.k_length // TILE,), 2**62)
+    ranks = torch.full(2 * (tile_order.layout.k_length // TILE,), 2**62)
     of_boxes = torch.cdist(boxes_at, boxes_at).argsort(stable=True).argsort()
-    ranks[places.text_tiles :, places.text_tiles :] = of_boxes
+    ranks[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
     return ranks
 
 

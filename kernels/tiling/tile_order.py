@@ -7,13 +7,13 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.layout import Layout
-from dma_diffusers.kernels.maps import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
 
 
 @dataclass(frozen=True)
-class Places:
-    """The places that the tokens of a layout with a grid take, for boxes of 128 tokens.
+class TileOrder:
+    """The slots that the tokens of a layout with a grid take, for boxes of 128 tokens.
 
     Text comes first, in tiles of its own; then the grid's boxes in row-major order, and within a box its tokens in
     row-major order. Places at the end of the text, and where boxes stick out of the grid, are empty.
@@ -43,13 +43,13 @@ class Places:
 
     @property
     def layout(self) -> Layout:
-        """Lengths and text, in places."""
+        """Lengths and text, in slots."""
         length = TILE * (self.text_tiles + math.prod(self.boxes))
         return Layout(length, length, (0, self.tokens.text_length))
 
     @cached_property
-    def order(self) -> torch.Tensor:
-        """The token that stands at each place, −1 where none does: int32 `[places]`."""
+    def token_order(self) -> torch.Tensor:
+        """The token that stands at each slot, −1 where none does: int32 `[slots]`."""
         token = torch.arange(self.tokens.k_length, dtype=torch.int32)
         start, stop = self.tokens.text
         of_text = F.pad(token[start:stop], (0, -(stop - start) % TILE), value=-1)
@@ -58,7 +58,7 @@ class Places:
 
     @cached_property
     def coordinates(self) -> torch.Tensor:
-        """Where each place lies on the grid, −1 for text and empty places: int32 `[dimensions, places]`."""
+        """Where each slot lies on the grid, −1 for text and empty slots: int32 `[dimensions, slots]`."""
         axes = [torch.arange(length, dtype=torch.int32) for length in self.tokens.grid]
         of_grid = [self._in_boxes(x) for x in torch.meshgrid(*axes, indexing="ij")]
         return F.pad(torch.stack(of_grid), (self.text_tiles * TILE, 0), value=-1)

@@ -1,15 +1,15 @@
-"""Runs the routing's kernels: from q, k and v to the walks that the attention kernel reads."""
+"""Runs the routing's kernels: from q, k and v to the block lists that the attention kernel reads."""
 
 import math
 
 import torch
 
-from dma_diffusers.kernels.maps import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap, tiles
-from dma_diffusers.kernels.quantiser.encode import padded_dim, tables_of
+from dma_diffusers.kernels.device.launch import Run, run
+from dma_diffusers.kernels.quantiser.launch import padded_dim, tables_of
 from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing import kernel
 from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
-from dma_diffusers.kernels.run import Run, run
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap, tiles
 
 
 def pooled(
@@ -22,7 +22,7 @@ def pooled(
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     run: Run = run,
 ) -> Pools:
     """The reference's pools of q·factor, of k less its mean and of v; past the head dimension, channels are zeros.
@@ -30,10 +30,10 @@ def pooled(
     The arguments are as of the quantiser's `encode`; hidden keys are left out of K's pools. mean: float32 `[B·Hkv, D]`.
     """
     (batch, heads, q_length, head_dim), (kv_heads, k_length) = q.shape, k.shape[1:3]
-    order_tokens = None
-    if order is not None:
-        order_tokens = None if len(order) == k_length else k_length
-        q_length = k_length = len(order)
+    token_count = None
+    if token_order is not None:
+        token_count = None if len(token_order) == k_length else k_length
+        q_length = k_length = len(token_order)
     dim = padded_dim(head_dim)
     of_q, of_k = (batch, heads, tiles(q_length)), (batch, kv_heads, tiles(k_length))
     shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
@@ -42,8 +42,8 @@ def pooled(
     # One warp spills where it rotates, and is still faster than two.
     run(
         kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
-        q, k, v, mean, factor, *q_tables, *k_tables, key_mask, order, *pools,
-        heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens,
+        q, k, v, mean, factor, *q_tables, *k_tables, key_mask, token_order, *pools,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q_rope_strides, *k_rope_strides,
         HEAD_DIM=head_dim, D=dim, num_warps=max(dim // 128, 1), enable_fp_fusion=True,
     )  # fmt: skip
@@ -51,10 +51,10 @@ def pooled(
 
 
 def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = run) -> PrecisionMap:
-    """The reference's map, or its `shared` walks, made on the device without waiting for it.
+    """The reference's map, or its `shared` block lists, made on the device without waiting for it.
 
-    pools: contiguous; past the head dimension, channels are zeros. `indices` is as long as any walk could be, and what
-    no walk takes of it undefined. Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
+    pools: contiguous; past the head dimension, channels are zeros. `indices` is as long as any block list could be, and what
+    no block list takes of it undefined. Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
     pairs = heads * q_tiles * k_tiles
@@ -84,7 +84,7 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     indices = torch.empty(batch, heads, programs, length, dtype=torch.int32, device=device)
     bounds = torch.empty(batch, heads, programs, 3, dtype=torch.int32, device=device)
     run(
-        kernel.write_walks, (batch * heads * programs,),
+        kernel.write_block_lists, (batch * heads * programs,),
         levels, histogram, allowed, phases, indices, bounds,
         heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dma_diffusers.kernels.device.launch import Run, multiprocessors, run
 from dma_diffusers.kernels.formats import Format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.maps import TILE, tiles
 from dma_diffusers.kernels.quantiser import kernel, statistics
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS, Rope
-from dma_diffusers.kernels.run import Run, multiprocessors, run
+from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def _operands(
     classes: tuple[Stored | None, Stored | None],
     amax: torch.Tensor | None,
     rope: Rope | None,
-    order: torch.Tensor | None,
+    token_order: torch.Tensor | None,
     is_key: bool,
 ) -> list[Operand | None]:
     """Room for one tensor's operands; none for bf16 numbers to which nothing has to be done."""
-    stays = rope is None and order is None
+    stays = rope is None and token_order is None
     return [
         None
         if x is None or stored is None or (stored.format.name == "bf16" and stays)
-        else _empty(stored, x, x.shape[2] if order is None else len(order), amax, is_key)
+        else _empty(stored, x, x.shape[2] if token_order is None else len(token_order), amax, is_key)
         for stored in classes
     ]
 
@@ -225,7 +225,7 @@ def encode(
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     wants_offset: bool = False,
     transposed_v: bool = False,
     inexact_rows: torch.Tensor | None = None,
@@ -238,21 +238,21 @@ def encode(
     rotated by q_rope and k_rope first. known: `statistics_of` k and v, as far as they are encoded.
     q_amax, k_amax: `[B, H or Hkv, 1, 1]` of what is encoded, needed by formats with a tensor scale.
     key_mask: uint8 `[B, tiles·128]`, 0 for keys that are encoded as zeros.
-    order: int32 `[places]`, the token of q, k and v that stands at each place, −1 where none does; what is encoded, and
+    token_order: int32 `[slots]`, the token of q, k and v that stands at each slot, −1 where none does; what is encoded, and
         key_mask, stands in that order. HIGH's bf16 numbers are then copied too.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
     registers: the most that a thread may use; None leaves it to the compiler.
     """
-    q_operands = _operands(q, classes, q_amax, q_rope, order, is_key=False)
-    k_operands = _operands(k, classes, k_amax, k_rope, order, is_key=True)
+    q_operands = _operands(q, classes, q_amax, q_rope, token_order, is_key=False)
+    k_operands = _operands(k, classes, k_amax, k_rope, token_order, is_key=True)
     first = next(x for x in (v, k, q) if x is not None)
     device, (batch, kv_heads, k_length, head_dim) = first.device, first.shape
     heads, q_length = (kv_heads, 1) if q is None else q.shape[1:3]
-    order_tokens = None
-    if order is not None:
-        order_tokens = None if len(order) == k_length else k_length
-        q_length = k_length = len(order)
+    token_count = None
+    if token_order is not None:
+        token_count = None if len(token_order) == k_length else k_length
+        q_length = k_length = len(token_order)
     dim = padded_dim(head_dim)
     offset, values, v_high = None, None, None
     if wants_offset:
@@ -261,7 +261,7 @@ def encode(
     if v is not None and known.v_scale is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    if v is not None and order is not None and classes[0]:
+    if v is not None and token_order is not None and classes[0]:
         v_high = torch.empty(batch, kv_heads, rows, dim, dtype=torch.bfloat16, device=device)
     encoded = Encoded(q_operands, k_operands, values, v_high, known.v_scale, offset)
     q = q if wants_offset or any(q_operands) else None
@@ -280,8 +280,8 @@ def encode(
         kernel.encode, (programs,),
         q, k, v, *known, factor, *q_tables, *k_tables, key_mask, offset,
         *_pointers(q_operands), *_pointers(k_operands),
-        v_high, values, order, inexact_rows,
-        heads, kv_heads, batch * kv_heads, q_length, k_length, order_tokens, *_strides(q), *_strides(k), *_strides(v),
+        v_high, values, token_order, inexact_rows,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *_strides(q), *_strides(k), *_strides(v),
         *q_rope_strides, *k_rope_strides,
         *(constant for c in classes for constant in (c.quantised if c else [None] * 6)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,

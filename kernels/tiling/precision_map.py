@@ -1,8 +1,8 @@
-"""Precision maps: which class each pair (Q tile, KV tile) gets, as the kernel walks it.
+"""Precision maps: which class each pair (Q tile, KV tile) gets, as the kernel block lists it.
 
-The kernel of one Q tile walks three contiguous phases, each of one kind of tile: HIGH, LOW, and MASKED, the
+The kernel of one Q tile block lists three contiguous phases, each of one kind of tile: HIGH, LOW, and MASKED, the
 tiles that a fine mask cuts (the causal diagonal, the end of the keys), which are HIGH too, or LOW in a map that has
-nothing HIGH. Splitting the walk keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
+nothing HIGH. Splitting the block list keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout
 
 TILE = 128
-# A shared walk's program: so many blocks of so many queries; entries hold the KV tile in their lowest bits.
+# A shared block list's program: so many blocks of so many queries; entries hold the KV tile in their lowest bits.
 SHARED_BLOCKS, SHARED_ROWS, SHARED_TILE_BITS = 3, 64, 24
 
 
@@ -63,9 +63,9 @@ class PrecisionMap:
 
     @cached_property
     def shared(self) -> "PrecisionMap":
-        """The walks of programs of 192 queries: three blocks of 64, each of which visits its own Q tile's KV tiles.
+        """The block lists of programs of 192 queries: three blocks of 64, each of which visits its own Q tile's KV tiles.
 
-        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it; the longest walk is
+        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it; the longest block list is
         followed by one more entry, which a program may read ahead.
         """
         device = self.indices.device
@@ -93,10 +93,10 @@ class PrecisionMap:
         visitors = (of_block * bits[:, None, None]).sum(-3)  # [..., programs, phases, k_tiles]
         entries = (visitors + torch.arange(k_tiles)).flatten(-2)
         is_walked = (visitors > 0).flatten(-2)
-        order = (~is_walked).int().argsort(dim=-1, stable=True)
+        walked_first = (~is_walked).int().argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
-        walks = F.pad(entries.gather(-1, order), (0, 1))
-        indices = walks[..., : int(bounds[..., -1].max()) + 1].int()
+        block_lists = F.pad(entries.gather(-1, walked_first), (0, 1))
+        indices = block_lists[..., : int(bounds[..., -1].max()) + 1].int()
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
@@ -112,14 +112,14 @@ def causal_classes(classes: torch.Tensor) -> torch.Tensor:
     return torch.where(k_tile > q_tile, int(Class.SKIP), classes)
 
 
-def cut_tiles(layout: Layout, is_causal: bool, order: torch.Tensor | None = None) -> torch.Tensor:
+def cut_tiles(layout: Layout, is_causal: bool, token_order: torch.Tensor | None = None) -> torch.Tensor:
     """Which tiles a fine mask cuts: bool `[q_tiles, k_tiles]`."""
     q_tiles, k_tiles = tiles(layout.q_length), tiles(layout.k_length)
     cut = torch.zeros(q_tiles, k_tiles, dtype=torch.bool)
     if layout.k_length % TILE:
         cut[:, -1] = True
-    if order is not None:
-        cut |= F.pad(order.cpu() < 0, (0, -len(order) % TILE)).view(-1, TILE).any(-1)
+    if token_order is not None:
+        cut |= F.pad(token_order.cpu() < 0, (0, -len(token_order) % TILE)).view(-1, TILE).any(-1)
     if is_causal:
         cut |= torch.arange(k_tiles)[None, :] == torch.arange(q_tiles)[:, None]
     return cut
@@ -129,7 +129,7 @@ def visiting_phases(
     classes: torch.Tensor,
     layout: Layout,
     is_causal: bool = False,
-    order: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     cut: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The phase that visits each pair of tiles, `UNVISITED` for none: integers of `classes`' shape.
@@ -142,7 +142,7 @@ def visiting_phases(
     if is_causal:
         classes = causal_classes(classes)
     skipped = classes == Class.SKIP
-    masked = cut_tiles(layout, is_causal, order)
+    masked = cut_tiles(layout, is_causal, token_order)
     masked = masked if cut is None else masked | cut
     phases = torch.where(masked, int(Phase.MASKED), classes)
     return torch.where(skipped, UNVISITED, phases)
@@ -152,17 +152,17 @@ def build_map(
     classes: torch.Tensor,
     layout: Layout,
     is_causal: bool = False,
-    order: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     cut: torch.Tensor | None = None,
 ) -> PrecisionMap:
     """The map that a policy's classes give.
 
     classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`. A causal mask compares token indices,
     query i seeing keys 0 … i, as `scaled_dot_product_attention(is_causal=True)` does.
-    order: integers `[Sk]`, the token that stands at each place of `layout`, −1 where none does: such keys are hidden.
+    token_order: integers `[Sk]`, the token that stands at each slot of `layout`, −1 where none does: such keys are hidden.
     cut: bool `[q_tiles, k_tiles]`, other tiles of which not every query sees all keys.
     """
-    phases = visiting_phases(classes, layout, is_causal, order, cut)
+    phases = visiting_phases(classes, layout, is_causal, token_order, cut)
     return map_of(phases, has_high=bool(((classes == Class.HIGH) & (phases != UNVISITED)).any()))
 
 

@@ -1,7 +1,7 @@
 """What the loops of a compiled attention kernel issue to each pipe of an SM, and the clocks that takes at least.
 
 The machine code is disassembled, cut into basic blocks and searched for its natural loops. Where the rates
-come from is told in attention/instructions.md.
+come from is told in ahead_of_time/instructions.md.
 """
 
 import re
@@ -146,7 +146,7 @@ def describe(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of attention/instructions.md: `describe`'s entries, each with an `architecture`, `head_dim`, `loop`."""
+    """The table of ahead_of_time/instructions.md: `describe`'s entries, each with an `architecture`, `head_dim`, `loop`."""
     kinds, pipes = [name for name in KINDS if name != "mma"], ["matrix", *PIPES, "issue"]
     header = ["architecture", "D", "loop", "matrix", *kinds, *(f"{pipe} clocks" for pipe in pipes), "longest"]
     lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 5) + ["---"]]

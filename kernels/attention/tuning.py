@@ -1,6 +1,6 @@
 """How the attention kernel is built for each architecture, head dimension and pair of storages: data, not search.
 
-sm_100, sm_103 and sm_120: from what the compiler makes of each variant (attention/instructions.md). sm_90: from
+sm_100, sm_103 and sm_120: from what the compiler makes of each variant (ahead_of_time/instructions.md). sm_90: from
 times on an H200.
 """
 
@@ -18,7 +18,7 @@ class Tuning:
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
     warps: of one program.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
-        or more. masked_stages: of the loop over MASKED tiles; with a key mask or empty places alone, Triton loads that
+        or more. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton loads that
         first, and the loop takes `stages`.
     registers: the most that a thread may use; None leaves it to the compiler.
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.

@@ -1,0 +1,1 @@
+"""What every kernel shares on the device: rounding, and how a kernel is launched."""
