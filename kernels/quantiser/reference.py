@@ -5,20 +5,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from dma_diffusers.kernels.call import Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.precision_map import TILE
 
 SAMPLED_TOKENS = 1024
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
-
-
-def softmax_scale_log2(scale: float) -> float:
-    """The factor folded into q, so that the kernel's exponentials are exp2."""
-    return scale * math.log2(math.e)
 
 
 def rotate(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
@@ -102,6 +95,9 @@ def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """What smoothing takes from the scores of each row, in the kernel's base 2: float32 `[B, H, S]`."""
+    """What smoothing takes from the scores of each row, in the kernel's base 2: float32 `[B, H, S]`.
+
+    scale: the factor of the scores times log2 e.
+    """
     mean = mean.repeat_interleave(q.shape[1] // mean.shape[1], dim=1)
-    return (q * mean).sum(-1) * softmax_scale_log2(scale)
+    return (q * mean).sum(-1) * scale

@@ -61,7 +61,7 @@ def _store_pool(pools, index, mean, variance, D: tl.constexpr):
     tl.store(pools + place + D, variance)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
 def pool(
     q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, token_order, q_pools, k_pools, v_pools,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,

@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.attention.tuning import tuning
-from dma_diffusers.kernels.formats import fake_quantize, get_format
-from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
+from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.call import Call as KernelCall
+from dma_diffusers.kernels.formats import fake_quantize
 from dma_diffusers.kernels.plan import Plan, make
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, hiding
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal, parse
@@ -259,8 +260,9 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
             )
         return (a.double() @ b.double().mT) * math.log(2)
 
-    s = torch.where(is_high(call), scores(call.high), scores(call.low))
-    takes_bf16 = "bf16" in call.map().used(call.high, call.low)
+    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
+    s = torch.where(is_high(call), scores(high), scores(low))
+    takes_bf16 = "bf16" in call.map().used(high, low)
     s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
     s = s.masked_fill(~seen(call, mask), -math.inf)
     if call.skip_below is not None:
@@ -270,17 +272,47 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
 
 
-def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums LOW's probabilities as it multiplies them; who skips tiles together."""
-    from dma_diffusers.kernels.attention.launch import takes_gluon
-    from dma_diffusers.kernels.quantiser.launch import Stored, padded_dim
+def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
+    """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
+    of_call = {
+        name: given.pop(name)
+        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope")
+        if name in given
+    }
+    of_plan = {
+        name: given.pop(name)
+        for name in ("routing", "token_order", "fine_mask", "skip_below", "masks_all")
+        if name in given
+    }
+    return KernelCall(q, k, v, **of_call), Plan(precision_map, **of_plan), Precisions.parse(high, low), given
 
-    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
-    formats = call.map().used(call.high, call.low)
-    classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
-    storages = tuple(c and c.storage for c in classes)
-    tuned = tuning(target or architecture(device), padded_dim(call.head_dim), storages)
-    return {"sums_rounded": takes_gluon(tuned, classes), "skip_rows": tuned.rows}
+
+def by_reference(*positional, **given) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.attention`; arguments as of `split`, and its own."""
+    call, plan, precisions, options = split(*positional, **given)
+    return reference.attention(call, plan, precisions, **options)
+
+
+def launched(*positional, lowering="native", run=None, **given):
+    """`launch.attention` on the device of q; arguments as of `split`, its own, and what runs a kernel."""
+    from dma_diffusers.kernels.attention import launch
+    from dma_diffusers.kernels.device.launch import Launcher
+
+    call, plan, precisions, options = split(*positional, **given)
+    launcher = Launcher() if run is None else Launcher(run)
+    return launch.attention(
+        call, plan.to(call.q.device), precisions, lowering=lowering, launcher=launcher, **options
+    )
+
+
+def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
+    """The reference's options: hopper.py sums FP8 probabilities as it multiplies them; who skips tiles together."""
+    from dma_diffusers.kernels.attention.launch import Variant
+
+    q = torch.empty(1, 1, 1, call.head_dim, device=device)
+    precisions = Precisions.parse(call.high, call.low)
+    variant = Variant.of(KernelCall(q, q, q), Plan(call.map()), precisions, lowering, target)
+    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows}
 
 
 def guarded(kernel, grid, *arguments, **options) -> None:

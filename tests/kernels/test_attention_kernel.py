@@ -7,8 +7,8 @@ in the last bits, so that now and then a probability rounds to the neighbouring 
 import pytest
 import torch
 
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import hiding
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
@@ -17,7 +17,9 @@ from tests.kernels.calls import (
     NAMED_CALLS,
     Call,
     as_the_kernel,
+    by_reference,
     guarded,
+    launched,
     random_calls,
     relative_l2,
 )
@@ -25,17 +27,10 @@ from tests.kernels.calls import (
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 
-def launched(q, k, v, precision_map, high, low, lowering="native", **call):
-    from dma_diffusers.kernels.attention import launch
-
-    call = {"key_mask": None, "scale": q.shape[-1] ** -0.5, "is_causal": False} | call
-    return launch.attention(q, k, v, precision_map.to(q.device), high, low, lowering=lowering, **call)
-
-
 def run(call: Call, device: torch.device, tensors=None, lowering="native", skipped=None):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
-        q, k, v, call.map(), call.high, call.low, lowering,
+        q, k, v, call.map(), call.high, call.low, lowering=lowering,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
         masks_all=not call.masks_text, **call.ropes(device),
         skip_below=call.skip_below, skipped=skipped,
@@ -44,7 +39,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
 
 def expected(call: Call, device: torch.device, lowering: str, skipped=None):
     q, k, v, mask = call.tensors(device)
-    return reference.attention(
+    return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
         **call.ropes(device),
@@ -55,9 +50,9 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
 
 def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device) -> None:
     """Where there is no block-scaled MMA, Triton widens its operands; Triton 3.6 can't in these cases."""
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
-    formats = call.map().used(call.high, call.low)
+    formats = call.map().used(*(precision.qk for precision in Precisions.parse(call.high, call.low)))
     blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
     if lowering != "native" or device.type == "cpu" or not blocks:
         return
@@ -144,7 +139,7 @@ def test_maps_of_each_head_and_batch(pair, kernel_device):
     precision_map = build_map(classes, call.layout)
     out, lse, _ = launched(q, k, v, precision_map, *pair)
     rounded = as_the_kernel(call, "native", kernel_device)["sums_rounded"]
-    reference_out, reference_lse = reference.attention(q, k, v, precision_map, *pair, sums_rounded=rounded)
+    reference_out, reference_lse = by_reference(q, k, v, precision_map, *pair, sums_rounded=rounded)
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
     assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
     assert torch.equal(lse.isinf(), reference_lse.isinf())
@@ -175,7 +170,7 @@ def test_nan_is_where_the_reference_has_it(skip_below, which, bad, pair, kernel_
     tensors[which][0, 0, 150, 3] = bad
     q, k, v = tensors.values()
     out, _ = run(call, kernel_device, (q, k, v, None))
-    reference_out, _ = reference.attention(
+    reference_out, _ = by_reference(
         q, k, v, call.map(), *pair, is_causal=True, skip_below=skip_below,
         skip_rows=as_the_kernel(call, "native", kernel_device)["skip_rows"],
     )  # fmt: skip
@@ -194,7 +189,7 @@ def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
         hidden = k.masked_fill(~mask[:, None, :, None], content)
         outs.append(run(call, kernel_device, (q, hidden, v, mask))[0])
     assert torch.equal(*outs)
-    reference_out, _ = reference.attention(q, hidden, v, call.map(), *pair, key_mask=mask)
+    reference_out, _ = by_reference(q, hidden, v, call.map(), *pair, key_mask=mask)
     assert relative_l2(outs[0], reference_out) <= (1e-3 if kernel_device.type == "cpu" else 1e-2)
 
 
@@ -206,7 +201,7 @@ def test_zeros(size, pair, kernel_device):
     q, k, v, _ = call.tensors(kernel_device)
     q, k = q * size, k * size
     out, _ = run(call, kernel_device, (q, k, v, None))
-    reference_out, _ = reference.attention(q, k, v, call.map(), *pair)
+    reference_out, _ = by_reference(q, k, v, call.map(), *pair)
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 1e-2)
 
 

@@ -17,7 +17,6 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
@@ -31,7 +30,7 @@ from dma_diffusers.kernels.lowerings import (
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.tiling.policies import Diagonal
 from dma_diffusers.kernels.tiling.precision_map import TILE, Class, PrecisionMap, build_map, tiles
-from tests.kernels.calls import Call, as_the_kernel, guarded, seen
+from tests.kernels.calls import Call, as_the_kernel, by_reference, guarded, launched, seen
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
@@ -286,12 +285,12 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     seen in the interpreter. On Hopper FP8 MMA adds 32 products to a sum at a time and cuts each 13 bits below the
     largest of them, which may be a single product or, at the end, the score itself.
     """
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     ropes = call.ropes(device)
     keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
     reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
-    reach *= quantiser.softmax_scale_log2(call.head_dim**-0.5 if call.scale is None else call.scale)
+    reach *= (call.head_dim**-0.5 if call.scale is None else call.scale) * math.log2(math.e)
     formats = call.map().used(call.high, call.low)
     classes = [name and STORES[call.lowering][name] for name in formats]
     lost, absolute = 2**-21, 2**-19
@@ -306,7 +305,7 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
             product = (turned.abs() * keys.abs().amax(-2, keepdim=True)).amax(-1)
             largest = product + (turned @ keys.mT).abs().amax(-1)
             scale = call.head_dim**-0.5 if call.scale is None else call.scale
-            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * quantiser.softmax_scale_log2(scale)
+            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * scale * math.log2(math.e)
     if inexact_rows is not None and inexact_rows.item():
         lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
     tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
@@ -327,8 +326,6 @@ def row_errors(out, reference_out, v) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_agree(call: Drawn, device: torch.device) -> None:
-    from dma_diffusers.kernels.attention import launch
-
     q, k, v, mask = call.tensors(device)
     scale = call.head_dim**-0.5 if call.scale is None else call.scale
     ropes = call.ropes(device)
@@ -344,8 +341,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
     }
     of_kernel = as_the_kernel(call, call.lowering, device, call.target)
     rounded = of_kernel["sums_rounded"]
-    reference_out, reference_lse = reference.attention(*positional, **shared, **of_kernel)
-    out, lse, inexact_rows = launch.attention(
+    reference_out, reference_lse = by_reference(*positional, **shared, **of_kernel)
+    out, lse, inexact_rows = launched(
         *positional, **shared,
         lowering=call.lowering, return_lse=call.returns_lse, target=call.target, run=guarded,
     )  # fmt: skip
