@@ -85,7 +85,7 @@ def attention(
     smooths = quantiser.smooths(*formats)
     whole_mask = None if key_mask is None else _whole_tiles(key_mask, token_order)
     of_v = v if classes[1] else None
-    known = statistics_of(k if smooths else None, of_v, k_rope, run)
+    known = statistics_of(k if smooths else None, of_v, k_rope, key_mask, run)
     q_amax, k_amax = None, None
     if any(c and c.format.has_tensor_scale for c in classes):
         q_amax, k_amax = _tensor_amax(q, k, softmax_scale_log2, q_rope, k_rope, key_mask)
@@ -107,7 +107,10 @@ def attention(
     )
     v_high, v_low = None, None
     if classes[0]:
-        v_high = descriptor(bf16_for_tma(v) if token_order is None else encoded.v_high, TILE, dim)
+        values = (
+            bf16_for_tma(quantiser.narrowed(v, torch.bfloat16)) if token_order is None else encoded.v_high
+        )
+        v_high = descriptor(values, TILE, dim)
     if classes[1]:
         v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
     if routing is not None:
@@ -184,7 +187,7 @@ def _tensor_amax(
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    smoothed = quantiser.rotate(k, k_rope) - quantiser.key_mean(k, k_rope)
+    smoothed = quantiser.rotate(k, k_rope) - quantiser.key_mean(k, k_rope, key_mask)
     if key_mask is not None:
         smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
     folded = quantiser.rotate(q, q_rope) * softmax_scale_log2

@@ -46,8 +46,9 @@ def attention(
     """Attention with Q·K in `high` or `low` as the map says of each tile; P·V in bf16 for HIGH, e4m3 for LOW.
 
     q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, Hkv dividing H; key_mask bool `[B, Sk]`, True where a key is
-    seen. q_rope, k_rope: q and k are rotated by them first. Returns the output, of q's shape and dtype, and the
-    natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
+    seen. A hidden key changes nothing, whatever k holds there, and whatever finite numbers v does. q_rope, k_rope: q
+    and k are rotated by them first. Returns the output, of q's shape and dtype, in which finite numbers stay finite,
+    and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key gives zeros and −inf.
     A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards what smoothing
     takes from those of the other class.
     token_order: int32 `[slots]`, for Sq = Sk, not causal: which token stands at each slot, −1 where none does. The map is
@@ -67,12 +68,16 @@ def attention(
     scale = head_dim**-0.5 if scale is None else scale
     q, k = quantiser.rotate(q, q_rope), quantiser.rotate(k, k_rope)
     used = precision_map.used(high, low)
-    mean = quantiser.key_mean(k) if quantiser.smooths(*used) else torch.zeros_like(k[:, :, :1])
+    mean = (
+        quantiser.key_mean(k, key_mask=key_mask)
+        if quantiser.smooths(*used)
+        else torch.zeros_like(k[:, :, :1])
+    )
     offset = quantiser.key_offset(q.bfloat16().float() if "bf16" in used else q, mean, scale)
     folded, smoothed = q * quantiser.softmax_scale_log2(scale), k - mean
     if key_mask is not None:  # a hidden key counts for no scale
         smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-    v_scale = quantiser.value_scale(v)
+    v_scale = quantiser.value_scale(v, key_mask)
     if token_order is not None:
         taken = token_order >= 0
         if token_order[taken].sort().values.tolist() != list(range(tokens)):
@@ -89,7 +94,7 @@ def attention(
     if routing is not None:
         there = None if token_order is None else taken[None]
         seen = there if key_mask is None else key_mask
-        values = pooled(v.float(), there)[..., 1, :].sum(-1)
+        values = pooled(v.float(), seen)[..., 1, :].sum(-1)
         precision_map = route(Pools(pooled(folded, there), pooled(smoothed, seen), values), routing)
 
     def operands(fmt: str, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -101,7 +106,7 @@ def attention(
         pair = quantiser.quantised_q(pair[0], fmt), quantiser.quantised_k(pair[1], fmt)
         return *map(_tiled, (*pair, values.float())), factor, _tiled(shift[..., None])
 
-    of_high = operands(high, v.to(torch.bfloat16))
+    of_high = operands(high, quantiser.narrowed(v, torch.bfloat16))
     of_low = operands(low, quantiser.quantised_v(v, v_scale))
     low_phases = (Phase.LOW,) if precision_map.has_high else (Phase.LOW, Phase.MASKED)
 
@@ -186,7 +191,8 @@ def attention(
         start = end
 
     out = accumulator / torch.where(l == 0, 1, l)
-    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(dtype)
+    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length]
+    out = quantiser.narrowed(out, dtype)
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
     lse = (lse + offset) * math.log(2)
     if token_order is not None:

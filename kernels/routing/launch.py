@@ -27,7 +27,8 @@ def pooled(
 ) -> Pools:
     """The reference's pools of q·factor, of k less its mean and of v; past the head dimension, channels are zeros.
 
-    The arguments are as of the quantiser's `encode`; hidden keys are left out of K's pools. mean: float32 `[B·Hkv, D]`.
+    The arguments are as of the quantiser's `encode`; hidden keys are left out of K's and V's pools. mean: float32
+    `[B·Hkv, D]`.
     """
     (batch, heads, q_length, head_dim), (kv_heads, k_length) = q.shape, k.shape[1:3]
     token_count = None
