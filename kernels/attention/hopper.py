@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dma_diffusers.kernels.attention.kernel import LN_2, LOOKED_AT, LOWEST, P_SHIFT, PATIENCE
+from dma_diffusers.kernels.device.rounding import to_output
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 from dma_diffusers.kernels.tiling import precision_map
 
@@ -427,7 +428,7 @@ def _attend(
     out_tokens = gl.convert_layout(q_tokens, out_row)
     slots = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
     inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
-    gl.store(out + slots, result.to(out.dtype.element_ty), mask=inside)
+    gl.store(out + slots, to_output(result, out.dtype.element_ty), mask=inside)
     if lse is not None:
         log_sum = m + gl.log2(l)
         if offset is not None:

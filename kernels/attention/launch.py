@@ -97,10 +97,12 @@ class Variant:
 class Inputs:
     """What the kernels read of a call.
 
-    source: what the quantiser reads. bf16: q, k and v as TMA reads the model's own numbers; None where nothing does.
+    source: what the quantiser reads. key_mask: the call's, in the order of tokens, which the statistics read.
+    bf16: q, k and v as TMA reads the model's own numbers; None where nothing does.
     """
 
     source: Source
+    key_mask: torch.Tensor | None
     bf16: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
     @classmethod
@@ -117,16 +119,16 @@ class Inputs:
         )
         bf16 = tuple(
             bf16_for_tma(x) if is_read and order is None else None
-            for x, is_read in zip((q, k, v), read, strict=True)
+            for x, is_read in zip((q, k, quantiser.narrowed(v, torch.bfloat16)), read, strict=True)
         )
-        return cls(source, bf16)
+        return cls(source, call.key_mask, bf16)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that differ from call to call, each once."""
         source = self.source
         ropes = chain(*(rope or () for rope in (source.q_rope, source.k_rope)))
-        found = [source.q, source.k, source.v, source.key_mask, *ropes, *self.bf16]
+        found = [source.q, source.k, source.v, *ropes, source.key_mask, self.key_mask, *self.bf16]
         return list({id(x): x for x in found if x is not None}.values())
 
 
@@ -250,7 +252,11 @@ def _launch(
     source, tuned, dim = inputs.source, variant.tuned, variant.dim
     smooths, is_channel = variant.smooths, variant.stores_values(Storage.CHANNEL)
     known = statistics_of(
-        source.k if smooths else None, source.v if is_channel else None, source.k_rope, launcher
+        source.k if smooths else None,
+        source.v if is_channel else None,
+        source.k_rope,
+        inputs.key_mask,
+        launcher,
     )
     needs_v = is_channel or source.token_order is not None
     encoded = encode(
@@ -358,7 +364,7 @@ def _row_major(x: torch.Tensor) -> torch.Tensor:
 
 def _tensor_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    smoothed = quantiser.rotate(call.k, call.k_rope) - quantiser.key_mean(call.k, call.k_rope)
+    smoothed = quantiser.rotate(call.k, call.k_rope) - quantiser.key_mean(call.k, call.k_rope, call.key_mask)
     if call.key_mask is not None:
         smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
     folded = quantiser.rotate(call.q, call.q_rope) * call.softmax_scale_log2

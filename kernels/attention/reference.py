@@ -31,7 +31,8 @@ def attention(
     """Attention with Q·K and P·V in the precision that the plan's map gives each tile.
 
     Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key
-    gives zeros and −inf. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
+    gives zeros and −inf; finite numbers stay finite. A hidden key changes nothing, whatever k holds there, and whatever
+    finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
     what smoothing takes from those of the other class.
     sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
@@ -118,10 +119,10 @@ def attention(
         start = end
 
     out = accumulator / torch.where(l == 0, 1, l)
-    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length].to(call.q.dtype)
+    out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length]
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
     lse = (lse + slots.offset) * math.log(2)
-    return slots.of_tokens(out), slots.of_tokens(lse)
+    return quantiser.narrowed(slots.of_tokens(out), call.q.dtype), slots.of_tokens(lse)
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,15 @@ class _Slots:
         q, k = quantiser.rotate(call.q, call.q_rope), quantiser.rotate(call.k, call.k_rope)
         v, key_mask, order = call.v, call.key_mask, plan.token_order
         used = plan.precision_map.used(*(precision.qk for precision in precisions))
-        mean = quantiser.key_mean(k) if quantiser.smooths(*used) else torch.zeros_like(k[:, :, :1])
+        mean = torch.zeros_like(k[:, :, :1])
+        if quantiser.smooths(*used):
+            mean = quantiser.key_mean(k, key_mask=key_mask)
         rounded = q.bfloat16().float() if "bf16" in used else q
         offset = quantiser.key_offset(rounded, mean, call.softmax_scale_log2)
         scaled, smoothed = q * call.softmax_scale_log2, k - mean
         if key_mask is not None:  # a hidden key counts for no scale
             smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-        v_scale = quantiser.value_scale(v)
+        v_scale = quantiser.value_scale(v, key_mask)
         taken = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
         if order is not None:
             order = order.to(q.device)
@@ -192,10 +195,9 @@ class _Slots:
         precision_map = plan.precision_map
         if plan.routing is not None:
             there = None if order is None else taken[None]
-            values = pooled(v.float(), there)[..., 1, :].sum(-1)
-            pools = Pools(
-                pooled(scaled, there), pooled(smoothed, there if key_mask is None else key_mask), values
-            )
+            seen = there if key_mask is None else key_mask
+            values = pooled(v.float(), seen)[..., 1, :].sum(-1)
+            pools = Pools(pooled(scaled, there), pooled(smoothed, seen), values)
             precision_map = route(pools, plan.routing)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
@@ -209,7 +211,7 @@ class _Slots:
         else:
             q, k, factor, shift = self.scaled, self.smoothed, 1.0, torch.zeros_like(self.offset)
         if precision.pv == "bf16":
-            v, unit, p_dtype = self.v.to(torch.bfloat16), None, torch.bfloat16
+            v, unit, p_dtype = quantiser.narrowed(self.v, torch.bfloat16), None, torch.bfloat16
         else:
             v, p_dtype = quantiser.quantised_v(self.v, self.v_scale), torch.float8_e4m3fn
             unit = self.v_scale.reshape(-1, 1, v.shape[-1])

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.device.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
+from dma_diffusers.kernels.device.rounding import (
+    BF16_MAX,
+    INTERPRETED,
+    rounded,
+    to_bf16,
+    to_e4m3,
+    to_e5m2,
+    within,
+)
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -227,6 +235,8 @@ def _encode_value(
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
     if plain is not None:
+        if v.dtype.element_ty == tl.float32:  # a hidden value is multiplied by 0, which of inf would be NaN
+            value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
         # Of a normal power of two, the inverse too is a power of two.

@@ -106,11 +106,13 @@ def statistics_of(
     k: torch.Tensor | None,
     v: torch.Tensor | None,
     rope: Rope | None = None,
+    key_mask: torch.Tensor | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> Statistics:
     """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k is rotated by `rope` first.
+    key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
     """
     x = v if k is None else k
     if x is None:
@@ -127,8 +129,9 @@ def statistics_of(
     programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *tables, of_all, heads, length, max(1, length // SAMPLED_TOKENS),
-        *_strides(k), *_strides(v), *rope_strides,
+        k, v, partials, finished, mean, v_scale, *tables, None if key_mask is None else key_mask.view(torch.uint8),
+        of_all, heads, length, max(1, length // SAMPLED_TOKENS),
+        *_strides(k), *_strides(v), *rope_strides, *((0, 0) if key_mask is None else key_mask.stride()),
         CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)

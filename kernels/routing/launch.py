@@ -19,7 +19,7 @@ def pooled(
 ) -> Pools:
     """The reference's pools of q times its factor, of k less its mean and of v; channels past the head are zeros.
 
-    Hidden keys are left out of K's pools. mean: float32 `[B·Hkv, D]`.
+    Hidden keys are left out of K's and V's pools. mean: float32 `[B·Hkv, D]`.
     """
     (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
     q_length, k_length, token_count = source.lengths

@@ -240,8 +240,12 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    sample = k[..., :: max(1, call.k_length // 1024), :]
-    mean = sample.double().mean(-2, keepdim=True).float()  # any constant will do; this one rounds alike
+    sampled = torch.arange(0, call.k_length, max(1, call.k_length // 1024))
+    means = []  # any constant will do; this one rounds alike
+    for b in range(call.batch):
+        own = sampled if mask is None else sampled[mask[b, sampled].cpu()]
+        means.append(k[b, :, own].double().sum(-2, keepdim=True) / max(1, len(own)))
+    mean = torch.stack(means).float()
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
@@ -344,6 +348,13 @@ def guarded(kernel, grid, *arguments, **options) -> None:
         bits.copy_(copy)
         copy.fill_(-1)
         assert (memory == -1).all(), f"{kernel.fn.__name__} wrote beside a tensor of shape {list(bits.shape)}"
+
+
+def with_hidden(tensors: tuple[torch.Tensor, ...], of_k: float, of_v: float) -> tuple[torch.Tensor, ...]:
+    """q, k, v and mask: hidden keys and values are these multiples of the largest number that their dtype has."""
+    q, k, v, mask = tensors
+    hidden, largest = ~mask[:, None, :, None], torch.finfo(k.dtype).max
+    return q, k.masked_fill(hidden, of_k * largest), v.masked_fill(hidden, of_v * largest), mask
 
 
 def relative_l2(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -516,6 +527,29 @@ GRID_CALLS = [
         300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),
         name="nearest",
     ),
+]  # fmt: skip
+
+
+# Of hidden keys, and of hidden values: multiples of the largest number that the dtype has.
+HIDDEN = [(2.0**-8, 2.0**-8), (1.0, -1.0), (math.nan, 0.0), (-math.inf, 0.0)]
+HIDING_CALLS = [
+    replace(call, masks_keys=True, batch=2)
+    for call in (
+        Call(1, 1, 64, name="hides-1"),
+        Call(63, 63, 64, heads=4, window=0, sink=0, dtype=torch.bfloat16, name="hides-63"),
+        Call(111, 111, 40, high="bf16", low="int8", has_rope=True, dtype=torch.float16, name="hides-111"),
+        Call(300, 300, 64, heads=4, has_rope=True, name="hides-300-rope"),
+        Call(300, 300, 64, high="bf16", low="int8", window=0, sink=0, dtype=torch.bfloat16, name="hides-all-low"),
+        Call(300, 300, 64, high="bf16", low="fp8", has_token_order=True, has_rope=True, name="hides-order"),
+        Call(300, 300, 64, low="fp8", has_token_order=True, empty_slots=40, name="hides-order-empty"),
+        Call(300, 300, 64, low="nvfp4", kv_heads=1, dtype=torch.bfloat16, name="hides-nvfp4"),
+        Call(130, 300, 72, high="fp8", low="fp8", dtype=torch.float16, name="hides-cross-fp8"),
+        Call(300, 300, 64, high="bf16", low="int8", is_causal=True, skip_below=0.05, name="hides-causal-skips"),
+        Call(
+            400, 400, 64, kv_heads=1, text=(252, 400), masks_text=True, high="bf16", low="int8", grid=(4, 7, 9),
+            policy="neighborhood(window=4x7x9, stride=4x7x9)", dtype=torch.bfloat16, name="hides-text",
+        ),
+    )
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 from tests.kernels.calls import (
     GRID_CALLS,
+    HIDDEN,
+    HIDING_CALLS,
     NAMED_CALLS,
     Call,
     as_the_kernel,
@@ -22,6 +24,7 @@ from tests.kernels.calls import (
     launched,
     random_calls,
     relative_l2,
+    with_hidden,
 )
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
@@ -191,6 +194,35 @@ def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
     assert torch.equal(*outs)
     reference_out, _ = by_reference(q, hidden, v, call.map(), *pair, key_mask=mask)
     assert relative_l2(outs[0], reference_out) <= (1e-3 if kernel_device.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("lowering", ["native", "faithful"])
+@pytest.mark.parametrize("content", HIDDEN)
+@pytest.mark.parametrize("call", HIDING_CALLS, ids=str)
+def test_hidden_keys_change_nothing(call, content, lowering, kernel_device):
+    """Not a bit, whatever they hold, and however large their values are."""
+    skip_what_triton_gets_wrong(call, lowering, kernel_device)
+    zeros, other = (
+        run(call, kernel_device, with_hidden(call.tensors(kernel_device), *of), lowering)
+        for of in ((0.0, 0.0), content)
+    )
+    assert torch.equal(other[0], zeros[0]) and torch.equal(other[1], zeros[1])
+    assert zeros[0].isfinite().all()
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+@pytest.mark.parametrize("window", [0, 128, 10_000])
+def test_the_largest_fp16_values_stay_finite(window, pair, kernel_device):
+    """Infinity stays infinite where V is in bf16."""
+    call = Call(300, 300, 64, high=pair[0], low=pair[1], window=window, sink=window, dtype=torch.float16)
+    skip_what_triton_gets_wrong(call, "native", kernel_device)
+    q, k, v, _ = call.tensors(kernel_device)
+    v[:, 0], v[:, 1] = 65504.0, -65504.0
+    out, _ = run(call, kernel_device, (q, k, v, None))
+    assert relative_l2(out, v) < 0.01 and out.dtype == torch.float16
+    if window == 10_000:
+        v[0, 0, 7, 3] = torch.inf
+        assert (run(call, kernel_device, (q, k, v, None))[0][0, 0, :, 3] == torch.inf).all()
 
 
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("int8", "fp8")])

@@ -89,6 +89,7 @@ class Drawn(Call):
     used: whether the map claims HIGH and LOW tiles, which kernels are compiled for; None for the truth.
     memory: how q, k and v lie in larger tensors of NaN.
     keys: where `masks_keys`, which ones are seen.
+    hidden: the hidden ones' k and v, as a share of their dtype's largest number; None for numbers like the others'.
     target: the architecture whose tuning is used.
     """
 
@@ -101,6 +102,7 @@ class Drawn(Call):
     memory: str = "heads first"
     contents: tuple[str, str, str] = ("ordinary", "ordinary", "ordinary")
     keys: str = "random"
+    hidden: float | None = None
     interleaves_rope: bool = False
     scale: float | None = None
     returns_lse: bool = True
@@ -159,6 +161,9 @@ class Drawn(Call):
                 case "none of the first batch":
                     mask[0] = False
             mask = mask.to(device)
+            if self.hidden is not None:
+                for x in (k, v):
+                    x.masked_fill_(~mask[:, None, :, None], self.hidden * torch.finfo(self.dtype).max)
             if self.memory == "tokens first":
                 mask = mask.t().contiguous().t()
         return q, k, v, mask
@@ -265,6 +270,7 @@ def drawn_call(random: Random, arch: str) -> Drawn:
     }
     if fixed["masks_keys"]:
         drawn["keys"] = pick(["random", "first", "none of the first batch"])
+        drawn["hidden"] = pick([None, 2.0**-8, -1.0])
     if not fixed["among"]:
         drawn |= {"window": pick([0, 128, 384]), "sink": pick([0, 128])}
         drawn["text"] = pick([(0, 0), (0, min(k_length, 77))])
@@ -314,12 +320,12 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     return lost * reach + absolute
 
 
-def row_errors(out, reference_out, v) -> tuple[torch.Tensor, torch.Tensor]:
+def row_errors(out, reference_out, v_scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row the norm of its error, and what it is relative to: its own norm and that of its head's rows.
 
     Each channel counts in units of its largest value, so that outliers don't drown the others.
     """
-    unit = quantiser.value_scale(v).repeat_interleave(out.shape[1] // v.shape[1], 1).double()
+    unit = v_scale.repeat_interleave(out.shape[1] // v_scale.shape[1], 1).double()
     size = (reference_out / unit).norm(dim=-1)
     size = size + size.square().mean(-1, keepdim=True).sqrt()
     return ((out.double() - reference_out.double()) / unit).norm(dim=-1), size
@@ -357,7 +363,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         assert torch.equal(lse == -torch.inf, nothing)
     if nothing.all():
         return
-    tolerance = scores_tolerance(call, q, k, inexact_rows, device)
+    seen_k = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0)
+    tolerance = scores_tolerance(call, q, seen_k, inexact_rows, device)
     if call.skip_below is not None:  # a tile on the threshold may be skipped by one of them alone
         tolerance += TILE * call.skip_below
     if call.returns_lse:
@@ -367,7 +374,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         )  # a probability may round to the neighbouring number
         assert (difference <= tolerance[~nothing] + step).all()
         assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
-    error, size = row_errors(out, reference_out, v)
+    error, size = row_errors(out, reference_out, quantiser.value_scale(v, mask))
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
     if device.type == "cuda" and call.map().has_low and architecture(device) not in TCGEN05_ARCHITECTURES:

@@ -156,6 +156,28 @@ def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_devic
     assert of_k.v_scale is None and of_v.mean is None
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
+def test_statistics_of_keys_that_are_seen(length, head_dim, tokens_first, kernel_device):
+    """In the second batch entry the mean's sample has none of them, if it is not all keys."""
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
+    call = Call(length, length, head_dim, batch=2, masks_keys=True, has_rope=True)
+    _, k, v, mask = call.tensors(kernel_device)
+    mask[1, :: max(1, length // 1024)] = False
+    mask = mask.t().contiguous().t() if tokens_first else mask
+    hidden = ~mask[:, None, :, None]
+    k, v = k.masked_fill(hidden, 1e30), v.masked_fill(hidden, torch.inf)
+    k[0, 0, :, 1], v[0, 0, :, 2] = torch.nan, torch.inf
+    rope = call.ropes(kernel_device)["k_rope"]
+    found = statistics_of(k, v, rope, mask)
+    mean, scale = reference.key_mean(k, rope, mask), reference.value_scale(v, mask)
+    assert torch.equal(found.mean[:, :head_dim], mean.flatten(0, 2)) and (mean[1] == 0).all()
+    assert torch.equal(found.v_scale[:, :head_dim], scale.flatten(0, 2))
+    assert torch.equal(scale, reference.value_scale(v.masked_fill(hidden, 0))) and mean.abs().max() < 10
+    assert (mean[0] != 0).any() or length == 1
+
+
 def in_order(transposed: torch.Tensor) -> torch.Tensor:
     """Transposed values `[B, H, D, tiles·128]` as `[B, H, tiles·128, D]`; of 16 tokens 8h+2j+p lies at 4j+2h+p."""
     return transposed.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT
