@@ -1,4 +1,4 @@
-"""The embedded demo model: what is on disk, what its prompts hold, and that it draws what they say."""
+"""Test the embedded demo model: its files, its prompts, and that it draws what a prompt says."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_transformer_is_of_the_size_it_should_be(pipe):
 
 
 def test_tokens_of_the_recommended_call(pipe):
-    pixels = pipe.vae_scale_factor * 2  # one token holds two by two latents
+    pixels = pipe.vae_scale_factor * 2  # one token covers two by two latents
     assert CALL["height"] // pixels * (CALL["width"] // pixels) + CALL["max_sequence_length"] == 1152
 
 
@@ -95,7 +95,7 @@ def test_dma_diverts_every_call_and_changes_little(pipe, exact):
     apply(pipe, DMAConfig.preset("b200"))
     drawing, receipt = draw(pipe, [APPLE], [0], SHORT), report(pipe)
     restore(pipe)
-    calls = 2 * SHORT["num_inference_steps"]  # with and without the prompt
+    calls = 2 * SHORT["num_inference_steps"]  # each step calls the transformer with and without the prompt
     assert {(module.diverted, len(module.left)) for module in receipt.modules} == {(calls, 0)}
     assert len(receipt.modules) == len(pipe.transformer.attn_processors)
     (psnr,) = paired_metrics(drawing, exact)["psnr_db"]

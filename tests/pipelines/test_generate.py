@@ -1,4 +1,4 @@
-"""Loading and drawing, with a tiny pipeline saved as a user's folder would be."""
+"""Test loading and drawing with a tiny pipeline that is saved like a user's model folder."""
 
 import json
 import shutil
