@@ -77,7 +77,7 @@ def attention(
     Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
     Raises ValueError for what it can't take, before anything is launched.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("attention has no backward yet: call it under torch.no_grad(), or detach q, k and v")
     if not k.device == v.device == q.device or (key_mask is not None and key_mask.device != q.device):
         devices = ", ".join(str(x.device) for x in (q, k, v, key_mask) if x is not None)

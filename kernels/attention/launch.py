@@ -2,7 +2,6 @@
 
 import functools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from operator import or_
@@ -143,9 +142,11 @@ class Outputs:
     @classmethod
     def empty(cls, call: Call, variant: Variant, return_lse: bool) -> "Outputs":
         batch, heads, length, head_dim = call.q.shape
-        out = call.q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        lse = call.q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
-        inexact_rows = call.q.new_zeros(1, dtype=torch.int32) if variant.counts_inexact else None
+        device, row = call.q.device, heads * head_dim
+        strides = (length * row, head_dim, row, 1)  # as [B, S, H, D], which is what models go on with
+        out = torch.empty_strided(call.q.shape, strides, dtype=call.q.dtype, device=device)
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device) if return_lse else None
+        inexact_rows = torch.zeros(1, dtype=torch.int32, device=device) if variant.counts_inexact else None
         return cls(out, lse, inexact_rows)
 
     @property
@@ -220,12 +221,11 @@ class Prepared:
         return outputs.out, outputs.lse, outputs.inexact_rows
 
     def _launch_again(self, device: torch.device, addresses: tuple[int, ...]) -> None:
-        recording = self._recording
-        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-            workspace = torch.empty(recording.bytes, dtype=torch.uint8, device=device)
-            zeros = torch.zeros(recording.zeroed_bytes, dtype=torch.uint8, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            recording.launch(stream, (*addresses, workspace.data_ptr(), zeros.data_ptr()))
+        if device.index == torch.cuda.current_device():
+            self._recording.launch(device, addresses)
+        else:
+            with torch.cuda.device(device):
+                self._recording.launch(device, addresses)
 
 
 def _own_tensors(call: Call) -> tuple[torch.Tensor, ...]:

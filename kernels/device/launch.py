@@ -38,6 +38,6 @@ class Launcher:
         """A tensor that the call's kernels write and read."""
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor in which the call's kernels count."""
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def counters(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """int32 zeros in which kernels count, and to which they return them."""
+        return torch.zeros(shape, dtype=torch.int32, device=device)

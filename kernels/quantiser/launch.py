@@ -121,7 +121,7 @@ def statistics_of(
     dim, of_all, device = padded_dim(head_dim), batch * heads, x.device
     count = chunks(of_all, device)
     partials = launcher.empty((4, of_all, count, dim), torch.float32, device)
-    finished = launcher.zeros((2, of_all), torch.int32, device)
+    finished = launcher.counters((2, of_all), device)
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )

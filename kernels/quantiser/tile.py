@@ -58,3 +58,16 @@ def power_of_two(code):
     """The number of an E8M0 code."""
     bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_last(finished, programs):
+    """Tells whether this program is the last of so many to come here; it then sees what the others stored.
+
+    `finished` is zero before the first comes and after the last: a launch may be repeated with its arguments.
+    """
+    tl.debug_barrier()  # the whole program has stored
+    last = tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(finished, 0)
+    return last

@@ -6,7 +6,7 @@ What reference.py defines, from the same formulas; products are in TF32, about a
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
+from dma_diffusers.kernels.quantiser.tile import is_last, load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.tiling import precision_map
 
@@ -237,13 +237,15 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
 def write_block_lists(
-    levels, histogram, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
+    levels, histogram, finished, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
+    phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The block list of one program of BLOCKS blocks of ROWS queries of one head: as of precision_map.py, `shared` of several blocks.
 
     indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as `score` and `count_steps`
-    leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.
+    leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded. The last program, by `finished`
+    (int32 [1], zero), returns the histogram to zeros.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -272,3 +274,6 @@ def write_block_lists(
     tl.store(bounds, high_place)
     tl.store(bounds + 1, low_place)
     tl.store(bounds + 2, masked_place)
+    if is_last(finished, tl.num_programs(0)):
+        for entry in range(tl.num_programs(0) // (heads * programs)):
+            tl.store(histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32))

@@ -58,7 +58,7 @@ def route(
     device, phases = pools.q.device, routing.phases
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
-    histogram = launcher.zeros((batch, 2, BINS), torch.int32, device)
+    histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
     allowed = routing.allowed(heads)
     rows, columns = 16, 64 if dim <= 128 else 32
     launcher(
@@ -78,7 +78,7 @@ def route(
     bounds = launcher.empty((batch, heads, programs, 3), torch.int32, device)
     launcher(
         kernel.write_block_lists, (batch * heads * programs,),
-        levels, histogram, allowed, phases, indices, bounds,
+        levels, histogram, finished, allowed, phases, indices, bounds,
         heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
