@@ -111,7 +111,7 @@ class Recording:
     def _bind(
         self, compiled: Any, grid: tuple[int, int, int], values: list[Any], stream: int, addresses: tuple
     ) -> tuple[Run, tuple]:
-        """What launches a kernel at these addresses, and its arguments."""
+        """Finds the function that launches a kernel, and its arguments with these addresses."""
         arguments = [
             value.at(addresses) if isinstance(value, _Place | _Descriptor) else value for value in values
         ]

@@ -1,4 +1,4 @@
-"""What encoding needs to know of a whole head first: K's mean and V's scales.
+"""The statistics of a whole head that encoding needs first: K's mean and V's scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
 same token_order: the same inputs give the same bits.
@@ -57,7 +57,7 @@ def _in_runs(x, RUNS: tl.constexpr):
 
 @triton.jit
 def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
-    """Which of the places `inside` hold keys that the mask shows."""
+    """Leaves of `inside` those places whose keys the mask shows."""
     if key_mask is not None:
         place = batch.to(tl.int64) * stride_b + tokens.to(tl.int64) * stride_s
         inside &= tl.load(key_mask + place, mask=inside, other=0) != 0

@@ -1,4 +1,4 @@
-"""What the quantiser's kernels do: find tokens, load those of one head, turn them, find powers of two."""
+"""The quantiser's common steps: finding tokens, loading those of one head, turning them, finding powers of two."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def magnitude_bits(x):
 
 @triton.jit
 def token_at(token_order, place, length, tokens):
-    """Which token stands at each of `length` slots, `length` where none does; without a token order `place` itself.
+    """Finds the token at each of `length` slots, `length` where none stands; without a token order the slot itself.
 
     tokens: how many there are, None for one at each slot.
     """
