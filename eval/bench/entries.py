@@ -10,6 +10,8 @@ import torch
 
 from dma_diffusers.eval.bench.bound import Products, letter
 from dma_diffusers.eval.bench.inputs import Seen
+from dma_diffusers.eval.bench.shapes import GRIDS, Shape
+from dma_diffusers.eval.bench.timing import Call
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.device.launch import run
 from dma_diffusers.kernels.formats import get_format
@@ -23,8 +25,6 @@ from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap
 FULL, LOW_BIT, SPARSE, OURS = "full precision", "low bit", "sparse", "ours"
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Call = Callable[[int], Any]
-"""One launch or more, on the copy of the inputs that has this number (modulo their count)."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,19 @@ class Config:
         )
 
 
-def default_configs(architecture: str) -> list[Config]:
-    """LOW everywhere, and the diagonal and the first tile HIGH, in the formats that the GPU multiplies."""
+def default_configs(architecture: str, shape: Shape) -> list[Config]:
+    """Configurations that show what a plan costs, in the formats that the GPU multiplies.
+
+    LOW everywhere; the diagonal and the first tile HIGH; the same on a grid, so that tokens are gathered, for a shape
+    of `GRIDS`; and a twentieth HIGH that importance chooses.
+    """
     block_scaled = architecture in BLOCK_SCALED_ARCHITECTURES
-    high, low = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
-    return [Config(high, low, window=0, sink=0), Config(high, low)]
+    formats = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
+    configs = [Config(*formats, window=0, sink=0), Config(*formats)]
+    if shape.model in GRIDS:
+        text, grid = GRIDS[shape.model]
+        configs.append(Config(*formats, policy="diagonal(near=grid)", text_stop=text, grid=grid))
+    return [*configs, Config(*formats, policy="importance(budget=0.05)")]
 
 
 def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
@@ -181,9 +189,14 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
     def whole(number: int) -> torch.Tensor:
         return operator.attention(*copies[number % len(copies)], **config.keywords).out
 
+    of_policy = products(planned.precision_map, config.high, config.low, chosen.lowering)
+    if (
+        planned.routing is not None
+    ):  # its kernels add to counters that are zeroed between them, so none runs again
+        return Prepared(of_policy, whole)
     calls = [recorded(copy) for copy in copies]
     return Prepared(
-        products(planned.precision_map, config.high, config.low, chosen.lowering),
+        of_policy,
         whole,
         partial(again, slice(-1, None)),  # the attention kernel comes last
         partial(again, slice(-1)) if len(calls[0][0]) > 1 else None,

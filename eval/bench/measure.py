@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu, bound_tflops
-from dma_diffusers.eval.bench.entries import Call, Entry
+from dma_diffusers.eval.bench.entries import Entry
 from dma_diffusers.eval.bench.inputs import Sample, draw
-from dma_diffusers.eval.bench.peers import first_line
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.summary import compared
-from dma_diffusers.eval.bench.timing import take_turns
+from dma_diffusers.eval.bench.timing import Call, eager_and_graph, take_turns
 
 PARTS = ("whole", "kernel", "quantise")
 
@@ -55,6 +55,9 @@ def measure(
     on_step(shape.label, len(entries), len(entries) + 1)
     for (index, part), taken in take_turns(calls, seconds).items():
         rows[index][part] = taken
+    for (index, part), call in calls.items():
+        if part == "whole":
+            rows[index][part] |= eager_and_graph(call, len(copies), seconds)
     on_step(shape.label, len(entries) + 1, len(entries) + 1)
     return {"size": list(shape.size), "copies": len(copies), "entries": compared(shape, rows)}
 

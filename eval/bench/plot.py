@@ -8,8 +8,8 @@ from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, OURS
 
 _FILLS = {
     FULL: ("#b5b5b5", "#8a8a8a", "#d8d8d8"),
-    LOW_BIT: ("#7fa7d1", "#4f7fb3", "#a9c4e0"),
-    OURS: ("#e4572e", "#f29e4c", "#b23a17"),
+    LOW_BIT: ("#7fa7d1", "#4f7fb3", "#a9c4e0", "#2f5d8a"),
+    OURS: ("#e4572e", "#f29e4c", "#b23a17", "#f6c28b", "#7d2a12", "#c98a5a"),
 }
 _BAR, _GAP, _LEFT, _TOP, _HEIGHT, _LABELS, _LEGEND_LINE = 18, 26, 46, 30, 260, 40, 18
 _STEP = 200  # TFLOP/s between grid lines

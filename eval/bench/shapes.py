@@ -16,6 +16,16 @@ NAMED = {
     "hunyuan-720p": ((24, 118_800, 128),),
     "cogvideox": ((48, 17_776, 64),),
 }
+# A named model's text tokens, which come first, and the grid that all others lie on.
+GRIDS = {
+    "flux-1k": (512, (64, 64)),
+    "flux-2k": (512, (128, 128)),
+    "flux-4k": (512, (256, 256)),
+    "wan-480p": (0, (21, 30, 52)),
+    "wan-720p": (0, (21, 45, 80)),
+    "hunyuan-720p": (0, (33, 45, 80)),
+    "cogvideox": (226, (13, 30, 45)),
+}
 BATCHES = (1, 2)
 _LEAST_ELEMENTS = 2**20  # smaller ones would need hundreds of copies to leave the L2 cache
 

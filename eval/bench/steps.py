@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from dma_diffusers import apply, restore
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu
 from dma_diffusers.eval.bench.entries import FULL
 from dma_diffusers.eval.bench.inputs import draw
-from dma_diffusers.eval.bench.peers import PEERS, Peer, first_line
+from dma_diffusers.eval.bench.peers import PEERS, Peer
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import take_turns
 
