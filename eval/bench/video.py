@@ -124,7 +124,7 @@ def measure(
     for entry, config in configs.items():
         of_policy = work(config, layout, head_dim, device, entry == DENSE)
         bound = bound_tflops(shape, of_policy.pop("products"), gpu)
-        error = _relative_l2(first[entry].out, first[STOCK].out)
+        error = relative_l2(first[entry].out, first[STOCK].out)
         entries.append({
             "name": entry, **of_policy,
             "step_s": median(taken.seconds for taken in steps[entry]),
@@ -200,7 +200,8 @@ def compared(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖."""
     out, exact = out.double(), exact.double()
     return ((out - exact).norm() / exact.norm()).item()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.eval.bench.random_model import random_model
 from dma_diffusers.families import FAMILIES
 from dma_diffusers.grids import of_video
 from dma_diffusers.kernels.tiling.layout import Layout
@@ -16,9 +17,6 @@ from dma_diffusers.kernels.tiling.policies import Neighborhood
 _Random = Callable[..., torch.Tensor]
 
 _TIMESTEP = 500  # of 1,000
-# Scores of normalised random q and k have a standard deviation of 1, and the softmax of so many is a plain mean: with
-# 3, as trained models have it, each query attends to a few keys, and a result tells which.
-_SHARPNESS = 3.0
 _BLOCKS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
 
@@ -54,28 +52,12 @@ class Video:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, device: torch.device, seed: int) -> torch.nn.Module:
-        """The model, made on `device` with PyTorch's initial weights, in the dtypes that `from_pretrained` gives bf16.
+        """The model as `random_model` makes it.
 
         The mask that HunyuanVideo makes of its text's padding hides nothing here and is taken away, since stock
         attention has no fast kernel that takes one.
         """
-        import diffusers
-
-        kind = getattr(diffusers, self.kind)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.random.fork_rng(), device:
-                torch.manual_seed(seed)
-                model = kind(**self.config).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(before)
-        in_fp32 = set(model._keep_in_fp32_modules or ())
-        for name, parameter in model.named_parameters():
-            if in_fp32 & set(name.split(".")):
-                parameter.data = parameter.data.float()
-            if name.endswith("norm_q.weight"):
-                parameter.data.fill_(_SHARPNESS)
+        model = random_model(self.kind, self.config, device, seed)
         if FAMILIES[self.kind].masks_text:
             for blocks in _block_lists(model).values():
                 for block in blocks:
