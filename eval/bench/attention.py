@@ -1,4 +1,4 @@
-"""`bench attention`: our configurations and their peers, shape after shape."""
+"""`bench attention` measures our configurations and their peers, shape after shape."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

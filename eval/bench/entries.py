@@ -1,4 +1,4 @@
-"""What is timed side by side, and our own configurations among it."""
+"""This module says what is timed side by side, and describes our own configurations."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.bench.bound import Products, letter
 from dma_diffusers.eval.bench.inputs import Seen
 from dma_diffusers.eval.bench.shapes import GRIDS, Shape
 from dma_diffusers.eval.bench.timing import Call
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.device.launch import run
-from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
@@ -29,10 +29,11 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Calls on given inputs.
+    """Calls are prepared for given inputs.
 
-    whole: everything, quantisation included; returns the result `[B, H, S, D]`.
-    kernel: the attention kernel alone, and quantise: the kernels launched before it; None where there are none.
+    whole: makes the whole call, quantisation included, and returns the result `[B, H, S, D]`. kernel: launches the
+    attention kernel alone; quantise: launches the kernels before it. Each of the two is None where there is nothing to
+    launch.
     """
 
     products: list[Products]
@@ -43,9 +44,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to compute attention; `prepare` raises, with the reason, where it can't take such inputs.
+    """An entry is one way to compute attention.
 
-    seen: the keys it is asked to attend to; all if None.
+    prepare: raises, with the reason, where it can't take the inputs. seen: the keys that it is asked to attend to; all
+    if None.
     """
 
     name: str
@@ -63,7 +65,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Config:
-    """What our operator is asked for: its own keywords, with its own defaults, and `Diagonal`'s.
+    """A configuration has our operator's own keywords, with its own defaults, and those of `Diagonal`.
 
     policy: words that replace window and sink.
     """
@@ -81,10 +83,10 @@ class Config:
 
     @classmethod
     def parse(cls, text: str) -> "Config":
-        """From text such as `high=bf16,low=int8,window=0,sink=0`; ValueError, in one line, for anything else."""
+        """Read text such as `high=bf16,low=int8,window=0,sink=0`; raises ValueError, in one line, for anything else."""
         known = {field.name: field.type for field in fields(cls)}
         given = {}
-        for item in re.split(r",(?![^(]*\))", text):  # a policy's words have commas in parentheses
+        for item in re.split(r",(?![^(]*\))", text):  # a policy's words may have commas in parentheses
             name, _, value = (part.strip() for part in item.partition("="))
             if name not in known or name in given:
                 raise ValueError(
@@ -98,26 +100,26 @@ class Config:
                 raise ValueError(f"config {text!r}: {name} must be true or false, got {value!r}")
             given[name] = _READ[known[name]](value) if known[name] in _READ else value
         config = cls(**given)
-        get_format(config.high), get_format(config.low)
+        DMAConfig(high=config.high, low=config.low)  # raises for formats that don't exist
         _ = config.map_policy
         return config
 
     @property
     def map_policy(self) -> Policy:
-        """What fills the map."""
+        """Return the policy that fills the map."""
         if self.policy is not None:
             return policies.parse(self.policy)
         return Diagonal(self.window, self.sink) if self.mapped else Dense(Class.HIGH)
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The operator's."""
+        """Return the operator's keywords."""
         given = asdict(self) | {"policy": self.map_policy}
         return {name: value for name, value in given.items() if name not in ("window", "sink")}
 
     @property
     def text(self) -> tuple[int, int]:
-        """The range of text tokens."""
+        """Return the range of text tokens."""
         return self.text_start, self.text_stop
 
     @property
@@ -141,10 +143,10 @@ class Config:
 
 
 def default_configs(architecture: str, shape: Shape) -> list[Config]:
-    """Configurations that show what a plan costs, in the formats that the GPU multiplies.
+    """Return configurations that show what a plan costs, in the formats that the GPU multiplies.
 
-    LOW everywhere; the diagonal and the first tile HIGH; the same on a grid, so that tokens are gathered, for a shape
-    of `GRIDS`; and a twentieth HIGH that importance chooses.
+    The first has LOW everywhere, the second the diagonal and the first tile HIGH. The third is the second on a grid, so
+    that tokens are gathered, for a shape of `GRIDS`. In the last, importance chooses a twentieth to be HIGH.
     """
     block_scaled = architecture in BLOCK_SCALED_ARCHITECTURES
     formats = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
@@ -166,7 +168,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
     planned = plan.make(config.map_policy, layout).to(q.device)
 
     def recorded(copy: Tensors) -> tuple[list[Callable[[], None]], torch.Tensor]:
-        """The call's launches, each to be launched again with the same arguments, and what they write."""
+        """Return the call's launches, each of which can be made again with the same arguments, and what they write."""
         launches = []
 
         def record(*arguments: Any, **options: Any) -> None:
@@ -204,17 +206,17 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 
 
 def products(precision_map: PrecisionMap, high: str, low: str, lowering: str) -> list[Products]:
-    """How the tiles of a square map are multiplied: HIGH has bf16 P·V, LOW has FP8. Skipped ones have no share."""
+    """Say how the tiles of a square map are multiplied: HIGH has bf16 P·V, LOW has FP8; skipped ones have no share."""
     stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
     ends = precision_map.bounds.double().mean((0, 1, 2)) / precision_map.bounds.shape[2]
-    of_high, of_low, visited = ends.tolist()  # where HIGH, LOW and MASKED end
+    of_high, of_low, visited = ends.tolist()  # HIGH, LOW and MASKED end there
     low_share = of_low - of_high if precision_map.has_high else visited
     high_part = Products(visited - low_share, letter(high, stores), "H")
     return [part for part in (high_part, Products(low_share, letter(low, stores), "Q")) if part.share]
 
 
 def _seen(axes: Sequence[Axis], text: tuple[int, int], queries: torch.Tensor) -> torch.Tensor:
-    """`Seen` of a neighbourhood, by the definition; text sees all and is seen by all."""
+    """Say which keys a neighbourhood's queries see, by its definition; text sees all and is seen by all."""
     start, stop = text
     is_text = (queries >= start) & (queries < stop)
     on_grid = torch.where(queries < stop, queries, queries - (stop - start)).masked_fill(is_text, 0)

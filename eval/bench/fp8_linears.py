@@ -1,4 +1,4 @@
-"""A prototype of row-wise FP8 linears, to measure what they would gain beside our attention; no part of the product."""
+"""This prototype of row-wise FP8 linears measures what they would gain beside our attention; no user gets it."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ _MULTIPLE = 16  # torch._scaled_mm takes sides of such lengths alone
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer that multiplies e4m3 numbers, with a scale for each row of its input and of its weight.
+    """This linear layer multiplies e4m3 numbers, with a scale for each row of its input and of its weight.
 
     Its input is quantised by plain torch operations, which torch.compile fuses.
     """
@@ -49,6 +49,6 @@ def use_fp8_linears(model: nn.Module) -> int:
 
 
 def _quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[n, channels]` as e4m3, and their scales, float32 `[n, 1]`."""
+    """Return rows `[n, channels]` as e4m3, and their scales, float32 `[n, 1]`."""
     scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
     return (rows / scale).to(torch.float8_e4m3fn), scale

@@ -1,4 +1,4 @@
-"""`bench image`: whole steps of FLUX.1-dev at its true size, with stock attention and with ours, eager and compiled."""
+"""`bench image` measures whole steps of FLUX.1-dev at its true size, with stock attention and with ours."""
 
 import math
 import time
@@ -37,13 +37,13 @@ LINEARS = ("bf16", "fp8")
 EAGER, COMPILED = "eager", "compiled"
 _PACKAGES = ("dma_diffusers", "torch", "diffusers")
 _WARM_UP, _ROUNDS = 3, 3
-_KERNELS = 15  # those that take the most time are recorded
+_KERNELS = 15  # so many are recorded, those that take the most time
 OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One way to compute a step's attention. config: None for stock, in the backends that `kernels` allows."""
+    """A step's attention is computed in this way. config: None for stock, in the backends that `kernels` allows."""
 
     name: str
     config: DMAConfig | None = None
@@ -57,9 +57,9 @@ STOCK = (
 
 
 def default_configs(model: torch.nn.Module, grid: tuple[int, int], architecture: str) -> dict[str, DMAConfig]:
-    """LOW everywhere, the diagonal and the first tile HIGH, and the neighbourhood published for FLUX; no step is dense.
+    """Return LOW everywhere, the diagonal and the first tile HIGH, and the neighbourhood published for FLUX.
 
-    Formats are those that the GPU multiplies.
+    No step is dense. Formats are those that the GPU multiplies.
     """
     preset = DMAConfig.preset("b200" if architecture in BLOCK_SCALED_ARCHITECTURES else "hopper")
     formats = {"high": preset.high, "low": preset.low} | UNGATED
@@ -125,11 +125,11 @@ def measure(
     device: torch.device,
     on_step: OnStep = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """One picture: `{"parameters", "grid", "text", "fp8_linears", "entries"}`, the entries as `compared` gives them.
+    """Measure one picture: `{"parameters", "grid", "text", "fp8_linears", "entries"}`, the entries as in `compared`.
 
-    Every way to compute attention is measured eager first and compiled then. An entry has its name and mode, and
-    what `_timed` gives, or the reason under `absent`; `relative_l2` is that of a step's result to the first entry's,
-    None where it isn't finite.
+    Every way to compute attention is measured eager first and compiled then. An entry has its name and mode, and the
+    values of `_timed`, or the reason under `absent`. `relative_l2` compares a step's result with the first entry's; it
+    is None where it isn't finite.
     """
     model = image.build(device, seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -163,7 +163,7 @@ def measure(
 
 
 def compared(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries with `over_stock`, their speed in units of the fastest stock attention's in the same mode.
+    """Add `over_stock` to the entries, their speed in units of the fastest stock attention's in the same mode.
 
     Also adds `host_bound`, the share of a step's time in which the GPU is not busy; None where that wasn't measured.
     """
@@ -193,7 +193,7 @@ HEADER = (
 
 
 def cells(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table's lines, under `HEADER`."""
+    """Return the table's lines, under `HEADER`."""
     lines = []
     for entry in entries:
         if "absent" in entry:
@@ -234,10 +234,10 @@ def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.T
 
 
 def _timed(step: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """A step's time: `step_ms`, the median of the rounds' means `rounds_ms`, by the clock on the wall.
+    """Time a step by the clock on the wall: `step_ms` is the median of the rounds' means, `rounds_ms`.
 
-    busy_ms: how long kernels run in a step, None where the profiler sees none. kernels: those that take the most of
-    it, by name, with their `ms` and `calls`. peak_bytes: the most memory that was allocated.
+    busy_ms: how long kernels run in a step, None where the profiler sees none. kernels: those that take the most of it,
+    by name, with their `ms` and `calls`. peak_bytes: the most memory that was allocated.
     """
     torch.cuda.reset_peak_memory_stats()
     rounds = []
@@ -261,7 +261,7 @@ def _timed(step: Callable[[], Any], steps: int) -> dict[str, Any]:
 
 
 def _kernel_ms(step: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
-    """The milliseconds and the number of calls of each kernel in a step, by the kernels' names."""
+    """Return the milliseconds and the number of calls of each kernel in a step, by the kernels' names."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()

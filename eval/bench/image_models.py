@@ -1,4 +1,4 @@
-"""FLUX.1-dev at its true size with random weights, and what one step of drawing a picture gives it."""
+"""This module makes FLUX.1-dev at its true size with random weights, and the inputs of one of its steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from dma_diffusers.eval.bench.random_model import random_model
 from dma_diffusers.eval.bench.shapes import GRIDS
 
 _TIMESTEP, _GUIDANCE = 0.5, 3.5
-_FLUX_DEV = {"guidance_embeds": True}  # all else is the class's default
+_FLUX_DEV = {"guidance_embeds": True}  # everything else is the class's default
 
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that a step of FLUX denoises: its text tokens, and the rows and columns of all others.
+    """A step of FLUX denoises this picture: its text tokens, and the rows and columns of all others.
 
     config: what differs from the defaults of Diffusers' class, which are those of the published model.
     """
@@ -25,11 +25,11 @@ class Image:
     config: Mapping[str, Any] = field(default_factory=lambda: _FLUX_DEV)
 
     def build(self, device: torch.device, seed: int) -> torch.nn.Module:
-        """The model as `random_model` makes it."""
+        """Make the model, as `random_model` does."""
         return random_model("FluxTransformer2DModel", self.config, device, seed)
 
     def inputs(self, model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-        """Arguments of the model's forward call, on its device."""
+        """Return the arguments of the model's forward call, on its device."""
         device, config = model.device, model.config
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -55,7 +55,7 @@ IMAGES = {name: Image(*GRIDS[name]) for name in ("flux-1k", "flux-2k", "flux-4k"
 
 
 def named(name: str) -> Image:
-    """The picture of a name; ValueError for one that isn't in `IMAGES`."""
+    """Return the picture of a name; raises ValueError for one that isn't in `IMAGES`."""
     if name not in IMAGES:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(IMAGES)}")
     return IMAGES[name]

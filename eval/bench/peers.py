@@ -1,4 +1,4 @@
-"""What others offer: kernels that are timed beside ours where they are installed."""
+"""This module lists the kernels of others that are timed beside ours where they are installed."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -19,13 +19,12 @@ from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Ten
 
 @dataclass(frozen=True)
 class Peer:
-    """A kernel of others.
+    """A peer is a kernel of others.
 
-    call: takes its module and q, k, v `[B, H, S, D]` in bf16; what it quantises, it quantises in there.
-    qk, pv: letters of MATRIX_RATES. modules: the names under which it may be installed.
-    fits: whether a module of such a name is this peer; two versions of one package can't share a name.
-    writes_inputs: whether it changes what it is given, and so gets copies of its own.
-    distribution: where its version is told.
+    call: takes its module and q, k, v `[B, H, S, D]` in bf16; a low-bit peer quantises them in the call. qk, pv:
+    letters of MATRIX_RATES. modules: the names under which it may be installed. fits: says if a module of such a name
+    is this peer; two versions of one package can't share a name. writes_inputs: says if it changes its inputs, and so
+    gets copies of its own. distribution: the package that tells its version.
     """
 
     name: str
@@ -39,12 +38,12 @@ class Peer:
     writes_inputs: bool = False
 
     def load(self) -> ModuleType:
-        """Its module; ImportError, in one line, that says why there is none."""
+        """Return its module; raises ImportError, in one line, that says why there is none."""
         reasons = []
         for name in self.modules:
             try:
                 module = importlib.import_module(name)
-            except Exception as error:  # one built for another torch fails in whatever way it likes
+            except Exception as error:  # a module that was built for another torch may fail in any way
                 reasons.append(first_line(error))
                 continue
             if self.fits(module):
@@ -54,7 +53,7 @@ class Peer:
 
     @property
     def version(self) -> str:
-        """Of what is installed, or why nothing is."""
+        """Return the version that is installed, or the reason why none is."""
         try:
             module = self.load()
         except ImportError as error:
@@ -127,7 +126,7 @@ PEERS = (
     ),
     Peer(
         "SageAttention 1", LOW_BIT, "I", "H", ("sageattention", "sageattention1"), "sageattention", _sage_1,
-        lambda module: not _is_sage_2(module), writes_inputs=True,  # it takes K's mean out in place
+        lambda module: not _is_sage_2(module), writes_inputs=True,  # it subtracts K's mean in place
     ),
     Peer(
         "SageAttention 2", LOW_BIT, "I", "Q", ("sageattention", "sageattention2"), "sageattention", _sage_2,

@@ -1,4 +1,4 @@
-"""A model of true size with random weights, for measuring speed."""
+"""This module makes models of true size with random weights, for measuring speed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _SHARPNESS = 3.0
 
 
 def random_model(kind: str, config: Mapping[str, Any], device: torch.device, seed: int) -> torch.nn.Module:
-    """A class of Diffusers with PyTorch's initial weights, in the dtypes that `from_pretrained` gives bf16.
+    """Make a model of Diffusers with PyTorch's initial weights, in the dtypes that `from_pretrained` gives bf16.
 
     kind: the class's name. config: what differs from its defaults. The model is made on `device`.
     """

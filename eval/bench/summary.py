@@ -1,4 +1,4 @@
-"""Timed entries compared with each other and with the bound: as data, as a table, as Markdown."""
+"""This module compares timed entries with each other and with the bound: as data, as a table, as Markdown."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from dma_diffusers.eval.bench.entries import FULL, LOW_BIT
 from dma_diffusers.eval.bench.shapes import Shape
 
-WRONG = 0.2  # relative L2 from which a result counts as wrong
+WRONG = 0.2  # a result of a larger relative L2 counts as wrong
 WAYS = ("eager", "graph")  # a program calls attention one call after another, or as a CUDA graph
 HEADER = (
     "Attention",
@@ -26,11 +26,11 @@ _DIFFERENCE = "– whole less kernel (a difference)"
 
 
 def compared(shape: Shape, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries, with what their times mean.
+    """Add to the entries what their times mean.
 
     Adds `wrong` (relative L2 over .2, or None, which is NaN) and `less_kernel_ms` (whole less kernel), and to `whole`
-    and `kernel` each `tflops`, `share_of_bound` (None without a bound), `over_full` and `over_low`: speed in units
-    of the best peer's of that kind, with the peer's own quantisation (None without one). A wrong entry is no best.
+    and `kernel` each `tflops`, `share_of_bound` (None without a bound), `over_full` and `over_low`: speed in units of
+    the best peer's of that kind, with the peer's own quantisation (None without one). A wrong entry is no best.
     `eager_tflops` and `graph_tflops` follow from the times in `WAYS`, where there are any.
     """
     timed = [
@@ -61,7 +61,7 @@ def compared(shape: Shape, entries: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def cells(entries: list[dict[str, Any]]) -> list[list[str]]:
-    """The table's lines, under `HEADER`: one for each entry, and for ours one for each part."""
+    """Return the table's lines, under `HEADER`: one for each entry, and for ours one for each part."""
     lines = []
     for entry in entries:
         if "whole" not in entry:
@@ -86,7 +86,10 @@ def markdown(
     header: Sequence[str] = HEADER,
     cells: Callable[[list[dict[str, Any]]], list[list[str]]] = cells,
 ) -> str:
-    """The tables of a result's `shapes`, each under its name; header, cells: of another benchmark's tables."""
+    """Return the tables of a result's `shapes`, each under its name.
+
+    header, cells: another benchmark gives its own.
+    """
     return "\n\n".join(
         "\n".join(
             [f"**{label}**\n", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
@@ -101,7 +104,7 @@ def _is_wrong(relative_l2: float | None) -> bool:
 
 
 def _tflops_as_called(shape: Shape, part: dict[str, Any]) -> dict[str, float]:
-    """The TFLOP/s of a part in each of `WAYS` that it was measured in."""
+    """Return the TFLOP/s of a part in each of `WAYS` that it was measured in."""
     ms = {way: part.get(f"{way}_ms") for way in WAYS}
     return {f"{way}_tflops": shape.flop / taken / 1e9 for way, taken in ms.items() if taken}
 

@@ -1,4 +1,4 @@
-"""Times of calls on the GPU and on the host, taken in turns, so that a drifting clock hits all of them alike."""
+"""This module times calls on the GPU and on the host, in turns, so that a drifting clock hits all of them alike."""
 
 import math
 import time
@@ -15,13 +15,11 @@ Call = Callable[[int], Any]
 
 _Key = TypeVar("_Key", bound=Hashable)
 _ROUNDS = 3
-_SETTLING = 0.06  # seconds
+_SETTLING = 0.06  # calls run untimed for so many seconds first
 _MOST_IN_A_ROUND = 30  # their launches have to fit the queue, which holds about a thousand
 _HOST_ROUNDS, _HOST_CALLS = 5, 20
-_HOST_WAIT = (
-    0.05  # seconds for which the GPU waits while calls are enqueued, so that it never idles meanwhile
-)
-_CLOCKS = 2e9  # a second at most, by which the waits of GPUs are counted
+_HOST_WAIT = 0.05  # the GPU waits for so many seconds while calls are enqueued, so that it never idles
+_CLOCKS = 2e9  # a GPU counts its wait in clocks, of which it has so many a second at most
 
 
 def require_gpu() -> None:
@@ -45,7 +43,7 @@ def take_turns(calls: dict[_Key, Call], seconds: float) -> dict[_Key, dict[str, 
         host[key] = host_seconds(call, min(counts[key], _HOST_CALLS))
         # The GPU waits until enough is enqueued: host_us tells that a call is slow to enqueue, ms does not.
         waits[key] = max(1.5 * host[key] - each, 0) * (counts[key] + untimed[key])
-    wait = min(max(waits.values()), 0.2)  # the same for all: a GPU that waits cools
+    wait = min(max(waits.values()), 0.2)  # it is the same for all, because a GPU that waits cools
     taken: dict[_Key, list[float]] = {key: [] for key in calls}
     for turn in range(_ROUNDS):
         for key, call in calls.items():
@@ -57,7 +55,7 @@ def take_turns(calls: dict[_Key, Call], seconds: float) -> dict[_Key, dict[str, 
 
 
 def host_seconds(call: Call, count: int = _HOST_CALLS) -> float:
-    """The seconds that the host takes to enqueue a call while the GPU is busy: the median of 5 means over `count`."""
+    """Measure how long the host takes to enqueue a call while the GPU is busy: the median of 5 means over `count`."""
     taken = []
     for _ in range(_HOST_ROUNDS):
         torch.cuda.synchronize()
@@ -95,7 +93,7 @@ def eager_and_graph(call: Call, copies: int, seconds: float) -> dict[str, Any]:
 
 
 def _captured(call: Call, copies: int) -> Call:
-    """The call as CUDA graphs, one for each copy of the inputs."""
+    """Return the call as CUDA graphs, one for each copy of the inputs."""
     graphs = []
     with torch.cuda.stream(
         torch.cuda.current_stream()
@@ -109,7 +107,7 @@ def _captured(call: Call, copies: int) -> Call:
 
 
 def _throughput_ms(call: Call, untimed: int, count: int) -> float:
-    """The mean milliseconds of `count` calls that follow others without a pause."""
+    """Measure the mean milliseconds of `count` calls that follow others without a pause."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     for number in range(untimed):
@@ -123,7 +121,7 @@ def _throughput_ms(call: Call, untimed: int, count: int) -> float:
 
 
 def _gpu_ms(call: Call, first: int, untimed: int, count: int, wait: float) -> list[float]:
-    """Milliseconds on the GPU of each of `count` calls after `untimed` others, enqueued while the GPU waits."""
+    """Measure the milliseconds of each of `count` calls after `untimed` others, all enqueued while the GPU waits."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     torch.cuda.synchronize()
     torch.cuda._sleep(int(wait * _CLOCKS))
