@@ -1,4 +1,4 @@
-"""An evaluation, from prompts to `evaluation.json`: draw, score, sum up. What is there already is not done again."""
+"""An evaluation draws, scores and sums up, from prompts to `evaluation.json`; it does nothing again that is there."""
 
 import inspect
 import json
@@ -34,19 +34,19 @@ from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 
-_STEPPED = 8  # samples, at most, whose steps are measured one by one
-_RECORDED = 2  # prompts whose attention calls are recorded, for errors by layer
-_DIGITS = 6  # of a stored score: more is rounding noise
+_STEPPED = 8  # at most so many samples have their steps measured one by one
+_RECORDED = 2  # so many prompts have their attention calls recorded, for errors by layer
+_DIGITS = 6  # a stored score has so many, because more are rounding noise
 _EMBEDDED = {DEMO_MODEL: "demo", VIDEO_DEMO_MODEL: "demo-video"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is evaluated.
+    """An evaluation is asked for these.
 
-    model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together.
-    call: further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU
-    whose attention's cost is predicted, by architecture.
+    model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
+    further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
+    attention's cost is predicted, by architecture.
     """
 
     model: str | Path
@@ -61,11 +61,11 @@ class Asked:
 def evaluate(
     asked: Asked, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
 ) -> dict[str, Any] | None:
-    """Draw what is missing in `folder`, score it, and write `folder`/evaluation.json; returns what that holds.
+    """Draw what is missing in `folder`, score it, write `folder`/evaluation.json, and return what that holds.
 
-    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they
-    share; the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN,
-    and before anything is drawn where the model cannot have a configuration.
+    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they share;
+    the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN, and before
+    anything is drawn where the model cannot have a configuration.
     """
     check_target(asked.target)
     compared = rows(asked.configurations)
@@ -148,9 +148,9 @@ def evaluate(
 def _layers(
     pipe: DiffusionPipeline, asked: Asked, folder: Path, on_step: OnStep
 ) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
-    """Of recorded calls, each attention module's own error and each configuration's predicted cost; remarks.
+    """Return each attention module's own error and each configuration's predicted cost on recorded calls, and remarks.
 
-    Without errors and costs where recordings take too much room.
+    Errors and costs are left out where recordings take too much room.
     """
     texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
@@ -175,13 +175,13 @@ def _named(row: Row) -> Iterator[None]:
 
 
 def _of_row(row: Row) -> dict[str, Any]:
-    """What makes the pictures of a row its own; our sources only where they have a say."""
+    """Return what makes the pictures of a row its own; our sources belong to it only where they have a say."""
     own: dict[str, Any] = {"role": row.role}
     return own | ({"config": asdict(row.config), "sources": provenance.sources()} if row.config else {})
 
 
 def _identity(model: str | Path) -> str:
-    """A fingerprint of a local model; of a hub's, its id and commit."""
+    """Return a fingerprint of a local model; for a hub's, its id and commit."""
     if Path(model).is_dir():
         return provenance.fingerprint(Path(model), "**/*.safetensors", "**/*.json")
     index = try_to_load_from_cache(str(model), "model_index.json")
@@ -189,7 +189,7 @@ def _identity(model: str | Path) -> str:
 
 
 def _seconds(pictures: Pictures, chunks: Batches) -> float:
-    """The median batch's seconds for each picture: the first batch compiles."""
+    """Return the median batch's seconds for each picture; a mean would hold the first batch, which compiles."""
     return statistics.median(pictures.seconds(batch[0]) for batch in chunks)
 
 
