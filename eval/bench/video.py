@@ -122,7 +122,7 @@ def measure(
     first = {entry: taken[0] for entry, taken in steps.items()}
     entries = []
     for entry, config in configs.items():
-        of_policy = work(config, layout, head_dim, device, entry == DENSE)
+        of_policy = workload(config, layout, head_dim, device, entry == DENSE)
         bound = bound_tflops(shape, of_policy.pop("products"), gpu)
         error = relative_l2(first[entry].out, first[STOCK].out)
         entries.append({
@@ -151,7 +151,7 @@ def measure(
     }
 
 
-def work(
+def workload(
     config: DMAConfig | None, layout: Layout, head_dim: int, device: torch.device, is_dense: bool
 ) -> dict[str, Any]:
     """Return a configuration's policy in words, the shares of all pairs of tiles in HIGH and LOW, and its `products`.

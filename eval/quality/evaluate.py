@@ -21,7 +21,7 @@ from dma_diffusers.eval.cost import check_target
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
-from dma_diffusers.eval.quality.judge import Judge, doubts
+from dma_diffusers.eval.quality.judge import Judge, caveats
 from dma_diffusers.eval.quality.pictures import Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
@@ -41,8 +41,8 @@ _EMBEDDED = {DEMO_MODEL: "demo", VIDEO_DEMO_MODEL: "demo-video"}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An evaluation is asked for these.
+class Request:
+    """A request says what an evaluation draws and compares.
 
     model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
     further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
@@ -59,7 +59,7 @@ class Asked:
 
 
 def evaluate(
-    asked: Asked, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
+    request: Request, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
 ) -> dict[str, Any] | None:
     """Draw what is missing in `folder`, score it, write `folder`/evaluation.json, and return what that holds.
 
@@ -67,14 +67,14 @@ def evaluate(
     the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN, and before
     anything is drawn where the model cannot have a configuration.
     """
-    check_target(asked.target)
-    compared = rows(asked.configurations)
-    chunks = batches(asked.prompts, asked.seeds, asked.batch)
-    pipe = load_pipeline(asked.model, calls=[asked.call])
-    check(pipe, asked.configurations)
+    check_target(request.target)
+    compared = rows(request.configurations)
+    chunks = batches(request.prompts, request.seeds, request.batch)
+    pipe = load_pipeline(request.model, calls=[request.call])
+    check(pipe, request.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
-    settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
+    settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
@@ -83,18 +83,18 @@ def evaluate(
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):
-            corrupt += draw_missing(pipe, row, pictures[row.name], chunks, asked.call, on_step)
+            corrupt += draw_missing(pipe, row, pictures[row.name], chunks, request.call, on_step)
     if judge is None:
         return None
 
-    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // asked.batch, 1)]]
-    trajectory = Trajectory(pipe, FULL_PRECISION, stepped, asked.call, on_step)
+    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
+    trajectory = Trajectory(pipe, FULL_PRECISION, stepped, request.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, costs, remarks_on_layers = _layers(pipe, asked, folder, on_step)
+    of_layers, costs, remarks_on_layers = _layers(pipe, request, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
-    judged, remarks = judge.judge(exact, pictures, chunks, len(asked.seeds))
+    judged, remarks = judge.judge(exact, pictures, chunks, len(request.seeds))
     results = {
         row.name: {
             "role": row.role,
@@ -111,22 +111,22 @@ def evaluate(
     }
     remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
     scored = results[compared[0].name]["summary"]
-    shown = next(iter(asked.configurations))
+    shown = next(iter(request.configurations))
     evaluation = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings
-        | {"model": _EMBEDDED.get(asked.model, str(asked.model))}
-        | {"fingerprint": settings["model"], "batch": asked.batch}
-        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]}
-        | {"stepped": sum(map(len, stepped)), "target": asked.target}
+        | {"model": _EMBEDDED.get(request.model, str(request.model))}
+        | {"fingerprint": settings["model"], "batch": request.batch}
+        | {"prompts": len(request.prompts), "seeds": len(request.seeds), "seed": request.seeds[0]}
+        | {"stepped": sum(map(len, stepped)), "target": request.target}
         | (
             {"frames": len(next(iter(of_frames.values())))} if (of_frames := results[shown]["frames"]) else {}
         ),
         **machine,
         "sources": provenance.sources(),
-        "prompts": [asdict(prompt) for prompt in asked.prompts],
-        "notes": [*notes, *doubts(judged), *remarks, *remarks_on_layers],
+        "prompts": [asdict(prompt) for prompt in request.prompts],
+        "notes": [*notes, *caveats(judged), *remarks, *remarks_on_layers],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
         "layers": of_layers,
@@ -135,7 +135,7 @@ def evaluate(
             pictures[shown],
             exact,
             chunks,
-            len(asked.seeds),
+            len(request.seeds),
             "lpips",
             judged[shown].samples["lpips"],
             folder,
@@ -146,23 +146,23 @@ def evaluate(
 
 
 def _layers(
-    pipe: DiffusionPipeline, asked: Asked, folder: Path, on_step: OnStep
+    pipe: DiffusionPipeline, request: Request, folder: Path, on_step: OnStep
 ) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
     """Return each attention module's own error and each configuration's predicted cost on recorded calls, and remarks.
 
     Errors and costs are left out where recordings take too much room.
     """
-    texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
+    texts = [prompt.text for prompt in request.prompts[:_RECORDED]]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
         try:
-            recordings = record(pipe, texts, Path(scratch), asked.call, on_step=on_step)
+            recordings = record(pipe, texts, Path(scratch), request.call, on_step=on_step)
         except ValueError as error:
             return None, {}, [f"no errors by layer, no predicted costs: {error}"]
         costs = {
-            name: predicted_cost(recordings, config, asked.target)
-            for name, config in asked.configurations.items()
+            name: predicted_cost(recordings, config, request.target)
+            for name, config in request.configurations.items()
         }
-        errors = layers(recordings, measure(recordings, asked.configurations, on_step=on_step))
+        errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))
         return errors, costs, recordings.notes
 
 

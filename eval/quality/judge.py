@@ -17,9 +17,9 @@ from dma_diffusers.eval.quality.pictures import Pictures
 from dma_diffusers.eval.quality.scoring import (
     Batches,
     Scorer,
+    aggregate,
     distances,
     features,
-    over,
     prompt_scorer,
     row_scores,
 )
@@ -83,7 +83,9 @@ class Judge:
             samples, frames = row_scores(pictures, exact, batches, self.scorers, self.device, watch)
             summary = {metric: summarise(values, seeds) for metric, values in samples.items()}
             if video:
-                of_frames = {metric: over(metric, scores, 0).tolist() for metric, scores in frames.items()}
+                of_frames = {
+                    metric: aggregate(metric, scores, 0).tolist() for metric, scores in frames.items()
+                }
                 judged[name] = Scored(samples, summary, of_frames)
                 continue
             found = self._features(name, pictures, batches)
@@ -102,7 +104,7 @@ class Judge:
         return features(pictures, batches, self.device, partial(self.on_step, f"features of {name}"))
 
 
-def doubts(judged: dict[str, Scored]) -> list[str]:
+def caveats(judged: dict[str, Scored]) -> list[str]:
     """Say what full precision against itself, and the noise floor, leave to doubt."""
     again, floor = (judged[row.name].samples["latents_relative_l2"] for row in (AGAIN, ANOTHER_KERNEL))
     found = []

@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     frames: dict[str, torch.Tensor]
 
 
-def over(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
+def aggregate(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
     """Return one score of several pictures: their mean, or the PSNR of their mean squared error."""
     return pooled_psnr_db(scores, dim) if metric == "psnr_db" else scores.mean(dim)
 
@@ -90,7 +90,7 @@ def row_scores(
         name: torch.cat([torch.tensor(of[name], dtype=torch.float64) for of in paired]) for name in paired[0]
     }
     frames = {name: found[name] for name in _OF_FRAMES}
-    samples = {name: over(name, x, 1) if name in frames else x for name, x in found.items()}
+    samples = {name: aggregate(name, x, 1) if name in frames else x for name, x in found.items()}
     return Scores({name: x.tolist() for name, x in samples.items()} | scores, frames)
 
 

@@ -13,7 +13,7 @@ from dma_diffusers.eval.cost import check_target, current_target
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
-from dma_diffusers.eval.recordings.search import Found, Search
+from dma_diffusers.eval.recordings.search import Search, Selection
 from dma_diffusers.eval.recordings.store import Recordings
 from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
 from dma_diffusers.policy_file import check_quality
@@ -132,7 +132,7 @@ def _errors(measured: Measured) -> np.ndarray:
 
 def _config(
     recordings: Recordings,
-    found: Found,
+    found: Selection,
     options: Sequence[dict[str, Any]],
     windows: Sequence[int],
     levels: Sequence[float | None],

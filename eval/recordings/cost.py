@@ -5,7 +5,7 @@ import torch
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import check_target, clocks_of, pairs, share_left, tile_clocks
-from dma_diffusers.eval.recordings.measure import asked, is_dense
+from dma_diffusers.eval.recordings.measure import is_dense, policy_and_layout
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
@@ -22,7 +22,7 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
     known: dict[tuple, np.ndarray] = {}
     for recording in recordings:
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
-        policy, layout = asked(
+        policy, layout = policy_and_layout(
             own.arguments(recording.text, own.grid or recording.grid) | {"mapped": not dense}, recording
         )
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)

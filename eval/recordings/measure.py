@@ -175,7 +175,7 @@ def _family(recordings: Recordings) -> Family:
     return FAMILIES.get(recordings.settings["model"]["class"], Family("none"))
 
 
-def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
+def policy_and_layout(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
     """Return the policy that the operator follows with these arguments, and the layout that it follows it on."""
     layout = replace(recording.layout, text=(0, 0), grid=())
     if not arguments.get("mapped", True):
@@ -220,12 +220,12 @@ def _compared(
         kept = masses[None].sum((-2, -1))
     else:
         out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
-        made = plan.make(*asked(arguments, recording), recording.is_causal)
+        made = plan.make(*policy_and_layout(arguments, recording), recording.is_causal)
         token_order = made.token_order
         key = None if token_order is None else token_order.numpy().tobytes()
         if key not in masses:
-            places, token_order = in_slots(tensors, token_order), token_order.to(q.device)
-            masses[key] = exact_attention(places, recording.scale, recording.is_causal, token_order >= 0)[1]
+            slots, token_order = in_slots(tensors, token_order), token_order.to(q.device)
+            masses[key] = exact_attention(slots, recording.scale, recording.is_causal, token_order >= 0)[1]
         high = (tile_classes(made) == Class.HIGH).to(q.device)
         kept = (masses[key] * high).sum((-2, -1))
     out = out.double()

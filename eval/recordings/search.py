@@ -11,7 +11,7 @@ _SLIGHTEST, _STEPS = (
 )  # they are the least price of a cost, and how often the logarithms' range is halved
 
 
-class Found(NamedTuple):
+class Selection(NamedTuple):
     """The search found this choice.
 
     level: number of the table. option: of each module, int64 `[modules]`. window: of each head, int64 `[modules,
@@ -35,7 +35,7 @@ class Search:
         self.tables = tables
         self.most, self.least = self.error(self._best(1 / _SLIGHTEST)), self.error(self._best(_SLIGHTEST))
 
-    def within(self, budget: float) -> Found:
+    def within(self, budget: float) -> Selection:
         """Return the cheapest of the choices that are best at some price of cost and err by no more than `budget`.
 
         Where even the most precise of all errs by more, it is returned. A smaller budget never finds a cheaper choice,
@@ -49,21 +49,21 @@ class Search:
             low, high = (price, high) if self.error(self._best(price)) <= budget else (low, price)
         return self._best(low)
 
-    def error(self, found: Found) -> float:
+    def error(self, found: Selection) -> float:
         """Return the sum of a choice's errors."""
         return self._sum(found, 0)
 
-    def cost(self, found: Found) -> float:
+    def cost(self, found: Selection) -> float:
         """Return the sum of a choice's costs."""
         return self._sum(found, 1)
 
-    def _sum(self, found: Found, which: int) -> float:
+    def _sum(self, found: Selection, which: int) -> float:
         modules, heads = np.ogrid[: found.window.shape[0], : found.window.shape[1]]
         return float(
             self.tables[found.level][which][found.option[:, None], found.window, modules, heads].sum()
         )
 
-    def _best(self, price: float) -> Found:
+    def _best(self, price: float) -> Selection:
         """Minimise error + price · cost (Lagrange): heads, then modules, then the level, each by itself."""
         choices = []
         for level, (errors, costs) in enumerate(self.tables):
@@ -71,5 +71,5 @@ class Search:
             of_modules = value.min(1).sum(-1)
             option = of_modules.argmin(0)
             window = value.argmin(1)[option, np.arange(len(option))]
-            choices.append((of_modules.min(0).sum(), level, Found(level, option, window)))
+            choices.append((of_modules.min(0).sum(), level, Selection(level, option, window)))
         return min(choices, key=lambda choice: choice[:2])[2]

@@ -123,9 +123,9 @@ class Count:
     @property
     def cost(self) -> float:
         """Return 1 / speedup_worst beside dense attention without the boxes' padding, which a search can compare."""
-        places = math.prod(self.q_tile) * math.prod(self.kv_tile)
+        slots = math.prod(self.q_tile) * math.prod(self.kv_tile)
         tokens = math.prod(axis.length for axis in self.axes) + self.text
-        return self._worst_visits * places / tokens**2
+        return self._worst_visits * slots / tokens**2
 
     @property
     def _tallies(self) -> list["Tally"]:

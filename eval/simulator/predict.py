@@ -132,9 +132,7 @@ class Call:
         """Return the bytes moved for each element of q, k and v together: read, and written in each class's formats."""
         moved = 3 * 2.0
         if has_low:
-            moved += (
-                2 + 2 * get_format(self.low).average_bits / 8 + 1
-            )  # V's range is read, V is written in FP8
+            moved += 2 + 2 * get_format(self.low).average_bits / 8 + 1  # reads V's range, writes V in FP8
         if has_high and (in_boxes or self.high != "bf16"):
             moved += 2 * get_format(self.high).average_bits / 8 + 2 * in_boxes
         return moved
@@ -171,9 +169,9 @@ def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: s
     masked = (
         count.cut * of_grid if count.text else 0.0
     )  # a kernel that has HIGH computes masked tiles in HIGH
-    places = TILE * (count.grid_tiles[0] + count.text_tiles[0])
+    slots = TILE * (count.grid_tiles[0] + count.text_tiles[0])
     dense = Call(gpu, heads, tokens, head_dim, high, low)
-    ours = replace(dense, tokens=places).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
+    ours = replace(dense, tokens=slots).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
     return _beside_dense(dense, count.text, ours)
 
 
@@ -193,12 +191,12 @@ def predict_policy(
     ValueError as `Call`, `plan.make` and `share_left` do.
     """
     dense = Call(gpu, heads, layout.q_length, head_dim, high, low)
-    visited, places = pairs(policy, layout), layout.q_length
+    visited, slots = pairs(policy, layout), layout.q_length
     if policy.on_grid:
-        places = TileOrder(layout, policy.box(layout.grid)).layout.q_length
+        slots = TileOrder(layout, policy.box(layout.grid)).layout.q_length
     of_high, of_low = (share.mean().item() for share in visited)
     of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
-    ours = replace(dense, tokens=places).whole(of_high, of_low, in_boxes=policy.on_grid)
+    ours = replace(dense, tokens=slots).whole(of_high, of_low, in_boxes=policy.on_grid)
     return _beside_dense(dense, layout.text_length, ours)
 
 
