@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from dma_diffusers.eval.bench.bound import letter
+from dma_diffusers.eval.bench.bound import letters
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
-from dma_diffusers.kernels.lowerings import Storage
+from dma_diffusers.kernels.lowerings import Lowering
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
@@ -42,13 +43,12 @@ def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float,
     overlap. At the clock of its data sheet the sum predicts every time that an H200 has measured within 15 %
     (`simulator.predict`); for HIGH over LOW everywhere it gives 1.50 at head_dim 128 and 1.33 at 64, where 1.44 and
     1.32 were measured (`high` and `low` in eval/results/h200_hopper_variants.txt) and the larger of the two would give
-    2.00 and 1.00. Raises ValueError for a target without rates, or formats that no kernel of it multiplies.
+    2.00 and 1.00. high, low: the words of precisions. Raises ValueError for a target without rates, or precisions that
+    no kernel of it multiplies.
     """
-    stores = storages(target, head_dim, high, low)
-    clocks = (
-        sum(clocks_of(target, head_dim, letter(fmt, stores), pv)) for fmt, pv in ((high, "H"), (low, "Q"))
-    )
-    return tuple(clocks)
+    lowering = lowering_of(target, head_dim, high, low)
+    precisions = Precisions.parse(high, low)
+    return tuple(sum(clocks_of(target, head_dim, *letters(each, lowering))) for each in precisions)
 
 
 def share_left(left_out: float, target: str, head_dim: int, high: str, low: str) -> float:
@@ -59,7 +59,7 @@ def share_left(left_out: float, target: str, head_dim: int, high: str, low: str)
     """
     if not 0 <= left_out <= 1:
         raise ValueError(f"the share left out must lie between 0 and 1, got {left_out}")
-    qk = letter(low, storages(target, head_dim, high, low))
+    qk, _ = letters(Precisions.parse(high, low).low, lowering_of(target, head_dim, high, low))
     scores = clocks_of(target, head_dim, qk, qk)[0] / 2
     return 1 - left_out * (1 - scores / tile_clocks(target, head_dim, high, low)[1])
 
@@ -74,13 +74,13 @@ def clocks_of(target: str, head_dim: int, qk: str, pv: str) -> tuple[float, floa
     return product / rates[qk] + product / rates[pv], TILE * TILE / RATES[target]["mufu"]
 
 
-def storages(target: str, head_dim: int, high: str, low: str) -> dict[str, Storage]:
-    """Say how the target's kernel for these formats stores each format; raises ValueError as `tile_clocks` does."""
+def lowering_of(target: str, head_dim: int, high: str, low: str) -> Lowering:
+    """Return the lowering of the target's kernel for these precisions; raises ValueError as `tile_clocks` does."""
     check_target(target)
     chosen = lowerings.choose(target, head_dim, high, low)
     if chosen.lowering == "reference":
         raise ValueError(f"{high}|{low} has no kernel on {target}, head_dim {head_dim}: {chosen.reason}")
-    return next(lowering.stores for lowering in lowerings.LOWERINGS if lowering.name == chosen.lowering)
+    return lowerings.named(chosen.lowering)
 
 
 def check_target(target: str) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
-from dma_diffusers.kernels.lowerings import NATIVE, Storage, architecture
+from dma_diffusers.kernels.lowerings import NATIVE, Lowering, Storage, architecture
+from dma_diffusers.kernels.precision import Precision
 
 _FOUR_BIT = ("mxfp4", "nvfp4")
 
@@ -43,12 +44,17 @@ def current_gpu() -> Gpu:
     )  # fmt: skip
 
 
+def letters(precision: Precision, lowering: Lowering) -> tuple[str, str]:
+    """Return the matrix instructions of Q·K and of P·V, as a lowering stores the precision's formats."""
+    return letter(precision.qk, lowering.stores), letter(precision.pv, lowering.stores_values)
+
+
 def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
     """Return the matrix instruction that multiplies numbers in `fmt`, as a lowering stores them."""
     match stores[fmt]:
         case Storage.PLAIN:
             return "H"
-        case Storage.ROW | Storage.TILE:
+        case Storage.ROW | Storage.TILE | Storage.CHANNEL:
             return "I" if fmt == "int8" else "Q"
         case Storage.BLOCK:
             return "O" if fmt in _FOUR_BIT else "Q"

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.bench.bound import Products, letter
+from dma_diffusers.eval.bench.bound import Products, letters
 from dma_diffusers.eval.bench.inputs import Seen
 from dma_diffusers.eval.bench.shapes import GRIDS, Shape
 from dma_diffusers.eval.bench.timing import Call
-from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.device.launch import run
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
+from dma_diffusers.kernels import lowerings, operator, plan
+from dma_diffusers.kernels.call import Call as AttentionCall
+from dma_diffusers.kernels.device.launch import Launcher, run
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
@@ -100,7 +102,7 @@ class Config:
                 raise ValueError(f"config {text!r}: {name} must be true or false, got {value!r}")
             given[name] = _READ[known[name]](value) if known[name] in _READ else value
         config = cls(**given)
-        DMAConfig(high=config.high, low=config.low)  # raises for formats that don't exist
+        DMAConfig(high=config.high, low=config.low)  # raises for precisions that don't exist
         _ = config.map_policy
         return config
 
@@ -176,9 +178,8 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
             launches[-1]()
 
         out, *_ = launch.attention(
-            *copy, planned.precision_map, config.high, config.low, key_mask=None, scale=q.shape[3] ** -0.5,
-            is_causal=False, lowering=chosen.lowering, token_order=planned.token_order, fine_mask=planned.fine_mask,
-            routing=planned.routing, skip_below=planned.skip_below, return_lse=False, run=record,
+            AttentionCall(*copy), planned, Precisions.parse(config.high, config.low), lowering=chosen.lowering,
+            return_lse=False, launcher=Launcher(record),
         )  # fmt: skip
         return launches, out
 
@@ -192,9 +193,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
         return operator.attention(*copies[number % len(copies)], **config.keywords).out
 
     of_policy = products(planned.precision_map, config.high, config.low, chosen.lowering)
-    if (
-        planned.routing is not None
-    ):  # its kernels add to counters that are zeroed between them, so none runs again
+    if planned.routing is not None:  # its kernels count in zeros, so they can't be launched again
         return Prepared(of_policy, whole)
     calls = [recorded(copy) for copy in copies]
     return Prepared(
@@ -206,13 +205,15 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 
 
 def products(precision_map: PrecisionMap, high: str, low: str, lowering: str) -> list[Products]:
-    """Say how the tiles of a square map are multiplied: HIGH has bf16 P·V, LOW has FP8; skipped ones have no share."""
-    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
+    """Say how the tiles of a square map are multiplied; skipped ones have no share.
+
+    high, low: the words of precisions.
+    """
     ends = precision_map.bounds.double().mean((0, 1, 2)) / precision_map.bounds.shape[2]
     of_high, of_low, visited = ends.tolist()  # HIGH, LOW and MASKED end there
     low_share = of_low - of_high if precision_map.has_high else visited
-    high_part = Products(visited - low_share, letter(high, stores), "H")
-    return [part for part in (high_part, Products(low_share, letter(low, stores), "Q")) if part.share]
+    precisions = zip((visited - low_share, low_share), Precisions.parse(high, low), strict=True)
+    return [Products(share, *letters(each, lowerings.named(lowering))) for share, each in precisions if share]
 
 
 def _seen(axes: Sequence[Axis], text: tuple[int, int], queries: torch.Tensor) -> torch.Tensor:

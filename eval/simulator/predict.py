@@ -13,10 +13,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dma_diffusers.eval.cost import clocks_of, pairs, share_left, storages, tile_clocks
+from dma_diffusers.eval.cost import clocks_of, lowering_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
@@ -67,7 +68,9 @@ class Call:
     def __post_init__(self):
         if self.gpu not in MACHINES:
             raise ValueError(f"unknown GPU {self.gpu!r}: choose from {', '.join(MACHINES)}")
-        _ = self._storages
+        lowering_of(
+            self.machine.architecture, self.head_dim, self.high, self.low
+        )  # raises where there is none
 
     @property
     def label(self) -> str:
@@ -111,8 +114,8 @@ class Call:
         return before + self.kernel(high_pairs, low_pairs)
 
     @property
-    def _storages(self) -> dict:
-        return storages(self.machine.architecture, self.head_dim, self.high, self.low)
+    def _precisions(self) -> Precisions:
+        return Precisions.parse(self.high, self.low)
 
     def _rounds(self, rows: int) -> int:
         programs = self.heads * -(-self.tokens // rows)
@@ -120,9 +123,10 @@ class Call:
 
     def _rows(self, has_high: bool, has_low: bool) -> int:
         """Return the number of queries of one program."""
-        classes = (
-            self._storages[self.high] if has_high else None,
-            self._storages[self.low] if has_low else None,
+        stores = lowering_of(self.machine.architecture, self.head_dim, self.high, self.low).stores
+        classes = tuple(
+            stores[precision.qk] if has_class else None
+            for precision, has_class in zip(self._precisions, (has_high, has_low), strict=True)
         )
         padded = max(64, 1 << (self.head_dim - 1).bit_length())
         tuned = tuning(self.machine.architecture, padded, classes)
@@ -130,11 +134,16 @@ class Call:
 
     def _moved_bytes(self, has_high: bool, has_low: bool, in_boxes: bool) -> float:
         """Return the bytes moved for each element of q, k and v together: read, and written in each class's formats."""
-        moved = 3 * 2.0
+        moved, (high, low) = 3 * 2.0, self._precisions
         if has_low:
-            moved += 2 + 2 * get_format(self.low).average_bits / 8 + 1  # reads V's range, writes V in FP8
-        if has_high and (in_boxes or self.high != "bf16"):
-            moved += 2 * get_format(self.high).average_bits / 8 + 2 * in_boxes
+            moved += 2 * get_format(low.qk).average_bits / 8
+        if has_high and (in_boxes or high.qk != "bf16"):
+            moved += 2 * get_format(high.qk).average_bits / 8
+        values = {each.pv for each, has_class in ((high, has_high), (low, has_low)) if has_class}
+        if "fp8" in values:
+            moved += 2 + 1  # V's range is read, and V is written in FP8
+        if "bf16" in values and in_boxes:
+            moved += 2  # bf16 V is read as it is, unless its tokens are gathered
         return moved
 
 
@@ -166,9 +175,7 @@ def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: s
         )
     tokens = count.text + math.prod(axis.length for axis in count.axes)
     of_grid = count.visits - count.text_visits
-    masked = (
-        count.cut * of_grid if count.text else 0.0
-    )  # a kernel that has HIGH computes masked tiles in HIGH
+    masked = count.cut * of_grid if count.text else 0.0  # where there is HIGH, masked tiles are HIGH
     slots = TILE * (count.grid_tiles[0] + count.text_tiles[0])
     dense = Call(gpu, heads, tokens, head_dim, high, low)
     ours = replace(dense, tokens=slots).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)

@@ -61,7 +61,7 @@ def _store_pool(pools, index, mean, variance, D: tl.constexpr):
     tl.store(pools + place + D, variance)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
 def pool(
     q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, token_order, q_pools, k_pools, v_pools,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
@@ -72,13 +72,13 @@ def pool(
     """Pool one tile of one head of V, K or Q, all as of the quantiser's `encode`: what its formats encode.
 
     q_pools: float32 [B·H, q_tiles, 2, D], mean and variance of each channel; k_pools likewise, over keys that are seen.
-    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances.
+    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances, over the same keys.
     """
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, None, token_order, index, kv_heads, k_length, token_count,
+            v, None, 1.0, None, None, key_mask, token_order, index, kv_heads, k_length, token_count,
             v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))

@@ -8,11 +8,14 @@ nothing HIGH. Splitting the block list keeps precision out of the loops' bodies 
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.tiling.layout import Layout
+
+T = TypeVar("T")
 
 TILE = 128
 # A shared block list's program: so many blocks of so many queries; entries hold the KV tile in their lowest bits.
@@ -100,8 +103,14 @@ class PrecisionMap:
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
-    def used(self, high: str, low: str) -> tuple[str | None, str | None]:
-        """The formats of HIGH and LOW, None for a class without tiles."""
+    @property
+    def block_lists(self) -> list[torch.Tensor]:
+        """All tensors that kernels read of the map."""
+        shared = vars(self).get("shared")
+        return [self.indices, self.bounds, *((shared.indices, shared.bounds) if shared else ())]
+
+    def used(self, high: T, low: T) -> tuple[T | None, T | None]:
+        """What is said of HIGH and of LOW, None for a class without tiles."""
         return high if self.has_high else None, low if self.has_low else None
 
 

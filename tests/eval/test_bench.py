@@ -112,6 +112,12 @@ def test_products_of_a_map_are_its_tiles(tokens):
     assert products(low, "bf16", "int8", "native") == [(1.0, "I", "Q")]
 
 
+def test_a_precision_may_name_the_format_of_its_values():
+    layout = Layout(4608, 4608)
+    parts = products(build_map(Diagonal().classes(layout), layout), "int8/bf16", "int8/fp8", "native")
+    assert [(part.qk, part.pv) for part in parts] == [("I", "H"), ("I", "Q")]
+
+
 def test_faithful_formats_are_multiplied_as_stored():
     layout = Layout(4608, 4608)
     parts = products(build_map(Diagonal().classes(layout), layout), "mxfp8", "mxfp4", "faithful")
