@@ -167,7 +167,7 @@ def test_statistics_of_keys_that_are_seen(length, head_dim, tokens_first, kernel
     mask[1, :: max(1, length // 1024)] = False
     mask = mask.t().contiguous().t() if tokens_first else mask
     hidden = ~mask[:, None, :, None]
-    k, v = k.masked_fill(hidden, 1e30), v.masked_fill(hidden, torch.inf)
+    k, v = k.masked_fill(hidden, 1e30), v.masked_fill(hidden, 1e30)
     k[0, 0, :, 1], v[0, 0, :, 2] = torch.nan, torch.inf
     rope = call.ropes(kernel_device)["k_rope"]
     found = statistics_of(k, v, rope, mask)

@@ -179,6 +179,7 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
     seen = there.to(kernel_device).expand(2, -1)
     if mask is not None:
         mask[1, :] = False  # a whole tile that no query sees
+        k, v = (x.masked_fill(~mask[:, None, :, None], 1e30) for x in (k, v))
         seen = seen & call.in_slots(mask[..., None].expand(-1, -1, 1))[..., 0]
     whole = torch.nn.functional.pad(seen.to(torch.uint8), (0, -slots % TILE)).contiguous()
     padded_mean = (
