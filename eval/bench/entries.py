@@ -192,12 +192,9 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
     def whole(number: int) -> torch.Tensor:
         return operator.attention(*copies[number % len(copies)], **config.keywords).out
 
-    of_policy = products(planned.precision_map, config.high, config.low, chosen.lowering)
-    if planned.routing is not None:  # its kernels count in zeros, so they can't be launched again
-        return Prepared(of_policy, whole)
     calls = [recorded(copy) for copy in copies]
     return Prepared(
-        of_policy,
+        products(planned.precision_map, config.high, config.low, chosen.lowering),
         whole,
         partial(again, slice(-1, None)),  # the attention kernel comes last
         partial(again, slice(-1)) if len(calls[0][0]) > 1 else None,

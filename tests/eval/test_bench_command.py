@@ -118,7 +118,9 @@ def test_inputs_do_not_fit_the_cache(gpu):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("config", [CONFIG, NEIGHBORHOOD], ids=["dense", "neighborhood"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, NEIGHBORHOOD, IMPORTANCE], ids=["dense", "neighborhood", "importance"]
+)
 def test_the_kernel_alone_computes_what_the_call_does(device, config):
     """Here and in the interpreter: launched again, the recorded kernels write the same result anew."""
     copies = [tuple(torch.randn(3, 1, 2, 200, 64, device=device).bfloat16()) for _ in range(2)]
@@ -130,13 +132,6 @@ def test_the_kernel_alone_computes_what_the_call_does(device, config):
         again.zero_()
         assert not prepared.quantise(number).any()
         assert torch.equal(prepared.kernel(number), expected)
-
-
-@pytest.mark.kernel
-def test_kernels_of_a_routed_call_are_not_launched_again(device):
-    prepared = IMPORTANCE.entry.prepare([tuple(torch.randn(3, 1, 2, 200, 64, device=device).bfloat16())])
-    assert (prepared.kernel, prepared.quantise) == (None, None)
-    assert prepared.whole(0).isfinite().all()
 
 
 @pytest.mark.kernel
