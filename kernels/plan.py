@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hiding
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Policy, reached
 from dma_diffusers.kernels.tiling.precision_map import (
@@ -64,7 +64,9 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     phases = visiting_phases(classes, tile_order.layout, token_order=token_order, cut=cut)
     packed = None
     if (phases == Phase.MASKED).any():
-        packed = fine_mask(token_order, tile_order.coordinates, axes) if axes else hiding(token_order)
+        packed = (
+            fine_mask(token_order, tile_order.coordinates, axes) if axes else hide_empty_slots(token_order)
+        )
     if masks_text:
         phases = torch.where(_with_text(tile_order.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
     return Plan(*_block_lists(classes, phases, policy), token_order, packed, policy.skip_below)

@@ -23,7 +23,7 @@ from dma_diffusers.kernels.ahead_of_time.sass import describe, markdown
 from dma_diffusers.kernels.attention import hopper, launch
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import hiding
+from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import TILE, Class, build_map, visiting_phases
@@ -111,7 +111,7 @@ def launches(
         q, k, v, build_map(classes, layout), high or low, low or high,
         key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
         token_order=None if slots is None else torch.arange(slots, dtype=torch.int32),
-        fine_mask=hiding(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
+        fine_mask=hide_empty_slots(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
         routing=Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
         skip_below=1e-3 if skips else None, scale=1.0, is_causal=is_causal, run=record, target=target,
         lowering=choose(target, head_dim, high or low, low or high).lowering,

@@ -1,1 +1,1 @@
-"""Which tiles of an attention call exist, in which order tokens stand in them, and which precision each pair gets."""
+"""How an attention call is cut into tiles: its tokens, their order, and the precision of every pair of tiles."""

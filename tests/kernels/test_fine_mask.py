@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels.tiling.fine_mask import fine_mask, hiding
+from dma_diffusers.kernels.tiling.fine_mask import fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
@@ -52,7 +52,7 @@ def test_long_sides():
 
 def test_only_empty_slots_are_hidden():
     token_order = torch.tensor([3, -1, 0, 2, 1])
-    seen = hiding(token_order).seen(torch.arange(128)[:, None], torch.arange(128))
+    seen = hide_empty_slots(token_order).seen(torch.arange(128)[:, None], torch.arange(128))
     assert torch.equal(seen, (torch.arange(128) < 5).logical_and(torch.arange(128) != 1).expand(128, -1))
 
 
