@@ -1,4 +1,4 @@
-"""Runs the routing's kernels: from q, k and v to the block lists that the attention kernel reads."""
+"""Runs the kernels of routing, which turn q, k and v into the block lists that the attention kernel reads."""
 
 import math
 
@@ -25,9 +25,10 @@ def pooled(
     token_order: torch.Tensor | None = None,
     run: Run = run,
 ) -> Pools:
-    """The reference's pools of q·factor, of k less its mean and of v; past the head dimension, channels are zeros.
+    """The reference's pools of q·factor, of k less its mean, and of v; channels past the head dimension are zeros.
 
-    The arguments are as of the quantiser's `encode`; hidden keys are left out of K's pools. mean: float32 `[B·Hkv, D]`.
+    The arguments are those of the quantiser's `encode`; hidden keys are left out of K's pools.
+    mean: float32 `[B·Hkv, D]`, the mean of k; None for none.
     """
     (batch, heads, q_length, head_dim), (kv_heads, k_length) = q.shape, k.shape[1:3]
     token_count = None
@@ -39,7 +40,7 @@ def pooled(
     shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
     pools = Pools(*(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes))
     (q_tables, q_rope_strides), (k_tables, k_rope_strides) = tables_of(q_rope), tables_of(k_rope)
-    # One warp spills where it rotates, and is still faster than two.
+    # One warp spills if it rotates, and is still faster than two.
     run(
         kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
         q, k, v, mean, factor, *q_tables, *k_tables, key_mask, token_order, *pools,
@@ -53,8 +54,9 @@ def pooled(
 def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = run) -> PrecisionMap:
     """The reference's map, or its `shared` block lists, made on the device without waiting for it.
 
-    pools: contiguous; past the head dimension, channels are zeros. `indices` is as long as any block list could be, and what
-    no block list takes of it undefined. Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
+    pools: contiguous; channels past the head dimension are zeros. is_shared: gives the `shared` block lists.
+    `indices` of the result is as long as the longest possible list, and undefined past the end of each list.
+    Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
     pairs = heads * q_tiles * k_tiles
@@ -79,7 +81,7 @@ def route(pools: Pools, routing: Routing, is_shared: bool = False, run: Run = ru
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
-    # A program spans two Q tiles, which may visit a KV tile in different phases; one more entry may be read ahead.
+    # A program spans two Q tiles, which may visit a KV tile in different phases, and may read one entry ahead.
     length = 2 * k_tiles + 1 if is_shared else k_tiles
     indices = torch.empty(batch, heads, programs, length, dtype=torch.int32, device=device)
     bounds = torch.empty(batch, heads, programs, 3, dtype=torch.int32, device=device)

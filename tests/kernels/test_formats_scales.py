@@ -94,7 +94,7 @@ def test_codes_and_scales_equal_torchao(name, rounding, mode, dtype):
 
 
 def test_nvfp4_equals_torchao():
-    # Random float32 numbers make no ties; torchao, which multiplies by a rounded reciprocal, may round ties wrongly.
+    # Random float32 numbers make no ties, which torchao may round away from even: it multiplies by a reciprocal.
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(4))
     packed = pack(x, "nvfp4")
     scales, data = nvfp4_quantize(x, per_tensor_scale=packed.tensor_scale)
