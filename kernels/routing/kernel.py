@@ -9,9 +9,9 @@ import triton.language as tl
 
 from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
-from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling import layout, precision_map
 
-TILE = tl.constexpr(precision_map.TILE)
+TILE = tl.constexpr(layout.TILE)
 HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.Phase)
 UNVISITED = tl.constexpr(precision_map.UNVISITED)
 SAMPLE_STRIDE = tl.constexpr(reference.SAMPLE_STRIDE)

@@ -9,7 +9,8 @@ from dma_diffusers.kernels.quantiser.launch import padded_dim, tables_of
 from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing import kernel
 from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, PrecisionMap
 
 
 def pooled(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.precision_map import TILE, UNVISITED, Phase, PrecisionMap, map_of
+from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, PrecisionMap, map_of
 
 LN_2 = math.log(2)
 # The standard deviation of scores (base 2) beyond which the largest of 128 scores outweighs the sum of the others

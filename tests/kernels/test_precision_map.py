@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map
 from tests.kernels.calls import Call, is_high
 
 HIGH, LOW, SKIP = Class.HIGH, Class.LOW, Class.SKIP

@@ -20,15 +20,9 @@ from dma_diffusers.kernels.routing.reference import (
     route,
     routed,
 )
+from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.policies import Importance
-from dma_diffusers.kernels.tiling.precision_map import (
-    TILE,
-    UNVISITED,
-    Phase,
-    build_map,
-    map_of,
-    visiting_phases,
-)
+from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, build_map, map_of, visiting_phases
 from tests.kernels.calls import Call, guarded, relative_l2
 
 
