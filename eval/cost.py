@@ -8,9 +8,9 @@ from dma_diffusers.eval.bench.bound import letter
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
+from dma_diffusers.kernels.tiling.precision_map import Phase
 
 TARGETS = tuple(MATRIX_RATES)
 

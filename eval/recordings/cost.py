@@ -9,9 +9,9 @@ from dma_diffusers.eval.recordings.measure import asked, is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:

@@ -16,10 +16,10 @@ from dma_diffusers.eval.cost import clocks_of, pairs, share_left, storages, tile
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 START = 8.5e-6  # seconds: until a round of programs is under way, and so long for each step before the kernel
