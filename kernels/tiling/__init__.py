@@ -1,1 +1,1 @@
-"""How an attention call is cut into tiles: its tokens, their order, and the precision of every pair of tiles."""
+"""Tiling cuts an attention call into tiles of tokens, and chooses the precision of every pair of tiles."""

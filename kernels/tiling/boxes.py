@@ -1,4 +1,4 @@
-"""Boxes: the n-D blocks of a grid whose tokens make up one tile, and the choice of their shape."""
+"""Boxes are the n-D blocks of a grid whose tokens make up one tile; this file chooses their shape."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Fine masks: which slots each query sees within MASKED tiles, as coordinates that the kernels compare.
+"""Fine masks say which slots each query sees within MASKED tiles, by coordinates that the kernels compare.
 
 A query has a first and a last coordinate in every dimension, a key has a low and a high one. The query sees the key if
 first ≤ low and high ≤ last in every dimension. On the grid, low and high are the key's coordinate; text and empty slots
@@ -23,7 +23,7 @@ _BITS = 30  # the most bits of a positive int32 that 1, 2 and 3 dimensions divid
 
 @dataclass(frozen=True)
 class FineMask:
-    """Which slots each query sees, for whole tiles of slots.
+    """The coordinates that say which slots each query sees; they cover whole tiles of slots.
 
     packed: int32 `[4, slots]`: the first and last coordinates of each query, the low and high ones of each key.
     guards: the guard bits.

@@ -8,7 +8,7 @@ DIMENSIONS = 3  # of a grid, at most
 
 
 def tiles(length: int) -> int:
-    """How many tiles `length` tokens take; the last one may be partial."""
+    """The number of tiles that `length` tokens take; the last one may be partial."""
     return -(-length // TILE)
 
 

@@ -1,4 +1,4 @@
-"""Policies: from a layout to the class of every pair (Q tile, KV tile).
+"""Policies choose the class of every pair (Q tile, KV tile) of a layout.
 
 A policy has words, `str(policy)`, from which `parse` makes it again: `neighborhood(window=18x24x24, high=6x8x8)`.
 Policies unite, `a | b`: every pair takes the more precise of their classes. Text is HIGH whatever the policy, as keys

@@ -1,4 +1,4 @@
-"""Precision maps: the class of every pair (Q tile, KV tile), as block lists that the kernels follow.
+"""Precision maps hold the class of every pair (Q tile, KV tile), as block lists that the kernels follow.
 
 The block list of a Q tile names the KV tiles that it visits, in three contiguous phases, each of one kind of tile:
 HIGH, LOW, and MASKED. In MASKED tiles some query doesn't see some key (the causal diagonal, the end of the keys, empty
@@ -85,14 +85,14 @@ class PrecisionMap:
         q_tile = block * SHARED_ROWS // TILE
         of_block = visits[..., q_tile.clamp(max=q_tiles - 1), :, :] * (q_tile < q_tiles).int()[:, None, None]
         of_block = of_block.unflatten(-3, (programs, SHARED_BLOCKS))
-        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS)
-        visitors = (of_block * bits[:, None, None]).sum(-3)  # [..., programs, phases, k_tiles]
-        entries = (visitors + torch.arange(k_tiles)).flatten(-2)
-        is_unvisited = (visitors == 0).flatten(-2)
-        visited_first = is_unvisited.int().argsort(dim=-1, stable=True)
+        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS, dtype=torch.int32)
+        of_block *= bits[:, None, None]
+        visitors = of_block.sum(-3, dtype=torch.int32)  # [..., programs, phases, k_tiles]
+        entries = (visitors + torch.arange(k_tiles, dtype=torch.int32)).flatten(-2)
+        visited_first = (visitors == 0).flatten(-2).to(torch.uint8).argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
         lists = F.pad(entries.gather(-1, visited_first), (0, 1))
-        indices = lists[..., : int(bounds[..., -1].max()) + 1].int()
+        indices = lists[..., : int(bounds[..., -1].max()) + 1]
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 

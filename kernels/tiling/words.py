@@ -1,4 +1,4 @@
-"""The syntax of policies' words: a dataclass as a call such as `diagonal(window=128, sink=128)`, and back."""
+"""The syntax of policies' words: a dataclass is written as a call, `diagonal(window=128, sink=128)`, and read back."""
 
 import re
 from collections.abc import Mapping
