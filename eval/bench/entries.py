@@ -11,9 +11,11 @@ import torch
 from dma_diffusers.eval.bench.bound import Products, letter
 from dma_diffusers.eval.bench.inputs import Seen
 from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.device.launch import run
+from dma_diffusers.kernels.call import Call as AttentionCall
+from dma_diffusers.kernels.device.launch import Launcher, run
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
@@ -166,9 +168,8 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
             launches[-1]()
 
         out, *_ = launch.attention(
-            *copy, planned.precision_map, config.high, config.low, key_mask=None, scale=q.shape[3] ** -0.5,
-            is_causal=False, lowering=chosen.lowering, token_order=planned.token_order, fine_mask=planned.fine_mask,
-            routing=planned.routing, skip_below=planned.skip_below, return_lse=False, run=record,
+            AttentionCall(*copy), planned, Precisions.parse(config.high, config.low), lowering=chosen.lowering,
+            return_lse=False, launcher=Launcher(record),
         )  # fmt: skip
         return launches, out
 

@@ -9,6 +9,8 @@ from dma_diffusers.eval.recordings.measure import asked, is_dense
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS
@@ -76,11 +78,8 @@ def _left_out(
     """How many pairs of tiles a head leaves out by its softmax, a mean over heads and batch entries."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     q, k, v, mask = (x if x is None else x.to(device) for x in recordings.tensors(recording))
-    made = plan.make(policy, layout, recording.is_causal)
+    made = plan.make(policy, layout, recording.is_causal).to(device)
     skipped = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
-    reference.attention(
-        q, k, v, made.precision_map, high, low, key_mask=mask, scale=recording.scale, is_causal=recording.is_causal,
-        token_order=made.token_order if made.token_order is None else made.token_order.to(device), fine_mask=made.fine_mask, routing=made.routing,
-        skip_below=policy.skip_below, skip_rows=TILE, skipped=skipped,
-    )  # fmt: skip
+    call = Call(q, k, v, mask, recording.scale, recording.is_causal)
+    reference.attention(call, made, Precisions.parse(high, low), skip_rows=TILE, skipped=skipped)
     return float(skipped.double().mean()) * SHARED_ROWS / TILE  # counted in blocks of 64 queries

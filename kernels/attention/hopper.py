@@ -19,10 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dma_diffusers.kernels.attention.kernel import LN_2, LOOKED_AT, LOWEST, P_SHIFT, PATIENCE
+from dma_diffusers.kernels.device.rounding import to_output
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
-from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling import layout, precision_map
 
-TILE = gl.constexpr(precision_map.TILE)
+TILE = gl.constexpr(layout.TILE)
 WARPGROUPS = gl.constexpr(precision_map.SHARED_BLOCKS)
 ROWS = gl.constexpr(precision_map.SHARED_ROWS)  # of one warpgroup
 QUERIES = precision_map.SHARED_BLOCKS * precision_map.SHARED_ROWS  # of one program
@@ -356,8 +357,8 @@ def _attend(
     low_row: gl.constexpr = gl.SliceLayout(1, _products_layout(TILE, 32))
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
-        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row, start, block_list,
-        q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
+        start, block_list, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -414,8 +415,8 @@ def _attend(
         m = gl.convert_layout(low_m, row)
     if HIGH is not None:
         accumulator, l, m, kept = _high_phase(
-            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, high_end + low_end,
-            indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known,
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers,
+            high_end + low_end, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known,
             skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
@@ -427,7 +428,7 @@ def _attend(
     out_tokens = gl.convert_layout(q_tokens, out_row)
     slots = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
     inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
-    gl.store(out + slots, result.to(out.dtype.element_ty), mask=inside)
+    gl.store(out + slots, to_output(result, out.dtype.element_ty), mask=inside)
     if lse is not None:
         log_sum = m + gl.log2(l)
         if offset is not None:
@@ -437,7 +438,7 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=[
-    "q_length", "k_length", "order_tokens", "map_stride_b", "map_stride_h", "map_length"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length"
 ])  # fmt: skip
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
@@ -445,14 +446,15 @@ def attend_hopper(
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped,
-    HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr,
-    LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr,
+    HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr, HIGH_VALUES: gl.constexpr,
+    LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr, LOW_VALUES: gl.constexpr,
     CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
 
-    `indices` and `bounds` are a map's `shared` block lists (precision_map.py). HIGH is read as bf16 numbers without tensor scales,
-    LOW as e4m3 or int8 ones under scales of K's tiles or tokens; other scales and block sizes are not looked at.
+    `indices` and `bounds` are a map's `shared` block lists (precision_map.py). HIGH is read as bf16 numbers without
+    tensor scales, its V in bf16 ("plain"); LOW as e4m3 or int8 ones under scales of K's tiles or tokens, its V in e4m3
+    ("channel"). Other scales and block sizes are not looked at.
     Each warpgroup skips tiles by itself.
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)
@@ -498,8 +500,8 @@ def attend_hopper(
     if skipped is not None:
         skipped += head
     given = (
-        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row, start, block_list,
-        q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
+        start, block_list, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)

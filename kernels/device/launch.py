@@ -1,12 +1,12 @@
-"""How a kernel is run: at once, on its arguments' device, unless whoever calls has other plans (compile.py has)."""
+"""How kernels are launched: allocated for and launched at once, unless who calls has other plans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-Run = Callable[..., None]
+Run = Callable[..., Any]
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -14,8 +14,30 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch `kernel`; Triton alone would take the current device, whichever that is."""
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+    """Launch `kernel` on the device of its arguments; returns what Triton compiled, None in the interpreter."""
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    # Triton alone would take the current device, whichever that is.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **options)
+        return kernel[grid](*arguments, **options)
+
+
+class Launcher:
+    """Allocates what kernels write, and launches them.
+
+    run: launches one kernel, called as `run` above is. Ahead-of-time compilation and tests have their own.
+    """
+
+    def __init__(self, run: Run = run):
+        self._run = run
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        self._run(kernel, grid, *arguments, **options)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor that the call's kernels write and read."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor in which the call's kernels count."""
+        return torch.zeros(shape, dtype=dtype, device=device)

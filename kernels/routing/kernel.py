@@ -75,13 +75,13 @@ def pool(
 
     q_pools: float32 [B·H, q_tiles, 2, D], the mean and the variance of each channel.
     k_pools: float32 [B·Hkv, k_tiles, 2, D], the same over keys that are seen.
-    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances.
+    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances over the same keys.
     """
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, None, token_order, index, kv_heads, k_length, token_count,
+            v, None, 1.0, None, None, key_mask, token_order, index, kv_heads, k_length, token_count,
             v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))

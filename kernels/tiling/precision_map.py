@@ -9,11 +9,14 @@ the class of a tile (DMA, arXiv 2604.03950).
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+
+T = TypeVar("T")
 
 # Shared block lists serve one program of this many blocks of queries, each of this many rows.
 SHARED_BLOCKS, SHARED_ROWS = 3, 64
@@ -96,8 +99,14 @@ class PrecisionMap:
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
-    def used(self, high: str, low: str) -> tuple[str | None, str | None]:
-        """The formats of HIGH and LOW, None for a class without tiles."""
+    @property
+    def block_lists(self) -> list[torch.Tensor]:
+        """All tensors of the map that kernels may read, those of `shared` only once it was made."""
+        shared = vars(self).get("shared")
+        return [self.indices, self.bounds, *((shared.indices, shared.bounds) if shared else ())]
+
+    def used(self, high: T, low: T) -> tuple[T | None, T | None]:
+        """The values for HIGH and for LOW, with None for a class without tiles."""
         return high if self.has_high else None, low if self.has_low else None
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dma_diffusers.kernels.attention import reference as attention_reference
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import (
     LEVELS,
@@ -23,7 +22,7 @@ from dma_diffusers.kernels.routing.reference import (
 from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.policies import Importance
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, build_map, map_of, visiting_phases
-from tests.kernels.calls import Call, guarded, relative_l2
+from tests.kernels.calls import Call, by_reference, guarded, launched, relative_l2
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -156,7 +155,8 @@ def test_a_call_routes_by_policy_and_content():
     (300, 64, False, True),
 ])  # fmt: skip
 def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, kernel_device):
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.launch import Source
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
     from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     call = Call(
@@ -177,10 +177,11 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
     padded_mean = (
         torch.nn.functional.pad(mean, (0, padded_dim(head_dim) - head_dim)).flatten(0, 2).contiguous()
     )
-    found = pooled_by_kernel(
-        q, k, v, padded_mean, 0.3, **ropes, key_mask=None if mask is None else whole,
+    source = Source(
+        q, k, v, 0.3, **ropes, key_mask=None if mask is None else whole,
         token_order=call.token_order_on(kernel_device),
     )  # fmt: skip
+    found = pooled_by_kernel(source, padded_mean)
     q, k = quantiser.rotate(q, ropes["q_rope"]) * 0.3, quantiser.rotate(k, ropes["k_rope"]) - mean
     q, k, v, taken = call.in_slots(q), call.in_slots(k), call.in_slots(v), taken.to(kernel_device)
     expected = Pools(
@@ -197,10 +198,11 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 def test_pools_far_from_zero(kernel_device):
+    from dma_diffusers.kernels.quantiser.launch import Source
     from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     x = (30 + random(1, 2, 300, 64)).bfloat16().to(kernel_device)
-    found, wanted = pooled_by_kernel(x, x, x, None, 1.0), pooled(x.float())
+    found, wanted = pooled_by_kernel(Source(x, x, x), None), pooled(x.float())
     for pools in (found.q, found.k):
         torch.testing.assert_close(pools, wanted, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.v, wanted[..., 1, :].sum(-1), rtol=2e-3, atol=0)
@@ -251,6 +253,7 @@ def test_routes_as_the_reference(
     heads, kv_heads, q_length, k_length, own, dim, budget, is_shared, kernel_device
 ):
     """Levels agree within the rounding of the products; the same levels give the same block lists."""
+    from dma_diffusers.kernels.device.launch import Launcher
     from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     q_tiles, k_tiles = -(-q_length // TILE), -(-k_length // TILE)
@@ -263,7 +266,7 @@ def test_routes_as_the_reference(
     pools = Pools(*(x.to(kernel_device) for x in pools))
     routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), budget).to(kernel_device)
     recorded = Recorded(is_guarded=True)
-    found = route_by_kernel(pools, routing, is_shared, run=recorded)
+    found = route_by_kernel(pools, routing, is_shared, launcher=Launcher(recorded))
     by_kernel = recorded.given["score"]["levels"].int()
     is_low = (routing.phases == Phase.LOW).expand(by_kernel.shape)
     assert (by_kernel[~is_low] == -1).all()
@@ -279,6 +282,7 @@ def test_routes_as_the_reference(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_pairs_that_are_not_finite_are_not_upgraded_and_spoil_no_other_row(which, bad, kernel_device):
+    from dma_diffusers.kernels.device.launch import Launcher
     from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     pools = pools_of(random(1, 2, 512, 64) / 8, random(1, 2, 512, 64, seed=1), random(1, 2, 512, 64, seed=2))
@@ -287,7 +291,7 @@ def test_pairs_that_are_not_finite_are_not_upgraded_and_spoil_no_other_row(which
     pools = Pools(*(x.to(kernel_device) for x in pools))
     routing = Routing.of(torch.ones(1, 1, 4, 4, dtype=torch.int), 0.5).to(kernel_device)
     recorded = Recorded(is_guarded=True)
-    found = route_by_kernel(pools, routing, run=recorded)
+    found = route_by_kernel(pools, routing, launcher=Launcher(recorded))
     assert (found.bounds[..., 2] == 4).all()
     assert (found.bounds[0, 1, :, 0] > 0).any()
     if math.isnan(bad):
@@ -312,7 +316,6 @@ def routed_call(device, budget=0.2, **changes):
 ])  # fmt: skip
 def test_attention_visits_what_was_routed(changes, kernel_device):
     """The same block lists as a static map give the same bits; the reference upgrades the same pairs and agrees."""
-    from dma_diffusers.kernels.attention import launch
     from dma_diffusers.kernels.operator import choose
 
     call, static, routing = routed_call(kernel_device, **changes)
@@ -324,19 +327,17 @@ def test_attention_visits_what_was_routed(changes, kernel_device):
         "fine_mask": call.fine_mask_on(kernel_device),
     }  # fmt: skip
     recorded = Recorded()
-    out, lse, _ = launch.attention(
+    out, lse, _ = launched(
         q, k, v, static, call.high, call.low, **given, lowering=lowering, routing=routing, run=recorded
     )
     upgraded = routed(recorded.given["score"]["levels"].int(), routing)
     counts = ((upgraded == Phase.HIGH) & (routing.phases == Phase.LOW)).sum((1, 2, 3))
     assert (counts > 0).all() and (counts <= routing.allowed(4)).all()
     same_map = map_of(upgraded.cpu(), has_high=True).to(kernel_device)
-    as_given = launch.attention(q, k, v, same_map, call.high, call.low, **given, lowering=lowering)
+    as_given = launched(q, k, v, same_map, call.high, call.low, **given, lowering=lowering)
     assert torch.equal(out, as_given[0]) and torch.equal(lse, as_given[1])
     if not is_gpu:
-        expected, _ = attention_reference.attention(
-            q, k, v, static, call.high, call.low, **given, routing=routing
-        )
+        expected, _ = by_reference(q, k, v, static, call.high, call.low, **given, routing=routing)
         assert relative_l2(out, expected) < 1e-3
 
 
