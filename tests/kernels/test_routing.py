@@ -184,10 +184,8 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
     found = pooled_by_kernel(source, padded_mean)
     q, k = quantiser.rotate(q, ropes["q_rope"]) * 0.3, quantiser.rotate(k, ropes["k_rope"]) - mean
     q, k, v, taken = call.in_slots(q), call.in_slots(k), call.in_slots(v), taken.to(kernel_device)
-    expected = Pools(
-        pooled(q, taken), pooled(k, taken if mask is None else seen),
-        pooled(v, taken)[..., 1, :].sum(-1),
-    )  # fmt: skip
+    of_keys = taken if mask is None else seen
+    expected = Pools(pooled(q, taken), pooled(k, of_keys), pooled(v, of_keys)[..., 1, :].sum(-1))
     for x, wanted in zip(found, expected, strict=True):
         assert x.isnan().any() == (wanted.isnan().any())
         own, rest = (x, x[:0]) if x.ndim == 3 else (x[..., :head_dim], x[..., head_dim:])
