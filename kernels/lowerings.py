@@ -17,7 +17,7 @@ KERNEL_ARCHITECTURES = ("sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
 class Storage(StrEnum):
-    """How the numbers of a format lie in memory, and so which MMA multiplies them."""
+    """The layout of a format's numbers in memory, which decides the MMA that multiplies them."""
 
     BLOCK = "block"
     """Elements and a scale for each block: block-scaled MMA."""
@@ -41,11 +41,11 @@ FAITHFUL = (
     | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
 )
 VALUES = {"bf16": Storage.PLAIN, "fp8": Storage.CHANNEL}
-"""How V is stored for each format of P·V."""
+"""The storage of V for each format of P·V."""
 
 
 def architecture(device: torch.device) -> str:
-    """What `device` is: "sm_90" and the like for NVIDIA GPUs, else "cpu", "mps", "rocm" …"""
+    """Names a device: "sm_90" and the like for NVIDIA GPUs, else "cpu", "mps", "rocm" …"""
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -55,7 +55,7 @@ def architecture(device: torch.device) -> str:
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Says whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -30,7 +30,7 @@ def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: s
 
 
 class Result(NamedTuple):
-    """What an attention call gives.
+    """The result of an attention call.
 
     out: `[B, H, Sq, D]` in q's dtype. lse: the natural log-sum-exp, float32 `[B, H, Sq]`; empty unless wanted.
     inexact_rows: int32 `[1]` on the device, how many rows of q and k are not what their format says because e4m3
@@ -65,20 +65,24 @@ def attention(
 ) -> Result:
     """Mixed-precision attention: a policy says which tiles are HIGH, which LOW, and which are skipped.
 
-    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, bf16, fp16 or fp32, D ≤ 256, Hkv dividing H; any strides under
-    which no two elements share memory.
+    q: `[B, H, Sq, D]`; k and v: `[B, Hkv, Sk, D]`; bf16, fp16 or fp32. D ≤ 256, Hkv divides H. Strides are free, but no
+        two elements share memory.
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
-    scale: of the scores, D^-½ by default, more than 0.
+    scale: the factor of the scores, more than 0; D^-½ by default.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
-    high, low: the precisions of the classes in words, "int8" or with the format of P·V "int8/bf16". policy: one of `policies`, or its words; by default DMA (arXiv 2604.03950).
-    grid: what the tokens that aren't text lie on, see `Layout`; policies on the grid need it, and Sq = Sk. Their tiles
-    are boxes: the kernels gather tokens as they read them, and scatter what they write.
-    text_start, text_stop: the text tokens, HIGH as keys and as queries. masks_text: key_mask hides none but these, so
-    that other tiles need not look at it. mapped=False: every tile HIGH.
-    Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
-    Raises ValueError for what it can't take, before anything is launched.
+    high, low: the precisions of the classes: the format of Q·K, `"int8"`, or the formats of Q·K and P·V, `"int8/bf16"`.
+    policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950).
+    grid: the grid on which the tokens that aren't text lie, see `Layout`. Policies on the grid need it, and Sq = Sk.
+        Their tiles are boxes: the kernels gather tokens as they read them, and scatter what they write.
+    text_start, text_stop: the text tokens, which are HIGH as keys and as queries.
+    masks_text: key_mask hides none but text tokens, so that other tiles need not look at it.
+    mapped: False makes every tile HIGH.
+    lowering: the name of one, or "auto" for the first that can run the call.
+
+    The call waits for no device, but the first one with new lengths makes a plan: a CUDA graph can't capture that one.
+    Raises ValueError for arguments that it can't take, before anything is launched.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("attention has no backward yet: call it under torch.no_grad(), or detach q, k and v")
     if not k.device == v.device == q.device or (key_mask is not None and key_mask.device != q.device):
         devices = ", ".join(str(x.device) for x in (q, k, v, key_mask) if x is not None)
@@ -95,7 +99,7 @@ def attention(
 
 
 def aliases(x: torch.Tensor) -> bool:
-    """Whether elements of x share memory, as after `expand`."""
+    """Says whether elements of x share memory, as after `expand`."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -195,7 +199,10 @@ def _attention(
 def _prepare(
     call: Call, planned: plan.Plan, precisions: Precisions, lowering: str, return_lse: bool
 ) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    """What runs calls of this kind: output, log-sum-exp and inexact rows, None for what there is not."""
+    """Makes a function that runs calls of this kind.
+
+    It returns the output, the log-sum-exp and the inexact rows; None for those that there are not.
+    """
     if lowering != "reference":
         from dma_diffusers.kernels.attention.launch import Prepared
 

@@ -21,7 +21,7 @@ from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call needs beside its tensors.
+    """Everything that a call needs beside its tensors.
 
     precision_map: the classes of tiles, which are tiles of slots where there is a token order.
     routing: what content decides of the map; None for nothing. The map's block lists are then not looked at.
@@ -99,7 +99,7 @@ def _block_lists(
 
 
 def _with_text(layout: Layout) -> torch.Tensor:
-    """Which KV tiles hold text: bool `[1, k_tiles]`."""
+    """Says which KV tiles hold text: bool `[1, k_tiles]`."""
     start, stop = layout.text
     tile = torch.arange(tiles(layout.k_length))[None]
     return (tile >= start // TILE) & (tile < tiles(stop)) & (stop > start)

@@ -17,7 +17,7 @@ MOST_SIZES = 8
 
 @dataclass
 class Size:
-    """What is kept for calls of one layout on one device.
+    """Everything that is kept for calls of one layout on one device.
 
     plans: by policy, causality and `masks_text`. prepared: whatever is made of them, by what its maker asks for.
     """
@@ -62,7 +62,7 @@ class PlanCache:
         grid: tuple[int, ...],
         device: torch.device,
     ) -> Size:
-        """What is kept for calls of these lengths. Raises ValueError as `Layout` does."""
+        """Finds or makes what is kept for calls of these lengths. Raises ValueError as `Layout` does."""
         key = (q_length, k_length, text, grid, device)
         if self._captured and key in self._captured:
             return self._captured[key]
@@ -81,5 +81,5 @@ class PlanCache:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured on the current stream."""
+    """Says whether a CUDA graph is captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -47,7 +47,7 @@ _TYPES = {
 
 
 def compile_all(target: str, high: str | None = None, low: str | None = None) -> list[dict[str, Any]]:
-    """What each kernel variant compiles to on `target`, one of `TARGETS`.
+    """Compiles each kernel variant for `target`, one of `TARGETS`, and describes the result.
 
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
     attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
@@ -138,7 +138,7 @@ def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], targe
 def specialisation(
     kernel: Any, arguments: tuple, options: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any], dict]:
-    """What of a launch is compiled in: argument types, constants, and which arguments 16 divides."""
+    """The parts of a launch that are compiled in: argument types, constants, and which arguments 16 divides."""
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     for index, parameter in enumerate(kernel.params):

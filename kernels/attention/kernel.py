@@ -53,8 +53,10 @@ def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.conste
 @triton.jit
 def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
               BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of one pair of tiles, [ROWS, 128], int32 of int8, else float32; short of the rows' factors, and of the
-    tile's under "tile"."""
+    """Q·Kᵀ of one pair of tiles, [ROWS, 128]: int32 of int8 numbers, else float32.
+
+    The caller still multiplies by the factors of rows, and of the tile where the storage is "tile".
+    """
     if STORAGE == "block":
         scales = _load_block_scales(k_scales, kv_tile, D // BLOCK)
         if INTERPRETED and q_scales.dtype == tl.float8e4nv:
@@ -77,7 +79,7 @@ def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, ST
 
 @triton.jit
 def _in_order_of_v(p):
-    """Columns in the order of transposed V's tokens (`_stored_at` of the quantiser)."""
+    """Puts columns into the order of transposed V's tokens (`_stored_at` of the quantiser)."""
     ROWS: tl.constexpr = p.shape[0]
     runs = tl.reshape(p, (ROWS, TILE // 16, 2, 4, 2))
     return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, TILE))
@@ -85,7 +87,7 @@ def _in_order_of_v(p):
 
 @triton.jit
 def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
-    """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
+    """Says which keys of a tile each query sees: bool [1 or ROWS, 128]."""
     columns = tl.arange(0, TILE)
     if fine_mask is not None:  # as FineMask.seen has it
         slots = tl.cdiv(k_length, TILE) * TILE
@@ -111,7 +113,7 @@ def _larger(x, y):
 
 @triton.jit
 def _largest(s, skip_below):
-    """The rows' largest s; with a threshold, under which a tile may be skipped, NaN if any is."""
+    """Returns the largest s of each row; NaN if any is NaN and tiles may be skipped."""
     if skip_below is None or s.dtype == tl.int32:
         top = tl.max(s, axis=1)
     elif INTERPRETED:  # which takes long over a function of ours
@@ -123,7 +125,10 @@ def _largest(s, skip_below):
 
 @triton.jit
 def _counts(highest, m, skip_below, kept):
-    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN; or nobody looks."""
+    """Says whether the tile counts: in some row a probability is 2^skip_below or more of the largest so far, or NaN.
+
+    A block that has kept many tiles in a row doesn't look; the tile then counts.
+    """
     if skip_below is None:
         return True
     else:
@@ -146,10 +151,10 @@ def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, tile,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
 ):  # fmt: skip
-    """accumulator·rescale + p·V, of a tile that is loaded now unless `value` is it."""
+    """Returns accumulator·rescale + p·V; the tile of V is `value`, or is loaded now."""
     IS_FP8: tl.constexpr = VALUES == "channel"
     if TCGEN05:
-        # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
+        # l is never negative, but the compiler doesn't know: it must sum p now rather than keep all of it for later.
         rescale = tl.where(l < 0.0, 0.0, rescale)
     if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
@@ -169,13 +174,14 @@ def _add_values(
 @triton.jit
 def _phase(
     accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v,
-    softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, fine_mask,
+    softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last,
+    key_mask, fine_mask,
     guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk the KV tiles `indices[first:last]`, all of one class, for queries from `start` on."""
+    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on."""
     head = batch * heads + head_in_batch
     q_tokens = start + tl.arange(0, ROWS)
     q = q_elements.load([batch, head_in_batch, start, 0])

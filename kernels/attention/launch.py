@@ -2,7 +2,6 @@
 
 import functools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from operator import or_
@@ -37,7 +36,7 @@ from dma_diffusers.kernels.tiling.precision_map import PrecisionMap
 
 @dataclass(frozen=True)
 class Variant:
-    """How the kernels run one kind of call.
+    """The way in which the kernels run one kind of call.
 
     target: the architecture that they are tuned for. dim: the head dimension that they compute with.
     counts_inexact: whether rows are counted that e4m3 can't hold as their format says.
@@ -64,7 +63,7 @@ class Variant:
 
     @property
     def in_gluon(self) -> bool:
-        """Whether hopper.py runs it: the interpreter knows no Gluon, and hopper.py neither tensor scales nor other P·V."""
+        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
         high, low = self.classes
         return (
             self.tuned.slots is not None
@@ -76,27 +75,27 @@ class Variant:
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Whether a format has a scale for the whole tensor."""
+        """Says whether a format has a scale for the whole tensor."""
         return any(c and c.format.has_tensor_scale for c in self.classes)
 
     @property
     def has_bf16(self) -> bool:
-        """Whether a class multiplies the model's own numbers."""
+        """Says whether a class multiplies the model's own numbers."""
         return any(c and c.format.name == "bf16" for c in self.classes)
 
     @property
     def smooths(self) -> bool:
-        """Whether K's mean is subtracted for one of the classes."""
+        """Says whether K's mean is subtracted for one of the classes."""
         return quantiser.smooths(*(c and c.format.name for c in self.classes))
 
     def stores_values(self, storage: Storage) -> bool:
-        """Whether a class has V in this storage."""
+        """Says whether a class has V in this storage."""
         return any(c and c.values is storage for c in self.classes)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the kernels read of a call.
+    """The tensors of a call that the kernels read.
 
     source: what the quantiser reads. key_mask: the call's, in the order of tokens, which the statistics read.
     bf16: q, k and v as TMA reads the model's own numbers; None where nothing does.
@@ -135,7 +134,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a call gives: the output `[B, H, Sq, D]`, the natural log-sum-exp `[B, H, Sq]`, inexact rows `[1]`."""
+    """The results of a call: output `[B, H, Sq, D]`, natural log-sum-exp `[B, H, Sq]`, inexact rows `[1]`."""
 
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -144,9 +143,11 @@ class Outputs:
     @classmethod
     def empty(cls, call: Call, variant: Variant, return_lse: bool) -> "Outputs":
         batch, heads, length, head_dim = call.q.shape
-        out = call.q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        lse = call.q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
-        inexact_rows = call.q.new_zeros(1, dtype=torch.int32) if variant.counts_inexact else None
+        device, row = call.q.device, heads * head_dim
+        strides = (length * row, head_dim, row, 1)  # as [B, S, H, D], which is what models go on with
+        out = torch.empty_strided(call.q.shape, strides, dtype=call.q.dtype, device=device)
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device) if return_lse else None
+        inexact_rows = torch.zeros(1, dtype=torch.int32, device=device) if variant.counts_inexact else None
         return cls(out, lse, inexact_rows)
 
     @property
@@ -221,12 +222,11 @@ class Prepared:
         return outputs.out, outputs.lse, outputs.inexact_rows
 
     def _launch_again(self, device: torch.device, addresses: tuple[int, ...]) -> None:
-        recording = self._recording
-        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-            workspace = torch.empty(recording.bytes, dtype=torch.uint8, device=device)
-            zeros = torch.zeros(recording.zeroed_bytes, dtype=torch.uint8, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            recording.launch(stream, (*addresses, workspace.data_ptr(), zeros.data_ptr()))
+        if device.index == torch.cuda.current_device():
+            self._recording.launch(device, addresses)
+        else:
+            with torch.cuda.device(device):
+                self._recording.launch(device, addresses)
 
 
 def _own_tensors(call: Call) -> tuple[torch.Tensor, ...]:
@@ -235,7 +235,7 @@ def _own_tensors(call: Call) -> tuple[torch.Tensor, ...]:
 
 
 def _addresses(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...] | None:
-    """Where tensors begin; None if one doesn't begin at a multiple of 16 bytes, for which other kernels are compiled."""
+    """The addresses of tensors; None if 16 doesn't divide one of them, for which other kernels are compiled."""
     addresses = tuple([x.data_ptr() for x in tensors])
     return addresses if functools.reduce(or_, addresses) % 16 == 0 else None
 

@@ -31,13 +31,14 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K and P·V in the precision that the plan's map gives each tile.
 
-    Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no key
-    gives zeros and −inf; finite numbers stay finite. A hidden key changes nothing, whatever k holds there, and whatever
+    Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no
+    key gives zeros and −inf; finite numbers stay finite. A hidden key changes nothing, whatever k holds there, and
+    whatever
     finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
     what smoothing takes from those of the other class.
     sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
-        `PATIENCE` tiles in a row looks at one of `LOOKED_AT`: where nothing is to be skipped, looking is not to cost much.
+        `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     skipped: int32 `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
     Raises ValueError unless each token has one slot in the plan's token order, which is for Sq = Sk, not causal.
     Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087.
@@ -206,7 +207,7 @@ class _Slots:
         )  # fmt: skip
 
     def operands(self, precision: Precision) -> _Operands:
-        """What a class of this precision multiplies."""
+        """The numbers that a class of this precision multiplies."""
         if precision.qk == "bf16":
             q, k, factor, shift = self.q, self.k, self.softmax_scale_log2, self.offset
         else:
@@ -224,7 +225,7 @@ class _Slots:
     def seen(
         self, batch: torch.Tensor, q_tokens: torch.Tensor, tokens: torch.Tensor, phase: Phase
     ) -> torch.Tensor:
-        """Which keys are seen of some pairs of tiles: bool `[pairs, 1 or 128, 128]`; all arguments `[pairs, …]`."""
+        """Says which keys each query sees: bool `[pairs of tiles, 1 or 128, 128]`; arguments are `[pairs, …]`."""
         k_length = self.k.shape[2]
         seen = (tokens < k_length)[:, None, :]
         if self.key_mask is not None:
@@ -237,7 +238,7 @@ class _Slots:
 
     @property
     def is_query(self) -> torch.Tensor:
-        """Which rows of each Q tile are a token's: bool `[q_tiles, 128, 1]`."""
+        """Says which rows of each Q tile are a token's: bool `[q_tiles, 128, 1]`."""
         return F.pad(self.taken, (0, -len(self.taken) % TILE)).view(-1, TILE, 1)
 
     def of_tokens(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How kernels are launched: allocated for and launched at once, unless who calls has other plans."""
+"""Launching kernels: at once, unless the caller has a launcher of its own."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ Run = Callable[..., Any]
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors there are; a few in the interpreter, so that programs have more than one block."""
+    """Counts multiprocessors; the interpreter has a few, so that programs have more than one block."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -38,6 +38,6 @@ class Launcher:
         """A tensor that the call's kernels write and read."""
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor in which the call's kernels count."""
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def counters(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """int32 zeros in which kernels count, and to which they return them."""
+        return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -11,6 +11,7 @@ from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime import driver
 
 from dma_diffusers.kernels.device.launch import Launcher, Run, run
 
@@ -30,7 +31,7 @@ class Recorder(Launcher):
         self.inputs = inputs
         self.constants = [x for x in constants if x is not None]
         self.workspaces: list[torch.Tensor] = []
-        self.zeroed: list[torch.Tensor] = []
+        self.counted: list[torch.Tensor] = []
         self.launches: list[tuple[Any, tuple[int, ...], list[Any]]] = []
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -42,15 +43,15 @@ class Recorder(Launcher):
         self.workspaces.append(super().empty(shape, dtype, device))
         return self.workspaces[-1]
 
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        self.zeroed.append(super().zeros(shape, dtype, device))
-        return self.zeroed[-1]
+    def counters(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        self.counted.append(super().counters(shape, device))
+        return self.counted[-1]
 
 
 class Recording:
     """The launches of one call, which can be launched again on other tensors.
 
-    bytes, zeroed_bytes: how much memory the kernels write, and how much of zeros they count in.
+    bytes: how much memory the kernels write.
     Raises ValueError where a launch reads a tensor of which the recorder does not know, or two inputs are one.
     """
 
@@ -62,7 +63,8 @@ class Recording:
             if self._places.setdefault(x.data_ptr(), place) is not place:
                 raise ValueError("two tensors of the call begin at one address")
         self.bytes = self._place_all(recorder.workspaces, len(recorder.inputs))
-        self.zeroed_bytes = self._place_all(recorder.zeroed, len(recorder.inputs) + 1)
+        self._counted = self._place_all(recorder.counted, len(recorder.inputs) + 1)
+        self._counters: dict[int, torch.Tensor] = {}  # by stream: the calls of one stream follow each other
         self._launches = [
             (compiled, grid, list(map(self._placed, values))) for compiled, grid, values in recorder.launches
         ]
@@ -76,12 +78,22 @@ class Recording:
             end += -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT
         return end
 
-    def launch(self, stream: int, addresses: tuple[int | None, ...]) -> None:
-        """Launch on `stream`. addresses: of the inputs, of `bytes` bytes, and of `zeroed_bytes` zeros."""
+    def launch(self, device: torch.device, addresses: tuple[int, ...]) -> None:
+        """Launch on the device's current stream. addresses: of the inputs."""
+        stream = driver.active.get_current_stream(device.index)
+        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        counters = self._counters.get(stream)
+        if counters is None or torch.cuda.is_current_stream_capturing():
+            counters = torch.zeros(self._counted, dtype=torch.uint8, device=device)
+            if (
+                not torch.cuda.is_current_stream_capturing()
+            ):  # a graph may run beside its stream, and has its own
+                self._counters[stream] = counters
+        addresses = (*addresses, workspace.data_ptr(), counters.data_ptr())
         key = (stream, addresses)
         launches = self._bound.get(key)
         if launches is None:
-            launches = [self._bind(*launch, *key) for launch in self._launches]
+            launches = [self._bind(*launch, stream, addresses) for launch in self._launches]
             if len(self._bound) >= _MOST_BOUND:
                 self._bound.clear()
             self._bound[key] = launches
@@ -99,7 +111,7 @@ class Recording:
     def _bind(
         self, compiled: Any, grid: tuple[int, int, int], values: list[Any], stream: int, addresses: tuple
     ) -> tuple[Run, tuple]:
-        """What launches a kernel at these addresses, and its arguments."""
+        """Finds the function that launches a kernel, and its arguments with these addresses."""
         arguments = [
             value.at(addresses) if isinstance(value, _Place | _Descriptor) else value for value in values
         ]

@@ -159,7 +159,7 @@ def _encode(
 
 @triton.jit
 def scale_place(row, column, COLUMNS: tl.constexpr):
-    """Where a tile's scale lies: in tcgen05's layout 4 columns of 128 rows are 32 runs of 16 bytes."""
+    """Finds the place of a scale in its tile: in tcgen05's layout 4 columns of 128 rows are 32 runs of 16 bytes."""
     if COLUMNS % 4 == 0:
         place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
     else:
@@ -213,7 +213,7 @@ def _encode_classes(
 
 @triton.jit
 def _stored_at(position):
-    """Which token of transposed V is stored at a position: of each 16, 8h+2j+p at 4j+2h+p (j < 4, h and p < 2).
+    """Finds the token of transposed V at a position: of each 16, 8h+2j+p lies at 4j+2h+p (j < 4, h and p < 2).
 
     An accumulator of the MMA gives each thread two neighbouring columns of every eight, an 8-bit operand takes four
     neighbouring ones of every sixteen: in this order the probabilities stay in the threads that computed them.

@@ -17,7 +17,7 @@ from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 @dataclass(frozen=True)
 class Source:
-    """What the kernels read of one call; None where nothing is wanted.
+    """The tensors of one call that the kernels read; None where nothing is wanted.
 
     q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k are rotated by q_rope and k_rope first.
     softmax_scale_log2: the factor of q.
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the attention kernel reads of one call; None where nothing is wanted.
+    """The operands that the attention kernel reads; None where nothing is wanted.
 
     q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
     values: V as each storage has it. PLAIN is bf16 `[B, Hkv, tiles·128, D]`, and absent if V is read where the model
@@ -90,13 +90,13 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """Into how many chunks the statistics divide each of B·Hkv heads: few, but enough for every multiprocessor."""
+    """The number of chunks into which the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
     wanted = 2 * multiprocessors(device) // heads
     return min(max(4, 1 << wanted.bit_length()), 32)
 
 
 class Statistics(NamedTuple):
-    """Of each head: K's mean and V's scales, float32 `[B·Hkv, D]`; None where they are not wanted."""
+    """K's mean and V's scales of each head, float32 `[B·Hkv, D]`; None where they are not wanted."""
 
     mean: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
@@ -121,7 +121,7 @@ def statistics_of(
     dim, of_all, device = padded_dim(head_dim), batch * heads, x.device
     count = chunks(of_all, device)
     partials = launcher.empty((4, of_all, count, dim), torch.float32, device)
-    finished = launcher.zeros((2, of_all), torch.int32, device)
+    finished = launcher.counters((2, of_all), device)
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )

@@ -18,7 +18,7 @@ from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 @dataclass(frozen=True)
 class Stored:
-    """How one class of tiles is stored: the format of Q and K, its storage, and the storage of V."""
+    """The storage of one class of tiles: the format of Q and K, its storage, and the storage of V."""
 
     format: Format
     storage: Storage
@@ -26,7 +26,7 @@ class Stored:
 
     @classmethod
     def by(cls, lowering: Lowering, precision: Precision) -> "Stored":
-        """How `lowering` stores a class of this precision."""
+        """The storage that `lowering` has for a class of this precision."""
         return cls(
             get_format(precision.qk), lowering.stores[precision.qk], lowering.stores_values[precision.pv]
         )
@@ -37,7 +37,7 @@ class Stored:
 
     @property
     def quantised(self) -> list:
-        """What the quantiser's kernel compiles in: element, block, storage, q_max and its bits, room in e4m3."""
+        """The constants of the quantiser's kernel: element, block, storage, q_max and its bits, room in e4m3."""
         element = self.format.element
         if element is None:
             return [self.format.name, None, self.storage.value, 0.0, 0, 0]
@@ -47,7 +47,7 @@ class Stored:
 
     @property
     def multiplied(self) -> list:
-        """What the attention kernel compiles in: element of the MMA of Q·K, its storage and block, storage of V.
+        """The constants of the attention kernel: element of the MMA of Q·K, its storage and block, storage of V.
 
         The element is "bf16" for the model's own numbers alone, which are not smoothed.
         """
@@ -63,7 +63,7 @@ class Stored:
 
 
 Classes = tuple[Stored | None, Stored | None]
-"""How HIGH and LOW are stored; None for a class without tiles."""
+"""The storages of HIGH and LOW; None for a class without tiles."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the quantiser computes, in torch."""
+"""The quantiser in torch: it defines what is correct."""
 
 import math
 
@@ -25,7 +25,7 @@ def rotate(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
 
 
 def smooths(*formats: str | None) -> bool:
-    """Whether K's mean is subtracted: bf16 multiplies the model's own numbers, every other format smoothed ones."""
+    """Says whether K's mean is subtracted: every format but bf16 multiplies smoothed keys."""
     return any(name not in (None, "bf16") for name in formats)
 
 
@@ -111,7 +111,7 @@ def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """What smoothing takes from the scores of each row, in the kernel's base 2: float32 `[B, H, S]`.
+    """The part that smoothing takes from each row's scores, in the kernel's base 2: float32 `[B, H, S]`.
 
     scale: the factor of the scores times log2 e.
     """

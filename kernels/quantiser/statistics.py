@@ -1,4 +1,4 @@
-"""What encoding needs to know of a whole head first: K's mean and V's scales.
+"""The statistics of a whole head that encoding needs first: K's mean and V's scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
 same token_order: the same inputs give the same bits.
@@ -11,6 +11,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     E4M3_MAX_BITS,
     NOT_FINITE,
     e8m0_ceil,
+    is_last,
     load_tile,
     magnitude_bits,
     power_of_two,
@@ -22,16 +23,6 @@ from dma_diffusers.kernels.quantiser.tile import (
 _RUN_ELEMENTS = tl.constexpr(2048)
 _KEY_RUNS = tl.constexpr(4)
 _VALUE_RUNS = tl.constexpr(8)
-
-
-@triton.jit
-def _is_last(finished, programs):
-    """Whether this program is the last of so many to come here; it then sees what the others stored.
-
-    `finished` may begin at any multiple of `programs`: a launch that is repeated with its arguments counts on.
-    """
-    tl.debug_barrier()  # the whole program has stored
-    return tl.atomic_add(finished, 1, sem="acq_rel") % programs == programs - 1
 
 
 @triton.jit
@@ -66,7 +57,7 @@ def _in_runs(x, RUNS: tl.constexpr):
 
 @triton.jit
 def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
-    """Which of the places `inside` hold keys that the mask shows."""
+    """Leaves of `inside` those places whose keys the mask shows."""
     if key_mask is not None:
         place = batch.to(tl.int64) * stride_b + tokens.to(tl.int64) * stride_s
         inside &= tl.load(key_mask + place, mask=inside, other=0) != 0
@@ -156,7 +147,7 @@ def statistics(
                 program % (CHUNKS // 2), length, step, k_stride_b, k_stride_h, k_stride_s,
                 rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
-            if _is_last(finished + head, CHUNKS // 2):
+            if is_last(finished + head, CHUNKS // 2):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys
@@ -166,5 +157,5 @@ def statistics(
                 v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
                 length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
-            if _is_last(finished + heads + head, CHUNKS):
+            if is_last(finished + heads + head, CHUNKS):
                 _whole_scale(partials, v_scale, head, heads, CHUNKS, D)

@@ -7,7 +7,7 @@ as fine as the levels.
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
+from dma_diffusers.kernels.quantiser.tile import is_last, load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.tiling import layout, precision_map
 
@@ -244,7 +244,8 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
 def write_block_lists(
-    levels, histogram, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
+    levels, histogram, finished, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
+    phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the block list of one program: BLOCKS blocks of ROWS queries of one head.
@@ -252,6 +253,7 @@ def write_block_lists(
     With one block it is a list of `PrecisionMap`, with several a list of its `shared`.
     indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. levels, histogram: what `score` and
     `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
+    finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -280,3 +282,6 @@ def write_block_lists(
     tl.store(bounds, high_next)
     tl.store(bounds + 1, low_next)
     tl.store(bounds + 2, masked_next)
+    if is_last(finished, tl.num_programs(0)):
+        for entry in range(tl.num_programs(0) // (heads * programs)):
+            tl.store(histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32))

@@ -18,7 +18,7 @@ def pooled(
     mean: torch.Tensor | None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> Pools:
-    """The reference's pools of q times its factor, of k less its mean, and of v; channels past the head are zeros.
+    """The reference's pools of scaled q, of k less its mean, and of v; channels past the head dimension are zeros.
 
     Hidden keys are left out of the pools of k and v. mean: float32 `[B·Hkv, D]`, the mean of k; None for none.
     """
@@ -60,7 +60,7 @@ def route(
     device, phases = pools.q.device, routing.phases
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
-    histogram = launcher.zeros((batch, 2, BINS), torch.int32, device)
+    histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
     allowed = routing.allowed(heads)
     rows, columns = 16, 64 if dim <= 128 else 32
     launcher(
@@ -80,7 +80,7 @@ def route(
     bounds = launcher.empty((batch, heads, programs, 3), torch.int32, device)
     launcher(
         kernel.write_block_lists, (batch * heads * programs,),
-        levels, histogram, allowed, phases, indices, bounds,
+        levels, histogram, finished, allowed, phases, indices, bounds,
         heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

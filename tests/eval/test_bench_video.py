@@ -172,7 +172,7 @@ def test_the_bound_is_that_of_the_products(monkeypatch):
     shape = Shape("", 1, 40, layout.k_length, 128)
     bounds = {}
     for entry, config in video.configurations(wan.neighborhood).items():
-        found = video.work(config, layout, 128, CPU, entry == DENSE)
+        found = video.workload(config, layout, 128, CPU, entry == DENSE)
         bounds[entry] = bound_tflops(shape, found["products"], H200)
     assert bounds[DENSE] == bounds[STOCK] == pytest.approx(bounds[LOW] / 2)
     assert bounds[SPARSE] / bounds[LOW] == pytest.approx(11.81, rel=1e-3)

@@ -34,7 +34,8 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering=lowering,
-        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
+        fine_mask=call.fine_mask_on(device),
         masks_all=not call.masks_text, **call.ropes(device),
         skip_below=call.skip_below, skipped=skipped,
     )[:2]  # fmt: skip
@@ -44,7 +45,8 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
     q, k, v, mask = call.tensors(device)
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
+        fine_mask=call.fine_mask_on(device),
         **call.ropes(device),
         **as_the_kernel(call, lowering, device),
         skip_below=call.skip_below, skipped=skipped,
@@ -256,7 +258,8 @@ def test_an_order_gives_the_bits_of_tokens_permuted_before_and_after(length, pai
     q, k, v, mask = call.tensors(kernel_device)
     ropes = call.ropes(kernel_device)
     permuted = launched(
-        *(x[:, :, token_order] for x in (q, k, v)), call.map(), *pair, key_mask=None if mask is None else mask[:, token_order],
+        *(x[:, :, token_order] for x in (q, k, v)), call.map(), *pair,
+        key_mask=None if mask is None else mask[:, token_order],
         **{name: rope and tuple(table[token_order] for table in rope) for name, rope in ropes.items()},
     )  # fmt: skip
     out, lse, _ = launched(q, k, v, call.map(), *pair, key_mask=mask, token_order=token_order, **ropes)

@@ -237,7 +237,8 @@ def test_named_calls_compile(call, target):
     recorded = []
     q, k, v, mask = call.tensors()
     launched(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal, token_order=call.token_order,
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
+        token_order=call.token_order,
         lowering=lowering.lowering, target=target, **call.ropes(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
