@@ -9,9 +9,9 @@ from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
 from dma_diffusers.kernels.lowerings import Lowering
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
+from dma_diffusers.kernels.tiling.precision_map import Phase
 
 TARGETS = tuple(MATRIX_RATES)
 

@@ -17,8 +17,9 @@ from dma_diffusers.kernels.call import Call, Rope
 from dma_diffusers.kernels.lowerings import Choice
 from dma_diffusers.kernels.plan_cache import PlanCache
 from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 DIAGONAL = str(Diagonal())
 

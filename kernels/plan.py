@@ -5,20 +5,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hiding
-from dma_diffusers.kernels.tiling.layout import Layout
-from dma_diffusers.kernels.tiling.policies import Policy, reached
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
-    TILE,
     UNVISITED,
     Class,
     Phase,
     PrecisionMap,
     map_of,
-    tiles,
     visiting_phases,
 )
-from dma_diffusers.kernels.tiling.tile_order import TileOrder
+from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,9 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     phases = visiting_phases(classes, tile_order.layout, token_order=token_order, cut=cut)
     packed = None
     if (phases == Phase.MASKED).any():
-        packed = fine_mask(token_order, tile_order.coordinates, axes) if axes else hiding(token_order)
+        packed = (
+            fine_mask(token_order, tile_order.coordinates, axes) if axes else hide_empty_slots(token_order)
+        )
     if masks_text:
         phases = torch.where(_with_text(tile_order.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
     made = _block_lists(classes, phases, policy)

@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dma_diffusers.eval.bench.bound import Products
 from dma_diffusers.eval.bench.entries import Prepared, Tensors
 from dma_diffusers.kernels.plan import Plan
-from dma_diffusers.kernels.tiling.precision_map import TILE, Phase
+from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.precision_map import Phase
 
 
 def prepare(plan: Plan, copies: Sequence[Tensors]) -> Prepared:

@@ -20,9 +20,9 @@ from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.bench.video_models import Video, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Policy
-from dma_diffusers.kernels.tiling.precision_map import Class, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 NOTE = (
     "Weights are random: these are speeds, and quality is unknown. A step is one forward call, without torch.compile. "

@@ -15,7 +15,7 @@ from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, mea
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
 from dma_diffusers.eval.recordings.search import Search, Selection
 from dma_diffusers.eval.recordings.store import Recordings
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -11,9 +11,9 @@ from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:

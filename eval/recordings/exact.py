@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.eval.recordings.store import Tensors
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 _SCORES = 2**25  # so many are in memory at once
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from dma_diffusers.eval.cost import clocks_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.predict import MACHINES, predict_policy
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import tiles
 
 
 def record(

@@ -18,10 +18,10 @@ from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
 START = 8.5e-6  # a round of programs, and each step before the kernel, takes so many seconds to start

@@ -27,10 +27,10 @@ from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, 
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import hiding
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, build_map, visiting_phases
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map, visiting_phases
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
@@ -116,7 +116,7 @@ def launches(
         build_map(classes, layout),
         Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
         None if slots is None else torch.arange(slots, dtype=torch.int32),
-        hiding(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
+        hide_empty_slots(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
         1e-3 if skips else None,
     )
     launch.attention(

@@ -7,9 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from dma_diffusers.kernels.attention.kernel import LOOKED_AT, P_SHIFT, PATIENCE
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
-from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling import layout, precision_map
 
-TILE = gl.constexpr(precision_map.TILE)
+TILE = gl.constexpr(layout.TILE)
 ROWS = gl.constexpr(precision_map.SHARED_ROWS)  # of one warpgroup
 PROPAGATE_NAN = gl.constexpr(tl.PropagateNan.ALL)
 VISITORS = gl.constexpr(

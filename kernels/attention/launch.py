@@ -30,7 +30,8 @@ from dma_diffusers.kernels.quantiser.operands import (
     scale_descriptor,
 )
 from dma_diffusers.kernels.routing.launch import pooled, route
-from dma_diffusers.kernels.tiling.precision_map import TILE, PrecisionMap
+from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.precision_map import PrecisionMap
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import Pools, pooled, route
-from dma_diffusers.kernels.tiling.precision_map import TILE, Phase, PrecisionMap, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import Phase, PrecisionMap
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30

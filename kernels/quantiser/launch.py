@@ -12,7 +12,7 @@ from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.quantiser import kernel, statistics
 from dma_diffusers.kernels.quantiser.operands import Classes, Operand, padded_dim
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 
 @dataclass(frozen=True)

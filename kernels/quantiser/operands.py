@@ -13,7 +13,7 @@ from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.lowerings import Lowering, Storage
 from dma_diffusers.kernels.precision import Precision
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dma_diffusers.kernels.call import Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
-from dma_diffusers.kernels.tiling.precision_map import TILE
+from dma_diffusers.kernels.tiling.layout import TILE
 
 SAMPLED_TOKENS = 1024
 

@@ -1,4 +1,4 @@
-"""Runs the routing's kernels: from q, k and v to the block lists that the attention kernel reads."""
+"""Runs the kernels of routing, which turn q, k and v into the block lists that the attention kernel reads."""
 
 import math
 
@@ -9,7 +9,8 @@ from dma_diffusers.kernels.quantiser.launch import Source
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel
 from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE, PrecisionMap, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, PrecisionMap
 
 
 def pooled(
@@ -17,9 +18,9 @@ def pooled(
     mean: torch.Tensor | None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> Pools:
-    """The reference's pools of q times its factor, of k less its mean and of v; channels past the head are zeros.
+    """The reference's pools of scaled q, of k less its mean, and of v; channels past the head dimension are zeros.
 
-    Hidden keys are left out of K's and V's pools. mean: float32 `[B·Hkv, D]`.
+    Hidden keys are left out of the pools of k and v. mean: float32 `[B·Hkv, D]`, the mean of k; None for none.
     """
     (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
     q_length, k_length, token_count = source.lengths
@@ -28,7 +29,7 @@ def pooled(
     shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
     pools = Pools(*(launcher.empty(shape, torch.float32, source.q.device) for shape in shapes))
     tables, rope_strides = source.rope_tables
-    # One warp spills where it rotates, and is still faster than two.
+    # One warp spills if it rotates, and is still faster than two.
     launcher(
         kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
         source.q, source.k, source.v, mean, source.softmax_scale_log2, *tables, source.key_mask, source.token_order,
@@ -46,8 +47,9 @@ def route(
 ) -> PrecisionMap:
     """The reference's map, or its `shared` block lists, made on the device without waiting for it.
 
-    pools: contiguous; past the head dimension, channels are zeros. `indices` is as long as any block list could be, and what
-    no block list takes of it undefined. Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
+    pools: contiguous; channels past the head dimension are zeros. is_shared: gives the `shared` block lists.
+    `indices` of the result is as long as the longest possible list, and undefined past the end of each list.
+    Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
     pairs = heads * q_tiles * k_tiles
@@ -72,7 +74,7 @@ def route(
     )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
-    # A program spans two Q tiles, which may visit a KV tile in different phases; one more entry may be read ahead.
+    # A program spans two Q tiles, which may visit a KV tile in different phases, and may read one entry ahead.
     length = 2 * k_tiles + 1 if is_shared else k_tiles
     indices = launcher.empty((batch, heads, programs, length), torch.int32, device)
     bounds = launcher.empty((batch, heads, programs, 3), torch.int32, device)

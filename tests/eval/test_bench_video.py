@@ -19,8 +19,8 @@ from dma_diffusers.eval.bench.video import DENSE, LOW, SPARSE, STOCK, bench_vide
 from dma_diffusers.eval.bench.video_models import VIDEOS, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels.lowerings import Choice
+from dma_diffusers.kernels.tiling.layout import tiles
 from dma_diffusers.kernels.tiling.policies import Neighborhood
-from dma_diffusers.kernels.tiling.precision_map import tiles
 from tests.command_line import run
 from tests.eval.test_bench import H200
 from tests.tiny_pipelines import rope_axes

@@ -13,7 +13,7 @@ from dma_diffusers.kernels.call import Call as KernelCall
 from dma_diffusers.kernels.formats import fake_quantize
 from dma_diffusers.kernels.plan import Plan, make
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.fine_mask import FineMask, hiding
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal, parse
 from dma_diffusers.kernels.tiling.precision_map import PrecisionMap, build_map
@@ -86,7 +86,7 @@ class Call:
         """Those that hide empty slots, or all that a neighbourhood does."""
         if self.policy:
             return self.plan.fine_mask
-        return hiding(self.token_order) if self.empty_slots else None
+        return hide_empty_slots(self.token_order) if self.empty_slots else None
 
     def fine_mask_on(self, device: torch.device) -> FineMask | None:
         return self.fine_mask and self.fine_mask.to(device)

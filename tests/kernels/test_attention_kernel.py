@@ -9,7 +9,7 @@ import torch
 
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.fine_mask import hiding
+from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 from tests.kernels.calls import (
@@ -281,7 +281,7 @@ def test_what_an_order_does_not_name_is_left_alone(pair, empty_slots, kernel_dev
     slots = (token_order >= 0).nonzero()[[5, 130, 131, 299], 0]
     left_out = token_order[slots]
     token_order[slots] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    fine_mask = hiding(token_order.where(token_order < 300, -1)).to(kernel_device)
+    fine_mask = hide_empty_slots(token_order.where(token_order < 300, -1)).to(kernel_device)
     out, lse, _ = launched(
         q,
         k,

@@ -28,8 +28,9 @@ from dma_diffusers.kernels.lowerings import (
     choose,
 )
 from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Diagonal
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, PrecisionMap, build_map, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map
 from tests.kernels.calls import Call, as_the_kernel, by_reference, guarded, launched, seen
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]

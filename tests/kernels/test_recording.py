@@ -7,12 +7,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.nvidia.driver import wrap_handle_tensordesc  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from dma_diffusers.kernels.device.recording import Recorder, Recording, _Launch  # noqa: E402
 
-SIGNATURE = {"x": "*fp32", "d": "tensordesc<fp32[1, 4]>", "n": "i32", "y": "*fp32", "BLOCK": "constexpr"}
+SIGNATURE = ("*fp32", "tensordesc<fp32[1, 4]>", "i32", "*fp32", "*fp32", "constexpr", "constexpr")
 
 
 class Launcher:
@@ -22,8 +21,8 @@ class Launcher:
 
     def __init__(self, launched, has_descriptors: bool, flat: bool):
         self.flat = flat
-        signature = SIGNATURE if has_descriptors else {"x": "*fp32"}
-        self.launch = flat_wrapper(launched) if flat else wrap_handle_tensordesc(launched, signature, [None] * has_descriptors)
+        signature = dict(enumerate(kind for kind in SIGNATURE if has_descriptors or "desc" not in kind))
+        self.launch = flat_wrapper(launched) if flat else nested_wrapper(launched, signature)
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
         head = (x, y, z, stream, function, False, False)
@@ -44,6 +43,16 @@ def flat_wrapper(launcher):
         return launcher(*expanded)
 
     return inner
+
+
+def nested_wrapper(launcher, signature):
+    """Later Tritons expand them among the kernel's arguments alone: Triton's own wrapper where it can be had."""
+    driver = pytest.importorskip("triton.backends.driver")
+    if not hasattr(driver, "wrap_handle_tensordesc_impl"):
+        pytest.skip("Triton before 3.8")
+    return driver.wrap_handle_tensordesc_impl(
+        launcher, signature, [{}] * (len(signature) == len(SIGNATURE)), lambda x, *_: [x.base, *x.shape, *x.strides]
+    )
 
 
 def addresses_of(arguments) -> list:
