@@ -11,9 +11,10 @@ import torch
 from dma_diffusers.eval.bench.bound import Products, letter
 from dma_diffusers.eval.bench.inputs import Seen
 from dma_diffusers.kernels import operator, plan
+from dma_diffusers.kernels.defaults import default_formats
 from dma_diffusers.kernels.device.launch import run
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
+from dma_diffusers.kernels.lowerings import LOWERINGS
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
@@ -142,8 +143,7 @@ class Config:
 
 def default_configs(architecture: str) -> list[Config]:
     """LOW everywhere, and the diagonal and the first tile HIGH, in the formats that the GPU multiplies."""
-    block_scaled = architecture in BLOCK_SCALED_ARCHITECTURES
-    high, low = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
+    high, low = default_formats(architecture)
     return [Config(high, low, window=0, sink=0), Config(high, low)]
 
 
