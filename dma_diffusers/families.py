@@ -91,7 +91,7 @@ class Family:
     dense_first: DenseFirst | None = None
     quality_first: DenseFirst | None = None
 
-    def role_left_to_stock(self, module: str) -> str:
+    def stock_role(self, module: str) -> str:
         """Why the module of this name is left to stock; empty if it is not."""
         if any(part in module for part in self.refiners):
             return "token refiner"

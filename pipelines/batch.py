@@ -141,15 +141,15 @@ def _drawn(pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], No
 
 
 def _ran(before: Receipt, after: Receipt) -> dict[str, Any]:
-    """Calls that were diverted and the lowerings that took them, and calls left to stock by reason, between two."""
-    left = sum((Counter(module.left) for module in after.modules), Counter())
-    left -= sum((Counter(module.left) for module in before.modules), Counter())
-    diverted = [
-        (module.lowering, module.diverted - then.diverted)
+    """The calls between two receipts: how many were intercepted, by which lowerings, how many fell back, and why."""
+    fallbacks = sum((Counter(module.fallbacks) for module in after.modules), Counter())
+    fallbacks -= sum((Counter(module.fallbacks) for module in before.modules), Counter())
+    intercepted = [
+        (module.lowering, module.intercepted - then.intercepted)
         for module, then in zip(after.modules, before.modules, strict=True)
     ]
     return {
-        "diverted": sum(calls for _, calls in diverted),
-        "lowerings": sorted({str(lowering) for lowering, calls in diverted if calls}),
-        "left": dict(left),
+        "intercepted": sum(calls for _, calls in intercepted),
+        "lowerings": sorted({str(lowering) for lowering, calls in intercepted if calls}),
+        "fallbacks": dict(fallbacks),
     }

@@ -88,7 +88,7 @@ def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
     for module in json.loads(output)["receipt"]["modules"]:
         assert (module["high"], module["low"]) == ("mxfp8", "nvfp4")
         assert "window=384" in module["policy"]
-        assert module["diverted"] == 3
+        assert module["intercepted"] == 3
 
 
 def test_compare_shows_both_pictures_and_measures_them(monkeypatch, capsys, model, tmp_path):

@@ -29,7 +29,7 @@ class Row:
     config: DMAConfig | None = None
 
     def kernels(self) -> AbstractContextManager:
-        """The exact kernels that attention which is not diverted may take, the first that can run a call.
+        """The exact kernels that stock attention may take, the first that can run a call.
 
         The noise floor takes another one than every other row.
         """
@@ -42,7 +42,7 @@ _OTHER = {True: SDPBackend.EFFICIENT_ATTENTION, False: SDPBackend.MATH}
 FULL_PRECISION = Row("full precision, first drawing", BASELINE)
 """What every row is compared with."""
 AGAIN = Row("full precision", BASELINE, DMAConfig.preset("exact"))
-"""The baseline against itself: drawn a second time, with processors that divert nothing."""
+"""The baseline against itself: drawn a second time, with processors that intercept nothing."""
 ANOTHER_KERNEL = Row("noise floor", NOISE_FLOOR)
 """What exchanging one exact attention kernel for another changes."""
 

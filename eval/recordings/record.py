@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
-from dma_diffusers.attach import apply, diversions, restore, transformers_of
+from dma_diffusers.attach import apply, interceptions, restore, transformers_of
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.recordings.store import (
@@ -52,7 +52,7 @@ def record(
     """q, k and v of attention modules at some steps of each prompt, in `folder`, which is made.
 
     call: keyword arguments of the pipeline's call. seeds: one a prompt, 0, 1, … if left out. modules: indices into
-    those that DMA would divert, or their names; None for all. steps: so many, evenly spread from the first to the
+    those that DMA would intercept, or their names; None for all. steps: so many, evenly spread from the first to the
     last, or which. limit: bytes that the folder may take. text, grid: as of `DMAConfig`. on_step: called after each
     denoising step with a title, steps done, steps in all.
 
@@ -127,13 +127,13 @@ def _recorder_on(
 
 
 class _Recorder:
-    """Stands in for the operator in every diversion of a pipeline's transformers: runs stock attention, and saves.
+    """Stands in for the operator in every interception of a pipeline's transformers: runs stock attention, and saves.
 
-    model: what an index says of the transformers. available: names of their diverted modules.
+    model: what an index says of the transformers. available: names of their intercepted modules.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], hooks: list[RemovableHandle]):
-        found = [diversions(model) for model in models]
+        found = [interceptions(model) for model in models]
         if len({(type(model), *of_model) for model, of_model in zip(models, found, strict=True)}) > 1:
             kinds = ", ".join(type(model).__name__ for model in models)
             raise ValueError(
@@ -146,9 +146,9 @@ class _Recorder:
             "fingerprint": provenance.weights_fingerprint(*models),
         }
         for model, of_model in zip(models, found, strict=True):
-            for name, diversion in of_model.items():
-                diversion.stand_in = partial(self._attend, name)
-                forward = diversion.forward
+            for name, interception in of_model.items():
+                interception.stand_in = partial(self._attend, name)
+                forward = interception.forward
             hooks.append(model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True))
         self.take: Callable[..., None] = lambda *_: None
 

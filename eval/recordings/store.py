@@ -63,7 +63,7 @@ class Recording:
 class Recordings:
     """The index of a folder.
 
-    settings: what was recorded, and of what; `model` has the transformer's `class`, its diverted `modules`, and the
+    settings: what was recorded, and of what; `model` has the transformer's `class`, its intercepted `modules`, and the
     `fingerprint` of its weights. notes: what a reader should know, such as prompts that were left out.
     recordings: of finished prompts alone, by prompt, step, call and module.
     """

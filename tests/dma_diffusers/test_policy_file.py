@@ -114,7 +114,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
     assert [receipts[name].policy for name in FLUX] == [
         "diagonal(window=0/384, sink=0)", "dense", "diagonal(window=128, sink=128)"
     ]  # fmt: skip
-    assert {receipt.diverted for receipt in receipts.values()} == {2}
+    assert {receipt.intercepted for receipt in receipts.values()} == {2}
     restore(pipe)
     pipe.transformer.set_attn_processor(DMAAttnProcessor(config))
     assert torch.equal(draw(pipe), mixed)
@@ -147,7 +147,7 @@ def test_a_policy_for_another_model_changes_nothing(policy, make, words):
     assert "\n" not in str(error.value) and not report(pipe).modules
 
 
-def test_modules_that_a_model_does_not_divert():
+def test_modules_that_a_model_does_not_intercept():
     for name in ("blocks.7.attn1", "blocks.0.attn2"):  # absent, and cross-attention
-        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to divert"):
+        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to intercept"):
             apply(tiny_pipelines.wan(), modules={name: {"window": 384}})
