@@ -76,7 +76,7 @@ def interceptions(model: torch.nn.Module) -> dict[str, Interception]:
 
 
 def is_overwritten(model: torch.nn.Module) -> bool:
-    """Whether DMA was applied to `model`, and all of its processors were replaced since."""
+    """Tells whether DMA was applied to `model`, and all of its processors were replaced since."""
     wrapped = any(isinstance(module.processor, WrappedProcessor) for _, module in _attention_modules(model))
     return _attachment(model) is not None and not wrapped
 

@@ -219,7 +219,7 @@ class DMAConfig:
         return replace(self, **replaced | changes)
 
     def is_dense(self, name: str) -> bool:
-        """Whether `modules` asks for every tile of this attention module to be HIGH."""
+        """Tells whether `modules` asks for every tile of this attention module to be HIGH."""
         return dict(dict(self.modules).get(name, ())).get("dense", False)
 
     @cached_property
@@ -300,7 +300,7 @@ class DMAConfig:
 
 
 def is_words(policy: str) -> bool:
-    """Whether this text says a policy, and does not name a policy file."""
+    """Tells whether this text says a policy, and does not name a policy file."""
     return policy.rstrip().endswith(")")
 
 

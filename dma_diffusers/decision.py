@@ -83,7 +83,7 @@ class Decision:
         return ""
 
     def lasts(self, reason: str, has_encoder: bool, wants_gradients: bool) -> bool:
-        """Whether each further call of a module, with arguments of the same shapes, falls back for this reason too.
+        """Tells whether further calls of a module, with arguments of the same shapes, fall back for this reason too.
 
         has_encoder: the module was given `encoder_hidden_states`. wants_gradients: of its `hidden_states`.
         """
@@ -98,14 +98,14 @@ class Decision:
 
 
 def _shares_memory(x: torch.Tensor) -> bool:
-    """Whether elements of x share memory; in a compiled graph, whether it was expanded."""
+    """Tells whether elements of x share memory; in a compiled graph, whether x was expanded."""
     if torch.compiler.is_compiling():  # to order strides would tie the graph to their order
         return any(stride == 0 and size != 1 for stride, size in zip(x.stride(), x.shape, strict=True))
     return torch._debug_has_internal_overlap(x) != 0 and operator.aliases(x)  # 0: surely none
 
 
 def _masks_keys(mask: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `mask` is boolean and the same for every head and query."""
+    """Tells whether `mask` is boolean and the same for every head and query."""
     if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
         return False
     return all(size == 1 for size in mask.shape[-3:-1]) and (

@@ -1,4 +1,4 @@
-"""Which steps and attention modules run with every tile HIGH: those asked for, or the family's."""
+"""The steps and attention modules that run with every tile HIGH: those asked for, or the family's."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class DenseParts(NamedTuple):
 
 @lru_cache(64)  # `eval` asks again for each recorded call
 def dense_parts(config: DMAConfig, family: Family, kind: str, modules: tuple[str, ...]) -> DenseParts:
-    """What `config` makes dense in a model of this family.
+    """The parts of a model of this family that `config` makes dense.
 
     kind: name of its class. modules: its attention modules that can be intercepted, in module order.
     Raises ValueError for `dense_layers` that it has not, and for `quality_first` where nothing is known of its family.

@@ -65,7 +65,10 @@ class Interception:
         forward.listeners.append(self)
 
     def all_fall_back(self, device: torch.device) -> bool:
-        """Whether every call on `device` falls back, so that the stock processor may run untouched; counts the call."""
+        """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
+
+        Counts the call if so.
+        """
         reason = self.head_dim and self.decision.limits(device, self.head_dim)[0]
         if reason:
             self._fall_back(reason)
@@ -78,7 +81,7 @@ class Interception:
         return hidden.device, wants_gradients, self.forward.text_length, *map(_outline, arguments)
 
     def falls_back(self, kind: tuple) -> bool:
-        """Whether calls of this kind are known to fall back as a whole; counts such a call as the first one was."""
+        """Tells whether calls of this kind are known to fall back as a whole; counts the call if so."""
         reasons = self._stock_kinds.get(kind)
         if reasons is None:
             return False

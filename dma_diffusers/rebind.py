@@ -47,7 +47,7 @@ class Rebound:
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
         attention_kwargs=None, *, backend=None, parallel_config=None,
     ):  # fmt: skip
-        """Stands in for `dispatch_attention_fn`: what its native backend does with q, k and v `[B, S, H, D]`."""
+        """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
         if attention_kwargs or parallel_config is not None or (attn_mask is not None and attn_mask.ndim == 2):
             mode = InterceptionMode(self.interception, *self.given)
             mode.reasons = self.reasons
@@ -72,7 +72,7 @@ class _Functional:
 
 
 def can_rebind(function: Callable) -> bool:
-    """Whether all attention of a stock processor's `__call__` is asked for by the two names that `Rebound` binds."""
+    """Tells whether a stock processor's `__call__` asks for attention by no other names than `Rebound` binds."""
     if not isinstance(function, FunctionType) or not function.__module__.startswith("diffusers."):
         return False
     names, known = set(_names(function.__code__)), function.__globals__

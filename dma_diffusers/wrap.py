@@ -20,9 +20,10 @@ from dma_diffusers.rebind import Rebound, can_rebind
 
 
 class WrappedProcessor:
-    """Mixed into the class of a stock processor: the same processor, its attention operations intercepted.
+    """The base class that makes a stock processor's attention operations intercepted ones.
 
-    It shares the attributes of `stock`, the processor that was wrapped: what is set on one is set on the other.
+    A wrapped processor shares the attributes of `stock`, the processor that was wrapped: an attribute that is set on
+    one of them is set on the other.
     """
 
     __slots__ = ()
@@ -68,7 +69,7 @@ def _wrapped_class(stock: type) -> type:
 
 
 def _call(stock: type):
-    """A `__call__` with the stock signature, as a real function.
+    """Writes a `__call__` with the stock signature, as a real function.
 
     Attention modules filter their arguments by this signature, and torch.compile does not follow a
     `__signature__` attribute.
@@ -108,7 +109,7 @@ def _run(
     stock_call: Callable, by_name: bool, native: Callable[[], AbstractContextManager],
     hidden: torch.Tensor, encoder: torch.Tensor | None, wrapped: WrappedProcessor, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Calls a wrapped processor in eager mode. by_name: whether its attention can be intercepted by name."""
+    """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
     interception = wrapped.interception
     if interception.all_fall_back(hidden.device):
         return wrapped.stock(*args, **kwargs)
@@ -129,7 +130,7 @@ def _run(
 
 
 def _takes_process_backend(stock: type) -> bool:
-    """Whether a processor dispatches to the backend of the process, having none of its own."""
+    """Tells whether a processor has no backend of its own, and dispatches to that of the process."""
     return "dispatch_attention_fn" in stock.__call__.__code__.co_names and not hasattr(
         stock, "_attention_backend"
     )

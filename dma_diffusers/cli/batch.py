@@ -35,9 +35,9 @@ def batch(
     size: Annotated[
         str | None, typer.Option(help="Pixels, such as 832x480, or one number for a square.")
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Of clips.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of clips.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="A prompt for what not to draw.")] = None,
 ) -> None:
     """Draw the JOBS of a file; the options are for jobs that don't say otherwise.
 
