@@ -48,6 +48,15 @@ def test_the_choice_at_or_above_a_quality(policy, quality, window):
     assert DMAConfig.from_file(policy, quality, window=640).window == 640
 
 
+def test_precisions_of_a_file_are_kept_as_the_shortest_words(tmp_path):
+    choice = document()["choices"][0]
+    choice["config"] |= {"high": "mxfp8/bf16", "low": "nvfp4/bf16"}
+    choice["modules"] = {FLUX[1]: {"low": "nvfp4/fp8"}}
+    config = DMAConfig.from_file(written(tmp_path / "policy.json", document(choices=[choice])), 0.5)
+    assert (config.high, config.low) == ("mxfp8", "nvfp4/bf16")
+    assert config.of_module(FLUX[1]) == DMAConfig(low="nvfp4")
+
+
 @pytest.mark.parametrize(("content", "options", "words"), [
     (None, {}, "there is no policy file"),
     ("{", {}, "is not JSON"),
