@@ -75,27 +75,25 @@ class Interception:
             self._announce(device)
         return bool(reason)
 
-    def kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
-        """The kind of a call of the module: calls with the same shapes and options are of one kind."""
-        wants_gradients = torch.is_grad_enabled() and hidden.requires_grad
-        return hidden.device, wants_gradients, self.forward.text_length, *map(_outline, arguments)
+    def falls_back(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> bool:
+        """Tells whether a call of the module with these arguments is known to fall back as a whole; counts it if so.
 
-    def falls_back(self, kind: tuple) -> bool:
-        """Tells whether calls of this kind are known to fall back as a whole; counts the call if so."""
-        reasons = self._stock_kinds.get(kind)
-        if reasons is None:
-            return False
-        for reason in reasons:
+        hidden: the `hidden_states` among the arguments.
+        """
+        reasons = self._stock_kinds and self._stock_kinds.get(self._kind(hidden, arguments))
+        for reason in reasons or ():
             self._fall_back(reason)
-        return True
+        return bool(reasons)
 
-    def learn(self, kind: tuple, call: ProcessorCall) -> None:
-        """Keeps in mind that calls of this kind fall back as a whole, if `call` did, and for reasons that last."""
-        lasting = all(self.decision.lasts(reason, bool(call.encoder), kind[1]) for reason in call.reasons)
-        if call.reasons and lasting and not self.family.squares_masks:
+    def learn(self, hidden: torch.Tensor, arguments: Sequence[Any], call: ProcessorCall) -> None:
+        """Keeps in mind that such calls fall back as a whole, if `call`, which had them, did for reasons that last."""
+        if not call.reasons or not all(call.reasons) or self.family.squares_masks:
+            return
+        has_encoder, wants_gradients = bool(call.encoder), _wants_gradients(hidden)
+        if all(self.decision.lasts(reason, has_encoder, wants_gradients) for reason in call.reasons):
             if len(self._stock_kinds) >= _MOST_KINDS:
                 self._stock_kinds.clear()
-            self._stock_kinds[kind] = tuple(call.reasons)
+            self._stock_kinds[self._kind(hidden, arguments)] = tuple(call.reasons)
 
     def attention(self, call: ProcessorCall, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
                   scale=None, enable_gqa=False):  # fmt: skip
@@ -138,6 +136,10 @@ class Interception:
     def notes(self, grid: tuple[int, ...]) -> list[str]:
         """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
         return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
+
+    def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
+        """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
+        return hidden.device, _wants_gradients(hidden), self.forward.text_length, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
         config = self.config
@@ -190,11 +192,15 @@ class Interception:
             logger.info("%s: %s", self.forward.model, self.receipt("", device))
 
 
+def _wants_gradients(hidden: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and hidden.requires_grad
+
+
 def _outline(argument: Any) -> Any:
-    """A tensor's shape and dtype, a plain value itself, and the type of anything else."""
+    """A tensor's shape and dtype, a plain value itself, and the name of the type of anything else."""
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.dtype
-    return argument if isinstance(argument, bool | int | str | None) else type(argument)
+    return argument if isinstance(argument, bool | int | str | None) else type(argument).__name__
 
 
 def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:

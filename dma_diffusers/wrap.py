@@ -113,8 +113,8 @@ def _run(
     interception = wrapped.interception
     if interception.all_fall_back(hidden.device):
         return wrapped.stock(*args, **kwargs)
-    kind = interception.kind(hidden, (*args, *kwargs.values()))
-    if interception.falls_back(kind):
+    arguments = (*args, *kwargs.values())
+    if interception.falls_back(hidden, arguments):
         with native():
             return stock_call(wrapped, *args, **kwargs)
     if by_name and not interception.family.squares_masks:
@@ -125,7 +125,7 @@ def _run(
         call = InterceptionMode(interception, hidden, encoder)
         with call, native():
             result = stock_call(wrapped, *args, **kwargs)
-    interception.learn(kind, call)
+    interception.learn(hidden, arguments, call)
     return result
 
 
