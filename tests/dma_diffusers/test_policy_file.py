@@ -48,6 +48,15 @@ def test_the_choice_at_or_above_a_quality(policy, quality, window):
     assert DMAConfig.from_file(policy, quality, window=640).window == 640
 
 
+def test_precisions_of_a_file_are_kept_as_the_shortest_words(tmp_path):
+    choice = document()["choices"][0]
+    choice["config"] |= {"high": "mxfp8/bf16", "low": "nvfp4/bf16"}
+    choice["modules"] = {FLUX[1]: {"low": "nvfp4/fp8"}}
+    config = DMAConfig.from_file(written(tmp_path / "policy.json", document(choices=[choice])), 0.5)
+    assert (config.high, config.low) == ("mxfp8", "nvfp4/bf16")
+    assert config.of_module(FLUX[1]) == DMAConfig(low="nvfp4")
+
+
 @pytest.mark.parametrize(("content", "options", "words"), [
     (None, {}, "there is no policy file"),
     ("{", {}, "is not JSON"),
@@ -114,7 +123,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
     assert [receipts[name].policy for name in FLUX] == [
         "diagonal(window=0/384, sink=0)", "dense", "diagonal(window=128, sink=128)"
     ]  # fmt: skip
-    assert {receipt.diverted for receipt in receipts.values()} == {2}
+    assert {receipt.intercepted for receipt in receipts.values()} == {2}
     restore(pipe)
     pipe.transformer.set_attn_processor(DMAAttnProcessor(config))
     assert torch.equal(draw(pipe), mixed)
@@ -147,7 +156,7 @@ def test_a_policy_for_another_model_changes_nothing(policy, make, words):
     assert "\n" not in str(error.value) and not report(pipe).modules
 
 
-def test_modules_that_a_model_does_not_divert():
+def test_modules_that_a_model_does_not_intercept():
     for name in ("blocks.7.attn1", "blocks.0.attn2"):  # absent, and cross-attention
-        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to divert"):
+        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to intercept"):
             apply(tiny_pipelines.wan(), modules={name: {"window": 384}})

@@ -51,7 +51,10 @@ def nested_wrapper(launcher, signature):
     if not hasattr(driver, "wrap_handle_tensordesc_impl"):
         pytest.skip("Triton before 3.8")
     return driver.wrap_handle_tensordesc_impl(
-        launcher, signature, [{}] * (len(signature) == len(SIGNATURE)), lambda x, *_: [x.base, *x.shape, *x.strides]
+        launcher,
+        signature,
+        [{}] * (len(signature) == len(SIGNATURE)),
+        lambda x, *_: [x.base, *x.shape, *x.strides],
     )
 
 
