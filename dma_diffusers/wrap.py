@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
 )
 
-from dma_diffusers.interception import Interception
+from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.mode import InterceptionMode
 from dma_diffusers.rebind import Rebound, can_rebind
 
@@ -27,6 +27,8 @@ class WrappedProcessor:
     """
 
     __slots__ = ()
+    stock: Any
+    interception: Interception
 
     @property
     def _attention_backend(self) -> AttentionBackendName:
@@ -106,7 +108,7 @@ def __call__({", ".join(declared)}):
 
 
 def _run(
-    stock_call: Callable, by_name: bool, native: Callable[[], AbstractContextManager],
+    stock_call: Any, by_name: bool, native: Callable[[], AbstractContextManager],
     hidden: torch.Tensor, encoder: torch.Tensor | None, wrapped: WrappedProcessor, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
@@ -117,13 +119,14 @@ def _run(
     if interception.falls_back(hidden, arguments):
         with native():
             return stock_call(wrapped, *args, **kwargs)
+    call: ProcessorCall
     if by_name and not interception.family.squares_masks:
-        call = Rebound(interception, hidden, encoder)
+        call = rebound = Rebound(interception, hidden, encoder)
         with native():
-            result = call.run(stock_call, wrapped, *args, **kwargs)
+            result = rebound.run(stock_call, wrapped, *args, **kwargs)
     else:
-        call = InterceptionMode(interception, hidden, encoder)
-        with call, native():
+        call = mode = InterceptionMode(interception, hidden, encoder)
+        with mode, native():
             result = stock_call(wrapped, *args, **kwargs)
     interception.learn(hidden, arguments, call)
     return result

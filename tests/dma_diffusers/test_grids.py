@@ -16,7 +16,7 @@ from tests.dma_diffusers import tiny_models
 
 
 def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> ForwardContext:
-    """What is observed of the model's calls from now on."""
+    """Observes the model's calls from now on."""
     forward = ForwardContext(model, family_of(model, grid=grid), None, wants_grid=True)
     model.register_forward_pre_hook(forward.hook, with_kwargs=True)
     return forward
