@@ -45,7 +45,8 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     """What each kernel variant compiles to on `target`, one of `TARGETS`.
 
     high, low: compile this pair alone, with the target's default for one that is None; all of the target's pairs
-    if both are. Each pair has three variants of the attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
+    if both are. Each pair has three variants of the attention kernel at each head dimension: mixed, HIGH alone and
+    LOW alone.
     Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (bytes of stack that a
     thread needs), `shared_bytes` and `loops` (of the attention kernel: see `instructions.describe`). Raises
     ValueError for an unknown target or a pair no kernel runs.
