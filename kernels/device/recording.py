@@ -23,13 +23,11 @@ class Recorder(Launcher):
     """Launches at once, and remembers the launches for a `Recording`.
 
     inputs: tensors that differ from call to call, with the same shapes, strides and alignment.
-    constants: tensors that stay what and where they are, such as a plan's.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], constants: Sequence[torch.Tensor | None]):
+    def __init__(self, inputs: Sequence[torch.Tensor]):
         super().__init__()
         self.inputs = inputs
-        self.constants = [x for x in constants if x is not None]
         self.workspaces: list[torch.Tensor] = []
         self.counted: list[torch.Tensor] = []
         self.launches: list[tuple[Any, tuple[int, ...], list[Any]]] = []
@@ -51,13 +49,13 @@ class Recorder(Launcher):
 class Recording:
     """The launches of one call, which can be launched again on other tensors.
 
-    bytes: how much memory the kernels write.
+    constants: tensors that stay what and where they are, such as a plan's. bytes: how much memory the kernels write.
     Raises ValueError where a launch reads a tensor of which the recorder does not know, or two inputs are one.
     """
 
-    def __init__(self, recorder: Recorder):
-        self._constants = recorder.constants  # kept alive
-        self._places: dict[int, int | _Place] = {x.data_ptr(): x.data_ptr() for x in recorder.constants}
+    def __init__(self, recorder: Recorder, constants: Sequence[torch.Tensor]):
+        self._constants = constants  # kept alive
+        self._places: dict[int, int | _Place] = {x.data_ptr(): x.data_ptr() for x in constants}
         for number, x in enumerate(recorder.inputs):
             place = _Place(number, 0)
             if self._places.setdefault(x.data_ptr(), place) is not place:
