@@ -19,6 +19,7 @@ from dma_diffusers.kernels.device.rounding import (
     loaded_e4m3,
     to_output,
 )
+from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
 from dma_diffusers.kernels.quantiser.tile import token_at
 
@@ -29,7 +30,7 @@ LOWEST = tl.constexpr(-1.0e30)
 PATIENCE, LOOKED_AT = tl.constexpr(reference.PATIENCE), tl.constexpr(reference.LOOKED_AT)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Before Triton 3.9, dot_scaled can't start from nothing in a loop.
-STARTS_FROM_NOTHING = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
+STARTS_FROM_NOTHING = tl.constexpr(TRITON >= (3, 9))
 
 
 @triton.jit
@@ -86,7 +87,25 @@ def _in_order_of_v(p):
 
 
 @triton.jit
-def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
+def _below(limit, TCGEN05: tl.constexpr):
+    """Says which of 128 columns are below a limit, int32 [ROWS or 1, 1]: bool [ROWS or 1, 128].
+
+    The threads of an accumulator differ in the half of the columns that they hold (tcgen05), or in the pair of each
+    eight. That part of a column is subtracted from the limit, so that the rest is a constant of the machine code; whole
+    columns would take a register each, throughout the loop.
+    """
+    if TCGEN05:
+        parts = (tl.arange(0, 2) * (TILE // 2))[None, :, None]
+        below = tl.arange(0, TILE // 2)[None, None, :] < limit[:, :, None] - parts
+    else:
+        parts = (tl.arange(0, 4) * 2)[None, None, :, None]
+        constants = (tl.arange(0, TILE // 8) * 8)[:, None, None] + tl.arange(0, 2)[None, None, :]
+        below = constants[None, :, :, :] < limit[:, :, None, None] - parts
+    return tl.reshape(below, (limit.shape[0], TILE))
+
+
+@triton.jit
+def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr, TCGEN05: tl.constexpr):
     """Says which keys of a tile each query sees: bool [1 or ROWS, 128]."""
     columns = tl.arange(0, TILE)
     if fine_mask is not None:  # as FineMask.seen has it
@@ -97,9 +116,9 @@ def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.cons
         inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
         seen = (inside & guards) == guards
     elif CAUSAL:
-        seen = columns[None, :] < tl.minimum(q_tokens + 1, k_length)[:, None] - tile * TILE
+        seen = _below((tl.minimum(q_tokens + 1, k_length) - tile * TILE)[:, None], TCGEN05)
     else:
-        seen = (columns < k_length - tile * TILE)[None, :]
+        seen = _below(tl.full((1, 1), 0, tl.int32) + (k_length - tile * TILE), TCGEN05)
     if key_mask is not None:
         unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
         seen = (seen & unmasked) if CAUSAL or fine_mask is not None else unmasked
@@ -147,27 +166,44 @@ def _values(v, batch, kv_head, tile, TRANSPOSED: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _inverse(power):
+    """The inverse of normal powers of two, exactly."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, tile,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
+    UNIT_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Returns accumulator·rescale + p·V; the tile of V is `value`, or is loaded now."""
     IS_FP8: tl.constexpr = VALUES == "channel"
     if TCGEN05:
         # l is never negative, but the compiler doesn't know: it must sum p now rather than keep all of it for later.
         rescale = tl.where(l < 0.0, 0.0, rescale)
+    # p is narrowed first: before Triton 3.8, the compiler would keep both it and the accumulator in registers.
+    probabilities = e4m3_operand(p) if IS_FP8 else bf16_operand(p)
     if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
     if value is None:
         value = _values(v, batch, kv_head, tile, IS_FP8 and V_TRANSPOSED, D)
     if IS_FP8:
-        probabilities = _in_order_of_v(e4m3_operand(p)) if V_TRANSPOSED else e4m3_operand(p)
+        if V_TRANSPOSED:
+            probabilities = _in_order_of_v(probabilities)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
         else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
-            accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
+            if UNIT_SCALES and not INTERPRETED:
+                products = tl.dot_scaled(
+                    probabilities, tl.full((p.shape[0], TILE // 32), 127, tl.uint8), "e4m3",
+                    value, tl.full((D, TILE // 32), 127, tl.uint8), "e4m3",
+                )  # fmt: skip
+            else:
+                products = tl.dot(probabilities, loaded_e4m3(value))
+            accumulator = accumulator * rescale[:, None] + products
     else:
-        accumulator = tl.dot(bf16_operand(p), loaded_bf16(value), accumulator)
+        accumulator = tl.dot(probabilities, loaded_bf16(value), accumulator)
     return accumulator
 
 
@@ -179,7 +215,7 @@ def _phase(
     guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on."""
     head = batch * heads + head_in_batch
@@ -211,7 +247,7 @@ def _phase(
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
         if MASKED or key_mask is not None:
-            seen = _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL)
+            seen = _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL, TCGEN05)
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
@@ -232,20 +268,9 @@ def _phase(
             m = m_new
             if not TCGEN05:
                 accumulator = _add_values(
-                    accumulator,
-                    l,
-                    rescale,
-                    p,
-                    value,
-                    v,
-                    batch,
-                    kv_head,
-                    tile,
-                    VALUES,
-                    V_TRANSPOSED,
-                    D,
-                    TCGEN05,
-                )
+                    accumulator, l, rescale, p, value, v, batch, kv_head, tile,
+                    VALUES, V_TRANSPOSED, D, TCGEN05, UNIT_SCALES,
+                )  # fmt: skip
         else:
             kept = 0
             if skipped is not None:
@@ -255,8 +280,9 @@ def _phase(
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator = _add_values(
-                accumulator, l, rescale, p, value, v, batch, kv_head, tile, VALUES, V_TRANSPOSED, D, TCGEN05
-            )
+                accumulator, l, rescale, p, value, v, batch, kv_head, tile,
+                VALUES, V_TRANSPOSED, D, TCGEN05, UNIT_SCALES,
+            )  # fmt: skip
     return accumulator, l, m, kept
 
 
@@ -273,7 +299,7 @@ def attend(
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
-    STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -285,7 +311,8 @@ def attend(
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
     lose it, and `lse` regains it; None without smoothing. `lse` is None where it is not wanted.
     `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles look at it unless MASKS_ALL.
-    TCGEN05 says that accumulators lie in tensor memory.
+    TCGEN05 says that accumulators lie in tensor memory. UNIT_SCALES makes FP8 P·V a block-scaled product whose scales
+    are all one: the numbers are the same, and sm_120 multiplies them at twice the rate (triton#11320).
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
@@ -298,94 +325,100 @@ def attend(
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
     for work in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1, disable_licm=True):
-        head, block = work // blocks, work % blocks
-        if CAUSAL:
-            block = blocks - 1 - block  # the longest rows first
-        start = block * ROWS
-        batch, head_in_batch = head // heads, head % heads
-        kv_head = head_in_batch // (heads // kv_heads)
-        row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
-        tiles = indices + row * map_length
-        high_end = tl.load(bounds + row * 3)
-        low_end = tl.load(bounds + row * 3 + 1)
-        end = tl.load(bounds + row * 3 + 2)
-        q_tokens = start + tl.arange(0, ROWS)
-        channels = tl.arange(0, D)
-        own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
-        wide_mask = own_mask if MASKS_ALL else None
+        # The condition always holds, but Triton before 3.9 moves nothing out from under it. Without it, disable_licm is
+        # overlooked there, and constants of each phase take registers throughout all of them.
+        if work < total:
+            head, block = work // blocks, work % blocks
+            if CAUSAL:
+                block = blocks - 1 - block  # the longest rows first
+            start = block * ROWS
+            batch, head_in_batch = head // heads, head % heads
+            kv_head = head_in_batch // (heads // kv_heads)
+            row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
+            tiles = indices + row * map_length
+            high_end = tl.load(bounds + row * 3)
+            low_end = tl.load(bounds + row * 3 + 1)
+            end = tl.load(bounds + row * 3 + 2)
+            q_tokens = start + tl.arange(0, ROWS)
+            channels = tl.arange(0, D)
+            own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
+            wide_mask = own_mask if MASKS_ALL else None
 
-        m = tl.full((ROWS,), LOWEST, tl.float32)
-        if skip_below is not None:  # a row that is no query's holds on to no tile
-            is_query = token_at(token_order, q_tokens, q_length, token_count) < q_length
-            m = tl.where(is_query, m, -m)
-        own_skipped = None if skipped is None else skipped + head
-        l = tl.zeros((ROWS,), tl.float32)
-        accumulator = tl.zeros((ROWS, D), tl.float32)
-        kept = 0
-        # An FP8 class sums values in units of its channels' powers of two.
-        HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
-        LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
-        v_units = None
-        if HIGH_UNITS or LOW_UNITS:
-            v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
-        if HIGH is not None:
-            accumulator, l, m, kept = _phase(
-                accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
-                k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
-                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
-                HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                EXP_SHARE, TCGEN05, STAGES,
-            )  # fmt: skip
-        if LOW is not None:
-            if LOW_UNITS and not HIGH_UNITS:
-                accumulator = accumulator / tl.load(v_units)[None, :]
-            elif HIGH_UNITS and not LOW_UNITS:
-                accumulator = accumulator * tl.load(v_units)[None, :]
-            accumulator, l, m, kept = _phase(
-                accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
-                k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
-                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
-                LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                EXP_SHARE, TCGEN05, STAGES,
-            )  # fmt: skip
-            if HIGH is None:
+            m = tl.full((ROWS,), LOWEST, tl.float32)
+            if skip_below is not None:  # a row that is no query's holds on to no tile
+                is_query = token_at(token_order, q_tokens, q_length, token_count) < q_length
+                m = tl.where(is_query, m, -m)
+            own_skipped = None if skipped is None else skipped + head
+            l = tl.zeros((ROWS,), tl.float32)
+            accumulator = tl.zeros((ROWS, D), tl.float32)
+            kept = 0
+            # An FP8 class sums values in units of its channels' powers of two.
+            HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
+            LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
+            v_units = None
+            if HIGH_UNITS or LOW_UNITS:
+                v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
+            if HIGH is not None:
+                accumulator, l, m, kept = _phase(
+                    accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
+                    k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
+                    HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
+                )  # fmt: skip
+            if LOW is not None:
+                if LOW_UNITS and not HIGH_UNITS:
+                    accumulator = accumulator * _inverse(tl.load(v_units))[None, :]
+                elif HIGH_UNITS and not LOW_UNITS:
+                    accumulator = accumulator * tl.load(v_units)[None, :]
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
-                    LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, MASKED_STAGES,
+                    tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
+                    LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
                 )  # fmt: skip
-            if LOW_UNITS and not HIGH_UNITS:  # volatile: read anew, not kept in registers throughout the loop
+                if HIGH is None:
+                    accumulator, l, m, kept = _phase(
+                        accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
+                        k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
+                        batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                        tiles, low_end, end, own_mask, fine_mask, guards, k_length, start,
+                        skip_below, own_skipped, zero,
+                        LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
+                        EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
+                    )  # fmt: skip
+                if (
+                    LOW_UNITS and not HIGH_UNITS
+                ):  # volatile: read anew, not kept in registers throughout the loop
+                    accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+                elif HIGH_UNITS and not LOW_UNITS:
+                    accumulator = accumulator * _inverse(tl.load(v_units, volatile=True))[None, :]
+            if HIGH is not None:
+                accumulator, l, m, kept = _phase(
+                    accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
+                    k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
+                    HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
+                )  # fmt: skip
+            if HIGH_UNITS:
                 accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
-            elif HIGH_UNITS and not LOW_UNITS:
-                accumulator = accumulator / tl.load(v_units, volatile=True)[None, :]
-        if HIGH is not None:
-            accumulator, l, m, kept = _phase(
-                accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
-                k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
-                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
-                HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                EXP_SHARE, TCGEN05, MASKED_STAGES,
-            )  # fmt: skip
-        if HIGH_UNITS:
-            accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
 
-        nothing_seen = l == 0.0
-        result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
-        out_rows = token_at(token_order, q_tokens, q_length, token_count)
-        place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
-        place = place + out_rows[:, None].to(tl.int64) * out_stride_s + channels[None, :]
-        inside = (out_rows < q_length)[:, None] & (channels < head_dim)[None, :]
-        tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
-        if lse is not None:
-            log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
-            if offset is not None:
-                log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
-            log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
-            lse_rows = head.to(tl.int64) * (q_length if token_count is None else token_count) + out_rows
-            tl.store(lse + lse_rows, log_sum, mask=out_rows < q_length)
+            nothing_seen = l == 0.0
+            result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
+            out_rows = token_at(token_order, q_tokens, q_length, token_count)
+            place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h
+            place = place + out_rows[:, None].to(tl.int64) * out_stride_s + channels[None, :]
+            inside = (out_rows < q_length)[:, None] & (channels < head_dim)[None, :]
+            tl.store(out + place, to_output(result, out.dtype.element_ty), mask=inside)
+            if lse is not None:
+                log_sum = m + tl.log2(tl.where(nothing_seen, 1.0, l))
+                if offset is not None:
+                    log_sum += tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
+                log_sum = tl.where(nothing_seen, float("-inf"), log_sum * LN_2)
+                lse_rows = head.to(tl.int64) * (q_length if token_count is None else token_count) + out_rows
+                tl.store(lse + lse_rows, log_sum, mask=out_rows < q_length)

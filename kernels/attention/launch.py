@@ -328,7 +328,7 @@ def _attend(
         attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
         CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
         EXP_SHARE=tuned.exp_share, TCGEN05=variant.target in TCGEN05_ARCHITECTURES,
-        STAGES=tuned.stages,
+        UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
         num_warps=tuned.warps, enable_fp_fusion=True,
         maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 
+from dma_diffusers.kernels.device.tritons import TRITON, Version
 from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage
 
 
@@ -18,11 +19,12 @@ class Tuning:
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
     warps: of one program.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
-        or more. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton loads that
-        first, and the loop takes `stages`.
+        or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
+        loads that first, and the loop takes `stages`.
     registers: the most that a thread may use; None leaves it to the compiler.
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
+    unit_scales: whether FP8 P·V is a block-scaled product under scales of one: sm_120 has twice the rate for those.
     exp_share: of every 32 exponentials, how many are polynomials (exponential.py).
     slots: of hopper.py's ring, which then runs in place of kernel.py, with `registers` for its second and third
         warpgroup. The rest is for kernel.py, where Gluon can't run: in the interpreter, and under tensor scales.
@@ -35,43 +37,59 @@ class Tuning:
     registers: int | None = None
     programs: int | None = None
     transposed_v: bool = False
+    unit_scales: bool = False
     exp_share: int = 0
     slots: int | None = None
 
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
+_SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
 _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
-    # architectures, head dimension, storages of HIGH|LOW (- for a class without tiles), variant: the first that fits
-    (("sm_103",), 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
-    (("sm_103",), 128, "*", Tuning(registers=190, programs=1)),
-    (("sm_100",), 64, "*", Tuning(exp_share=5, programs=1)),
-    (("sm_100",), 128, "plain|*", Tuning(exp_share=5, programs=1)),
-    (("sm_100",), 128, "*", Tuning(exp_share=5, registers=190, programs=1)),
-    (TCGEN05_ARCHITECTURES, 256, "*", Tuning(stages=1, masked_stages=1)),
-    (("sm_120",), 128, "*", Tuning(rows=64, stages=3, masked_stages=2, transposed_v=True)),
-    (("sm_120",), 64, "*", Tuning(rows=64, warps=4, stages=3, masked_stages=2, transposed_v=True)),
-    (("sm_120",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1, transposed_v=True)),
-    (("sm_90",), "*", "*block*", Tuning(stages=1, masked_stages=1)),  # widened by Triton: for tests alone
-    *((("sm_90",), dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
-    (("sm_90",), 64, "*", Tuning(**_HOPPER, stages=2)),
-    (("sm_90",), 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
-    (("sm_90",), 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
-    (("sm_89",), 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
-    (("*",), "*", "*", Tuning(stages=1, masked_stages=1)),
+    # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), variant.
+    (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
+    (("sm_103",), "*", 128, "*", Tuning(registers=190, programs=1)),
+    (("sm_100",), "*", 64, "*", Tuning(exp_share=5, programs=1)),
+    (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, programs=1)),
+    (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=190, programs=1)),
+    (TCGEN05_ARCHITECTURES, "*", 256, "*", Tuning(stages=1, masked_stages=1)),
+    (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),  # more stages spill there
+    (("sm_120",), "*", 128, "*", Tuning(**_SM_120, stages=3, masked_stages=2)),
+    (("sm_120",), "*", 64, "*", Tuning(**_SM_120, warps=4, stages=3, masked_stages=2)),
+    (("sm_120",), "*", 256, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
+    (
+        ("sm_90",),
+        "*",
+        "*",
+        "*block*",
+        Tuning(stages=1, masked_stages=1),
+    ),  # widened by Triton: for tests alone
+    *((("sm_90",), "*", dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
+    (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
+    (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
+    (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
+    (("sm_89",), "*", 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
+    (("*",), "*", "*", "*", Tuning(stages=1, masked_stages=1)),
 )
 
 
 @cache
-def tuning(architecture: str, dim: int, classes: tuple[Storage | None, Storage | None]) -> Tuning:
-    """The first row of the table that fits; dim is 64, 128 or 256, classes the storages of HIGH and LOW."""
+def tuning(
+    architecture: str, dim: int, classes: tuple[Storage | None, Storage | None], triton: Version = TRITON
+) -> Tuning:
+    """The first row of the table that fits.
+
+    dim is 64, 128 or 256, classes are the storages of HIGH and LOW, triton is the compiler's version.
+    """
     storages = "|".join(storage or "-" for storage in classes)
+    version = ".".join(map(str, triton))
     return next(
         row
-        for architectures, dims, pattern, row in TABLE
+        for architectures, tritons, dims, pattern, row in TABLE
         if any(fnmatch(architecture, name) for name in architectures)
+        and tritons in (version, "*")
         and dims in (dim, "*")
         and fnmatch(storages, pattern)
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.kernels.device.tritons import warn_of_untested
+
 Run = Callable[..., Any]
 
 
@@ -16,6 +18,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
     """Launch `kernel` on the device of its arguments; returns what Triton compiled, None in the interpreter."""
+    warn_of_untested()
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
     # Triton alone would take the current device, whichever that is.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
