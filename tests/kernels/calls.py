@@ -442,6 +442,21 @@ NAMED_CALLS = [
     Call(
         2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_token_order=True, name="order-2100"
     ),
+    Call(384, 384, 64, high="bf16/fp8", low="int8/bf16", name="pv-exchanged"),
+    Call(300, 300, 128, high="mxfp8/fp8", low="mxfp4", is_causal=True, name="pv-fp8-everywhere"),
+    Call(300, 300, 64, low="mxfp4/bf16", window=0, sink=0, name="pv-bf16-all-low"),
+    Call(130, 500, 72, high="bf16/fp8", low="bf16/bf16", batch=2, masks_keys=True, name="pv-cross-key-mask"),
+    Call(
+        300,
+        300,
+        64,
+        high="int8/fp8",
+        low="mxfp4/bf16",
+        has_token_order=True,
+        empty_slots=40,
+        skip_below=0.05,
+        name="pv-order-empty-skips",
+    ),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
     Call(640, 640, 64, skip_below=0.05, name="skips"),
     Call(513, 513, 128, high="bf16", low="int8", window=0, sink=0, skip_below=0.05, name="skips-all-low"),
