@@ -42,8 +42,8 @@ def imported(tree: ast.AST, when_run: bool) -> Iterator[str]:
             case ast.Import(names=aliases):
                 yield from (alias.name for alias in aliases if alias.name in MODULES)
             case ast.ImportFrom(module=str(module), names=aliases, level=0):
-                names = [f"{module}.{alias.name}" for alias in aliases]
-                yield from (name if name in MODULES else module for name in names if module in MODULES)
+                names = {f"{module}.{alias.name}" for alias in aliases}
+                yield from names & MODULES.keys() or {module} & MODULES.keys()
             case ast.FunctionDef() | ast.AsyncFunctionDef() if not when_run:
                 pass
             case ast.If(test=test) if "TYPE_CHECKING" in ast.unparse(test) and not when_run:
