@@ -53,7 +53,7 @@ def draw(
     The noise is drawn on the CPU, so that a seed means the same picture on every device. Raises ValueError
     where latents or pictures come out NaN or infinite.
     """
-    latents = None
+    latents: torch.Tensor  # of the last step
 
     def after_step(step: int, left: torch.Tensor) -> torch.Tensor:
         nonlocal latents

@@ -101,7 +101,9 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     given = {name: value for name, value in defaults.items() if name not in others} | own
     if "prompt" not in given:
         raise ValueError("a job needs a prompt")
-    values = {name: _READERS[name](name, value) for name, value in given.items() if name in _READERS}
+    values: dict[str, Any] = {
+        name: _READERS[name](name, value) for name, value in given.items() if name in _READERS
+    }
     config = DMAConfig.from_fields({name: value for name, value in given.items() if name in _CONFIG})
     return Job(where=where, number=number, config=config, **values)
 

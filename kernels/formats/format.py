@@ -27,7 +27,9 @@ class Format:
     @property
     def average_bits(self) -> float:
         """Bits of one element and its share of the block's scale; row, tile and tensor scales don't count."""
-        return self.bits if self.block is None else self.bits + self.scale.bits / self.block
+        if self.block is None or self.scale is None:
+            return self.bits
+        return self.bits + self.scale.bits / self.block
 
     @property
     def has_tensor_scale(self) -> bool:
