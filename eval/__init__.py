@@ -1,1 +1,1 @@
-"""Quality, speed and predictions: what low-precision attention costs and what it brings."""
+"""This room measures quality and speed, and predicts what low-precision attention costs and brings."""

@@ -1,4 +1,4 @@
-"""Full precision and DMA side by side: the picture or clip, and the figures, of `generate --compare`."""
+"""This module compares full precision with DMA: the panels and the figures of `generate --compare`."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from dma_diffusers.pipelines.picture import amplified, side_by_side
 def compare(
     exact: Drawing, drawing: Drawing, prompt: str, label: str
 ) -> tuple[Image.Image, dict[str, float | None]]:
-    """The first picture of each drawing with their amplified difference, and the paired metrics.
+    """Return the first picture of each drawing beside their amplified difference, and the paired metrics.
 
     Args:
         label: what the second drawing was made with, for its caption.
@@ -30,10 +30,11 @@ def compare(
 def compare_clips(
     exact: Drawing, drawing: Drawing, prompt: str, label: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The first clip of each drawing with their amplified difference and PSNR over time, uint8 `[F, H, W, 3]`.
+    """Return the first clip of each drawing with their difference and PSNR over time, and the paired metrics.
 
-    And the paired metrics, with those of videos: flicker (None of a single frame), each frame's PSNR, which is None
-    where it is identical, and which frame is worst, counted from 1 (None where all are identical).
+    The frames are uint8 `[F, H, W, 3]`. To the metrics come those of videos: flicker (None of a single frame), each
+    frame's PSNR, which is None where it is identical, and the frame that is worst, counted from 1 (None where all are
+    identical).
     """
     metrics: dict[str, Any] = {name: values[0] for name, values in paired_metrics(drawing, exact).items()}
     clip, reference = (_channels_first(each)[:1] for each in (drawing, exact))
@@ -49,7 +50,7 @@ def compare_clips(
 
 
 def in_words(metrics: dict[str, Any]) -> str:
-    """The figures of `compare` or `compare_clips`, in one line."""
+    """Put the figures of `compare` or `compare_clips` in one line."""
     words = "identical pictures" if metrics["psnr_db"] is None else f"PSNR {metrics['psnr_db']:.2f} dB"
     words += f", SSIM {metrics['ssim']:.4f}, relative L2 of latents {metrics['latents_relative_l2']:.4f}"
     if metrics.get("flicker") is not None:
@@ -61,10 +62,10 @@ def in_words(metrics: dict[str, Any]) -> str:
 
 
 def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float | None]]:
-    """Three metrics of two drawings of the same prompts and seeds, one value per prompt.
+    """Compute three metrics of two drawings of the same prompts and seeds, one value per prompt.
 
-    Of clips, PSNR is that of all their pixels, SSIM the mean over frames. What is identical has an infinite PSNR, which
-    JSON cannot hold: it is None here.
+    A clip's PSNR is that of all its pixels, its SSIM the mean over frames. An identical drawing has an infinite PSNR,
+    which JSON cannot hold: it is None here.
     """
     clips, references = _channels_first(drawing), _channels_first(reference)
     psnr = pooled_psnr_db(each_frame(psnr_db, clips, references), dim=1)
@@ -78,7 +79,7 @@ def paired_metrics(drawing: Drawing, reference: Drawing) -> dict[str, list[float
 def _panels(
     exact: Drawing, drawing: Drawing, prompt: str, label: str, figures: str
 ) -> tuple[list[np.ndarray], list[tuple[str, str]]]:
-    """Full precision, DMA, difference: frames uint8 `[F, H, W, 3]` of each, and captions."""
+    """Return the panels full precision, DMA and difference, uint8 `[F, H, W, 3]` each, and their captions."""
     difference, factor = amplified(drawing.frames[0], exact.frames[0])
     captions = [("full precision", prompt), (label, figures), ("difference", f"{factor} times amplified")]
     return [exact.frames[0], drawing.frames[0], difference], captions
@@ -89,7 +90,7 @@ def _figures(psnr: float | None, ssim: float) -> str:
 
 
 def _channels_first(drawing: Drawing) -> torch.Tensor:
-    """Frames `[prompts, F, 3, height, width]`."""
+    """Return the frames as `[prompts, F, 3, height, width]`."""
     return torch.from_numpy(drawing.frames).permute(0, 1, 4, 2, 3)
 
 

@@ -1,15 +1,15 @@
-"""95 % intervals over prompts, by bootstrap."""
+"""This module computes 95 % intervals over prompts, by bootstrap."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-_DRAWN = 2**22  # values drawn at a time, however many there are
+_DRAWN = 2**22  # so many values are drawn at a time, however many there are
 
 
 class Interval(NamedTuple):
-    """An estimate with the bounds of its 95 % interval."""
+    """An interval is an estimate with the bounds of its 95 % interval."""
 
     estimate: float
     low: float
@@ -22,7 +22,7 @@ def bootstrap(
     seed: int = 0,
     resamples: int = 10_000,
 ) -> Interval:
-    """The percentile interval of a function of paired columns' means.
+    """Compute the percentile interval of a function of paired columns' means.
 
     Args:
         columns: k columns of n values; entry i of each is prompt i, so that prompts are drawn together.
@@ -38,6 +38,6 @@ def bootstrap(
         for done in range(0, resamples, most)
     ]
     resampled = statistic(*np.concatenate(means, axis=1))
-    # inverted_cdf picks observed values and never subtracts, so ∞ stays ∞.
+    # This method picks observed values and never subtracts, so ∞ stays ∞.
     low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
     return Interval(float(statistic(*values.mean(axis=1))), float(low), float(high))

@@ -1,4 +1,4 @@
-"""What a measurement was made with: enough to tell whether a stored one still holds."""
+"""This module says what a measurement was made with, which tells whether a stored one still holds."""
 
 import hashlib
 import importlib
@@ -10,12 +10,12 @@ import torch
 
 import dma_diffusers
 
-# What a picture depends on.
+# A picture depends on the versions of these packages.
 PACKAGES = ("dma_diffusers", "torch", "diffusers", "transformers")
 
 
 def fingerprint(folder: Path, *patterns: str) -> str:
-    """SHA-256 over the names and bytes of a folder's files that match any of `patterns`."""
+    """Return the SHA-256 of the names and bytes of a folder's files that match any of `patterns`."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(str(path.relative_to(folder)).encode())
@@ -24,7 +24,7 @@ def fingerprint(folder: Path, *patterns: str) -> str:
 
 
 def weights_fingerprint(*models: torch.nn.Module) -> str:
-    """SHA-256 over models' parameters: their names, shapes and first 64 numbers, which tell trainings apart."""
+    """Return the SHA-256 of models' parameters: their names, shapes and first 64 numbers, which tell models apart."""
     digest = hashlib.sha256()
     for model in models:
         for name, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def weights_fingerprint(*models: torch.nn.Module) -> str:
 
 
 def sources() -> dict[str, str]:
-    """Fingerprints of the code that decides what attention computes."""
+    """Return fingerprints of the code that decides what attention computes."""
     package = Path(dma_diffusers.__file__).parent
     kernels = next(
         Path(root) / "kernels" for root in dma_diffusers.__path__ if (Path(root) / "kernels").is_dir()
@@ -44,11 +44,11 @@ def sources() -> dict[str, str]:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python and of `packages`."""
+    """Return the versions of Python and of `packages`."""
     found = {name: importlib.import_module(name).__version__ for name in packages}
     return {"python": platform.python_version()} | found
 
 
 def hardware() -> str:
-    """The GPU's name, or the processor's architecture where there is none."""
+    """Return the GPU's name, or the processor's architecture where there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"

@@ -7,15 +7,17 @@ from enum import StrEnum
 import torch
 
 from dma_diffusers.kernels.formats import FORMATS
+from dma_diffusers.kernels.precision import Precisions
 
 MAX_HEAD_DIM = 256
 TCGEN05_ARCHITECTURES = ("sm_100", "sm_103")
 BLOCK_SCALED_ARCHITECTURES = (*TCGEN05_ARCHITECTURES, "sm_120")
+WITHOUT_FP8 = ("sm_80", "sm_86", "sm_87")
 KERNEL_ARCHITECTURES = ("sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
 class Storage(StrEnum):
-    """How the numbers of a format lie in memory, and so which MMA multiplies them."""
+    """The layout of a format's numbers in memory, which decides the MMA that multiplies them."""
 
     BLOCK = "block"
     """Elements and a scale for each block: block-scaled MMA."""
@@ -25,6 +27,8 @@ class Storage(StrEnum):
     """e4m3 or int8 elements; one float32 scale for each token of Q, for each tile of K: FP8 or INT8 MMA."""
     PLAIN = "plain"
     """bfloat16 numbers, scales multiplied in (a tensor scale stays outside): bf16 MMA."""
+    CHANNEL = "channel"
+    """e4m3 elements of V, one power of two for each channel: FP8 MMA."""
 
 
 _EVERYWHERE = {"bf16": Storage.PLAIN, "fp8": Storage.TILE, "int8": Storage.TILE}
@@ -36,10 +40,12 @@ FAITHFUL = (
     | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4"), Storage.PLAIN)
     | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
 )
+VALUES = {"bf16": Storage.PLAIN, "fp8": Storage.CHANNEL}
+"""The storage of V for each format of P·V."""
 
 
 def architecture(device: torch.device) -> str:
-    """What `device` is: "sm_90" and the like for NVIDIA GPUs, else "cpu", "mps", "rocm" …"""
+    """Names a device: "sm_90" and the like for NVIDIA GPUs, else "cpu", "mps", "rocm" …"""
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -49,7 +55,7 @@ def architecture(device: torch.device) -> str:
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Says whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -61,23 +67,29 @@ def has_triton() -> bool:
 class Lowering:
     """One way to run a call.
 
-    stores: how it stores each format that it can multiply.
-    why_not: from an architecture, a head dimension and the formats of a call, with their storages, to the reason
-        why it can't run there, or None.
+    stores: how it stores Q and K for each format of Q·K that it multiplies.
+    stores_values: how it stores V for each format of P·V that it multiplies.
+    why_not: tells why it can't run a call on an architecture, at a head dimension, with formats of Q·K that have these
+        storages; None where it can.
     """
 
     name: str
     description: str
     stores: dict[str, Storage]
+    stores_values: dict[str, Storage]
     why_not: Callable[[str, int, dict[str, Storage]], str | None]
 
-    def refuses(self, architecture: str, head_dim: int, high: str, low: str) -> str | None:
+    def refuses(self, architecture: str, head_dim: int, precisions: Precisions) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""
         if head_dim > MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {MAX_HEAD_DIM}"
-        formats = tuple(dict.fromkeys((high, low)))
-        if others := [name for name in formats if name not in self.stores]:
-            return f"the kernel multiplies {', '.join(self.stores)}, not {', '.join(others)}"
+        formats = tuple(dict.fromkeys(precision.qk for precision in precisions))
+        for product, known, asked in (
+            ("Q·K", self.stores, formats),
+            ("P·V", self.stores_values, dict.fromkeys(precision.pv for precision in precisions)),
+        ):
+            if others := [name for name in asked if name not in known]:
+                return f"it multiplies {product} in {', '.join(known)}, not {', '.join(others)}"
         return self.why_not(architecture, head_dim, {name: self.stores[name] for name in formats})
 
 
@@ -93,6 +105,8 @@ def _native(architecture: str, head_dim: int, formats: dict[str, Storage]) -> st
 
 
 def _faithful(architecture: str, head_dim: int, formats: dict[str, Storage]) -> str | None:
+    if architecture in WITHOUT_FP8:
+        return f"no kernel is built for {architecture}, which has no FP8 MMA"
     if architecture not in KERNEL_ARCHITECTURES:
         return f"no kernel is built for {architecture} (there are some for {', '.join(KERNEL_ARCHITECTURES)})"
     if architecture == "sm_103" and "int8" in formats:
@@ -101,20 +115,31 @@ def _faithful(architecture: str, head_dim: int, formats: dict[str, Storage]) -> 
 
 
 LOWERINGS = (
-    Lowering("native", "the fused kernel, each format multiplied by its own MMA", NATIVE, _native),
+    Lowering("native", "the fused kernel, each format multiplied by its own MMA", NATIVE, VALUES, _native),
     Lowering(
         "faithful",
         "the fused kernel, block formats re-encoded for FP8 and bf16 MMA: the numbers a B200 would compute",
         FAITHFUL,
+        VALUES,
         _faithful,
     ),
     Lowering(
         "reference",
         "torch: exact about the formats, slow",
         dict.fromkeys(FORMATS, Storage.PLAIN),
+        VALUES,
         lambda *_: None,
     ),
 )
+
+
+def named(name: str) -> Lowering:
+    """The lowering of this name. Raises ValueError, in one line, where there is none."""
+    found = next((lowering for lowering in LOWERINGS if lowering.name == name), None)
+    if found is None:
+        known = ", ".join(lowering.name for lowering in LOWERINGS)
+        raise ValueError(f"unknown lowering {name!r}: choose from auto, {known}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,20 +153,20 @@ class Choice:
 def choose(architecture: str, head_dim: int, high: str, low: str, lowering: str = "auto") -> Choice:
     """The lowering that runs such calls: the one named, or with "auto" the first that can.
 
+    high, low: the words of precisions (`Precisions.parse`).
     Raises ValueError, in one line, if the lowering doesn't exist, or can't run such calls.
     """
+    precisions = Precisions.parse(high, low)
+    words = " | ".join(precisions.words)
     if lowering != "auto":
-        named = {candidate.name: candidate for candidate in LOWERINGS}
-        if lowering not in named:
-            raise ValueError(f"unknown lowering {lowering!r}: choose from auto, {', '.join(named)}")
-        refusal = named[lowering].refuses(architecture, head_dim, high, low)
+        refusal = named(lowering).refuses(architecture, head_dim, precisions)
         if refusal:
-            raise ValueError(f"lowering {lowering} can't run {high} | {low} on {architecture}: {refusal}")
+            raise ValueError(f"lowering {lowering} can't run {words} on {architecture}: {refusal}")
         return Choice(lowering, "asked for")
     refusals = []
     for candidate in LOWERINGS:
-        refusal = candidate.refuses(architecture, head_dim, high, low)
+        refusal = candidate.refuses(architecture, head_dim, precisions)
         if refusal is None:
             return Choice(candidate.name, "; ".join(refusals) or candidate.description)
         refusals.append(f"{candidate.name}: {refusal}")
-    raise ValueError(f"no lowering runs {high} | {low}: {'; '.join(refusals)}")
+    raise ValueError(f"no lowering runs {words}: {'; '.join(refusals)}")

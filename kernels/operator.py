@@ -1,11 +1,11 @@
 """The attention call as one registered torch operator: plan, quantise, attend.
 
-The operator takes tensors, numbers and names; the plan (the precision map on the call's device) is built once
+The operator takes tensors, numbers and names; the plan (the precision map on the call's device) is made once
 for each length and kept, so `torch.compile` sees one node and a new length compiles nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ import torch
 
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.call import Call, Rope
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.quantiser.reference import Rope
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.plan_cache import PlanCache
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 DIAGONAL = str(Diagonal())
 
@@ -29,7 +30,7 @@ def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: s
 
 
 class Result(NamedTuple):
-    """What an attention call gives.
+    """The result of an attention call.
 
     out: `[B, H, Sq, D]` in q's dtype. lse: the natural log-sum-exp, float32 `[B, H, Sq]`; empty unless wanted.
     inexact_rows: int32 `[1]` on the device, how many rows of q and k are not what their format says because e4m3
@@ -64,34 +65,41 @@ def attention(
 ) -> Result:
     """Mixed-precision attention: a policy says which tiles are HIGH, which LOW, and which are skipped.
 
-    q `[B, H, Sq, D]`, k and v `[B, Hkv, Sk, D]`, bf16, fp16 or fp32, D ≤ 256, Hkv dividing H; any strides under
-    which no two elements share memory.
+    q: `[B, H, Sq, D]`; k and v: `[B, Hkv, Sk, D]`; bf16, fp16 or fp32. D ≤ 256, Hkv divides H. Strides are free, but no
+        two elements share memory.
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
-    scale: of the scores, D^-½ by default, more than 0.
+    scale: the factor of the scores, more than 0; D^-½ by default.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
-    high, low: formats of Q·K by class. policy: one of `policies`, or its words; by default DMA (arXiv 2604.03950).
-    grid: what the tokens that aren't text lie on, see `Layout`; policies on the grid need it, and Sq = Sk. Their tiles
-    are boxes: the kernels gather tokens as they read them, and scatter what they write.
-    text_start, text_stop: the text tokens, HIGH as keys and as queries. masks_text: key_mask hides none but these, so
-    that other tiles need not look at it. mapped=False: every tile HIGH.
-    Waits for no device, but plans in the first call with new lengths: a CUDA graph can't capture that one.
-    Raises ValueError for what it can't take, before anything is launched.
+    high, low: the precisions of the classes: the format of Q·K, `"int8"`, or the formats of Q·K and P·V, `"int8/bf16"`.
+    policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950).
+    grid: the grid on which the tokens that aren't text lie, see `Layout`. Policies on the grid need it, and Sq = Sk.
+        Their tiles are boxes: the kernels gather tokens as they read them, and scatter what they write.
+    text_start, text_stop: the text tokens, which are HIGH as keys and as queries.
+    masks_text: key_mask hides none but text tokens, so that other tiles need not look at it.
+    mapped: False makes every tile HIGH.
+    lowering: the name of one, or "auto" for the first that can run the call.
+
+    The call waits for no device, but the first one with new lengths makes a plan: a CUDA graph can't capture that one.
+    Raises ValueError for arguments that it can't take, before anything is launched.
     """
-    _check(q, k, v, key_mask)
-    _check_rope("q", q, q_rope)
-    _check_rope("k", k, k_rope)
-    get_format(high), get_format(low)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be finite and more than 0, got {scale}")
-    return Result(*torch.ops.dma_diffusers.attention(
-        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)), scale, is_causal,
-        high, low, str(policy), grid, text_start, text_stop, masks_text, mapped, lowering, return_lse,
-    ))  # fmt: skip
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention has no backward yet: call it under torch.no_grad(), or detach q, k and v")
+    if not k.device == v.device == q.device or (key_mask is not None and key_mask.device != q.device):
+        devices = ", ".join(str(x.device) for x in (q, k, v, key_mask) if x is not None)
+        raise ValueError(f"q, k, v and key_mask must be on one device, got {devices}")
+    for name, rope in (("q", q_rope), ("k", k_rope)):
+        if rope is not None and len(rope) != 2:
+            raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
+    out, lse, inexact_rows = _OPERATOR(
+        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
+        q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, str(policy), grid,
+        text_start, text_stop, masks_text, mapped, lowering, return_lse,
+    )  # fmt: skip
+    return Result(out, lse, inexact_rows)
 
 
 def aliases(x: torch.Tensor) -> bool:
-    """Whether elements of x share memory, as after `expand`."""
+    """Says whether elements of x share memory, as after `expand`."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -118,16 +126,20 @@ def _check(q, k, v, key_mask) -> None:
         raise ValueError(
             f"key_mask must be bool [{k.shape[0]}, {k.shape[2]}], got {key_mask.dtype} {list(key_mask.shape)}"
         )
-    devices = [x.device for x in (q, k, v, key_mask) if x is not None]
-    if any(device != q.device for device in devices):
-        raise ValueError(f"q, k, v and key_mask must be on one device, got {', '.join(map(str, devices))}")
+
+
+def _check_call(call: Call) -> None:
+    _check(call.q, call.k, call.v, call.key_mask)
+    _check_rope("q", call.q, call.q_rope)
+    _check_rope("k", call.k, call.k_rope)
+    _check_memory(call.q, call.k, call.v)
+    if not 0 < call.scale < math.inf:
+        raise ValueError(f"scale must be finite and more than 0, got {call.scale}")
 
 
 def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
     if rope is None:
         return
-    if len(rope) != 2:
-        raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
     expected = (x.shape[2], x.shape[3] / 2)
     for table in rope:
         if table.shape != expected or table.dtype != torch.float32 or table.device != x.device:
@@ -150,94 +162,71 @@ def _check_memory(q, k, v) -> None:
             )
 
 
-@cache  # for good: a captured CUDA graph goes on reading its map
-def _plan(
-    policy: Policy, layout: Layout, is_causal: bool, masks_text: bool, device: torch.device
-) -> plan.Plan:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-    planned = plan.make(policy, layout, is_causal, masks_text).to(device)
-    if lowerings.architecture(device) == "sm_90" and planned.routing is None:
-        _ = planned.precision_map.shared  # the block lists of hopper.py, which no capture could make either
-    return planned
+_PLANS = PlanCache()
 
 
-@torch.library.custom_op("dma_diffusers::attention", mutates_args=())
 def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    q_cos: torch.Tensor | None,
-    q_sin: torch.Tensor | None,
-    k_cos: torch.Tensor | None,
-    k_sin: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    high: str,
-    low: str,
-    policy: str,
-    grid: Sequence[int],
-    text_start: int,
-    text_stop: int,
-    masks_text: bool,
-    mapped: bool,
-    lowering: str,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = Layout(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid))
-    _check_memory(q, k, v)
-    asked = parse(policy) if mapped else Dense(Class.HIGH)
-    if asked.heads not in (None, q.shape[1]):
-        raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
-    chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-    masks_text = masks_text and key_mask is not None and text_stop > text_start
-    planned = _plan(asked, layout, is_causal, masks_text, q.device)
-    call = {
-        "key_mask": key_mask, "scale": scale, "is_causal": is_causal,
-        "q_rope": None if q_cos is None else (q_cos, q_sin),
-        "k_rope": None if k_cos is None else (k_cos, k_sin),
-        "token_order": planned.token_order, "fine_mask": planned.fine_mask, "routing": planned.routing,
-        "skip_below": planned.skip_below,
-    }  # fmt: skip
-    inexact_rows = None
-    if chosen == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            result, lse = reference.attention(q, k, v, planned.precision_map, high, low, **call)
-        out = _empty_output(q).copy_(result)
-        lse = lse if return_lse else None
-    else:
-        from dma_diffusers.kernels.attention import launch
-
-        call |= {"lowering": chosen, "masks_all": not masks_text, "return_lse": return_lse}
-        out, lse, inexact_rows = launch.attention(q, k, v, planned.precision_map, high, low, **call)
-    empty = torch.empty(0, dtype=torch.float32, device=q.device)
-    return out, empty if lse is None else lse, empty.int() if inexact_rows is None else inexact_rows
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
+    text_start, text_stop, masks_text, mapped, lowering, return_lse,
+):  # fmt: skip
+    """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
+    if q.ndim != 4 or k.ndim != 4:
+        _check(q, k, v, key_mask)
+    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid), q.device)
+    tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin)
+    key = (
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
+        scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
+    )  # fmt: skip
+    q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
+    call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope)
+    attend = size.prepared.get(key)
+    if attend is None:
+        _check_call(call)
+        asked = parse(policy) if mapped else Dense(Class.HIGH)
+        if asked.heads not in (None, q.shape[1]):
+            raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
+        chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
+        masks_text = masks_text and key_mask is not None and text_stop > text_start
+        planned = size.plan(asked, is_causal, masks_text)
+        attend = _prepare(call, planned, Precisions.parse(high, low), chosen, return_lse)
+        size.prepared[key] = attend
+    out, lse, inexact_rows = attend(call)
+    nothing = _nothing(q.device)
+    return out, nothing[0] if lse is None else lse, nothing[1] if inexact_rows is None else inexact_rows
 
 
-@_attention.register_fake
-def _(
-    q,
-    k,
-    v,
-    key_mask,
-    q_cos,
-    q_sin,
-    k_cos,
-    k_sin,
-    scale,
-    is_causal,
-    high,
-    low,
-    policy,
-    grid,
-    text_start,
-    text_stop,
-    masks_text,
-    mapped,
-    lowering,
-    return_lse,
-):
+def _prepare(
+    call: Call, planned: plan.Plan, precisions: Precisions, lowering: str, return_lse: bool
+) -> Callable[[Call], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """Makes a function that runs calls of this kind.
+
+    It returns the output, the log-sum-exp and the inexact rows; None for those that there are not.
+    """
+    if lowering != "reference":
+        from dma_diffusers.kernels.attention.launch import Prepared
+
+        return Prepared(call, planned, precisions, lowering, return_lse).attention
+
+    def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        with torch.autocast(call.q.device.type, enabled=False):  # it would round the scores
+            out, lse = reference.attention(call, planned, precisions)
+        return _empty_output(call.q).copy_(out), lse if return_lse else None, None
+
+    return attend
+
+
+@cache
+def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty tensors for a log-sum-exp that is not wanted, and for rows that are not counted."""
+    with torch.inference_mode(False):
+        return torch.empty(0, device=device), torch.empty(0, dtype=torch.int32, device=device)
+
+
+def _fake(
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
+    text_start, text_stop, masks_text, mapped, lowering, return_lse,
+):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
     counts = chosen == "faithful"
@@ -248,3 +237,16 @@ def _empty_output(q: torch.Tensor) -> torch.Tensor:
     """`[B, H, S, D]`, laid out as `[B, S, H, D]`, which is what models go on with."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+
+# `torch.library.custom_op` takes more of the host's time at every call than all that is launched.
+_LIBRARY = torch.library.Library("dma_diffusers", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
+    "Tensor? k_sin, float scale, bool is_causal, str high, str low, str policy, SymInt[] grid, SymInt text_start, "
+    "SymInt text_stop, bool masks_text, bool mapped, str lowering, bool return_lse) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("dma_diffusers::attention", _fake, lib=_LIBRARY)
+_OPERATOR = torch.ops.dma_diffusers.attention.default

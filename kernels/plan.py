@@ -5,29 +5,31 @@ from dataclasses import dataclass, replace
 import torch
 
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hiding
-from dma_diffusers.kernels.tiling.layout import Layout
-from dma_diffusers.kernels.tiling.policies import Policy, reached
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
-    TILE,
     UNVISITED,
     Class,
     Phase,
     PrecisionMap,
     map_of,
-    tiles,
     visiting_phases,
 )
-from dma_diffusers.kernels.tiling.tile_order import TileOrder
+from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call needs beside its tensors.
+    """Everything that a call needs beside its tensors.
 
-    precision_map: of slots, where there is a token order. routing: what of it is routed by content; None for nothing.
-    token_order: int32 `[slots]`, the token that stands at each, −1 where none does; None for tokens as they are. fine_mask: who
-    sees whom in MASKED tiles; None where that is a matter of the keys' length and causality. skip_below: as a policy's.
+    precision_map: the classes of tiles, which are tiles of slots where there is a token order.
+    routing: what content decides of the map; None for nothing. The map's block lists are then not looked at.
+    token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does; None for tokens as they are.
+    fine_mask: says which slots see each other in MASKED tiles; None where the keys' length and causality say it.
+    skip_below: a tile is left out where each of its probabilities is less than this share of its row's largest so
+        far, 0 < skip_below < 1; None for no such tile.
+    masks_all: whether a key mask may hide keys of any tile, or of the map's MASKED ones alone.
     """
 
     precision_map: PrecisionMap
@@ -35,11 +37,23 @@ class Plan:
     token_order: torch.Tensor | None = None
     fine_mask: FineMask | None = None
     skip_below: float | None = None
+    masks_all: bool = True
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
         return replace(self, **moved)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that kernels read of it."""
+        block_lists = self.precision_map.block_lists if self.routing is None else []
+        others = (
+            self.routing and self.routing.phases,
+            self.token_order,
+            self.fine_mask and self.fine_mask.packed,
+        )
+        return [*block_lists, *(x for x in others if x is not None)]
 
 
 def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bool = False) -> Plan:
@@ -52,7 +66,8 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
         cut = _with_text(layout) if masks_text else None
         classes = policy.classes(layout, is_causal)
         phases = visiting_phases(classes, layout, is_causal, cut=cut)
-        return Plan(*_block_lists(classes, phases, policy), skip_below=policy.skip_below)
+        made = _block_lists(classes, phases, policy)
+        return Plan(*made, skip_below=policy.skip_below, masks_all=not masks_text)
     if not layout.grid:
         raise ValueError(f"{policy} needs the grid that the tokens lie on, and none was given")
     if is_causal:
@@ -64,10 +79,13 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     phases = visiting_phases(classes, tile_order.layout, token_order=token_order, cut=cut)
     packed = None
     if (phases == Phase.MASKED).any():
-        packed = fine_mask(token_order, tile_order.coordinates, axes) if axes else hiding(token_order)
+        packed = (
+            fine_mask(token_order, tile_order.coordinates, axes) if axes else hide_empty_slots(token_order)
+        )
     if masks_text:
         phases = torch.where(_with_text(tile_order.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
-    return Plan(*_block_lists(classes, phases, policy), token_order, packed, policy.skip_below)
+    made = _block_lists(classes, phases, policy)
+    return Plan(*made, token_order, packed, policy.skip_below, not masks_text)
 
 
 def _block_lists(
@@ -81,7 +99,7 @@ def _block_lists(
 
 
 def _with_text(layout: Layout) -> torch.Tensor:
-    """Which KV tiles hold text: bool `[1, k_tiles]`."""
+    """Says which KV tiles hold text: bool `[1, k_tiles]`."""
     start, stop = layout.text
     tile = torch.arange(tiles(layout.k_length))[None]
     return (tile >= start // TILE) & (tile < tiles(stop)) & (stop > start)

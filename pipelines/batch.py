@@ -1,4 +1,4 @@
-"""A batch of jobs: draw what is not there yet, each process its share, and say what failed."""
+"""Draw a batch of jobs: each process draws its share of the missing outputs, and failures are reported at the end."""
 
 import gc
 from collections import Counter
@@ -29,24 +29,33 @@ from dma_diffusers.pipelines.tasks import Task, tasks_of
 from dma_diffusers.receipt import Receipt
 
 OnStep = Callable[[str, int, int], None]
-"""Called with (title, done, in all)."""
+"""A progress callback, called with (title, number done, total number)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many jobs were drawn and how many were there before, and what failed."""
+    """The result of a batch.
+
+    drawn: the number of jobs drawn in this run. already_drawn: the number whose output an earlier run had drawn.
+    """
 
     drawn: int
-    there: int
+    already_drawn: int
     failures: list[Failure]
 
 
 def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_step: OnStep) -> Outcome | None:
     """Draw jobs into `folder`, and log how each ended in `folder`/results.jsonl.
 
-    failures: jobs that cannot be drawn, which are logged, too. A job whose output is there, drawn with the same
-    settings, is left alone; whatever is wrong with one job, the others go on. Under `accelerate launch` the processes
-    share the jobs, and those but the first return None. Raises OSError where something cannot be written.
+    A job whose output exists and was drawn with the same settings is not drawn again. An error in one job does not
+    stop the others. Under `accelerate launch` the processes share the jobs; only the first process returns an outcome,
+    the others return None.
+
+    Args:
+        failures: jobs that cannot be drawn; they are logged too.
+        on_step: is called after each job and after each denoising step.
+
+    Raises OSError where something cannot be written.
     """
     state, results = PartialState(), Results(folder)
     plan: list[Any] = [None]
@@ -56,14 +65,15 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
         for failure in impossible:
             results.append({"job": failure.where, "output": None, "error": failure.error})
         last = results.last()
-        plan = [[task for task in tasks if not _is_there(task, folder, last)]]
-    broadcast_object_list(plan)  # one process looks: another may have drawn something before a slow one does
+        plan = [[task for task in tasks if not _is_already_drawn(task, folder, last)]]
+    # Only one process looks for outputs: another one might start drawing before a slow one has looked.
+    broadcast_object_list(plan)
     missing: list[Task] = plan[0]
     mine = missing[state.process_index :: state.num_processes]
     failed = []
     on_step("jobs", 0, len(mine))
     for done, (task, result) in enumerate(_draw(mine, folder, on_step), 1):
-        results.append(_asked(task) | result)
+        results.append(_request(task) | result)
         if result["error"]:
             where = f"{task.job.where}, {task.output}"
             failed.append(Failure(task.job.number, where, result["error"]))
@@ -75,19 +85,19 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures)
 
 
-def _is_there(task: Task, folder: Path, results: dict[str, dict[str, Any]]) -> bool:
+def _is_already_drawn(task: Task, folder: Path, results: dict[str, dict[str, Any]]) -> bool:
     last = results.get(task.output, {})
     same = last.get("settings") == task.settings and last.get("error") is None
     return same and (folder / task.output).is_file()
 
 
-def _asked(task: Task) -> dict[str, Any]:
+def _request(task: Task) -> dict[str, Any]:
     job = task.job
     asked = {"job": job.where, "output": task.output, "prompt": job.prompt, "seed": job.seed}
-    return asked | {"model": task.model, "config": _words(job.config), "settings": task.settings}
+    return asked | {"model": task.model, "config": _describe(job.config), "settings": task.settings}
 
 
-def _words(config: DMAConfig) -> str:
+def _describe(config: DMAConfig) -> str:
     if config.lowering == "stock":
         return "stock attention"
     own = f", {len(config.modules)} modules of their own" if config.modules else ""
@@ -95,14 +105,14 @@ def _words(config: DMAConfig) -> str:
 
 
 def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Each task and how it ended; no more than one model in memory."""
+    """Yield each task with its result; no more than one model is in memory at a time."""
     for model, group in groupby(tasks, attrgetter("model")):
-        yield from _draw_with(model, list(group), folder, on_step)
+        yield from _draw_with_model(model, list(group), folder, on_step)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _draw_with(
+def _draw_with_model(
     model: str, tasks: list[Task], folder: Path, on_step: OnStep
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     try:
@@ -120,28 +130,35 @@ def _draw_with(
         for task in group:
             before = report(pipe)
             try:
-                data, seconds = _drawn(pipe, task, partial(on_step, "steps"))
-            except Exception as error:  # whatever is wrong with one job, the others run
+                data, seconds = _draw_task(pipe, task, partial(on_step, "steps"))
+            except Exception as error:  # an error in one job must not stop the others
                 yield task, {"error": first_line(error)}
                 continue
-            write_atomically(folder / task.output, data)  # a disk that is full is wrong with all of them
-            yield task, {"seconds": round(seconds, 3), "receipt": _ran(before, report(pipe)), "error": None}
+            write_atomically(folder / task.output, data)  # not caught: a full disk would fail every job
+            used = _attention_used(before, report(pipe))
+            yield task, {"seconds": round(seconds, 3), "receipt": used, "error": None}
 
 
-def _drawn(pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], None]) -> tuple[bytes, float]:
-    """The bytes of a task's file, and the seconds that drawing took."""
+def _draw_task(
+    pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], None]
+) -> tuple[bytes, float]:
+    """Draw a task; return the bytes of its file, and the seconds that drawing took."""
     job = task.job
     drawing = draw(pipe, [job.prompt], [job.seed], task.arguments(), on_step)
     if task.fps:
         return encode_clip(drawing.frames[0], task.fps, task.kind), drawing.seconds
     picture = drawing.pictures[0]
-    if job.size and picture.size != job.size:  # which Diffusers says in a warning
+    if job.size and picture.size != job.size:  # Diffusers only warns about this
         raise ValueError(f"{type(pipe).__name__} drew {'x'.join(map(str, picture.size))}: ask for that size")
     return encode(picture, task.kind), drawing.seconds
 
 
-def _ran(before: Receipt, after: Receipt) -> dict[str, Any]:
-    """Calls that were diverted and the lowerings that took them, and calls left to stock by reason, between two."""
+def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:
+    """Count the attention calls between two receipts.
+
+    The result says how many calls the plugin took, by which lowerings, and how many went to stock attention for which
+    reason.
+    """
     left = sum((Counter(module.left) for module in after.modules), Counter())
     left -= sum((Counter(module.left) for module in before.modules), Counter())
     diverted = [

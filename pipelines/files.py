@@ -1,4 +1,4 @@
-"""Output files that are either whole or absent, and text files that were given."""
+"""Write output files so that they are either whole or absent, and read the text files that a user gives."""
 
 import os
 import tempfile
@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError, in one line, unless a file can be put at `path`; leaves nothing behind."""
+    """Check that a file can be written at `path`, and leave nothing behind; raises a one-line OSError if not."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(2**12))  # a full disk still takes files of which nothing is written
+            file.write(bytes(2**12))  # a full disk still accepts empty files
     except OSError as error:
         raise _refused(path, error) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: an interrupted call leaves what was there before.
+    """Write `data` to `path` in one step, so that an interrupted call leaves the former file as it was.
 
-    Raises OSError, in one line, where there is no room for it or no file can be put there.
+    Raises a one-line OSError where there is no room for it or no file can be written there.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,9 +39,13 @@ def _refused(path: Path, error: OSError) -> OSError:
 
 
 def read_text(path: Path, suffixes: Collection[str], what: str) -> str:
-    """The text of a file of `what`, which comes with one of these suffixes, with or without a byte order mark.
+    """Return the text of a UTF-8 file, without its byte order mark if it has one.
 
-    Raises ValueError for another suffix, or where it is not UTF-8, OSError where it cannot be read.
+    Args:
+        suffixes: the suffixes that the file's name may have.
+        what: names the contents in messages, as in "jobs".
+
+    Raises ValueError for another suffix or another encoding, OSError where the file cannot be read.
     """
     if path.suffix not in suffixes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Draw pictures or videos with a pipeline: one seed per prompt, the latents kept."""
+"""Draw pictures or videos with a pipeline, with one seed per prompt, and keep the latents."""
 
 import itertools
 import time
@@ -17,12 +17,12 @@ from dma_diffusers.pipelines.load import arguments
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one call of a pipeline drew.
+    """The output of one pipeline call.
 
     Args:
         frames: uint8 `[prompts, F, height, width, 3]`, RGB; F is 1 for pictures.
-        latents: [prompts, ...] float32 on the CPU, as the last step left them, in the pipeline's own layout.
-        seconds: wall time of the call, text encoding and decoding included.
+        latents: float32 `[prompts, ...]` on the CPU: the result of the last step, in the pipeline's own layout.
+        seconds: wall time of the call, including text encoding and decoding.
     """
 
     frames: np.ndarray
@@ -31,7 +31,7 @@ class Drawing:
 
     @property
     def pictures(self) -> list[Image.Image]:
-        """The picture of each prompt, or its video's first frame."""
+        """Return the picture of each prompt, or the first frame of its video."""
         return [Image.fromarray(frames[0]) for frames in self.frames]
 
 
@@ -41,17 +41,19 @@ def draw(
     seeds: Sequence[int],
     call: dict[str, Any],
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    through: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, latents: latents,
+    replace_latents: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, latents: latents,
 ) -> Drawing:
     """Draw every prompt with its own seed, as one batch.
 
+    The noise is drawn on the CPU, so that a seed means the same picture on every device.
+
     Args:
         call: further keyword arguments of the pipeline's call; one `negative_prompt` serves all prompts.
-        on_step: called after each denoising step with (steps done, steps in all).
-        through: given each step's index and the latents that it left, returns those that the next one starts from.
+        on_step: is called after each denoising step with (steps done, total steps).
+        replace_latents: is called after each step with the step's index and its resulting latents, and returns the
+            latents from which the next step starts.
 
-    The noise is drawn on the CPU, so that a seed means the same picture on every device. Raises ValueError
-    where latents or pictures come out NaN or infinite.
+    Raises ValueError if latents or pictures contain NaN or infinity.
     """
     latents: torch.Tensor  # of the last step
 
@@ -59,18 +61,18 @@ def draw(
         nonlocal latents
         latents = left
         on_step(step + 1, pipe.num_timesteps)
-        return through(step, left)
+        return replace_latents(step, left)
 
     if isinstance(call.get("negative_prompt"), str):
-        # Flux does not repeat a single negative prompt over the batch.
+        # FluxPipeline does not repeat a single negative prompt over the batch.
         call = {**call, "negative_prompt": [call["negative_prompt"]] * len(prompts)}
     start = time.perf_counter()
-    with _watched(pipe, after_step) as watching:
+    with _observe_steps(pipe, after_step) as observing:
         output = pipe(
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
-            **watching,
+            **observing,
             **call,
         )
     seconds = time.perf_counter() - start
@@ -81,10 +83,10 @@ def draw(
 
 
 @contextmanager
-def _watched(
+def _observe_steps(
     pipe: DiffusionPipeline, after_step: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of a call in which `after_step` sees, and replaces, what each step leaves."""
+    """Yield keyword arguments of a call in which `after_step` receives, and may replace, each step's latents."""
     if "callback_on_step_end" in arguments(type(pipe)):
 
         def ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,7 +94,7 @@ def _watched(
 
         yield {"callback_on_step_end": ended, "callback_on_step_end_tensor_inputs": ["latents"]}
         return
-    # HunyuanVideo 1.5 has no callback, but its scheduler makes one step for each of its own.
+    # HunyuanVideo 1.5 has no callback, but it calls its scheduler once in each step.
     stock, steps = pipe.scheduler.step, itertools.count()
 
     def step(*given, **named) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Job files: what to draw, one picture or clip a job."""
+"""Read job files; each job asks for one picture or clip."""
 
 import csv
 import io
@@ -16,17 +16,17 @@ from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS
 from dma_diffusers.pipelines.files import read_text
 
-_NAME = 200  # bytes of a file's name at most: systems allow 255, and an unfinished file has more in its name
+_MAX_NAME_BYTES = 200  # file systems allow 255, and an unfinished file has a longer name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One picture or clip, as a file asks for it; None is for what neither it nor the command line says.
+    """One picture or clip that a job file asks for; a field is None if neither the file nor the command line sets it.
 
-    where: the job's place in its file, for messages. number: counted from 1, over all jobs of the file.
-    output: a file's name, without a folder. model: local folder or hub id, "demo" or "demo-video".
-    size: (width, height) in pixels. fps: frames per second. image: the file of a picture to start from.
-    config: how attention runs.
+    where: the job's position in its file, for messages. number: its number among the jobs of the file, from 1.
+    output: a file name without a folder. model: a local folder or hub id, "demo" or "demo-video".
+    size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from.
+    config: the configuration of attention.
     """
 
     where: str
@@ -46,7 +46,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that was not drawn, by its number and place, and why, in one line."""
+    """A job that was not drawn.
+
+    number, where: as in `Job`. error: the reason in one line.
+    """
 
     number: int
     where: str
@@ -54,17 +57,21 @@ class Failure:
 
 
 def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Failure]]:
-    """The jobs of a file, and what is wrong with those that are none.
+    """Read the valid jobs of a file, and a failure for each entry that is not a valid job.
 
-    .jsonl: one object a line. .csv: a table with a header, whose empty cells say nothing. .yaml, .yml: a list of
-    mappings. A job has `prompt`, and perhaps other fields of `Job`, with size as "WxH" or one number for a square,
-    and what `DMAConfig.from_fields` takes but `model`. Empty text and null say nothing.
-    defaults: fields of every job that does not give them; where a job gives a preset, it chooses its DMAConfig alone,
-        and frames and fps are not for jobs whose output is a picture.
-    Raises ValueError where the file is of no such kind, holds nothing, or the defaults are no fields of jobs, OSError
-    where a file cannot be read.
+    A .jsonl file has one object per line, a .csv file is a table with a header, and a .yaml or .yml file is a list of
+    mappings. A job needs a `prompt`. It may have other fields of `Job`, with size as "WxH" or one number for a square,
+    and the fields that `DMAConfig.from_fields` takes, except `model`. Empty text, empty cells and null count as not
+    given.
+
+    Args:
+        defaults: values for the fields that a job does not give. A job with a preset ignores the defaults about
+            attention, and a job whose output is a picture ignores those for frames and fps.
+
+    Raises ValueError if the file has another format, holds no jobs, or if the defaults are not valid fields, OSError
+    if a file cannot be read.
     """
-    readers = {".jsonl": _json_lines, ".csv": _table, ".yaml": _list, ".yml": _list}
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
     text = read_text(path, readers, "jobs")
     try:
         entries = list(readers[path.suffix](text))
@@ -85,31 +92,32 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
 
 
 def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number: int = 1) -> Job:
-    """The job that an entry of a file says, as `read_jobs` has it.
+    """Make a job from one entry of a job file, by the rules of `read_jobs`.
 
-    Raises ValueError, TypeError or, for a policy file, OSError for what is none.
+    Raises ValueError or TypeError if it is not a valid job, OSError if its policy file cannot be read.
     """
     if not isinstance(entry, dict):
         raise ValueError('a job maps fields to values, as in {"prompt": "a cat"}')
     own = {str(name).strip().lower(): value for name, value in entry.items() if value not in (None, "")}
-    if unknown := own.keys() - _READERS.keys() - _CONFIG:
-        known = ", ".join([*_READERS, *sorted(_CONFIG)])
+    if unknown := own.keys() - _FIELDS.keys() - _CONFIG_FIELDS:
+        known = ", ".join([*_FIELDS, *sorted(_CONFIG_FIELDS)])
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}; there are {known}")
-    others = _CONFIG if "preset" in own else set()
+    ignored = _CONFIG_FIELDS if "preset" in own else set()
     if Path(str(own.get("output", ""))).suffix.lower() not in ("", *KINDS):
-        others = others | {"frames", "fps"}
-    given = {name: value for name, value in defaults.items() if name not in others} | own
+        ignored = ignored | {"frames", "fps"}
+    given = {name: value for name, value in defaults.items() if name not in ignored} | own
     if "prompt" not in given:
         raise ValueError("a job needs a prompt")
     values: dict[str, Any] = {
-        name: _READERS[name](name, value) for name, value in given.items() if name in _READERS
+        name: _FIELDS[name](name, value) for name, value in given.items() if name in _FIELDS
     }
-    config = DMAConfig.from_fields({name: value for name, value in given.items() if name in _CONFIG})
+    config = DMAConfig.from_fields({name: value for name, value in given.items() if name in _CONFIG_FIELDS})
     return Job(where=where, number=number, config=config, **values)
 
 
-def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines would cut at U+2028, too
+def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
+    # `splitlines` would also split at U+2028.
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -118,7 +126,7 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", entry
 
 
-def _table(text: str) -> Iterator[tuple[str, Any]]:
+def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip().lower() for name in next(rows, ())]
     if twice := {name for name in header if name and header.count(name) > 1}:
@@ -135,12 +143,12 @@ def _table(text: str) -> Iterator[tuple[str, Any]]:
         if any(row[len(header) :]):
             yield where, ValueError(f"it has {len(row)} cells, the header {len(header)}")
         elif any(row):
-            yield where, {name: _cell(name, cell) for name, cell in zip(header, row, strict=False)}
+            yield where, {name: _parse_cell(name, cell) for name, cell in zip(header, row, strict=False)}
 
 
-def _cell(name: str, cell: str) -> Any:
-    """Text where the field is text, else what JSON makes of the cell; spreadsheets write TRUE."""
-    if name in _TEXTS:
+def _parse_cell(name: str, cell: str) -> Any:
+    """Return the cell as it is if the field is text, else parse it as JSON; spreadsheets write TRUE for true."""
+    if name in _TEXT_FIELDS:
         return cell
     try:
         return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
@@ -148,7 +156,7 @@ def _cell(name: str, cell: str) -> Any:
         return cell
 
 
-def _list(text: str) -> Iterator[tuple[str, Any]]:
+def _read_yaml(text: str) -> Iterator[tuple[str, Any]]:
     entries = yaml.safe_load(text)
     if entries is not None and not isinstance(entries, list):
         raise ValueError("give a list of jobs, as in `- prompt: a cat`")
@@ -160,27 +168,27 @@ def _text(name: str, value: Any) -> str:
         raise ValueError(f"{name} must be text, got {value!r:.100}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can have it
+    except UnicodeEncodeError:  # JSON allows half of a surrogate pair
         raise ValueError(f"{name} is no Unicode text: {value!r:.100}") from None
     return value.strip()
 
 
 def _output(name: str, value: Any) -> str:
     value = _text(name, value)
-    if Path(value).name != value or value == ".." or "\0" in value or len(value.encode()) > _NAME:
+    if Path(value).name != value or value == ".." or "\0" in value or len(value.encode()) > _MAX_NAME_BYTES:
         raise ValueError(f"{name} must be a file's name, without a folder, got {value!r:.100}")
     return value
 
 
 def _seed(name: str, value: Any) -> int:
-    return _whole(name, value, 0, 2**63 - 1)
+    return _integer(name, value, 0, 2**63 - 1)
 
 
 def _count(name: str, value: Any) -> int:
-    return _whole(name, value, 1, 2**20)
+    return _integer(name, value, 1, 2**20)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
+def _integer(name: str, value: Any, least: int, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.100}")
     return value
@@ -200,9 +208,9 @@ def _size(name: str, value: Any) -> tuple[int, int]:
     return width, height
 
 
-_READERS = {
+_FIELDS = {
     "prompt": _text, "output": _output, "model": _text, "seed": _seed, "steps": _count, "size": _size,
     "frames": _count, "fps": _rate, "image": _text, "negative_prompt": _text,
 }  # fmt: skip
-_TEXTS = {name for name, read in _READERS.items() if read in (_text, _output, _size)}
-_CONFIG = {field.name for field in fields(DMAConfig)} - {"model"} | {"preset", "quality"}
+_TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size)}
+_CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model"} | {"preset", "quality"}

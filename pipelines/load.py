@@ -1,4 +1,4 @@
-"""Load the pipelines that draw pictures or clips, and the call arguments that their folders recommend."""
+"""Load pipelines that draw pictures or clips, and read the call arguments that their folders recommend."""
 
 import inspect
 import json
@@ -18,23 +18,24 @@ from dma_diffusers.pipelines.placement import Size, place
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
 _DEMOS = {"demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
-# Arguments of pipelines that edit or follow a picture; "image" and "video" are looked at more closely.
-_PICTURES_IN = {"strength", "mask_image", "control_image"}
-_COUNTS = {"height", "width", "num_frames", "num_inference_steps"}
-# Their calls have no callback after each step, but step through their scheduler once for each.
+# A pipeline with one of these arguments edits or follows a picture; `ability` checks "image" and "video" itself.
+_IMAGE_INPUTS = {"strength", "mask_image", "control_image"}
+_COUNT_ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps"}
+# These pipelines have no callback after each step, but they call their scheduler once in each step.
 _NO_CALLBACK = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
-# Families of which Diffusers' documentation loads these components in float32 while the others are in bfloat16.
+# For these families, Diffusers' documentation loads these components in float32 and the others in bfloat16.
 _FLOAT32_FAMILIES = ("Wan", "SkyReelsV2", "ChronoEdit", "Allegro")
-_FLOAT32 = ("vae", "image_encoder")
-# Pipelines that call ftfy whether it is there or not.
+_FLOAT32_COMPONENTS = ("vae", "image_encoder")
+# These pipelines call ftfy without checking that it is installed.
 _NEED_FTFY = ("WanImageToVideo", "WanVACE", "SkyReelsV2", "ChronoEdit", "Helios")
 
 
 @dataclass(frozen=True)
 class Ability:
-    """What a pipeline draws from what, as the signature of its call tells.
+    """The inputs and the output of a pipeline, derived from the signature of its call.
 
-    video: clips, not pictures. from_text: a prompt alone will do. from_image: a prompt and the first frame will do.
+    video: it draws clips, not pictures. from_text: a prompt alone is enough. from_image: a prompt and the first frame
+    are enough.
     """
 
     video: bool
@@ -43,7 +44,7 @@ class Ability:
 
 
 def named_model(name: str | None) -> str | Path:
-    """The folder of an embedded model for "demo" or None and "demo-video"; anything else as it is."""
+    """Return the folder of an embedded model for "demo", None and "demo-video", and any other name unchanged."""
     return DEMO_MODEL if name is None else _DEMOS.get(name, name)
 
 
@@ -54,17 +55,18 @@ def load_pipeline(
     calls: Iterable[Mapping[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> DiffusionPipeline:
-    """The pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
+    """Load the pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
+
+    A VAE stays in float32 where Diffusers' documentation asks for it, as for Wan. Weights that do not fit the GPU stay
+    in the CPU's memory until they are needed, and a VAE decodes in tiles if it has no room to decode at once. Only
+    safetensors are read, and no code that comes with a model is run.
 
     Args:
         video, image: as for `check_model`.
-        calls: keyword arguments of the calls to come; their height, width and frames decide what has room on the GPU.
-        say: called with the line that says what was placed where.
+        calls: keyword arguments of the coming calls; their height, width and frames decide what fits the GPU.
+        say: is called with one line that tells where the weights were placed.
 
-    Where Diffusers' documentation asks for a VAE in float32, as Wan's, it is. Weights that don't fit the GPU stay in
-    the CPU's memory until they are needed; a VAE decodes in tiles where it has no room for the whole. Only
-    safetensors are read, and no code that comes with a model is run. Raises what `check_model` raises, ValueError for
-    corrupt weights.
+    Raises what `check_model` raises, and ValueError for corrupt weights.
     """
     check_model(model, video, image)
     kind = pipeline_class(model)
@@ -72,7 +74,7 @@ def load_pipeline(
     if torch.cuda.is_available():
         dtype = {"default": torch.bfloat16}
         if kind.__name__.startswith(_FLOAT32_FAMILIES):
-            dtype |= dict.fromkeys(_FLOAT32, torch.float32)
+            dtype |= dict.fromkeys(_FLOAT32_COMPONENTS, torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
@@ -83,9 +85,9 @@ def load_pipeline(
 
 
 def outline(model: str | Path) -> DiffusionPipeline:
-    """The pipeline with neither weights nor text encoders: its Diffusers models on the meta device, all else None.
+    """Build the pipeline without weights: its Diffusers models are on the meta device, other components are None.
 
-    What it tells without loading: how much its VAE compresses, which sizes its transformer expects.
+    It tells, without loading anything, how much the VAE compresses and which sizes the transformer expects.
     """
     kind, parts = pipeline_class(model), {}
     index = DiffusionPipeline.load_config(model)
@@ -103,11 +105,13 @@ def outline(model: str | Path) -> DiffusionPipeline:
 
 
 def check_model(model: str | Path, video: bool | None = None, image: bool = False) -> None:
-    """Raise ValueError unless `model` draws what is asked for, OSError where it cannot be read or fetched.
+    """Check that a model can draw what is asked for.
 
     Args:
-        video: whether it is to draw clips; None where either will do.
-        image: whether it is given an image to start from.
+        video: True to draw clips, False to draw pictures, None if both are fine.
+        image: True if an image to start from is given.
+
+    Raises ValueError if it cannot, OSError if the model cannot be read or fetched.
     """
     kind = pipeline_class(model)
     can, named = ability(kind), f"{model} is a {kind.__name__}"
@@ -126,9 +130,9 @@ def check_model(model: str | Path, video: bool | None = None, image: bool = Fals
 
 
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
-    """Keyword arguments of the pipeline's call: `generation.json` in the model's folder, if it is there.
+    """Return keyword arguments of the pipeline's call from `generation.json` in the model's folder, if it exists.
 
-    Raises ValueError where that file holds anything else.
+    Raises ValueError if that file holds anything else.
     """
     path = Path(model) / "generation.json"
     if not path.is_file():
@@ -142,42 +146,42 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     pipeline = pipeline_class(model)
     if unknown := call.keys() - arguments(pipeline):
         raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
-    for name in _COUNTS & call.keys():
+    for name in _COUNT_ARGUMENTS & call.keys():
         if type(call[name]) is not int or call[name] < 1:
             raise ValueError(f"{path}: {name} must be a whole number from 1, got {call[name]!r:.100}")
     return call
 
 
 def ability(pipeline: type[DiffusionPipeline]) -> Ability:
-    """What a class of pipelines draws from what."""
+    """Tell from the signature of a pipeline class which inputs it needs, and whether it draws clips."""
     given = arguments(pipeline)
     video = "num_frames" in given
     steps = "callback_on_step_end" in given or pipeline.__name__ in _NO_CALLBACK
     if "prompt" not in given or not steps:
         return Ability(video, from_text=False, from_image=False)
     required = {name for name, argument in given.items() if argument.default is argument.empty}
-    # Where a picture is optional, as in FLUX.2, its type says so; its default is None in all pipelines.
+    # The default is None even in pipelines that need a picture. Only the type tells that it is optional, as in FLUX.2.
     optional = all(
         type(None) in get_args(given[name].annotation) for name in {"image", "video"} & given.keys()
     )
     return Ability(
         video,
-        from_text=optional and required <= {"prompt"} and not given.keys() & _PICTURES_IN,
+        from_text=optional and required <= {"prompt"} and not given.keys() & _IMAGE_INPUTS,
         from_image=video and "image" in given and required <= {"prompt", "image"},
     )
 
 
 def arguments(pipeline: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
-    """The parameters of its call that have a name of their own, without self."""
+    """Return the named parameters of the pipeline's call, without self."""
     signature = inspect.signature(pipeline.__call__).parameters.items()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: argument for name, argument in signature if argument.kind in named and name != "self"}
 
 
 def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
-    """The class that a local folder or hub id names.
+    """Return the pipeline class that a local folder or hub id names.
 
-    Raises ValueError where it is no pipeline of this Diffusers, OSError where it cannot be read or fetched.
+    Raises ValueError if the installed Diffusers has no such pipeline, OSError if it cannot be read or fetched.
     """
     _check_folder(model)
     try:
@@ -196,10 +200,10 @@ def pipeline_class(model: str | Path) -> type[DiffusionPipeline]:
 
 
 def _size(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> Size:
-    """What a call draws; a side that neither it nor the signature says is 1,024, a number of frames 128."""
+    """Return the size that a call draws, assuming sides of 1,024 and 128 frames where they are not known."""
     known = {name: argument.default for name, argument in arguments(pipeline).items()} | dict(call)
     height, width = (known.get(name) or 1024 for name in ("height", "width"))
-    # One frame takes of a clip's VAE more than of a picture's: it counts as three.
+    # A clip's VAE needs more memory for one frame than a picture's VAE: one frame counts as three.
     frames = max(known["num_frames"] or 128, 3) if "num_frames" in known else 1
     return Size(height * width, frames)
 

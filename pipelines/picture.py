@@ -1,4 +1,4 @@
-"""Picture files, and the picture that shows two drawings and their difference side by side."""
+"""Write picture files, and show drawings and their difference side by side."""
 
 import io
 import textwrap
@@ -15,10 +15,10 @@ PAPER, INK, GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
 
 
 def picture_format(path: Path) -> str:
-    """Pillow's name of the format that `path` asks for; ValueError for an extension that it cannot write."""
+    """Return Pillow's name for the format of `path`; raises ValueError for an extension that it cannot write."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     try:
-        encode(Image.new("RGB", (16, 16)), kind)  # some have no encoder, or none for colours
+        encode(Image.new("RGB", (16, 16)), kind)  # some formats have no encoder, or none for colours
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(
             f"cannot write {path}: {path.suffix or 'no extension'} is no picture format; try .png"
@@ -27,29 +27,29 @@ def picture_format(path: Path) -> str:
 
 
 def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of a picture file of Pillow's format `kind`, written with its options."""
+    """Return the bytes of a picture file in Pillow's format `kind`; options go to Pillow's `save`."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def animation(frames: Sequence[Image.Image], **options: Any) -> bytes:
-    """The bytes of a .webp that shows frames of one size over and over, 16 a second."""
+    """Return the bytes of a .webp that loops over frames of equal size, 16 per second."""
     return encode(
         frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=62, loop=0, method=0, **options
     )
 
 
 def amplified_difference(picture: Image.Image, reference: Image.Image) -> tuple[Image.Image, int]:
-    """|picture − reference| times a power of two ≤ 64, and that factor: `amplified` of pictures."""
+    """Return |picture − reference| times a power of two ≤ 64, and that factor, as `amplified` does for arrays."""
     pixels, factor = amplified(np.asarray(picture), np.asarray(reference))
     return Image.fromarray(pixels), factor
 
 
 def amplified(pixels: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, int]:
-    """|pixels − reference| of uint8 arrays, times a power of two ≤ 64, and that factor.
+    """Return |pixels − reference| of uint8 arrays times a power of two ≤ 64, and that factor.
 
-    The factor is the largest at which 999 of 1000 values stay below white.
+    The factor is the largest with which 999 of 1000 values stay below white.
     """
     difference = np.abs(pixels.astype(np.int16) - reference)
     brightest = max(np.quantile(difference, 0.999), 1)
@@ -58,7 +58,7 @@ def amplified(pixels: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, in
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, str]]) -> Image.Image:
-    """Pictures of one size in a row, untouched, each with a title and a text of up to two lines below it."""
+    """Show pictures of equal size in a row, unchanged, each over a title and a text of up to two lines."""
     width, height = panels[0].size
     font = caption_font(width)
     line, letters = round(font.size * 1.3), max(2, int(26 * width / font.getlength(ascii_lowercase)))
@@ -75,7 +75,7 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, st
 
 
 def caption_font(width: int) -> ImageFont.FreeTypeFont:
-    """That of the captions of pictures so many pixels wide."""
+    """Return the font for captions under pictures of this width in pixels."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(10, width // 20)))
 
 

@@ -1,4 +1,4 @@
-"""Where a pipeline's weights are while it draws, and whether its VAE works in tiles: what fits the GPU's memory."""
+"""Choose where a pipeline's weights lie while it draws, and whether its VAE decodes in tiles, by the GPU's memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,35 +6,42 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
-# Bytes of what a call takes beside weights, above all that was measured (eval/results/h200_placement.txt).
-# Transformers: for each pixel of all frames. The least of a call, and what VAEs take that decode in tiles.
-_DRAWS, _LEAST = {"picture": 512, "clip": 256}, {"picture": 2**30, "clip": 2**32}
-# VAEs without tiles: for each pixel of one frame; of clips, which they decode in parts, for any number of frames.
-_DECODES_FRAME, _DECODES_CLIP = 5_000, 64_000
+# The memory of a call beside its weights, in bytes. Each bound is above everything that was measured
+# (eval/results/h200_placement.txt).
+# A transformer needs this much for each pixel of each frame, and a call at least the minimum, which is also enough for
+# a VAE that decodes in tiles.
+_TRANSFORMER_BYTES = {"picture": 512, "clip": 256}
+_MINIMUM_BYTES = {"picture": 2**30, "clip": 2**32}
+# A VAE without tiles needs this much for each pixel of a frame. It decodes long clips in parts, so that the second
+# number bounds what it needs for each pixel, whatever the number of frames.
+_VAE_BYTES_PER_FRAME, _VAE_BYTES_PER_CLIP = 5_000, 64_000
 
 
 class Size(NamedTuple):
-    """What a call draws: height × width in pixels, and how many frames."""
+    """The size of what a call draws: height × width in pixels, and the number of frames."""
 
     area: int
     frames: int
 
 
 class Placement(NamedTuple):
-    """offload: "none", all weights are on the GPU; "model", those of one component at a time; "group", those of one
-    layer at a time. tiling: whether the VAE decodes in tiles."""
+    """A way to place a pipeline's weights.
+
+    offload: "none" keeps all weights on the GPU, "model" those of one component at a time, and "group" those of one
+    layer at a time. tiling: True if the VAE decodes in tiles.
+    """
 
     offload: str
     tiling: bool
 
 
 def choose(weights: Mapping[str, int], free: int, sizes: Sequence[Size]) -> Placement:
-    """The fastest placement that should fit; the last one, where none does.
+    """Return the fastest placement that should fit, or the one that needs least memory if none does.
 
     Args:
         weights: bytes of each component.
-        free: bytes of the GPU's memory.
-        sizes: what calls draw.
+        free: free bytes of the GPU's memory.
+        sizes: the sizes that the calls draw.
     """
     rest = [name for name in weights if name != "vae"]
     resident = {
@@ -42,7 +49,7 @@ def choose(weights: Mapping[str, int], free: int, sizes: Sequence[Size]) -> Plac
         "model": max(weights.values(), default=0),
         "group": weights.get("vae", 0) + max((weights[name] for name in rest), default=0) // 20,
     }
-    drawing, decoding = max(map(_drawing, sizes)), max(map(_decoding, sizes))
+    drawing, decoding = max(map(_transformer_bytes, sizes)), max(map(_vae_bytes, sizes))
     for offload, held in resident.items():
         if held + max(drawing, decoding) <= free:
             return Placement(offload, tiling=False)
@@ -52,19 +59,19 @@ def choose(weights: Mapping[str, int], free: int, sizes: Sequence[Size]) -> Plac
 
 
 def own_device() -> torch.device:
-    """Where pipelines run: the current CUDA GPU of this process, or the CPU."""
+    """Return the device on which pipelines run: the current CUDA GPU of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
-    """Put a pipeline that is on the CPU where it fits, a CUDA GPU if there is one, and say so in one line.
+    """Move a pipeline from the CPU to the GPU as far as it fits, if there is a GPU; return one line that says so.
 
-    sizes: what calls draw.
+    sizes: the sizes that the calls draw.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    weights = {name: _bytes(module) for name, module in modules.items()}
+    weights = {name: _weight_bytes(module) for name, module in modules.items()}
     dtypes = _dtypes(modules)
     total = sum(weights.values())
     amount = f"{total / 1e9:.1f} GB" if total > 1e9 else f"{total / 1e6:.1f} MB"
@@ -82,7 +89,7 @@ def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     elif chosen.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
-        # Tiles are of several sizes, which streamed layers do not expect: the VAE, which is small, stays.
+        # Streamed layers do not expect tiles of several sizes, so the VAE, which is small, stays on the GPU.
         pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=True, exclude_modules="vae")
         if vae is not None:
             vae.to(device)
@@ -92,26 +99,26 @@ def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     return f"{size}, {where} on {torch.cuda.get_device_name(device)}{', VAE in tiles' if tiling else ''}"
 
 
-def _drawing(size: Size) -> int:
+def _transformer_bytes(size: Size) -> int:
     kind = "picture" if size.frames == 1 else "clip"
-    return max(_LEAST[kind], _DRAWS[kind] * size.area * size.frames)
+    return max(_MINIMUM_BYTES[kind], _TRANSFORMER_BYTES[kind] * size.area * size.frames)
 
 
-def _decoding(size: Size) -> int:
-    return size.area * min(_DECODES_FRAME * size.frames, _DECODES_CLIP)
+def _vae_bytes(size: Size) -> int:
+    return size.area * min(_VAE_BYTES_PER_FRAME * size.frames, _VAE_BYTES_PER_CLIP)
 
 
-def _bytes(module: torch.nn.Module) -> int:
+def _weight_bytes(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _dtypes(modules: Mapping[str, torch.nn.Module]) -> str:
-    """The dtype of most, and who has another."""
-    of = {
+    """Describe the dtypes: the most common one, and the components that have another."""
+    dtype_of = {
         name: str(module.dtype).removeprefix("torch.")
         for name, module in modules.items()
         if hasattr(module, "dtype")
     }
-    most = max(of.values(), key=list(of.values()).count)
-    others = [f"{name} in {dtype}" for name, dtype in of.items() if dtype != most]
+    most = max(dtype_of.values(), key=list(dtype_of.values()).count)
+    others = [f"{name} in {dtype}" for name, dtype in dtype_of.items() if dtype != most]
     return f"{most} ({', '.join(others)})" if others else most

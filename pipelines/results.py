@@ -1,4 +1,4 @@
-"""The log of a batch: a line of JSON for each job that ended, drawn or not."""
+"""Keep the log of a batch, which has a line of JSON for each job that ended, drawn or not."""
 
 import fcntl
 import json
@@ -8,16 +8,16 @@ from typing import Any
 
 
 class Results:
-    """`results.jsonl` in a batch's folder, to which several processes may append.
+    """The file `results.jsonl` in a batch's folder, to which several processes may append.
 
-    What was interrupted while it was written is no line, and is not read.
+    A line that was cut off by an interruption is ignored.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / "results.jsonl"
 
     def append(self, result: dict[str, Any]) -> None:
-        """Add a line; OSError, in one line, where that cannot be."""
+        """Append a result as one line; raises a one-line OSError if the disk is full."""
         line = json.dumps(result, allow_nan=False).encode() + b"\n"
         with self.path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -28,7 +28,7 @@ class Results:
                 raise OSError(f"cannot write {self.path}: no space is left")
 
     def last(self) -> dict[str, dict[str, Any]]:
-        """The last line of each output."""
+        """Return the last result of each output."""
         lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
         found = {}
         for line in lines:

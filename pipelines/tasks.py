@@ -1,4 +1,4 @@
-"""Jobs against their models: what each one calls, and where its picture or clip goes."""
+"""Check jobs against their models: each job that its model can draw becomes a task."""
 
 import hashlib
 import json
@@ -24,16 +24,16 @@ from dma_diffusers.pipelines.picture import picture_format
 from dma_diffusers.pipelines.placement import own_device
 from dma_diffusers.pipelines.video import ClipCall, clip_call, read_image
 
-_LETTERS = 40  # of a prompt in the name of a file
+_PROMPT_LETTERS = 40  # a default file name has this many letters of the prompt
 
 
 @dataclass(frozen=True)
 class Task:
     """A job that its model can draw.
 
-    model: local folder or hub id. call: keyword arguments of the pipeline's call, without the image.
-    kind: the file's format, as `clip_format` calls it or, where fps is None, `picture_format`.
-    image: a digest of the image to start from.
+    kind: the file's format, as `clip_format` names it, or `picture_format` where fps is None.
+    model: a local folder or hub id. call: keyword arguments of the pipeline's call, without the image.
+    fps: frames per second of a clip, None for a picture. image: a digest of the image to start from.
     """
 
     job: Job
@@ -46,34 +46,35 @@ class Task:
 
     @property
     def settings(self) -> str:
-        """A digest of what decides how the picture or clip looks."""
+        """Return a digest of everything that decides how the picture or clip looks."""
         job = self.job
         decisive = [job.prompt, job.seed, asdict(job.config), self.model, self.call, self.fps, self.image]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's call, the image among them."""
+        """Return the keyword arguments of the pipeline's call, including the image."""
         if self.job.image is None:
             return self.call
         image = read_image(Path(self.job.image))
-        return clip_call(self.model, **_wanted(self.job), image=image).arguments | self.call
+        return clip_call(self.model, **_clip_options(self.job), image=image).arguments | self.call
 
 
 def tasks_of(jobs: Sequence[Job]) -> tuple[list[Task], list[Failure]]:
-    """What the jobs' models can draw, jobs of one model and one configuration together; and the other jobs.
+    """Turn jobs into tasks, and those that their models cannot draw into failures.
 
-    No weights are loaded. Of two jobs with one output the second is wrong.
+    Tasks are sorted so that those of one model and one configuration follow each other. No weights are loaded. If two
+    jobs have the same output, the second one is a failure.
     """
-    once = cache(_attempt)  # a hub that does not answer is asked once
+    cached_call = cache(_result_or_error)  # so that a hub that does not answer is asked only once
     tasks: dict[str, Task] = {}
     failures = []
     for job in jobs:
         try:
-            task = _task(job, once)
+            task = _task(job, cached_call)
             if task.output in tasks:
                 raise ValueError(f"{task.output} is the output of {tasks[task.output].job.where} already")
             tasks[task.output] = task
-        except Exception as error:  # whatever is wrong with one job or model, the others run
+        except Exception as error:  # an error in one job or model must not stop the others
             failures.append(Failure(job.number, job.where, first_line(error)))
     models = list(dict.fromkeys(task.model for task in tasks.values()))
     configs = list(dict.fromkeys(task.job.config for task in tasks.values()))
@@ -81,9 +82,9 @@ def tasks_of(jobs: Sequence[Job]) -> tuple[list[Task], list[Failure]]:
     return together, failures
 
 
-def _task(job: Job, once: Callable[..., tuple[Any, Exception | None]]) -> Task:
+def _task(job: Job, cached_call: Callable[..., tuple[Any, Exception | None]]) -> Task:
     def found(find: Callable, *about: Any) -> Any:
-        value, error = once(find, *about)
+        value, error = cached_call(find, *about)
         if error:
             raise error
         return value
@@ -94,10 +95,10 @@ def _task(job: Job, once: Callable[..., tuple[Any, Exception | None]]) -> Task:
     found(check_model, model, None, job.image is not None)
     image = found(_digest, job.image) if job.image else None
     clips = ability(kind).video
-    output = job.output or _name(job, ".mp4" if clips else ".png")
+    output = job.output or _default_name(job, ".mp4" if clips else ".png")
     if clips:
         file = clip_format(Path(output))
-        clip = found(_clip_call, model, *_wanted(job).items())
+        clip = found(_clip_call, model, *_clip_options(job).items())
         call, fps = clip.arguments, clip.fps
         check_clip(file, clip.size, fps)
     else:
@@ -114,12 +115,12 @@ def _looks_like_a_clip(job: Job) -> bool:
     return Path(job.output).suffix.lower() in KINDS if job.output else bool(job.frames or job.fps)
 
 
-def _name(job: Job, suffix: str) -> str:
-    words = re.sub(r"\W+", "-", job.prompt.lower())[:_LETTERS].strip("-")
+def _default_name(job: Job, suffix: str) -> str:
+    words = re.sub(r"\W+", "-", job.prompt.lower())[:_PROMPT_LETTERS].strip("-")
     return "-".join(filter(None, (f"{job.number:04}", words, str(job.seed)))) + suffix
 
 
-def _wanted(job: Job) -> dict[str, Any]:
+def _clip_options(job: Job) -> dict[str, Any]:
     return {"steps": job.steps, "frames": job.frames, "size": job.size, "fps": job.fps}
 
 
@@ -140,8 +141,8 @@ def _digest(image: str) -> str:
     return hashlib.sha256(Path(image).read_bytes()).hexdigest()
 
 
-def _attempt(find: Callable, *about: Any) -> tuple[Any, Exception | None]:
-    """What `find` finds about something, or its error."""
+def _result_or_error(find: Callable, *about: Any) -> tuple[Any, Exception | None]:
+    """Call `find`; return its result and None, or None and its error."""
     try:
         return find(*about), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Calls of video pipelines: the frames, sizes and rates that each can take."""
+"""Prepare calls of video pipelines, and check the frames, sizes and rates that each pipeline can take."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 from dma_diffusers.attach import transformers_of
 from dma_diffusers.pipelines.load import arguments, outline, recommended_call
 
-# What pipelines call the frames, and the pixels of a side, that are one in their latents.
+# Pipelines use one of these names for the number of frames, or of pixels along a side, that make one latent.
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
-_SIDE = 16  # Diffusers' video pipelines take multiples of this, or of a multiple of it
-# Frames per second of families whose calls don't ask for it: what their authors made, or else 24.
-_RATES = {"Wan": 16, "CogVideoX": 8, "Mochi": 30, "Cosmos": 16, "Allegro": 15}
+_SIDE_MULTIPLE = 16  # sides are multiples of this in all of Diffusers' video pipelines
+# The calls of these families take no frame rate. Their authors show clips at so many frames per second; others get 24.
+_FAMILY_FPS = {"Wan": 16, "CogVideoX": 8, "Mochi": 30, "Cosmos": 16, "Allegro": 15}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ClipCall:
     """A call that a video pipeline can take.
 
     arguments: keyword arguments of the call, without prompt and seed.
-    size: width and height of the clip in pixels; None where the pipeline decides in its call.
+    size: (width, height) of the clip in pixels, or None if the pipeline decides it during the call.
     fps: frames per second.
     """
 
@@ -42,14 +42,17 @@ def clip_call(
     fps: float | None = None,
     image: Image.Image | None = None,
 ) -> ClipCall:
-    """The call of a model that `check_model(model, video=True, image=…)` lets pass; no weights are loaded.
+    """Prepare the call of a model that passes `check_model(model, video=True, image=…)`; no weights are loaded.
+
+    An argument of None stands for what the model's folder recommends, or else for the pipeline's default.
 
     Args:
-        model: local folder or hub id.
-        size: width and height. image: first frame; cropped, around its middle, to the clip's shape.
-        None is what the model's folder recommends, or else the pipeline's default.
+        model: a local folder or hub id.
+        size: (width, height) in pixels.
+        fps: frames per second.
+        image: the first frame; it is cropped around its middle to the clip's shape.
 
-    Raises ValueError for frames or sides that the pipeline would round or refuse, naming the nearest ones.
+    Raises ValueError for frames or sides that the pipeline would round or refuse, and names the nearest valid ones.
     """
     pipe = outline(model)
     known = arguments(type(pipe))
@@ -73,12 +76,12 @@ def clip_call(
     if image is not None:
         call["image"] = ImageOps.fit(image, size) if size else image
     if fps is None:
-        fps = chosen[rate] if rate else _family_rate(pipe)
+        fps = chosen[rate] if rate else _family_fps(pipe)
     return ClipCall(call, size, fps)
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file's picture in RGB, upright; OSError, in one line, where it holds none."""
+    """Read an image file as an upright RGB picture; raises a one-line OSError if it cannot be read."""
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
@@ -89,11 +92,11 @@ def read_image(path: Path) -> Image.Image:
 
 def _check_frames(pipe: DiffusionPipeline, frames: int) -> None:
     name = type(pipe).__name__
-    stride = _first(pipe, _TEMPORAL)
+    stride = _attribute(pipe, _TEMPORAL)
     if name.startswith("CogVideoX"):
-        stride *= 2  # its VAE gives 4 frames too many for an even number of latent ones
+        stride *= 2  # its VAE draws 4 frames too many for an even number of latent frames
     if name.startswith("Allegro"):
-        return  # counts 4·k, and takes what it is given
+        return  # it draws 4·k frames, and takes any number
     below = (frames - 1) // stride * stride + 1
     if frames != below:
         nearest = f"{below} or {below + stride}"
@@ -104,7 +107,7 @@ def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
     (_, transformer), *_ = transformers_of(pipe)
     patch = transformer.config.get("patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[-1]
-    multiple = math.lcm(_first(pipe, _SPATIAL) * patch, _SIDE)
+    multiple = math.lcm(_attribute(pipe, _SPATIAL) * patch, _SIDE_MULTIPLE)
     if any(side % multiple for side in size):
         near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in size)
         raise ValueError(
@@ -114,16 +117,16 @@ def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
 
 
 def _default_side(pipe: DiffusionPipeline, name: str) -> int | None:
-    """What a pipeline falls back on whose call's default is None, if that is known before the call."""
+    """Return the default side of a pipeline whose signature has None for it, if it is known before the call."""
     (_, transformer), *_ = transformers_of(pipe)
     latent = transformer.config.get(f"sample_{name}")
-    return latent * _first(pipe, _SPATIAL) if latent else getattr(pipe, f"default_{name}", None)
+    return latent * _attribute(pipe, _SPATIAL) if latent else getattr(pipe, f"default_{name}", None)
 
 
-def _first(pipe: DiffusionPipeline, names: tuple[str, ...]) -> int:
+def _attribute(pipe: DiffusionPipeline, names: tuple[str, ...]) -> int:
     return next(getattr(pipe, name) for name in names if hasattr(pipe, name))
 
 
-def _family_rate(pipe: DiffusionPipeline) -> float:
+def _family_fps(pipe: DiffusionPipeline) -> float:
     name = type(pipe).__name__
-    return next((rate for family, rate in _RATES.items() if name.startswith(family)), 24)
+    return next((rate for family, rate in _FAMILY_FPS.items() if name.startswith(family)), 24)

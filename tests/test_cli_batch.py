@@ -288,7 +288,7 @@ def seven(tmp_path_factory, flux, video):
     jobs = written(folder / "jobs.jsonl", [*entries, *bad])
     (folder / "out").mkdir()
     outcome = draw_batch(*read_jobs(jobs, {}), folder / "out", lambda *_: None)
-    assert (outcome.drawn, outcome.there, len(outcome.failures)) == (5, 0, 2)
+    assert (outcome.drawn, outcome.already_drawn, len(outcome.failures)) == (5, 0, 2)
     return jobs, folder / "out"
 
 

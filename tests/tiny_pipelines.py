@@ -1,7 +1,7 @@
-"""Stock pipelines with tiny random weights, made of configurations alone: nothing is fetched.
+"""Build stock pipelines with tiny random weights from configurations alone, so that nothing is downloaded.
 
-`flux()`, `sd3()`, `wan()`, `wan_from_image()`, `cogvideox()`, `hunyuan()` build one each, the same one every time, and
-so do `z_image()`, `mochi()`, `hunyuan15()`, `cosmos()` and `wan22()` at the end; `draw(pipe)` runs it.
+Each function that is named after a model family builds one pipeline, with the same weights every time. `draw(pipe)`
+runs it.
 """
 
 import torch
@@ -55,11 +55,11 @@ from transformers import (
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 VOCABULARY = 266
-WIDTH = 32  # of every text encoder
+WIDTH = 32  # every text encoder has this width
 
 
 def tokenizer(length: int = 77) -> PreTrainedTokenizerFast:
-    """One token a byte, between <s> and </s>."""
+    """Build a tokenizer with one token per byte, between <s> and </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -101,7 +101,7 @@ def _vae(channels: int) -> AutoencoderKL:
 
 
 def flux(head_dim: int = 16, **config) -> FluxPipeline:
-    """One double and two single blocks, two heads."""
+    """Build a FLUX pipeline whose transformer has one double block, two single blocks and two heads."""
     torch.manual_seed(0)
     settings = dict(
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=head_dim, num_attention_heads=2,
@@ -116,7 +116,7 @@ def flux(head_dim: int = 16, **config) -> FluxPipeline:
 
 
 def sd3(head_dim: int = 16, **config) -> StableDiffusion3Pipeline:
-    """Two blocks as in SD3.5: the first has `attn2`, over the image alone."""
+    """Build an SD3 pipeline with two blocks; as in SD3.5, the first has an `attn2` that sees the image alone."""
     torch.manual_seed(0)
     settings = dict(
         sample_size=32, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
@@ -135,13 +135,13 @@ def sd3(head_dim: int = 16, **config) -> StableDiffusion3Pipeline:
 
 
 def wan(head_dim: int = 16, **config) -> WanPipeline:
-    """Two blocks, two heads."""
+    """Build a Wan pipeline whose transformer has two blocks and two heads."""
     torch.manual_seed(0)
     return _quiet(WanPipeline(transformer=_wan_transformer(head_dim, **config), **_wan_parts()))
 
 
 def wan_from_image(head_dim: int = 16, **config) -> WanImageToVideoPipeline:
-    """As Wan 2.2's: two transformers, one for high noise levels and one for low ones, and no image encoder."""
+    """Build a pipeline like Wan 2.2's, with a transformer each for high and low noise, and no image encoder."""
     torch.manual_seed(0)
     noisy, clean = (_wan_transformer(head_dim, in_channels=36, **config) for _ in range(2))
     pipe = WanImageToVideoPipeline(
@@ -171,7 +171,7 @@ def _wan_parts() -> dict:
 
 
 def cogvideox(head_dim: int = 16, **config) -> CogVideoXPipeline:
-    """Two blocks, two heads."""
+    """Build a CogVideoX pipeline whose transformer has two blocks and two heads."""
     torch.manual_seed(0)
     settings = dict(
         num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=4, time_embed_dim=2,
@@ -190,7 +190,7 @@ def cogvideox(head_dim: int = 16, **config) -> CogVideoXPipeline:
 
 
 def hunyuan(head_dim: int = 16, **config) -> HunyuanVideoPipeline:
-    """One double and one single block behind a token refiner, two heads."""
+    """Build a HunyuanVideo pipeline with a token refiner, a double block, a single block and two heads."""
     torch.manual_seed(0)
     settings = dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=1,
@@ -221,7 +221,7 @@ def _quiet(pipe):
     return pipe
 
 
-# Sizes that give between 300 and 500 tokens, never a multiple of 128.
+# These sizes give between 300 and 500 tokens, never a multiple of 128.
 CALLS = {
     FluxPipeline: dict(height=48, width=40, max_sequence_length=19),
     StableDiffusion3Pipeline: dict(height=20, width=19, max_sequence_length=23),
@@ -236,14 +236,14 @@ CALLS = {
 
 
 def draw(pipe, prompt: str = "a red apple", seed: int = 0, **changes) -> torch.Tensor:
-    """Two steps of a pipeline from above, in float32: latents, unless `output_type` says otherwise."""
+    """Run two steps of a tiny pipeline; returns float32 latents, unless `output_type` says otherwise."""
     call = dict(num_inference_steps=2, output_type="latent", return_dict=False) | CALLS[type(pipe)]
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, generator=generator, **call | changes)[0].float()
 
 
-def _of_chats(length: int = 512) -> PreTrainedTokenizerFast:
-    """A tokenizer whose chats are their last message alone."""
+def _chat_tokenizer(length: int = 512) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that reduces a chat to its last message."""
     made = tokenizer(length)
     made.chat_template = "{{ messages[-1]['content'] }}"
     return made
@@ -256,14 +256,14 @@ _LANGUAGE = dict(
 
 
 def z_image(head_dim: int = 16, **config) -> ZImagePipeline:
-    """Two blocks behind a refiner of the image and one of the text, two heads."""
+    """Build a Z-Image pipeline with two blocks after a refiner each for image and text, and two heads."""
     torch.manual_seed(0)
     settings = dict(
         in_channels=4, dim=2 * head_dim, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
         axes_dims=rope_axes(head_dim), axes_lens=[256, 32, 32],
     )  # fmt: skip
     pipe = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(4), tokenizer=_of_chats(),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(4), tokenizer=_chat_tokenizer(),
         text_encoder=Qwen3Model(Qwen3Config(**_LANGUAGE, head_dim=8)).eval(),
         transformer=ZImageTransformer2DModel(**settings | config).eval(),
     )  # fmt: skip
@@ -271,7 +271,7 @@ def z_image(head_dim: int = 16, **config) -> ZImagePipeline:
 
 
 def mochi(head_dim: int = 16, **config) -> MochiPipeline:
-    """Two blocks, two heads."""
+    """Build a Mochi pipeline whose transformer has two blocks and two heads."""
     torch.manual_seed(0)
     settings = dict(
         num_attention_heads=2, attention_head_dim=head_dim, num_layers=2, pooled_projection_dim=16, in_channels=12,
@@ -289,7 +289,7 @@ def mochi(head_dim: int = 16, **config) -> MochiPipeline:
 
 
 def hunyuan15(head_dim: int = 16, **config) -> HunyuanVideo15Pipeline:
-    """Two blocks behind a token refiner, two heads."""
+    """Build a HunyuanVideo 1.5 pipeline with two blocks after a token refiner, and two heads."""
     torch.manual_seed(0)
     settings = dict(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=head_dim, num_layers=2,
@@ -301,7 +301,7 @@ def hunyuan15(head_dim: int = 16, **config) -> HunyuanVideo15Pipeline:
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     pipe = HunyuanVideo15Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae.eval(), tokenizer=_of_chats(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=vae.eval(), tokenizer=_chat_tokenizer(),
         text_encoder=Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**_LANGUAGE, rope_parameters=rope)).eval(),
         text_encoder_2=_t5(), tokenizer_2=tokenizer(), guider=ClassifierFreeGuidance(guidance_scale=6.0),
         transformer=HunyuanVideo15Transformer3DModel(**settings | config).eval(),
@@ -312,7 +312,7 @@ def hunyuan15(head_dim: int = 16, **config) -> HunyuanVideo15Pipeline:
 
 
 class _Guardrail(torch.nn.Module):
-    """In the place of NVIDIA's, which Cosmos' pipelines insist on: these prompts are ours."""
+    """Replaces NVIDIA's guardrail, which Cosmos' pipelines insist on; the prompts of tests need none."""
 
     device = torch.device("cpu")
 
@@ -324,7 +324,7 @@ class _Guardrail(torch.nn.Module):
 
 
 def cosmos(head_dim: int = 16, **config) -> Cosmos2TextToImagePipeline:
-    """Two blocks, two heads."""
+    """Build a Cosmos pipeline whose transformer has two blocks and two heads."""
     torch.manual_seed(0)
     settings = dict(
         in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=head_dim, num_layers=2, mlp_ratio=2,
@@ -340,7 +340,7 @@ def cosmos(head_dim: int = 16, **config) -> Cosmos2TextToImagePipeline:
 
 
 def wan22(**config) -> WanPipeline:
-    """Two transformers, the second one for the steps with less noise."""
+    """Build a Wan 2.2 pipeline with two transformers, the second one for steps with less noise."""
     first = wan(**config)
     torch.manual_seed(1)
     second = WanTransformer3DModel.from_config(first.transformer.config).eval()

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from dma_diffusers.cli.batch import batch
-from dma_diffusers.cli.bench import bench_attention, bench_neighborhood, bench_video
+from dma_diffusers.cli.bench import bench_attention, bench_image, bench_neighborhood, bench_video
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
@@ -36,6 +36,7 @@ app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)
 bench.command("neighborhood")(bench_neighborhood)
+bench.command("image")(bench_image)
 bench.command("video")(bench_video)
 
 

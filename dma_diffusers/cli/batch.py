@@ -71,7 +71,9 @@ def batch(
             outcome = drawn(asked, failures, output, on_step)
     if outcome is None:
         return
-    print(f"{output}: {outcome.drawn} drawn, {outcome.there} there already, {len(outcome.failures)} failed")
+    print(
+        f"{output}: {outcome.drawn} drawn, {outcome.already_drawn} there already, {len(outcome.failures)} failed"
+    )
     for failure in outcome.failures:
         print(f"failed: {failure.where}: {failure.error}", file=sys.stderr)
     if outcome.failures:

@@ -157,3 +157,44 @@ def bench_video(
             video.HEADER, ([escape(text) for text in line] for line in video.cells(measured["entries"]))
         )
     print(video.NOTE)
+
+
+def bench_image(
+    model: Annotated[
+        list[str] | None, typer.Option(help="flux-1k, flux-2k or flux-4k; flux-1k if left out.")
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="One of ours, such as preset=hopper,window=384.")
+    ] = None,
+    linears: Annotated[str, typer.Option(help="bf16, or fp8, a prototype.")] = "bf16",
+    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps in each of 3 timed rounds.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Time whole denoising steps of FLUX.1-dev at its true size, with random weights: speed alone."""
+    from dma_diffusers.eval.bench.timing import require_gpu
+
+    require_gpu()
+    require(("triton",), "pip install triton")
+    from dma_diffusers.eval.bench import image
+    from dma_diffusers.eval.bench.image_models import named
+    from dma_diffusers.eval.quality import configurations
+    from dma_diffusers.pipelines.files import check_writable
+
+    chosen = {name: named(name) for name in model or ("flux-1k",)}
+    ours = configurations.named(config) if config else None
+    if output:
+        check_writable(output)
+    command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    with quiet(), progress(not as_json) as on_step:
+        result = image.bench_image(chosen, ours, linears, steps, seed, output, command, on_step)
+    if as_json:
+        print_json(result)
+        return
+    for label, measured in result["shapes"].items():
+        print(f"\n{label}, {result['settings']['gpu']['name']}")
+        print_table(
+            image.HEADER, ([escape(text) for text in line] for line in image.cells(measured["entries"]))
+        )
+    print(image.NOTE)

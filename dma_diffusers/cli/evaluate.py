@@ -95,7 +95,7 @@ def evaluate(
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval.quality import configurations as known
-        from dma_diffusers.eval.quality.evaluate import Asked
+        from dma_diffusers.eval.quality.evaluate import Request
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
         from dma_diffusers.pipelines.load import check_model, named_model, recommended_call
 
@@ -109,7 +109,7 @@ def evaluate(
         call = recommended_call(path)
         call |= given({"num_inference_steps": steps, "height": size, "width": size})
         seeds = range(seed, seed + seeds)
-        asked = Asked(path, chosen, seeds, batch, call, configurations, target)
+        asked = Request(path, chosen, seeds, batch, call, configurations, target)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if attention:

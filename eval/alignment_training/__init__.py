@@ -1,1 +1,1 @@
-"""How the heads of the alignment score were trained and measured."""
+"""This package trains the heads of the alignment score and measures them."""

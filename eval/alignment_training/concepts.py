@@ -1,4 +1,4 @@
-"""What the alignment score learns from: emoji, none of them a concept of the demo model."""
+"""The alignment score learns from emoji, none of which is a concept of the demo model."""
 
 import json
 import re
@@ -14,9 +14,9 @@ ICON_SETS = {
     "noto-v1": "Apache-2.0",
     "fxemoji": "Apache-2.0",
 }
-"""iconify set -> licence."""
+"""It maps an iconify set to its licence."""
 
-_RUN_TOGETHER = "fxemoji"  # names without hyphens: it adds pictures of concepts that others name
+_RUN_TOGETHER = "fxemoji"  # its names have no hyphens, so it adds pictures of concepts that others name
 _CATEGORIES = (
     "Activities",
     "Animals & Nature",
@@ -41,11 +41,11 @@ _DESCRIPTIONS = re.compile(
 
 
 def emoji(package: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict]]:
-    """Concepts, sorted, as concept -> set -> the icon's name there; and the sets.
+    """Return concepts, sorted, as concept -> set -> the icon's name there; and the sets.
 
-    A concept is an icon's name, in words. Left out are names that share a word with any concept of the demo
-    model, the same things by another name, names of colours, which tints would contradict, and names that
-    describe or count rather than name (people by their looks, faces by their mood, clocks, plurals).
+    A concept is an icon's name, in words. Left out are names that share a word with any concept of the demo model, the
+    same things by another name, names of colours, which tints would contradict, and names that describe or count rather
+    than name (people by their looks, faces by their mood, clocks, plurals).
 
     Args:
         package: the unpacked npm package @iconify/json.
@@ -68,7 +68,7 @@ def emoji(package: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict]]:
 
 
 def is_validation(concept: str) -> bool:
-    """Whether a concept is among the tenth that choices are made by, never trained on."""
+    """Say if a concept is in the tenth that choices are made by and that is never trained on."""
     return crc32(concept.encode()) % 10 == 0
 
 

@@ -1,4 +1,4 @@
-"""Draw sprites and scenes, and store what the frozen encoders make of them and of their prompts.
+"""This script draws sprites and scenes, and stores what the frozen encoders make of them and of their prompts.
 
 python -m dma_diffusers.eval.alignment_training.features package .alignment/features.safetensors
 """
@@ -23,12 +23,12 @@ from dma_diffusers.pipelines.demo_training.sprites import render_icon
 _SEED, _SEED_OF_OTHERS = 1, 5
 _RESOLUTION = 224
 _BATCH = 8
-_GROUP = 80  # concepts whose sprites are in memory together
-_SCENES_PER_CONCEPT = 2  # in each pass over the concepts
+_GROUP = 80  # the sprites of so many concepts are in memory together
+_SCENES_PER_CONCEPT = 2  # each pass over the concepts draws so many
 
 
 def another_scene(rng: Random, scene: Scene, concepts: list[str]) -> Scene:
-    """A scene of the same things, with others of `concepts` where they are too few, that `scene` is not."""
+    """Return another scene than `scene` of the same things, with others of `concepts` where they are too few."""
     words = [mention.concept for mention in scene.mentions]
     while len(words) < MAX_OBJECTS:
         if (word := rng.choice(concepts)) not in words:
@@ -39,13 +39,13 @@ def another_scene(rng: Random, scene: Scene, concepts: list[str]) -> Scene:
 
 
 def _content(scene: Scene) -> tuple:
-    """What a scene shows, sizes aside: two prompts can say the same."""
+    """Return what a scene shows, sizes aside: two prompts can say the same."""
     objects = {(m.concept, m.tint, tuple(place[:2] for place in m.places)) for m in scene.mentions}
     return scene.background, frozenset(objects)
 
 
 def _groups(rng: Random, training: list[str], validation: list[str]) -> Iterator[list[str]]:
-    """Endless groups of concepts that scenes are drawn of; training and validation never meet in one."""
+    """Yield groups of concepts that scenes are drawn of, endlessly; training and validation never meet in one."""
     while True:
         shuffled = training.copy()
         rng.shuffle(shuffled)
@@ -57,7 +57,7 @@ def _groups(rng: Random, training: list[str], validation: list[str]) -> Iterator
 def draw(
     sprites: dict[str, np.ndarray], count: int, encoders: FrozenEncoders
 ) -> tuple[list[Scene], torch.Tensor]:
-    """`count` scenes and their frozen features, float16 `[count, GRID², 1280]`.
+    """Draw `count` scenes, and return them with their frozen features, float16 `[count, GRID², 1280]`.
 
     Args:
         sprites: concept -> uint8 `[pictures of it, S, S, 4]`.

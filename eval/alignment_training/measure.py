@@ -1,4 +1,6 @@
-"""Measure the alignment score on what it never saw: the demo model's concepts, pictures, and both degraded.
+"""This script measures the alignment score on the demo model's concepts, which it never saw, and its pictures.
+
+Both are degraded too.
 
 python -m dma_diffusers.eval.alignment_training.measure package pipelines/demo/contact_sheet.png
 """
@@ -28,7 +30,7 @@ _BLUR = (0, 1, 2, 4, 8, 16)
 
 
 def concept_pictures(package: Path) -> torch.Tensor:
-    """Each of the demo model's concepts alone on white, uint8 `[204, 3, 256, 256]`."""
+    """Return each of the demo model's concepts alone on white, uint8 `[204, 3, 256, 256]`."""
     icons = json.loads((package / "json" / f"{ICON_SET}.json").read_text())
     renderer = SceneRenderer(
         np.stack([render_icon(icons, icon) for icon in SEEN.values()]), torch.device("cpu")
@@ -40,32 +42,32 @@ def concept_pictures(package: Path) -> torch.Tensor:
 
 
 def similarities(scorer: AlignmentScorer, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The score of every picture with every prompt, `[pictures, prompts]`."""
+    """Score every picture with every prompt, `[pictures, prompts]`."""
     seen = torch.cat([scorer.heads.picture(scorer.frozen.see(part)) for part in pictures.split(8)])
     return 100 * seen @ scorer.heads.text(scorer.frozen.read(prompts)).T
 
 
 def auc(scores: torch.Tensor) -> float:
-    """How often a picture scores higher with its own prompt than any picture with another's."""
+    """Return how often a picture scores higher with its own prompt than any picture with another's."""
     matched, mismatched = scores.diag(), scores[~torch.eye(len(scores), dtype=torch.bool)]
     return (matched[:, None] > mismatched).float().mean().item()
 
 
 def noisy(pictures: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Gaussian noise of that deviation, of 255."""
+    """Add Gaussian noise of that deviation, of 255."""
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     return (pictures + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def blurred(pictures: torch.Tensor, radius: float) -> torch.Tensor:
-    """Gaussian blur of that deviation in pixels."""
+    """Blur pictures by a Gaussian of that deviation in pixels."""
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     arrays = [np.asarray(image.filter(ImageFilter.GaussianBlur(radius))) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def altered(scene: Scene, rng: Random) -> dict[str, str]:
-    """The scene's prompt with one thing wrong: what is wrong -> prompt."""
+    """Return the scene's prompt with one thing wrong, as what is wrong -> prompt."""
     prompts = {}
     first = scene.mentions[0]
     stranger = rng.choice([concept for concept in SEEN if all(concept != m.concept for m in scene.mentions)])

@@ -22,7 +22,7 @@ _AMONG = 64
 
 
 def contrastive_loss(pictures, prompts, others, scale) -> torch.Tensor:
-    """Find each picture's prompt among all prompts and all others, and each prompt's picture.
+    """Return the loss of finding each picture's prompt among all prompts and all others, and each prompt's picture.
 
     Args:
         pictures, prompts, others: `[B, 256]` embeddings of length 1; an other is a prompt for the same things
@@ -37,7 +37,7 @@ def contrastive_loss(pictures, prompts, others, scale) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(heads: Heads, pictures, prompts, others) -> str:
-    """How often a picture's own prompt is the first of `_AMONG`, and before the other for the same things."""
+    """Return how often a picture's own prompt is the first of `_AMONG`, and before the other for the same things."""
     heads.eval()
     seen, read, other = heads.picture(pictures.float()), heads.text(prompts), heads.text(others)
     heads.train()

@@ -1,4 +1,4 @@
-"""`bench attention`: our configurations and their peers, shape after shape."""
+"""`bench attention` measures our configurations and their peers, shape after shape."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,15 +28,14 @@ def bench_attention(
     on_step: OnStep = lambda name, done, total: None,
     measure: Callable[[Shape, Sequence[Entry], Gpu, str, int, float, OnStep], dict[str, Any]] = measure,
 ) -> dict[str, Any]:
-    """Time every peer and our `configs` (none: `default_configs`) at each shape: `result.collect`'s result.
+    """Time every peer and our `configs` at each shape, and return the result that `result.collect` describes.
 
-    inputs: one of `KINDS`. seconds: of GPU time for each thing that is timed. output: where the result goes, shape by
-    shape. command: how this was started, for the record. Raises ValueError for bad input, without a GPU, and where the
-    result there has other settings.
+    configs: each shape's `default_configs` are taken where there are none. inputs: one of `KINDS`. seconds: GPU time
+    for each thing that is timed. output: the file that the result is written to, shape by shape. command: how this was
+    started, for the record. Raises ValueError for bad input, without a GPU, and where `output` has other settings.
     """
     require_gpu()
     gpu = current_gpu()
-    configs = configs or default_configs(gpu.architecture)
     names = [config.name for config in configs]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two configs are the same: {repeated}")
@@ -44,8 +43,11 @@ def bench_attention(
         gpu, inputs, seed, seconds,
         configs=[asdict(config) for config in configs], peers={peer.name: peer.version for peer in PEERS},
     )  # fmt: skip
-    entries = [peer.entry for peer in PEERS] + [config.entry for config in configs]
-    measures = {
-        shape.label: partial(measure, shape, entries, gpu, inputs, seed, seconds, on_step) for shape in shapes
-    }
+
+    def measured(shape: Shape) -> dict[str, Any]:
+        ours = configs or default_configs(gpu.architecture, shape)
+        entries = [peer.entry for peer in PEERS] + [config.entry for config in ours]
+        return measure(shape, entries, gpu, inputs, seed, seconds, on_step)
+
+    measures = {shape.label: partial(measured, shape) for shape in shapes}
     return result.collect(measures, settings, output, command)

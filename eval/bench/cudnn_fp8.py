@@ -1,4 +1,4 @@
-"""cuDNN's FP8 attention through nvidia-cudnn-frontend, quantised by plain casts to e4m3."""
+"""This module calls cuDNN's FP8 attention through nvidia-cudnn-frontend, quantising by plain casts to e4m3."""
 
 import math
 from functools import cache
@@ -18,9 +18,10 @@ _SCALES = {
 
 
 def cudnn_fp8(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of `[B, H, S, D]`, each contiguous; the first call with a size plans, and sets the output's scale.
+    """Compute attention of q, k and v `[B, H, S, D]`, each contiguous.
 
-    On Hopper cuDNN writes e4m3 alone; the way back to the inputs' dtype is part of the call.
+    The first call with a size builds its plan and sets the output's scale. On Hopper cuDNN writes e4m3 alone; the way
+    back to the inputs' dtype is part of the call.
     """
     plan = _plan(module, tuple(q.shape), q.device)
     if plan.descale_out is None:
@@ -34,7 +35,7 @@ def _plan(module: ModuleType, size: tuple[int, ...], device: torch.device) -> "_
 
 
 class _Plan:
-    """cuDNN's graph of one size, built. Raises cuDNN's errors where it has no kernel."""
+    """A plan is cuDNN's graph for one size, built. Building it raises cuDNN's errors where there is no kernel."""
 
     def __init__(self, cudnn: ModuleType, size: tuple[int, ...], device: torch.device):
         e4m3, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
@@ -65,7 +66,7 @@ class _Plan:
         self._tensors[self._scale_out] = scale
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Launch on e4m3 q, k, v."""
+        """Launch the graph on e4m3 q, k, v."""
         out = torch.empty_like(inputs[0])
         given = dict(zip(self._inputs.values(), inputs, strict=True)) | {self._out: out}
         self._graph.execute(self._tensors | given, self._workspace)

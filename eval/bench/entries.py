@@ -1,4 +1,4 @@
-"""What is timed side by side, and our own configurations among it."""
+"""This module says what is timed side by side, and describes our own configurations."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.eval.bench.bound import Products, letter
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.bench.bound import Products, letters
 from dma_diffusers.eval.bench.inputs import Seen
-from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.device.launch import run
-from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, LOWERINGS
+from dma_diffusers.eval.bench.shapes import GRIDS, Shape
+from dma_diffusers.eval.bench.timing import Call
+from dma_diffusers.kernels import lowerings, operator, plan
+from dma_diffusers.kernels.call import Call as AttentionCall
+from dma_diffusers.kernels.device.launch import Launcher, run
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
@@ -23,16 +27,15 @@ from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap
 FULL, LOW_BIT, SPARSE, OURS = "full precision", "low bit", "sparse", "ours"
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Call = Callable[[int], Any]
-"""One launch or more, on the copy of the inputs that has this number (modulo their count)."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Calls on given inputs.
+    """Calls are prepared for given inputs.
 
-    whole: everything, quantisation included; returns the result `[B, H, S, D]`.
-    kernel: the attention kernel alone, and quantise: the kernels launched before it; None where there are none.
+    whole: makes the whole call, quantisation included, and returns the result `[B, H, S, D]`. kernel: launches the
+    attention kernel alone; quantise: launches the kernels before it. Each of the two is None where there is nothing to
+    launch.
     """
 
     products: list[Products]
@@ -43,9 +46,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to compute attention; `prepare` raises, with the reason, where it can't take such inputs.
+    """An entry is one way to compute attention.
 
-    seen: the keys it is asked to attend to; all if None.
+    prepare: raises, with the reason, where it can't take the inputs. seen: the keys that it is asked to attend to; all
+    if None.
     """
 
     name: str
@@ -63,7 +67,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Config:
-    """What our operator is asked for: its own keywords, with its own defaults, and `Diagonal`'s.
+    """A configuration has our operator's own keywords, with its own defaults, and those of `Diagonal`.
 
     policy: words that replace window and sink.
     """
@@ -81,10 +85,10 @@ class Config:
 
     @classmethod
     def parse(cls, text: str) -> "Config":
-        """From text such as `high=bf16,low=int8,window=0,sink=0`; ValueError, in one line, for anything else."""
+        """Read text such as `high=bf16,low=int8,window=0,sink=0`; raises ValueError, in one line, for anything else."""
         known = {field.name: field.type for field in fields(cls)}
         given = {}
-        for item in re.split(r",(?![^(]*\))", text):  # a policy's words have commas in parentheses
+        for item in re.split(r",(?![^(]*\))", text):  # a policy's words may have commas in parentheses
             name, _, value = (part.strip() for part in item.partition("="))
             if name not in known or name in given:
                 raise ValueError(
@@ -98,26 +102,26 @@ class Config:
                 raise ValueError(f"config {text!r}: {name} must be true or false, got {value!r}")
             given[name] = _READ[known[name]](value) if known[name] in _READ else value
         config = cls(**given)
-        get_format(config.high), get_format(config.low)
+        DMAConfig(high=config.high, low=config.low)  # raises for precisions that don't exist
         _ = config.map_policy
         return config
 
     @property
     def map_policy(self) -> Policy:
-        """What fills the map."""
+        """Return the policy that fills the map."""
         if self.policy is not None:
             return policies.parse(self.policy)
         return Diagonal(self.window, self.sink) if self.mapped else Dense(Class.HIGH)
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The operator's."""
+        """Return the operator's keywords."""
         given = asdict(self) | {"policy": self.map_policy}
         return {name: value for name, value in given.items() if name not in ("window", "sink")}
 
     @property
     def text(self) -> tuple[int, int]:
-        """The range of text tokens."""
+        """Return the range of text tokens."""
         return self.text_start, self.text_stop
 
     @property
@@ -140,11 +144,19 @@ class Config:
         )
 
 
-def default_configs(architecture: str) -> list[Config]:
-    """LOW everywhere, and the diagonal and the first tile HIGH, in the formats that the GPU multiplies."""
+def default_configs(architecture: str, shape: Shape) -> list[Config]:
+    """Return configurations that show what a plan costs, in the formats that the GPU multiplies.
+
+    The first has LOW everywhere, the second the diagonal and the first tile HIGH. The third is the second on a grid, so
+    that tokens are gathered, for a shape of `GRIDS`. In the last, importance chooses a twentieth to be HIGH.
+    """
     block_scaled = architecture in BLOCK_SCALED_ARCHITECTURES
-    high, low = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
-    return [Config(high, low, window=0, sink=0), Config(high, low)]
+    formats = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
+    configs = [Config(*formats, window=0, sink=0), Config(*formats)]
+    if shape.model in GRIDS:
+        text, grid = GRIDS[shape.model]
+        configs.append(Config(*formats, policy="diagonal(near=grid)", text_stop=text, grid=grid))
+    return [*configs, Config(*formats, policy="importance(budget=0.05)")]
 
 
 def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
@@ -158,7 +170,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
     planned = plan.make(config.map_policy, layout).to(q.device)
 
     def recorded(copy: Tensors) -> tuple[list[Callable[[], None]], torch.Tensor]:
-        """The call's launches, each to be launched again with the same arguments, and what they write."""
+        """Return the call's launches, each of which can be made again with the same arguments, and what they write."""
         launches = []
 
         def record(*arguments: Any, **options: Any) -> None:
@@ -166,9 +178,8 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
             launches[-1]()
 
         out, *_ = launch.attention(
-            *copy, planned.precision_map, config.high, config.low, key_mask=None, scale=q.shape[3] ** -0.5,
-            is_causal=False, lowering=chosen.lowering, token_order=planned.token_order, fine_mask=planned.fine_mask,
-            routing=planned.routing, skip_below=planned.skip_below, return_lse=False, run=record,
+            AttentionCall(*copy), planned, Precisions.parse(config.high, config.low), lowering=chosen.lowering,
+            return_lse=False, launcher=Launcher(record),
         )  # fmt: skip
         return launches, out
 
@@ -191,17 +202,19 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 
 
 def products(precision_map: PrecisionMap, high: str, low: str, lowering: str) -> list[Products]:
-    """How the tiles of a square map are multiplied: HIGH has bf16 P·V, LOW has FP8. Skipped ones have no share."""
-    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
+    """Say how the tiles of a square map are multiplied; skipped ones have no share.
+
+    high, low: the words of precisions.
+    """
     ends = precision_map.bounds.double().mean((0, 1, 2)) / precision_map.bounds.shape[2]
-    of_high, of_low, visited = ends.tolist()  # where HIGH, LOW and MASKED end
+    of_high, of_low, visited = ends.tolist()  # HIGH, LOW and MASKED end there
     low_share = of_low - of_high if precision_map.has_high else visited
-    high_part = Products(visited - low_share, letter(high, stores), "H")
-    return [part for part in (high_part, Products(low_share, letter(low, stores), "Q")) if part.share]
+    precisions = zip((visited - low_share, low_share), Precisions.parse(high, low), strict=True)
+    return [Products(share, *letters(each, lowerings.named(lowering))) for share, each in precisions if share]
 
 
 def _seen(axes: Sequence[Axis], text: tuple[int, int], queries: torch.Tensor) -> torch.Tensor:
-    """`Seen` of a neighbourhood, by the definition; text sees all and is seen by all."""
+    """Say which keys a neighbourhood's queries see, by its definition; text sees all and is seen by all."""
     start, stop = text
     is_text = (queries >= start) & (queries < stop)
     on_grid = torch.where(queries < stop, queries, queries - (stop - start)).masked_fill(is_text, 0)

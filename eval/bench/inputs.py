@@ -1,4 +1,4 @@
-"""What goes into a timed call, and how far what comes out is from exact."""
+"""This module draws the inputs of a timed call, and tells how far its result is from exact."""
 
 import math
 from collections.abc import Callable
@@ -10,14 +10,17 @@ from dma_diffusers.eval.bench.shapes import Shape
 KINDS = ("normal", "outliers")
 
 Seen = Callable[[torch.Tensor], torch.Tensor]
-"""Which keys some queries see: from their numbers, int64 `[n]` on the CPU, to bool `[n, tokens]`."""
+"""A function says which keys some queries see.
+
+It takes the queries' numbers, int64 `[n]` on the CPU, and returns bool `[n, tokens]`.
+"""
 
 _ROWS, _HEADS = 64, 4
 _L2_MULTIPLE = 8  # 4-bit operands are a quarter of the inputs' size, and have to be twice the cache
 
 
 def draw(shape: Shape, kind: str, seed: int, l2_bytes: int) -> list[tuple[torch.Tensor, ...]]:
-    """Triples q, k, v, bf16 on the GPU, so many that a call finds none of its inputs in the L2 cache.
+    """Draw triples q, k, v, bf16 on the GPU, so many that a call finds none of its inputs in the L2 cache.
 
     kind: one of `KINDS`; outliers are in every sixteenth channel, with means in keys and values.
     """
@@ -40,7 +43,7 @@ def _triple(shape: Shape, kind: str, generator: torch.Generator) -> tuple[torch.
 
 
 class Sample:
-    """Some rows of a call's exact result: float64 attention of 64 queries in each of up to four heads.
+    """A sample has some rows of a call's exact result: float64 attention of 64 queries in each of up to four heads.
 
     seen: the keys that count; all if left out.
     """
@@ -56,14 +59,14 @@ class Sample:
         drawn = torch.randperm(batch * heads, generator=generator)[:_HEADS].tolist()
         self._heads = [divmod(index, heads) for index in drawn]
         self._exact = []
-        for b, h in self._heads:  # one at a time: float64 keys of one head are 120 MB at 118,800 tokens
+        for b, h in self._heads:  # heads go one at a time: one's float64 keys are 120 MB at 118,800 tokens
             scores = q[b, h, self._rows].double() @ k[b, h].double().mT * head_dim**-0.5
             if hidden is not None:
                 scores.masked_fill_(hidden, -math.inf)
             self._exact.append(scores.softmax(-1) @ v[b, h].double())
 
     def relative_l2(self, out: torch.Tensor) -> float:
-        """‖out − exact‖ / ‖exact‖ over the sampled rows of a result `[B, H, S, D]`."""
+        """Return ‖out − exact‖ / ‖exact‖ over the sampled rows of a result `[B, H, S, D]`."""
         exact = torch.stack(self._exact)
         sampled = torch.stack([out[b, h, self._rows].double() for b, h in self._heads])
         return ((sampled - exact).norm() / exact.norm()).item()

@@ -1,4 +1,4 @@
-"""One shape: every entry prepared, checked and timed in turns."""
+"""This module measures one shape: it prepares every entry, checks it, and times all of them in turns."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu, bound_tflops
-from dma_diffusers.eval.bench.entries import Call, Entry
+from dma_diffusers.eval.bench.entries import Entry
 from dma_diffusers.eval.bench.inputs import Sample, draw
-from dma_diffusers.eval.bench.peers import first_line
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.summary import compared
-from dma_diffusers.eval.bench.timing import take_turns
+from dma_diffusers.eval.bench.timing import Call, eager_and_graph, take_turns
 
 PARTS = ("whole", "kernel", "quantise")
 
@@ -27,10 +27,10 @@ def measure(
     seconds: float,
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """What each entry makes of a shape: `{"size", "copies", "entries"}`, as `summary.compared` gives them.
+    """Measure every entry at a shape: `{"size", "copies", "entries"}`, the entries as `summary.compared` gives them.
 
-    Entries get the same inputs (`kind`, `seed`), their errors are taken over the same rows of what each is asked for,
-    and one that can't run has the reason under `absent`. seconds: of GPU time for each thing that is timed.
+    Entries get the same inputs (`kind`, `seed`), and their errors are taken over the same rows of what each is asked
+    for. An entry that can't run has the reason under `absent`. seconds: GPU time for each thing that is timed.
     """
     copies = draw(shape, kind, seed, gpu.l2_bytes)
     samples = {seen: Sample(*copies[0], seed, seen) for seen in {entry.seen for entry in entries}}
@@ -55,12 +55,15 @@ def measure(
     on_step(shape.label, len(entries), len(entries) + 1)
     for (index, part), taken in take_turns(calls, seconds).items():
         rows[index][part] = taken
+    for (index, part), call in calls.items():
+        if part == "whole":
+            rows[index][part] |= eager_and_graph(call, len(copies), seconds)
     on_step(shape.label, len(entries) + 1, len(entries) + 1)
     return {"size": list(shape.size), "copies": len(copies), "entries": compared(shape, rows)}
 
 
 def _peak_bytes(call: Callable[[], Any]) -> int:
-    """The memory that a call needs, its result included, over what there was before."""
+    """Return the memory that a call needs beyond what was allocated before, its result included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""`bench neighborhood`: neighbourhoods beside dense attention, and beside FlexAttention with the same block mask."""
+"""`bench neighborhood` measures neighbourhoods, dense attention, and FlexAttention with the same block mask."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Neighborhood
 
-# grid, window, stride: what arXiv 2504.16922 measures
+# These are the grids, windows and strides that arXiv 2504.16922 measures.
 NAMED = {
     "flux-4k": ((256, 256), (80, 80), (16, 16)),
     "hunyuan-720p": ((30, 48, 80), (18, 24, 24), (16, 8, 8)),
@@ -34,7 +34,7 @@ _UNITS = ("over_cudnn", "over_dense", "over_flex")
 
 
 def named(name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Grid, window and stride of a name; ValueError for one that isn't in `NAMED`."""
+    """Return the grid, window and stride of a name; raises ValueError for one that isn't in `NAMED`."""
     if name not in NAMED:
         raise ValueError(
             f"unknown shape {name!r}: choose from {', '.join(NAMED)}, or give --grid and --window"
@@ -44,9 +44,9 @@ def named(name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One neighbourhood on one grid, for one sequence: text tokens first, then the grid's in row-major order.
+    """A case is one neighbourhood on one grid, for one sequence: text tokens first, then the grid's in row-major order.
 
-    name: of `NAMED`, or empty. Raises ValueError for a neighbourhood that can't be had on the grid.
+    name: a key of `NAMED`, or empty. Raises ValueError for a neighbourhood that can't be had on the grid.
     """
 
     name: str
@@ -62,35 +62,35 @@ class Case:
 
     @property
     def policy(self) -> Neighborhood:
-        """LOW within the window, SKIP beyond, text HIGH."""
+        """Return the policy: LOW within the window, SKIP beyond, text HIGH."""
         return Neighborhood(self.window, self.stride)
 
     @property
     def layout(self) -> Layout:
-        """The tokens."""
+        """Return the layout of the tokens."""
         tokens = self.text + math.prod(self.grid)
         return Layout(tokens, tokens, (0, self.text), self.grid)
 
     @property
     def shape(self) -> Shape:
-        """Of the call."""
+        """Return the shape of the call."""
         return Shape(self.name, 1, self.heads, self.layout.k_length, self.head_dim)
 
     @property
     def label(self) -> str:
-        """What results are filed under."""
+        """Return the label that results are filed under."""
         sizes = f"{shape_text(self.grid)}, window {shape_text(self.window)}, stride {shape_text(self.stride)}"
         text = f", {self.text} text tokens" * (self.text > 0)
         return f"{self.name} {sizes}{text}, {self.heads} heads × {self.head_dim}".strip()
 
     @property
     def simulated(self) -> float:
-        """Tiles of dense attention over tiles visited, if every Q tile were the busiest."""
+        """Return the tiles of dense attention over the tiles visited, if every Q tile were the busiest."""
         box = self.policy.box(self.grid)
         return Count(self.policy.axes(self.grid), box, box, self.text).speedup_worst
 
     def entries(self) -> list[Entry]:
-        """What is timed: dense attention, others' and ours, FlexAttention's neighbourhood and ours."""
+        """Return the entries: dense attention, others' and ours, then FlexAttention's neighbourhood and ours."""
         asked = {"high": HIGH, "low": LOW, "text_stop": self.text}
         dense = Config(**asked, window=0, sink=0)
         ours = replace(Config(**asked, policy=str(self.policy), grid=self.grid).entry, name=OUR_NAME)
@@ -108,10 +108,10 @@ def bench_neighborhood(
     command: str = "",
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """Time each case's `entries`: `result.collect`'s result, with `compared` for each case.
+    """Time each case's `entries`, and return the result that `result.collect` describes, with `compared` for each case.
 
-    inputs: one of `KINDS`. seconds: of GPU time for each thing that is timed. output: where the result goes, case by
-    case. command: how this was started, for the record. Raises ValueError as `bench_attention` does.
+    inputs: one of `KINDS`. seconds: GPU time for each thing that is timed. output: the file that the result is written
+    to, case by case. command: how this was started, for the record. Raises ValueError as `bench_attention` does.
     """
     require_gpu()
     gpu = current_gpu()
@@ -128,11 +128,12 @@ def bench_neighborhood(
 
 
 def compared(entries: list[dict[str, Any]], simulated: float) -> list[dict[str, Any]]:
-    """A case's entries, with speeds in `whole` and `kernel`.
+    """Add speeds to `whole` and `kernel` of a case's entries.
 
     `over_cudnn`, `over_dense` and `over_flex` are in units of cuDNN's dense attention, of our own dense LOW, and of
     FlexAttention's kernel on tokens that were permuted before; None where that is absent. Neighbourhoods also have
-    `of_simulated` and `of_simulated_over_dense`: the first two in units of `simulated`, what counting tiles predicts.
+    `of_simulated` and `of_simulated_over_dense`: the first two in units of `simulated`, the speed-up that counted tiles
+    predict.
     """
     cudnn, *_, dense, flexible, _ = entries
     units = ((cudnn, "whole"), (dense, "whole"), (flexible, "kernel"))
@@ -148,7 +149,7 @@ def compared(entries: list[dict[str, Any]], simulated: float) -> list[dict[str, 
     return entries
 
 
-# of count: of the speed-up that counting tiles predicts, over cuDNN and over our own dense LOW
+# The count is the speed-up that counted tiles predict, over cuDNN and over our own dense LOW.
 HEADER = (
     "Attention",
     "ms",
@@ -169,7 +170,7 @@ _TITLES = {
 
 
 def cells(entries: list[dict[str, Any]]) -> list[list[str]]:
-    """The table's lines, under `HEADER`."""
+    """Return the table's lines, under `HEADER`."""
     lines = []
     for entry in entries:
         if "whole" not in entry:

@@ -1,4 +1,4 @@
-"""What others offer: kernels that are timed beside ours where they are installed."""
+"""This module lists the kernels of others that are timed beside ours where they are installed."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Products
 from dma_diffusers.eval.bench.cudnn_fp8 import cudnn_fp8
 from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Tensors
@@ -18,13 +19,12 @@ from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Ten
 
 @dataclass(frozen=True)
 class Peer:
-    """A kernel of others.
+    """A peer is a kernel of others.
 
-    call: takes its module and q, k, v `[B, H, S, D]` in bf16; what it quantises, it quantises in there.
-    qk, pv: letters of MATRIX_RATES. modules: the names under which it may be installed.
-    fits: whether a module of such a name is this peer; two versions of one package can't share a name.
-    writes_inputs: whether it changes what it is given, and so gets copies of its own.
-    distribution: where its version is told.
+    call: takes its module and q, k, v `[B, H, S, D]` in bf16; a low-bit peer quantises them in the call. qk, pv:
+    letters of MATRIX_RATES. modules: the names under which it may be installed. fits: says if a module of such a name
+    is this peer; two versions of one package can't share a name. writes_inputs: says if it changes its inputs, and so
+    gets copies of its own. distribution: the package that tells its version.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Peer:
     writes_inputs: bool = False
 
     def load(self) -> ModuleType:
-        """Its module; ImportError, in one line, that says why there is none."""
+        """Return its module; raises ImportError, in one line, that says why there is none."""
         reasons = []
         for name in self.modules:
             try:
                 module = importlib.import_module(name)
-            except Exception as error:  # one built for another torch fails in whatever way it likes
+            except Exception as error:  # a module that was built for another torch may fail in any way
                 reasons.append(first_line(error))
                 continue
             if self.fits(module):
@@ -53,7 +53,7 @@ class Peer:
 
     @property
     def version(self) -> str:
-        """Of what is installed, or why nothing is."""
+        """Return the version that is installed, or the reason why none is."""
         try:
             module = self.load()
         except ImportError as error:
@@ -78,12 +78,6 @@ class Peer:
         return Prepared([Products(1.0, self.qk, self.pv)], lambda number: call(*copies[number % len(copies)]))
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _cudnn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v)
@@ -92,6 +86,18 @@ def _cudnn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 def _flash_attention_4(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     out = module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=False)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _flash_attention_3(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _flash_attention_3_fp8(
+    module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    # Plain casts are as cheap as quantising gets.
+    return _flash_attention_3(module, *(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
 
 
 def _sage_1(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -108,18 +114,26 @@ def _is_sage_2(module: ModuleType) -> bool:
     return hasattr(module, "sageattn_qk_int8_pv_fp8_cuda_sm90")
 
 
+_FLASH_ATTENTION_3 = ("fa3_fwd_interface", "flash_attn_interface")
+
 PEERS = (
     Peer("cuDNN SDPA bf16", FULL, "H", "H", ("torch",), "torch", _cudnn),
     Peer(
         "FlashAttention-4 bf16", FULL, "H", "H", ("flash_attn.cute",), "flash-attn-4", _flash_attention_4
     ),
     Peer(
+        "FlashAttention-3 bf16", FULL, "H", "H", _FLASH_ATTENTION_3, "fa3-fwd", _flash_attention_3
+    ),
+    Peer(
         "SageAttention 1", LOW_BIT, "I", "H", ("sageattention", "sageattention1"), "sageattention", _sage_1,
-        lambda module: not _is_sage_2(module), writes_inputs=True,  # it takes K's mean out in place
+        lambda module: not _is_sage_2(module), writes_inputs=True,  # it subtracts K's mean in place
     ),
     Peer(
         "SageAttention 2", LOW_BIT, "I", "Q", ("sageattention", "sageattention2"), "sageattention", _sage_2,
         _is_sage_2,
+    ),
+    Peer(
+        "FlashAttention-3 FP8", LOW_BIT, "Q", "Q", _FLASH_ATTENTION_3, "fa3-fwd", _flash_attention_3_fp8
     ),
     Peer("cuDNN SDPA FP8", LOW_BIT, "Q", "Q", ("cudnn",), "nvidia-cudnn-frontend", cudnn_fp8),
 )  # fmt: skip

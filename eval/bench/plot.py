@@ -1,4 +1,4 @@
-"""A result as a bar chart: TFLOP/s of each entry at each shape, and its bound as a thin line."""
+"""This module draws a result as a bar chart: TFLOP/s of each entry at each shape, and its bound as a thin line."""
 
 from html import escape
 from pathlib import Path
@@ -8,11 +8,11 @@ from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, OURS
 
 _FILLS = {
     FULL: ("#b5b5b5", "#8a8a8a", "#d8d8d8"),
-    LOW_BIT: ("#7fa7d1", "#4f7fb3", "#a9c4e0"),
-    OURS: ("#e4572e", "#f29e4c", "#b23a17"),
+    LOW_BIT: ("#7fa7d1", "#4f7fb3", "#a9c4e0", "#2f5d8a"),
+    OURS: ("#e4572e", "#f29e4c", "#b23a17", "#f6c28b", "#7d2a12", "#c98a5a"),
 }
 _BAR, _GAP, _LEFT, _TOP, _HEIGHT, _LABELS, _LEGEND_LINE = 18, 26, 46, 30, 260, 40, 18
-_STEP = 200  # TFLOP/s between grid lines
+_STEP = 200  # grid lines are so many TFLOP/s apart
 
 
 def check_plot(path: Path) -> None:
@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(shapes: dict[str, dict[str, Any]]) -> bytes:
-    """The chart of a result's `shapes`, as SVG; entries that didn't run, or are wrong, have no bar."""
+    """Draw the chart of a result's `shapes`, as SVG; entries that didn't run, or are wrong, have no bar."""
     drawn = {
         label: [e for e in measured["entries"] if "whole" in e and not e["wrong"]]
         for label, measured in shapes.items()
@@ -31,7 +31,7 @@ def plot(shapes: dict[str, dict[str, Any]]) -> bytes:
 
 
 def _colours(entries: list[dict[str, Any]]) -> dict[str, str]:
-    """A fill for each entry's name: shades of its kind's colour."""
+    """Choose a fill for each entry's name, among the shades of its kind's colour."""
     fills: dict[str, str] = {}
     for entry in entries:
         shades = _FILLS[entry["kind"]]

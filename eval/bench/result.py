@@ -1,4 +1,4 @@
-"""A benchmark's result: measured shape by shape, into a file that an interrupted run goes on with."""
+"""A benchmark's result is measured shape by shape, into a file that an interrupted run goes on with."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ from dma_diffusers.pipelines.files import write_atomically
 
 
 def settings(gpu: Gpu, inputs: str, seed: int, seconds: float, **others: Any) -> dict[str, Any]:
-    """What a result is measured with: these, the sources and the versions. Raises ValueError for unknown inputs."""
+    """Return the settings of a measurement, with the sources and the versions. Raises ValueError for unknown inputs."""
     if inputs not in KINDS:
         raise ValueError(f"unknown inputs {inputs!r}: choose from {', '.join(KINDS)}")
     return {"inputs": inputs, "seed": seed, "seconds": seconds, **others, **environment(gpu)}
 
 
 def environment(gpu: Gpu, packages: Sequence[str] = provenance.PACKAGES) -> dict[str, Any]:
-    """The GPU, the sources, and the versions of `packages`, Triton and CUDA."""
+    """Return the GPU, the sources, and the versions of `packages`, Triton and CUDA."""
     versions = provenance.versions((*packages, "triton")) | {"cuda": torch.version.cuda}
     return {"gpu": gpu._asdict(), "sources": provenance.sources(), "versions": versions}
 
@@ -32,10 +32,10 @@ def collect(
     output: Path | None,
     command: str,
 ) -> dict[str, Any]:
-    """`{"command", "settings", "shapes"}`: what each measure gives, by its label.
+    """Return `{"command", "settings", "shapes"}`, where `shapes` has each measure's values by its label.
 
-    The result is written to `output` (JSON) after each shape; one that is already there is not measured again. Raises
-    ValueError where something else is there, or a result with other settings.
+    The result is written to `output` (JSON) after each shape; a shape that is already there is not measured again.
+    Raises ValueError where something else is there, or a result with other settings.
     """
     stored = _stored_shapes(output, settings) if output else {}
     result = {"command": command, "settings": settings, "shapes": stored}
@@ -49,7 +49,7 @@ def collect(
 
 
 def _stored_shapes(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `output` holds already."""
+    """Return the shapes that `output` holds already."""
     if not output.is_file():
         return {}
     try:

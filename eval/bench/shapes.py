@@ -1,4 +1,4 @@
-"""The shapes of attention calls that are timed: named after models, or free."""
+"""This module lists the shapes of attention calls that are timed: some are named after models, others are free."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dma_diffusers.kernels.lowerings import MAX_HEAD_DIM
 
-# heads, tokens, head_dim of one sequence; a model that comes in two sizes has two.
+# Each is heads, tokens and head_dim of one sequence; a model that comes in two sizes has two.
 NAMED = {
     "flux-1k": ((24, 4608, 128),),
     "flux-2k": ((24, 16_896, 128),),
@@ -16,12 +16,22 @@ NAMED = {
     "hunyuan-720p": ((24, 118_800, 128),),
     "cogvideox": ((48, 17_776, 64),),
 }
+# Each has a named model's text tokens, which come first, and the grid that all others lie on.
+GRIDS = {
+    "flux-1k": (512, (64, 64)),
+    "flux-2k": (512, (128, 128)),
+    "flux-4k": (512, (256, 256)),
+    "wan-480p": (0, (21, 30, 52)),
+    "wan-720p": (0, (21, 45, 80)),
+    "hunyuan-720p": (0, (33, 45, 80)),
+    "cogvideox": (226, (13, 30, 45)),
+}
 BATCHES = (1, 2)
-_LEAST_ELEMENTS = 2**20  # smaller ones would need hundreds of copies to leave the L2 cache
+_LEAST_ELEMENTS = 2**20  # a smaller shape would need hundreds of copies to leave the L2 cache
 
 
 class Shape(NamedTuple):
-    """q, k and v `[batch, heads, tokens, head_dim]`; `model` is empty for a free shape."""
+    """q, k and v of a call have this shape, `[batch, heads, tokens, head_dim]`; `model` is empty for a free shape."""
 
     model: str
     batch: int
@@ -35,17 +45,17 @@ class Shape(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What results are filed under."""
+        """Return the label that results are filed under."""
         return f"{self.model} {'×'.join(map(str, self.size))}".strip()
 
     @property
     def flop(self) -> float:
-        """Of Q·K and P·V."""
+        """Return the floating-point operations of Q·K and P·V."""
         return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
 
 
 def parse(texts: Sequence[str], batch: int = 1) -> list[Shape]:
-    """The shapes that `texts` name: keys of `NAMED`, which take `batch`, or BxHxNxD, such as 1x24x4608x128.
+    """Return the shapes that `texts` name: keys of `NAMED`, which take `batch`, or BxHxNxD, such as 1x24x4608x128.
 
     Raises ValueError, in one line, for anything else, and for a shape that can't be timed.
     """

@@ -1,4 +1,4 @@
-"""Whole forward calls of a model, timed together with the self-attention inside them."""
+"""This module times whole forward calls of a model together with the self-attention inside them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from dma_diffusers import apply, restore
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu
 from dma_diffusers.eval.bench.entries import FULL
 from dma_diffusers.eval.bench.inputs import draw
-from dma_diffusers.eval.bench.peers import PEERS, Peer, first_line
+from dma_diffusers.eval.bench.peers import PEERS, Peer
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import take_turns
 
@@ -34,11 +35,11 @@ BACKENDS = (
 
 
 def fastest_backend(shape: Shape, gpu: Gpu, seed: int) -> tuple[dict[str, Any], Peer]:
-    """What an attention call takes in each of `BACKENDS`, or why it is absent; and the fastest of them.
+    """Time an attention call in each of `BACKENDS`; return their times, or why they are absent, and the fastest.
 
     Raises ValueError where none runs.
     """
-    # As models lay tokens out: `[B, S, H, D]`.
+    # Models lay tokens out as `[B, S, H, D]`.
     copy = [
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(shape, "normal", seed, gpu.l2_bytes)[0]
     ]
@@ -60,9 +61,9 @@ def fastest_backend(shape: Shape, gpu: Gpu, seed: int) -> tuple[dict[str, Any], 
 
 
 class Clock(TorchFunctionMode):
-    """Times the self-attention of a forward call, ours and stock's; `stock` stands in for SDPA there.
+    """A clock times the self-attention of a forward call, ours and stock's; `stock` stands in for SDPA there.
 
-    tokens: of a call of self-attention. Other calls of SDPA are left as they are.
+    tokens: the length of a call of self-attention. Other calls of SDPA are left as they are.
     """
 
     def __init__(self, stock: Peer, tokens: int):
@@ -77,7 +78,7 @@ class Clock(TorchFunctionMode):
 
     @property
     def seconds(self) -> float:
-        """Of all calls, on a GPU that has been waited for."""
+        """Return the seconds of all calls, on a GPU that has been waited for."""
         return sum(start.elapsed_time(end) for start, end in self._events) / 1e3
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -106,7 +107,7 @@ class Clock(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Step:
-    """One forward call: its time, that of its calls of self-attention, the most memory allocated, its result."""
+    """A step is one forward call: its time, its self-attention's time, the most memory allocated, and its result."""
 
     seconds: float
     attention: float
@@ -122,7 +123,7 @@ def step(
     stock: Peer,
     tokens: int,
 ) -> Step:
-    """One forward call with `config`, timed on the GPU."""
+    """Run one forward call with `config`, timed on the GPU."""
     if config is None:
         restore(model)
     else:

@@ -1,4 +1,4 @@
-"""GPU times of several calls, taken in turns, so that a clock that drifts hits all alike."""
+"""This module times calls on the GPU and on the host, in turns, so that a drifting clock hits all of them alike."""
 
 import math
 import time
@@ -8,10 +8,18 @@ from typing import Any, TypeVar
 
 import torch
 
+from dma_diffusers.errors import first_line
+
+Call = Callable[[int], Any]
+"""A call launches one kernel or more, on the copy of the inputs that has this number (modulo their count)."""
+
 _Key = TypeVar("_Key", bound=Hashable)
 _ROUNDS = 3
-_SETTLING = 0.06  # seconds
+_SETTLING = 0.06  # calls run untimed for so many seconds first
 _MOST_IN_A_ROUND = 30  # their launches have to fit the queue, which holds about a thousand
+_HOST_ROUNDS, _HOST_CALLS = 5, 20
+_HOST_WAIT = 0.05  # the GPU waits for so many seconds while calls are enqueued, so that it never idles
+_CLOCKS = 2e9  # a GPU counts its wait in clocks, of which it has so many a second at most
 
 
 def require_gpu() -> None:
@@ -20,55 +28,108 @@ def require_gpu() -> None:
         raise ValueError("this command needs a CUDA GPU, and there is none")
 
 
-def take_turns(
-    calls: dict[_Key, Callable[[int], Any]], seconds: float
-) -> dict[_Key, dict[str, float | list[float]]]:
-    """What each call takes: `ms` on the GPU, its `ms_quartiles`, and `host_us` until it is enqueued; medians.
+def take_turns(calls: dict[_Key, Call], seconds: float) -> dict[_Key, dict[str, float | list[float]]]:
+    """Measure each call: `ms` on the GPU, its `ms_quartiles`, and `host_us` until it is enqueued; medians.
 
-    calls: each takes the number of the copy of the inputs to run on, and must have run once. seconds: of GPU
-    time for each, in 3 rounds of 1 to 30 calls. Each turn begins with untimed calls, so that what is timed runs
+    calls: each takes the number of the copy of the inputs to run on, and must have run once. seconds: GPU time
+    for each, in 3 rounds of 1 to 30 calls. Each turn begins with untimed calls, so that what is timed runs
     at the clock that this very call leaves the GPU under load.
     """
-    counts, untimed, waits = {}, {}, {}
+    counts, untimed, waits, host = {}, {}, {}, {}
     for key, call in calls.items():
-        gpu, host = _timed(call, 0, 0, 2, 0.01)
-        each = 1e-3 * max(gpu[-1], 1e-3)
+        each = 1e-3 * max(_gpu_ms(call, 0, 0, 2, 0.01)[-1], 1e-3)
         counts[key] = min(max(math.ceil(seconds / _ROUNDS / each), 1), _MOST_IN_A_ROUND)
         untimed[key] = min(math.ceil(_SETTLING / each), 2 * _MOST_IN_A_ROUND)
-        # The GPU waits until enough is enqueued: a call that is slow to enqueue is told by host_us, not by ms.
-        waits[key] = max(1.5 * host[-1] - each, 0) * (counts[key] + untimed[key])
-    wait = min(max(waits.values()), 0.2)  # the same for all: a GPU that waits cools
-    taken = {key: ([], []) for key in calls}
+        host[key] = host_seconds(call, min(counts[key], _HOST_CALLS))
+        # The GPU waits until enough is enqueued: host_us tells that a call is slow to enqueue, ms does not.
+        waits[key] = max(1.5 * host[key] - each, 0) * (counts[key] + untimed[key])
+    wait = min(max(waits.values()), 0.2)  # it is the same for all, because a GPU that waits cools
+    taken: dict[_Key, list[float]] = {key: [] for key in calls}
     for turn in range(_ROUNDS):
         for key, call in calls.items():
-            found = _timed(call, turn * counts[key], untimed[key], counts[key], wait)
-            for all_of_them, new in zip(taken[key], found, strict=True):
-                all_of_them += new
+            taken[key] += _gpu_ms(call, turn * counts[key], untimed[key], counts[key], wait)
     return {
-        key: {"ms": median(gpu), "ms_quartiles": _quartiles(gpu), "host_us": 1e6 * median(host)}
-        for key, (gpu, host) in taken.items()
+        key: {"ms": median(ms), "ms_quartiles": quantiles(ms, n=4)[::2], "host_us": 1e6 * host[key]}
+        for key, ms in taken.items()
     }
 
 
-def _quartiles(values: list[float]) -> list[float]:
-    return quantiles(values, n=4)[::2]
-
-
-def _timed(
-    call: Callable[[int], Any], first: int, untimed: int, count: int, wait: float
-) -> tuple[list[float], list[float]]:
-    """Milliseconds on the GPU and seconds on the host of `count` calls after others, enqueued while the GPU waits."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    host = []
+def host_seconds(call: Call, count: int = _HOST_CALLS) -> float:
+    """Measure how long the host takes to enqueue a call while the GPU is busy: the median of 5 means over `count`."""
+    taken = []
+    for _ in range(_HOST_ROUNDS):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(_HOST_WAIT * _CLOCKS))
+        began = time.perf_counter()
+        for number in range(count):
+            call(number)
+        taken.append((time.perf_counter() - began) / count)
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(wait * 2e9))  # clocks, of which GPUs have up to 2e9 a second
+    return median(taken)
+
+
+def eager_and_graph(call: Call, copies: int, seconds: float) -> dict[str, Any]:
+    """Measure a call as a program meets it: `eager_ms`, one call after another, and `graph_ms`, CUDA graphs likewise.
+
+    Nothing makes the GPU wait, so a call that takes longer to enqueue than to run takes that time in `eager_ms`.
+    Each graph holds one call on one copy of the inputs, of which there are `copies`. Both are medians of 3 rounds in
+    turns, each of `seconds` / 3 and at least one call. `graph_ms` is None where the call can't be captured, and
+    `graph_absent` then has the reason.
+    """
+    found: dict[str, Any] = {}
+    calls = {"eager_ms": call}
+    try:
+        calls["graph_ms"] = _captured(call, copies)
+    except Exception as error:  # a peer may fail in whatever way it likes
+        torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
+        found |= {"graph_ms": None, "graph_absent": first_line(error)}
+    each = {name: 1e-3 * _throughput_ms(timed, 1, 3) for name, timed in calls.items()}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, timed in calls.items():
+            untimed, count = (math.ceil(duration / each[name]) for duration in (_SETTLING, seconds / _ROUNDS))
+            taken[name].append(_throughput_ms(timed, untimed, count))
+    return {name: median(ms) for name, ms in taken.items()} | found
+
+
+def _captured(call: Call, copies: int) -> Call:
+    """Return the call as CUDA graphs, one for each copy of the inputs."""
+    graphs = []
+    with torch.cuda.stream(
+        torch.cuda.current_stream()
+    ):  # a capture that fails would leave its own stream current
+        for number in range(copies):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call(number)
+            graphs.append(graph)
+    return lambda number: graphs[number % copies].replay()
+
+
+def _throughput_ms(call: Call, untimed: int, count: int) -> float:
+    """Measure the mean milliseconds of `count` calls that follow others without a pause."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for number in range(untimed):
+        call(number)
+    start.record()
+    for number in range(untimed, untimed + count):
+        call(number)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def _gpu_ms(call: Call, first: int, untimed: int, count: int, wait: float) -> list[float]:
+    """Measure the milliseconds of each of `count` calls after `untimed` others, all enqueued while the GPU waits."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(wait * _CLOCKS))
     for number in range(untimed):
         call(number)
     for number, (start, end) in enumerate(events, first):
         start.record()
-        began = time.perf_counter()
         call(number)
-        host.append(time.perf_counter() - began)
         end.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events], host
+    return [start.elapsed_time(end) for start, end in events]

@@ -1,4 +1,4 @@
-"""`bench video`: whole steps of video transformers at their true size, with stock attention and with ours."""
+"""`bench video` measures whole steps of video transformers at their true size, with stock attention and with ours."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.bench.video_models import Video, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels import operator, plan
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Policy
-from dma_diffusers.kernels.tiling.precision_map import Class, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 NOTE = (
     "Weights are random: these are speeds, and quality is unknown. A step is one forward call, without torch.compile. "
@@ -31,7 +31,7 @@ NOTE = (
 )
 STOCK, LOW, SPARSE, DENSE = "stock", "LOW everywhere", "neighbourhood", "its dense step, HIGH everywhere"
 DENSE_SHARE = 0.3
-# No step and no layer is dense: a model's family may ask for some by default.
+# No step and no layer is dense; without these fields a model's family may ask for some.
 UNGATED = {"dense_above_sigma": 1, "dense_layers": ()}
 EVERY_STEP_DENSE = {"dense_above_sigma": 0, "dense_layers": ()}
 _PACKAGES = ("dma_diffusers", "torch", "diffusers")
@@ -39,7 +39,7 @@ OnStep = Callable[[str, int, int], None]
 
 
 def configurations(neighborhood: Policy) -> dict[str, DMAConfig | None]:
-    """What steps are timed with; None for stock attention."""
+    """Return the configurations that steps are timed with; None is stock attention."""
     near = {"policy": str(neighborhood)}
     return {
         STOCK: None,
@@ -57,11 +57,11 @@ def bench_video(
     command: str = "",
     on_step: OnStep = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """Time steps of each model in `configurations`: `result.collect`'s result, with what `measure` gives for each.
+    """Time steps of each model in `configurations`, and return the result that `result.collect` describes.
 
-    rounds: in which each configuration has one step. output: where the result goes, model by model. command: how this
-    was started, for the record. Raises ValueError without a GPU that our kernels run on, and where the result
-    there has other settings.
+    It has what `measure` returns for each model. rounds: each configuration has one step in each of them. output: the
+    file that the result is written to, model by model. command: how this was started, for the record. Raises ValueError
+    without a GPU that our kernels run on, and where the file there has other settings.
     """
     require_gpu()
     gpu = current_gpu()
@@ -88,11 +88,11 @@ def measure(
     seed: int,
     on_step: OnStep = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """One model: `{"model", "clip", …, "backends", "stock", "entries"}`, the entries as `compared` gives them.
+    """Measure one model: `{"model", "clip", …, "backends", "stock", "entries"}`, the entries as `compared` gives them.
 
     The fastest of `BACKENDS` on its shape stands in for SDPA in the self-attention of stock steps. After a step of a
-    shortened model, which compiles, each configuration has one step in each round. `relative_l2` is that of a
-    step's result to the stock step's, None where it isn't finite.
+    shortened model, which compiles, each configuration has one step in each round. `relative_l2` compares a step's
+    result with the stock step's; it is None where it isn't finite.
     """
     configs = configurations(video.neighborhood)
     title, total = f"{name}, {video.clip}", 1 + rounds * len(configs)
@@ -122,9 +122,9 @@ def measure(
     first = {entry: taken[0] for entry, taken in steps.items()}
     entries = []
     for entry, config in configs.items():
-        of_policy = work(config, layout, head_dim, device, entry == DENSE)
+        of_policy = workload(config, layout, head_dim, device, entry == DENSE)
         bound = bound_tflops(shape, of_policy.pop("products"), gpu)
-        error = _relative_l2(first[entry].out, first[STOCK].out)
+        error = relative_l2(first[entry].out, first[STOCK].out)
         entries.append({
             "name": entry, **of_policy,
             "step_s": median(taken.seconds for taken in steps[entry]),
@@ -151,12 +151,12 @@ def measure(
     }
 
 
-def work(
+def workload(
     config: DMAConfig | None, layout: Layout, head_dim: int, device: torch.device, is_dense: bool
 ) -> dict[str, Any]:
-    """A configuration's policy in words, the shares of all pairs of tiles in HIGH and LOW, and its `products`.
+    """Return a configuration's policy in words, the shares of all pairs of tiles in HIGH and LOW, and its `products`.
 
-    is_dense: for a step that is HIGH everywhere. In tile order, padding may bring their sum over 1.
+    is_dense: says if the step is HIGH everywhere. In tile order, padding may bring the sum of the shares over 1.
     """
     if config is None:
         return {"policy": None, "high": 1.0, "low": 0.0, "products": [Products(1.0, "H", "H")]}
@@ -172,7 +172,7 @@ def work(
 
 
 def compared(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries, and after them a schedule, `DENSE_SHARE` of whose steps are dense and the others neighbourhoods.
+    """Return the entries, and after them a schedule: `DENSE_SHARE` of its steps are dense, the others neighbourhoods.
 
     Adds `over_stock` and `attention_over_stock`, speeds in units of stock's, and `attention_share` of a step's time.
     The schedule's times are means over its steps, computed from the entries' medians.
@@ -200,7 +200,8 @@ def compared(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return ‖out − exact‖ / ‖exact‖."""
     out, exact = out.double(), exact.double()
     return ((out - exact).norm() / exact.norm()).item()
 
@@ -220,7 +221,7 @@ HEADER = (
 
 
 def cells(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table's lines, under `HEADER`."""
+    """Return the table's lines, under `HEADER`."""
     lines = []
     for entry in entries:
         bound = entry.get("attention_bound_s")

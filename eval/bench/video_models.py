@@ -1,4 +1,4 @@
-"""Video transformers at their true size: stock Diffusers classes with random weights, and what one step gives them."""
+"""This module makes video transformers at their true size with random weights, and the inputs of one of their steps."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dma_diffusers.eval.bench.random_model import random_model
 from dma_diffusers.families import FAMILIES
 from dma_diffusers.grids import of_video
 from dma_diffusers.kernels.tiling.layout import Layout
@@ -15,10 +16,7 @@ from dma_diffusers.kernels.tiling.policies import Neighborhood
 
 _Random = Callable[..., torch.Tensor]
 
-_TIMESTEP = 500  # of 1,000
-# Scores of normalised random q and k have a standard deviation of 1, and the softmax of so many is a plain mean: with
-# 3, as trained models have it, each query attends to a few keys, and a result tells which.
-_SHARPNESS = 3.0
+_TIMESTEP = 500  # timesteps go up to 1,000
 _BLOCKS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
 
@@ -38,11 +36,11 @@ def _hunyuan_text(config: Any, tokens: int, random: _Random) -> dict[str, torch.
 
 @dataclass(frozen=True)
 class Video:
-    """A model, and the video that a step of it denoises.
+    """A model, and the video that a step of it denoises, are described here.
 
-    kind: a class of Diffusers. config: what differs from its defaults, which are those of the published model.
-    clip: in words. latents: frames, rows and columns. text: tokens of it, none of them padding.
-    text_inputs: what the model is given of text. neighborhood: LOW within, SKIP beyond, text HIGH.
+    kind: a class of Diffusers. config: what differs from its defaults, which are those of the published model. clip:
+    the video's size in words. latents: frames, rows and columns. text: tokens of text, none of them padding.
+    text_inputs: makes the model's arguments that hold text. neighborhood: LOW within, SKIP beyond, text HIGH.
     """
 
     kind: str
@@ -54,28 +52,12 @@ class Video:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, device: torch.device, seed: int) -> torch.nn.Module:
-        """The model, made on `device` with PyTorch's initial weights, in the dtypes that `from_pretrained` gives bf16.
+        """Make the model, as `random_model` does.
 
         The mask that HunyuanVideo makes of its text's padding hides nothing here and is taken away, since stock
         attention has no fast kernel that takes one.
         """
-        import diffusers
-
-        kind = getattr(diffusers, self.kind)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.random.fork_rng(), device:
-                torch.manual_seed(seed)
-                model = kind(**self.config).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(before)
-        in_fp32 = set(model._keep_in_fp32_modules or ())
-        for name, parameter in model.named_parameters():
-            if in_fp32 & set(name.split(".")):
-                parameter.data = parameter.data.float()
-            if name.endswith("norm_q.weight"):
-                parameter.data.fill_(_SHARPNESS)
+        model = random_model(self.kind, self.config, device, seed)
         if FAMILIES[self.kind].masks_text:
             for blocks in _block_lists(model).values():
                 for block in blocks:
@@ -83,7 +65,7 @@ class Video:
         return model
 
     def inputs(self, model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-        """Arguments of the model's forward call, on its device."""
+        """Return the arguments of the model's forward call, on its device."""
         generator = torch.Generator(model.device).manual_seed(seed)
 
         def random(*size: int) -> torch.Tensor:
@@ -96,7 +78,7 @@ class Video:
         }
 
     def layout(self, model: torch.nn.Module) -> Layout:
-        """The tokens of its self-attention; of HunyuanVideo's, text comes last."""
+        """Return the layout of the tokens of its self-attention; in HunyuanVideo's, text comes last."""
         latents = SimpleNamespace(shape=(1, 1, *self.latents))
         grid = of_video(model, {"hidden_states": latents})
         video = grid[0] * grid[1] * grid[2]
@@ -104,8 +86,8 @@ class Video:
         return Layout(tokens, tokens, (video, tokens) if tokens > video else (0, 0), grid)
 
 
-# Windows that leave out nine tenths of the tiles. Of those of about that size that `simulate --search` proposes, these
-# cut fewest tiles.
+# These windows leave out nine tenths of the tiles. Of the windows of about that size that `simulate --search` proposes,
+# they cut fewest tiles.
 VIDEOS = {
     "wan-14b-720p": Video(
         "WanTransformer3DModel", "1280×720, 81 frames", (21, 90, 160), 512, _wan_text,
@@ -119,7 +101,7 @@ VIDEOS = {
 
 
 def named(name: str) -> Video:
-    """The video of a name; ValueError for one that isn't in `VIDEOS`."""
+    """Return the video of a name; raises ValueError for one that isn't in `VIDEOS`."""
     if name not in VIDEOS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(VIDEOS)}")
     return VIDEOS[name]

@@ -1,1 +1,1 @@
-"""Quality metrics: pictures, features or latents in, numbers out; no runs and no pipelines."""
+"""Quality metrics take pictures, features or latents and return numbers; they know no runs and no pipelines."""

@@ -1,8 +1,9 @@
-"""An alignment score of pictures and prompts for the demo model's domain: scenes of emoji-like objects.
+"""This module scores how pictures and prompts align in the demo model's domain, scenes of emoji-like objects.
 
-Not CLIPScore, and not comparable with it: two small heads, trained by `eval/alignment_training` on things that
-the demo model does not draw, over a frozen EfficientNet-lite0 and a frozen MiniLM. Its README says what the
-score notices (backgrounds, arrangements, noise; objects a little) and what not (which of two is where).
+The score is not CLIPScore, and not comparable with it. Two small heads, trained by `eval/alignment_training` on things
+that the demo model does not draw, stand over a frozen EfficientNet-lite0 and a frozen MiniLM. The README there says
+what the score notices (backgrounds, arrangements, noise; objects a little) and what it does not (which of two objects
+is where).
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ _DROPOUT = 0.1
 
 
 class AlignmentScorer:
-    """100 · cos between a picture's and a prompt's embedding.
+    """The score is 100 · cos between a picture's and a prompt's embedding.
 
     Raises:
         ModuleNotFoundError: a package that carries frozen weights is missing; the message names it.
@@ -39,14 +40,14 @@ class AlignmentScorer:
         self.heads.load_state_dict(load_file(HEADS))
 
     def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Score uint8 `[B, 3, H, W]` pictures and their B prompts, `[B]` float32, -100 to 100."""
+        """Score uint8 `[B, 3, H, W]` pictures and their B prompts: `[B]` float32, -100 to 100."""
         with exact_float32(), torch.inference_mode():
             seen = self.heads.picture(self.frozen.see(pictures.to(self.device)))
             return 100 * (seen * self.heads.text(self.frozen.read(prompts))).sum(-1)
 
 
 class FrozenEncoders:
-    """What the heads stand on, from two installed packages."""
+    """The heads stand on these encoders, which come from two installed packages."""
 
     def __init__(self, device: torch.device):
         from transformers import AutoModel, AutoTokenizer
@@ -62,12 +63,12 @@ class FrozenEncoders:
         self.text_model.eval().requires_grad_(False).to(device)
 
     def see(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 `[B, 3, H, W]` to float32 `[B, GRID², FEATURES]`, cells in reading order."""
+        """Encode uint8 `[B, 3, H, W]` pictures as float32 `[B, GRID², FEATURES]`, cells in reading order."""
         features = self.picture_model(pictures.contiguous(memory_format=torch.channels_last))
         return F.adaptive_avg_pool2d(features, GRID).flatten(2).transpose(1, 2)
 
     def read(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Prompts to float32 `[B, 384]`, the mean over each prompt's tokens."""
+        """Encode prompts as float32 `[B, 384]`, the mean over each prompt's tokens."""
         inputs = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
         inputs = inputs.to(self.text_model.device)
         mask = inputs["attention_mask"][:, :, None].float()
@@ -75,7 +76,7 @@ class FrozenEncoders:
 
 
 class Heads(nn.Module):
-    """The trained part: frozen features to embeddings of length 1, float32 `[B, 256]`."""
+    """The heads are the trained part: they map frozen features to embeddings of length 1, float32 `[B, 256]`."""
 
     def __init__(self):
         super().__init__()
@@ -86,12 +87,12 @@ class Heads(nn.Module):
         self.dropout = nn.Dropout(_DROPOUT)
 
     def picture(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed `[B, GRID², FEATURES]` of pictures."""
+        """Embed the features `[B, GRID², FEATURES]` of pictures."""
         cells = F.gelu(self.cell(self.dropout(self.norm(features))))
         return F.normalize(self.places(self.dropout(cells).flatten(1)), dim=-1)
 
     def text(self, features: torch.Tensor) -> torch.Tensor:
-        """Embed `[B, 384]` of prompts."""
+        """Embed the features `[B, 384]` of prompts."""
         return F.normalize(self.meaning(self.dropout(features)), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""CLIPScore: how well a picture shows what its prompt says, by a CLIP of the user's choice.
+"""CLIPScore tells how well a picture shows what its prompt says, by a CLIP of the user's choice.
 
 torchmetrics 1.9 has it too, but takes transformers 5's outputs for tensors.
 """
@@ -13,9 +13,9 @@ from dma_diffusers.eval.metrics.float32 import exact_float32
 
 
 class ClipScorer:
-    """CLIPScore with w = 100: max(100 · cos(picture, prompt), 0).
+    """CLIPScore is max(100 · cos(picture, prompt), 0), with w = 100.
 
-    Hessel et al., https://arxiv.org/abs/2104.08718. Longer prompts than the model reads are cut.
+    Its source is Hessel et al., https://arxiv.org/abs/2104.08718. A prompt that is longer than the model reads is cut.
 
     Args:
         model: a local folder or a hub id of a CLIP, with safetensors weights.
@@ -37,7 +37,9 @@ class ClipScorer:
             if config.model_type == "clip":
                 self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
                 self.tokenizer = AutoTokenizer.from_pretrained(model)
-                self.prepare = AutoImageProcessor.from_pretrained(model, backend="pil")  # as CLIP was trained
+                self.prepare = AutoImageProcessor.from_pretrained(
+                    model, backend="pil"
+                )  # CLIP was trained with it
         except (OSError, ValueError, SafetensorError) as error:
             raise OSError(_what_to_do(model, error)) from error
         if config.model_type != "clip":
@@ -46,7 +48,7 @@ class ClipScorer:
         self.truncated: set[str] = set()
 
     def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """CLIPScore of uint8 `[B, 3, H, W]` pictures and their B prompts, `[B]` float32, 0 to 100."""
+        """Score uint8 `[B, 3, H, W]` pictures and their B prompts: `[B]` float32, 0 to 100."""
         prompts = list(prompts)
         whole = self.tokenizer(prompts, verbose=False)["input_ids"]
         self.truncated.update(p for p, ids in zip(prompts, whole, strict=True) if len(ids) > self.length)
@@ -59,7 +61,7 @@ class ClipScorer:
                 input_ids=text["input_ids"],
                 attention_mask=text["attention_mask"],
                 pixel_values=picture["pixel_values"],
-            )  # embeddings of length 1
+            )  # the embeddings have length 1
         return (100 * (embedded.image_embeds * embedded.text_embeds).sum(-1)).clamp(min=0)
 
 

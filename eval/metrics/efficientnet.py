@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 (Tan and Le, https://arxiv.org/abs/1905.11946), the classifier's convolutions alone."""
+"""EfficientNet-lite0 (Tan and Le, https://arxiv.org/abs/1905.11946) is a classifier; here are its convolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import nn
 FEATURES = 1280
 SIDE = 224
 
-_STAGES = (  # blocks, kernel, stride of the first, expansion, output channels
+_STAGES = (  # each is blocks, kernel, stride of the first, expansion, output channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -19,7 +19,7 @@ _STAGES = (  # blocks, kernel, stride of the first, expansion, output channels
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures to a grid of features; parameter names are those of the published weights."""
+    """The network turns pictures into a grid of features; its parameters have the names of the published weights."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class EfficientNetLite0(nn.Module):
         self._conv_head, self._bn1 = _Convolution(channels, FEATURES, 1), _norm(FEATURES)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 `[B, 3, H, W]` of any size to float32 `[B, FEATURES, 7, 7]`, at least 0."""
+        """Return float32 `[B, FEATURES, 7, 7]`, at least 0, of uint8 `[B, 3, H, W]` pictures of any size."""
         x = pictures.float()
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
@@ -62,7 +62,7 @@ class _Block(nn.Module):
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: what does not divide evenly goes to the right and bottom."""
+    """A convolution is padded as TensorFlow's SAME: what does not divide evenly goes to the right and bottom."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)

@@ -1,4 +1,4 @@
-"""What FID and KID are computed from: the moments of any number of features, and a bounded sample of them."""
+"""FID and KID are computed from the moments of any number of features, and from a bounded sample of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from itertools import pairwise
 
 import torch
 
-Key = tuple[str, int]  # a prompt and the number of its picture
+Key = tuple[str, int]  # it holds a prompt and the number of its picture
 _SAMPLE = 10_000
 
 
 class FeatureSet:
-    """Features of a set of pictures, in memory that does not grow with their number.
+    """This holds features of a set of pictures, in memory that does not grow with their number.
 
     `count`, `mean` and `covariance` are those of all pictures, in float64. `features` and `keys` are a sample of at
-    most 10,000: those whose prompts' hashes are lowest, so that neither order nor batches change it, all prompts
+    most 10,000 pictures, those whose prompts' hashes are lowest. So neither order nor batches change it, all prompts
     but the last stay whole, and sets drawn from the same prompts keep the same ones.
     """
 
@@ -45,33 +45,33 @@ class FeatureSet:
 
     @property
     def mean(self) -> torch.Tensor:
-        """[D] float64."""
+        """Return the mean, [D] float64."""
         return self._sum / self.count
 
     @property
     def covariance(self) -> torch.Tensor:
-        """[D, D] float64, unbiased: of at least 2 pictures."""
+        """Return the unbiased covariance, [D, D] float64, of at least 2 pictures."""
         return (self._products - self.count * self.mean.outer(self.mean)) / (self.count - 1)
 
     @property
     def features(self) -> torch.Tensor:
-        """[n, D], of the sample."""
+        """Return the features of the sample, [n, D]."""
         self._compact()
         return self._features[0]
 
     @property
     def keys(self) -> list[Key]:
-        """The sample's keys, in the order of `features`."""
+        """Return the sample's keys, in the order of `features`."""
         self._compact()
         return self._keys
 
     @property
     def prompts(self) -> list[str]:
-        """The sample's prompts, in the order of their hashes."""
+        """Return the sample's prompts, in the order of their hashes."""
         return list(dict.fromkeys(prompt for prompt, _ in self.keys))
 
     def groups(self, most: int) -> torch.Tensor:
-        """[n] int64: which of at most `most` groups of whole prompts each picture of the sample is in."""
+        """Cut the prompts into at most `most` groups, and return the group of each picture of the sample, [n] int64."""
         numbers = {prompt: number % most for number, prompt in enumerate(self.prompts)}
         return torch.tensor([numbers[prompt] for prompt, _ in self.keys], device=self.features.device)
 

@@ -1,4 +1,4 @@
-"""How the metrics' networks run: in float32, and twice alike."""
+"""The metrics' networks run in float32, and twice alike."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """cuDNN without TF32, which would change features in the third digit, and with deterministic algorithms only."""
+    """Run cuDNN without TF32, which would change features in the third digit, and with deterministic algorithms."""
     cudnn = torch.backends.cudnn
     precision, deterministic = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True

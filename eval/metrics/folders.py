@@ -1,4 +1,4 @@
-"""FID and KID of two folders of pictures."""
+"""This module computes FID and KID of two folders of pictures."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +19,11 @@ _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _BATCH = 64
 
 OnStep = Callable[[int, int], None]
-"""Called with the numbers of pictures done and of all."""
+"""It is called with the number of pictures done and the number of all."""
 
 
 class Distances(NamedTuple):
-    """How far two folders of pictures are apart, over how many, and what a reader has to know."""
+    """This says how far two folders of pictures are apart, over how many, and what a reader has to know."""
 
     fid: Interval
     kid: Interval
@@ -38,13 +38,13 @@ def distances(
     device: torch.device | str,
     on_step: OnStep = lambda done, total: None,
 ) -> Distances:
-    """FID and KID of the pictures in `folder`, subfolders included, against those in `reference`.
+    """Compute FID and KID of the pictures in `folder`, subfolders included, against those in `reference`.
 
-    Each picture, of any size, is resized as InceptionV3's graph does it. Each counts as a prompt of its own; where
-    both folders hold the same names, they are taken as drawn from the same prompts.
+    Each picture, of any size, is resized as InceptionV3's graph does it. Each counts as a prompt of its own; where both
+    folders hold the same names, they are taken as drawn from the same prompts.
 
-    Raises FileNotFoundError for a folder that isn't there, and ValueError for one with fewer than 2 pictures or
-    with a file that cannot be read, by its name.
+    Raises FileNotFoundError for a folder that isn't there, and ValueError for one with fewer than 2 pictures or with a
+    file that cannot be read, by its name.
     """
     sets, offset = [], 0
     total = sum(len(picture_paths(each)) for each in (folder, reference))
@@ -59,7 +59,7 @@ def distances(
 def folder_features(
     folder: Path, device: torch.device | str, on_step: OnStep = lambda done, total: None
 ) -> FeatureSet:
-    """What FID and KID see of the pictures in a folder; raises as `distances` does."""
+    """Return the features of the pictures in a folder that FID and KID compare; raises as `distances` does."""
     paths = picture_paths(folder)
     found = FeatureSet()
     with ThreadPoolExecutor() as pool:
@@ -73,7 +73,7 @@ def folder_features(
 
 
 def picture_paths(folder: Path) -> list[Path]:
-    """The pictures under a folder, by their suffixes, in the order of their names.
+    """Find the pictures under a folder, by their suffixes, in the order of their names.
 
     Raises FileNotFoundError where it is no folder and ValueError where it holds fewer than 2.
     """
@@ -88,7 +88,7 @@ def picture_paths(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> torch.Tensor:
-    """[3, H, W] uint8."""
+    """Read a picture as uint8 [3, H, W]."""
     try:
         with Image.open(path) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

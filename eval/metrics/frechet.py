@@ -1,4 +1,4 @@
-"""FID: the Fréchet distance of two sets of features, each taken as a Gaussian, and its interval over prompts."""
+"""FID is the Fréchet distance of two sets of features, each taken as a Gaussian; here it has an interval."""
 
 import math
 from typing import NamedTuple
@@ -10,29 +10,29 @@ from dma_diffusers.eval.metrics.features import FeatureSet, require_pictures
 
 _GROUPS = 20
 _FEW = 2_000
-# Student's t at 0.975, by degrees of freedom from 1.
+# These are Student's t at 0.975, by degrees of freedom from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
       2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # fmt: skip
 
 
 class _Gaussian(NamedTuple):
-    mean: torch.Tensor  # [D] float64
-    root: torch.Tensor  # [m, D] float64 with rootᵀ root the covariance
+    mean: torch.Tensor  # it is [D] float64
+    root: torch.Tensor  # it is [m, D] float64, and rootᵀ root is the covariance
 
 
 def fid(pictures: FeatureSet, reference: FeatureSet) -> Interval:
-    """The Fréchet inception distance (https://arxiv.org/abs/1706.08500) with its 95 % interval; 0 for equal sets.
+    """Compute the Fréchet inception distance (https://arxiv.org/abs/1706.08500) with its 95 % interval.
 
-    The interval is a delete-group jackknife: the prompts are cut into 20 groups (one per prompt where there are
-    fewer), FID is taken again without each group, and the spread of these G values, scaled by (G − 1)² / G, is the
-    variance of the estimate; the interval is symmetric, with Student's t of G − 1 degrees. Where both sets have the
-    same prompts, a group leaves both; any other reference is taken as it is. Beyond the sample's 10,000 pictures the
-    spread is the sample's, scaled to the number of all. With fewer than 3 prompts the bounds are NaN.
+    It is 0 for equal sets. The interval is a delete-group jackknife: the prompts are cut into 20 groups (one per prompt
+    where there are fewer), FID is taken again without each group, and the spread of these G values, scaled by (G − 1)²
+    / G, is the variance of the estimate; the interval is symmetric, with Student's t of G − 1 degrees. Where both sets
+    have the same prompts, a group leaves both; any other reference is taken as it is. Beyond the sample's 10,000
+    pictures the spread is the sample's, scaled to the number of all. With fewer than 3 prompts the bounds are NaN.
 
     FID of n pictures is biased upwards by a term that falls with 1/n, and the interval does not cover that bias: it
     tells how much FID *at this n* depends on the prompts. It errs on the wide side (Efron and Stein, 1981), most with
-    fewer pictures than features: 1.6 times too wide in a simulation of 100 pictures with 256 features. A bootstrap
-    would shift FID itself, since doubled pictures make a smaller set.
+    fewer pictures than features: it was 1.6 times too wide in a simulation of 100 pictures with 256 features. A
+    bootstrap would shift FID itself, since doubled pictures make a smaller set.
 
     Raises ValueError where a set has fewer than 2 pictures.
     """
@@ -61,7 +61,7 @@ def fid(pictures: FeatureSet, reference: FeatureSet) -> Interval:
 
 
 def fid_notes(pictures: FeatureSet, reference: FeatureSet) -> list[str]:
-    """What a reader of their FID has to know: too few pictures, a singular covariance."""
+    """Return what a reader of their FID has to know: too few pictures, a singular covariance."""
     fewest, features = min(pictures.count, reference.count), pictures.features.shape[1]
     notes = []
     if fewest < _FEW:
@@ -75,7 +75,7 @@ def fid_notes(pictures: FeatureSet, reference: FeatureSet) -> list[str]:
 
 
 def _distance(x: _Gaussian, y: _Gaussian, quickly: bool = False) -> float:
-    """‖μ − μ'‖² + tr(C + C' − 2 (C C')^½) of two Gaussians.
+    """Compute ‖μ − μ'‖² + tr(C + C' − 2 (C C')^½) of two Gaussians.
 
     tr (C C')^½ is the sum of the singular values of root root'ᵀ, as many as the smaller set has pictures.
     """
@@ -88,7 +88,7 @@ def _distance(x: _Gaussian, y: _Gaussian, quickly: bool = False) -> float:
 
 
 def _quick_singular_values(product: torch.Tensor) -> torch.Tensor:
-    """Singular values by way of their squares, which GPUs find fast; those near 0 have half the digits."""
+    """Compute singular values by way of their squares, which GPUs find fast; those near 0 have half the digits."""
     if product.shape[0] > product.shape[1]:
         product = product.T
     return torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt()

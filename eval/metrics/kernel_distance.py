@@ -1,4 +1,4 @@
-"""KID: the squared maximum mean discrepancy of two sets of features, without bias, and its interval over prompts."""
+"""KID is the squared maximum mean discrepancy of two sets of features, without bias; here it has an interval."""
 
 import math
 
@@ -14,18 +14,18 @@ _ROWS = 1_024
 
 
 def kid(pictures: FeatureSet, reference: FeatureSet, seed: int = 0) -> Interval:
-    """The kernel inception distance (https://arxiv.org/abs/1801.01401) with its 95 % interval over prompts.
+    """Compute the kernel inception distance (https://arxiv.org/abs/1801.01401) with its 95 % interval over prompts.
 
-    It is the U-statistic over all pairs of the samples (at most 10,000 pictures each) with the kernel
-    (x·y / D + 1)³: the mean that the literature's random subsets of 1,000 scatter around. A pair of one key with
-    itself never counts, in one set or across: sets drawn from the same prompts and seeds are samples of pairs, whose
-    unbiased estimate leaves such pairs out (Gretton et al., 2012, equation 4), and a set against itself is exactly 0.
-    Small distances may come out below 0, as an unbiased estimate of 0 has to.
+    It is the U-statistic over all pairs of the samples (at most 10,000 pictures each) with the kernel (x·y / D + 1)³:
+    the mean that the literature's random subsets of 1,000 scatter around. A pair of one key with itself never counts,
+    in one set or across: sets drawn from the same prompts and seeds are samples of pairs, whose unbiased estimate
+    leaves such pairs out (Gretton et al., 2012, equation 4), and a set against itself is exactly 0. Small distances may
+    come out below 0, as an unbiased estimate of 0 has to.
 
-    The interval is a percentile bootstrap over prompts (1,000 groups of them where there are more), with the same
-    draws for both sets where their prompts are the same; any other reference is taken as it is. A prompt drawn twice
-    is not paired with its double, whose high similarity would bias the distance upwards. With fewer than 3 prompts
-    the bounds are NaN.
+    The interval is a percentile bootstrap over prompts (1,000 groups of them where there are more), with the same draws
+    for both sets where their prompts are the same; any other reference is taken as it is. A prompt drawn twice is not
+    paired with its double, whose high similarity would bias the distance upwards. With fewer than 3 prompts the bounds
+    are NaN.
 
     Raises ValueError where a set has fewer than 2 pictures.
     """
@@ -55,18 +55,18 @@ def kid(pictures: FeatureSet, reference: FeatureSet, seed: int = 0) -> Interval:
 
 
 def _members(pictures: FeatureSet, groups: int) -> torch.Tensor:
-    """[n, groups] float64: 1 where a picture of the sample is in a group of prompts."""
+    """Return [n, groups] float64 that is 1 where a picture of the sample is in a group of prompts."""
     return torch.nn.functional.one_hot(pictures.groups(groups), groups).double()
 
 
 def _matches(pictures: FeatureSet, reference: FeatureSet) -> torch.Tensor:
-    """[n] int64: where the reference's sample has the same key, or −1."""
+    """Return where the reference's sample has the same key, or −1: [n] int64."""
     places = {key: place for place, key in enumerate(reference.keys)}
     return torch.tensor([places.get(key, -1) for key in pictures.keys], device=pictures.features.device)
 
 
 def _pair_sums(x, y, x_members, y_members, matches) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's sum over the pairs of any two groups, and their number, without those that match: [P, Q] each."""
+    """Sum the kernel over the pairs of any two groups without those that match: sums and numbers, [P, Q] each."""
     sums = 0.0
     for rows in torch.arange(len(x), device=x.device).split(_ROWS):
         kernel = (x[rows] @ y.T / x.shape[1] + 1) ** 3
@@ -79,7 +79,7 @@ def _pair_sums(x, y, x_members, y_members, matches) -> tuple[torch.Tensor, torch
 
 
 def _mean(sums, pairs, x_draws, y_draws, same: bool) -> torch.Tensor:
-    """The kernel's mean [R] with groups drawn [R, P] and [R, Q] times, a group's pairs with its double left out."""
+    """Return the kernel's mean [R] with groups drawn [R, P] and [R, Q] times; a group is not paired with its double."""
 
     def total(values: torch.Tensor) -> torch.Tensor:
         everything = ((x_draws @ values) * y_draws).sum(1)

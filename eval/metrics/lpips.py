@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look, by the features of an AlexNet."""
+"""LPIPS tells how different two pictures look, by the features of an AlexNet."""
 
 from functools import cache
 from pathlib import Path
@@ -11,15 +11,15 @@ from dma_diffusers.eval.metrics.float32 import exact_float32
 
 _WEIGHTS = Path(__file__).with_name("lpips_alex.safetensors")
 _BATCH = 32
-_SMALLEST = 31  # below it, nothing is left after the second pooling
+_SMALLEST = 31  # of a smaller picture nothing is left after the second pooling
 
 
 def lpips(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Learned perceptual distance of [B, 3, H, W] uint8 pictures, [B] float32 on their device; 0 where identical.
+    """Return the learned perceptual distance of [B, 3, H, W] uint8 pictures, [B] float32 on their device.
 
-    Zhang et al., 2018 (https://arxiv.org/abs/1801.03924), version 0.1 with the AlexNet backbone, as the `lpips`
-    package has it, with most weights rounded to float16: ATTRIBUTION.md says what that changes.
-    Raises ValueError where the shapes differ or a side is shorter than 31 pixels.
+    Identical pictures have 0. Zhang et al., 2018 (https://arxiv.org/abs/1801.03924), published it. This is version 0.1
+    with the AlexNet backbone, as the `lpips` package has it, with most weights rounded to float16: ATTRIBUTION.md says
+    what that changes. Raises ValueError where the shapes differ or a side is shorter than 31 pixels.
     """
     if pictures.shape != references.shape or min(pictures.shape[2:]) < _SMALLEST:
         raise ValueError(
@@ -35,7 +35,7 @@ def lpips(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 class _Lpips(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # torchvision's AlexNet up to its last ReLU, without torchvision.
+        # This is torchvision's AlexNet up to its last ReLU, without torchvision.
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, 11, stride=4, padding=2),
             nn.ReLU(),
@@ -53,7 +53,7 @@ class _Lpips(nn.Module):
         self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in (64, 192, 384, 256, 256))
 
     def forward(self, pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        # Not in one batch: only calls of one shape are sure to round alike, and identical pictures to give 0.
+        # They are not one batch: only calls of one shape are sure to round alike, so that identical pictures give 0.
         layers = zip(self.heads, self._layers(pictures), self._layers(references), strict=True)
         return sum(((x - y).square() * head).sum(1).mean((1, 2)) for head, x, y in layers)
 

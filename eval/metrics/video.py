@@ -1,10 +1,10 @@
-"""Metrics of videos: paired metrics of each frame, what they come to over several, and flicker."""
+"""The metrics of videos are paired metrics of each frame, their values over several frames, and flicker."""
 
 from collections.abc import Callable
 
 import torch
 
-_PIXELS = 2**21  # measured at once: SSIM takes some 500 bytes for each
+_PIXELS = 2**21  # so many are measured at once: SSIM takes some 500 bytes for each
 
 
 def each_frame(
@@ -12,14 +12,14 @@ def each_frame(
     videos: torch.Tensor,
     references: torch.Tensor,
 ) -> torch.Tensor:
-    """A paired metric of pictures (`psnr_db`, `ssim`, LPIPS...) of every frame, `[B, F]` float64.
+    """Compute a paired metric of pictures (`psnr_db`, `ssim`, LPIPS...) of every frame, `[B, F]` float64.
 
     However long a video is, only so many frames are measured at once as have two million pixels.
 
     Args:
         metric: takes two uint8 `[n, 3, H, W]`, gives `[n]`.
         videos: uint8 `[B, F, 3, H, W]`.
-        references: the same shape, frame by frame what `videos` is compared with.
+        references: the same shape; each frame is compared with the one of `videos`.
     """
     _check(videos, references)
     at_once = max(_PIXELS // (videos.shape[3] * videos.shape[4]), 1)
@@ -28,22 +28,22 @@ def each_frame(
 
 
 def pooled_psnr_db(psnr: torch.Tensor, dim: int) -> torch.Tensor:
-    """The PSNR of the mean of the squared errors over `dim`, from each one's PSNR in dB, float64.
+    """Return the PSNR of the mean of the squared errors over `dim`, from each one's PSNR in dB, float64.
 
-    Of a video, the PSNR of all its pixels: infinite only where every frame is identical to its reference, where a
+    A video's is the PSNR of all its pixels: infinite only where every frame is identical to its reference, whereas a
     mean of dB would be infinite as soon as one is. One frame's is its own.
     """
     return -10 * torch.log10((10 ** (-psnr.double() / 10)).mean(dim))
 
 
 def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Change between neighbouring frames that the reference has not, `[B]` float32 in steps of 0 to 255.
+    """Measure the change between neighbouring frames that the reference has not, `[B]` float32 in steps of 0 to 255.
 
-    The mean over pixels, channels and frames of |(x[t+1] − x[t]) − (y[t+1] − y[t])| for a video x and its
-    reference y. 0 for a video that differs from its reference by the same picture in every frame: what stands
-    still does not flicker. VBench's temporal flickering (https://arxiv.org/abs/2311.17982) is 1 − mean
-    |x[t+1] − x[t]| / 255 over static scenes alone, where all change is a fault; here the reference says which
-    change is due, so that moving scenes can be measured as well.
+    It is the mean over pixels, channels and frames of |(x[t+1] − x[t]) − (y[t+1] − y[t])| for a video x and its
+    reference y. It is 0 for a video that differs from its reference by the same picture in every frame: what stands
+    still does not flicker. VBench's temporal flickering (https://arxiv.org/abs/2311.17982) is 1 − mean |x[t+1] − x[t]|
+    / 255 over static scenes alone, where all change is a fault; here the reference says which change is due, so that
+    moving scenes can be measured as well.
 
     Args:
         videos: uint8 `[B, F, 3, H, W]`, F at least 2.
@@ -51,7 +51,7 @@ def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
     _check(videos, references)
     total = torch.zeros(len(videos), device=videos.device)
-    for t in range(_steps(videos)):  # frame by frame: long videos are large in float32
+    for t in range(_steps(videos)):  # it goes frame by frame, because long videos are large in float32
         errors = (videos[:, t : t + 2].float() - references[:, t : t + 2].float()).diff(dim=1)
         total += errors.abs().mean((1, 2, 3, 4))
     return total / _steps(videos)

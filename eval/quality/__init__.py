@@ -1,1 +1,1 @@
-"""What low precision changes in the pictures of a pipeline: `dma-diffusers eval`."""
+"""`dma-diffusers eval` measures what low precision changes in the pictures of a pipeline."""

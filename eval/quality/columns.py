@@ -1,4 +1,4 @@
-"""The metrics of an evaluation, in the order in which a table shows them."""
+"""This module lists the metrics of an evaluation, in the order in which a table shows them."""
 
 from typing import Any
 

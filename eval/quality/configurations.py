@@ -1,4 +1,4 @@
-"""What is compared: full precision, another exact kernel for the noise floor, and configurations of DMA."""
+"""An evaluation compares full precision, another exact kernel for the noise floor, and configurations of DMA."""
 
 import json
 import re
@@ -16,20 +16,20 @@ from dma_diffusers.config import PRESETS, DMAConfig
 
 BASELINE, NOISE_FLOOR, CONFIGURATION = "baseline", "noise floor", "configuration"
 
-_ALL_TOKENS = 2**20  # sinks this wide make every tile HIGH
+_ALL_TOKENS = 2**20  # a sink this wide makes every tile HIGH
 _ALL_LOW = {"window": 0, "sink": 0, "protect_text": False}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to draw all pictures. config: None leaves the pipeline as it is."""
+    """A row is one way to draw all pictures. config: None leaves the pipeline as it is."""
 
     name: str
     role: str = CONFIGURATION
     config: DMAConfig | None = None
 
     def kernels(self) -> AbstractContextManager:
-        """The exact kernels that attention which is not diverted may take, the first that can run a call.
+        """Choose the exact kernels that attention left to stock may take; the first that can run a call takes it.
 
         The noise floor takes another one than every other row.
         """
@@ -40,11 +40,11 @@ class Row:
 _OTHER = {True: SDPBackend.EFFICIENT_ATTENTION, False: SDPBackend.MATH}
 
 FULL_PRECISION = Row("full precision, first drawing", BASELINE)
-"""What every row is compared with."""
+"""Every row is compared with this one."""
 AGAIN = Row("full precision", BASELINE, DMAConfig.preset("exact"))
-"""The baseline against itself: drawn a second time, with processors that divert nothing."""
+"""The baseline is compared with itself: it is drawn a second time, with processors that leave every call to stock."""
 ANOTHER_KERNEL = Row("noise floor", NOISE_FLOOR)
-"""What exchanging one exact attention kernel for another changes."""
+"""This shows what exchanging one exact attention kernel for another changes."""
 
 DEFAULT = {
     "DMA, window 128": DMAConfig.preset("b200", window=128),
@@ -54,11 +54,14 @@ DEFAULT = {
     "all NVFP4": DMAConfig.preset("b200", low="nvfp4", **_ALL_LOW),
     "all INT8": DMAConfig.preset("hopper", low="int8", **_ALL_LOW),
 }
-"""What `dma-diffusers eval` compares unless it is told otherwise."""
+"""`dma-diffusers eval` compares these unless it is told otherwise."""
 
 
 def rows(configurations: dict[str, DMAConfig]) -> list[Row]:
-    """The two rows that are always there, and one for each configuration. ValueError for a name that is taken."""
+    """Return the two rows that are always there, and one for each configuration.
+
+    Raises ValueError for a name that is taken.
+    """
     always = [AGAIN, ANOTHER_KERNEL]
     if taken := [row.name for row in (FULL_PRECISION, *always) if row.name in configurations]:
         raise ValueError(f"a configuration cannot be called {taken[0]!r}: that row is always there")
@@ -66,7 +69,7 @@ def rows(configurations: dict[str, DMAConfig]) -> list[Row]:
 
 
 def parse(text: str) -> DMAConfig:
-    """A configuration from text such as `exact`, `preset=b200`, `low=mxfp4,window=384`, `policy=FILE,quality=0.7`.
+    """Read a configuration such as `exact`, `preset=b200`, `low=mxfp4,window=384`, `policy=FILE,quality=0.7`.
 
     A policy in words, `policy=neighborhood(window=8x8)`, is a field; without parentheses it is a file of `calibrate`.
     Raises ValueError, in one line, for anything else.
@@ -80,7 +83,9 @@ def parse(text: str) -> DMAConfig:
     return _configuration(text, fields)
 
 
-_TOKENS = re.compile(r"=|\w+\s*\([^()]*\)(\s*\|\s*\w+\s*\([^()]*\))*")  # equals signs, and policies in words
+_TOKENS = re.compile(
+    r"=|\w+\s*\([^()]*\)(\s*\|\s*\w+\s*\([^()]*\))*"
+)  # these are equals signs, and policies in words
 
 
 def _yaml(token: re.Match) -> str:
@@ -88,14 +93,14 @@ def _yaml(token: re.Match) -> str:
 
 
 def named(texts: Sequence[str]) -> dict[str, DMAConfig]:
-    """Configurations under the texts that say them; ValueError for one that is given twice."""
+    """Return configurations under the texts that say them; ValueError for one that is given twice."""
     if repeated := {text for text in texts if texts.count(text) > 1}:
         raise ValueError(f"configuration {repeated.pop()!r} is given twice")
     return {text: parse(text) for text in texts}
 
 
 def read(path: Path) -> dict[str, DMAConfig]:
-    """Configurations by name from a YAML file that maps names to fields or to text as `parse` takes it.
+    """Read configurations by name from a YAML file that maps names to fields or to text as `parse` takes it.
 
     Raises ValueError, in one line, where it holds anything else.
     """

@@ -1,4 +1,4 @@
-"""Draw the pictures of a row that are not there yet, each process its share of the batches."""
+"""Each process draws its share of the batches of a row's pictures that are not there yet."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +17,12 @@ from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.generate import draw
 
 OnStep = Callable[[str, int, int], None]
-"""Called with (title, steps done, steps in all)."""
+"""It is called with (title, steps done, steps in all)."""
 
 
 @contextmanager
 def attached(pipe: DiffusionPipeline, row: Row) -> Iterator[None]:
-    """The pipeline as `row` wants it."""
+    """Give the pipeline the attention that `row` wants."""
     if row.config is not None:
         apply(pipe, row.config)
     try:
@@ -42,7 +42,7 @@ def draw_missing(
 ) -> list[Path]:
     """Draw the batches of which something is missing, and return the files that were corrupt.
 
-    Under `accelerate launch` each process draws every n-th of them. Returns once all have drawn theirs.
+    Under `accelerate launch` each process draws every n-th of them. It returns once all have drawn theirs.
     """
     state = PartialState()
     corrupt: list[Path] = []
@@ -52,12 +52,12 @@ def draw_missing(
         pictures.create()
         corrupt = pictures.remove_corrupt(samples)
         absent = absent.new_tensor([sample not in pictures for sample in samples])
-    # One process looks: a shared folder may look another way from another machine.
+    # One process alone looks, because a shared folder may look another way from another machine.
     gone = broadcast(absent).tolist()
     missing = {sample.key for sample, is_gone in zip(samples, gone, strict=True) if is_gone}
     wanted = [chunk for chunk in batches if any(sample.key in missing for sample in chunk)]
     mine = wanted[state.process_index :: state.num_processes]
-    # Writers in threads: to encode clips takes longer than to draw them.
+    # Threads write, because to encode clips takes longer than to draw them.
     with attached(pipe, row), ThreadPoolExecutor() as writers:
         for i, chunk in enumerate(mine):
             drawing = draw(
@@ -69,10 +69,10 @@ def draw_missing(
             )
             if (
                 row.config is not None and state.is_main_process
-            ):  # before the pictures, which say that all is there
+            ):  # it comes before the pictures, which say that all is there
                 pictures.write_receipt(report(pipe).to_dict())
             drawn = zip(chunk, drawing.frames, drawing.latents, strict=True)
             new = [(*of, drawing.seconds / len(chunk)) for of in drawn if of[0].key in missing]
-            list(writers.map(lambda of: pictures.write(*of), new))  # list: to raise what a writer raises
+            list(writers.map(lambda of: pictures.write(*of), new))  # the list raises what a writer raises
     state.wait_for_everyone()
     return corrupt

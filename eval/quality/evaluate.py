@@ -1,4 +1,4 @@
-"""An evaluation, from prompts to `evaluation.json`: draw, score, sum up. What is there already is not done again."""
+"""An evaluation draws, scores and sums up, from prompts to `evaluation.json`; it does nothing again that is there."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ from dma_diffusers.eval.cost import check_target
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
-from dma_diffusers.eval.quality.judge import Judge, doubts
+from dma_diffusers.eval.quality.judge import Judge, caveats
 from dma_diffusers.eval.quality.pictures import Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
@@ -34,19 +34,19 @@ from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 
-_STEPPED = 8  # samples, at most, whose steps are measured one by one
-_RECORDED = 2  # prompts whose attention calls are recorded, for errors by layer
-_DIGITS = 6  # of a stored score: more is rounding noise
+_STEPPED = 8  # at most so many samples have their steps measured one by one
+_RECORDED = 2  # so many prompts have their attention calls recorded, for errors by layer
+_DIGITS = 6  # a stored score has so many, because more are rounding noise
 _EMBEDDED = {DEMO_MODEL: "demo", VIDEO_DEMO_MODEL: "demo-video"}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is evaluated.
+class Request:
+    """A request says what an evaluation draws and compares.
 
-    model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together.
-    call: further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU
-    whose attention's cost is predicted, by architecture.
+    model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
+    further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
+    attention's cost is predicted, by architecture.
     """
 
     model: str | Path
@@ -59,22 +59,22 @@ class Asked:
 
 
 def evaluate(
-    asked: Asked, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
+    request: Request, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
 ) -> dict[str, Any] | None:
-    """Draw what is missing in `folder`, score it, and write `folder`/evaluation.json; returns what that holds.
+    """Draw what is missing in `folder`, score it, write `folder`/evaluation.json, and return what that holds.
 
-    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they
-    share; the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN,
-    and before anything is drawn where the model cannot have a configuration.
+    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they share;
+    the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN, and before
+    anything is drawn where the model cannot have a configuration.
     """
-    check_target(asked.target)
-    compared = rows(asked.configurations)
-    chunks = batches(asked.prompts, asked.seeds, asked.batch)
-    pipe = load_pipeline(asked.model, calls=[asked.call])
-    check(pipe, asked.configurations)
+    check_target(request.target)
+    compared = rows(request.configurations)
+    chunks = batches(request.prompts, request.seeds, request.batch)
+    pipe = load_pipeline(request.model, calls=[request.call])
+    check(pipe, request.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
-    settings = {"model": _identity(asked.model), "pipeline": type(pipe).__name__, "call": asked.call}
+    settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
@@ -83,18 +83,18 @@ def evaluate(
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):
-            corrupt += draw_missing(pipe, row, pictures[row.name], chunks, asked.call, on_step)
+            corrupt += draw_missing(pipe, row, pictures[row.name], chunks, request.call, on_step)
     if judge is None:
         return None
 
-    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // asked.batch, 1)]]
-    trajectory = Trajectory(pipe, FULL_PRECISION, stepped, asked.call, on_step)
+    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
+    trajectory = Trajectory(pipe, FULL_PRECISION, stepped, request.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, costs, remarks_on_layers = _layers(pipe, asked, folder, on_step)
+    of_layers, costs, remarks_on_layers = _layers(pipe, request, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
-    judged, remarks = judge.judge(exact, pictures, chunks, len(asked.seeds))
+    judged, remarks = judge.judge(exact, pictures, chunks, len(request.seeds))
     results = {
         row.name: {
             "role": row.role,
@@ -111,22 +111,22 @@ def evaluate(
     }
     remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
     scored = results[compared[0].name]["summary"]
-    shown = next(iter(asked.configurations))
+    shown = next(iter(request.configurations))
     evaluation = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings
-        | {"model": _EMBEDDED.get(asked.model, str(asked.model))}
-        | {"fingerprint": settings["model"], "batch": asked.batch}
-        | {"prompts": len(asked.prompts), "seeds": len(asked.seeds), "seed": asked.seeds[0]}
-        | {"stepped": sum(map(len, stepped)), "target": asked.target}
+        | {"model": _EMBEDDED.get(request.model, str(request.model))}
+        | {"fingerprint": settings["model"], "batch": request.batch}
+        | {"prompts": len(request.prompts), "seeds": len(request.seeds), "seed": request.seeds[0]}
+        | {"stepped": sum(map(len, stepped)), "target": request.target}
         | (
             {"frames": len(next(iter(of_frames.values())))} if (of_frames := results[shown]["frames"]) else {}
         ),
         **machine,
         "sources": provenance.sources(),
-        "prompts": [asdict(prompt) for prompt in asked.prompts],
-        "notes": [*notes, *doubts(judged), *remarks, *remarks_on_layers],
+        "prompts": [asdict(prompt) for prompt in request.prompts],
+        "notes": [*notes, *caveats(judged), *remarks, *remarks_on_layers],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
         "layers": of_layers,
@@ -135,7 +135,7 @@ def evaluate(
             pictures[shown],
             exact,
             chunks,
-            len(asked.seeds),
+            len(request.seeds),
             "lpips",
             judged[shown].samples["lpips"],
             folder,
@@ -146,23 +146,23 @@ def evaluate(
 
 
 def _layers(
-    pipe: DiffusionPipeline, asked: Asked, folder: Path, on_step: OnStep
+    pipe: DiffusionPipeline, request: Request, folder: Path, on_step: OnStep
 ) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
-    """Of recorded calls, each attention module's own error and each configuration's predicted cost; remarks.
+    """Return each attention module's own error and each configuration's predicted cost on recorded calls, and remarks.
 
-    Without errors and costs where recordings take too much room.
+    Errors and costs are left out where recordings take too much room.
     """
-    texts = [prompt.text for prompt in asked.prompts[:_RECORDED]]
+    texts = [prompt.text for prompt in request.prompts[:_RECORDED]]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
         try:
-            recordings = record(pipe, texts, Path(scratch), asked.call, on_step=on_step)
+            recordings = record(pipe, texts, Path(scratch), request.call, on_step=on_step)
         except ValueError as error:
             return None, {}, [f"no errors by layer, no predicted costs: {error}"]
         costs = {
-            name: predicted_cost(recordings, config, asked.target)
-            for name, config in asked.configurations.items()
+            name: predicted_cost(recordings, config, request.target)
+            for name, config in request.configurations.items()
         }
-        errors = layers(recordings, measure(recordings, asked.configurations, on_step=on_step))
+        errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))
         return errors, costs, recordings.notes
 
 
@@ -175,13 +175,13 @@ def _named(row: Row) -> Iterator[None]:
 
 
 def _of_row(row: Row) -> dict[str, Any]:
-    """What makes the pictures of a row its own; our sources only where they have a say."""
+    """Return what makes the pictures of a row its own; our sources belong to it only where they have a say."""
     own: dict[str, Any] = {"role": row.role}
     return own | ({"config": asdict(row.config), "sources": provenance.sources()} if row.config else {})
 
 
 def _identity(model: str | Path) -> str:
-    """A fingerprint of a local model; of a hub's, its id and commit."""
+    """Return a fingerprint of a local model; for a hub's, its id and commit."""
     if Path(model).is_dir():
         return provenance.fingerprint(Path(model), "**/*.safetensors", "**/*.json")
     index = try_to_load_from_cache(str(model), "model_index.json")
@@ -189,7 +189,7 @@ def _identity(model: str | Path) -> str:
 
 
 def _seconds(pictures: Pictures, chunks: Batches) -> float:
-    """The median batch's seconds for each picture: the first batch compiles."""
+    """Return the median batch's seconds for each picture; a mean would hold the first batch, which compiles."""
     return statistics.median(pictures.seconds(batch[0]) for batch in chunks)
 
 

@@ -1,4 +1,4 @@
-"""What the rows of an evaluation are scored by, put together before anything is drawn."""
+"""The judge holds what the rows of an evaluation are scored by, put together before anything is drawn."""
 
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from dma_diffusers.eval.quality.pictures import Pictures
 from dma_diffusers.eval.quality.scoring import (
     Batches,
     Scorer,
+    aggregate,
     distances,
     features,
-    over,
     prompt_scorer,
     row_scores,
 )
@@ -32,7 +32,7 @@ _NO_DISTANCES = (
 
 
 class Scored(NamedTuple):
-    """The scores of a row: one for each sample, by metric, and every metric's summary; of videos, each frame's mean."""
+    """A row has one score for each sample, by metric, and every metric's summary; a video's is its frames' mean."""
 
     samples: dict[str, list[float]]
     summary: dict[str, dict[str, Any]]
@@ -40,10 +40,10 @@ class Scored(NamedTuple):
 
 
 class Judge:
-    """Paired scores; of pictures, FID and KID; the alignment score for the demo model of pictures; more on request.
+    """The judge gives paired scores, for pictures FID and KID, for the demo model of pictures the alignment score.
 
-    clip: folder or id of a CLIP, for CLIPScore. reference: a folder of pictures, for FID and KID to them too.
-    Raises what their loaders raise.
+    clip: folder or id of a CLIP, for CLIPScore. reference: a folder of pictures, for FID and KID to them too. Raises
+    what their loaders raise.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Judge:
         self.reference = folder_features(reference, device, watch) if reference is not None else None
 
     def check(self, video: bool) -> None:
-        """ValueError where the reference folder's pictures would be compared with clips."""
+        """Raise ValueError where the reference folder's pictures would be compared with clips."""
         if video and self.reference:
             raise ValueError(
                 "a reference folder is for FID and KID of pictures; this model draws clips: leave it out"
@@ -74,7 +74,7 @@ class Judge:
     def judge(
         self, exact: Pictures, compared: dict[str, Pictures], batches: Batches, seeds: int
     ) -> tuple[dict[str, Scored], list[str]]:
-        """Scores of each row beside full precision's pictures, and what a reader of them has to know."""
+        """Return scores of each row beside full precision's pictures, and what a reader of them has to know."""
         video = len(exact.frames(batches[0][0])) > 1
         seen = None if video else self._features("full precision", exact, batches)
         judged = {}
@@ -83,7 +83,9 @@ class Judge:
             samples, frames = row_scores(pictures, exact, batches, self.scorers, self.device, watch)
             summary = {metric: summarise(values, seeds) for metric, values in samples.items()}
             if video:
-                of_frames = {metric: over(metric, scores, 0).tolist() for metric, scores in frames.items()}
+                of_frames = {
+                    metric: aggregate(metric, scores, 0).tolist() for metric, scores in frames.items()
+                }
                 judged[name] = Scored(samples, summary, of_frames)
                 continue
             found = self._features(name, pictures, batches)
@@ -102,8 +104,8 @@ class Judge:
         return features(pictures, batches, self.device, partial(self.on_step, f"features of {name}"))
 
 
-def doubts(judged: dict[str, Scored]) -> list[str]:
-    """What full precision against itself, and the noise floor, leave to doubt."""
+def caveats(judged: dict[str, Scored]) -> list[str]:
+    """Say what full precision against itself, and the noise floor, leave to doubt."""
     again, floor = (judged[row.name].samples["latents_relative_l2"] for row in (AGAIN, ANOTHER_KERNEL))
     found = []
     if any(again):

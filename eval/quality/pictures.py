@@ -1,4 +1,4 @@
-"""The pictures of one row on disk: each written once, whole, and never taken for another row's."""
+"""The pictures of one row are on disk: each is written once, whole, and never taken for another row's."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from dma_diffusers.pipelines.picture import encode
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture that every row has: a prompt, a seed, and a name that is the same in every run."""
+    """A sample is one picture that every row has: a prompt, a seed, and a name that is the same in every run."""
 
     prompt: Prompt
     seed: int
@@ -31,9 +31,9 @@ class Sample:
 
 
 def batches(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> list[list[Sample]]:
-    """All pairs of prompts and seeds, prompt by prompt, in the batches they are drawn in.
+    """Return all pairs of prompts and seeds, prompt by prompt, in the batches they are drawn in.
 
-    A sample's key holds what is drawn together with it: another batch may round otherwise.
+    A sample's key holds what is drawn together with it, because another batch may round otherwise.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     found = []
@@ -46,10 +46,10 @@ def batches(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> list[
 
 
 class Pictures:
-    """A folder with the pictures and last latents of one row.
+    """A folder holds the pictures and last latents of one row.
 
-    A picture is two files: latents with the seconds it took, and then the picture, whose presence says that both
-    are whole. The folder's name holds a digest of `settings`, so that other settings find another folder.
+    A picture is two files: latents with the seconds it took, and then the picture, whose presence says that both are
+    whole. The folder's name holds a digest of `settings`, so that other settings find another folder.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any]):
@@ -86,39 +86,39 @@ class Pictures:
         """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took."""
         strip = Image.fromarray(
             frames.reshape(-1, *frames.shape[2:])
-        )  # the frames of a video below each other
+        )  # the frames of a video stand below each other
         metadata = {"seconds": repr(seconds), "frames": str(len(frames))}
         metadata |= {"prompt": sample.prompt.text, "seed": str(sample.seed)}
-        metadata |= {"checksum": _checksum(latents)}  # PNG has its own
+        metadata |= {"checksum": _checksum(latents)}  # PNG has a checksum of its own
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
         write_atomically(
             self._picture(sample), encode(strip, "PNG", compress_level=1)
-        )  # 6: six times as long
+        )  # level 6 takes six times as long
 
     def frames(self, sample: Sample) -> torch.Tensor:
-        """The picture, or the frames of the video, as uint8 `[F, 3, H, W]`."""
-        with PngImageFile(self._picture(sample)) as strip:  # Image.open takes long videos for bombs
+        """Read the picture, or the frames of the video, as uint8 `[F, 3, H, W]`."""
+        with PngImageFile(self._picture(sample)) as strip:  # Image.open would take long videos for bombs
             pixels = torch.from_numpy(np.array(strip))
         return pixels.unflatten(0, (int(self._metadata(sample)["frames"]), -1)).permute(0, 3, 1, 2)
 
     def latents(self, sample: Sample) -> torch.Tensor:
-        """The last latents."""
+        """Read the last latents."""
         with safe_open(self._latents(sample), "pt") as file:
             return file.get_tensor("latents")
 
     def seconds(self, sample: Sample) -> float:
-        """What the picture took: the time of its batch, shared equally."""
+        """Return the seconds that the picture took: the time of its batch, shared equally."""
         return float(self._metadata(sample)["seconds"])
 
     def checksums(self, samples: Sequence[Sample]) -> list[str]:
-        """What tells these pictures from others: the samples' keys, and checksums of the latents."""
+        """Return what tells these pictures from others: the samples' keys, and checksums of the latents."""
         return [f"{sample.key} {self._metadata(sample)['checksum']}" for sample in samples]
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:
         write_atomically(self.folder / "receipt.json", json.dumps(receipt).encode())
 
     def receipt(self) -> dict[str, Any] | None:
-        """What drew the pictures; None for full precision."""
+        """Return the receipt of the attention that drew the pictures; None for full precision."""
         path = self.folder / "receipt.json"
         return json.loads(path.read_text()) if path.is_file() else None
 

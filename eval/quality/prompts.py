@@ -1,4 +1,4 @@
-"""Prompt sets: the built-in one, and files in the shapes that published sets come in."""
+"""A prompt set is the built-in one, or a file in a shape that published sets come in."""
 
 import csv
 import io
@@ -13,30 +13,30 @@ from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 
 BUILT_IN = DEMO_MODEL.parent / "prompts.jsonl"
 BUILT_IN_OF_CLIPS = VIDEO_DEMO_MODEL.parent / "prompts.jsonl"
-FEWEST = 3  # different prompts of which an interval can be told
-_PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # DrawBench says Prompts, PartiPrompts Prompt
+FEWEST = 3  # an interval needs so many different prompts
+_PROMPT_KEYS = ("prompt", "prompts", "text", "caption")  # DrawBench says Prompts, PartiPrompts says Prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture is asked for, and its set's name for the kind of prompt, "" if it has none."""
+    """A prompt says what a picture is asked for, and its set's name for the kind of prompt, "" if it has none."""
 
     text: str
     category: str = ""
 
 
 def built_in(model: str | Path) -> Path:
-    """Held-out prompts: those of the embedded model of clips for that one, those of the one of pictures for others."""
+    """Return held-out prompts: those of the embedded model of clips for that model, those of pictures for others."""
     return BUILT_IN_OF_CLIPS if model == VIDEO_DEMO_MODEL else BUILT_IN
 
 
 def read_prompts(path: Path, count: int | None = None) -> tuple[list[Prompt], int]:
-    """The first `count` different prompts of a file (None: all), and how many repeated ones were left out.
+    """Return the first `count` different prompts of a file (None: all), and how many repeated ones were left out.
 
-    .txt: one prompt a line. .jsonl: one object a line. .csv and .tsv: a table with a header (DrawBench,
-    PartiPrompts), where quotes enclose fields between commas, and are a prompt's own between tabs. .json: a list of
-    objects, or objects by name (MJHQ-30K). Objects and tables hold `prompt` (or `prompts`, `text`, `caption`) and
-    perhaps `category`, in any case. Raises ValueError for anything else, and where fewer than three prompts are left.
+    .txt: one prompt a line. .jsonl: one object a line. .csv and .tsv: a table with a header (DrawBench, PartiPrompts),
+    where quotes enclose fields between commas, and are a prompt's own between tabs. .json: a list of objects, or
+    objects by name (MJHQ-30K). Objects and tables hold `prompt` (or `prompts`, `text`, `caption`) and perhaps
+    `category`, in any case. Raises ValueError for anything else, and where fewer than three prompts are left.
     """
     readers = {".txt": _lines, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table, ".json": _json}
     text = read_text(path, readers, "prompts")
@@ -57,7 +57,7 @@ def _lines(text: str) -> Iterable[Prompt]:
 
 
 def _json_lines(text: str) -> Iterable[Prompt]:
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines would cut at U+2028, too
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines would cut at U+2028 too
         if line.strip():
             try:
                 entry = json.loads(line)

@@ -1,4 +1,4 @@
-"""Score the pictures of a row beside full precision's, one batch at a time."""
+"""The pictures of a row are scored beside full precision's, one batch at a time."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,12 @@ from dma_diffusers.eval.quality.summary import as_json
 
 Batches = Sequence[Sequence[Sample]]
 OnBatch = Callable[[int, int], None]
-"""Called with (batches done, batches in all)."""
+"""It is called with (batches done, batches in all)."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One batch of a row and of full precision: frames uint8 `[B, F, 3, H, W]`, latents float32 `[B, ...]`."""
+    """A chunk is a batch of a row and of full precision: frames uint8 `[B, F, 3, H, W]`, latents float32 `[B, ...]`."""
 
     frames: torch.Tensor
     exact_frames: torch.Tensor
@@ -37,26 +37,26 @@ class Chunk:
 
 
 Scorer = Callable[[Chunk], torch.Tensor]
-"""One number for each sample of a batch, `[B]`."""
+"""A scorer gives one number for each sample of a batch, `[B]`."""
 
 
 _OF_FRAMES = {"psnr_db": psnr_db, "ssim": ssim, "lpips": lpips}
 
 
 class Scores(NamedTuple):
-    """A row's scores by metric: one number for each sample, in order; of each frame, float64 `[samples, F]`."""
+    """A row has scores by metric: one number for each sample, in order; for each frame, float64 `[samples, F]`."""
 
     samples: dict[str, list[float]]
     frames: dict[str, torch.Tensor]
 
 
-def over(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """One score of several pictures: their mean, or the PSNR of their mean squared error."""
+def aggregate(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return one score of several pictures: their mean, or the PSNR of their mean squared error."""
     return pooled_psnr_db(scores, dim) if metric == "psnr_db" else scores.mean(dim)
 
 
 def prompt_scorer(score: Callable[[torch.Tensor, list[str]], torch.Tensor]) -> Scorer:
-    """How well pictures (of videos the middle frame) `[B, 3, H, W]` show their prompts."""
+    """Make a scorer of how well pictures (of videos the middle frame) `[B, 3, H, W]` show their prompts."""
     return lambda chunk: score(_middle(chunk.frames), chunk.prompts)
 
 
@@ -68,9 +68,9 @@ def row_scores(
     device: torch.device,
     on_batch: OnBatch,
 ) -> Scores:
-    """What low precision changed, and every further scorer's numbers; of videos, how they flicker too.
+    """Score what low precision changed, by every further scorer too; of videos, how they flicker as well.
 
-    The former are kept in the row's folder, batch by batch, and not measured again.
+    The paired scores are kept in the row's folder, batch by batch, and not measured again.
     """
     paired: list[dict[str, list]] = []
     scores: dict[str, list[float]] = {name: [] for name in scorers}
@@ -90,12 +90,12 @@ def row_scores(
         name: torch.cat([torch.tensor(of[name], dtype=torch.float64) for of in paired]) for name in paired[0]
     }
     frames = {name: found[name] for name in _OF_FRAMES}
-    samples = {name: over(name, x, 1) if name in frames else x for name, x in found.items()}
+    samples = {name: aggregate(name, x, 1) if name in frames else x for name, x in found.items()}
     return Scores({name: x.tolist() for name, x in samples.items()} | scores, frames)
 
 
 def _paired(chunk: Chunk) -> dict[str, list]:
-    """By metric, `[B, F]` numbers where it is one of frames, else `[B]`."""
+    """Return `[B, F]` numbers for a metric of frames, else `[B]`, by metric."""
     found = {
         name: each_frame(metric, chunk.frames, chunk.exact_frames) for name, metric in _OF_FRAMES.items()
     }
@@ -106,7 +106,7 @@ def _paired(chunk: Chunk) -> dict[str, list]:
 
 
 def features(pictures: Pictures, batches: Batches, device: torch.device, on_batch: OnBatch) -> FeatureSet:
-    """What FID and KID see of a row's pictures."""
+    """Return the features of a row's pictures that FID and KID compare."""
     found = FeatureSet()
     for done, batch in enumerate(batches, 1):
         frames = _loaded(pictures.frames, batch).to(device)
@@ -117,7 +117,7 @@ def features(pictures: Pictures, batches: Batches, device: torch.device, on_batc
 
 
 def distances(pictures: FeatureSet, reference: FeatureSet, suffix: str = "") -> dict[str, dict[str, Any]]:
-    """FID, and KID times 1,000, as an evaluation's summary holds them."""
+    """Return FID, and KID times 1,000, as an evaluation's summary holds them."""
     thousandfold = Interval(*(1000 * bound for bound in kid(pictures, reference)))
     return {
         f"fid{suffix}": as_json(fid(pictures, reference), pictures.count),
@@ -126,7 +126,7 @@ def distances(pictures: FeatureSet, reference: FeatureSet, suffix: str = "") -> 
 
 
 def _loaded(load: Callable[[Sample], torch.Tensor], batch: Sequence[Sample]) -> torch.Tensor:
-    with ThreadPoolExecutor() as pool:  # decoding takes longer than scoring
+    with ThreadPoolExecutor() as pool:  # threads decode, because that takes longer than scoring
         return torch.stack(list(pool.map(load, batch)))
 
 

@@ -1,4 +1,4 @@
-"""Scores of batches on disk: an evaluation that was interrupted does not measure them again."""
+"""Scores of batches are kept on disk, so that an evaluation that was interrupted does not measure them again."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from dma_diffusers.pipelines.files import write_atomically
 def stored(
     row: Pictures, exact: Pictures, batch: Sequence[Sample], measure: Callable[[], dict[str, list]]
 ) -> dict[str, list]:
-    """What `measure` gives for a batch of `row` beside `exact`, from the row's folder where it is there already.
+    """Return what `measure` gives for a batch of `row` beside `exact`, from the row's folder where it is there already.
 
     Other pictures, other code of the metrics, and other versions or hardware have other files.
     """

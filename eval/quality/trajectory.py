@@ -1,4 +1,4 @@
-"""The error of each denoising step on full precision's own trajectory, where errors don't compound."""
+"""Each denoising step's error is measured on full precision's own trajectory, where errors don't compound."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dma_diffusers.pipelines.generate import draw
 
 
 class Trajectory:
-    """The latents that full precision's steps leave, for a few samples in the batches they are drawn in."""
+    """A trajectory holds the latents that full precision's steps leave, for a few samples in their batches."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Trajectory:
         on_step: OnStep,
     ):
         self.pipe, self.batches, self.call, self.on_step = pipe, batches, call, on_step
-        self.latents: dict[tuple[int, int], torch.Tensor] = {}  # by batch and step
+        self.latents: dict[tuple[int, int], torch.Tensor] = {}  # its keys are batch and step
 
         def keep(batch: int, step: int, latents: torch.Tensor) -> torch.Tensor:
             self.latents[batch, step] = latents.cpu()
@@ -36,9 +36,9 @@ class Trajectory:
         self._draw(baseline, keep)
 
     def step_errors(self, row: Row) -> list[float]:
-        """Relative L2 of the latents after each step, which starts where full precision was; mean over samples.
+        """Measure the relative L2 of the latents after each step, which starts where full precision was.
 
-        A scheduler that looks back at earlier steps' outputs sees the row's own.
+        It is a mean over samples. A scheduler that looks back at earlier steps' outputs sees the row's own.
         """
         errors: dict[int, list[torch.Tensor]] = defaultdict(list)
 

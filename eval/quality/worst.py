@@ -1,4 +1,4 @@
-"""The pictures and clips that a configuration changed most, copied to where a report finds them."""
+"""The pictures and clips that a configuration changed most are copied to where a report finds them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +25,9 @@ def worst(
     scores: Sequence[float],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """The ten prompts that `row` changed most by `metric` (more is worse), each with its worst seed.
+    """Return the ten prompts that `row` changed most by `metric` (more is worse), each with its worst seed.
 
-    Their pictures go to `folder`/worst: .png, of clips .webp, which move; both exact.
+    Their pictures go to `folder`/worst, as .png, and clips as .webp, which move; both are exact.
     """
     table = torch.tensor(scores).reshape(-1, seeds)
     samples = [sample for batch in batches for sample in batch]

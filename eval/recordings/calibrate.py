@@ -1,4 +1,4 @@
-"""Choose formats, windows and dense steps, module by module and head by head, within an error budget."""
+"""Calibration chooses formats, windows and dense steps, module by module and head by head, within an error budget."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from dma_diffusers.eval.cost import check_target, current_target
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
-from dma_diffusers.eval.recordings.search import Found, Search
+from dma_diffusers.eval.recordings.search import Search, Selection
 from dma_diffusers.eval.recordings.store import Recordings
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -35,18 +35,18 @@ def calibrate(
     device: torch.device | str | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> Policy:
-    """The cheapest choice within the error budget of `quality`, and those of a ladder of other qualities.
+    """Find the cheapest choice within the error budget of `quality`, and those of a ladder of other qualities.
 
     quality: 1 allows no more error than the most precise options make, 0 as much as the cheapest; between them the
-    budget's logarithm is linear. target: the GPU to be fast on, by architecture; this machine's if its rates are
-    known, else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
+    budget's logarithm is linear. target: the GPU to be fast on, by architecture; this machine's if its rates are known,
+    else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
 
     Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules:
-    record steps that stand for all. Costs are predicted (`tile_clocks`). Both add up, so at one price of cost
-    every head takes its best window, every module its best formats and sink, and the model the best noise level above
-    which steps are dense (`Search`). What is chosen is then measured as it is, all heads of a call together, and
-    chosen anew with less to spend where it errs more than that (to a thousandth).
-    Raises ValueError for no recordings, an unknown target, or formats that it has no kernel for.
+    record steps that stand for all. Costs are predicted (`tile_clocks`). Both add up, so at one price of cost every
+    head takes its best window, every module its best formats and sink, and the model the best noise level above which
+    steps are dense (`Search`). The choice is then measured as it is, all heads of a call together, and made anew with
+    less to spend where it errs by more than the budget (to a thousandth). Raises ValueError for no recordings, an
+    unknown target, or formats that it has no kernel for.
     """
     check_quality(quality)
     target = target or current_target()
@@ -78,7 +78,9 @@ def calibrate(
         for rung, values in zip(waiting, measure(recordings, runs, device, on_step).values(), strict=True):
             error = float(_errors(values).mean(1).sum())
             if error > 1.001 * budgets[rung] and aims[rung] > search.least:
-                aims[rung] = 0.99 * budgets[rung] / error * search.error(found[rung])  # never the same again
+                aims[rung] = (
+                    0.99 * budgets[rung] / error * search.error(found[rung])
+                )  # this choice is not found again
                 continue
             config = configs[str(rung)]
             clocks = cost.head_clocks(recordings, config, target).mean(1).sum()
@@ -98,7 +100,7 @@ def calibrate(
 
 
 def _windows(recordings: Recordings) -> list[int]:
-    """No band, the diagonal tile, bands that double, and everything."""
+    """Return the windows to choose from: no band, the diagonal tile, bands that double, and everything."""
     last = max(tiles(recording.shape[2]) for recording in recordings) - 1
     reach, windows = 0, [0]
     while reach < last:
@@ -108,7 +110,7 @@ def _windows(recordings: Recordings) -> list[int]:
 
 
 def _levels(recordings: Recordings) -> list[float | None]:
-    """Noise levels between recorded steps, above which steps may be dense; None for no such step."""
+    """Return noise levels between recorded steps, above which steps may be dense; None is no such step."""
     sigmas = sorted({recording.sigma for recording in recordings if recording.sigma is not None})
     return [None, *((lower + upper) / 2 for lower, upper in pairwise(sigmas))]
 
@@ -116,26 +118,26 @@ def _levels(recordings: Recordings) -> list[float | None]:
 def _table(
     recordings: Recordings, level: float | None, errors: np.ndarray, costs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means over steps, `[options, windows, modules, heads]`, those above a noise level dense: the last window."""
+    """Average over steps, `[options, windows, modules, heads]`; steps above a noise level take the last window."""
     sigma = {recording.step: recording.sigma for recording in recordings}
     dense = np.array([level is not None and sigma[step] > level for step in recordings.steps])[:, None]
     return tuple(np.where(dense, x[:, -1:], x).mean(3) for x in (errors, costs))
 
 
 def _errors(measured: Measured) -> np.ndarray:
-    """What each head adds to the squared relative error, a mean over prompts and modules: `[modules, steps, heads]`."""
+    """Return what each head adds to the squared relative error: a mean over prompts, `[modules, steps, heads]`."""
     relative = measured.error / np.nansum(measured.exact, -1, keepdims=True)
     return np.nan_to_num(mean_of_present(relative, 0)) / relative.shape[1]
 
 
 def _config(
     recordings: Recordings,
-    found: Found,
+    found: Selection,
     options: Sequence[dict[str, Any]],
     windows: Sequence[int],
     levels: Sequence[float | None],
 ) -> DMAConfig:
-    """A choice as a configuration: what most modules share, and what each has of its own."""
+    """Write a choice as a configuration: what most modules share, and what each has of its own."""
     fields = {}
     heads = {recording.module: recording.shape[1] for recording in recordings}
     for name, option, of_heads in zip(recordings.modules, found.option, found.window, strict=True):

@@ -1,32 +1,34 @@
-"""What attention calls cost on a GPU, predicted: nothing here is measured."""
+"""This module predicts what attention calls cost on a GPU; it measures nothing."""
 
 import numpy as np
 import torch
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import check_target, clocks_of, pairs, share_left, tile_clocks
-from dma_diffusers.eval.recordings.measure import asked, is_dense
+from dma_diffusers.eval.recordings.measure import is_dense, policy_and_layout
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
-    """Predicted clocks of each head, float64 `[modules, steps, heads]`, means over prompts; quantisation left out."""
+    """Predict the clocks of each head, float64 `[modules, steps, heads]`, means over prompts, without quantisation."""
     modules, steps = recordings.modules, recordings.steps
     heads = max(recording.shape[1] for recording in recordings)
     total = np.zeros((len(modules), len(steps), heads))
     known: dict[tuple, np.ndarray] = {}
     for recording in recordings:
         own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
-        policy, layout = asked(
+        policy, layout = policy_and_layout(
             own.arguments(recording.text, own.grid or recording.grid) | {"mapped": not dense}, recording
         )
         key = (own, dense, recording.layout, recording.shape, recording.is_causal)
-        if policy.skip_below:  # what is left out is a matter of what the recording holds
+        if policy.skip_below:  # the recording's contents decide what is left out
             key = (*key, recording.file)
         if key not in known:
             visited = pairs(policy, layout, recording.is_causal)
@@ -34,7 +36,9 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
             per_high, per_low = tile_clocks(*formats)
             if policy.skip_below and (of_low := float(visited.low.mean())):
                 left_out = _left_out(recordings, recording, policy, layout, own.high, own.low)
-                per_low *= share_left(min(left_out / of_low, 1.0), *formats)  # as if LOW alone were left out
+                per_low *= share_left(
+                    min(left_out / of_low, 1.0), *formats
+                )  # it counts as if LOW alone were left out
             clocks = visited.high * per_high + visited.low * per_low
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
@@ -43,7 +47,7 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
 
 
 def predicted_cost(recordings: Recordings, config: DMAConfig, target: str) -> float | None:
-    """Attention's predicted clocks, of those of bf16 attention; None for formats that no kernel of `target` multiplies.
+    """Predict attention's clocks in units of bf16 attention's; None for formats that no kernel of `target` multiplies.
 
     Quantisation, gather and routing are left out. Raises ValueError for an unknown target.
     """
@@ -56,7 +60,7 @@ def predicted_cost(recordings: Recordings, config: DMAConfig, target: str) -> fl
 
 
 def full_precision_clocks(recordings: Recordings, target: str) -> float:
-    """Predicted clocks of bf16 attention in all recorded modules, a mean over steps and prompts."""
+    """Predict the clocks of bf16 attention in all recorded modules, a mean over steps and prompts."""
     total = 0.0
     for recording in recordings:
         batch, heads, _, head_dim = recording.shape
@@ -65,7 +69,7 @@ def full_precision_clocks(recordings: Recordings, target: str) -> float:
 
 
 def _pairs(recording: Recording) -> int:
-    """How many pairs of tiles a head computes."""
+    """Count the pairs of tiles that a head computes."""
     side = tiles(recording.shape[2])
     return side * (side + 1) // 2 if recording.is_causal else side**2
 
@@ -73,14 +77,11 @@ def _pairs(recording: Recording) -> int:
 def _left_out(
     recordings: Recordings, recording: Recording, policy: Policy, layout: Layout, high: str, low: str
 ) -> float:
-    """How many pairs of tiles a head leaves out by its softmax, a mean over heads and batch entries."""
+    """Count the pairs of tiles that a head leaves out by its softmax, a mean over heads and batch entries."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     q, k, v, mask = (x if x is None else x.to(device) for x in recordings.tensors(recording))
-    made = plan.make(policy, layout, recording.is_causal)
+    made = plan.make(policy, layout, recording.is_causal).to(device)
     skipped = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
-    reference.attention(
-        q, k, v, made.precision_map, high, low, key_mask=mask, scale=recording.scale, is_causal=recording.is_causal,
-        token_order=made.token_order if made.token_order is None else made.token_order.to(device), fine_mask=made.fine_mask, routing=made.routing,
-        skip_below=policy.skip_below, skip_rows=TILE, skipped=skipped,
-    )  # fmt: skip
-    return float(skipped.double().mean()) * SHARED_ROWS / TILE  # counted in blocks of 64 queries
+    call = Call(q, k, v, mask, recording.scale, recording.is_causal)
+    reference.attention(call, made, Precisions.parse(high, low), skip_rows=TILE, skipped=skipped)
+    return float(skipped.double().mean()) * SHARED_ROWS / TILE  # the reference counts in blocks of 64 queries

@@ -1,4 +1,4 @@
-"""`dma-diffusers eval --attention`: record a pipeline's attention, and measure configurations on it."""
+"""`dma-diffusers eval --attention` records a pipeline's attention, and measures configurations on it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ def evaluate_attention(
     limit: int = LIMIT,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> dict[str, Any]:
-    """Record into `folder`/recordings, measure, and write `folder`/attention.json; returns what that holds.
+    """Record into `folder`/recordings, measure, write `folder`/attention.json, and return what that holds.
 
-    call, seeds, modules, steps, limit: as of `record`, whose recordings stay, and are used again by the next call with
-    the same settings. command: how this was started, for the record. `layers` is what an evaluation.json has under
-    that name; `summary` has a row of `table` for each configuration. Raises ValueError, naming the configuration,
-    before anything is recorded, for one that cannot be applied to `pipe`.
+    call, seeds, modules, steps, limit: as in `record`, whose recordings stay, and are used again by the next call with
+    the same settings. command: how this was started, for the record. `layers` is what an evaluation.json has under that
+    name; `summary` has a row of `table` for each configuration. Raises ValueError, naming the configuration, before
+    anything is recorded, for one that cannot be applied to `pipe`.
     """
     check(pipe, configurations)
     recordings = record(
@@ -66,7 +66,7 @@ def evaluate_attention(
 
 
 def table(document: Mapping[str, Any]) -> list[list[str]]:
-    """The rows under `HEADER`, one a configuration: means over what was recorded, and where the error is largest."""
+    """Return the rows under `HEADER`, one a configuration: means over all calls, and where the error is largest."""
     rows = []
     for name, found in document["summary"].items():
         worst = [
@@ -79,7 +79,7 @@ def table(document: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _summary(values: Any, modules: Sequence[str], steps: Sequence[int]) -> dict[str, Any]:
-    """Means of everything, and the module, head and step with the largest mean error."""
+    """Return means of everything, and the module, head and step with the largest mean error."""
     everything = (0, 1, 2, 3)
     of_module, of_step = (mean_of_present(values.of_modules, axes) for axes in ((0, 2), (0, 1)))
     of_head = mean_of_present(values.relative_l2, (0, 2))

@@ -1,18 +1,18 @@
-"""Attention of a recording in float64: its output, and where its probability lies."""
+"""This module computes a recording's attention in float64: its output, and where its probability lies."""
 
 import torch
 import torch.nn.functional as F
 
 from dma_diffusers.eval.recordings.store import Tensors
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
-_SCORES = 2**25  # in memory at once
+_SCORES = 2**25  # so many are in memory at once
 
 
 def in_slots(tensors: Tensors, token_order: torch.Tensor) -> Tensors:
-    """A call's tensors in tile order: int32 `[places]`, the token at each place, −1 where none stands.
+    """Put a call's tensors in tile order: int32 `[slots]`, the token that stands at each slot, −1 where none does.
 
-    In empty places stand queries and keys that are nobody's, and the key mask hides them.
+    Empty slots hold queries and keys that are no token's, and the key mask hides them.
     """
     q, k, v, mask = tensors
     token_order = token_order.to(q.device)
@@ -24,11 +24,11 @@ def in_slots(tensors: Tensors, token_order: torch.Tensor) -> Tensors:
 def exact_attention(
     tensors: Tensors, scale: float | None, is_causal: bool, counted: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, float64 `[B, H, S, D]`, and each pair of tiles' share of the probability.
+    """Return the output, float64 `[B, H, S, D]`, and each pair of tiles' share of the probability.
 
     The shares, float64 `[B, H, q_tiles, k_tiles]`, sum to 1 over each head's pairs: every query that sees a key counts
-    the same. A query that sees none gives zeros. Memory does not grow with the square of the length.
-    counted: bool `[S]`, the queries whose probability is counted; all, by default.
+    the same. A query that sees none gives zeros. Memory does not grow with the square of the length. counted: bool
+    `[S]`, the queries whose probability is counted; all, by default.
     """
     q, k, v, mask = tensors
     batch, heads, q_length, head_dim = q.shape

@@ -1,4 +1,4 @@
-"""What configurations lose on recorded attention calls, and how much of the attention they keep HIGH."""
+"""This module measures what configurations lose on recorded attention calls, and how much attention they keep HIGH."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ from dma_diffusers.kernels.tiling.precision_map import Class, Phase
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums of one configuration over batch entries, tokens and the transformer's calls in a step.
+    """These are sums of one configuration over batch entries, tokens and the transformer's calls in a step.
 
-    Each is float64 `[prompts, modules, steps, heads]`, NaN where nothing was recorded. error, exact, out: squared
-    norms of the error, of exact attention, and of the configuration's. product: out · exact. recall: the share of
-    exact attention's probability that lies in HIGH tiles, of tile order for a policy on the grid; in a map that skips
-    none, the rest lies in LOW ones. Tiles that a policy chooses by content are not counted.
+    Each is float64 `[prompts, modules, steps, heads]`, NaN where nothing was recorded. error, exact, out: squared norms
+    of the error, of exact attention, and of the configuration's. product: out · exact. recall: the share of exact
+    attention's probability that lies in HIGH tiles, which are in tile order for a policy on the grid; in a map that
+    skips none, the rest lies in LOW ones. Tiles that a policy chooses by content are not counted.
     """
 
     error: np.ndarray
@@ -38,17 +38,17 @@ class Measured:
 
     @property
     def relative_l2(self) -> np.ndarray:
-        """‖out − exact‖ / ‖exact‖, float64 `[prompts, modules, steps, heads]`."""
+        """Return ‖out − exact‖ / ‖exact‖, float64 `[prompts, modules, steps, heads]`."""
         return np.sqrt(self.error / self.exact)
 
     @property
     def cosine(self) -> np.ndarray:
-        """out · exact / ‖out‖‖exact‖, float64 `[prompts, modules, steps, heads]`."""
+        """Return out · exact / ‖out‖‖exact‖, float64 `[prompts, modules, steps, heads]`."""
         return self.product / np.sqrt(self.out * self.exact)
 
     @property
     def of_modules(self) -> np.ndarray:
-        """‖out − exact‖ / ‖exact‖ over all heads, float64 `[prompts, modules, steps]`."""
+        """Return ‖out − exact‖ / ‖exact‖ over all heads, float64 `[prompts, modules, steps]`."""
         return np.sqrt(np.nansum(self.error, -1) / _no_zero(np.nansum(self.exact, -1)))
 
 
@@ -58,11 +58,11 @@ def measure(
     device: torch.device | str | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> dict[str, Measured]:
-    """Every configuration's attention of every recording, against exact attention of the same q, k and v in float64.
+    """Compare every configuration's attention of every recording with exact attention of the same q, k, v in float64.
 
     A configuration runs as it would in the pipeline: with its modules' own fields, dense layers and dense steps, and
-    with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1.
-    device: where; the GPU if there is one, by default. on_step: called with a title, recordings done, and of how many.
+    with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1. device:
+    where it runs; the GPU if there is one, by default. on_step: called with a title, recordings done, and of how many.
     Raises ValueError for a damaged recording or one that is not finite, an output that is not, no recordings, or a
     lowering that cannot run on `device`.
     """
@@ -85,7 +85,7 @@ def measure(
         for name, values in results.items():
             stored = sums.setdefault(name, np.zeros((5, *weights.shape, 0)))
             missing = values.shape[1] - stored.shape[-1]
-            if missing > 0:  # modules may differ in their number of heads
+            if missing > 0:  # modules may differ in their numbers of heads
                 stored = sums[name] = np.concatenate(
                     [stored, np.full((*stored.shape[:-1], missing), np.nan)], -1
                 )
@@ -97,7 +97,10 @@ def measure(
 
 
 def to_json(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Relative L2, cosine and recall of each configuration, nested [prompt][module][step][head]; null: no call."""
+    """Return relative L2, cosine and recall of each configuration, nested [prompt][module][step][head].
+
+    null stands where there was no call.
+    """
     return {
         "modules": recordings.modules,
         "steps": recordings.steps,
@@ -112,7 +115,7 @@ def to_json(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[st
 
 
 def layers(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """The `layers` of an evaluation: relative L2 of each configuration, [module][step], a mean over prompts."""
+    """Return the `layers` of an evaluation: each configuration's relative L2, [module][step], a mean over prompts."""
     return {
         "prompts": len(recordings.prompts),
         "modules": recordings.modules,
@@ -126,9 +129,9 @@ def layers(recordings: Recordings, measured: Mapping[str, Measured]) -> dict[str
 def _measure_one(
     recordings: Recordings, recording: Recording, tensors: Tensors, configurations: Mapping[str, DMAConfig]
 ) -> dict[str, np.ndarray]:
-    """float64 `[5, heads]` of each configuration: `Measured`'s quantities of one call."""
+    """Return `Measured`'s quantities of one call for each configuration, float64 `[5, heads]`."""
     exact, mass = exact_attention(tensors, recording.scale, recording.is_causal)
-    masses = {None: mass}  # by tile order
+    masses = {None: mass}  # its keys are tile orders
     if not exact.isfinite().all():
         raise ValueError(f"{recording.file}: attention gives NaN or infinity there, in float64")
     known: dict[str, np.ndarray] = {}
@@ -147,7 +150,7 @@ def _measure_one(
 def _arguments(
     recordings: Recordings, recording: Recording, tensors: Tensors, config: DMAConfig
 ) -> dict[str, Any] | None:
-    """The operator's keyword arguments, without those that change nothing; None for stock attention."""
+    """Return the operator's keyword arguments, without those that change nothing; None for stock attention."""
     q, k, _, mask = tensors
     of_module = config.of_module(recording.module)
     masked = "" if mask is None else _family(recordings).masked(of_module.protected(recording.text))
@@ -161,7 +164,7 @@ def _arguments(
 
 
 def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) -> bool:
-    """Whether a configuration runs this call with every tile HIGH."""
+    """Say if a configuration runs this call with every tile HIGH."""
     kind, modules = recordings.settings["model"]["class"], tuple(recordings.settings["model"]["modules"])
     dense = dense_parts(config, _family(recordings), kind, modules)
     sigma, above = recording.sigma, dense.above_sigma
@@ -172,8 +175,8 @@ def _family(recordings: Recordings) -> Family:
     return FAMILIES.get(recordings.settings["model"]["class"], Family("none"))
 
 
-def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
-    """The policy that the operator follows with these arguments, and the layout that it follows it on."""
+def policy_and_layout(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
+    """Return the policy that the operator follows with these arguments, and the layout that it follows it on."""
     layout = replace(recording.layout, text=(0, 0), grid=())
     if not arguments.get("mapped", True):
         return Dense(Class.HIGH), layout
@@ -182,9 +185,9 @@ def asked(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, L
 
 
 def tile_classes(made: plan.Plan) -> torch.Tensor:
-    """The class in which each pair of tiles is computed: integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`."""
+    """Return the class in which each pair of tiles is computed: numbers of `Class`, `[1, H or 1, q_tiles, k_tiles]`."""
     block_lists = made.precision_map
-    q_tiles = block_lists.indices.shape[-2]  # and as many of the keys: queries and keys are the same tokens
+    q_tiles = block_lists.indices.shape[-2]  # keys have as many, because they are the same tokens
     classes = torch.full((*block_lists.indices.shape[:-1], q_tiles + 1), int(Class.SKIP))
     place, start = torch.arange(block_lists.indices.shape[-1]), torch.zeros_like(block_lists.bounds[..., :1])
     of_phase = {
@@ -217,12 +220,12 @@ def _compared(
         kept = masses[None].sum((-2, -1))
     else:
         out = operator.attention(q, k, v, mask, recording.scale, recording.is_causal, **arguments).out
-        made = plan.make(*asked(arguments, recording), recording.is_causal)
+        made = plan.make(*policy_and_layout(arguments, recording), recording.is_causal)
         token_order = made.token_order
         key = None if token_order is None else token_order.numpy().tobytes()
         if key not in masses:
-            places, token_order = in_slots(tensors, token_order), token_order.to(q.device)
-            masses[key] = exact_attention(places, recording.scale, recording.is_causal, token_order >= 0)[1]
+            slots, token_order = in_slots(tensors, token_order), token_order.to(q.device)
+            masses[key] = exact_attention(slots, recording.scale, recording.is_causal, token_order >= 0)[1]
         high = (tile_classes(made) == Class.HIGH).to(q.device)
         kept = (masses[key] * high).sum((-2, -1))
     out = out.double()
@@ -234,7 +237,7 @@ def _compared(
 
 
 def mean_of_present(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """The mean of what is there; NaN where nothing is."""
+    """Return the mean of what is there; NaN where nothing is."""
     there = ~np.isnan(values)
     return np.where(there, values, 0).sum(axis) / _no_zero(there.sum(axis).astype(float))
 

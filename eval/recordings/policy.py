@@ -1,4 +1,4 @@
-"""A calibrated policy: for each quality what was chosen, what it costs and errs; its file and its tables."""
+"""A calibrated policy says for each quality what was chosen, what it costs and errs; it has a file and tables."""
 
 import json
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ _CONFIG = ("high", "low", "window", "sink", "dense_above_sigma")
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a quality, and what it costs and errs on the recordings.
+    """A choice was made for a quality, and has its cost and its error on the recordings.
 
-    relative_l2: of the output, root mean square over prompts, steps and modules. budget: the most that it was to be.
-    cost: predicted clocks over those of bf16 attention. recall: of attention, the share in HIGH tiles.
+    relative_l2: of the output, the root mean square over prompts, steps and modules. budget: the most that it was
+    allowed to be. cost: predicted clocks over those of bf16 attention. recall: the share of attention in HIGH tiles.
     of_modules: relative L2 of each module, means over prompts and steps.
     """
 
@@ -38,7 +38,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Policy:
-    """A ladder of choices, lowest quality first, and what they were chosen from; `quality` is the one asked for."""
+    """A policy is a ladder of choices, lowest quality first, with what they were chosen from.
+
+    quality: the one that was asked for.
+    """
 
     quality: float
     model: dict[str, Any]
@@ -47,7 +50,7 @@ class Policy:
 
     @property
     def chosen(self) -> Choice:
-        """The choice of the quality that was asked for."""
+        """Return the choice of the quality that was asked for."""
         return next(choice for choice in self.choices if choice.quality == self.quality)
 
     def save(self, path: Path) -> None:
@@ -55,7 +58,7 @@ class Policy:
         write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy file's document (`dma_diffusers.policy_file`)."""
+        """Return the policy file's document (`dma_diffusers.policy_file`)."""
         choices = [
             {
                 "quality": choice.quality,
@@ -75,7 +78,7 @@ class Policy:
 
 
 def ladder(policy: Policy) -> list[list[str]]:
-    """The rows under `LADDER_HEADER`, one a quality. cost: predicted, of bf16 attention's."""
+    """Return the rows under `LADDER_HEADER`, one a quality. The cost is predicted, in units of bf16 attention's."""
     rows = []
     for choice in policy.choices:
         config = choice.config
@@ -98,7 +101,7 @@ def ladder(policy: Policy) -> list[list[str]]:
 
 
 def modules(policy: Policy) -> list[list[str]]:
-    """The rows under `MODULES_HEADER`, one a module, of the quality that was asked for."""
+    """Return the rows under `MODULES_HEADER`, one a module, for the quality that was asked for."""
     config, rows = policy.chosen.config, []
     for name, error in policy.chosen.of_modules.items():
         own = config.of_module(name)

@@ -1,4 +1,4 @@
-"""Record what a pipeline's attention is given, while it draws with full precision."""
+"""This module records the inputs of a pipeline's attention, while it draws with full precision."""
 
 import json
 import math
@@ -28,11 +28,11 @@ from dma_diffusers.kernels.operator import Result
 from dma_diffusers.pipelines.files import write_atomically
 
 LIMIT = 2_000_000_000
-_HEADER = 1024  # bytes of a file, at most, that are no tensor's
+_HEADER = 1024  # at most so many bytes of a file are no tensor's
 
 
 class _Full(ValueError):
-    """A prompt takes more than is left of the limit."""
+    """It is raised when a prompt takes more than is left of the limit."""
 
 
 def record(
@@ -49,21 +49,21 @@ def record(
     grid: tuple[int, ...] | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> Recordings:
-    """q, k and v of attention modules at some steps of each prompt, in `folder`, which is made.
+    """Record q, k and v of attention modules at some steps of each prompt, in `folder`, which is made.
 
     call: keyword arguments of the pipeline's call. seeds: one a prompt, 0, 1, … if left out. modules: indices into
-    those that DMA would divert, or their names; None for all. steps: so many, evenly spread from the first to the
-    last, or which. limit: bytes that the folder may take. text, grid: as of `DMAConfig`. on_step: called after each
-    denoising step with a title, steps done, steps in all.
+    those that DMA would take, or their names; None for all. steps: so many, evenly spread from the first to the last,
+    or which. limit: bytes that the folder may take. text, grid: as in `DMAConfig`. on_step: called after each denoising
+    step with a title, steps done, steps in all.
 
-    Calls that DMA would leave to stock whatever its formats, such as cross-attention, are not recorded. Every call
-    of the transformer in a step is: with true classifier-free guidance, the conditional and the unconditional one,
-    because both run at low precision and both move the picture. DMA attention that was applied is removed.
+    Calls that DMA would leave to stock whatever its formats, such as cross-attention, are not recorded. Every call of
+    the transformer in a step is: with true classifier-free guidance, the conditional and the unconditional one, because
+    both run at low precision and both move the picture. DMA attention that was applied is removed.
 
-    Prompts are drawn one at a time; before the first, one step measures what a prompt takes: as many prompts are
+    Prompts are drawn one at a time; before the first, one step measures what a prompt takes. As many prompts are
     recorded as fit into `limit`, and a note says so; a longer one that does not fit after all ends them. A folder with
-    recordings of the same settings is completed, prompt by prompt.
-    Raises ValueError where not even one prompt fits, nothing can be recorded, or the folder has other recordings.
+    recordings of the same settings is completed, prompt by prompt. Raises ValueError where not even one prompt fits,
+    nothing can be recorded, or the folder has other recordings.
     """
     if not prompts:
         raise ValueError("there are no prompts to record")
@@ -114,7 +114,7 @@ def record(
 def _recorder_on(
     pipe: DiffusionPipeline, text: str | None, grid: tuple[int, ...] | None
 ) -> Iterator["_Recorder"]:
-    """A recorder in the place of the operator; afterwards everything is as stock as it can be."""
+    """Put a recorder in the place of the operator; afterwards everything is as stock as it can be."""
     models = [model for _, model in transformers_of(pipe)]
     apply(pipe, DMAConfig(min_length=0, text=text, grid=grid))
     hooks: list[RemovableHandle] = []
@@ -127,9 +127,10 @@ def _recorder_on(
 
 
 class _Recorder:
-    """Stands in for the operator in every diversion of a pipeline's transformers: runs stock attention, and saves.
+    """A recorder stands in for the operator in all modules of a pipeline's transformers.
 
-    model: what an index says of the transformers. available: names of their diverted modules.
+    It runs stock attention, and saves. model: what an index says of the transformers. available: names of the modules
+    that DMA takes.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], hooks: list[RemovableHandle]):
@@ -153,11 +154,11 @@ class _Recorder:
         self.take: Callable[..., None] = lambda *_: None
 
     def measure(self, draw: Callable, chosen: list[str]) -> tuple[int, int]:
-        """Bytes that one step of a drawing would take, and its steps; draws that step alone."""
+        """Return the bytes that one step of a drawing would take, and its number of steps; draws that step alone."""
         sizes = []
 
         def take(module: str, tensors: Tensors, *_: Any) -> None:
-            if module in chosen and self.step == 0:  # not every pipeline can be stopped
+            if module in chosen and self.step == 0:  # not every pipeline can be stopped after its first step
                 sizes.append(_HEADER + sum(x.numel() * x.element_size() for x in tensors if x is not None))
 
         self.take = take
@@ -214,7 +215,7 @@ class _Recorder:
         self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_
     ) -> Result:
         is_grid = math.prod(self.grid) == q.shape[2] - (text_stop - text_start)
-        grid = self.grid if is_grid else ()  # a module may be given other tokens
+        grid = self.grid if is_grid else ()  # a module may be given tokens that are not the grid's
         self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), grid, scale, is_causal)
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = q.shape[1] != k.shape[1]
@@ -234,11 +235,11 @@ def _draw(
     recorder: _Recorder,
     stops_at_once: bool = False,
 ) -> int:
-    """Draw one prompt down to its latents; the number of steps."""
+    """Draw one prompt down to its latents, and return the number of steps."""
 
     def step_ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         recorder.step_begins(step + 1)
-        pipe._interrupt = stops_at_once  # Diffusers' way to leave out the steps to come
+        pipe._interrupt = stops_at_once  # Diffusers leaves out the steps to come
         on_step(step + 1, pipe.num_timesteps)
         return tensors
 
@@ -251,7 +252,7 @@ def _draw(
 
 
 def _chosen_modules(modules: Sequence[int | str] | None, available: list[str]) -> list[str]:
-    """Names, in module order; ValueError for what is not there."""
+    """Return the names, in module order; raises ValueError for a module that is not there."""
     if modules is None:
         return available
     chosen = set()
@@ -268,7 +269,7 @@ def _chosen_modules(modules: Sequence[int | str] | None, available: list[str]) -
 
 
 def _chosen_steps(steps: int | Sequence[int], total: int) -> list[int]:
-    """Which of `total` steps; ValueError for one that is not there."""
+    """Return the chosen ones of `total` steps; raises ValueError for one that is not there."""
     if isinstance(steps, int):
         if steps < 1:
             raise ValueError(f"steps must be 1 or more, got {steps}")
@@ -280,7 +281,7 @@ def _chosen_steps(steps: int | Sequence[int], total: int) -> list[int]:
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> Recordings:
-    """The recordings there, those with all their files; ValueError for recordings of other settings."""
+    """Return the recordings there that have all their files; raises ValueError for recordings of other settings."""
     if not (folder / INDEX).exists():
         folder.mkdir(parents=True, exist_ok=True)
         return Recordings(folder, settings)

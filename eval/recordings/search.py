@@ -1,18 +1,21 @@
-"""The cheapest options of every module and head whose errors, summed, keep to a budget."""
+"""The search finds the cheapest options of every module and head whose errors, summed, keep to a budget."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-_SLIGHTEST, _STEPS = 1e-12, 100  # the least price of a cost, and halvings of the prices' logarithms
+_SLIGHTEST, _STEPS = (
+    1e-12,
+    100,
+)  # they are the least price of a cost, and how often the logarithms' range is halved
 
 
-class Found(NamedTuple):
-    """A choice.
+class Selection(NamedTuple):
+    """The search found this choice.
 
-    level: number of the table. option: of each module, int64 `[modules]`. window: of each head, int64
-    `[modules, heads]`.
+    level: number of the table. option: of each module, int64 `[modules]`. window: of each head, int64 `[modules,
+    heads]`.
     """
 
     level: int
@@ -21,22 +24,22 @@ class Found(NamedTuple):
 
 
 class Search:
-    """Every option's errors and costs, which add up.
+    """A search knows every option's errors and costs, which add up.
 
-    tables: one (errors, costs) for each level, of which the whole model takes one: float64
-    `[options, windows, modules, heads]`. A module takes one option for all its heads, each head takes its window.
-    Both should be near 1 in sum, or less.
+    tables: one (errors, costs) for each level, of which the whole model takes one: float64 `[options, windows, modules,
+    heads]`. A module takes one option for all its heads, each head takes its window. Both should be near 1 in sum, or
+    less.
     """
 
     def __init__(self, tables: Sequence[tuple[np.ndarray, np.ndarray]]):
         self.tables = tables
         self.most, self.least = self.error(self._best(1 / _SLIGHTEST)), self.error(self._best(_SLIGHTEST))
 
-    def within(self, budget: float) -> Found:
-        """The cheapest of the choices that are best at some price of cost and err by no more than `budget`.
+    def within(self, budget: float) -> Selection:
+        """Return the cheapest of the choices that are best at some price of cost and err by no more than `budget`.
 
-        The most precise of all where even that errs by more. A smaller budget never finds a cheaper choice, nor one
-        that errs more.
+        Where even the most precise of all errs by more, it is returned. A smaller budget never finds a cheaper choice,
+        nor one that errs more.
         """
         low, high = _SLIGHTEST, 1 / _SLIGHTEST
         if self.error(self._best(high)) <= budget:
@@ -46,27 +49,27 @@ class Search:
             low, high = (price, high) if self.error(self._best(price)) <= budget else (low, price)
         return self._best(low)
 
-    def error(self, found: Found) -> float:
-        """The sum of a choice's errors."""
+    def error(self, found: Selection) -> float:
+        """Return the sum of a choice's errors."""
         return self._sum(found, 0)
 
-    def cost(self, found: Found) -> float:
-        """The sum of a choice's costs."""
+    def cost(self, found: Selection) -> float:
+        """Return the sum of a choice's costs."""
         return self._sum(found, 1)
 
-    def _sum(self, found: Found, which: int) -> float:
+    def _sum(self, found: Selection, which: int) -> float:
         modules, heads = np.ogrid[: found.window.shape[0], : found.window.shape[1]]
         return float(
             self.tables[found.level][which][found.option[:, None], found.window, modules, heads].sum()
         )
 
-    def _best(self, price: float) -> Found:
-        """Where error + price · cost is least (Lagrange): heads, then modules, then the level, each by itself."""
+    def _best(self, price: float) -> Selection:
+        """Minimise error + price · cost (Lagrange): heads, then modules, then the level, each by itself."""
         choices = []
         for level, (errors, costs) in enumerate(self.tables):
             value = errors + price * costs
             of_modules = value.min(1).sum(-1)
             option = of_modules.argmin(0)
             window = value.argmin(1)[option, np.arange(len(option))]
-            choices.append((of_modules.min(0).sum(), level, Found(level, option, window)))
+            choices.append((of_modules.min(0).sum(), level, Selection(level, option, window)))
         return min(choices, key=lambda choice: choice[:2])[2]

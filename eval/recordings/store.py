@@ -1,4 +1,4 @@
-"""A folder of recorded attention calls: an index, and a safetensors file for each call."""
+"""A folder of recorded attention calls has an index, and a safetensors file for each call."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ INDEX = "recordings.json"
 
 
 class Tensors(NamedTuple):
-    """What one attention call was given, as it was given.
+    """One attention call was given these tensors, which are stored as they are.
 
     q `[B, H, S, D]`, k and v `[B, Hkv, S, D]`, after RoPE. B counts the batch entries of guidance too, where the
     pipeline runs them as one batch. key_mask: bool `[B, S]`, True where a key is seen, or None.
@@ -32,12 +32,12 @@ class Tensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
-    """One attention call of a module.
+    """A recording is one attention call of a module.
 
-    prompt, step: counted from 0. call: the transformer's, within the step: with true classifier-free guidance it
-    runs twice. sigma: noise level, 0 to 1; None if not known. shape: of q, `[B, H, S, D]`. text: its tokens, from
-    start to stop. scale: of the scores, None for D^-½. bytes: of the file. grid: what the other tokens lie on; () if
-    not known.
+    prompt, step: counted from 0. call: the transformer's, within the step: with true classifier-free guidance it runs
+    twice. sigma: noise level, 0 to 1; None if not known. shape: of q, `[B, H, S, D]`. text: its tokens, from start to
+    stop. scale: of the scores, None for D^-½. bytes: of the file. grid: the sides of what the other tokens lie on; ()
+    if not known.
     """
 
     prompt: int
@@ -55,17 +55,17 @@ class Recording:
 
     @property
     def layout(self) -> Layout:
-        """The call's tokens: DMA takes no calls whose keys are others than the queries."""
+        """Return the layout of the call's tokens: DMA takes no calls whose keys are others than the queries."""
         return Layout(self.shape[2], self.shape[2], self.text, self.grid)
 
 
 @dataclass
 class Recordings:
-    """The index of a folder.
+    """This is the index of a folder.
 
-    settings: what was recorded, and of what; `model` has the transformer's `class`, its diverted `modules`, and the
-    `fingerprint` of its weights. notes: what a reader should know, such as prompts that were left out.
-    recordings: of finished prompts alone, by prompt, step, call and module.
+    settings: what was recorded, and of what; `model` has the transformer's `class`, the `modules` that DMA takes, and
+    the `fingerprint` of its weights. notes: what a reader should know, such as prompts that were left out. recordings:
+    those of finished prompts alone, by prompt, step, call and module.
     """
 
     folder: Path
@@ -75,30 +75,30 @@ class Recordings:
 
     @property
     def prompts(self) -> list[int]:
-        """The numbers of the prompts that were recorded."""
+        """Return the numbers of the prompts that were recorded."""
         return sorted({recording.prompt for recording in self.recordings})
 
     @property
     def steps(self) -> list[int]:
-        """The denoising steps that were recorded."""
+        """Return the denoising steps that were recorded."""
         return sorted({recording.step for recording in self.recordings})
 
     @property
     def modules(self) -> list[str]:
-        """The modules that were recorded, in module order."""
+        """Return the modules that were recorded, in module order."""
         recorded = {recording.module for recording in self.recordings}
         return [name for name in self.settings["model"]["modules"] if name in recorded]
 
     @property
     def bytes(self) -> int:
-        """What the recordings take on disk."""
+        """Return the bytes that the recordings take on disk."""
         return sum(recording.bytes for recording in self.recordings)
 
     def tensors(self, recording: Recording) -> Tensors:
-        """A call's tensors, on the CPU; raises ValueError, naming the file, where it cannot be read."""
+        """Read a call's tensors, on the CPU; raises ValueError, naming the file, where it cannot be read."""
         path = self.folder / recording.file
         try:
-            stored = load(path.read_bytes())  # one that is mapped and changes under us would end the process
+            stored = load(path.read_bytes())  # a mapped file that changes under us would end the process
             return Tensors(stored["q"], stored["k"], stored["v"], stored.get("key_mask"))
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
@@ -121,14 +121,14 @@ class Recordings:
 
 
 def serialise(tensors: Tensors, names: Sequence[str], values: Sequence[Any]) -> bytes:
-    """A recording's file: the tensors, and as metadata the values of these names, as JSON."""
+    """Return a recording's file: the tensors, and as metadata the values of these names, as JSON."""
     stored = {name: x.contiguous() for name, x in tensors._asdict().items() if x is not None}
     metadata = {name: json.dumps(value) for name, value in zip(names, values, strict=True)}
     return save(stored, metadata)
 
 
 def read_recordings(folder: Path) -> Recordings:
-    """The recordings in a folder; raises FileNotFoundError for none, ValueError for a damaged index."""
+    """Read the recordings in a folder; raises FileNotFoundError for none, ValueError for a damaged index."""
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"there are no recordings in {folder}: it has no {INDEX}")

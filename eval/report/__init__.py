@@ -1,1 +1,1 @@
-"""The report of one evaluation: a self-contained HTML page and a Markdown table."""
+"""The report of one evaluation is a self-contained HTML page and a Markdown table."""

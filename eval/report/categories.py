@@ -1,4 +1,4 @@
-"""One metric by category of prompts."""
+"""This module shows one metric by category of prompts."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from dma_diffusers.eval.report.evaluation import BASELINE, number
 
 
 class Category(NamedTuple):
-    """A line of the table: the prompts of one category. cells: a figure and a shade, 0 (best) to 1, by row."""
+    """A category's prompts are a line of the table. cells: a figure and a shade, 0 (best) to 1, by row."""
 
     name: str
     prompts: int
@@ -19,12 +19,13 @@ class Category(NamedTuple):
 
 
 def by_category(evaluation: dict[str, Any], metric: str) -> list[Category]:
-    """Means of a metric over each category's pictures, with 95 % intervals over its prompts.
+    """Return means of a metric over each category's pictures, with 95 % intervals over its prompts.
 
-    The baseline's row is left out. Empty where all prompts share a category, or no row has the pictures' values.
+    The baseline's row is left out. The list is empty where all prompts share a category, or no row has the pictures'
+    values.
     """
     names = [prompt.get("category") or "no category" for prompt in evaluation["prompts"]]
-    # [prompts] means over seeds of each row
+    # each row has [prompts] means over seeds
     means = {
         name: np.reshape([number(value) for value in row["pictures"][metric]], (len(names), -1)).mean(axis=1)
         for name, row in evaluation["rows"].items()
@@ -55,7 +56,7 @@ def by_category(evaluation: dict[str, Any], metric: str) -> list[Category]:
 
 
 def _shades(values: dict[Any, float], better: str) -> dict[Any, float]:
-    """0 for the best value, 1 for the worst, linear between; infinite ones are best."""
+    """Give the best value 0, the worst 1, those between linear shades; infinite ones are best."""
     finite = [value for value in values.values() if math.isfinite(value)]
     low, high = min(finite, default=0), max(finite, default=0)
     best, worst = (high, low) if better == "higher" else (low, high)

@@ -1,4 +1,4 @@
-"""The columns of a report's table, and its cells as text."""
+"""This module makes the columns of a report's table, and its cells as text."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ _LEADING = ("lpips", "psnr_db", "ssim", "latents_relative_l2")
 
 
 class Column(NamedTuple):
-    """A metric that at least one row has.
+    """A column is a metric that at least one row has.
 
     arrow: towards the better side. n: pictures behind each of its figures, None where they differ.
     """
@@ -23,7 +23,7 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A figure as text. interval: "[low, high]", empty where it has none. n: pictures behind it."""
+    """A cell is a figure as text. interval: "[low, high]", empty where it has none. n: pictures behind it."""
 
     estimate: str
     interval: str = ""
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 def columns(evaluation: dict[str, Any]) -> list[Column]:
-    """The table's columns, in the evaluation's order."""
+    """Return the table's columns, in the evaluation's order."""
     found = []
     for metric, about in evaluation["metrics"].items():
         figures = [row["summary"][metric] for row in evaluation["rows"].values() if metric in row["summary"]]
@@ -44,7 +44,7 @@ def columns(evaluation: dict[str, Any]) -> list[Column]:
 
 
 def cell(row: dict[str, Any], column: Column) -> Cell:
-    """A row's figure in a column."""
+    """Return a row's figure in a column."""
     figure = row["summary"].get(column.metric)
     if figure is None:
         return Cell(MISSING)
@@ -53,13 +53,13 @@ def cell(row: dict[str, Any], column: Column) -> Cell:
 
 
 def interval_cell(estimate: float, low: float, high: float, digits: int) -> Cell:
-    """A figure with its interval, where that is more than a point."""
+    """Write a figure with its interval, where that is more than a point."""
     interval = f"[{_text(low, digits)}, {_text(high, digits)}]" if low != high else ""
     return Cell(_text(estimate, digits), interval)
 
 
 def leading_metric(evaluation: dict[str, Any]) -> str | None:
-    """The metric that plots show: LPIPS, or the next paired one of which a configuration has a finite figure."""
+    """Return the metric that plots show: LPIPS, or the next paired one of which a configuration has a finite figure."""
     rows = [row for row in evaluation["rows"].values() if row["role"] == CONFIGURATION]
     finite = {
         metric for row in rows for metric, figure in row["summary"].items() if figure["estimate"] is not None
@@ -68,12 +68,12 @@ def leading_metric(evaluation: dict[str, Any]) -> str | None:
 
 
 def value_text(value: float | None, digits: int) -> str:
-    """A stored value with so many digits after the point."""
+    """Write a stored value with so many digits after the point."""
     return _text(number(value), digits)
 
 
 def seconds_text(row: dict[str, Any]) -> str:
-    """A row's measured seconds per picture, with at least three significant digits."""
+    """Write a row's measured seconds per picture, with at least three significant digits."""
     seconds = row.get("seconds_per_picture")
     if seconds is None:
         return MISSING
@@ -81,13 +81,13 @@ def seconds_text(row: dict[str, Any]) -> str:
 
 
 def cost_text(row: dict[str, Any]) -> str:
-    """A row's predicted cost of attention, of bf16's."""
+    """Write a row's predicted cost of attention, in units of bf16's."""
     cost = row.get("predicted_cost")
     return MISSING if cost is None else f"{cost:.3f}"
 
 
 def has_costs(evaluation: dict[str, Any]) -> bool:
-    """Whether any row has a predicted cost."""
+    """Say if any row has a predicted cost."""
     return any(row.get("predicted_cost") is not None for row in evaluation["rows"].values())
 
 

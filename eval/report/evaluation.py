@@ -1,4 +1,4 @@
-"""evaluation.json: read, and checked before anything is drawn from it."""
+"""evaluation.json is read, and checked before anything is drawn from it."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from typing import Any
 
 BASELINE, NOISE_FLOOR, CONFIGURATION = "baseline", "noise floor", "configuration"
 
-_NUMBER = (float, None)  # null is infinite
+_NUMBER = (float, None)  # null stands for infinite
 _TEXT = (str, None)
-# What a report needs. {str: x} has any keys, [x] any length, a tuple lists alternatives, "key?" may be absent.
+# A report needs this. {str: x} has any keys, [x] any length, a tuple lists alternatives, "key?" may be absent.
 _SHAPE = {
     "command": str,
     "created": str,
@@ -59,12 +59,12 @@ _KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "an obj
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The evaluation in a JSON file; ValueError where it holds none, FileNotFoundError where there is none."""
+    """Read the evaluation in a JSON file; ValueError where it holds none, FileNotFoundError where there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: name a folder that `dma-diffusers eval` wrote")
     try:
         evaluation = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except ValueError as error:  # broken JSON and broken UTF-8
+    except ValueError as error:  # broken JSON raises it, and broken UTF-8
         raise ValueError(f"{path} is no whole JSON file: {error}") from None
     try:
         check(evaluation)
@@ -80,17 +80,17 @@ def check(evaluation: Any) -> None:
 
 
 def baseline(evaluation: dict[str, Any]) -> str:
-    """The name of the row that all others are compared with."""
+    """Return the name of the row that all others are compared with."""
     return next(name for name, row in evaluation["rows"].items() if row["role"] == BASELINE)
 
 
 def noun(evaluation: dict[str, Any]) -> str:
-    """What was drawn: "picture" or "clip"."""
+    """Return the word for what was drawn: "picture" or "clip"."""
     return "clip" if "frames" in evaluation["settings"] else "picture"
 
 
 def number(value: float | None) -> float:
-    """A stored value, which is None where it is infinite."""
+    """Return a stored value, which is None where it is infinite."""
     return math.inf if value is None else value
 
 
@@ -99,7 +99,7 @@ def _refuse(constant: str) -> None:
 
 
 def _misshapen(value: Any, shape: Any, at: str) -> Iterator[str]:
-    """Where `value` differs from `shape`, in words."""
+    """Say in words where `value` differs from `shape`."""
     if isinstance(shape, tuple):
         complaints = [list(_misshapen(value, alternative, at)) for alternative in shape]
         if all(complaints):
@@ -129,7 +129,7 @@ def _misshapen(value: Any, shape: Any, at: str) -> Iterator[str]:
 
 
 def _contradictions(evaluation: dict[str, Any]) -> Iterator[str]:
-    """Where the parts of a well-shaped evaluation do not fit together, in words."""
+    """Say in words where the parts of a well-shaped evaluation do not fit together."""
     prompts, rows, metrics = evaluation["prompts"], evaluation["rows"], evaluation["metrics"]
     try:
         datetime.fromisoformat(evaluation["created"])

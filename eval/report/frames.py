@@ -1,4 +1,4 @@
-"""How far clips are from full precision's, frame by frame."""
+"""This module shows how far clips are from full precision's, frame by frame."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ _METRICS = ("psnr_db", "lpips")
 
 
 def frame_scores(evaluation: dict[str, Any], metric: str) -> dict[str, list[float]]:
-    """Each row's score of every frame; infinite ones, and those that have no logarithm, as NaN.
+    """Return each row's score of every frame; infinite ones, and those that have no logarithm, are NaN.
 
     Rows without any other are left out.
     """
@@ -26,7 +26,7 @@ def frame_scores(evaluation: dict[str, Any], metric: str) -> dict[str, list[floa
 
 
 def frame_plot(evaluation: dict[str, Any]) -> str | None:
-    """PSNR and LPIPS over frames as an <svg> element; None where no row has scores of frames."""
+    """Plot PSNR and LPIPS over frames as an <svg> element; None where no row has scores of frames."""
     rows = evaluation["rows"]
     scores = {metric: found for metric in _METRICS if (found := frame_scores(evaluation, metric))}
     if not scores:

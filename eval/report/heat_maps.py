@@ -1,4 +1,4 @@
-"""The attention error of each module and step: a heat map for each configuration, one colour scale."""
+"""This module draws the attention error of each module and step: a map for each configuration, one colour scale."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-_LABELS = 40  # module names written at most, or else every second, third, ... one
-_LETTER, _WIDTH = 0.068, 12  # inches: a letter, names and panels
+_LABELS = 40  # at most so many module names are written, or else every second, third, ... one
+_LETTER, _WIDTH = 0.068, 12  # they are the widths of a letter, and of names and panels, in inches
 
 
 def layer_errors(layers: dict[str, Any] | None) -> str | None:
-    """The maps as an <svg> element; None where nothing was recorded."""
+    """Return the maps as an <svg> element; None where nothing was recorded."""
     if not layers or not layers["modules"] or not layers["steps"] or not layers["relative_l2"]:
         return None
     maps, modules = layers["relative_l2"], layers["modules"]
@@ -63,7 +63,7 @@ def _draw(figure: "Figure", layers: dict[str, Any], rows: int, columns: int) -> 
 
 
 def _scale(errors: list[float | None]) -> "Normalize":
-    """Logarithmic where errors spread over more than one power of ten."""
+    """Return the colour scale: logarithmic where errors spread over more than one power of ten."""
     from matplotlib.colors import LogNorm, Normalize
 
     positive = [error for error in errors if error]

@@ -1,4 +1,4 @@
-"""The tables of an evaluation as Markdown: every figure, and what each row buys at its predicted cost."""
+"""This module writes the tables of an evaluation as Markdown: every figure, and each row's figures at its cost."""
 
 import re
 from typing import Any
@@ -10,10 +10,10 @@ _BY_COST = ("psnr_db", "lpips", "flicker")
 
 
 def table(evaluation: dict[str, Any]) -> str:
-    """One line per row of the evaluation, `estimate [low, high]` in each cell; no newline at the end.
+    """Write one line per row of the evaluation, `estimate [low, high]` in each cell; no newline at the end.
 
-    The line "n" has the pictures behind each figure of a column; where they differ they are in the cells.
-    Raises ValueError where `evaluation` is none.
+    The line "n" has the pictures behind each figure of a column; where they differ they are in the cells. Raises
+    ValueError where `evaluation` is none.
     """
     check(evaluation)
     shown = columns(evaluation)
@@ -33,9 +33,10 @@ def table(evaluation: dict[str, Any]) -> str:
 
 
 def table_by_cost(evaluation: dict[str, Any]) -> str:
-    """Predicted cost, PSNR and LPIPS, of clips flicker too, cheapest first; the baseline is left out.
+    """Write predicted cost, PSNR and LPIPS, of clips flicker too, cheapest first; the baseline is left out.
 
-    Numbers below one have no zero before the point. No newline at the end; ValueError where `evaluation` is none.
+    Numbers below one have no zero before the point. There is no newline at the end. Raises ValueError where
+    `evaluation` is none.
     """
     check(evaluation)
     shown = [column for column in columns(evaluation) if column.metric in _BY_COST]
@@ -52,7 +53,7 @@ def table_by_cost(evaluation: dict[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` in one line, with Markdown's and HTML's special characters as themselves."""
+    """Return `text` in one line, with Markdown's and HTML's special characters as themselves."""
     return re.sub(r"([\\`*_|<>\[\]&])", r"\\\1", " ".join(text.split()))
 
 

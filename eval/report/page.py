@@ -1,4 +1,4 @@
-"""The page of an evaluation: HTML that needs no other file."""
+"""The page of an evaluation is HTML that needs no other file."""
 
 import json
 from dataclasses import fields
@@ -28,11 +28,10 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def html(evaluation: dict[str, Any], folder: Path) -> str:
-    """The page as text; the same evaluation gives the same page.
+    """Return the page as text; the same evaluation gives the same page.
 
-    folder: where the paths of the evaluation's worst pictures start. Raises ValueError where `evaluation` is
-    none or a picture is broken, FileNotFoundError where one is missing, ModuleNotFoundError without jinja2 and
-    matplotlib.
+    folder: where the paths of the evaluation's worst pictures start. Raises ValueError where `evaluation` is none or a
+    picture is broken, FileNotFoundError where one is missing, ModuleNotFoundError without jinja2 and matplotlib.
     """
     try:
         import jinja2
@@ -52,7 +51,7 @@ def html(evaluation: dict[str, Any], folder: Path) -> str:
     environment.filters["text"] = _text
     rows, metric = evaluation["rows"], leading_metric(evaluation)
     return environment.get_template(_TEMPLATE.name).render(
-        worst=worst(evaluation, folder),  # first: what can fail
+        worst=worst(evaluation, folder),  # this comes first, because it can fail
         evaluation=evaluation,
         created=f"{datetime.fromisoformat(evaluation['created']):%Y-%m-%d %H:%M %Z}",
         baseline=baseline(evaluation),
@@ -76,7 +75,7 @@ def html(evaluation: dict[str, Any], folder: Path) -> str:
 
 
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the table and the legends show of each row."""
+    """Return what the table and the legends show of each row."""
     rows, shown = evaluation["rows"], columns(evaluation)
     colours = row_colours(rows)
     reference = rows[baseline(evaluation)].get("seconds_per_picture")
@@ -98,21 +97,21 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _configurations(rows: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Names of the fields that configurations have, and each one's values of them."""
+    """Return names of the fields that configurations have, and each one's values of them."""
     configurations = {name: row["config"] for name, row in rows.items() if row.get("config")}
     names = list(dict.fromkeys(field for config in configurations.values() for field in config))
     return names, {name: [config.get(field) for field in names] for name, config in configurations.items()}
 
 
 def _receipt(stored: dict[str, Any]) -> str:
-    """A stored receipt as `dma_diffusers.report` would print it."""
+    """Return a stored receipt as `dma_diffusers.report` would print it."""
     known = {field.name for field in fields(ModuleReceipt)}
     modules = [{key: value for key, value in module.items() if key in known} for module in stored["modules"]]
     return str(Receipt(tuple(ModuleReceipt(**module) for module in modules)))
 
 
 def _text(value: Any) -> str:
-    """A setting as a reader would write it."""
+    """Return a setting as a reader would write it."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

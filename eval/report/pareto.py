@@ -1,4 +1,4 @@
-"""Cost against quality: measured seconds per picture or predicted attention, one metric, and the noise floor."""
+"""This module plots quality over cost: one metric over measured seconds or predicted attention, and the noise floor."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-# Where a label may stand about its point, in points, best place first.
+# A label may stand at these places about its point, in points, the best place first.
 _PLACES = [(8, 0), (-8, 0), (8, 9), (8, -9), (-8, 9), (-8, -9), (0, 12), (0, -12), (0, 22), (0, -22)]
 
 
@@ -21,11 +21,11 @@ COSTS = {
 }
 
 
-_NAMED = 10  # points that have room for their names; more are numbered
+_NAMED = 10  # so many points have room for their names; more are numbered
 
 
 class Point(NamedTuple):
-    """A configuration: what it costs, and its figure with the bounds of the interval."""
+    """A point is a configuration: its cost, and its figure with the bounds of the interval."""
 
     name: str
     cost: float
@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 
 def pareto(evaluation: dict[str, Any], metric: str | None, cost: str = "seconds_per_picture") -> str | None:
-    """The plot as an <svg> element, a point with its 95 % interval for each configuration; None without points.
+    """Plot a point with its 95 % interval for each configuration, as an <svg> element; None without points.
 
     cost: one of `COSTS`.
     """
@@ -46,7 +46,7 @@ def pareto(evaluation: dict[str, Any], metric: str | None, cost: str = "seconds_
 
 
 def _points(evaluation: dict[str, Any], metric: str, cost: str) -> list[Point]:
-    """The configurations that can be drawn: those with a finite figure and a cost."""
+    """Return the configurations that can be drawn: those with a finite figure and a cost."""
     points = []
     for name, row in evaluation["rows"].items():
         interval = _finite(row, metric)
@@ -56,7 +56,7 @@ def _points(evaluation: dict[str, Any], metric: str, cost: str) -> list[Point]:
 
 
 def _finite(row: dict[str, Any], metric: str) -> tuple[float, float, float] | None:
-    """A row's estimate and bounds, which are the estimate where they are infinite; None for no finite figure."""
+    """Return a row's estimate and bounds, which are the estimate where they are infinite; None for no finite figure."""
     figure = row["summary"].get(metric)
     if not figure or figure["estimate"] is None:
         return None
@@ -98,12 +98,12 @@ def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str, cost: str) 
         labels = [str(number) for number in range(1, len(points) + 1)]
         names = "\n".join(f"{number}  {point.name}" for number, point in enumerate(points, 1))
         axes.annotate(names, (1.02, 1), xycoords="axes fraction", va="top", fontsize=7.5)
-    figure.draw_without_rendering()  # labels are placed in the axes' final frame
+    figure.draw_without_rendering()  # labels are placed in the final frame of the axes
     _place_labels(axes, points, labels)
 
 
 def front(points: list[Point], better: str) -> list[tuple[float, float]]:
-    """Stairs through the points that no other is both cheaper and better than, cheapest first."""
+    """Draw stairs through the points that no other is both cheaper and better than, cheapest first."""
     sign = 1 if better == "higher" else -1
     stairs: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda point: (point.cost, -sign * point.estimate)):
@@ -149,7 +149,7 @@ def _move(text: "Annotation", place: tuple[int, int]) -> None:
 
 
 def _shared(one: Any, other: Any) -> float:
-    """The area of two boxes' intersection."""
+    """Return the area of two boxes' intersection."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return max(width, 0) * max(height, 0)

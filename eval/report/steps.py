@@ -1,4 +1,4 @@
-"""The error of each denoising step, restarted from the baseline's own latents."""
+"""This module shows the error of each denoising step, restarted from the baseline's own latents."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def step_errors(evaluation: dict[str, Any]) -> dict[str, list[float]]:
-    """Each row's error of every step, 0 as NaN; rows without any error above 0 are left out."""
+    """Return each row's error of every step, 0 as NaN; rows without any error above 0 are left out."""
     return {
         name: [error or math.nan for error in row["steps"]]
         for name, row in evaluation["rows"].items()
@@ -20,7 +20,7 @@ def step_errors(evaluation: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def step_plot(evaluation: dict[str, Any]) -> str | None:
-    """The line plot as an <svg> element; None where no row has an error."""
+    """Draw the line plot as an <svg> element; None where no row has an error."""
     rows, errors = evaluation["rows"], step_errors(evaluation)
     return svg("steps", 6.4, 4.2, lambda figure: _draw(figure, rows, errors)) if errors else None
 

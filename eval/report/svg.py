@@ -1,4 +1,4 @@
-"""Matplotlib's plots as SVG inside a page: the page's font and colours, the same bytes each time."""
+"""Matplotlib's plots become SVG inside a page: the page's font and colours, the same bytes each time."""
 
 import io
 import re
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Stand-ins: matplotlib must have colours, the page's are only known to the reader's browser.
+# These stand in: matplotlib must have colours, and only the reader's browser knows the page's.
 INK, FAINT, RULE = "#010101", "#020202", "#030303"
 _PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", RULE: "var(--rule)"}
 
 _FONT = "system-ui, sans-serif"
-# After Paul Tol: to be told apart by colour-blind readers too, on white and on black.
+# Paul Tol chose these so that colour-blind readers too can tell them apart, on white and on black.
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#ee7733", "#009988")
 
 _STYLE = {
@@ -44,19 +44,19 @@ _STYLE = {
 
 
 def row_colours(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The colour of each row in every plot of a page."""
+    """Return the colour of each row in every plot of a page."""
     colours = cycle(_COLOURS)
     fixed = {BASELINE: INK, NOISE_FLOOR: FAINT}
     return {name: fixed.get(row["role"]) or next(colours) for name, row in rows.items()}
 
 
 def css_colour(colour: str) -> str:
-    """A plot's colour as the page's style sheet has it."""
+    """Return a plot's colour as the page's style sheet has it."""
     return _PAGE.get(colour, colour)
 
 
 def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]) -> str:
-    """An <svg> element of `width` × `height` inches, drawn by `draw` on a figure.
+    """Return an <svg> element of `width` × `height` inches, drawn by `draw` on a figure.
 
     name: another for each plot of a page, so that their ids differ.
     """
@@ -71,14 +71,14 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
         figure.savefig(buffer, format="svg", metadata=nothing)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # they name parts, and repeat from plot to plot
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # these ids name parts, and repeat from plot to plot
     for colour, variable in _PAGE.items():
         drawn = drawn.replace(colour, variable)
     return drawn
 
 
 def standalone(element: str) -> str:
-    """A plot's <svg> element as a file of its own, on white."""
+    """Return a plot's <svg> element as a file of its own, on white."""
     colours = f"--ink: #1d1d1b; --faint: #6b6b66; --rule: #dfdfd8; background: #fff; font-family: {_FONT}"
     return element.replace(">", f"><style>svg {{ {colours} }}</style>", 1)
 

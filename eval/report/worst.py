@@ -1,4 +1,4 @@
-"""The worst pictures or clips of an evaluation, beside the baseline's, inside the page."""
+"""The worst pictures or clips of an evaluation stand beside the baseline's, inside the page."""
 
 import base64
 from pathlib import Path
@@ -11,16 +11,16 @@ from dma_diffusers.eval.report.columns import value_text
 from dma_diffusers.eval.report.evaluation import baseline
 from dma_diffusers.pipelines.picture import amplified_difference, animation, encode
 
-_SIDE, _CLIP_SIDE = 512, 256  # pixels; what is larger is shrunk to keep the page small
-_GAP, _PAPER = 8, (128, 128, 128)  # pixels between the panels of a clip, and their colour
+_SIDE, _CLIP_SIDE = 512, 256  # a side of more pixels is shrunk to keep the page small
+_GAP, _PAPER = 8, (128, 128, 128)  # so many pixels of this colour lie between the panels of a clip
 _EXACT = {"lossless": True, "quality": 100, "method": 6}
-_FOR_THE_EYE = {"quality": 90, "method": 6}  # a difference times 64 is nothing to read values from
+_FOR_THE_EYE = {"quality": 90, "method": 6}  # nobody reads values from a difference times 64
 
 
 class Worst(NamedTuple):
-    """A picture, the baseline's of the same prompt and seed, and their difference times `factor`, as data URIs.
+    """A picture, the baseline's of the same prompt and seed, and their difference times `factor` are data URIs here.
 
-    Of a clip one URI, `clip`, with the three side by side, so that browsers show them in step.
+    A clip has one URI, `clip`, with the three side by side, so that browsers show them in step.
     """
 
     row: str
@@ -36,10 +36,10 @@ class Worst(NamedTuple):
 
 
 def worst(evaluation: dict[str, Any], folder: Path) -> list[Worst]:
-    """The evaluation's worst pictures, read from its run folder.
+    """Read the evaluation's worst pictures from its run folder.
 
-    Raises FileNotFoundError for a file that is missing, ValueError for one that holds no picture or one of
-    another size than the baseline's.
+    Raises FileNotFoundError for a file that is missing, ValueError for one that holds no picture or one of another size
+    than the baseline's.
     """
     return [_worst(evaluation, folder, entry) for entry in evaluation.get("worst") or ()]
 
@@ -52,7 +52,9 @@ def _worst(evaluation: dict[str, Any], folder: Path, entry: dict[str, Any]) -> W
                 folder / entry["pictures"]["row"], _size(picture), _size(reference)
             )
         )
-    difference, factor = amplified_difference(_strip(picture), _strip(reference))  # one factor for all frames
+    difference, factor = amplified_difference(
+        _strip(picture), _strip(reference)
+    )  # all frames have one factor
     about = evaluation["metrics"].get(entry["metric"], {"title": entry["metric"], "digits": 4})
     return Worst(
         row=entry["row"],
@@ -92,7 +94,7 @@ def _clip(
 
 
 def _strip(frames: list[Image.Image]) -> Image.Image:
-    """Frames below each other."""
+    """Put frames below each other."""
     return Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
 
 
@@ -102,7 +104,7 @@ def _size(frames: list[Image.Image]) -> str:
 
 
 def _read(folder: Path, name: str) -> list[Image.Image]:
-    """The frames of a picture file, one or more."""
+    """Read the frames of a picture file, one or more."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name} is outside of the run folder {folder}")

@@ -1,4 +1,4 @@
-"""The report of a run, beside its evaluation.json."""
+"""The report of a run stands beside its evaluation.json."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from dma_diffusers.pipelines.files import write_atomically
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md from the evaluation.json of a run's folder; their paths.
+    """Write report.html and report.md from the evaluation.json of a run's folder; return their paths.
 
     Where it has predicted costs, report.md has a second table, by cost, and predicted_cost.svg has PSNR over cost.
 
-    Raises ValueError where that is no evaluation or a picture is broken, FileNotFoundError where a file is
-    missing; nothing is written then.
+    Raises ValueError where that is no evaluation or a picture is broken, FileNotFoundError where a file is missing;
+    nothing is written then.
     """
     evaluation = read(folder / "evaluation.json")
     page, markdown = folder / "report.html", folder / "report.md"

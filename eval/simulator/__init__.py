@@ -1,1 +1,1 @@
-"""What a neighbourhood could save: tiles visited, counted, never timed."""
+"""The simulator counts the tiles that a neighbourhood visits, which is what it could save; it times nothing."""

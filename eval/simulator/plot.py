@@ -1,4 +1,4 @@
-"""A neighbourhood's map as a picture: which KV tiles each Q tile visits."""
+"""This module draws a neighbourhood's map as a picture: which KV tiles each Q tile visits."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.tiling.neighborhood import shape_text, tile_map
 
-_LARGEST = 2**25  # pairs of tiles
+_LARGEST = 2**25  # a map has at most so many pairs of tiles
 _SKIPPED, _CUT, _FILLED, _TEXT = range(4)
 _COLOURS = ("#f2f2f2", "#f29e4c", "#4477aa", "#b5b5b5")
 _NAMES = ("skipped", "visited, cut by the window", "visited", "text")
@@ -25,7 +25,7 @@ def check_plot(path: Path, count: Count) -> None:
 
 
 def classes(count: Count) -> torch.Tensor:
-    """What each pair of tiles is, numbers of `_NAMES`, text last: uint8 `[q_tiles, kv_tiles]`."""
+    """Return the class of each pair of tiles, numbers of `_NAMES`, text last: uint8 `[q_tiles, kv_tiles]`."""
     sides = list(zip(count.axes, count.q_tile, count.kv_tile, strict=True))
     kv_tiles = [axis.tiles(kv_side) for axis, _, kv_side in sides]
     visited = tile_map([axis.visited(q_side, kv_side) for axis, q_side, kv_side in sides], kv_tiles)
@@ -36,7 +36,7 @@ def classes(count: Count) -> torch.Tensor:
 
 
 def plot(count: Count, kind: str) -> bytes:
-    """The map of `count`, with its boxes in row-major order, as a file of `kind` svg or png. Needs matplotlib."""
+    """Draw the map of `count`, with its boxes in row-major order, as a file of `kind` svg or png; needs matplotlib."""
     import matplotlib
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure

@@ -1,13 +1,12 @@
-"""What any policy costs on a layout, in clocks and in predicted time: what qualities are compared at."""
+"""This module predicts what any policy costs on a layout, in clocks and in time, to compare qualities at a cost."""
 
 from typing import Any
 
 from dma_diffusers.eval.cost import clocks_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.predict import MACHINES, predict_policy
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import tiles
 
 
 def record(
@@ -20,12 +19,12 @@ def record(
     low: str,
     left_out: float = 0.0,
 ) -> dict[str, Any]:
-    """A policy as JSON: shares of all pairs of tiles from 0 to 1, cost, prediction.
+    """Return a policy as JSON: shares of all pairs of tiles from 0 to 1, cost, prediction.
 
     high, low, skip: a mean over heads; in tile order, padding may bring their sum over 1, and skip is what is left.
-    cost: clocks of the pairs visited over those of dense bf16 in our own kernel, as `calibrate` counts. left_out: of
-    LOW, as `predict_policy` takes it.
-    Raises ValueError as `predict_policy` does, and for pairs left out by a policy that leaves out none.
+    cost: clocks of the pairs visited over those of dense bf16 in our own kernel, as `calibrate` counts. left_out: the
+    share of LOW, as `predict_policy` takes it. Raises ValueError as `predict_policy` does, and for pairs left out by a
+    policy that leaves out none.
     """
     if left_out and not policy.skip_below:
         raise ValueError(f"{policy} leaves out no pairs for what they hold: unite it with skip_softmax(…)")
@@ -49,7 +48,7 @@ def record(
 
 
 def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]]]:
-    """Header and rows of one record."""
+    """Return header and rows of one record."""
     rows = [(f"pairs of tiles {name.upper()}", f"{counted[name]:.1%}") for name in ("high", "low", "skip")]
     if counted["left_out"]:
         rows.append(("of LOW, left out by softmax", f"{counted['left_out']:.1%}"))

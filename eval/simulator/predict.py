@@ -1,39 +1,41 @@
-"""Times that attention would take on a GPU, predicted from the clocks of its tiles.
+"""This module predicts the times that attention would take on a GPU from the clocks of its tiles.
 
 The SMs work in rounds: each takes a program's queries through all tiles that they visit, then the next's. A pair of
 tiles costs its two products and its exponentials (`cost.clocks_of`) at the clock with which the data sheet's peak rates
 are reached; quantising costs its bytes at the memory's bandwidth. One constant is fitted: `START`.
 
 On an H200 this predicts all that is committed of our kernel and of the best full-precision one, dense from 1,024 to
-118,800 tokens and neighbourhoods, within `WITHIN` (tests/eval/simulator/test_predict.py). Other GPUs: nobody measured.
+118,800 tokens and neighbourhoods, within `WITHIN` (tests/eval/simulator/test_predict.py). Nobody measured on other
+GPUs.
 """
 
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dma_diffusers.eval.cost import clocks_of, pairs, share_left, storages, tile_clocks
+from dma_diffusers.eval.cost import clocks_of, lowering_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, TILE
+from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 
-START = 8.5e-6  # seconds: until a round of programs is under way, and so long for each step before the kernel
+START = 8.5e-6  # a round of programs, and each step before the kernel, takes so many seconds to start
 WITHIN = 0.15
 MEASURED = ("h200", "bf16|int8")
-_STEPS_BEFORE = 3  # statistics, encoding, and the ways between them and the kernel
-_FULL_ROWS = 128  # queries that FlashAttention handles together
-# Of the larger of products and exponentials, what FlashAttention-4 reaches where it overlaps them: 1,613 TFLOP/s of
+_STEPS_BEFORE = 3  # they are statistics, encoding, and the ways between them and the kernel
+_FULL_ROWS = 128  # FlashAttention handles so many queries together
+# FlashAttention-4 overlaps products and exponentials, and reaches this share of the larger: 1,613 TFLOP/s of
 # 2,250 on a B200 (arXiv 2603.05451). On Hopper it takes their sum.
 _OVERLAPPED = 0.71
 
 
 class Machine(NamedTuple):
-    """A GPU by its data sheet; `hz` is the clock with which its peak rates are reached."""
+    """A GPU is described by its data sheet; `hz` is the clock with which its peak rates are reached."""
 
     architecture: str
     multiprocessors: int
@@ -51,9 +53,9 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Call:
-    """Attention of `heads` heads (times the batch) over so many tokens, with our formats, on one of `MACHINES`.
+    """A call is attention of `heads` heads (times the batch) over so many tokens, in our formats, on a GPU.
 
-    Raises ValueError for an unknown GPU, and for formats that it has no kernel for.
+    gpu: a key of `MACHINES`. Raises ValueError for an unknown GPU, and for formats that it has no kernel for.
     """
 
     gpu: str
@@ -66,11 +68,13 @@ class Call:
     def __post_init__(self):
         if self.gpu not in MACHINES:
             raise ValueError(f"unknown GPU {self.gpu!r}: choose from {', '.join(MACHINES)}")
-        _ = self._storages
+        lowering_of(
+            self.machine.architecture, self.head_dim, self.high, self.low
+        )  # raises where there is none
 
     @property
     def label(self) -> str:
-        """What a prediction for this GPU is worth."""
+        """Say what a prediction for this GPU is worth."""
         formats = f"{self.high}|{self.low}"
         if (self.gpu, formats) == MEASURED:
             return f"predicted by a model that is within {WITHIN:.0%} of all times measured on an H200"
@@ -79,11 +83,11 @@ class Call:
 
     @property
     def machine(self) -> Machine:
-        """The GPU."""
+        """Return the GPU."""
         return MACHINES[self.gpu]
 
     def full_precision(self) -> float:
-        """Seconds of dense attention in bf16, by the best kernel there is."""
+        """Predict the seconds of dense attention in bf16, by the best kernel there is."""
         products, exponentials = clocks_of(self.machine.architecture, self.head_dim, "H", "H")
         clocks = products + exponentials
         if self.machine.architecture != "sm_90":
@@ -92,7 +96,7 @@ class Call:
         return self._rounds(_FULL_ROWS) * tiles * clocks / self.machine.hz + START
 
     def kernel(self, high_pairs: float, low_pairs: float) -> float:
-        """Seconds of our kernel where each head visits so many pairs of tiles in HIGH and in LOW."""
+        """Predict the seconds of our kernel where each head visits so many pairs of tiles in HIGH and in LOW."""
         machine = self.machine
         of_high, of_low = tile_clocks(machine.architecture, self.head_dim, self.high, self.low)
         rows = self._rows(high_pairs > 0, low_pairs > 0)
@@ -100,42 +104,51 @@ class Call:
         return self._rounds(rows) * (mean / machine.hz + START)
 
     def whole(self, high_pairs: float, low_pairs: float, in_boxes: bool = False) -> float:
-        """Seconds of the whole call, quantisation included. in_boxes: whether it gathers tokens into tile order."""
+        """Predict the seconds of the whole call, quantisation included.
+
+        in_boxes: says if it gathers tokens into tile order.
+        """
         elements = self.heads * self.tokens * self.head_dim
         moved = elements * self._moved_bytes(high_pairs > 0, low_pairs > 0, in_boxes)
         before = moved / self.machine.bytes_per_second + _STEPS_BEFORE * START
         return before + self.kernel(high_pairs, low_pairs)
 
     @property
-    def _storages(self) -> dict:
-        return storages(self.machine.architecture, self.head_dim, self.high, self.low)
+    def _precisions(self) -> Precisions:
+        return Precisions.parse(self.high, self.low)
 
     def _rounds(self, rows: int) -> int:
         programs = self.heads * -(-self.tokens // rows)
         return -(-programs // self.machine.multiprocessors)
 
     def _rows(self, has_high: bool, has_low: bool) -> int:
-        """Queries of one program."""
-        classes = (
-            self._storages[self.high] if has_high else None,
-            self._storages[self.low] if has_low else None,
+        """Return the number of queries of one program."""
+        stores = lowering_of(self.machine.architecture, self.head_dim, self.high, self.low).stores
+        classes = tuple(
+            stores[precision.qk] if has_class else None
+            for precision, has_class in zip(self._precisions, (has_high, has_low), strict=True)
         )
         padded = max(64, 1 << (self.head_dim - 1).bit_length())
         tuned = tuning(self.machine.architecture, padded, classes)
         return tuned.rows if tuned.slots is None else SHARED_BLOCKS * SHARED_ROWS
 
     def _moved_bytes(self, has_high: bool, has_low: bool, in_boxes: bool) -> float:
-        """Of each element of q, k and v together: read, and written in each class's formats."""
-        moved = 3 * 2.0
+        """Return the bytes moved for each element of q, k and v together: read, and written in each class's formats."""
+        moved, (high, low) = 3 * 2.0, self._precisions
         if has_low:
-            moved += 2 + 2 * get_format(self.low).average_bits / 8 + 1  # V's range before; V in FP8
-        if has_high and (in_boxes or self.high != "bf16"):
-            moved += 2 * get_format(self.high).average_bits / 8 + 2 * in_boxes
+            moved += 2 * get_format(low.qk).average_bits / 8
+        if has_high and (in_boxes or high.qk != "bf16"):
+            moved += 2 * get_format(high.qk).average_bits / 8
+        values = {each.pv for each, has_class in ((high, has_high), (low, has_low)) if has_class}
+        if "fp8" in values:
+            moved += 2 + 1  # V's range is read, and V is written in FP8
+        if "bf16" in values and in_boxes:
+            moved += 2  # bf16 V is read as it is, unless its tokens are gathered
         return moved
 
 
 class Prediction(NamedTuple):
-    """Milliseconds of a call, quantisation included, and the speed-ups over dense attention in full precision."""
+    """A prediction has milliseconds of a call, quantisation included, and speed-ups over dense full precision."""
 
     gpu: str
     label: str
@@ -151,7 +164,7 @@ class Prediction(NamedTuple):
 
 
 def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: str) -> Prediction:
-    """What a neighbourhood would take, LOW within its window, SKIP beyond, text HIGH.
+    """Predict what a neighbourhood would take, LOW within its window, SKIP beyond, text HIGH.
 
     Raises ValueError as `Call` does, and for tiles of other than the kernel's 128 tokens.
     """
@@ -162,10 +175,10 @@ def predict(count: Count, gpu: str, heads: int, head_dim: int, high: str, low: s
         )
     tokens = count.text + math.prod(axis.length for axis in count.axes)
     of_grid = count.visits - count.text_visits
-    masked = count.cut * of_grid if count.text else 0.0  # a kernel that has HIGH masks in HIGH
-    places = TILE * (count.grid_tiles[0] + count.text_tiles[0])
+    masked = count.cut * of_grid if count.text else 0.0  # where there is HIGH, masked tiles are HIGH
+    slots = TILE * (count.grid_tiles[0] + count.text_tiles[0])
     dense = Call(gpu, heads, tokens, head_dim, high, low)
-    ours = replace(dense, tokens=places).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
+    ours = replace(dense, tokens=slots).whole(count.text_visits + masked, of_grid - masked, in_boxes=True)
     return _beside_dense(dense, count.text, ours)
 
 
@@ -179,23 +192,23 @@ def predict_policy(
     low: str,
     left_out: float = 0.0,
 ) -> Prediction:
-    """What a policy would take on square attention.
+    """Predict what a policy would take on square attention.
 
-    left_out: the share of LOW pairs that `SkipSoftmax` leaves out, which depends on what they hold; as measured.
-    Raises ValueError as `Call`, `plan.make` and `share_left` do.
+    left_out: the share of LOW pairs that `SkipSoftmax` leaves out, which depends on what they hold; as measured. Raises
+    ValueError as `Call`, `plan.make` and `share_left` do.
     """
     dense = Call(gpu, heads, layout.q_length, head_dim, high, low)
-    visited, places = pairs(policy, layout), layout.q_length
+    visited, slots = pairs(policy, layout), layout.q_length
     if policy.on_grid:
-        places = TileOrder(layout, policy.box(layout.grid)).layout.q_length
+        slots = TileOrder(layout, policy.box(layout.grid)).layout.q_length
     of_high, of_low = (share.mean().item() for share in visited)
     of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
-    ours = replace(dense, tokens=places).whole(of_high, of_low, in_boxes=policy.on_grid)
+    ours = replace(dense, tokens=slots).whole(of_high, of_low, in_boxes=policy.on_grid)
     return _beside_dense(dense, layout.text_length, ours)
 
 
 def _beside_dense(dense: Call, text: int, seconds: float) -> Prediction:
-    """A prediction of so many seconds; text: the tokens that dense LOW has HIGH, too."""
+    """Return a prediction of so many seconds; text: the tokens that dense LOW has HIGH, too."""
     tiles, text_tiles = -(-dense.tokens // TILE), -(-text // TILE)
     text_pairs = text_tiles * (2 * tiles - text_tiles)
     full, dense_low = dense.full_precision(), dense.whole(text_pairs, tiles**2 - text_pairs)
@@ -206,7 +219,7 @@ def _beside_dense(dense: Call, text: int, seconds: float) -> Prediction:
 
 
 def default_formats(gpu: str) -> tuple[str, str]:
-    """HIGH and LOW that a GPU multiplies fastest; ValueError for an unknown one."""
+    """Return HIGH and LOW that a GPU multiplies fastest; raises ValueError for an unknown one."""
     if gpu not in MACHINES:
         raise ValueError(f"unknown GPU {gpu!r}: choose from {', '.join(MACHINES)}")
     return ("bf16", "int8") if MACHINES[gpu].architecture == "sm_90" else ("mxfp8", "mxfp4")

@@ -1,4 +1,4 @@
-"""Windows, strides and boxes for a grid, within a wanted cost."""
+"""The search proposes windows, strides and boxes for a grid, within a wanted cost."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from dma_diffusers.eval.simulator.count import Count, tally
 from dma_diffusers.kernels.tiling.boxes import plan
 from dma_diffusers.kernels.tiling.neighborhood import Axis
 
-_BOXES = 3  # shapes tried, from the planner's best
-_WINDOWS = 32  # tried in each dimension, at most
-_STRIDES = 8  # multiples of the Q tile's side tried for each window
-_UNEVEN = 2  # times another's share of the grid that a dimension's window may hold
+_BOXES = 3  # so many shapes are tried, from the planner's best
+_WINDOWS = 32  # at most so many are tried in each dimension
+_STRIDES = 8  # so many multiples of the Q tile's side are tried for each window
+_UNEVEN = 2  # one dimension's window may hold so many times another's share of the grid
 
 
 def search(
@@ -25,7 +25,7 @@ def search(
     text: int = 0,
     limit: int = 8,
 ) -> list[Count]:
-    """At most `limit` neighbourhoods of at most `cost` (`Count.cost`), no window twice.
+    """Return at most `limit` neighbourhoods of at most `cost` (`Count.cost`), no window twice.
 
     axes: lengths, dilation and causality; window and stride too, unless any will do: then the window is the largest to
     try. A box left out is as the other; both left out, they are the planner's of 128 tokens, as the kernel has them.
@@ -40,7 +40,7 @@ def search(
         )
     planned = [(box, box) for box in plan([max(axis.class_lengths) for axis in axes])[:_BOXES]]
     boxes = [(q_tile or kv_tile, kv_tile or q_tile)] if q_tile or kv_tile else planned
-    Count(axes, *boxes[0], text)  # refuses what can't be counted, before it is combined
+    Count(axes, *boxes[0], text)  # this refuses what can't be counted, before it is combined
     candidates = [
         Count(chosen, *pair, text)
         for pair in boxes
@@ -69,7 +69,7 @@ def _neighborhoods(
     any_window: bool,
     any_stride: bool,
 ) -> Iterator[tuple[Axis, ...]]:
-    """Combinations of each dimension's choices whose windows are even."""
+    """Yield combinations of each dimension's choices whose windows are even."""
     choices = []
     for axis, q_side, kv_side in zip(axes, q_tile, kv_tile, strict=True):
         windows = _windows(axis.window, kv_side) if any_window else [axis.window]

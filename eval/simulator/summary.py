@@ -1,4 +1,4 @@
-"""A count as data, and as the lines of a table."""
+"""This module writes a count as data, and as the lines of a table."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from dma_diffusers.kernels.tiling.boxes import padding, plan
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 
 if TYPE_CHECKING:
-    from dma_diffusers.eval.simulator.predict import Prediction  # which needs Triton
+    from dma_diffusers.eval.simulator.predict import Prediction  # it needs Triton
 
-_LARGEST_BOX = 1024  # tokens up to which other shapes of a box are looked at
+_LARGEST_BOX = 1024  # other shapes of a box are looked at up to so many tokens
 _CANDIDATES = (
     "Window",
     "Stride",
@@ -31,7 +31,7 @@ def record(
     dense_steps: tuple[int, int] = (0, 1),
     predict: Callable[[Count], "Prediction"] | None = None,
 ) -> dict[str, Any]:
-    """What was counted, as JSON: sizes as lists, tiles as numbers, shares from 0 to 1; and what is predicted of it.
+    """Return what was counted, as JSON: sizes as lists, tiles as numbers, shares from 0 to 1; and its prediction.
 
     `end_to_end` is of the worst Q tile's speed-up, as published figures are; None without an attention share.
     `prediction` has an `end_to_end` of its own, of the speed-up in time; None without `predict`.
@@ -67,12 +67,12 @@ def record(
 def with_run(
     prediction: dict[str, Any], attention_share: float | None, dense_steps: tuple[int, int]
 ) -> dict[str, Any]:
-    """A prediction with `end_to_end`, of its speed-up in time; None without an attention share."""
+    """Return a prediction with `end_to_end`, of its speed-up in time; None without an attention share."""
     return prediction | {"end_to_end": _of_run(prediction["speedup"], attention_share, dense_steps)}
 
 
 def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str]]]:
-    """Header and rows of one record."""
+    """Return header and rows of one record."""
     boxes = f"{shape_text(counted['q_tile'])}, {shape_text(counted['kv_tile'])}"
     rows = [
         ("window, stride", f"{shape_text(counted['window'])}, {shape_text(counted['stride'])}"),
@@ -92,7 +92,7 @@ def lines(counted: dict[str, Any]) -> tuple[tuple[str, str], list[tuple[str, str
 
 
 def times(prediction: dict[str, Any]) -> tuple[tuple[str, str, str], list[tuple[str, str, str]]]:
-    """Header and rows of a record's prediction."""
+    """Return header and rows of a record's prediction."""
     shape = f"{prediction['heads']} heads × {prediction['head_dim']}"
     formats = (prediction["high"], prediction["low"])
     rows = [
@@ -114,7 +114,7 @@ def times(prediction: dict[str, Any]) -> tuple[tuple[str, str, str], list[tuple[
 
 
 def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Header and rows of a search's records."""
+    """Return header and rows of a search's records."""
     rows = [
         [shape_text(found[name]) for name in ("window", "stride", "q_tile", "kv_tile")]
         + [f"{found['cost']:.3f}", f"{found['tiles_cut']:.1%}"]
@@ -134,7 +134,7 @@ def candidates(records: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[lis
 
 
 def box_notes(count: Count) -> list[str]:
-    """What another shape of box would save in padding, for each of the two that has a better one."""
+    """Say what another shape of box would save in padding, for each of the two that has a better one."""
     grid = [max(axis.class_lengths) for axis in count.axes]
     notes = []
     for name, box in (("Q tiles", count.q_tile), ("KV tiles", count.kv_tile)):

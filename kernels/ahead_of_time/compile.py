@@ -21,12 +21,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.ahead_of_time.sass import describe, markdown
 from dma_diffusers.kernels.attention import hopper, launch
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
+from dma_diffusers.kernels.plan import Plan
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import hiding
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
+from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, build_map, visiting_phases
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map, visiting_phases
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
@@ -43,7 +47,7 @@ _TYPES = {
 
 
 def compile_all(target: str, high: str | None = None, low: str | None = None) -> list[dict[str, Any]]:
-    """What each kernel variant compiles to on `target`, one of `TARGETS`.
+    """Compiles each kernel variant for `target`, one of `TARGETS`, and describes the result.
 
     high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
     attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
@@ -95,26 +99,29 @@ def launches(
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
-    slots: of a token order, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether MASKED tiles have.
-    routes: whether LOW pairs are upgraded by content. skips: whether tiles may be skipped by their softmax.
+    slots: how many a token order has, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether
+    MASKED tiles have one. routes: whether content upgrades LOW pairs. skips: whether the softmax may skip tiles.
     """
     recorded = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         recorded.append((kernel, arguments, options))
 
-    q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
     policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
-    layout = Layout(_TOKENS, _TOKENS)
+    high, low, layout = high or low, low or high, Layout(_TOKENS, _TOKENS)
     classes = policy.classes(layout)
+    mask = torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None
+    q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    plan = Plan(
+        build_map(classes, layout),
+        Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
+        None if slots is None else torch.arange(slots, dtype=torch.int32),
+        hide_empty_slots(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
+        1e-3 if skips else None,
+    )
     launch.attention(
-        q, k, v, build_map(classes, layout), high or low, low or high,
-        key_mask=torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None,
-        token_order=None if slots is None else torch.arange(slots, dtype=torch.int32),
-        fine_mask=hiding(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
-        routing=Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
-        skip_below=1e-3 if skips else None, scale=1.0, is_causal=is_causal, run=record, target=target,
-        lowering=choose(target, head_dim, high or low, low or high).lowering,
+        Call(q, k, v, mask, scale=1.0, is_causal=is_causal), plan, Precisions.parse(high, low), target=target,
+        lowering=choose(target, head_dim, high, low).lowering, launcher=Launcher(record),
     )  # fmt: skip
     return iter(recorded)
 
@@ -131,7 +138,7 @@ def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], targe
 def specialisation(
     kernel: Any, arguments: tuple, options: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any], dict]:
-    """What of a launch is compiled in: argument types, constants, and which arguments 16 divides."""
+    """The parts of a launch that are compiled in: argument types, constants, and which arguments 16 divides."""
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     for index, parameter in enumerate(kernel.params):

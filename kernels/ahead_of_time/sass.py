@@ -1,4 +1,4 @@
-"""What the loops of a compiled attention kernel issue to each pipe of an SM, and the clocks that takes at least.
+"""Counts what the loops of a compiled attention kernel issue to each pipe of an SM, and the clocks that it takes.
 
 The machine code is disassembled, cut into basic blocks and searched for its natural loops. Where the rates
 come from is told in ahead_of_time/instructions.md.
@@ -53,7 +53,7 @@ _WARP, _SCHEDULERS, _TILE = 32, 4, 128
 
 
 class Loop(TypedDict):
-    """What one warp issues in one iteration, instructions by kind (`KINDS`).
+    """The instructions that one warp issues in one iteration, by kind (`KINDS`).
 
     every: in every iteration, of those that take exponentials if there are others (which skip a tile). some: behind
     a branch, so in some iterations or one elected warp alone: waiting for a barrier, copies, Blackwell's matrix
@@ -146,7 +146,7 @@ def describe(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of ahead_of_time/instructions.md: `describe`'s entries, each with an `architecture`, `head_dim`, `loop`."""
+    """The table of instructions.md: `describe`'s entries, each with an `architecture`, `head_dim` and `loop`."""
     kinds, pipes = [name for name in KINDS if name != "mma"], ["matrix", *PIPES, "issue"]
     header = ["architecture", "D", "loop", "matrix", *kinds, *(f"{pipe} clocks" for pipe in pipes), "longest"]
     lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 5) + ["---"]]

@@ -53,11 +53,13 @@ def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.conste
 @triton.jit
 def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
               BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of one pair of tiles, [ROWS, 128], int32 of int8, else float32; short of the rows' factors, and of the
-    tile's under "tile"."""
+    """Q·Kᵀ of one pair of tiles, [ROWS, 128]: int32 of int8 numbers, else float32.
+
+    The caller still multiplies by the factors of rows, and of the tile where the storage is "tile".
+    """
     if STORAGE == "block":
         scales = _load_block_scales(k_scales, kv_tile, D // BLOCK)
-        if INTERPRETED and BLOCK == 16:
+        if INTERPRETED and q_scales.dtype == tl.float8e4nv:
             s = tl.dot(decoded_nvfp4(q, q_scales, D), tl.trans(decoded_nvfp4(k, scales, D)))
         elif STARTS_FROM_NOTHING:
             s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT)
@@ -77,7 +79,7 @@ def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, ST
 
 @triton.jit
 def _in_order_of_v(p):
-    """Columns in the order of transposed V's tokens (`_stored_at` of the quantiser)."""
+    """Puts columns into the order of transposed V's tokens (`_stored_at` of the quantiser)."""
     ROWS: tl.constexpr = p.shape[0]
     runs = tl.reshape(p, (ROWS, TILE // 16, 2, 4, 2))
     return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, TILE))
@@ -85,7 +87,7 @@ def _in_order_of_v(p):
 
 @triton.jit
 def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr):
-    """Which keys of a tile each query sees, bool [1 or ROWS, 128]: columns, which are constants, under a limit."""
+    """Says which keys of a tile each query sees: bool [1 or ROWS, 128]."""
     columns = tl.arange(0, TILE)
     if fine_mask is not None:  # as FineMask.seen has it
         slots = tl.cdiv(k_length, TILE) * TILE
@@ -111,7 +113,7 @@ def _larger(x, y):
 
 @triton.jit
 def _largest(s, skip_below):
-    """The rows' largest s; with a threshold, under which a tile may be skipped, NaN if any is."""
+    """Returns the largest s of each row; NaN if any is NaN and tiles may be skipped."""
     if skip_below is None or s.dtype == tl.int32:
         top = tl.max(s, axis=1)
     elif INTERPRETED:  # which takes long over a function of ours
@@ -123,7 +125,10 @@ def _largest(s, skip_below):
 
 @triton.jit
 def _counts(highest, m, skip_below, kept):
-    """Whether of any row a probability is 2^skip_below or more of the largest so far, or NaN; or nobody looks."""
+    """Says whether the tile counts: in some row a probability is 2^skip_below or more of the largest so far, or NaN.
+
+    A block that has kept many tiles in a row doesn't look; the tile then counts.
+    """
     if skip_below is None:
         return True
     else:
@@ -144,17 +149,18 @@ def _values(v, batch, kv_head, tile, TRANSPOSED: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, tile,
-    LOW: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
+    VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
 ):  # fmt: skip
-    """accumulator·rescale + p·V, of a tile that is loaded now unless `value` is it."""
+    """Returns accumulator·rescale + p·V; the tile of V is `value`, or is loaded now."""
+    IS_FP8: tl.constexpr = VALUES == "channel"
     if TCGEN05:
-        # Never so, but now p is summed at once: the compiler would keep all of it until the next tile.
+        # l is never negative, but the compiler doesn't know: it must sum p now rather than keep all of it for later.
         rescale = tl.where(l < 0.0, 0.0, rescale)
-    if TCGEN05 or not LOW:
+    if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
     if value is None:
-        value = _values(v, batch, kv_head, tile, LOW and V_TRANSPOSED, D)
-    if LOW:
+        value = _values(v, batch, kv_head, tile, IS_FP8 and V_TRANSPOSED, D)
+    if IS_FP8:
         probabilities = _in_order_of_v(e4m3_operand(p)) if V_TRANSPOSED else e4m3_operand(p)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
@@ -167,14 +173,15 @@ def _add_values(
 
 @triton.jit
 def _phase(
-    accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v, softmax_scale_log2,
-    offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last, key_mask, fine_mask,
+    accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v,
+    softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last,
+    key_mask, fine_mask,
     guards, k_length, start, skip_below, skipped, zero,
-    ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr,
+    ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk the KV tiles `indices[first:last]`, all of one class, for queries from `start` on."""
+    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on."""
     head = batch * heads + head_in_batch
     q_tokens = start + tl.arange(0, ROWS)
     q = q_elements.load([batch, head_in_batch, start, 0])
@@ -210,7 +217,7 @@ def _phase(
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
         value = None
         if skip_below is not None:  # outside the branch, so that it is loaded ahead
-            value = _values(v, batch, kv_head, tile, LOW and V_TRANSPOSED, D)
+            value = _values(v, batch, kv_head, tile, VALUES == "channel" and V_TRANSPOSED, D)
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
         # and of int8 products before they are converted: Hopper compares three integers at once.
         highest = _largest(s, skip_below).to(tl.float32) * factor - (shift + P_SHIFT)
@@ -225,7 +232,19 @@ def _phase(
             m = m_new
             if not TCGEN05:
                 accumulator = _add_values(
-                    accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+                    accumulator,
+                    l,
+                    rescale,
+                    p,
+                    value,
+                    v,
+                    batch,
+                    kv_head,
+                    tile,
+                    VALUES,
+                    V_TRANSPOSED,
+                    D,
+                    TCGEN05,
                 )
         else:
             kept = 0
@@ -236,13 +255,13 @@ def _phase(
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator = _add_values(
-                accumulator, l, rescale, p, value, v, batch, kv_head, tile, LOW, V_TRANSPOSED, D, TCGEN05
+                accumulator, l, rescale, p, value, v, batch, kv_head, tile, VALUES, V_TRANSPOSED, D, TCGEN05
             )
     return accumulator, l, m, kept
 
 
 @triton.jit(do_not_specialize=[
-    "q_length", "k_length", "order_tokens", "map_stride_b", "map_stride_h", "map_length", "total"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "total"
 ])  # fmt: skip
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
@@ -250,30 +269,31 @@ def attend(
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, total, zero,
-    HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr,
-    LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr,
+    HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_VALUES: tl.constexpr,
+    LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
     STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
-    The phases are HIGH, LOW and MASKED (precision_map.py); HIGH and MASKED read `v_high` (bfloat16, the model's own
-    tensor), LOW reads `v_low` (e4m3 under `v_scale`, a power of two for each channel). Products of bf16
-    numbers still have to be multiplied by `softmax_scale_log2`, others by the scales of rows, tiles or tensors, where there are
-    any.
+    The phases are HIGH, LOW and MASKED (precision_map.py); MASKED tiles are HIGH, or LOW in a map without HIGH tiles.
+    A class is None where the map has no tile of it. Each class has its element, storage and block of Q·K, and the
+    storage of V: "plain" is bfloat16, "channel" is e4m3 under `v_scale`, a power of two for each channel.
+    Products of bf16 numbers are multiplied here by `softmax_scale_log2`, others by the scales of rows, tiles or
+    tensors, where there are any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
-    lose it, and `lse` regains it. `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles
-    look at it unless MASKS_ALL. None: a class that the
-    map doesn't use, no smoothing, no key mask, no log-sum-exp wanted. TCGEN05: accumulators lie in tensor memory.
+    lose it, and `lse` regains it; None without smoothing. `lse` is None where it is not wanted.
+    `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles look at it unless MASKS_ALL.
+    TCGEN05 says that accumulators lie in tensor memory.
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
-    With a `token_order` (int32) q_length and k_length are its length, and all that is read stands in that order; what the
-    query at a slot gives is stored in the row that it names, if any. `token_count` is how many rows `out` and `lse`
-    have, None if as many as there are slots. `fine_mask` (fine_mask.py; int32 [4, whole tiles], with its `guards`) say in
-    MASKED tiles who sees whom, in place of the length and the causal mask; empty slots are hidden by them, or by
-    `key_mask`.
+    With a `token_order` (int32) q_length and k_length are its length, and all that is read stands in that order; the
+    result of a slot is stored in the row of the token that stands there, if any. `token_count` is how many rows `out`
+    and `lse` have, None if as many as there are slots. `fine_mask` (fine_mask.py; int32 [4, whole tiles], with its
+    `guards`) says in MASKED tiles who sees whom, in place of the length and the causal mask; it hides empty slots, or
+    `key_mask` does.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
@@ -302,24 +322,32 @@ def attend(
         l = tl.zeros((ROWS,), tl.float32)
         accumulator = tl.zeros((ROWS, D), tl.float32)
         kept = 0
+        # An FP8 class sums values in units of its channels' powers of two.
+        HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
+        LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
+        v_units = None
+        if HIGH_UNITS or LOW_UNITS:
+            v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
         if HIGH is not None:
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
-                HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, False, CAUSAL, ROWS, D,
+                HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
         if LOW is not None:
-            v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
-            accumulator = accumulator / tl.load(v_units)[None, :]
+            if LOW_UNITS and not HIGH_UNITS:
+                accumulator = accumulator / tl.load(v_units)[None, :]
+            elif HIGH_UNITS and not LOW_UNITS:
+                accumulator = accumulator * tl.load(v_units)[None, :]
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                 k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
-                LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+                LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, STAGES,
             )  # fmt: skip
             if HIGH is None:
@@ -328,20 +356,24 @@ def attend(
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                     tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
-                    LOW, LOW_STORAGE, LOW_BLOCK, True, V_TRANSPOSED, True, CAUSAL, ROWS, D,
+                    LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, MASKED_STAGES,
                 )  # fmt: skip
-            # volatile: read anew, not kept in registers throughout the loop
-            accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+            if LOW_UNITS and not HIGH_UNITS:  # volatile: read anew, not kept in registers throughout the loop
+                accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+            elif HIGH_UNITS and not LOW_UNITS:
+                accumulator = accumulator / tl.load(v_units, volatile=True)[None, :]
         if HIGH is not None:
             accumulator, l, m, kept = _phase(
                 accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                 k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
                 tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
-                HIGH, HIGH_STORAGE, HIGH_BLOCK, False, False, True, CAUSAL, ROWS, D,
+                HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                 EXP_SHARE, TCGEN05, MASKED_STAGES,
             )  # fmt: skip
+        if HIGH_UNITS:
+            accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
 
         nothing_seen = l == 0.0
         result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]

@@ -1,7 +1,10 @@
 """Runs the fused attention: statistics, quantiser, kernel."""
 
+import functools
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+from operator import or_
 
 import torch
 import torch.nn.functional as F
@@ -10,157 +13,342 @@ import triton
 from dma_diffusers.kernels.attention import hopper
 from dma_diffusers.kernels.attention.kernel import attend
 from dma_diffusers.kernels.attention.tuning import Tuning, tuning
-from dma_diffusers.kernels.device.launch import Run, multiprocessors, run
-from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.lowerings import LOWERINGS, TCGEN05_ARCHITECTURES, Storage, architecture
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
+from dma_diffusers.kernels.device.recording import Recorder, Recording
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, architecture, named
+from dma_diffusers.kernels.plan import Plan
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.launch import (
+from dma_diffusers.kernels.quantiser.launch import Encoded, Source, encode, statistics_of
+from dma_diffusers.kernels.quantiser.operands import (
+    Classes,
     Operand,
     Stored,
-    encode,
     padded_dim,
     row_descriptor,
     scale_descriptor,
-    statistics_of,
 )
-from dma_diffusers.kernels.quantiser.reference import Rope
 from dma_diffusers.kernels.routing.launch import pooled, route
-from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.fine_mask import FineMask
-from dma_diffusers.kernels.tiling.precision_map import TILE, PrecisionMap
+from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.precision_map import PrecisionMap
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The way in which the kernels run one kind of call.
+
+    target: the architecture that they are tuned for. dim: the head dimension that they compute with.
+    counts_inexact: whether rows are counted that e4m3 can't hold as their format says.
+    """
+
+    classes: Classes
+    tuned: Tuning
+    target: str
+    dim: int
+    counts_inexact: bool
+
+    @classmethod
+    def of(
+        cls, call: Call, plan: Plan, precisions: Precisions, lowering: str, target: str | None = None
+    ) -> "Variant":
+        """The variant for a call. target: None for the architecture of the call's device."""
+        target, dim = target or architecture(call.q.device), padded_dim(call.q.shape[-1])
+        classes = tuple(
+            precision and Stored.by(named(lowering), precision)
+            for precision in plan.precision_map.used(*precisions)
+        )
+        tuned = tuning(target, dim, tuple(c and c.storage for c in classes))
+        return cls(classes, tuned, target, dim, lowering == "faithful")
+
+    @property
+    def in_gluon(self) -> bool:
+        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
+        high, low = self.classes
+        return (
+            self.tuned.slots is not None
+            and not self.has_tensor_scale
+            and (high is None or high.values is Storage.PLAIN)
+            and (low is None or low.values is Storage.CHANNEL)
+            and not triton.knobs.runtime.interpret
+        )
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Says whether a format has a scale for the whole tensor."""
+        return any(c and c.format.has_tensor_scale for c in self.classes)
+
+    @property
+    def has_bf16(self) -> bool:
+        """Says whether a class multiplies the model's own numbers."""
+        return any(c and c.format.name == "bf16" for c in self.classes)
+
+    @property
+    def smooths(self) -> bool:
+        """Says whether K's mean is subtracted for one of the classes."""
+        return quantiser.smooths(*(c and c.format.name for c in self.classes))
+
+    def stores_values(self, storage: Storage) -> bool:
+        """Says whether a class has V in this storage."""
+        return any(c and c.values is storage for c in self.classes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a call that the kernels read.
+
+    source: what the quantiser reads. key_mask: the call's, in the order of tokens, which the statistics read.
+    bf16: q, k and v as TMA reads the model's own numbers; None where nothing does.
+    """
+
+    source: Source
+    key_mask: torch.Tensor | None
+    bf16: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+    @classmethod
+    def of(cls, call: Call, plan: Plan, variant: Variant) -> "Inputs":
+        """Copies are made only where the kernels can't read the call's own tensors."""
+        q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (call.q, call.k, call.v))
+        order = plan.token_order
+        mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
+        source = Source(q, k, v, call.softmax_scale_log2, call.q_rope, call.k_rope, mask, order)
+        read = (
+            variant.has_bf16 and call.q_rope is None,
+            variant.has_bf16 and call.k_rope is None,
+            variant.stores_values(Storage.PLAIN),
+        )
+        bf16 = tuple(
+            bf16_for_tma(x) if is_read and order is None else None
+            for x, is_read in zip((q, k, quantiser.narrowed(v, torch.bfloat16)), read, strict=True)
+        )
+        return cls(source, call.key_mask, bf16)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that differ from call to call, each once."""
+        source = self.source
+        ropes = chain(*(rope or () for rope in (source.q_rope, source.k_rope)))
+        found = [source.q, source.k, source.v, *ropes, source.key_mask, self.key_mask, *self.bf16]
+        return list({id(x): x for x in found if x is not None}.values())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The results of a call: output `[B, H, Sq, D]`, natural log-sum-exp `[B, H, Sq]`, inexact rows `[1]`."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    inexact_rows: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, call: Call, variant: Variant, return_lse: bool) -> "Outputs":
+        batch, heads, length, head_dim = call.q.shape
+        device, row = call.q.device, heads * head_dim
+        strides = (length * row, head_dim, row, 1)  # as [B, S, H, D], which is what models go on with
+        out = torch.empty_strided(call.q.shape, strides, dtype=call.q.dtype, device=device)
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device) if return_lse else None
+        inexact_rows = torch.zeros(1, dtype=torch.int32, device=device) if variant.counts_inexact else None
+        return cls(out, lse, inexact_rows)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for x in (self.out, self.lse, self.inexact_rows) if x is not None]
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    precision_map: PrecisionMap,
-    high: str,
-    low: str,
+    call: Call,
+    plan: Plan,
+    precisions: Precisions,
     *,
-    key_mask: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    lowering: str,
-    q_rope: Rope | None = None,
-    k_rope: Rope | None = None,
-    token_order: torch.Tensor | None = None,
-    fine_mask: FineMask | None = None,
-    masks_all: bool = True,
-    skip_below: float | None = None,
-    skipped: torch.Tensor | None = None,
-    routing: Routing | None = None,
+    lowering: str = "native",
     return_lse: bool = True,
+    skipped: torch.Tensor | None = None,
     target: str | None = None,
-    run: Run = run,
+    launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The reference's call on the fused kernel, with the map on q's device.
+    """The reference's call on the fused kernel, with the plan on q's device.
 
-    Only the classes that the map has are encoded and compiled. token_order: contiguous, and not checked: numbers that are
-    no token's are as −1, tokens that it doesn't name are undefined in the output; spans or a key mask hide slots.
-    masks_all: whether `key_mask` may hide keys of any tile, or of the map's MASKED ones alone.
-    skip_below: a KV tile is skipped for a block of queries (64 in hopper.py, else the tuning's) if each probability
-    there is less than this share of its row's largest so far, 0 < skip_below < 1; None never skips. skipped: int32
-    `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
-    routing: upgrades LOW pairs, for a map that has both classes, whose block lists are then not looked at.
+    Only the classes that the map has are encoded and compiled. The plan's token order is contiguous, and not checked:
+    numbers that are no token's are as −1, tokens that it doesn't name are undefined in the output; the fine mask or the
+    key mask hides such slots.
     lowering: the name of one that has a kernel. target: the architecture to tune for, that of q's device by default.
+    skipped: int32 `[B, H]`, to which the tiles are added that the softmax skipped, as the reference counts them.
     Returns the output, the natural log-sum-exp (None unless wanted), and how many rows of q and k are not what
     their format says, because e4m3 can't hold them (int32 `[1]`; None where that can't happen).
     """
-    batch, heads, q_length, head_dim = q.shape
-    kv_heads, k_length = k.shape[1:3]
-    dim = padded_dim(head_dim)
-    token_count = None
-    if token_order is not None:
-        token_count = None if len(token_order) == q_length else q_length
-        q_length = k_length = len(token_order)
-    q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (q, k, v))
-    formats = precision_map.used(high, low)
-    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
-    classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
-    target = target or architecture(q.device)
-    tuned = tuning(target, dim, tuple(c and c.storage for c in classes))
+    variant = Variant.of(call, plan, precisions, lowering, target)
+    outputs = Outputs.empty(call, variant, return_lse)
+    _launch(call, Inputs.of(call, plan, variant), outputs, plan, variant, skipped, launcher)
+    return outputs.out, outputs.lse, outputs.inexact_rows
 
-    softmax_scale_log2 = quantiser.softmax_scale_log2(scale)
-    smooths = quantiser.smooths(*formats)
-    whole_mask = None if key_mask is None else _whole_tiles(key_mask, token_order)
-    of_v = v if classes[1] else None
-    known = statistics_of(k if smooths else None, of_v, k_rope, run)
-    q_amax, k_amax = None, None
-    if any(c and c.format.has_tensor_scale for c in classes):
-        q_amax, k_amax = _tensor_amax(q, k, softmax_scale_log2, q_rope, k_rope, key_mask)
-    inexact_rows = torch.zeros(1, dtype=torch.int32, device=q.device) if lowering == "faithful" else None
-    encoded = encode(
-        q, k, of_v if token_order is None else v, classes, softmax_scale_log2, known,
-        q_amax=q_amax, k_amax=k_amax, q_rope=q_rope, k_rope=k_rope, key_mask=whole_mask, token_order=token_order,
-        wants_offset=smooths and (return_lse or "bf16" in formats), transposed_v=tuned.transposed_v,
-        inexact_rows=inexact_rows, run=run,
-        registers=64 if target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
-    )  # fmt: skip
-    out = torch.empty(batch, q.shape[2], heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-    in_gluon = takes_gluon(tuned, classes)
-    descriptor = hopper.descriptor if in_gluon else row_descriptor
-    high_operands, low_operands = (
-        _tensors(c, *of_c, q, k, tuned, dim, descriptor)
-        for c, of_c in zip(classes, zip(encoded.q, encoded.k, strict=True), strict=True)
+
+class Prepared:
+    """One kind of call, ready to be launched: its shapes, strides, dtypes, plan and precisions stay as they are.
+
+    The first call launches as `attention` does and is recorded; later ones launch the recording. Calls of which torch
+    computes a part on the way (formats with a tensor scale) are launched as `attention` does.
+    """
+
+    def __init__(self, call: Call, plan: Plan, precisions: Precisions, lowering: str, return_lse: bool):
+        self._plan, self._return_lse = plan, return_lse
+        self._variant = Variant.of(call, plan, precisions, lowering)
+        self._records = call.q.is_cuda and not triton.knobs.runtime.interpret
+        self._reads_own = False  # whether the recorded kernels read the call's own tensors
+        self._recording: Recording | None = None
+
+    def attention(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The call's result, as of the function `attention`."""
+        outputs = Outputs.empty(call, self._variant, self._return_lse)
+        if self._reads_own:
+            addresses = _addresses((*_own_tensors(call), *outputs.tensors))
+            if addresses is not None:
+                self._launch_again(call.q.device, addresses)
+                return outputs.out, outputs.lse, outputs.inexact_rows
+        inputs = Inputs.of(call, self._plan, self._variant)
+        tensors = inputs.tensors
+        is_own = all(x is y for x, y in zip_longest(tensors, _own_tensors(call)))
+        addresses = _addresses((*tensors, *outputs.tensors))
+        if not self._records or addresses is None or (self._recording and is_own != self._reads_own):
+            _launch(call, inputs, outputs, self._plan, self._variant)
+        elif self._recording:
+            self._launch_again(call.q.device, addresses)
+        else:
+            recorder = Recorder((*tensors, *outputs.tensors), self._plan.tensors)
+            _launch(call, inputs, outputs, self._plan, self._variant, launcher=recorder)
+            try:
+                self._recording, self._reads_own = Recording(recorder), is_own
+            except ValueError:
+                self._records = False
+        return outputs.out, outputs.lse, outputs.inexact_rows
+
+    def _launch_again(self, device: torch.device, addresses: tuple[int, ...]) -> None:
+        if device.index == torch.cuda.current_device():
+            self._recording.launch(device, addresses)
+        else:
+            with torch.cuda.device(device):
+                self._recording.launch(device, addresses)
+
+
+def _own_tensors(call: Call) -> tuple[torch.Tensor, ...]:
+    """The call's tensors that kernels can read as they are, in the order of `Inputs.tensors`."""
+    return (call.q, call.k, call.v, *(call.q_rope or ()), *(call.k_rope or ()))
+
+
+def _addresses(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...] | None:
+    """The addresses of tensors; None if 16 doesn't divide one of them, for which other kernels are compiled."""
+    addresses = tuple([x.data_ptr() for x in tensors])
+    return addresses if functools.reduce(or_, addresses) % 16 == 0 else None
+
+
+def _launch(
+    call: Call,
+    inputs: Inputs,
+    outputs: Outputs,
+    plan: Plan,
+    variant: Variant,
+    skipped: torch.Tensor | None = None,
+    launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
+) -> None:
+    """Launch all kernels of a call."""
+    source, tuned, dim = inputs.source, variant.tuned, variant.dim
+    smooths, is_channel = variant.smooths, variant.stores_values(Storage.CHANNEL)
+    known = statistics_of(
+        source.k if smooths else None,
+        source.v if is_channel else None,
+        source.k_rope,
+        inputs.key_mask,
+        launcher,
     )
-    v_high, v_low = None, None
-    if classes[0]:
-        v_high = descriptor(bf16_for_tma(v) if token_order is None else encoded.v_high, TILE, dim)
-    if classes[1]:
-        v_low = descriptor(encoded.v, *((dim, TILE) if tuned.transposed_v else (TILE, dim)))
-    if routing is not None:
-        pools = pooled(
-            q,
-            k,
-            v,
-            known.mean,
-            softmax_scale_log2,
-            q_rope=q_rope,
-            k_rope=k_rope,
-            key_mask=whole_mask,
-            token_order=token_order,
-            run=run,
-        )
-        block_lists = route(pools, routing, is_shared=in_gluon, run=run)
-    else:
-        block_lists = precision_map.shared if in_gluon else precision_map
-    arguments = (
-        *high_operands, v_high, *low_operands, v_low,
-        encoded.v_scale, softmax_scale_log2, encoded.offset, block_lists.indices, block_lists.bounds,
-        whole_mask, fine_mask and fine_mask.packed, token_order, out, lse,
-        heads, kv_heads, q_length, k_length, token_count, fine_mask and fine_mask.guards, head_dim,
-        *(block_lists.bounds.stride(d) // 3 if block_lists.bounds.shape[d] > 1 else 0 for d in (0, 1)), block_lists.indices.shape[-1],
-        *out.stride()[:3], None if skip_below is None else math.log2(skip_below), skipped,
+    needs_v = is_channel or source.token_order is not None
+    encoded = encode(
+        replace(source, v=source.v if needs_v else None), variant.classes, known,
+        amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
+        wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
+        inexact_rows=outputs.inexact_rows, launcher=launcher,
+        registers=64 if variant.target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
     )  # fmt: skip
-    multiplied = [constant for c in classes for constant in (c.multiplied if c else [None, None, None])]
-    if in_gluon:
-        run(
+    block_lists = (
+        plan.precision_map.shared if variant.in_gluon and plan.routing is None else plan.precision_map
+    )
+    if plan.routing is not None:
+        pools = pooled(source, known.mean, launcher)
+        block_lists = route(pools, plan.routing, variant.in_gluon, launcher)
+    _attend(inputs, encoded, block_lists, outputs, call.is_causal, plan, variant, skipped, launcher)
+
+
+def _attend(
+    inputs: Inputs,
+    encoded: Encoded,
+    block_lists: PrecisionMap,
+    outputs: Outputs,
+    is_causal: bool,
+    plan: Plan,
+    variant: Variant,
+    skipped: torch.Tensor | None,
+    launcher: Launcher,
+) -> None:
+    """Launch the attention kernel on what the quantiser wrote."""
+    source, tuned, dim = inputs.source, variant.tuned, variant.dim
+    q_length, k_length, token_count = source.lengths
+    (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
+    bounds, fine_mask = block_lists.bounds, plan.fine_mask
+    operands = [
+        argument
+        for stored, q, k in zip(variant.classes, encoded.q, encoded.k, strict=True)
+        for argument in _operands(stored, q, k, inputs, encoded, variant)
+    ]
+    arguments = (
+        *operands, encoded.v_scale, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
+        source.key_mask, fine_mask and fine_mask.packed, source.token_order, outputs.out, outputs.lse,
+        heads, kv_heads, q_length, k_length, token_count, fine_mask and fine_mask.guards, head_dim,
+        *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), block_lists.indices.shape[-1],
+        *outputs.out.stride()[:3], None if plan.skip_below is None else math.log2(plan.skip_below), skipped,
+    )  # fmt: skip
+    multiplied = chain(*(stored.multiplied if stored else [None] * 4 for stored in variant.classes))
+    if variant.in_gluon:
+        launcher(
             hopper.attend_hopper, (-(-q_length // hopper.QUERIES) * batch * heads,), *arguments, *multiplied,
-            CAUSAL=is_causal, MASKS_ALL=masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
+            CAUSAL=is_causal, MASKS_ALL=plan.masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
-    else:
-        loads_mask = key_mask is not None or fine_mask is not None
-        blocks = -(-q_length // tuned.rows) * batch * heads
-        most = blocks if tuned.programs is None else tuned.programs * multiprocessors(q.device)
-        run(
-            attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
-            CAUSAL=is_causal, MASKS_ALL=masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-            EXP_SHARE=tuned.exp_share, TCGEN05=target in TCGEN05_ARCHITECTURES,
-            STAGES=tuned.stages,
-            MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
-            num_warps=tuned.warps, enable_fp_fusion=True,
-            maxnreg=None if tuned.slots or skip_below is not None else tuned.registers,  # which would spill
-        )  # fmt: skip
-    return out, lse, inexact_rows
+        return
+    loads_mask = source.key_mask is not None or fine_mask is not None
+    blocks = -(-q_length // tuned.rows) * batch * heads
+    most = blocks if tuned.programs is None else tuned.programs * multiprocessors(source.q.device)
+    launcher(
+        attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
+        CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
+        EXP_SHARE=tuned.exp_share, TCGEN05=variant.target in TCGEN05_ARCHITECTURES,
+        STAGES=tuned.stages,
+        MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
+        num_warps=tuned.warps, enable_fp_fusion=True,
+        maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
+    )  # fmt: skip
 
 
-def takes_gluon(tuned: Tuning, classes: tuple[Stored | None, Stored | None]) -> bool:
-    """Whether hopper.py runs such a call: the interpreter knows no Gluon, and hopper.py no tensor scales."""
-    has_tensor_scale = any(c and c.format.has_tensor_scale for c in classes)
-    return tuned.slots is not None and not has_tensor_scale and not triton.knobs.runtime.interpret
+def _operands(
+    stored: Stored | None,
+    q: Operand | None,
+    k: Operand | None,
+    inputs: Inputs,
+    encoded: Encoded,
+    variant: Variant,
+) -> list:
+    """Elements, scales and tensor scale of q and of k, and V, as the kernel takes those of one class."""
+    if stored is None:
+        return [None] * 7
+    descriptor = hopper.descriptor if variant.in_gluon else row_descriptor
+    bf16_q, bf16_k, bf16_v = inputs.bf16
+    q, k = q or Operand(bf16_q), k or Operand(bf16_k)
+    columns, dim, tuned = stored.columns(variant.dim), variant.dim, variant.tuned
+    values = encoded.values.get(stored.values, bf16_v)
+    is_transposed = stored.values is Storage.CHANNEL and tuned.transposed_v
+    return [
+        descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
+        descriptor(k.elements, TILE, columns),
+        scale_descriptor(k.scales) if stored.storage is Storage.BLOCK else k.scales, k.tensor_scale,
+        descriptor(values, *((dim, TILE) if is_transposed else (TILE, dim))),
+    ]  # fmt: skip
 
 
 def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
@@ -175,47 +363,17 @@ def _row_major(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _tensor_amax(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    softmax_scale_log2: float,
-    q_rope: Rope | None,
-    k_rope: Rope | None,
-    key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensor_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    smoothed = quantiser.rotate(k, k_rope) - quantiser.key_mean(k, k_rope)
-    if key_mask is not None:
-        smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-    folded = quantiser.rotate(q, q_rope) * softmax_scale_log2
+    smoothed = quantiser.rotate(call.k, call.k_rope) - quantiser.key_mean(call.k, call.k_rope, call.key_mask)
+    if call.key_mask is not None:
+        smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
+    folded = quantiser.rotate(call.q, call.q_rope) * call.softmax_scale_log2
     return quantiser.finite_amax(folded, (-2, -1)), quantiser.finite_amax(smoothed, (-2, -1))
 
 
-def _tensors(
-    stored: Stored | None,
-    q: Operand | None,
-    k: Operand | None,
-    model_q: torch.Tensor,
-    model_k: torch.Tensor,
-    tuned: Tuning,
-    dim: int,
-    descriptor: Callable,
-) -> list:
-    """Elements, scales and tensor scale of q and of k, as the kernel takes them: what its loops read by descriptors."""
-    if stored is None:
-        return [None] * 6
-    q, k = q or Operand(bf16_for_tma(model_q), None, None), k or Operand(bf16_for_tma(model_k), None, None)
-    is_blocks = stored.storage is Storage.BLOCK
-    columns = stored.columns(dim)
-    return [
-        descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
-        descriptor(k.elements, TILE, columns), scale_descriptor(k.scales) if is_blocks else k.scales,
-        k.tensor_scale,
-    ]  # fmt: skip
-
-
 def _whole_tiles(key_mask: torch.Tensor, token_order: torch.Tensor | None) -> torch.Tensor:
-    """uint8 `[B, tiles·128]`, 0 past the keys, and where the order names none."""
+    """uint8 `[B, tiles·128]` in the order of slots, 0 past the keys, and where no token stands."""
     if token_order is not None:
         hidden = key_mask.shape[1]  # what −1, or another number that is no token's, finds
         key_mask = F.pad(key_mask, (0, 1))[:, token_order.clamp(-1, hidden)]

@@ -1,4 +1,4 @@
-"""How the attention kernel is built for each architecture, head dimension and pair of storages: data, not search.
+"""The tuning table: how the attention kernel is built for each architecture, head dimension and pair of storages.
 
 sm_100, sm_103 and sm_120: from what the compiler makes of each variant (ahead_of_time/instructions.md). sm_90: from
 times on an H200.

@@ -1,1 +1,1 @@
-"""What every kernel shares on the device: rounding, and how a kernel is launched."""
+"""The device: rounding as its hardware does it, and the launching of kernels."""

@@ -1,21 +1,43 @@
-"""How a kernel is run: at once, on its arguments' device, unless whoever calls has other plans (compile.py has)."""
+"""Launching kernels: at once, unless the caller has a launcher of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-Run = Callable[..., None]
+Run = Callable[..., Any]
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors there are; a few in the interpreter, so that programs have more than one block."""
+    """Counts multiprocessors; the interpreter has a few, so that programs have more than one block."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch `kernel`; Triton alone would take the current device, whichever that is."""
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+    """Launch `kernel` on the device of its arguments; returns what Triton compiled, None in the interpreter."""
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    # Triton alone would take the current device, whichever that is.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **options)
+        return kernel[grid](*arguments, **options)
+
+
+class Launcher:
+    """Allocates what kernels write, and launches them.
+
+    run: launches one kernel, called as `run` above is. Ahead-of-time compilation and tests have their own.
+    """
+
+    def __init__(self, run: Run = run):
+        self._run = run
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        self._run(kernel, grid, *arguments, **options)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor that the call's kernels write and read."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def counters(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """int32 zeros in which kernels count, and to which they return them."""
+        return torch.zeros(shape, dtype=torch.int32, device=device)

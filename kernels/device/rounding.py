@@ -5,10 +5,12 @@ of a float8 that rounds up to the next power of two, knows no NaN in float8, mul
 integers, and takes E4M3 block scales for E8M0. There, rounding is done in float32 first, and products are float32.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+FP16_MAX, BF16_MAX = (tl.constexpr(torch.finfo(dtype).max) for dtype in (torch.float16, torch.bfloat16))
 
 
 @triton.jit
@@ -56,8 +58,17 @@ def to_bf16(x):
 
 
 @triton.jit
+def within(x, LARGEST: tl.constexpr):
+    """float32 x with its finite numbers brought within ±LARGEST; infinities and NaN stay."""
+    inf: tl.constexpr = float("inf")
+    return tl.where((x > LARGEST) & (x < inf), LARGEST, tl.where((x < -LARGEST) & (x > -inf), -LARGEST, x))
+
+
+@triton.jit
 def to_output(x, dtype: tl.constexpr):
-    """float32 to the dtype of an output tensor."""
+    """float32 to the dtype of an output tensor; what is finite stays so."""
+    if dtype == tl.float16:  # V's largest number, rounded up in bf16 or e4m3, is beyond it
+        x = within(x, FP16_MAX)
     if INTERPRETED and dtype == tl.bfloat16:
         x = _rounded_to_bf16(x)
     return x.to(dtype)

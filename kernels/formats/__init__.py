@@ -1,4 +1,4 @@
-"""Number formats: the list (`FORMATS`), rounding to one (`fake_quantize`), storing in one (`pack`, `unpack`).
+"""Number formats: `FORMATS` lists them, `fake_quantize` rounds to one, `pack` and `unpack` store in one.
 
 >>> fake_quantize(torch.tensor([0.1, 2.5, -6.0]), "mxfp4")
 tensor([ 0.,  2., -6.])

@@ -1,6 +1,6 @@
-"""Into a format and back: `fake_quantize` keeps the tensor's dtype, `pack` stores real codes and scales.
+"""Conversion to a format and back: `fake_quantize` keeps the tensor's dtype, `pack` stores real codes and scales.
 
-All arithmetic is float32, on the tensor's device, without waiting for it.
+All arithmetic is float32 on the tensor's device, and never waits for it.
 """
 
 import math
@@ -28,11 +28,11 @@ class Packed:
     """A tensor as stored in a format. A row is padded with zeros to whole blocks.
 
     data: uint8 codes `[..., rows, columns]`; 4-bit codes lie two to a byte, the even index in the low nibble;
-        6-bit codes lie one to a byte, right-aligned, as sm_100's `kind::mxf8f6f4` reads them. With `bf16` the
+        6-bit codes lie one to a byte, right-aligned, as sm_100's `kind::mxf8f6f4` reads them. With `bf16` it is the
         tensor itself.
     scales: `[..., rows / block_rows, blocks]`, uint8 (E8M0 and E4M3 codes) or float32; None with `bf16`.
-    tensor_scale: float32, of tensor_amax's shape, or None in formats without one.
-    shape: the tensor's own shape.
+    tensor_scale: float32, of the shape of `tensor_amax`, or None in formats without one.
+    shape: the shape of the tensor, without padding.
     """
 
     data: Tensor
@@ -47,17 +47,17 @@ def fake_quantize(
 ) -> Tensor:
     """`x` rounded to what `format` can store, along its last dimension (OCP MX v1.0, section 6.3).
 
-    A block that holds NaN or ±inf becomes NaN as a whole, a block of zeros stays zero; a finite input gives a
-    finite result. Where rows share a scale (`int8_tile`, the tensor scale), only finite numbers count for it,
-    and NaN or ±inf spoils no more than its own row (`int8_tile`) or block.
+    A block that holds NaN or ±inf becomes NaN as a whole, a block of zeros stays zero, and a finite input gives a
+    finite result. Where rows share a scale (`int8_tile`, the tensor scale), only finite numbers determine it, and
+    NaN or ±inf spoils no more than its own row (`int8_tile`) or block.
 
     x: `[..., columns]`, any float dtype (float64 is first rounded to float32); `int8_tile` needs
         `[..., rows, columns]`. `bf16` returns x itself, whatever its dtype.
     rounding: a `ScaleRounding`; it matters to E8M0 scales only.
-    tensor_amax: the finite amax to make the tensor scale for, instead of x's own: `[..., 1]`, broadcastable
+    tensor_amax: the finite amax from which the tensor scale is made, instead of x's own: `[..., 1]`, broadcastable
         against x. Formats without a tensor scale ignore it.
-    Returns x's shape and dtype. Raises ValueError for an unknown format or rounding, an empty x or one of too
-    few dimensions, TypeError for a dtype that is no float.
+    The result has the shape and dtype of x. Raises ValueError for an unknown format or rounding, an empty x or one of
+    too few dimensions; raises TypeError for a dtype that is no float.
     """
     format, rounding = _checked(x, format, rounding)
     if format.element is None:
@@ -71,8 +71,8 @@ def pack(
 ) -> Packed:
     """`x` as codes and scales; `unpack(pack(x, …), x.dtype)` equals `fake_quantize(x, …)` bit for bit.
 
-    Arguments and errors are those of `fake_quantize`. The scale of a spoilt block stores NaN (E8M0 255,
-    E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of the spoilt row do.
+    Arguments and errors are those of `fake_quantize`. A block with NaN or ±inf stores NaN as its scale (E8M0 255,
+    E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of that row store it.
     """
     format, rounding = _checked(x, format, rounding)
     if format.element is None:
@@ -85,7 +85,7 @@ def pack(
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers that `packed` stores, `packed.shape`, in `dtype`."""
+    """The numbers that `packed` stores, of shape `packed.shape`, in `dtype`."""
     format, codes = packed.format, packed.data
     if format.element is None or packed.scales is None:
         return packed.data.to(dtype)
@@ -108,7 +108,7 @@ def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, Sc
 def _scale_down(
     x: Tensor, format: Format, element: Element, rounding: ScaleRounding, tensor_amax: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x over its scales `[..., blocks, block]`, the factor that undoes it, stored scales, tensor scale."""
+    """x divided by its scales `[..., blocks, block]`, the factor that undoes this, stored scales, the tensor scale."""
     x = x.to(torch.float32)
     block = format.block or x.shape[-1]
     blocks = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
@@ -125,13 +125,13 @@ def _scale_down(
             shared = amax if format.block_rows == 1 else _amax_of_rows(blocks, format.block_rows)
             scales = fp32_scale(shared, element)
     factor = _factor(scales, tensor_scale, format, x.shape)
-    # A block whose scale is zero becomes zero; a spoilt one NaN, even where sound rows share its scale.
+    # A block whose scale is zero becomes zero; one with NaN or ±inf becomes NaN, even where other rows share its scale.
     divisor = factor.masked_fill(factor == 0, math.inf).masked_fill(~amax.isfinite().unsqueeze(-1), math.nan)
     return blocks / divisor, factor, scales, tensor_scale
 
 
 def _amax_of_rows(blocks: Tensor, rows: int) -> Tensor:
-    """Finite amax of each run of `rows` rows: `[..., rows, blocks, block]` to `[..., runs, blocks]`."""
+    """The finite amax of each run of `rows` rows: from `[..., rows, blocks, block]` to `[..., runs, blocks]`."""
     amax = _finite_abs(blocks).amax(-1)
     return F.pad(amax, (0, 0, 0, -amax.shape[-2] % rows)).unflatten(-2, (-1, rows)).amax(-2)
 
@@ -141,7 +141,7 @@ def _finite_abs(x: Tensor) -> Tensor:
 
 
 def _factor(scales: Tensor, tensor_scale: Tensor | None, format: Format, shape: torch.Size) -> Tensor:
-    """What the elements of each block are multiplied by: float32 `[..., blocks, 1]`."""
+    """The factor that multiplies the elements of each block: float32 `[..., blocks, 1]`."""
     factor = decode_scales(scales, format.scale)
     if tensor_scale is not None:
         factor = factor * tensor_scale
@@ -151,6 +151,6 @@ def _factor(scales: Tensor, tensor_scale: Tensor | None, format: Format, shape: 
 
 
 def _join(blocks: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Blocks back to rows without padding; saturated, as rounding up may pass the maximum of `dtype`."""
+    """Rows made of blocks, without padding; they saturate, since rounding up may exceed the maximum of `dtype`."""
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return blocks.flatten(-2)[..., : shape[-1]].clamp(-limit, limit).to(dtype)

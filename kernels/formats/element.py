@@ -1,4 +1,4 @@
-"""Elements: the small numbers that share a scale. Every element rounds to nearest even and saturates.
+"""Elements: the narrow numbers that share a scale. Every element rounds to nearest even and saturates.
 
 Sources: OCP Microscaling Formats (MX) v1.0, section 5.3 (E5M2, E4M3, E3M2, E2M3, E2M1, INT8);
 arXiv 2510.25602 (INT6, INT4).
@@ -22,32 +22,32 @@ class FloatElement:
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """The number of bits of one code."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def emax(self) -> int:
-        """Exponent of the largest number, floor(log2 max)."""
+        """The exponent of the largest number, floor(log2 max)."""
         return math.frexp(self.max)[1] - 1
 
     @property
     def emin(self) -> int:
-        """Exponent of the smallest normal number."""
+        """The exponent of the smallest normal number."""
         return 2 - 2 ** (self.exponent_bits - 1)
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest numbers, ties to even, saturated to ±max; NaN stays NaN, zero keeps its sign.
+        """The nearest numbers, with ties to even, saturated to ±max; NaN stays NaN, and zero keeps its sign.
 
         x: float32 of any shape; the result has the same shape and dtype.
         """
         x = x.clamp(-self.max, self.max)
         power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |x|)
-        # Added to 1.5·2^23 steps, a number loses everything below one step: float32 rounds it for us.
+        # A number added to 1.5·2^23 steps loses everything below one step, so float32 does the rounding.
         anchor = power.clamp_min(2.0**self.emin) * (1.5 * 2.0 ** (23 - self.mantissa_bits))
         return ((x + anchor) - anchor).copysign(x)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (uint8, right-aligned) of `round(x)`; NaN becomes zero in those without NaN (6 and 4 bits).
+        """The codes (uint8, right-aligned) of `round(x)`; NaN becomes zero in elements without NaN (6 and 4 bits).
 
         x: float32 of any shape; the result has the same shape.
         """
@@ -57,7 +57,7 @@ class FloatElement:
         return sign >> (8 - self.bits) | magnitude >> self._carrier_shift
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Numbers (float32) of `codes` (uint8, right-aligned); exact."""
+        """The numbers (float32, exact) of `codes` (uint8, right-aligned)."""
         sign, magnitude = codes & self._sign_bit, codes & (self._sign_bit - 1)
         carried = sign << (8 - self.bits) | magnitude << self._carrier_shift
         return carried.view(self._carrier).to(torch.float32) / self._carrier_factor
@@ -66,7 +66,7 @@ class FloatElement:
     def _sign_bit(self) -> int:
         return 1 << (self.bits - 1)
 
-    # Torch has 8-bit floats only; a narrower one is E4M3 whose spare exponent and mantissa bits are zero.
+    # Torch has 8-bit floats only. A narrower float is carried by E4M3, whose spare exponent and mantissa bits are zero.
     @property
     def _carrier(self) -> torch.dtype:
         return torch.float8_e5m2 if self.exponent_bits == 5 else torch.float8_e4m3fn
@@ -84,8 +84,8 @@ class FloatElement:
 class IntElement:
     """A two's complement integer of `bits` bits in units of one, clipped symmetrically.
 
-    The lowest code, -2^(bits-1), is no number here: it stores NaN. OCP's INT8 counts in units of 2^-6; the
-    same numbers have E8M0 scales 2^6 larger there.
+    The lowest code, -2^(bits-1), stands for no number: it stores NaN. OCP's INT8 counts in units of 2^-6, so the same
+    numbers have E8M0 scales 2^6 times as large there.
     """
 
     name: str
@@ -98,18 +98,18 @@ class IntElement:
 
     @property
     def emax(self) -> int:
-        """Exponent of the largest number, floor(log2 max)."""
+        """The exponent of the largest number, floor(log2 max)."""
         return self.bits - 2
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest integers, ties to even, clipped to ±max; NaN stays NaN, zeros lose their sign.
+        """The nearest integers, with ties to even, clipped to ±max; NaN stays NaN, and zeros lose their sign.
 
         x: float32 of any shape; the result has the same shape and dtype.
         """
         return x.clamp(-self.max, self.max).round() + 0.0
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (uint8, right-aligned) of `round(x)`; NaN becomes the lowest code.
+        """The codes (uint8, right-aligned) of `round(x)`; NaN becomes the lowest code.
 
         x: float32 of any shape; the result has the same shape.
         """
@@ -117,7 +117,7 @@ class IntElement:
         return integers.view(torch.uint8) & (2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Numbers (float32) of `codes` (uint8, right-aligned); the lowest code gives NaN."""
+        """The numbers (float32) of `codes` (uint8, right-aligned); the lowest code gives NaN."""
         spare = 8 - self.bits
         integers = ((codes << spare).view(torch.int8) >> spare).to(torch.float32)  # >> extends the sign
         return integers.masked_fill(integers < -self.max, math.nan)

@@ -1,4 +1,4 @@
-"""The list of formats: each an element × a scale × the block of elements that shares one scale."""
+"""The list of formats: each is an element × a scale × the block of elements that shares one scale."""
 
 from dataclasses import dataclass
 
@@ -8,32 +8,35 @@ from .scale import Scale
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a tensor are stored, along its last dimension."""
+    """A way to store the numbers of a tensor, along its last dimension.
+
+    element: the number that is stored; None keeps numbers as they are, and then there is no scale.
+    scale: the kind of scale that multiplies elements.
+    block: how many elements of the last dimension share a scale; None for all of them.
+    block_rows: how many neighbouring rows (second last dimension) share a scale.
+    """
 
     name: str
     element: Element | None = None
-    """None: numbers are kept as they are."""
     scale: Scale | None = None
     block: int | None = None
-    """Elements of the last dimension that share a scale; None: all of them."""
     block_rows: int = 1
-    """Neighbouring rows (second last dimension) that share a scale."""
 
     @property
     def bits(self) -> int:
-        """Bits of one element."""
+        """The number of bits of one element."""
         return 16 if self.element is None else self.element.bits
 
     @property
     def average_bits(self) -> float:
-        """Bits of one element and its share of the block's scale; row, tile and tensor scales don't count."""
+        """The bits of one element and of its share of the block's scale; scales of rows, tiles, tensors don't count."""
         if self.block is None or self.scale is None:
             return self.bits
         return self.bits + self.scale.bits / self.block
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Whether an FP32 scale of the whole tensor lies on top of the block scales."""
+        """True if one FP32 scale for the whole tensor multiplies the block scales."""
         return self.scale is Scale.E4M3
 
 

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.device.rounding import INTERPRETED, rounded, to_bf16, to_e4m3, to_e5m2
+from dma_diffusers.kernels.device.rounding import (
+    BF16_MAX,
+    INTERPRETED,
+    rounded,
+    to_bf16,
+    to_e4m3,
+    to_e5m2,
+    within,
+)
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -63,7 +71,7 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
     """A tile [128, D] in a block format: elements [128, blocks, BLOCK], codes and values of the scales."""
     blocks = tl.reshape(x, (TILE, D // BLOCK, BLOCK))
     amax_bits = tl.max(magnitude_bits(blocks), axis=2)
-    if BLOCK == 16:  # E4M3 block scales under a float32 tensor scale
+    if tensor_scale is not None:  # block scales are E4M3
         amax = amax_bits.to(tl.float32, bitcast=True)
         ratio = tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32))
         ratio = tl.div_rn(ratio, tl.full(amax.shape, 1.0, tl.float32) * tensor_scale)
@@ -151,7 +159,7 @@ def _encode(
 
 @triton.jit
 def scale_place(row, column, COLUMNS: tl.constexpr):
-    """Where a tile's scale lies: in tcgen05's layout 4 columns of 128 rows are 32 runs of 16 bytes."""
+    """Finds the place of a scale in its tile: in tcgen05's layout 4 columns of 128 rows are 32 runs of 16 bytes."""
     if COLUMNS % 4 == 0:
         place = (column // 4) * 512 + (row % 32) * 16 + (row // 32) * 4 + column % 4
     else:
@@ -190,13 +198,13 @@ def _encode_classes(
 ):  # fmt: skip
     """Write one tile in the classes that are wanted: in bf16 `x`, in other formats `value`."""
     if high is not None:
-        scale = tl.load(high_tensor_scale + head) if HIGH_BLOCK == 16 else 1.0
+        scale = None if high_tensor_scale is None else tl.load(high_tensor_scale + head)
         _encode(
             x if HIGH == "bf16" else value, high, high_scales, tile, rows, scale, inexact_rows,
             HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP, IS_KEY, D,
         )  # fmt: skip
     if low is not None:
-        scale = tl.load(low_tensor_scale + head) if LOW_BLOCK == 16 else 1.0
+        scale = None if low_tensor_scale is None else tl.load(low_tensor_scale + head)
         _encode(
             x if LOW == "bf16" else value, low, low_scales, tile, rows, scale, inexact_rows,
             LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, IS_KEY, D,
@@ -205,7 +213,7 @@ def _encode_classes(
 
 @triton.jit
 def _stored_at(position):
-    """Which token of transposed V is stored at a position: of each 16, 8h+2j+p at 4j+2h+p (j < 4, h and p < 2).
+    """Finds the token of transposed V at a position: of each 16, 8h+2j+p lies at 4j+2h+p (j < 4, h and p < 2).
 
     An accumulator of the MMA gives each thread two neighbouring columns of every eight, an 8-bit operand takes four
     neighbouring ones of every sixteen: in this order the probabilities stay in the threads that computed them.
@@ -215,7 +223,7 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, high, low, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
+    v, v_scale, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
     stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -226,9 +234,11 @@ def _encode_value(
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
-    if high is not None:
-        _store_rows(high, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
-    if low is not None:
+    if plain is not None:
+        if v.dtype.element_ty == tl.float32:  # a hidden value is multiplied by 0, which of inf would be NaN
+            value = within(value, BF16_MAX)
+        _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
+    if channel is not None:
         # Of a normal power of two, the inverse too is a power of two.
         inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
         value *= inverse.to(tl.float32, bitcast=True)[None, :]
@@ -237,17 +247,17 @@ def _encode_value(
         encoded = to_e4m3(value)
         place = tile * TILE + rows
         if TRANSPOSED:
-            tl.store(low + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
+            tl.store(channel + channels[:, None] * (tiles * TILE) + place[None, :], encoded.trans(1, 0))
         else:
-            _store_rows(low, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
+            _store_rows(channel, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
 def encode(
     q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_high, v_low, token_order, inexact_rows,
+    v_plain, v_channel, token_order, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
@@ -262,12 +272,12 @@ def encode(
     q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
     formats encode q·factor, and k less its `mean` (as statistics.py gives it, and `v_scale`). Tokens past the length,
     keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
-    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_high is [B·Hkv, tiles·128, D] as v
-    is; v_low too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows
-    that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
+    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v
+    is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts
+    rows that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
     nothing is.
-    With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in that
-    order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
+    With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
+    that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
     # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
@@ -279,8 +289,8 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_high, v_low, token_order, head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles,
-                k_length, token_count, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v, v_scale, v_plain, v_channel, token_order, head // kv_heads, head % kv_heads, head, index % k_tiles,
+                k_tiles, k_length, token_count, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:

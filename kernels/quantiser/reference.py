@@ -1,24 +1,17 @@
-"""What the quantiser computes, in torch."""
+"""The quantiser in torch: it defines what is correct."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
+from dma_diffusers.kernels.call import Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
-from dma_diffusers.kernels.tiling.precision_map import TILE
+from dma_diffusers.kernels.tiling.layout import TILE
 
 SAMPLED_TOKENS = 1024
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
-
-
-def softmax_scale_log2(scale: float) -> float:
-    """The factor folded into q, so that the kernel's exponentials are exp2."""
-    return scale * math.log2(math.e)
 
 
 def rotate(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
@@ -32,25 +25,33 @@ def rotate(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
 
 
 def smooths(*formats: str | None) -> bool:
-    """Whether K's mean is subtracted: bf16 multiplies the model's own numbers, every other format smoothed ones."""
+    """Says whether K's mean is subtracted: every format but bf16 multiplies smoothed keys."""
     return any(name not in (None, "bf16") for name in formats)
 
 
-def key_mean(k: torch.Tensor, rope: Rope | None = None) -> torch.Tensor:
-    """What is subtracted from every key, float32 `[B, Hkv, 1, D]`: softmax does not see it.
+def key_mean(k: torch.Tensor, rope: Rope | None = None, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The vector that is subtracted from every key, float32 `[B, Hkv, 1, D]`: softmax does not see it.
 
-    The mean over a regular sample of some 1024 tokens. Taken over finite numbers only: one bad token must not
-    reach rows that never attend to it. Summed in float64, so that another order gives the same float32.
+    It is the mean over a regular sample of some 1024 tokens, of those keys in it that the bool key_mask `[B, Sk]`
+    shows; zero if it shows none. Only finite numbers count: one bad token must not reach rows that never attend to
+    it. The sum is in float64, so that another order gives the same float32.
     """
     step = max(1, k.shape[-2] // SAMPLED_TOKENS)
     k = rotate(k[..., ::step, :], rope and (rope[0][::step], rope[1][::step]))
-    finite = torch.isfinite(k)
-    total = torch.where(finite, k, 0).sum(-2, keepdim=True, dtype=torch.float64).float()
-    return total / finite.sum(-2, keepdim=True).clamp(min=1)
+    counts = torch.isfinite(k)
+    if key_mask is not None:
+        counts = counts & key_mask[:, None, ::step, None]
+    total = torch.where(counts, k, 0).sum(-2, keepdim=True, dtype=torch.float64).float()
+    return total / counts.sum(-2, keepdim=True).clamp(min=1)
 
 
-def value_scale(v: torch.Tensor) -> torch.Tensor:
-    """The normal power of two that brings each channel of v within e4m3, float32 `[B, Hkv, 1, D]`; 1 for zeros."""
+def value_scale(v: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The normal power of two that brings each channel of v within e4m3, float32 `[B, Hkv, 1, D]`; 1 for zeros.
+
+    Only values that the bool key_mask `[B, Sk]` shows count.
+    """
+    if key_mask is not None:
+        v = torch.where(key_mask[:, None, :, None], v, 0)
     mantissa, exponent = torch.frexp(finite_amax(v, (-2,)) / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
     return torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126))
@@ -59,6 +60,14 @@ def value_scale(v: torch.Tensor) -> torch.Tensor:
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     """The largest magnitude among the finite elements, float32, dimensions kept."""
     return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim, keepdim=True)
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a float `dtype`, where finite numbers stay finite: those beyond its range become its largest."""
+    largest = torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max > largest:
+        x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
+    return x.to(dtype)
 
 
 def quantised_q(q: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -102,6 +111,9 @@ def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """What smoothing takes from the scores of each row, in the kernel's base 2: float32 `[B, H, S]`."""
+    """The part that smoothing takes from each row's scores, in the kernel's base 2: float32 `[B, H, S]`.
+
+    scale: the factor of the scores times log2 e.
+    """
     mean = mean.repeat_interleave(q.shape[1] // mean.shape[1], dim=1)
-    return (q * mean).sum(-1) * softmax_scale_log2(scale)
+    return (q * mean).sum(-1) * scale

@@ -1,4 +1,4 @@
-"""What encoding needs to know of a whole head first: K's mean and V's scales.
+"""The statistics of a whole head that encoding needs first: K's mean and V's scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
 same token_order: the same inputs give the same bits.
@@ -11,6 +11,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     E4M3_MAX_BITS,
     NOT_FINITE,
     e8m0_ceil,
+    is_last,
     load_tile,
     magnitude_bits,
     power_of_two,
@@ -22,16 +23,6 @@ from dma_diffusers.kernels.quantiser.tile import (
 _RUN_ELEMENTS = tl.constexpr(2048)
 _KEY_RUNS = tl.constexpr(4)
 _VALUE_RUNS = tl.constexpr(8)
-
-
-@triton.jit
-def _is_last(finished, programs):
-    """Whether this program is the last of so many to come here; it then sees what the others stored.
-
-    `finished` may begin at any multiple of `programs`: a launch that is repeated with its arguments counts on.
-    """
-    tl.debug_barrier()  # the whole program has stored
-    return tl.atomic_add(finished, 1, sem="acq_rel") % programs == programs - 1
 
 
 @triton.jit
@@ -65,12 +56,21 @@ def _in_runs(x, RUNS: tl.constexpr):
 
 
 @triton.jit
+def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
+    """Leaves of `inside` those places whose keys the mask shows."""
+    if key_mask is not None:
+        place = batch.to(tl.int64) * stride_b + tokens.to(tl.int64) * stride_s
+        inside &= tl.load(key_mask + place, mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
 def _key_sums(
-    k, partials, cos, sin, batch, head_in_batch, head, heads, chunk, length, step,
-    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    k, partials, cos, sin, key_mask, batch, head_in_batch, head, heads, chunk, length, step,
+    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sums and counts of the finite numbers among every `step`-th token of one chunk."""
+    """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
     share = tl.cdiv(samples, CHUNKS // 2)
     last = tl.minimum((chunk + 1) * share, samples)
@@ -80,6 +80,7 @@ def _key_sums(
     for first in range(chunk * share, last, _KEY_RUNS * RUN):
         sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
         inside = (sample < last) & (columns < HEAD_DIM)[None, :]
+        inside = _seen(key_mask, sample * step, inside, batch, mask_stride_b, mask_stride_s)
         x = load_tile(k, batch, head_in_batch, sample * step, columns, inside, stride_b, stride_h, stride_s)
         if cos is not None:
             x = rotated(x, cos, sin, sample * step, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
@@ -98,10 +99,11 @@ def _key_sums(
 
 @triton.jit
 def _value_range(
-    v, partials, batch, head_in_batch, head, heads, chunk, length, stride_b, stride_h, stride_s,
+    v, partials, key_mask, batch, head_in_batch, head, heads, chunk, length,
+    stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite magnitude of each channel in one chunk."""
+    """The largest finite magnitude of each channel in one chunk, of keys that are seen."""
     share = tl.cdiv(length, CHUNKS)
     last = tl.minimum((chunk + 1) * share, length)
     columns = tl.arange(0, D)
@@ -110,6 +112,7 @@ def _value_range(
     for first in range(chunk * share, last, _VALUE_RUNS * RUN):
         tokens = (first + tl.arange(0, _VALUE_RUNS * RUN))[:, None]
         inside = (tokens < last) & (columns < HEAD_DIM)[None, :]
+        inside = _seen(key_mask, tokens, inside, batch, mask_stride_b, mask_stride_s)
         x = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
         bits = magnitude_bits(x)
         largest = tl.maximum(
@@ -119,16 +122,18 @@ def _value_range(
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["length", "step"])
+@triton.jit(do_not_specialize=["length", "step", "mask_stride_b", "mask_stride_s"])
 def statistics(
-    k, v, partials, finished, mean, v_scale, cos, sin, heads, heads_in_batch, length, step,
+    k, v, partials, finished, mean, v_scale, cos, sin, key_mask, heads, heads_in_batch, length, step,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
+    mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, rotated first if `cos`), or of V.
 
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
-    two that bring V's finite numbers within e4m3. K or V may be None. `heads` is B·H. finished: int32 [2, B·H], zeros.
+    two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
+    keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
     partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
     of the chunks; V's range in all of them.
     """
@@ -138,19 +143,19 @@ def statistics(
         if program < of_keys:
             head = program // (CHUNKS // 2)
             _key_sums(
-                k, partials, cos, sin, head // heads_in_batch, head % heads_in_batch, head, heads,
+                k, partials, cos, sin, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads,
                 program % (CHUNKS // 2), length, step, k_stride_b, k_stride_h, k_stride_s,
-                rope_stride_s, rope_stride_d, CHUNKS, HEAD_DIM, D,
+                rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
-            if _is_last(finished + head, CHUNKS // 2):
+            if is_last(finished + head, CHUNKS // 2):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys
         if program >= 0:
             head = program // CHUNKS
             _value_range(
-                v, partials, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length,
-                v_stride_b, v_stride_h, v_stride_s, CHUNKS, HEAD_DIM, D,
+                v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
+                length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
-            if _is_last(finished + heads + head, CHUNKS):
+            if is_last(finished + heads + head, CHUNKS):
                 _whole_scale(partials, v_scale, head, heads, CHUNKS, D)

@@ -1,4 +1,4 @@
-"""What the quantiser's kernels do: find tokens, load those of one head, turn them, find powers of two."""
+"""The quantiser's common steps: finding tokens, loading those of one head, turning them, finding powers of two."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def magnitude_bits(x):
 
 @triton.jit
 def token_at(token_order, place, length, tokens):
-    """Which token stands at each of `length` slots, `length` where none does; without a token order `place` itself.
+    """Finds the token at each of `length` slots, `length` where none stands; without a token order the slot itself.
 
     tokens: how many there are, None for one at each slot.
     """
@@ -58,3 +58,16 @@ def power_of_two(code):
     """The number of an E8M0 code."""
     bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_last(finished, programs):
+    """Tells whether this program is the last of so many to come here; it then sees what the others stored.
+
+    `finished` is zero before the first comes and after the last: a launch may be repeated with its arguments.
+    """
+    tl.debug_barrier()  # the whole program has stored
+    last = tl.atomic_add(finished, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(finished, 0)
+    return last

@@ -1,1 +1,1 @@
-"""Precision routed by content: which LOW pairs of tiles a call's own q, k and v make HIGH."""
+"""Routing: each call upgrades its most important LOW pairs of tiles to HIGH, as its own q, k and v show them."""

@@ -1,19 +1,20 @@
 """Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the block lists.
 
-What reference.py defines, from the same formulas; products are in TF32, about as fine as the levels are.
+The kernels compute what reference.py defines, by the same formulas; their products are in TF32, whose rounding is about
+as fine as the levels.
 """
 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.tile import load_tile, rotated, token_at
+from dma_diffusers.kernels.quantiser.tile import is_last, load_tile, rotated, token_at
 from dma_diffusers.kernels.routing import reference
-from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling import layout, precision_map
 
-TILE = tl.constexpr(precision_map.TILE)
+TILE = tl.constexpr(layout.TILE)
 HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.Phase)
 UNVISITED = tl.constexpr(precision_map.UNVISITED)
-SAMPLED = tl.constexpr(reference.SAMPLED)
+SAMPLE_STRIDE = tl.constexpr(reference.SAMPLE_STRIDE)
 LEVELS = tl.constexpr(reference.LEVELS)
 BINS = tl.constexpr(reference.BINS)
 LOWEST = tl.constexpr(reference.LOWEST)
@@ -29,23 +30,24 @@ def _mean_and_variance(
     stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel of (x − mean)·factor, over the sample of a tile: two of [D], NaN where nothing is in it.
+    """The mean and the variance of each channel of (x − mean)·factor over the sample of a tile, float32 [D] each.
 
-    index: of the tile among those of all heads. x is rotated first. mask: uint8 [B, tiles·128], which tokens count.
+    Both are NaN if no token of the sample counts. x is rotated first.
+    index: the number of the tile among those of all heads. mask: uint8 [B, tiles·128], 0 for slots that don't count.
     """
     tiles = tl.cdiv(length, TILE)
-    head, place = index // tiles, index % tiles * TILE + tl.arange(0, TILE // SAMPLED) * SAMPLED
+    head, slots = index // tiles, index % tiles * TILE + tl.arange(0, TILE // SAMPLE_STRIDE) * SAMPLE_STRIDE
     batch, columns = head // heads, tl.arange(0, D)
-    tokens = token_at(token_order, place, length, token_count)
+    tokens = token_at(token_order, slots, length, token_count)
     if mask is not None:
-        tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0, tokens, length)
+        tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + slots) != 0, tokens, length)
     count = tl.sum((tokens < length).to(tl.float32), axis=0)
     tokens = tokens[:, None]
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     value = load_tile(x, batch, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
     if cos is not None:
         value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
-    # Two sums of what was loaded, by two instructions a number: of bf16, whose spread survived its rounding, to .1 %.
+    # Two sums take two instructions a number; a spread that survived rounding to bf16 comes out right to .1 %.
     middle = tl.sum(value, axis=0) / count
     variance = tl.sum(value * value, axis=0) / count - middle * middle
     variance = tl.where(variance < 0.0, 0.0, variance)
@@ -56,12 +58,12 @@ def _mean_and_variance(
 
 @triton.jit
 def _store_pool(pools, index, mean, variance, D: tl.constexpr):
-    place = index.to(tl.int64) * (2 * D) + tl.arange(0, D)
-    tl.store(pools + place, mean)
-    tl.store(pools + place + D, variance)
+    offsets = index.to(tl.int64) * (2 * D) + tl.arange(0, D)
+    tl.store(pools + offsets, mean)
+    tl.store(pools + offsets + D, variance)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "order_tokens"])
+@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
 def pool(
     q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, token_order, q_pools, k_pools, v_pools,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
@@ -69,16 +71,17 @@ def pool(
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Pool one tile of one head of V, K or Q, all as of the quantiser's `encode`: what its formats encode.
+    """Pool one tile of one head of V, K or Q; the arguments are those of the quantiser's `encode`.
 
-    q_pools: float32 [B·H, q_tiles, 2, D], mean and variance of each channel; k_pools likewise, over keys that are seen.
-    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances.
+    q_pools: float32 [B·H, q_tiles, 2, D], the mean and the variance of each channel.
+    k_pools: float32 [B·Hkv, k_tiles, 2, D], the same over keys that are seen.
+    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances over the same keys.
     """
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, None, token_order, index, kv_heads, k_length, token_count,
+            v, None, 1.0, None, None, key_mask, token_order, index, kv_heads, k_length, token_count,
             v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))
@@ -106,15 +109,17 @@ def _log_mean_exp(deviation):
 
 @triton.jit
 def _pool(pools, tiles, count, D: tl.constexpr):
-    """Means and variances of some tiles, [tiles, D]; zeros past the `count` there are."""
-    place = tiles[:, None] * (2 * D) + tl.arange(0, D)[None, :]
+    """The means and the variances of some tiles, [tiles, D] each; zeros for numbers that are not below `count`."""
+    offsets = tiles[:, None] * (2 * D) + tl.arange(0, D)[None, :]
     inside = (tiles < count)[:, None]
-    return tl.load(pools + place, mask=inside, other=0.0), tl.load(pools + place + D, mask=inside, other=0.0)
+    return tl.load(pools + offsets, mask=inside, other=0.0), tl.load(
+        pools + offsets + D, mask=inside, other=0.0
+    )
 
 
 @triton.jit
 def _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D: tl.constexpr):
-    """Mean and standard deviation of the scores of some pairs, [q tiles, k tiles]."""
+    """The mean and the standard deviation of the scores of some pairs, [q tiles, k tiles] each."""
     k_mean, k_variance = _pool(k_pools, k_tile, k_tiles, D)
     score = tl.dot(q_mean, k_mean.trans(1, 0))
     variance = tl.dot(q_variance, (k_mean * k_mean + k_variance).trans(1, 0))
@@ -127,11 +132,11 @@ def score(
     q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The levels of ROWS Q tiles of one head, and how many LOW pairs there are in each binade.
+    """Score the pairs of ROWS Q tiles of one head: write their levels, and count the LOW pairs in each binade.
 
-    The pools are as `pool` leaves them.
-    phases: uint8 [H or 1, q_tiles, k_tiles]. levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
-    histogram: int32 [B, 2, BINS], zeros; the first take how many of them are in each binade.
+    q_pools, k_pools, v_pools: what `pool` wrote. phases: uint8 [H or 1, q_tiles, k_tiles].
+    levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
+    histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts.
     """
     blocks = tl.cdiv(q_tiles, ROWS)
     head, q_tile = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -146,40 +151,42 @@ def score(
     q_mean, q_variance = _pool(q_pools, q_tile, q_tiles, D)
 
     largest = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
-    whole = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        place = q_tile[:, None] * k_tiles + k_tile[None, :]
+        pairs = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
         mean, deviation = _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D)
-        mass = mean + _log_mean_exp(deviation)
-        phase = tl.load(phases + place, mask=inside, other=UNVISITED)
-        mass = tl.where((phase != UNVISITED) & (mass == mass), mass, float("-inf"))
-        larger = tl.maximum(largest, tl.max(mass, axis=1))
-        whole = whole * tl.exp2(largest - larger) + tl.sum(tl.exp2(mass - larger[:, None]), axis=1)
+        mean_exp = mean + _log_mean_exp(deviation)
+        phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
+        is_visited = (phase != UNVISITED) & (mean_exp == mean_exp)
+        mean_exp = tl.where(is_visited, mean_exp, float("-inf"))
+        larger = tl.maximum(largest, tl.max(mean_exp, axis=1))
+        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(mean_exp - larger[:, None]), axis=1)
         largest = larger
-    whole = tl.where(whole == 0.0, 0.0, largest + tl.log2(tl.maximum(whole, 1.0)))  # 0: nothing is visited
+    # A Q tile that visits nothing has the sum 0, which has no logarithm.
+    log_total = tl.where(total == 0.0, 0.0, largest + tl.log2(tl.maximum(total, 1.0)))
 
     counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        place = q_tile[:, None] * k_tiles + k_tile[None, :]
+        pairs = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
         mean, deviation = _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D)
         spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
-        root = mean + 0.5 * _log_mean_exp(2.0 * deviation)
-        importance = root - whole[:, None] + (0.5 * tl.log2(spread))[None, :]
-        phase = tl.load(phases + place, mask=inside, other=UNVISITED)
+        root_mean_square = mean + 0.5 * _log_mean_exp(2.0 * deviation)
+        importance = root_mean_square - log_total[:, None] + (0.5 * tl.log2(spread))[None, :]
+        phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
         is_offered = (phase == LOW) & (importance == importance)
         level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
-        tl.store(levels + place, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
+        tl.store(levels + pairs, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
         counts += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
-def _least(histogram, allowed):
-    """The least bin from which on no more than `allowed` are counted, and how many may still be."""
+def _least_bin(histogram, allowed):
+    """The first bin of the top bins that hold at most `allowed` pairs together, and how many more are allowed."""
     counts = tl.load(histogram + tl.arange(0, BINS))
     fits = tl.cumsum(counts, axis=0, reverse=True) <= allowed
     return tl.sum((~fits).to(tl.int32), axis=0), allowed - tl.sum(tl.where(fits, counts, 0), axis=0)
@@ -187,38 +194,38 @@ def _least(histogram, allowed):
 
 @triton.jit(do_not_specialize=["allowed", "pairs"])
 def count_steps(levels, histogram, allowed, pairs, BLOCK: tl.constexpr):
-    """How many pairs of a batch entry have each level of the binade that is upgraded in part, for BLOCK pairs.
+    """Count the pairs in each level of the binade that is upgraded in part, among BLOCK pairs of a batch entry.
 
-    levels: int16 [B, pairs]. histogram: as `score` leaves it; the second of each entry take the counts.
+    levels: int16 [B, pairs]. histogram: what `score` wrote; [:, 1] receives the counts.
     """
-    batch, place = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, pair = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     histogram += batch * (2 * BINS)
-    whole, _ = _least(histogram, allowed)
-    level = tl.load(levels + batch.to(tl.int64) * pairs + place, mask=place < pairs, other=-1).to(tl.int32)
-    counts = tl.histogram(level % BINS, BINS, mask=(level >= 0) & (level // BINS == whole - 1))
+    binade, _ = _least_bin(histogram, allowed)
+    level = tl.load(levels + batch.to(tl.int64) * pairs + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    counts = tl.histogram(level % BINS, BINS, mask=(level >= 0) & (level // BINS == binade - 1))
     tl.atomic_add(histogram + BINS + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
 def _least_level(histogram, allowed):
-    """The least level that is upgraded: no more pairs than are allowed have it or a higher one."""
-    whole, left = _least(histogram, allowed)
-    step, _ = _least(histogram + BINS, left)
-    return tl.maximum((whole - 1) * BINS + step, 0)
+    """The least level that is upgraded: at most `allowed` pairs have it or a higher one."""
+    binade, left = _least_bin(histogram, allowed)
+    step, _ = _least_bin(histogram + BINS, left)
+    return tl.maximum((binade - 1) * BINS + step, 0)
 
 
 @triton.jit
 def _visitors(
     phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Which of a program's blocks visit some KV tiles in each phase: three of int32 [tiles], a bit for each block."""
+    """The blocks of a program that visit some KV tiles, one int32 [tiles] for each phase, with a bit for each block."""
     high, low, masked = tl.zeros_like(k_tile), tl.zeros_like(k_tile), tl.zeros_like(k_tile)
     for block in tl.static_range(BLOCKS):
         q_tile = (first_row + block * ROWS) // TILE
-        place = q_tile * k_tiles + k_tile
+        pair = q_tile * k_tiles + k_tile
         inside = k_tile < tl.where(q_tile < q_tiles, k_tiles, 0)
-        phase = tl.load(phases + place, mask=inside, other=UNVISITED)
-        level = tl.load(levels + place, mask=inside, other=-1)
+        phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
+        level = tl.load(levels + pair, mask=inside, other=-1)
         is_upgraded = level.to(tl.int32) >= least
         high |= ((phase == HIGH) | is_upgraded).to(tl.int32) << block
         low |= ((phase == LOW) & ~is_upgraded).to(tl.int32) << block
@@ -228,7 +235,7 @@ def _visitors(
 
 @triton.jit
 def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
-    """The entries of those tiles that are visited, from `start` on; returns where they end."""
+    """Write the entries of the visited KV tiles, from `start` on; return where they end."""
     visited = (visitors != 0).to(tl.int32)
     entry = k_tile if BLOCKS == 1 else k_tile | (visitors << SHARED_TILE_BITS)
     tl.store(indices + (start + tl.cumsum(visited, axis=0) - visited), entry, mask=visitors != 0)
@@ -237,13 +244,16 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
 def write_block_lists(
-    levels, histogram, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
+    levels, histogram, finished, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
+    phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The block list of one program of BLOCKS blocks of ROWS queries of one head: as of precision_map.py, `shared` of several blocks.
+    """Write the block list of one program: BLOCKS blocks of ROWS queries of one head.
 
-    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. The rest as `score` and `count_steps`
-    leave it, for which as many pairs of a batch entry as are `allowed` may be upgraded.
+    With one block it is a list of `PrecisionMap`, with several a list of its `shared`.
+    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. levels, histogram: what `score` and
+    `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
+    finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -260,15 +270,18 @@ def write_block_lists(
         high, low, _ = _visitors(phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS)
         high_end += tl.sum((high != 0).to(tl.int32), axis=0)
         low_entries += tl.sum((low != 0).to(tl.int32), axis=0)
-    high_place, low_place, masked_place = 0, high_end, high_end + low_entries
+    high_next, low_next, masked_next = 0, high_end, high_end + low_entries
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         high, low, masked = _visitors(
             phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
         )
-        high_place = _write(indices, high_place, k_tile, high, BLOCKS)
-        low_place = _write(indices, low_place, k_tile, low, BLOCKS)
-        masked_place = _write(indices, masked_place, k_tile, masked, BLOCKS)
-    tl.store(bounds, high_place)
-    tl.store(bounds + 1, low_place)
-    tl.store(bounds + 2, masked_place)
+        high_next = _write(indices, high_next, k_tile, high, BLOCKS)
+        low_next = _write(indices, low_next, k_tile, low, BLOCKS)
+        masked_next = _write(indices, masked_next, k_tile, masked, BLOCKS)
+    tl.store(bounds, high_next)
+    tl.store(bounds + 1, low_next)
+    tl.store(bounds + 2, masked_next)
+    if is_last(finished, tl.num_programs(0)):
+        for entry in range(tl.num_programs(0) // (heads * programs)):
+            tl.store(histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32))

@@ -1,1 +1,1 @@
-"""Which tiles of an attention call exist, in which order tokens stand in them, and which precision each pair gets."""
+"""Tiling cuts an attention call into tiles of tokens, and chooses the precision of every pair of tiles."""

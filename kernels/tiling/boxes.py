@@ -1,14 +1,14 @@
-"""Boxes: the n-D blocks of a grid whose tokens make one tile, and which shape of them a grid should have."""
+"""Boxes are the n-D blocks of a grid whose tokens make up one tile; this file chooses their shape."""
 
 import math
 from collections.abc import Sequence
 
+from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.neighborhood import Axis
-from dma_diffusers.kernels.tiling.precision_map import TILE
 
 
 def padding(grid: Sequence[int], box: Sequence[int]) -> float:
-    """Places without a token, as a share of the grid's tokens, if boxes of this shape cover the grid."""
+    """The share of empty slots, relative to the grid's tokens, if boxes of this shape cover the grid."""
     padded = math.prod(-(-length // side) * side for length, side in zip(grid, box, strict=True))
     return padded / math.prod(grid) - 1
 
@@ -16,15 +16,15 @@ def padding(grid: Sequence[int], box: Sequence[int]) -> float:
 def plan(grid: Sequence[int], tokens: int = TILE) -> list[tuple[int, ...]]:
     """Every shape of a box of `tokens` tokens for `grid`, the best first.
 
-    Least padding is best; then the smallest surface, since tokens near each other see nearly the same keys; then the
-    longest last sides, since there neighbours are neighbours in memory.
+    The best box has the least padding; then the smallest surface, since tokens near each other see nearly the same
+    keys; then the longest last sides, since neighbours in the last dimensions are neighbours in memory.
     """
     shapes = _shapes(tokens, len(grid))
     return sorted(shapes, key=lambda box: (padding(grid, box), sum(tokens / side for side in box), box))
 
 
 def fitting(axes: Sequence[Axis], tokens: int = TILE) -> tuple[int, ...]:
-    """The box with which a neighbourhood costs least: pairs of tiles visited, those that it cuts counted twice."""
+    """The box with which a neighbourhood costs least: it visits few pairs of tiles, and cut ones count twice."""
 
     def cost(box: tuple[int, ...]) -> int:
         visited, filled = (

@@ -1,18 +1,26 @@
-"""What the tokens of one attention call are."""
+"""The tokens of one attention call, and the tiles of 128 tokens in which precision is chosen."""
 
 import math
 from dataclasses import dataclass
 
-DIMENSIONS = 3
+TILE = 128  # tokens of a map tile
+DIMENSIONS = 3  # of a grid, at most
+
+
+def tiles(length: int) -> int:
+    """The number of tiles that `length` tokens take; the last one may be partial."""
+    return -(-length // TILE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens of one attention call: how many queries and keys, which of them are text, and the others' grid.
+    """The tokens of one attention call: how many queries and keys there are, which are text, and the others' grid.
 
-    `text` is the half-open range of text tokens in the joint sequence, `(0, 0)` where there is none; it holds
-    for queries and keys alike. `grid` is what all other tokens lie on, in row-major order: (time, rows, columns),
-    (rows, columns) or (tokens,); `()` where that isn't known. Raises ValueError where these contradict each other.
+    text: the half-open range of text tokens in the joint sequence, `(0, 0)` where there is none; it holds for queries
+        and keys alike.
+    grid: the shape on which all other tokens lie, in row-major order: (time, rows, columns), (rows, columns) or
+        (tokens,); `()` where it isn't known.
+    Raises ValueError where these contradict each other.
     """
 
     q_length: int
@@ -43,5 +51,5 @@ class Layout:
 
     @property
     def text_length(self) -> int:
-        """Tokens of text."""
+        """The number of text tokens."""
         return self.text[1] - self.text[0]

@@ -1,8 +1,8 @@
-"""Generalized neighbourhood attention (arXiv 2504.16922): which keys each query sees on a grid of 1 to 3 dimensions.
+"""Generalized neighbourhood attention (arXiv 2504.16922): the keys that each query sees on a grid of 1 to 3 dimensions.
 
-Dimensions are independent: a query sees a key if it does so in every dimension. `Axis` is one of them. The window
-shifts at the edges and never shrinks. With dilation d, the tokens of one residue class mod d form a sequence of their
-own, in which window, stride and tiles count.
+Dimensions are independent: a query sees a key if it does so in every dimension. `Axis` is one of them. At the edges
+the window shifts and never shrinks. With dilation d, the tokens of one residue class mod d form a sequence of their
+own, in which window, stride and tiles are counted.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-DIMENSIONS = 3
+from dma_diffusers.kernels.tiling.layout import DIMENSIONS
 
 
 class TileRanges(NamedTuple):
-    """For each Q tile, a half-open range of KV tiles: int64 `[q_tiles]` both."""
+    """A half-open range of KV tiles for each Q tile: its first tile and its end, each int64 `[q_tiles]`."""
 
     first: torch.Tensor
     end: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
-        """How many KV tiles each range holds: int64 `[q_tiles]`."""
+        """The number of KV tiles in each range: int64 `[q_tiles]`."""
         return self.end - self.first
 
 
@@ -30,9 +30,10 @@ class TileRanges(NamedTuple):
 class Axis:
     """One dimension of a neighbourhood.
 
-    length: tokens. window: keys seen by each query. stride: queries that share one window; 1 is neighbourhood
-    attention, window (dividing length) is blocked attention. dilation: distance between neighbouring keys.
-    causal: no query sees a later key; its window ends at its group's last query, and is cut off at the query itself.
+    length: the number of tokens. window: how many keys each query sees. stride: how many queries share one window; 1
+    gives neighbourhood attention, window (where it divides length) gives blocked attention. dilation: the distance
+    between neighbouring keys. causal: no query sees a later key; the window ends at the last query of the group that
+    shares it, and each query cuts it off at itself.
     Raises ValueError unless 1 ≤ stride ≤ window and 1 ≤ dilation × window ≤ length.
     """
 
@@ -56,50 +57,50 @@ class Axis:
 
     @property
     def class_lengths(self) -> list[int]:
-        """Tokens of each residue class mod dilation."""
+        """The number of tokens of each residue class mod dilation."""
         return [len(range(residue, self.length, self.dilation)) for residue in range(self.dilation)]
 
-    def spans(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """First key of each query and the one after its last, in a sequence of `length` tokens: int64 `[length]`."""
+    def key_ranges(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The half-open range of keys that each query sees in a sequence of `length` tokens: two int64 `[length]`."""
         query = torch.arange(length)
         group = query // self.stride * self.stride
         if self.causal:
             leader = (group + self.stride - 1).clamp(max=length - 1)
             return (leader - self.window + 1).clamp(min=0), query + 1
-        # The definition keeps the leader within the sequence; keeping the window there does that too.
+        # The paper clamps the group's leader to the sequence; clamping the window gives the same ranges.
         start = (group + self.stride // 2 - self.window // 2).clamp(0, length - self.window)
         return start, start + self.window
 
     def mask(self) -> torch.Tensor:
-        """Which keys each query sees: bool `[length, length]`."""
+        """The mask `[queries, keys]`, True where the query sees the key: bool `[length, length]`."""
         seen = torch.zeros(self.length, self.length, dtype=torch.bool)
         for residue, length in enumerate(self.class_lengths):
-            start, end = self.spans(length)
+            start, end = self.key_ranges(length)
             key = torch.arange(length)
             own = slice(residue, None, self.dilation)
             seen[own, own] = (key >= start[:, None]) & (key < end[:, None])
         return seen
 
     def tiles(self, tile: int) -> int:
-        """How many tiles of `tile` tokens there are: each residue class by itself, its last may be partial."""
+        """The number of tiles of `tile` tokens; each residue class has its own, of which the last may be partial."""
         return sum(-(-length // tile) for length in self.class_lengths)
 
     def visited(self, q_tile: int, kv_tile: int) -> TileRanges:
-        """The KV tiles that hold a key which some query of the Q tile sees, residue class after residue class."""
+        """The KV tiles with a key that some query of the Q tile sees; one residue class follows the other."""
         return self._ranges(q_tile, kv_tile, inner=False)
 
     def filled(self, q_tile: int, kv_tile: int) -> TileRanges:
-        """The KV tiles of whose keys every query of the Q tile sees all; those visited besides need the mask."""
+        """The KV tiles of which every query of the Q tile sees all keys; the other visited tiles need the mask."""
         return self._ranges(q_tile, kv_tile, inner=True)
 
     def _ranges(self, q_tile: int, kv_tile: int, inner: bool) -> TileRanges:
         ranges, before = [], 0
         for length in self.class_lengths:
-            start, end = self.spans(length)
+            start, end = self.key_ranges(length)
             q_first = torch.arange(0, length, q_tile)
             q_last = (q_first + q_tile - 1).clamp(max=length - 1)
             kv_tiles = -(-length // kv_tile)
-            # Spans never move back, and stride ≤ window leaves no gap between one and the next.
+            # Ranges never move back, and as stride ≤ window, there is no gap between one and the next.
             if inner:
                 first = -(-start[q_last] // kv_tile)
                 stop = torch.where(end[q_first] == length, kv_tiles, end[q_first] // kv_tile).clamp(min=first)
@@ -118,11 +119,11 @@ def neighborhood(
     dilation: Sequence[int] | None = None,
     causal: Sequence[bool] | None = None,
 ) -> tuple[tuple[Axis, ...], list[str]]:
-    """The axes of a neighbourhood on `grid`, and notes on what was changed.
+    """The axes of a neighbourhood on `grid`, and notes on what was clamped.
 
-    Left out, the window is the largest that grid and dilation allow, stride and dilation are 1, causal is False. A
-    window larger than the grid is clamped, and a stride with it, which is noted. Raises ValueError, in one line, for
-    what `Axis` refuses, other than 1 to 3 dimensions, and arguments of other numbers of dimensions than the grid's.
+    By default, the window is the largest that grid and dilation allow, stride and dilation are 1, and causal is False.
+    A window larger than the grid is clamped, its stride too, and a note says so. Raises ValueError, in one line, for
+    what `Axis` refuses, for a grid without 1 to 3 dimensions, and for arguments with another number of dimensions.
     """
     if not 1 <= len(grid) <= DIMENSIONS:
         raise ValueError(f"a grid has 1 to {DIMENSIONS} dimensions, got {len(grid)}")
@@ -147,7 +148,7 @@ def neighborhood(
 
 
 def mask(axes: Sequence[Axis]) -> torch.Tensor:
-    """Which keys each query sees: bool `[tokens, tokens]`, tokens of the grid in row-major order."""
+    """The mask `[queries, keys]`, True where the query sees the key: bool `[tokens, tokens]`, in row-major order."""
     seen = torch.ones(1, 1, dtype=torch.bool)
     for axis in axes:
         both = seen[:, None, :, None] & axis.mask()[None, :, None, :]
@@ -156,7 +157,7 @@ def mask(axes: Sequence[Axis]) -> torch.Tensor:
 
 
 def tile_map(ranges: Sequence[TileRanges], kv_tiles: Sequence[int]) -> torch.Tensor:
-    """Which KV tiles lie in the ranges of every dimension: bool `[q_tiles, kv_tiles]`, boxes in row-major order."""
+    """True for KV tiles in the ranges of every dimension: bool `[q_tiles, kv_tiles]`, boxes in row-major order."""
     within = torch.ones(1, 1, dtype=torch.bool)
     for (first, end), count in zip(ranges, kv_tiles, strict=True):
         kv_tile = torch.arange(count)
@@ -175,5 +176,5 @@ def check_dimensions(name: str, sizes: Sequence[int], grid: Sequence[int]) -> No
 
 
 def shape_text(sizes: Sequence[int]) -> str:
-    """Sizes as one reads them: 4×8×8."""
+    """Sizes as text, such as 4×8×8."""
     return "×".join(str(int(size)) for size in sizes)

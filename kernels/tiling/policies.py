@@ -1,96 +1,132 @@
-"""Policies: from a layout to the class of every pair (Q tile, KV tile).
+"""Policies choose the class of every pair (Q tile, KV tile) of a layout.
 
 A policy has words, `str(policy)`, from which `parse` makes it again: `neighborhood(window=18x24x24, high=6x8x8)`.
 Policies unite, `a | b`: every pair takes the more precise of their classes. Text is HIGH whatever the policy, as keys
 for every query and as queries for every key; only `Dense` has no exceptions.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 
 from dma_diffusers.kernels.tiling import boxes
-from dma_diffusers.kernels.tiling.layout import Layout
-from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood, tile_map
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, tiles
-from dma_diffusers.kernels.tiling.tile_order import TileOrder
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood
+from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
+from dma_diffusers.kernels.tiling.words import read_call, write_call, write_value
 
 
+@dataclass(frozen=True)
 class Policy:
-    """Says which pairs of tiles matter.
+    """A choice of precision for every pair of tiles; this base class leaves pairs LOW, and tiles with text HIGH.
 
-    on_grid: whether it asks where tokens lie on their grid; its tiles are then boxes.
-    by_content: whether it looks at what tiles hold; united with others, it says nothing of where tiles lie.
-    leaves_out: whether it leaves pairs out, rather than compute all of them in HIGH or LOW.
-    importance: of all pairs that a call's heads visit, the share that is HIGH for what it holds.
-    skip_below: tiles whose probabilities all lie below it, beside the largest seen so far, are left out; None for none.
-    heads: for how many heads of the queries the policy is; None for any number.
-    unsaid: values of fields that words leave out.
+    A subclass is a frozen dataclass with a `name`. It overrides `_of_tiles` and those properties that differ, by class
+    attributes where they are constant.
+
+    name: opens the policy's words.
+    omitted: field values that words omit.
+    separator: stands between the items of a tuple in words, "x" for sides of a grid, "/" for one value for each head.
     """
 
-    on_grid = False
-    by_content = False
-    leaves_out = False
-    importance = 0.0
-    skip_below: float | None = None
-    heads: int | None = None
-    unsaid: tuple[Any, ...] = (None,)
+    name: ClassVar[str]
+    omitted: ClassVar[tuple[Any, ...]] = (None,)
+    separator: ClassVar[str] = "x"
 
+    @property
+    def on_grid(self) -> bool:
+        """True if classes depend on where tokens lie on their grid; tiles are then boxes of the grid."""
+        return False
+
+    @property
+    def by_content(self) -> bool:
+        """True if the numbers in the tiles decide; in a union with others, such a policy sets no classes."""
+        return False
+
+    @property
+    def leaves_out(self) -> bool:
+        """True if pairs may be left out; False if every pair is computed, in HIGH or LOW."""
+        return False
+
+    @property
+    def protects_text(self) -> bool:
+        """True if tiles with text are HIGH."""
+        return True
+
+    @property
+    def importance(self) -> float:
+        """The share of all pairs visited by a call's heads that becomes HIGH for the numbers in them."""
+        return 0.0
+
+    @property
+    def skip_below(self) -> float | None:
+        """A tile is left out if all its probabilities lie below this share of the largest so far; None for never."""
+        return None
+
+    @property
+    def heads(self) -> int | None:
+        """The number of heads of the queries that the policy is for; None for any number."""
+        return None
+
+    @final
     def classes(
         self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
     ) -> torch.Tensor:
-        """Integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`; on the grid they need `slots`, and their layout."""
+        """The class of every pair of tiles: integers of `Class`, `[1, H or 1, q_tiles, k_tiles]`.
+
+        tile_order: required by policies on the grid; `layout` is then that of its slots.
+        """
+        classes = self._of_tiles(layout, is_causal, tile_order)
+        return _protected(classes, layout) if self.protects_text else classes
+
+    def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
+        """The classes before text is protected; arguments and result are those of `classes`."""
         return torch.full((1, 1, tiles(layout.q_length), tiles(layout.k_length)), int(Class.LOW))
 
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """The shape of boxes that suits it best."""
+        """The shape of boxes that suits the policy best."""
         return boxes.plan(grid)[0]
 
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:
-        """The neighbourhood beyond which no key is seen; none where all are. Raises ValueError if it can't be had."""
+        """The neighbourhood beyond which no key is seen, () if all are. Raises ValueError if the grid can't have it."""
         return ()
 
     def notes(self, grid: Sequence[int]) -> list[str]:
-        """What was changed for this grid. Raises ValueError for a grid that the policy can't have."""
+        """Notes on what was changed for this grid. Raises ValueError if the grid can't have the policy."""
         return []
 
     def __or__(self, other: "Policy") -> "Union":
         return Union((*_members(self), *_members(other)))
 
     def __str__(self) -> str:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        words = [f"{name}={self._word(value)}" for name, value in given.items() if value not in self.unsaid]
-        return f"{_name(type(self))}({', '.join(words)})"
-
-    def _word(self, value: Any) -> str:
-        if isinstance(value, Class):
-            return value.name.lower()
-        return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)  # sides of a grid
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = {name: value for name, value in values.items() if value not in self.omitted}
+        return write_call(self.name, said, self.separator)
 
 
 @dataclass(frozen=True)
 class Dense(Policy):
-    """Every tile in one class."""
+    """Every tile in one class, tiles with text included."""
 
     everywhere: Class = Class.HIGH
 
+    name = "dense"
+    protects_text = False
+
     def __post_init__(self):
         if not isinstance(self.everywhere, Class) or self.everywhere is Class.SKIP:
-            raise ValueError(f"everywhere must be high or low, got {self._word(self.everywhere)}")
+            raise ValueError(f"everywhere must be high or low, got {write_value(self.everywhere)}")
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
-        return torch.full_like(super().classes(layout), int(self.everywhere))
+    def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
+        return torch.full_like(super()._of_tiles(layout, is_causal, tile_order), int(self.everywhere))
 
 
 @dataclass(frozen=True)
 class Diagonal(Policy):
-    """DMA (arXiv 2604.03950): sink tiles and a band around the diagonal HIGH, the rest LOW.
+    """DMA (arXiv 2604.03950): sink tiles and a band around the diagonal are HIGH, the rest is LOW.
 
     window: tokens. 128 is the diagonal tile alone; each further 256 (causal: 128) adds a tile on either side
         (causal: before it). 0 is no band. Other widths round up. A tuple has a width for each head of the queries.
@@ -102,7 +138,9 @@ class Diagonal(Policy):
     sink: int = TILE
     near: str = "sequence"
 
-    unsaid = (None, "sequence")
+    name = "diagonal"
+    separator = "/"
+    omitted = (None, "sequence")
 
     def __post_init__(self):
         if isinstance(self.window, list):
@@ -128,29 +166,29 @@ class Diagonal(Policy):
     def on_grid(self) -> bool:
         return self.near == "grid"
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
+    def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
         q_tile = torch.arange(tiles(layout.q_length))[:, None]
         k_tile = torch.arange(tiles(layout.k_length))[None, :]
         width = torch.tensor(self.windows)[:, None, None]
         reach = -(-(width - TILE).clamp(min=0) // (TILE if is_causal else 2 * TILE))
-        near = _ranks(tile_order) <= 2 * reach if self.on_grid else (q_tile - k_tile).abs() <= reach
+        if self.on_grid:
+            assert tile_order is not None
+            near = _ranks(tile_order) <= 2 * reach
+        else:
+            near = (q_tile - k_tile).abs() <= reach
         high = ((width > 0) & near) | (k_tile < tiles(self.sink))
-        return _protected(torch.where(high, int(Class.HIGH), int(Class.LOW))[None], layout)
-
-    def _word(self, value: Any) -> str:
-        return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)  # of each head
+        return torch.where(high, int(Class.HIGH), int(Class.LOW))[None]
 
 
 @dataclass(frozen=True)
 class Neighborhood(Policy):
     """Two nested windows on the grid (generalized neighbourhood attention, arXiv 2504.16922).
 
-    window: keys seen by each query, a side for each dimension of the grid; tiles that it holds are LOW, those beyond
-        are skipped, those that its edge cuts are masked. None for the whole grid.
+    window: keys seen by each query, a side for each dimension of the grid; tiles within it are LOW, tiles beyond it are
+        skipped, and tiles that its edge cuts are masked. None for the whole grid.
     high: tiles that hold a key within this window are HIGH. None for no such window.
-    stride: queries that share one window, a side for each dimension, 1 by default; of `high` too, as far as it goes.
+    stride: queries that share one window, a side for each dimension, 1 by default; it holds for `high` as well, but is
+        never larger than `high` there.
     A window larger than the grid is clamped, and noted.
     """
 
@@ -158,6 +196,7 @@ class Neighborhood(Policy):
     stride: tuple[int, ...] | None = None
     high: tuple[int, ...] | None = None
 
+    name = "neighborhood"
     on_grid = True
 
     def __post_init__(self):
@@ -194,16 +233,15 @@ class Neighborhood(Policy):
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
         return boxes.fitting(self.axes(grid) or self._high(grid)[0])
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
+    def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
+        assert tile_order is not None
         grid = tile_order.tokens.grid
         low = reached(self.axes(grid), tile_order, "visited")
         classes = torch.where(low, int(Class.LOW), int(Class.SKIP))
         if self.high:
             high = reached(self._high(grid)[0], tile_order, "visited")
             classes = torch.where(high, int(Class.HIGH), classes)
-        return _protected(classes[None, None], layout)
+        return classes[None, None]
 
     def _high(self, grid: Sequence[int]) -> tuple[tuple[Axis, ...], list[str]]:
         if self.high is None:
@@ -214,13 +252,14 @@ class Neighborhood(Policy):
 
 @dataclass(frozen=True)
 class Importance(Policy):
-    """The pairs of tiles that matter most for what they hold HIGH, the rest LOW (`routing`).
+    """The most important pairs of tiles are HIGH, the rest is LOW; each call finds them by their numbers (`routing`).
 
-    budget: of all pairs that the heads of a call visit, the share that is HIGH so, over 0 and up to 1. Heads share it.
+    budget: the share of all pairs visited by a call's heads that becomes HIGH, over 0 and up to 1. Heads share it.
     """
 
     budget: float
 
+    name = "importance"
     by_content = True
 
     def __post_init__(self):
@@ -231,22 +270,18 @@ class Importance(Policy):
     def importance(self) -> float:
         return self.budget
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
-        low = super().classes(layout)
-        return _protected(low, layout)
-
 
 @dataclass(frozen=True)
 class SkipSoftmax(Policy):
-    """Tiles LOW, and left out where the softmax makes nothing of them (BLASST).
+    """Tiles are LOW, and left out where the softmax would make next to nothing of them (BLASST).
 
-    threshold: of the probability beside the largest that a query has seen, over 0 and under 1.
+    threshold: a tile is left out if all its probabilities lie below this share of the largest that their queries have
+        seen so far, over 0 and under 1.
     """
 
     threshold: float
 
+    name = "skip_softmax"
     by_content = True
     leaves_out = True
 
@@ -258,16 +293,10 @@ class SkipSoftmax(Policy):
     def skip_below(self) -> float | None:
         return self.threshold
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
-        low = super().classes(layout)
-        return _protected(low, layout)
-
 
 @dataclass(frozen=True)
 class Union(Policy):
-    """The more precise of several policies' classes, and all that they do by content."""
+    """The more precise of several policies' classes, and everything that its members do by content."""
 
     members: tuple[Policy, ...]
 
@@ -290,7 +319,11 @@ class Union(Policy):
 
     @property
     def leaves_out(self) -> bool:
-        return self.skip_below is not None or all(member.leaves_out for member in self._of_place)
+        return self.skip_below is not None or all(member.leaves_out for member in self._by_position)
+
+    @property
+    def protects_text(self) -> bool:
+        return any(member.protects_text for member in self._by_position)
 
     @property
     def importance(self) -> float:
@@ -304,55 +337,49 @@ class Union(Policy):
     def heads(self) -> int | None:
         return next((member.heads for member in self.members if member.heads), None)
 
-    def classes(
-        self, layout: Layout, is_causal: bool = False, tile_order: TileOrder | None = None
-    ) -> torch.Tensor:
-        chosen = [member.classes(layout, is_causal, tile_order) for member in self._of_place]
-        classes = chosen[0]
-        for other in chosen[1:]:
+    def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
+        classes, *others = (member._of_tiles(layout, is_causal, tile_order) for member in self._by_position)
+        for other in others:
             classes = torch.minimum(classes, other)
         return classes
 
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
-        suited = sorted(self._of_place, key=lambda member: not isinstance(member, Neighborhood))
-        return suited[0].box(grid)
+        neighborhoods_first = sorted(
+            self._by_position, key=lambda member: not isinstance(member, Neighborhood)
+        )
+        return neighborhoods_first[0].box(grid)
 
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:
-        first, *others = self._of_place
-        return () if others else first.axes(grid)  # all others see every key
+        first, *others = self._by_position
+        return () if others else first.axes(grid)  # any other member sees every key
 
     def notes(self, grid: Sequence[int]) -> list[str]:
         return [note for member in self.members for note in member.notes(grid)]
 
     @property
-    def _of_place(self) -> list[Policy]:
+    def _by_position(self) -> list[Policy]:
+        """The members that choose by the position of tiles; all members if there are none such."""
         return [member for member in self.members if not member.by_content] or list(self.members)
 
 
-def reached(axes: Sequence[Axis], tile_order: TileOrder, how: str) -> torch.Tensor:
-    """Which KV tiles a neighbourhood reaches from each Q tile: bool `[q_tiles, k_tiles]`, True for those of text.
-
-    how: "visited", that some query sees some of its keys, or "filled", that all see all. Without axes all are reached.
-    """
-    reach = torch.ones(2 * (tile_order.layout.k_length // TILE,), dtype=torch.bool)
-    if axes:
-        ranges = [getattr(axis, how)(side, side) for axis, side in zip(axes, tile_order.box, strict=True)]
-        reach[tile_order.text_tiles :, tile_order.text_tiles :] = tile_map(ranges, tile_order.boxes)
-    return reach
+KINDS: dict[str, type[Policy]] = {
+    kind.name: kind for kind in (Dense, Diagonal, Neighborhood, Importance, SkipSoftmax)
+}
 
 
-def _ranks(tile_order: TileOrder) -> torch.Tensor:
-    """For each Q tile, how many boxes are nearer than each KV tile: int64 `[q_tiles, k_tiles]`; text is far."""
-    axes = [side * torch.arange(count) for count, side in zip(tile_order.boxes, tile_order.box, strict=True)]
-    boxes_at = torch.cartesian_prod(*axes).view(-1, len(axes)).double()
-    ranks = torch.full(2 * (tile_order.layout.k_length // TILE,), 2**62)
-    of_boxes = torch.cdist(boxes_at, boxes_at).argsort(stable=True).argsort()
-    ranks[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
-    return ranks
+@cache
+def parse(words: str) -> Policy:
+    """The policy that `words` describe. Raises ValueError, in one line, if they describe none."""
+    members = [read_call(part, KINDS) for part in words.split("|")]
+    return members[0] if len(members) == 1 else Union(tuple(members))
+
+
+def _members(policy: Policy) -> tuple[Policy, ...]:
+    return policy.members if isinstance(policy, Union) else (policy,)
 
 
 def _protected(classes: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """`classes`, in which tiles with text are HIGH."""
+    """A copy of `classes` in which tiles with text are HIGH."""
     start, stop = layout.text
     if stop > start:
         first, end = start // TILE, tiles(stop)
@@ -361,58 +388,14 @@ def _protected(classes: torch.Tensor, layout: Layout) -> torch.Tensor:
     return classes
 
 
-KINDS = {"dense": Dense, "diagonal": Diagonal, "neighborhood": Neighborhood, "importance": Importance,
-         "skip_softmax": SkipSoftmax}  # fmt: skip
-_CALL = re.compile(r"\s*(\w+)\s*\(([^()]*)\)\s*")
-
-
-@cache
-def parse(words: str) -> Policy:
-    """The policy that `words` say. Raises ValueError, in one line, where they say none."""
-    members = []
-    for part in words.split("|"):
-        call = _CALL.fullmatch(part)
-        if not call or call[1] not in KINDS:
-            raise ValueError(
-                f"{part.strip()!r} is no policy: give {', '.join(f'{name}(…)' for name in KINDS)}, or several with |"
-            )
-        kind, given = KINDS[call[1]], {}
-        known = [field.name for field in fields(kind)]
-        for argument in filter(None, map(str.strip, call[2].split(","))):
-            name, _, value = map(str.strip, argument.partition("="))
-            if name not in known or not value:
-                raise ValueError(f"{call[1]}({argument}): give {', '.join(f'{name}=…' for name in known)}")
-            given[name] = _class(value) if name == "everywhere" else _value(value)
-        try:
-            members.append(kind(**given))
-        except TypeError:
-            missing = ", ".join(name for name in known if name not in given)
-            raise ValueError(f"{call[1]} needs {missing}") from None
-    return members[0] if len(members) == 1 else Union(tuple(members))
-
-
-def _members(policy: Policy) -> tuple[Policy, ...]:
-    return policy.members if isinstance(policy, Union) else (policy,)
-
-
-def _name(kind: type[Policy]) -> str:
-    return next(name for name, known in KINDS.items() if known is kind)
-
-
-def _value(word: str) -> Any:
-    for separator in "x/":
-        if re.fullmatch(rf"\d+({separator}\d+)+", word):
-            return tuple(map(int, word.split(separator)))
-    for number in (int, float):
-        try:
-            return number(word)
-        except ValueError:
-            pass
-    return word
-
-
-def _class(word: str) -> Class | str:
-    return Class.__members__.get(word.upper(), word)
+def _ranks(tile_order: TileOrder) -> torch.Tensor:
+    """The number of boxes nearer to each Q tile than each KV tile: int64 `[q_tiles, k_tiles]`; text ranks last."""
+    axes = [side * torch.arange(count) for count, side in zip(tile_order.boxes, tile_order.box, strict=True)]
+    corners = torch.cartesian_prod(*axes).view(-1, len(axes)).double()
+    ranks = torch.full(2 * (tiles(tile_order.layout.k_length),), 2**62)
+    of_boxes = torch.cdist(corners, corners).argsort(stable=True).argsort()
+    ranks[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
+    return ranks
 
 
 def _is_share(value: Any) -> bool:

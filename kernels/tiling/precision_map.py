@@ -1,26 +1,30 @@
-"""Precision maps: which class each pair (Q tile, KV tile) gets, as the kernel block lists it.
+"""Precision maps hold the class of every pair (Q tile, KV tile), as block lists that the kernels follow.
 
-The kernel of one Q tile block lists three contiguous phases, each of one kind of tile: HIGH, LOW, and MASKED, the
-tiles that a fine mask cuts (the causal diagonal, the end of the keys), which are HIGH too, or LOW in a map that has
-nothing HIGH. Splitting the block list keeps precision out of the loops' bodies (DMA, arXiv 2604.03950).
+The block list of a Q tile names the KV tiles that it visits, in three contiguous phases, each of one kind of tile:
+HIGH, LOW, and MASKED. In MASKED tiles some query doesn't see some key (the causal diagonal, the end of the keys, empty
+slots); they are HIGH too, or LOW in a map that has nothing HIGH. With one loop for each phase, no loop has to look at
+the class of a tile (DMA, arXiv 2604.03950).
 """
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 
-TILE = 128
-# A shared block list's program: so many blocks of so many queries; entries hold the KV tile in their lowest bits.
-SHARED_BLOCKS, SHARED_ROWS, SHARED_TILE_BITS = 3, 64, 24
+T = TypeVar("T")
+
+# Shared block lists serve one program of this many blocks of queries, each of this many rows.
+SHARED_BLOCKS, SHARED_ROWS = 3, 64
+SHARED_TILE_BITS = 24  # the low bits of a shared entry, which hold the KV tile
 
 
 class Class(IntEnum):
-    """What a policy says of one pair of tiles."""
+    """The precision that a policy chooses for one pair of tiles."""
 
     HIGH = 0
     LOW = 1
@@ -28,26 +32,22 @@ class Class(IntEnum):
 
 
 class Phase(IntEnum):
-    """The kernel's loops over one class each, in the order in which they run."""
+    """The kernels' loops, each over one kind of tile, in the order in which they run."""
 
     HIGH = 0
     LOW = 1
     MASKED = 2
 
 
-UNVISITED = len(Phase)
-
-
-def tiles(length: int) -> int:
-    """How many map tiles `length` tokens take."""
-    return -(-length // TILE)
+UNVISITED = len(Phase)  # stands for the phase of a pair that no loop visits
 
 
 @dataclass(frozen=True)
 class PrecisionMap:
-    """For each Q tile, the KV tiles it visits, in the kernel's order.
+    """The block list of each Q tile: the KV tiles that it visits, in the kernels' order.
 
-    indices: int32 `[B or 1, H or 1, q_tiles, n]`, KV tile numbers (in `shared`, more), ascending within each phase.
+    indices: int32 `[B or 1, H or 1, q_tiles, n]`, numbers of KV tiles, ascending within each phase. Entries past
+        the end of a list mean nothing.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
     has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
     """
@@ -63,57 +63,65 @@ class PrecisionMap:
 
     @cached_property
     def shared(self) -> "PrecisionMap":
-        """The block lists of programs of 192 queries: three blocks of 64, each of which visits its own Q tile's KV tiles.
+        """The same map as shared block lists, each for a program of 192 queries: three blocks of 64 rows.
 
-        An entry of `indices` is a KV tile, and from bit 24 on, which of the blocks visit it; the longest block list is
-        followed by one more entry, which a program may read ahead.
+        A shared list names every KV tile that one of the blocks visits, once for each phase: an entry of `indices`
+        holds the KV tile in its lowest 24 bits and above them one bit for each block, set if that block's Q tile
+        visits it. `indices` is one entry longer than the longest list, because programs may read one entry ahead.
         """
         device = self.indices.device
-        own = torch.cat((self.indices.cpu(), self.bounds.cpu()), dim=-1)
-        own, of_head = own.unique(dim=1, return_inverse=True)  # many heads share a few windows
-        own_indices, own_bounds = own[..., :-3], own[..., -3:]
-        q_tiles = own_indices.shape[-2]
+        both = torch.cat((self.indices.cpu(), self.bounds.cpu()), dim=-1)
+        both, of_head = both.unique(dim=1, return_inverse=True)  # many heads share a few windows
+        tile_indices, tile_bounds = both[..., :-3], both[..., -3:]
+        q_tiles = tile_indices.shape[-2]
         programs = -(-q_tiles * TILE // (SHARED_BLOCKS * SHARED_ROWS))
-        k_tiles = int(own_indices.max()) + 1
-        place = torch.arange(own_indices.shape[-1])
-        ends = own_bounds[..., None]
+        k_tiles = int(tile_indices.max()) + 1
+        position = torch.arange(tile_indices.shape[-1])
+        ends = tile_bounds[..., None]
         starts = torch.cat((torch.zeros_like(ends[..., :1, :]), ends[..., :-1, :]), dim=-2)
-        is_visited = (place >= starts) & (place < ends)  # [..., q_tiles, phases, n]
-        tile = own_indices[..., None, :].expand(is_visited.shape).long()
-        visits = torch.zeros(*is_visited.shape[:-1], k_tiles, dtype=torch.int32)
-        visits.scatter_add_(-1, tile, is_visited.int())
+        in_phase = (position >= starts) & (position < ends)  # [..., q_tiles, phases, n]
+        tile = tile_indices[..., None, :].expand(in_phase.shape).long()
+        visits = torch.zeros(*in_phase.shape[:-1], k_tiles, dtype=torch.int32)
+        visits.scatter_add_(-1, tile, in_phase.int())
 
         block = torch.arange(programs * SHARED_BLOCKS)
-        own_tile = block * SHARED_ROWS // TILE
-        of_block = (
-            visits[..., own_tile.clamp(max=q_tiles - 1), :, :] * (own_tile < q_tiles).int()[:, None, None]
-        )
+        q_tile = block * SHARED_ROWS // TILE
+        of_block = visits[..., q_tile.clamp(max=q_tiles - 1), :, :] * (q_tile < q_tiles).int()[:, None, None]
         of_block = of_block.unflatten(-3, (programs, SHARED_BLOCKS))
-        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS)
-        visitors = (of_block * bits[:, None, None]).sum(-3)  # [..., programs, phases, k_tiles]
-        entries = (visitors + torch.arange(k_tiles)).flatten(-2)
-        is_walked = (visitors > 0).flatten(-2)
-        walked_first = (~is_walked).int().argsort(dim=-1, stable=True)
+        bits = 1 << torch.arange(SHARED_TILE_BITS, SHARED_TILE_BITS + SHARED_BLOCKS, dtype=torch.int32)
+        of_block *= bits[:, None, None]
+        visitors = of_block.sum(-3, dtype=torch.int32)  # [..., programs, phases, k_tiles]
+        entries = (visitors + torch.arange(k_tiles, dtype=torch.int32)).flatten(-2)
+        visited_first = (visitors == 0).flatten(-2).to(torch.uint8).argsort(dim=-1, stable=True)
         bounds = (visitors > 0).sum(-1).cumsum(-1)
-        block_lists = F.pad(entries.gather(-1, walked_first), (0, 1))
-        indices = block_lists[..., : int(bounds[..., -1].max()) + 1].int()
+        lists = F.pad(entries.gather(-1, visited_first), (0, 1))
+        indices = lists[..., : int(bounds[..., -1].max()) + 1]
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
-    def used(self, high: str, low: str) -> tuple[str | None, str | None]:
-        """The formats of HIGH and LOW, None for a class without tiles."""
+    @property
+    def block_lists(self) -> list[torch.Tensor]:
+        """All tensors of the map that kernels may read, those of `shared` only once it was made."""
+        shared = vars(self).get("shared")
+        return [self.indices, self.bounds, *((shared.indices, shared.bounds) if shared else ())]
+
+    def used(self, high: T, low: T) -> tuple[T | None, T | None]:
+        """The values for HIGH and for LOW, with None for a class without tiles."""
         return high if self.has_high else None, low if self.has_low else None
 
 
 def causal_classes(classes: torch.Tensor) -> torch.Tensor:
-    """`classes` without the tiles that lie wholly above the diagonal."""
+    """A copy of `classes` in which tiles that lie wholly above the diagonal are skipped."""
     q_tile = torch.arange(classes.shape[-2])[:, None]
     k_tile = torch.arange(classes.shape[-1])[None, :]
     return torch.where(k_tile > q_tile, int(Class.SKIP), classes)
 
 
 def cut_tiles(layout: Layout, is_causal: bool, token_order: torch.Tensor | None = None) -> torch.Tensor:
-    """Which tiles a fine mask cuts: bool `[q_tiles, k_tiles]`."""
+    """True for tiles cut by the end of the keys, empty slots or a causal mask: bool `[q_tiles, k_tiles]`.
+
+    token_order: as `build_map` takes it.
+    """
     q_tiles, k_tiles = tiles(layout.q_length), tiles(layout.k_length)
     cut = torch.zeros(q_tiles, k_tiles, dtype=torch.bool)
     if layout.k_length % TILE:
@@ -132,9 +140,9 @@ def visiting_phases(
     token_order: torch.Tensor | None = None,
     cut: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The phase that visits each pair of tiles, `UNVISITED` for none: integers of `classes`' shape.
+    """The phase that visits each pair of tiles, `UNVISITED` if none does: integers of `classes`' shape.
 
-    classes, order, cut: as of `build_map`.
+    The arguments are those of `build_map`. Raises ValueError if `classes` doesn't have the layout's shape.
     """
     expected = (tiles(layout.q_length), tiles(layout.k_length))
     if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
@@ -155,23 +163,24 @@ def build_map(
     token_order: torch.Tensor | None = None,
     cut: torch.Tensor | None = None,
 ) -> PrecisionMap:
-    """The map that a policy's classes give.
+    """The map of a policy's classes.
 
-    classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`. A causal mask compares token indices,
-    query i seeing keys 0 … i, as `scaled_dot_product_attention(is_causal=True)` does.
-    token_order: integers `[Sk]`, the token that stands at each slot of `layout`, −1 where none does: such keys are hidden.
-    cut: bool `[q_tiles, k_tiles]`, other tiles of which not every query sees all keys.
+    classes: integers of `Class`, `[B or 1, H or 1, q_tiles, k_tiles]`.
+    is_causal: query i sees keys 0 … i, as with `scaled_dot_product_attention(is_causal=True)`; token indices count.
+    token_order: integers `[Sk]`, the token in each slot of `layout`, −1 for empty slots, which are hidden as keys.
+    cut: bool `[q_tiles, k_tiles]`, further tiles in which some query doesn't see some key.
+    Raises ValueError if `classes` doesn't have the layout's shape.
     """
     phases = visiting_phases(classes, layout, is_causal, token_order, cut)
     return map_of(phases, has_high=bool(((classes == Class.HIGH) & (phases != UNVISITED)).any()))
 
 
 def map_of(phases: torch.Tensor, has_high: bool) -> PrecisionMap:
-    """The map of these `visiting_phases`; has_high: whether MASKED tiles are HIGH."""
-    walked = phases.argsort(dim=-1, stable=True)
+    """The map of what `visiting_phases` gives. has_high: whether MASKED tiles are HIGH."""
+    in_order = phases.argsort(dim=-1, stable=True)
     counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
-    indices = walked[..., :longest].int().contiguous()
+    indices = in_order[..., :longest].int().contiguous()
     return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)

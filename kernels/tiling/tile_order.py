@@ -1,22 +1,24 @@
-"""Tile order: which token stands at which place, so that every tile is text or a box of the grid."""
+"""Tile order: the order of tokens under which every tile holds either text or one box of the grid."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.layout import Layout
-from dma_diffusers.kernels.tiling.precision_map import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.neighborhood import Axis, tile_map
 
 
 @dataclass(frozen=True)
 class TileOrder:
-    """The slots that the tokens of a layout with a grid take, for boxes of 128 tokens.
+    """The slots in which the tokens of a layout stand, if tiles are boxes of its grid.
 
-    Text comes first, in tiles of its own; then the grid's boxes in row-major order, and within a box its tokens in
-    row-major order. Places at the end of the text, and where boxes stick out of the grid, are empty.
+    Text comes first, in tiles of its own. The boxes of the grid follow in row-major order, and so do the tokens within
+    a box. Slots are empty at the end of the text, and where boxes stick out of the grid.
+    tokens: the layout in the model's order. box: the sides of a box, which holds 128 tokens.
     Raises ValueError for a layout without a grid, or a box of another number of tokens or dimensions.
     """
 
@@ -33,23 +35,23 @@ class TileOrder:
 
     @property
     def boxes(self) -> tuple[int, ...]:
-        """How many boxes there are in each dimension."""
+        """The number of boxes in each dimension."""
         return tuple(-(-length // side) for length, side in zip(self.tokens.grid, self.box, strict=True))
 
     @property
     def text_tiles(self) -> int:
-        """Tiles of text, which come first."""
+        """The number of tiles of text, which come first."""
         return tiles(self.tokens.text_length)
 
     @property
     def layout(self) -> Layout:
-        """Lengths and text, in slots."""
+        """The layout of the slots: their number, empty ones included, and the slots of text."""
         length = TILE * (self.text_tiles + math.prod(self.boxes))
         return Layout(length, length, (0, self.tokens.text_length))
 
     @cached_property
     def token_order(self) -> torch.Tensor:
-        """The token that stands at each slot, −1 where none does: int32 `[slots]`."""
+        """The token in each slot, −1 for empty slots: int32 `[slots]`."""
         token = torch.arange(self.tokens.k_length, dtype=torch.int32)
         start, stop = self.tokens.text
         of_text = F.pad(token[start:stop], (0, -(stop - start) % TILE), value=-1)
@@ -58,15 +60,28 @@ class TileOrder:
 
     @cached_property
     def coordinates(self) -> torch.Tensor:
-        """Where each slot lies on the grid, −1 for text and empty slots: int32 `[dimensions, slots]`."""
+        """The grid coordinates of each slot, −1 for text and empty slots: int32 `[dimensions, slots]`."""
         axes = [torch.arange(length, dtype=torch.int32) for length in self.tokens.grid]
         of_grid = [self._in_boxes(x) for x in torch.meshgrid(*axes, indexing="ij")]
         return F.pad(torch.stack(of_grid), (self.text_tiles * TILE, 0), value=-1)
 
     def _in_boxes(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor of the grid's shape, box after box, −1 where boxes stick out."""
+        """A tensor of the grid's shape, flattened box after box, −1 where boxes stick out."""
         for dimension, (count, side) in enumerate(zip(self.boxes, self.box, strict=True)):
             end = [0, 0] * (x.ndim - 1 - dimension) + [0, count * side - x.shape[dimension]]
             x = F.pad(x, end, value=-1)
         x = x.view([size for pair in zip(self.boxes, self.box, strict=True) for size in pair])
         return x.permute(*range(0, x.ndim, 2), *range(1, x.ndim, 2)).reshape(-1)
+
+
+def reached(axes: Sequence[Axis], tile_order: TileOrder, how: str) -> torch.Tensor:
+    """The KV tiles that a neighbourhood reaches from each Q tile: bool `[q_tiles, k_tiles]`, True for tiles of text.
+
+    how: "visited" if some query has to see some of the tile's keys, "filled" if every query has to see all of them.
+    Without axes every tile is reached.
+    """
+    reach = torch.ones(2 * (tiles(tile_order.layout.k_length),), dtype=torch.bool)
+    if axes:
+        ranges = [getattr(axis, how)(side, side) for axis, side in zip(axes, tile_order.box, strict=True)]
+        reach[tile_order.text_tiles :, tile_order.text_tiles :] = tile_map(ranges, tile_order.boxes)
+    return reach

@@ -1,1 +1,1 @@
-"""Training of the demo model: sprites, scenes, text encoders, VAE and transformer."""
+"""Train the demo model: make sprites and scenes, then train its text encoders, VAE and transformer."""

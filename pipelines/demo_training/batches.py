@@ -1,4 +1,4 @@
-"""Scenes as tensors, endlessly."""
+"""Turn scenes into batches of tensors, endlessly for training."""
 
 from collections.abc import Iterator, Mapping
 from random import Random
@@ -17,12 +17,18 @@ _BACKGROUND = {word: i for i, word in enumerate(BACKGROUNDS)}
 
 
 class SceneBatch(NamedTuple):
-    """B scenes; O = M = ``MAX_OBJECTS`` objects and mentions, -1 where there is none.
+    """A batch of B scenes, with room for O = M = ``MAX_OBJECTS`` objects and mentions in each.
 
-    ``ids`` int64 ``[B, TEXT_TOKENS]``; ``background`` int64 ``[B]``; objects: ``concept``, ``tint`` int64
-    ``[B, O]`` (tint -1: its own colours), ``place`` float32 ``[B, O, 3]`` (x, y, side in canvas widths,
-    jittered); mentions: ``word`` int64 ``[B, M]`` (position in ``ids`` of its noun's first word), ``word_tint``
-    int64 ``[B, M]``, ``word_place`` float32 ``[B, M, 3]`` (mean over the objects meant).
+    An index is -1 where a scene has fewer objects or mentions. A tint of -1 leaves an object its own colours.
+
+    Args:
+        ids: int64 ``[B, TEXT_TOKENS]``, the tokens of the prompt.
+        background: int64 ``[B]``.
+        concept, tint: int64 ``[B, O]``, of each object.
+        place: float32 ``[B, O, 3]``, the (x, y, side) of each object in canvas widths, with jitter.
+        word: int64 ``[B, M]``, the position in ``ids`` of the first word of each mention's noun.
+        word_tint: int64 ``[B, M]``, the tint of each mention.
+        word_place: float32 ``[B, M, 3]``, the mean place of the objects that each mention means.
     """
 
     ids: torch.Tensor
@@ -41,9 +47,9 @@ class SceneBatch(NamedTuple):
 def collate(
     scenes: list[Scene], rng: Random | None = None, sprites: Mapping[str, int] = _CONCEPT
 ) -> SceneBatch:
-    """Tensors of ``scenes``; with ``rng`` objects are moved by up to .02 and scaled by up to 5 %.
+    """Turn scenes into a batch; with ``rng``, objects are moved by up to .02 and scaled by up to 5 %.
 
-    ``sprites`` says which sprite of a renderer draws a concept.
+    ``sprites`` maps each concept to the index of the renderer's sprite that draws it.
     """
     shape = (len(scenes), MAX_OBJECTS)
     batch = SceneBatch(
@@ -56,7 +62,7 @@ def collate(
         word_tint=torch.full(shape, -1),
         word_place=torch.zeros(*shape, 3),
     )
-    arrays = SceneBatch(*(t.numpy() for t in batch))  # element writes into tensors are slow
+    arrays = SceneBatch(*(t.numpy() for t in batch))  # writing single elements into tensors is slow
     for b, scene in enumerate(scenes):
         words = scene.prompt.split()
         arrays.ids[b, : len(words) + 1] = [*word_ids(words), EOS]
@@ -78,7 +84,7 @@ def collate(
 
 
 class TrainingScenes(IterableDataset):
-    """Endless batches of training scenes; every rank and worker draws its own, from ``seed``."""
+    """Yields endless batches of training scenes; every worker draws its own scenes from ``seed`` and its number."""
 
     def __init__(self, batch_size: int, seed: int):
         self.batch_size = batch_size
@@ -92,7 +98,7 @@ class TrainingScenes(IterableDataset):
 
 
 def training_batches(batch_size: int, seed: int, workers: int, device: torch.device) -> Iterator[SceneBatch]:
-    """Endless batches of training scenes on ``device``, prepared by ``workers`` processes."""
+    """Yield endless batches of training scenes on ``device``; ``workers`` processes prepare them."""
     loader = DataLoader(
         TrainingScenes(batch_size, seed),
         batch_size=None,

@@ -1,7 +1,6 @@
-"""The demo model's words: concepts it learns, concepts kept from it, colours.
+"""List the demo model's words: the concepts that it learns, the concepts that are held out, and colours.
 
-A concept is one word; where the icon set calls its picture something else, the icon's name follows after a
-colon.
+A concept is one word. If the icon set has another name for its picture, that name follows after a colon.
 """
 
 _SEEN = """
@@ -54,10 +53,10 @@ def _icons(entries: str) -> dict[str, str]:
 
 
 SEEN = _icons(_SEEN)
-"""Concepts the model is trained on: word -> icon name."""
+"""The concepts on which the model is trained: word -> icon name."""
 
 HELD_OUT = _icons(_HELD_OUT)
-"""Concepts the model never sees: word -> icon name."""
+"""The concepts that the model never sees: word -> icon name."""
 
 BACKGROUNDS = {
     "white": "#ffffff",
@@ -71,7 +70,7 @@ BACKGROUNDS = {
     "purple": "#a682e0",
     "pink": "#f8b4d0",
 }
-"""Background colours: word -> sRGB."""
+"""The colours of backgrounds: word -> sRGB."""
 
 TINTS = {
     "red": "#e02020",
@@ -83,11 +82,11 @@ TINTS = {
     "pink": "#f060a8",
     "gray": "#808080",
 }
-"""Colours an object can be given: word -> sRGB."""
+"""The colours that an object can have: word -> sRGB."""
 
 
 def plural(word: str) -> str:
-    """The plural of a concept's word."""
+    """Return the plural of a concept's word."""
     if word in _IRREGULAR_PLURALS:
         return _IRREGULAR_PLURALS[word]
     if word.endswith("y") and word[-2] not in "aeiou":
@@ -96,5 +95,5 @@ def plural(word: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """``noun`` (a word or adjectives and a word) after "a" or "an"."""
+    """Put "a" or "an" before ``noun``, which may begin with adjectives."""
     return ("an " if noun[0] in "aeio" or noun.startswith("umb") else "a ") + noun

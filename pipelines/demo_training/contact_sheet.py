@@ -1,4 +1,4 @@
-"""Draw the first 64 prompts of a file and lay the pictures out on one sheet, each over its prompt.
+"""Draw the first 64 prompts of a file, and lay the pictures out on one sheet, each above its prompt.
 
 python -m dma_diffusers.pipelines.demo_training.contact_sheet \
     pipelines/demo/flux pipelines/demo/prompts.jsonl pipelines/demo/contact_sheet.png
@@ -19,7 +19,7 @@ _PICTURES, _COLUMNS, _CELL, _CAPTION, _MARGIN = 64, 8, 176, 46, 8
 
 
 def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
-    """One sheet of float pictures ``[N, H, W, 3]`` in [0, 1] over their captions."""
+    """Put pictures, float ``[N, H, W, 3]`` in [0, 1], on one sheet above their captions."""
     rows = -(-len(captions) // _COLUMNS)
     width, height = _CELL + _MARGIN, _CELL + _CAPTION + _MARGIN
     sheet = Image.new("RGB", (_COLUMNS * width + _MARGIN, rows * height + _MARGIN), "#f4f4f4")
@@ -35,7 +35,7 @@ def lay_out(pictures: np.ndarray, captions: list[str]) -> Image.Image:
 
 
 def cells(sheet: Image.Image, count: int) -> torch.Tensor:
-    """The first ``count`` pictures of a sheet, uint8 ``[count, 3, 176, 176]``."""
+    """Cut the first ``count`` pictures out of a sheet; returns uint8 ``[count, 3, 176, 176]``."""
     pixels = torch.from_numpy(np.array(sheet.convert("RGB"))).permute(2, 0, 1)
     corners = map(_corner, range(count))
     return torch.stack([pixels[:, y : y + _CELL, x : x + _CELL] for x, y in corners])
@@ -49,7 +49,7 @@ def _corner(i: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pipeline", type=Path)
-    parser.add_argument("prompts", type=Path, help="JSON lines with a prompt each")
+    parser.add_argument("prompts", type=Path, help="file of JSON lines, each with a prompt")
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()[:_PICTURES]]

@@ -1,4 +1,4 @@
-"""Draw prompts with a trained pipeline, one seed for each."""
+"""Draw prompts with a trained pipeline, each with a seed of its own."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 
 
 def draw(folder: Path, prompts: list[str], batch: int = 32, seed: int = 0) -> np.ndarray:
-    """Float32 ``[N, height, width, 3]`` pictures in [0, 1] of ``prompts``; seed of prompt i: ``seed + i``."""
+    """Draw prompt i with seed ``seed + i``; returns pictures, float32 ``[N, height, width, 3]`` in [0, 1]."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = FluxPipeline.from_pretrained(folder).to(device)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Write trained weights as the folder that ``FluxPipeline.from_pretrained`` loads.
+"""Write trained weights into a folder that ``FluxPipeline.from_pretrained`` loads.
 
 python -m dma_diffusers.pipelines.demo_training.export .demo/high/model.safetensors .demo/vae flux
 """
@@ -21,17 +21,17 @@ GENERATION = {
     "width": FULL_RESOLUTION,
     "num_inference_steps": 24,
     "max_sequence_length": TEXT_TOKENS,
-    "guidance_scale": 1.0,  # FLUX's embedded guidance, which this model has none of
+    "guidance_scale": 1.0,  # this is FLUX's embedded guidance, which this model does not have
     "true_cfg_scale": 3.0,
     "negative_prompt": "",
 }
-"""Keyword arguments of the pipeline call that the model was trained for."""
+"""The keyword arguments of the pipeline call for which the model was trained."""
 
-_TOKENIZER_CLASS = ["transformers", "PreTrainedTokenizerFast"]  # its name in transformers 4 and 5
+_TOKENIZER_CLASS = ["transformers", "PreTrainedTokenizerFast"]  # its name in both transformers 4 and 5
 
 
 def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
-    """The pipeline of trained ``weights`` (of train.py) and the autoencoder's folder, in bf16."""
+    """Build the bf16 pipeline from the ``weights`` that train.py saved and the autoencoder's folder."""
     model = DemoModel()
     load_model(model, weights)
     pipeline = FluxPipeline(
@@ -51,17 +51,17 @@ def build_pipeline(weights: Path, vae: Path) -> FluxPipeline:
 def save_pipeline(
     pipeline: DiffusionPipeline, folder: Path, generation: Mapping[str, Any] = GENERATION
 ) -> None:
-    """Save ``pipeline`` so that stock classes load it, with the keyword arguments of its call beside it."""
+    """Save ``pipeline`` so that stock classes load it, together with the keyword arguments of its call."""
     pipeline.save_pretrained(folder, max_shard_size="14MB")
     for name in pipeline.components:
         if name.startswith("tokenizer"):
             _edit(folder / "model_index.json", {name: _TOKENIZER_CLASS})
             _edit(folder / name / "tokenizer_config.json", {"tokenizer_class": _TOKENIZER_CLASS[1]})
         if name.startswith("text_encoder"):
-            # Transformers follows this where no dtype is asked for, Diffusers takes float32: they must agree.
+            # If no dtype is asked for, Transformers uses this one and Diffusers uses float32: they must agree.
             _edit(folder / name / "config.json", {"dtype": "float32"})
     for config in folder.glob("*/config.json"):
-        _edit(config, {}, {"_name_or_path"})  # where a component was loaded from
+        _edit(config, {}, {"_name_or_path"})  # this is the path from which a component was loaded
     _edit(folder / "generation.json", generation)
 
 

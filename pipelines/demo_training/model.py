@@ -1,4 +1,4 @@
-"""The transformer and the training model around it."""
+"""Define the transformer and the model that is trained with it."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ FULL_RESOLUTION = 256
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """The denoiser, 9 million parameters; every block starts as the identity."""
+    """Build the denoiser of 9 million parameters, in which every block starts as the identity."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -36,16 +36,16 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents ``[B, C, H, W]`` as tokens ``[B, H/2 * W/2, 4 C]``, in FLUX's order."""
+    """Turn latents ``[B, C, H, W]`` into tokens ``[B, H/2 * W/2, 4 C]``, in FLUX's order."""
     b, c, h, w = latents.shape
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
 
 
 def image_ids(resolution: int, device: torch.device) -> torch.Tensor:
-    """Positions ``[tokens, 3]`` (0, row, column) in tokens of the full resolution.
+    """Return positions ``[tokens, 3]``: each is (0, row, column), in units of tokens of the full resolution.
 
-    A token of a smaller picture stands at the centre of those it covers, so that a position means the same
-    place at every resolution.
+    A token of a smaller picture has its position at the centre of the full-resolution tokens that it covers, so that a
+    position means the same place at every resolution.
     """
     side = resolution // PIXELS_PER_TOKEN
     stride = FULL_RESOLUTION / resolution
@@ -55,7 +55,7 @@ def image_ids(resolution: int, device: torch.device) -> torch.Tensor:
 
 
 class DemoModel(nn.Module):
-    """Transformer and text encoders, trained together."""
+    """The transformer and the text encoders, which are trained together."""
 
     def __init__(self):
         super().__init__()
@@ -72,10 +72,13 @@ class DemoModel(nn.Module):
         dropped: torch.Tensor,
         positions: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flow-matching loss and parse loss, two scalars.
+        """Return the flow-matching loss and the parse loss, two scalars.
 
-        ``latents`` and ``noise`` ``[B, C, H, W]``; ``sigma`` ``[B]`` in (0, 1); ``dropped`` bool ``[B]``,
-        which prompts to leave out; ``positions`` from :func:`image_ids`.
+        Args:
+            latents, noise: ``[B, C, H, W]``.
+            sigma: ``[B]`` in (0, 1), the noise levels.
+            dropped: bool ``[B]``, True for the prompts to leave out.
+            positions: from :func:`image_ids`.
         """
         tokens, pooled = self.text(torch.where(dropped[:, None], self.no_prompt, scenes.ids))
         mix = sigma[:, None, None, None]

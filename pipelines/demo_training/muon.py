@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, for matrices inside transformer blocks and kernels of convolutions."""
+"""Implement the optimiser Muon, which orthogonalises the momentum of matrices and of convolution kernels."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ import torch
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly orthogonal matrices (singular values about 1) of ``[n, rows, columns]``, in bf16."""
+    """Make matrices ``[n, rows, columns]`` nearly orthogonal (singular values about 1); returns bf16."""
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -19,10 +19,11 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay; tensors of one shape are updated together, each as
-    the matrix of its first dimension by all others.
+    """Muon with Nesterov momentum and decoupled weight decay.
 
-    Updates have the root mean square of AdamW's (.2), so that ``lr`` means the same for both.
+    Tensors of equal shape are updated together. Each counts as a matrix: its first dimension gives the rows, the others
+    together the columns. Updates have the root mean square of AdamW's updates (.2), so that ``lr`` means the same for
+    both optimisers.
     """
 
     def __init__(

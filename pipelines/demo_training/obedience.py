@@ -1,9 +1,9 @@
 """Measure how often drawn pictures show what held-out prompts say.
 
-For each object of a scene, every concept is drawn by the renderer at the place where the prompt wants it; the
-object counts as right when, of all concepts, the named one is nearest to the picture there. A tint counts as
-right when, of all tints and none, the named one is nearest. For scenes of several mentions, the layout counts
-as right when no exchange of their places is nearer to the picture.
+For each object of a scene, the renderer draws every concept at the place where the prompt wants the object. The object
+counts as right if the named concept is the one nearest to the picture there. A tint counts as right if the named tint
+is nearer to the picture than all other tints and than no tint. In scenes with several mentions, the layout counts as
+right if no exchange of their places is nearer to the picture.
 
 python -m dma_diffusers.pipelines.demo_training.obedience pipelines/demo/flux --sprites .demo/sprites.npz
 """
@@ -24,17 +24,20 @@ from dma_diffusers.pipelines.demo_training.render import SceneRenderer
 from dma_diffusers.pipelines.demo_training.scenes import Scene
 from dma_diffusers.pipelines.demo_training.sprites import load_sprites
 
-_SIDE = 64  # pixels at which pictures are compared
-_SHIFTS = range(-2, 3)  # pixels by which a picture may be off
+_SIDE = 64  # pictures are compared at this side in pixels
+_SHIFTS = range(-2, 3)  # a picture may be off by so many pixels
 
 
 def repeated(scene: SceneBatch, count: int) -> SceneBatch:
-    """One scene as a batch of ``count``."""
+    """Repeat one scene to a batch of ``count``."""
     return SceneBatch(*(t.expand(count, *t.shape[1:]).clone() for t in scene))
 
 
 def nearest(picture: torch.Tensor, candidates: torch.Tensor, where=(slice(None), slice(None))) -> int:
-    """Which of ``[N, 3, H, W]`` is nearest to ``[3, H, W]`` in L1 within ``where``, at its best shift."""
+    """Return which candidate ``[N, 3, H, W]`` is nearest to the picture ``[3, H, W]``.
+
+    The distance is the L1 norm within ``where`` (slices of rows and columns), at the best shift.
+    """
     rows, columns = where
     candidates = candidates[:, :, rows, columns]
     shifted = (picture.roll((dy, dx), (1, 2))[:, rows, columns] for dy in _SHIFTS for dx in _SHIFTS)
@@ -43,13 +46,13 @@ def nearest(picture: torch.Tensor, candidates: torch.Tensor, where=(slice(None),
 
 
 def window(place: torch.Tensor) -> tuple[slice, slice]:
-    """Rows and columns that an object at ``place`` (x, y, side in canvas widths) covers."""
+    """Return the rows and columns that an object at ``place`` (x, y, side in canvas widths) covers."""
     x, y, side = (place * _SIDE).tolist()
     return tuple(slice(max(0, round(c - side / 2)), round(c + side / 2)) for c in (y, x))
 
 
 def right_objects(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer) -> list[bool]:
-    """For each object of the scene (a batch of one), whether its concept is the nearest one at its place."""
+    """Tell for each object of the scene (a batch of one) if its concept is the nearest one at its place."""
     right = []
     for i in range(int((scene.concept[0] >= 0).sum())):
         candidates = repeated(scene, len(SEEN))
@@ -60,7 +63,7 @@ def right_objects(picture: torch.Tensor, scene: SceneBatch, render: SceneRendere
 
 
 def right_tints(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer) -> list[bool]:
-    """For each object with a tint in the scene (a batch of one), whether that tint is the nearest one."""
+    """Tell for each object of the scene (a batch of one) that has a tint if that tint is the nearest one."""
     right = []
     for i in torch.nonzero(scene.tint[0] >= 0).flatten().tolist():
         candidates = repeated(scene, len(TINTS) + 1)
@@ -71,11 +74,11 @@ def right_tints(picture: torch.Tensor, scene: SceneBatch, render: SceneRenderer)
 
 
 def right_layout(picture: torch.Tensor, scene: Scene, render: SceneRenderer) -> bool | None:
-    """Whether the layout that the prompt wants is the nearest of all exchanges; None for a single mention."""
+    """Tell if the layout that the prompt wants is nearer than all exchanges of places; None for a single mention."""
     count = len(scene.mentions)
     if count == 1:
         return None
-    orders = list(permutations(range(count)))  # the first changes nothing
+    orders = list(permutations(range(count)))  # the first permutation changes nothing
     candidates = repeated(collate([scene]).to(picture.device), len(orders))
     for candidate, order in enumerate(orders):
         candidates.place[candidate, :count] = candidates.place[candidate, list(order)]
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument(
-        "--count", type=int, default=64, help="prompts; the first 64 are those of prompts.jsonl"
+        "--count", type=int, default=64, help="number of prompts; the first 64 are those of prompts.jsonl"
     )
     args = parser.parse_args()
 
@@ -95,7 +98,8 @@ def main() -> None:
     scenes = held_out_scenes(args.count)
     pictures = torch.from_numpy(draw(args.pipeline, [scene.prompt for scene in scenes])).to(device)
     pictures = F.interpolate(pictures.permute(0, 3, 1, 2) * 2 - 1, (_SIDE, _SIDE), mode="area")
-    sprites = load_sprites(args.sprites, list(SEEN))[:, ::3, ::3]  # objects are small at this size
+    # Objects are small at this side, so a third of the sprites' size is enough.
+    sprites = load_sprites(args.sprites, list(SEEN))[:, ::3, ::3]
     render = SceneRenderer(sprites, device)
     objects, tints, layouts, whole = [], [], [], []
     for picture, scene in zip(pictures, scenes, strict=True):

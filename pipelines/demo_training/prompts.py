@@ -16,7 +16,7 @@ _PROMPTS = 200
 
 
 def held_out_scenes(count: int, seed: int = _SEED) -> list[Scene]:
-    """Scenes that training never draws, each with a different prompt."""
+    """Return scenes that training never draws, each with a different prompt."""
     rng = Random(seed)
     scenes: dict[str, Scene] = {}
     while len(scenes) < count:
@@ -28,7 +28,7 @@ def held_out_scenes(count: int, seed: int = _SEED) -> list[Scene]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where prompts.jsonl and held_out_concepts.txt go")
+    parser.add_argument("folder", type=Path, help="folder for prompts.jsonl and held_out_concepts.txt")
     args = parser.parse_args()
     lines = [
         json.dumps({"prompt": scene.prompt, "category": scene.arrangement})

@@ -1,4 +1,4 @@
-"""Draw batches of scenes on the device: sprites are placed by ``grid_sample`` on a coloured background."""
+"""Draw batches of scenes on the device: ``grid_sample`` places sprites on a coloured background."""
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ class SceneRenderer:
     """Draws scenes from sprites.
 
     Args:
-        sprites: uint8 ``[N, S, S, 4]``, straight alpha, S a multiple of 8, one per concept.
-        device: where to draw.
+        sprites: uint8 ``[N, S, S, 4]``, one per concept, with straight alpha; S is a multiple of 8.
+        device: the device to draw on.
     """
 
     def __init__(self, sprites: np.ndarray, device: torch.device):
@@ -51,7 +51,7 @@ class SceneRenderer:
 
 
 def mipmaps(rgba: torch.Tensor) -> torch.Tensor:
-    """Sprites at full, half and quarter size in one texture: ``[N, 4, S, S]`` to ``[N, 4, S, 1.5 S]``."""
+    """Put sprites ``[N, 4, S, S]`` at full, half and quarter size into one texture ``[N, 4, S, 1.5 S]``."""
     half, quarter = F.avg_pool2d(rgba, 2), F.avg_pool2d(rgba, 4)
     below = F.pad(quarter, (0, quarter.shape[-1], 0, quarter.shape[-1]))
     return torch.cat([rgba, torch.cat([half, below], dim=2)], dim=3)
@@ -60,9 +60,12 @@ def mipmaps(rgba: torch.Tensor) -> torch.Tensor:
 def sample(
     textures: torch.Tensor, u: torch.Tensor, v: torch.Tensor, minification: torch.Tensor
 ) -> torch.Tensor:
-    """Premultiplied colours ``[B, 4, H, W]`` of sprites at ``u``, ``v`` ``[B, H, W]``, transparent outside [0, 1].
+    """Read the premultiplied colours ``[B, 4, H, W]`` of sprites at given coordinates.
 
-    ``textures`` ``[B, 4, S, 1.5 S]`` from :func:`mipmaps`; ``minification`` ``[B]``, log2 of sprite pixels a pixel.
+    Args:
+        textures: ``[B, 4, S, 1.5 S]`` from :func:`mipmaps`.
+        u, v: ``[B, H, W]``, the horizontal and vertical coordinate; a sprite is transparent outside [0, 1].
+        minification: ``[B]``, log2 of the sprite pixels per drawn pixel.
     """
     inside = (u > 0) & (u < 1) & (v > 0) & (v < 1)
     level = minification.round().clamp(0, _LEVELS - 1)
@@ -76,7 +79,7 @@ def sample(
 
 
 def _tint(rgb: torch.Tensor, alpha: torch.Tensor, tint: torch.Tensor) -> torch.Tensor:
-    """Keep the shading of premultiplied ``rgb``, from black over ``tint`` to white."""
+    """Recolour premultiplied ``rgb``: its lightness selects a colour from black over ``tint`` to white."""
     weights = rgb.new_tensor([0.299, 0.587, 0.114])[:, None, None]
     light = (rgb * weights).sum(1, keepdim=True) / alpha.clamp(min=1e-3)
     light = 0.15 + 0.75 * light
@@ -85,6 +88,6 @@ def _tint(rgb: torch.Tensor, alpha: torch.Tensor, tint: torch.Tensor) -> torch.T
 
 
 def colour_table(colours: dict[str, str], device: torch.device) -> torch.Tensor:
-    """Colours (word -> sRGB, "#rrggbb") as float32 ``[N, 3]`` in [0, 1]."""
+    """Turn colours (word -> sRGB, "#rrggbb") into float32 ``[N, 3]`` in [0, 1]."""
     rows = [[int(value[i : i + 2], 16) / 255 for i in (1, 3, 5)] for value in colours.values()]
     return torch.tensor(rows, device=device)

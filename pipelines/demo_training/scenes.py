@@ -1,4 +1,4 @@
-"""Scenes of one to three objects: a prompt and where each object it mentions belongs.
+"""Draw random scenes of one to three objects; a scene is a prompt and the place of each object that it mentions.
 
 The prompt decides the layout completely, so that a picture either obeys it or does not.
 """
@@ -48,7 +48,8 @@ _RELATIONS = {
     "and": (_LEFT, _RIGHT),
     "next to": (_LEFT, _RIGHT),
 }
-_SIZES = {  # arrangement -> side of a small, a usual and a big object, in canvas widths
+# For each arrangement, these are the sides of a small, a usual and a big object, in canvas widths.
+_SIZES = {
     "alone": (0.36, 0.6, 0.86),
     "spot": (0.26, 0.42, 0.5),
     "corner": (0.24, 0.36, 0.46),
@@ -59,9 +60,9 @@ _SIZE_WORDS = ("small", "", "big")
 
 @dataclass(frozen=True)
 class Mention:
-    """A noun of the prompt: what it is, its colour if one is named, and the places of the objects it means.
+    """A noun of the prompt, with its concept, its colour if the prompt names one, and the places of its objects.
 
-    Places are (x, y, side) in canvas widths, x and y the object's centre, y downwards.
+    A place is (x, y, side) in canvas widths; x and y are the object's centre, and y points downwards.
     """
 
     concept: str
@@ -72,7 +73,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt, its arrangement, background colour and mentions; ``MAX_OBJECTS`` objects at most."""
+    """A prompt with its arrangement, background colour and mentions; it has at most ``MAX_OBJECTS`` objects."""
 
     prompt: str
     arrangement: str
@@ -80,7 +81,7 @@ class Scene:
     mentions: tuple[Mention, ...]
 
     def combinations(self) -> list[str]:
-        """What the scene combines: ``concept|tint``, and ``first|second|axis`` of each pair of mentions."""
+        """Return the scene's combinations: ``concept|tint``, and ``first|second|axis`` for each pair of mentions."""
         keys = [f"{m.concept}|{m.tint}" for m in self.mentions if m.tint]
         for i, a in enumerate(self.mentions):
             for b in self.mentions[i + 1 :]:
@@ -91,12 +92,12 @@ class Scene:
         return keys
 
     def is_held_out(self) -> bool:
-        """Whether one of the scene's combinations is among the tenth that training never draws."""
+        """Return True if one of the scene's combinations is in the tenth that training never draws."""
         return any(crc32(key.encode()) % 10 == 0 for key in self.combinations())
 
 
 def sample_scene(rng: Random, words: Sequence[str] = tuple(SEEN)) -> Scene:
-    """Draw a scene of any of `words`, held out or not."""
+    """Draw a scene of any of `words`, whether its combinations are held out or not."""
     concepts = rng.sample(words, MAX_OBJECTS)
     arrangement = rng.choices(list(_ARRANGEMENTS), _WEIGHTS)[0]
     phrase, mentions = _ARRANGEMENTS[arrangement](rng, concepts)
@@ -108,14 +109,14 @@ def sample_scene(rng: Random, words: Sequence[str] = tuple(SEEN)) -> Scene:
 
 
 def sample_training_scene(rng: Random) -> Scene:
-    """Draw a scene of which nothing is held out."""
+    """Draw a scene without held-out combinations."""
     while (scene := sample_scene(rng)).is_held_out():
         pass
     return scene
 
 
 def vocabulary() -> list[str]:
-    """Every word that a prompt can hold, sorted."""
+    """Return every word that a prompt can contain, sorted."""
     words = {"a", "an", "background", "between", "in", "on", "the", "three", "two", "with"}
     phrases = [*_SPOTS, *_RELATIONS, *_SIZE_WORDS, *TINTS, *BACKGROUNDS, *SEEN, *map(plural, SEEN)]
     words.update(word for phrase in phrases for word in phrase.split())

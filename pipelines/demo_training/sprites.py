@@ -19,11 +19,11 @@ SPRITE_SIZE = 192
 
 
 def render_icon(icons: dict, name: str, size: int = SPRITE_SIZE) -> np.ndarray:
-    """Draw one icon of an iconify set; returns uint8 ``[size, size, 4]``, straight alpha.
+    """Draw one icon of an iconify set; returns uint8 ``[size, size, 4]`` with straight alpha.
 
-    Raises ``KeyError`` when the set has no icon of that name.
+    Raises ``KeyError`` if the set has no icon of that name.
     """
-    import resvg_py  # only this script draws SVG
+    import resvg_py  # no other script needs this package
 
     width, height = icons["width"], icons["height"]
     body = icons["icons"][name]["body"]
@@ -33,7 +33,7 @@ def render_icon(icons: dict, name: str, size: int = SPRITE_SIZE) -> np.ndarray:
 
 
 def load_sprites(path: Path, concepts: list[str]) -> np.ndarray:
-    """Sprites of ``concepts`` in that order, uint8 ``[N, SPRITE_SIZE, SPRITE_SIZE, 4]``."""
+    """Load the sprites of ``concepts`` in that order, uint8 ``[N, SPRITE_SIZE, SPRITE_SIZE, 4]``."""
     with np.load(path) as sprites:
         return np.stack([sprites[concept] for concept in concepts])
 
@@ -41,7 +41,7 @@ def load_sprites(path: Path, concepts: list[str]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("package", type=Path, help="unpacked npm package @iconify/json 2.2.535")
-    parser.add_argument("output", type=Path, help="the .npz to write: one RGBA picture per concept")
+    parser.add_argument("output", type=Path, help=".npz file to write, with one RGBA picture per concept")
     args = parser.parse_args()
 
     icons = json.loads((args.package / "json" / f"{ICON_SET}.json").read_text())

@@ -1,4 +1,4 @@
-"""The demo model's words as token ids, its two text encoders, and what they must understand."""
+"""Define the demo model's tokenizer, its two text encoders, and the loss that teaches them to parse prompts."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from dma_diffusers.pipelines.demo_training.concepts import BACKGROUNDS, TINTS
 from dma_diffusers.pipelines.demo_training.scenes import vocabulary
 
-PAD, EOS, UNK = 0, 1, 3  # id 2 is unused: a CLIP encoder takes an end token of id 2 for a legacy checkpoint
+PAD, EOS, UNK = 0, 1, 3  # not 2: a CLIP encoder whose end token has id 2 is treated as a legacy checkpoint
 TEXT_TOKENS = 128
 POOLED_TOKENS = 77
-_LONGEST_PROMPT = 32  # tokens of the longest training prompt, rounded up
+_LONGEST_PROMPT = 32  # no training prompt has more tokens
 _SPECIALS = ("<pad>", "</s>", "<reserved>", "<unk>")
 
 
 def number_words(words: list[str]) -> dict[str, int]:
-    """Token ids of the special tokens and of `words`."""
+    """Map the special tokens and `words` to token ids."""
     return {word: i for i, word in enumerate([*_SPECIALS, *words])}
 
 
@@ -25,12 +25,15 @@ _VOCABULARY = number_words(vocabulary())
 
 
 def word_ids(words: list[str]) -> list[int]:
-    """Token ids of lower-case words, without the end token."""
+    """Return the token ids of lower-case words, without the end token."""
     return [_VOCABULARY.get(word, UNK) for word in words]
 
 
 def build_tokenizer(max_length: int, vocabulary: dict[str, int] = _VOCABULARY) -> PreTrainedTokenizerFast:
-    """One token per word, any case, punctuation ignored, unknown words ``<unk>``, ``</s>`` at the end."""
+    """Build a tokenizer that has one token per word and ends with ``</s>``.
+
+    It ignores case and punctuation, and turns unknown words into ``<unk>``.
+    """
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\s]"), " ")]
@@ -47,7 +50,7 @@ def build_tokenizer(max_length: int, vocabulary: dict[str, int] = _VOCABULARY) -
 
 
 def build_t5() -> T5EncoderModel:
-    """The token encoder: ``[B, TEXT_TOKENS]`` ids to ``[B, TEXT_TOKENS, 160]``."""
+    """Build the token encoder, which maps ids ``[B, TEXT_TOKENS]`` to ``[B, TEXT_TOKENS, 160]``."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(_VOCABULARY),
@@ -65,7 +68,7 @@ def build_t5() -> T5EncoderModel:
 
 
 def build_clip() -> CLIPTextModel:
-    """The pooled encoder: ``[B, POOLED_TOKENS]`` ids to ``[B, 128]``, read at the end token."""
+    """Build the pooled encoder, which maps ids ``[B, POOLED_TOKENS]`` to ``[B, 128]``, read at the end token."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(_VOCABULARY),
@@ -83,10 +86,10 @@ def build_clip() -> CLIPTextModel:
 
 
 class TextEncoders(nn.Module):
-    """Both encoders, with heads that parse the prompt: a loss that gives word order its meaning.
+    """Both encoders, with heads that parse the prompt; the heads' loss gives word order its meaning.
 
-    From the token of each mention the heads read its place and tint, from the pooled vector the background.
-    The heads exist in training only.
+    The heads read each mention's place and tint from its token, and the background from the pooled vector. They exist
+    in training only.
     """
 
     def __init__(self):
@@ -98,14 +101,14 @@ class TextEncoders(nn.Module):
         self.background = nn.Linear(self.clip.config.hidden_size, len(BACKGROUNDS))
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode int64 ``[B, TEXT_TOKENS]`` to tokens ``[B, TEXT_TOKENS, 160]``, pooled ``[B, 128]``."""
+        """Encode int64 ids ``[B, TEXT_TOKENS]`` as tokens ``[B, TEXT_TOKENS, 160]`` and pooled vectors ``[B, 128]``."""
         tokens = self.t5(ids).last_hidden_state
-        # The pooled encoder is causal and read at the end token: what follows the prompt has no effect.
+        # The pooled encoder is causal and is read at the end token, so padding after it has no effect.
         pooled = self.clip(ids[:, :_LONGEST_PROMPT]).pooler_output
         return tokens, pooled
 
     def parse_loss(self, tokens, pooled, scenes, weight: torch.Tensor) -> torch.Tensor:
-        """How badly the encodings tell the scene; ``weight`` ``[B]`` is 0 where the prompt was dropped."""
+        """Return the error of the scene that the heads read; ``weight`` ``[B]`` is 0 where the prompt was dropped."""
         mentioned = (scenes.word >= 0).float() * weight[:, None]
         index = scenes.word.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[-1])
         words = tokens.gather(1, index).float()

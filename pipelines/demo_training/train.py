@@ -1,4 +1,4 @@
-"""Train transformer and text encoders by flow matching; restarts from weights.
+"""Train the transformer and the text encoders by flow matching, from scratch or from saved weights.
 
 torchrun --nproc_per_node 4 -m dma_diffusers.pipelines.demo_training.train \
     --sprites .demo/sprites.npz --vae .demo/vae --text .demo/text.safetensors \
@@ -34,23 +34,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
-    parser.add_argument("--text", type=Path, help="encoders to begin with, from train_text")
-    parser.add_argument("--init", type=Path, help="weights to go on from, of an earlier run")
+    parser.add_argument("--text", type=Path, help="text encoders of train_text to start from")
+    parser.add_argument("--init", type=Path, help="weights of an earlier run to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder for model.safetensors and log.csv")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
-    parser.add_argument("--shift", type=float, default=2.0, help="of the noise levels, towards more noise")
+    parser.add_argument("--shift", type=float, default=2.0, help="shift towards higher noise levels")
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=512, help="pictures a step, on each GPU")
+    parser.add_argument("--batch", type=int, default=512, help="pictures per step on each GPU")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.0, help="share of the steps in which lr falls to 0")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between saved weights")
-    parser.add_argument("--workers", type=int, default=8, help="processes that write prompts, for each GPU")
+    parser.add_argument("--workers", type=int, default=8, help="processes per GPU that make batches")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of attention and feed-forward layers, AdamW for everything else."""
+    """Build Muon for the matrices of attention and feed-forward layers, and AdamW for everything else."""
     matrices, others = [], []
     for name, param in model.named_parameters():
         in_block = any(part in name for part in ("blocks.", "encoder.block.", "encoder.layers."))
@@ -63,13 +63,16 @@ def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
 
 def learning_rate(step: int, steps: int, decay: float) -> float:
-    """Factor of the learning rate: linear warm-up, constant, linear fall over a last share."""
+    """Return the factor of the learning rate: it warms up linearly, stays constant, and falls linearly at the end.
+
+    ``decay`` is the share of the steps in which it falls to 0.
+    """
     falling = (steps - step) / (decay * steps) if decay else 1.0
     return min(1.0, (step + 1) / _WARMUP_STEPS, falling)
 
 
 def shifted(uniform: torch.Tensor, shift: float) -> torch.Tensor:
-    """Noise levels in (0, 1) from uniform numbers, by the shift of FlowMatchEulerDiscreteScheduler."""
+    """Turn uniform numbers into noise levels in (0, 1), with the shift of FlowMatchEulerDiscreteScheduler."""
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 

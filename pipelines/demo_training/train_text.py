@@ -1,4 +1,4 @@
-"""Teach the text encoders to parse prompts, before there is a picture to draw.
+"""Teach the text encoders to parse prompts, before the transformer is trained.
 
 python -m dma_diffusers.pipelines.demo_training.train_text --output .demo/text.safetensors
 """
@@ -17,7 +17,7 @@ from dma_diffusers.pipelines.demo_training.text import TextEncoders
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--output", type=Path, required=True, help="safetensors of the encoders and their heads"
+        "--output", type=Path, required=True, help="safetensors file for the encoders and their heads"
     )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=512)

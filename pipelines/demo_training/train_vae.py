@@ -1,4 +1,4 @@
-"""Train the autoencoder on scenes.
+"""Train the demo model's autoencoder on pictures of scenes.
 
 python -m dma_diffusers.pipelines.demo_training.train_vae --sprites .demo/sprites.npz --output .demo/vae
 """
@@ -22,7 +22,7 @@ _KL_WEIGHT = 1e-3
 
 
 def reconstruction_loss(picture: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 of ``[B, 3, H, W]`` pictures, of their gradients, and of both at half and quarter size."""
+    """Return the L1 loss of pictures ``[B, 3, H, W]`` and of their gradients, at full, half and quarter size."""
     loss = 0.0
     for scale in (1, 2, 4):
         a, b = (F.avg_pool2d(t, scale) for t in (picture, target))
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the AutoencoderKL")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=48, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=48, help="pictures per step")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
             posterior = vae.encode(pictures).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample
         loss = reconstruction_loss(reconstruction.float(), pictures)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent number
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # in nats per latent number
         optimizer.zero_grad()
         (loss + _KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

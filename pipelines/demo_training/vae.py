@@ -1,11 +1,11 @@
-"""The demo model's autoencoder."""
+"""Define the demo model's autoencoder."""
 
 import torch
 from diffusers import AutoencoderKL
 
 
 def build_vae() -> AutoencoderKL:
-    """Pictures to four channels at a quarter of their side, under a million parameters."""
+    """Build an autoencoder of under a million parameters, with four latent channels at a quarter of the side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -22,9 +22,9 @@ def build_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Give latents of per-channel ``mean`` and ``std`` (``[C]``) mean 0 and deviation 1, in place.
+    """Standardise latents that have ``mean`` and ``std`` per channel (``[C]``) to mean 0 and deviation 1, in place.
 
-    The affine map goes into the convolutions at either end of the latents; pictures stay as they were.
+    The affine map goes into the convolutions before and after the latents; decoded pictures stay the same.
     """
     channels = len(mean)
     encode, decode = vae.quant_conv, vae.post_quant_conv

@@ -1,1 +1,1 @@
-"""Training of the demo video model: animated sprites, clips, autoencoder and transformer."""
+"""Train the demo video model: make animated sprites and clips, then train its autoencoder and transformer."""

@@ -1,4 +1,4 @@
-"""Clips as tensors: what they show, and the pixels, drawn on the device."""
+"""Describe clips as tensors of indices, and draw their pixels on the device."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,12 @@ HEIGHT, WIDTH = 128, 192
 
 
 class Clips(NamedTuple):
-    """B clips: ``concept``, ``motion``, ``background`` int64 ``[B]``; ``jitter`` float32 ``[B, 3]``, what is added
-    to x and y (canvas heights) and the relative change of the object's side."""
+    """A batch of B clips.
+
+    Args:
+        concept, motion, background: int64 ``[B]``.
+        jitter: float32 ``[B, 3]``, added to x and y (in canvas heights), and the relative change of the object's side.
+    """
 
     concept: torch.Tensor
     motion: torch.Tensor
@@ -24,7 +28,7 @@ class Clips(NamedTuple):
 
 
 class TrainingClips:
-    """Draws clips of which none is held out, on ``device``."""
+    """Chooses random clips that are not held out, on ``device``."""
 
     def __init__(self, device: torch.device):
         pairs = [(c, m) for c, concept in enumerate(CONCEPTS) for m, motion in enumerate(MOTIONS)
@@ -33,7 +37,7 @@ class TrainingClips:
         self.limits = torch.tensor([0.03, 0.03, 0.05], device=device)
 
     def __call__(self, count: int) -> Clips:
-        """``count`` clips; objects are moved by up to .03 and scaled by up to 5 %."""
+        """Choose ``count`` clips; objects are moved by up to .03 and scaled by up to 5 %."""
         device = self.pairs.device
         concept, motion = self.pairs[torch.randint(len(self.pairs), (count,), device=device)].unbind(1)
         background = torch.randint(len(BACKGROUNDS), (count,), device=device)
@@ -44,8 +48,8 @@ class ClipRenderer:
     """Draws clips from sprites.
 
     Args:
-        sprites: uint8 ``[concepts, FRAMES, S, S, 4]``, straight alpha, S a multiple of 8.
-        device: where to draw.
+        sprites: uint8 ``[concepts, FRAMES, S, S, 4]`` with straight alpha; S is a multiple of 8.
+        device: the device to draw on.
     """
 
     def __init__(self, sprites: np.ndarray, device: torch.device):

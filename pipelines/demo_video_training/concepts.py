@@ -1,4 +1,4 @@
-"""The demo video model's words: objects and backgrounds; :mod:`.motions` has the motions."""
+"""List the demo video model's words for objects and backgrounds; :mod:`.motions` lists the motions."""
 
 from dma_diffusers.pipelines.demo_training.concepts import BACKGROUNDS as BACKGROUNDS
 
@@ -44,4 +44,4 @@ CONCEPTS = {
     "unicorn": "1f984",
     "whale": "1f433",
 }
-"""Objects the model can draw: word -> codepoint of the emoji."""
+"""The objects that the model can draw: word -> codepoint of the emoji."""

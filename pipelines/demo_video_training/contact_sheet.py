@@ -1,10 +1,11 @@
-"""Draw the held-out prompts, lay the clips out on one sheet, and say what they show.
+"""Draw the held-out prompts, lay the clips out on one sheet, and score how often they show what the prompt says.
 
 python -m dma_diffusers.pipelines.demo_video_training.contact_sheet \
     pipelines/demo_video/wan pipelines/demo_video/contact_sheet.webp --sprites .demo/animated.npz
 
-A row for each prompt, nine frames from left to right. The score: of all objects (motions, backgrounds), drawn from
-the sprites with everything else as the prompt says, the nearest to the clip.
+The sheet has a row for each prompt, with nine frames from left to right. For the score, clips with every object are
+drawn from the sprites, with everything else as the prompt says. The object is right if the nearest of them to the
+model's clip is the one with the prompt's object. Motions and backgrounds are scored in the same way.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _SCORED_HEIGHT = 32
 
 
 def lay_out(clips: np.ndarray, captions: list[str]) -> Image.Image:
-    """One sheet of uint8 clips ``[N, F, H, W, 3]``: nine frames of each under its caption."""
+    """Put nine frames of each clip, uint8 ``[N, F, H, W, 3]``, on one sheet under its caption."""
     chosen = np.linspace(0, clips.shape[1] - 1, _COLUMNS).round().astype(int)
     height, width = clips.shape[2] + _CAPTION + _MARGIN, clips.shape[3] + _MARGIN
     sheet = Image.new("RGB", (_COLUMNS * width + _MARGIN, len(clips) * height + _MARGIN), "#f4f4f4")
@@ -43,7 +44,7 @@ def lay_out(clips: np.ndarray, captions: list[str]) -> Image.Image:
 
 
 def recognise(clip: np.ndarray, said: tuple[str, str, str], render: ClipRenderer) -> list[bool]:
-    """Whether object, motion and background of a uint8 clip ``[F, H, W, 3]`` are those said."""
+    """Tell for object, motion and background of a clip, uint8 ``[F, H, W, 3]``, if they are as the prompt says."""
     height, stride = clip.shape[1], (FRAMES - 1) // (len(clip) - 1)
     pixels = torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 127.5 - 1
     seen = F.avg_pool3d(pixels, (1, height // _SCORED_HEIGHT, height // _SCORED_HEIGHT))
@@ -65,11 +66,11 @@ def recognise(clip: np.ndarray, said: tuple[str, str, str], render: ClipRenderer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pipeline", type=Path)
-    parser.add_argument("output", type=Path, help="picture; the score goes beside it as .json")
+    parser.add_argument("output", type=Path, help="picture to write; the score goes beside it as .json")
     parser.add_argument("--sprites", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=40, help="how many of the prompts")
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of the clips the model was trained on")
-    parser.add_argument("--frame-stride", type=int, default=1, help="of the clips the model was trained on")
+    parser.add_argument("--count", type=int, default=40, help="number of prompts")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="height of the training clips")
+    parser.add_argument("--frame-stride", type=int, default=1, help="frame stride of the training clips")
     args = parser.parse_args()
 
     chosen = held_out_clips()[: args.count]

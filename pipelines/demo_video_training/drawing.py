@@ -1,4 +1,4 @@
-"""Draw prompts with a trained pipeline, one seed for each."""
+"""Draw prompts with a trained pipeline, each with a seed of its own."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ def draw_clips(
     batch: int = 20,
     seed: int = 0,
 ) -> np.ndarray:
-    """Uint8 ``[N, F, height, width, 3]`` clips of ``prompts``; seed of prompt i: ``seed + i``.
+    """Draw prompt i with seed ``seed + i``; returns clips, uint8 ``[N, F, height, width, 3]``.
 
-    ``height`` and ``frame_stride`` are those of the training that the weights come from.
+    ``height`` and ``frame_stride`` must be those with which the weights were trained.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)

@@ -1,4 +1,4 @@
-"""Write trained weights as the folder that ``WanPipeline.from_pretrained`` loads.
+"""Write trained weights into a folder that ``WanPipeline.from_pretrained`` loads.
 
 python -m dma_diffusers.pipelines.demo_video_training.export .demo/video/model.safetensors .demo/video_vae wan
 """
@@ -25,11 +25,11 @@ GENERATION = {
     "guidance_scale": 4.0,
     "negative_prompt": "",
 }
-"""Keyword arguments of the pipeline call that the model was trained for."""
+"""The keyword arguments of the pipeline call for which the model was trained."""
 
 
 def build_pipeline(weights: Path, vae: Path) -> WanPipeline:
-    """The pipeline of trained ``weights`` (of train.py) and the autoencoder's folder, in bf16."""
+    """Build the bf16 pipeline from the ``weights`` that train.py saved and the autoencoder's folder."""
     model = VideoModel()
     load_model(model, weights)
     pipeline = WanPipeline(

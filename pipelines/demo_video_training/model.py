@@ -1,4 +1,4 @@
-"""The transformer and the training model around it."""
+"""Define the transformer and the model that is trained with it."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from dma_diffusers.pipelines.demo_video_training.text import TEXT_TOKENS, build_
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """The denoiser, 4.2 million parameters; every block starts without modulation, the output at zero."""
+    """Build the denoiser of 4.2 million parameters; its blocks start without modulation, and its output at zero."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
@@ -35,14 +35,14 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 class SpreadPositions(nn.Module):
-    """Stands for Wan's rotary embedding where a clip is smaller than the full one, in pixels or in frames.
+    """Replaces Wan's rotary embedding for clips with fewer pixels or frames than the full clip.
 
-    A latent stands at the centre of those of the full clip that it covers, so that a position means the same
+    A latent has its position at the centre of the full clip's latents that it covers, so that a position means the same
     place and time at every size.
 
     Args:
         grid: (frames, rows, columns) of the latents.
-        stride: how many frames, and pixels along a side, of the full clip make one of the smaller clip.
+        stride: the number of the full clip's frames, and of its pixels along a side, that make one of the smaller clip.
         head_dim: dimension of an attention head.
     """
 
@@ -50,7 +50,7 @@ class SpreadPositions(nn.Module):
         super().__init__()
         time, space = stride
         frames, rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
-        # The first latent is one frame, each later one ends where the next begins.
+        # The first latent covers one frame, and each later one ends where the next one begins.
         frames = torch.where(frames > 0, frames * time - (time - 1) / 2, 0)
         rows, columns = (axis * space + (space - 1) / 2 for axis in (rows, columns))
         side = 2 * (head_dim // 6)
@@ -70,7 +70,7 @@ class SpreadPositions(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """Transformer and text encoder, trained together."""
+    """The transformer and the text encoder, which are trained together."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class VideoModel(nn.Module):
         self.register_buffer("no_prompt", torch.tensor([EOS] + [PAD] * (TEXT_TOKENS - 1)), persistent=False)
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """``[B, TEXT_TOKENS]`` ids as ``[B, TEXT_TOKENS, 128]``, zero where there is no word, as in WanPipeline."""
+        """Encode ids ``[B, TEXT_TOKENS]`` as ``[B, TEXT_TOKENS, 128]``; padding gives zeros, as in WanPipeline."""
         words = ids != PAD
         return self.text(ids, words).last_hidden_state * words[..., None]
 
@@ -92,10 +92,12 @@ class VideoModel(nn.Module):
         sigma: torch.Tensor,
         dropped: torch.Tensor,
     ) -> torch.Tensor:
-        """Flow-matching loss, a scalar.
+        """Return the flow-matching loss, a scalar.
 
-        ``latents`` and ``noise`` ``[B, C, T, H, W]``; ``sigma`` ``[B]`` in (0, 1); ``dropped`` bool ``[B]``, which
-        prompts to leave out.
+        Args:
+            latents, noise: ``[B, C, T, H, W]``.
+            sigma: ``[B]`` in (0, 1), the noise levels.
+            dropped: bool ``[B]``, True for the prompts to leave out.
         """
         ids = self.prompts[clips.concept, clips.motion, clips.background]
         tokens = self.encode(torch.where(dropped[:, None], self.no_prompt, ids))

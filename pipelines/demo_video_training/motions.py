@@ -1,13 +1,13 @@
-"""How an object moves through a clip."""
+"""Define how an object moves through a clip."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 FRAMES = 33
-"""Frames of a clip: four for each latent frame but the first."""
+"""The number of frames of a clip; every latent frame but the first stands for four of them."""
 
-_SIDE = 0.58  # of an object that keeps its size, in canvas heights
+_SIDE = 0.58  # an object that keeps its size has this side, in canvas heights
 
 
 def _pose(t: np.ndarray, x=0.0, y=0.0, side=_SIDE, turn=0.0) -> np.ndarray:
@@ -28,14 +28,14 @@ _MOTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 MOTIONS = tuple(_MOTIONS)
-"""Motions the model can draw, as the prompt says them."""
+"""The motions that the model can draw, in the prompt's words."""
 
 
 def poses() -> np.ndarray:
-    """Where every motion puts an object in every frame: float64 ``[motions, FRAMES, 4]``.
+    """Return the object's pose for every motion and frame, float64 ``[motions, FRAMES, 4]``.
 
-    A pose is (x, y, side, turn): the object's centre relative to the canvas' (y downwards) and its side in
-    canvas heights, and clockwise turns.
+    A pose is (x, y, side, turn). Here (x, y) is the object's centre relative to that of the canvas, with y downwards.
+    It and the side are in canvas heights; the turn is a number of clockwise turns.
     """
     t = np.linspace(0, 1, FRAMES)
     return np.stack([motion(t) for motion in _MOTIONS.values()])

@@ -1,4 +1,4 @@
-"""What the prompts say, which of them training never sees, and held-out prompts as a file.
+"""Define the prompts and which of them are held out from training, and write the held-out ones to a file.
 
 python -m dma_diffusers.pipelines.demo_video_training.prompts pipelines/demo_video
 """
@@ -16,17 +16,17 @@ _SEED = 2026
 
 
 def prompt(concept: str, motion: str, background: str) -> str:
-    """The one sentence for a clip."""
+    """Return the prompt of a clip; there is only one sentence for it."""
     return f"{with_article(concept)} {motion} on {with_article(background)} background"
 
 
 def is_held_out(concept: str, motion: str) -> bool:
-    """Whether training never shows `concept` in `motion`: true of one motion for every concept."""
+    """Return True if training never shows `concept` in `motion`; every concept has one such motion."""
     return (list(CONCEPTS).index(concept) * 3 + MOTIONS.index(motion)) % len(MOTIONS) == 0
 
 
 def held_out_clips() -> list[tuple[str, str, str]]:
-    """Every held-out (concept, motion) with a background drawn for it; the motions take turns."""
+    """Return every held-out pair as (concept, motion, background) with a random background; the motions take turns."""
     rng = Random(_SEED)
     by_motion = [[c for c in CONCEPTS if is_held_out(c, motion)] for motion in MOTIONS]
     rounds = zip(*(rng.sample(concepts, len(concepts)) for concepts in by_motion), strict=True)
@@ -39,7 +39,7 @@ def held_out_clips() -> list[tuple[str, str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where prompts.jsonl goes")
+    parser.add_argument("folder", type=Path, help="folder for prompts.jsonl")
     args = parser.parse_args()
     lines = [json.dumps({"prompt": prompt(*clip), "category": clip[1]}) for clip in held_out_clips()]
     (args.folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")

@@ -18,7 +18,7 @@ SPRITE_SIZE = 96
 
 
 def animation(path: Path) -> np.ndarray:
-    """`FRAMES` frames spread over an animated picture: uint8 ``[FRAMES, SPRITE_SIZE, SPRITE_SIZE, 4]``, RGBA."""
+    """Read `FRAMES` evenly spread RGBA frames of an animation, uint8 ``[FRAMES, SPRITE_SIZE, SPRITE_SIZE, 4]``."""
     frames = []
     with Image.open(path) as picture:
         for i in range(FRAMES):
@@ -30,15 +30,15 @@ def animation(path: Path) -> np.ndarray:
 
 
 def load_sprites(path: Path) -> np.ndarray:
-    """Sprites of all concepts, in order: uint8 ``[concepts, FRAMES, SPRITE_SIZE, SPRITE_SIZE, 4]``."""
+    """Load the sprites of all concepts, in order: uint8 ``[concepts, FRAMES, SPRITE_SIZE, SPRITE_SIZE, 4]``."""
     with np.load(path) as sprites:
         return np.stack([sprites[concept] for concept in CONCEPTS])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("assets", type=Path, help="folder of the animated WebP, named by codepoint")
-    parser.add_argument("output", type=Path, help="the .npz to write: one animation per concept")
+    parser.add_argument("assets", type=Path, help="folder of animated WebP files, named by codepoint")
+    parser.add_argument("output", type=Path, help=".npz file to write, with one animation per concept")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(

@@ -1,4 +1,4 @@
-"""The demo video model's words as token ids, and its text encoder."""
+"""Define the demo video model's tokenizer and its text encoder."""
 
 import torch
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -15,12 +15,12 @@ _VOCABULARY = number_words(
 
 
 def video_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, as the picture model's tokenizer."""
+    """Build a tokenizer with one token per word, like that of the picture model."""
     return build_tokenizer(TEXT_TOKENS, _VOCABULARY)
 
 
 def prompt_ids() -> torch.Tensor:
-    """Token ids of every prompt: int64 ``[concepts, motions, backgrounds, TEXT_TOKENS]``."""
+    """Return the token ids of every prompt, int64 ``[concepts, motions, backgrounds, TEXT_TOKENS]``."""
     ids = torch.full((len(CONCEPTS), len(MOTIONS), len(BACKGROUNDS), TEXT_TOKENS), PAD)
     for c, concept in enumerate(CONCEPTS):
         for m, motion in enumerate(MOTIONS):
@@ -31,7 +31,7 @@ def prompt_ids() -> torch.Tensor:
 
 
 def build_text_encoder() -> UMT5EncoderModel:
-    """The encoder: ``[B, TEXT_TOKENS]`` ids to ``[B, TEXT_TOKENS, 128]``."""
+    """Build the encoder, which maps ids ``[B, TEXT_TOKENS]`` to ``[B, TEXT_TOKENS, 128]``."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(_VOCABULARY),

@@ -1,4 +1,4 @@
-"""Training for a given time, whatever the machine's speed."""
+"""Train for a given time, whatever the machine's speed."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ import torch
 
 
 def timed_steps(seconds: float) -> Iterator[tuple[int, float]]:
-    """Number of the step and share of the time gone, 0 to 1; the clock starts after the third step, compiled by then.
+    """Yield each step's number and the share of the time that has passed, from 0 to 1.
 
-    The last step, and only that, has a share of 1.
+    The clock starts after the third step, when everything is compiled. Only the last step has a share of 1.
     """
     start = None
     step, share = 0, 0.0
@@ -30,7 +30,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
 
 
 class Log:
-    """Lines of CSV, printed and added to a file, each after step and seconds since the start."""
+    """Prints lines of CSV and appends them to a file; each begins with the step and the seconds since the start."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Train transformer and text encoder by flow matching; goes on from weights.
+"""Train the transformer and the text encoder by flow matching, from scratch or from saved weights.
 
 python -m dma_diffusers.pipelines.demo_video_training.train --sprites .demo/animated.npz --vae .demo/video_vae \
     --height 64 --frame-stride 2 --batch 256 --shift 2 --seconds 130 --output .demo/video_low
@@ -28,15 +28,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
-    parser.add_argument("--init", type=Path, help="weights to go on from, of an earlier run")
+    parser.add_argument("--init", type=Path, help="weights of an earlier run to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder for model.safetensors and log.csv")
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of the clips in pixels")
-    parser.add_argument("--frame-stride", type=int, default=1, help="2: every second frame")
-    parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels, towards more noise")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="height of the clips in pixels")
+    parser.add_argument("--frame-stride", type=int, default=1, help="2 takes every second frame")
+    parser.add_argument("--shift", type=float, default=3.0, help="shift towards higher noise levels")
     parser.add_argument(
         "--seconds", type=float, default=150, help="time to train for, compilation not counted"
     )
-    parser.add_argument("--batch", type=int, default=32, help="clips a step")
+    parser.add_argument("--batch", type=int, default=32, help="clips per step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.0, help="share of the time in which lr falls to 0")
     parser.add_argument(

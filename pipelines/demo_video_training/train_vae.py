@@ -1,4 +1,4 @@
-"""Train the autoencoder on clips.
+"""Train the demo video model's autoencoder on clips.
 
 python -m dma_diffusers.pipelines.demo_video_training.train_vae --sprites .demo/animated.npz --output .demo/video_vae
 """
@@ -20,18 +20,18 @@ from dma_diffusers.pipelines.demo_video_training.timed import Log, set_learning_
 from dma_diffusers.pipelines.demo_video_training.vae import build_vae, decode, encode, whole_clips
 
 _KL_WEIGHT = 3e-4
-_WINDOW = 17  # frames of a training clip
+_WINDOW = 17  # a training clip has so many frames
 _WARMUP_STEPS = 50
 
 
 def video_loss(clips: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The pictures' loss on every frame of ``[B, 3, T, H, W]`` clips, and L1 of the frames' differences."""
+    """Return the picture loss of every frame of clips ``[B, 3, T, H, W]``, plus the L1 loss of frame differences."""
     frames, target_frames = (t.transpose(1, 2).flatten(0, 1) for t in (clips, targets))
     return reconstruction_loss(frames, target_frames) + F.l1_loss(clips.diff(dim=2), targets.diff(dim=2))
 
 
 def build_optimizers(vae: AutoencoderKLWan, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the kernels between the first and the last convolutions, AdamW for everything else."""
+    """Build Muon for the kernels between the first and the last convolutions, and AdamW for everything else."""
     outer = (
         "encoder.conv_in",
         "encoder.conv_out",
@@ -53,12 +53,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for the AutoencoderKLWan and log.csv"
     )
-    parser.add_argument("--init", type=Path, help="folder of an autoencoder to go on from")
+    parser.add_argument("--init", type=Path, help="folder of an autoencoder to start from")
     parser.add_argument(
         "--seconds", type=float, default=90, help="time to train for, compilation not counted"
     )
-    parser.add_argument("--batch", type=int, default=16, help="clips a step")
-    parser.add_argument("--height", type=int, default=HEIGHT, help="of the clips in pixels")
+    parser.add_argument("--batch", type=int, default=16, help="clips per step")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="height of the clips in pixels")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> None:
     log, windows = Log(args.output / "log.csv"), Random(args.seed)
     for step, share in timed_steps(args.seconds):
         set_learning_rate(optimizers, min(1, (step + 1) / _WARMUP_STEPS, 1.6 * (1 - share) + 0.01))
-        stride = windows.choice((1, 1, 2))  # 2: what the model first learns from
+        stride = windows.choice((1, 1, 2))  # the transformer is first trained on every second frame
         start = windows.randrange(FRAMES - stride * (_WINDOW - 1))
         frames = range(start, start + stride * _WINDOW, stride)
         clips = render(draw(args.batch), frames, args.height).contiguous(memory_format=torch.channels_last_3d)
@@ -86,7 +86,7 @@ def main() -> None:
             posterior = encode(vae, clips)
             reconstruction = decode(vae, posterior.sample())
         loss = video_loss(reconstruction.float(), clips)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent number
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # in nats per latent number
         vae.zero_grad()
         (loss + _KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -108,7 +108,7 @@ def _latents(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
 
 
 def set_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> None:
-    """Write the mean and deviation of ``[B, C, T, H, W]`` latents, by channel, into the configuration."""
+    """Write each channel's mean and deviation over latents ``[B, C, T, H, W]`` into the configuration."""
     deviation, mean = torch.std_mean(latents.float(), dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
 

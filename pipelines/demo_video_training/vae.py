@@ -1,4 +1,4 @@
-"""The demo video model's autoencoder, and the same arithmetic over whole clips at once, for training."""
+"""Define the demo video model's autoencoder, and do its arithmetic on whole clips at once for training."""
 
 from types import MethodType
 
@@ -19,10 +19,10 @@ _PATCH, _CHANNELS = 2, 16
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Clips to 16 channels at an eighth of their side and a quarter of their frames, 1.5 million parameters.
+    """Build an autoencoder of 1.5 million parameters.
 
-    Only shortcuts carry anything at first, and the latents have little noise: without that, nothing is learned in
-    the first hundred steps.
+    It has 16 latent channels at an eighth of a clip's side and a quarter of its frames. At first only the shortcuts
+    carry a signal, and the latents have little noise: without that, it learns nothing in the first hundred steps.
     """
     vae = AutoencoderKLWan(
         base_dim=24,
@@ -49,26 +49,26 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def whole_clips(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Make ``vae`` ready for :func:`encode` and :func:`decode`, in place; its own chunked methods no longer work.
+    """Prepare ``vae`` in place for :func:`encode` and :func:`decode`; its own chunked methods no longer work then.
 
-    The stock class goes through a clip four frames at a time and keeps what its causal convolutions need of the
-    past. All frames at once give the same numbers in a tenth of the launches.
+    The stock class goes through a clip four frames at a time and keeps the past that its causal convolutions need.
+    Processing all frames at once gives the same numbers with a tenth of the kernel launches.
     """
     for module in vae.modules():
         if isinstance(module, WanResample):
             module.forward = MethodType(_resample, module)
-    # Clips come with their channels last, which is what the GPU's convolutions are fast at.
+    # Clips have their channels last, because the GPU's convolutions are fast with that layout.
     convert_conv2d_weight_memory_format(vae, torch.channels_last)
     return convert_conv3d_weight_memory_format(vae, torch.channels_last_3d)
 
 
 def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of ``[B, 3, 4 n + 1, H, W]`` clips in [-1, 1], latents ``[B, 16, n + 1, H/8, W/8]``."""
+    """Encode clips ``[B, 3, 4 n + 1, H, W]`` in [-1, 1] as the posterior of latents ``[B, 16, n + 1, H/8, W/8]``."""
     return DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(patchify(clips, _PATCH))))
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Clips of latents, shapes as in :func:`encode`, not clamped."""
+    """Decode latents to clips that are not clamped; the shapes are as in :func:`encode`."""
     return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), _PATCH)
 
 

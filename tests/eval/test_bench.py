@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.eval.bench import attention as bench
 from dma_diffusers.eval.bench import measure as measuring
+from dma_diffusers.eval.bench import timing
 from dma_diffusers.eval.bench.bound import Gpu, Products, bound_tflops, letter
 from dma_diffusers.eval.bench.entries import (
     FULL,
@@ -29,6 +31,7 @@ from dma_diffusers.eval.bench.peers import PEERS
 from dma_diffusers.eval.bench.plot import check_plot, plot
 from dma_diffusers.eval.bench.shapes import NAMED, Shape, parse
 from dma_diffusers.eval.bench.summary import HEADER, cells, compared, markdown
+from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal
 from dma_diffusers.kernels.tiling.precision_map import build_map
@@ -109,6 +112,12 @@ def test_products_of_a_map_are_its_tiles(tokens):
     assert products(low, "bf16", "int8", "native") == [(1.0, "I", "Q")]
 
 
+def test_a_precision_may_name_the_format_of_its_values():
+    layout = Layout(4608, 4608)
+    parts = products(build_map(Diagonal().classes(layout), layout), "int8/bf16", "int8/fp8", "native")
+    assert [(part.qk, part.pv) for part in parts] == [("I", "H"), ("I", "Q")]
+
+
 def test_faithful_formats_are_multiplied_as_stored():
     layout = Layout(4608, 4608)
     parts = products(build_map(Diagonal().classes(layout), layout), "mxfp8", "mxfp4", "faithful")
@@ -143,11 +152,22 @@ def test_bad_configs(text, words):
 
 
 def test_default_configs_are_what_the_gpu_multiplies():
-    assert [config.name for config in default_configs("sm_90")] == [
-        "LOW int8",
-        "bf16|int8, window 128, sink 128",
-    ]
-    assert {config.low for config in default_configs("sm_100")} == {"mxfp4"}
+    assert [config.name for config in default_configs("sm_90", SHAPE)] == DEFAULT_NAMES
+    assert {config.low for config in default_configs("sm_100", SHAPE)} == {"mxfp4"}
+
+
+def test_default_configs_are_dense_mapped_gathered_and_routed():
+    for shape in parse(list(NAMED)):
+        configs = default_configs("sm_90", shape)
+        layouts = [Layout(shape.tokens, shape.tokens, config.text, config.grid) for config in configs]
+        planned = [
+            plan.make(config.map_policy, layout) for config, layout in zip(configs, layouts, strict=True)
+        ]
+        assert [x.precision_map.has_high for x in planned] == [False, True, True, True]
+        assert [x.token_order is not None for x in planned] == [False, False, True, False]
+        assert [x.routing is not None for x in planned] == [False, False, False, True]
+    free = default_configs("sm_90", Shape("", 1, 24, 4608, 128))
+    assert [config.name for config in free] == [*DEFAULT_NAMES[:2], DEFAULT_NAMES[3]]
 
 
 @pytest.mark.parametrize("kind", ["normal", "large"])
@@ -176,6 +196,12 @@ def entry(name, kind, ms, error=0.01, **parts):
 
 
 SHAPE = Shape("flux-1k", 1, 24, 4608, 128)
+DEFAULT_NAMES = [
+    "LOW int8",
+    "bf16|int8, window 128, sink 128",
+    "bf16|int8, diagonal(window=128, sink=128, near=grid), text 0 to 512",
+    "bf16|int8, importance(budget=0.05)",
+]
 ENTRIES = [
     entry("slow full", FULL, 0.5, error=0.002),
     entry("cuDNN", FULL, 0.4, error=0.002),
@@ -220,13 +246,24 @@ def test_the_table_says_all(measured):
         "fast and NaN (WRONG)",
         "Sage: No module named 'sageattention'",
     ]
-    assert lines[6] == ["LOW int8", "0.250", "1044", "1.60", "1.20", "104", "0.0100", "2", "100"]
+    assert lines[6] == ["LOW int8", "0.250", "1044", "1.60", "1.20", "104", "0.0100", "2", "100", "", ""]
     assert lines[7][:6] == ["– without quantisation", "0.200", "1305", "2.00", "1.50", "130"]
     assert [line[1] for line in lines[8:]] == ["0.030", "0.050"]
     text = markdown(measured)
     assert text.startswith("**flux-1k 1×24×4608×128**\n\n| Attention | ms |")
     assert len(text.splitlines()) == 2 + 2 + len(lines)
     assert r"bf16\|int8" in markdown({"a": {"entries": compared(SHAPE, [entry("bf16|int8", OURS, 1.0)])}})
+
+
+def test_the_table_says_how_fast_calls_are_one_after_another_and_as_a_graph():
+    both, eager_only = entry("both", OURS, 0.25), entry("eager only", FULL, 0.4)
+    both["whole"] |= {"eager_ms": 0.5, "graph_ms": 0.26}
+    eager_only["whole"] |= {"eager_ms": 0.41, "graph_ms": None, "graph_absent": "it waits for the device"}
+    found = compared(SHAPE, [both, eager_only])
+    assert (HEADER[-2], HEADER[-1]) == ("eager TFLOP/s", "graph TFLOP/s")
+    assert [line[-2:] for line in cells(found)] == [["522", "1004"], ["636", ""]]
+    assert found[0]["whole"]["eager_tflops"] == pytest.approx(found[0]["whole"]["tflops"] / 2)
+    assert "graph_tflops" not in found[1]["whole"]
 
 
 def test_the_chart_has_a_bar_for_each_right_entry(measured):
@@ -267,10 +304,21 @@ class Event:
         return 1e3 * (end.time - self.time)
 
 
+class Graph:
+    """A CUDA graph that takes a millisecond whenever it is replayed."""
+
+    def replay(self):
+        time.sleep(1e-3)
+
+
 @pytest.fixture
 def pretends(monkeypatch):
     """`torch.cuda` on the CPU; what the GPU was told to wait for."""
     waits = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
@@ -317,13 +365,38 @@ def test_entries_are_checked_and_timed_in_turns(pretends):
     assert json.loads(json.dumps(result, allow_nan=False))["copies"] == 3
     assert steps[-1] == (shape.label, 5, 5)
 
-    timed = [name for name, _ in order[6 + 6 :]]  # twice checked and twice for an estimate, each of three
-    turns = [name for name, _ in groupby(timed)]
-    assert turns == ["exact", "wrong", "fast"] * 3
-    numbers = [number for name, number in order[12:] if name == "exact"]
-    assert numbers == [0, 1, 2, 0, 0, 1, 2, 1, 0, 1, 2, 2]  # three untimed, then the next copy each time
-    assert timed.count("wrong") > len(numbers)
-    assert all(wait > 0 for wait in pretends) and len(pretends) == 6 * (1 + 3)
+    turns = [(name, [number for _, number in group]) for name, group in groupby(order, lambda call: call[0])]
+    # Each is checked twice; then come an estimate and the host's time; then three turns; then eager calls and graphs.
+    assert [name for name, _ in turns] == ["exact", "wrong", "fast"] * (1 + 1 + 3 + 1)
+    assert turns[0][1] == [0, 0]
+    assert turns[3][1] == [0, 1] + [0] * 5
+    # Three untimed calls precede the timed one, which takes the next copy in each turn.
+    assert [turns[index][1] for index in (6, 9, 12)] == [[0, 1, 2, 0], [0, 1, 2, 1], [0, 1, 2, 2]]
+    # A call is captured on each copy, estimated by three calls after one, and runs three times in three rounds.
+    assert turns[15][1] == [0, 1, 2] + [0, 1, 2, 3] + [0, 1, 2, 3] * 3
+    assert len(turns[7][1]) > len(turns[6][1])
+    assert all(wait > 0 for wait in pretends) and len(pretends) == 6 * (1 + 5 + 3)
+    assert exact["whole"]["eager_ms"] >= 20 and 1 <= fast["whole"]["graph_ms"] < fast["whole"]["eager_ms"]
+    assert "eager_ms" not in exact["kernel"]
+
+
+def test_a_call_that_cannot_be_captured_has_the_reason(pretends, monkeypatch):
+    def refuse(number):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(timing, "_captured", lambda call, copies: refuse(0))
+    found = timing.eager_and_graph(lambda number: time.sleep(1e-3), 3, 0.01)
+    assert found["graph_absent"] == "operation not permitted when stream is capturing"
+    assert found["graph_ms"] is None and 1 <= found["eager_ms"] < 10
+
+
+def test_a_slow_host_is_told_by_host_us_and_by_eager_calls(pretends):
+    """The pretended GPU waits for the host, as a real one does where nothing makes it run behind."""
+    slow, fast = (partial(lambda took, number: time.sleep(took), took) for took in (4e-3, 1e-3))
+    found = timing.take_turns({"slow": slow, "fast": fast}, 0.03)
+    assert 4000 <= found["slow"]["host_us"] < 8000 and 1000 <= found["fast"]["host_us"] < 3000
+    assert timing.host_seconds(slow, 2) >= 4e-3
+    assert timing.eager_and_graph(slow, 1, 0.03)["eager_ms"] >= 4
 
 
 @pytest.fixture
@@ -352,7 +425,7 @@ def test_an_interrupted_run_is_resumed(has_gpu, tmp_path):
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     assert list(result["shapes"]) == done
     names = [row["name"] for row in result["shapes"][done[0]]["entries"]]
-    assert names == [*(peer.name for peer in PEERS), "LOW int8", "bf16|int8, window 128, sink 128"]
+    assert names == [*(peer.name for peer in PEERS), *DEFAULT_NAMES]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"inputs": "outliers"}, {"configs": [Config()]}])

@@ -92,8 +92,21 @@ def gpu():
     return current_gpu()
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """Where our kernels run: a GPU, or the CPU in Triton's interpreter."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        monkeypatch.setattr(operator, "choose", lambda *_: Choice("native", "the interpreter runs it"))
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, or Triton's interpreter")
+    return "cuda"
+
+
 CONFIG = Config("bf16", "int8", window=0, sink=0)
 NEIGHBORHOOD = Config("bf16", "int8", policy="neighborhood(window=4x8, stride=2x4)", grid=(10, 20))
+IMPORTANCE = Config("bf16", "int8", policy="importance(budget=0.25)")
 
 
 @pytest.mark.kernel
@@ -105,15 +118,11 @@ def test_inputs_do_not_fit_the_cache(gpu):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("config", [CONFIG, NEIGHBORHOOD], ids=["dense", "neighborhood"])
-def test_the_kernel_alone_computes_what_the_call_does(monkeypatch, config):
+@pytest.mark.parametrize(
+    "config", [CONFIG, NEIGHBORHOOD, IMPORTANCE], ids=["dense", "neighborhood", "importance"]
+)
+def test_the_kernel_alone_computes_what_the_call_does(device, config):
     """Here and in the interpreter: launched again, the recorded kernels write the same result anew."""
-    triton = pytest.importorskip("triton")
-    if triton.knobs.runtime.interpret:
-        monkeypatch.setattr(operator, "choose", lambda *_: Choice("native", "the interpreter runs it"))
-    elif not torch.cuda.is_available():
-        pytest.skip("needs a GPU, or Triton's interpreter")
-    device = "cpu" if triton.knobs.runtime.interpret else "cuda"
     copies = [tuple(torch.randn(3, 1, 2, 200, 64, device=device).bfloat16()) for _ in range(2)]
     prepared = config.entry.prepare(copies)
     for number in (0, 1, 2):

@@ -67,6 +67,22 @@ def test_peers_are_called_in_their_layout(monkeypatch, capability):
     assert torch.equal(peer("FlashAttention-4 bf16").entry.prepare([(Q, K, V)]).whole(0), V)
 
 
+@pytest.mark.parametrize("module", ["fa3_fwd_interface", "flash_attn_interface"])
+def test_flash_attention_3_takes_bf16_and_e4m3(monkeypatch, module):
+    dtypes = []
+
+    def attend(q, k, v):
+        assert q.shape == (1, 5, 2, 4)
+        dtypes.append({q.dtype, k.dtype, v.dtype})
+        return v.float()
+
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(__name__=module, flash_attn_func=attend))
+    for name in ("FlashAttention-3 bf16", "FlashAttention-3 FP8"):
+        assert torch.equal(peer(name).entry.prepare([(Q, K, V)]).whole(0), V)
+    assert dtypes == [{torch.float32}, {torch.float8_e4m3fn}]
+
+
 class Graph:
     """cuDNN's FP8 attention as its frontend builds it, computed by torch."""
 

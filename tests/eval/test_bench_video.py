@@ -19,8 +19,8 @@ from dma_diffusers.eval.bench.video import DENSE, LOW, SPARSE, STOCK, bench_vide
 from dma_diffusers.eval.bench.video_models import VIDEOS, shortened
 from dma_diffusers.eval.cost import pairs
 from dma_diffusers.kernels.lowerings import Choice
+from dma_diffusers.kernels.tiling.layout import tiles
 from dma_diffusers.kernels.tiling.policies import Neighborhood
-from dma_diffusers.kernels.tiling.precision_map import tiles
 from tests.command_line import run
 from tests.eval.test_bench import H200
 from tests.tiny_pipelines import rope_axes
@@ -172,7 +172,7 @@ def test_the_bound_is_that_of_the_products(monkeypatch):
     shape = Shape("", 1, 40, layout.k_length, 128)
     bounds = {}
     for entry, config in video.configurations(wan.neighborhood).items():
-        found = video.work(config, layout, 128, CPU, entry == DENSE)
+        found = video.workload(config, layout, 128, CPU, entry == DENSE)
         bounds[entry] = bound_tflops(shape, found["products"], H200)
     assert bounds[DENSE] == bounds[STOCK] == pytest.approx(bounds[LOW] / 2)
     assert bounds[SPARSE] / bounds[LOW] == pytest.approx(11.81, rel=1e-3)

@@ -8,11 +8,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.attention.tuning import tuning
-from dma_diffusers.kernels.formats import fake_quantize, get_format
-from dma_diffusers.kernels.lowerings import LOWERINGS, architecture
+from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.call import Call as KernelCall
+from dma_diffusers.kernels.formats import fake_quantize
 from dma_diffusers.kernels.plan import Plan, make
-from dma_diffusers.kernels.tiling.fine_mask import FineMask, hiding
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.fine_mask import FineMask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal, parse
 from dma_diffusers.kernels.tiling.precision_map import PrecisionMap, build_map
@@ -85,7 +86,7 @@ class Call:
         """Those that hide empty slots, or all that a neighbourhood does."""
         if self.policy:
             return self.plan.fine_mask
-        return hiding(self.token_order) if self.empty_slots else None
+        return hide_empty_slots(self.token_order) if self.empty_slots else None
 
     def fine_mask_on(self, device: torch.device) -> FineMask | None:
         return self.fine_mask and self.fine_mask.to(device)
@@ -239,8 +240,12 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    sample = k[..., :: max(1, call.k_length // 1024), :]
-    mean = sample.double().mean(-2, keepdim=True).float()  # any constant will do; this one rounds alike
+    sampled = torch.arange(0, call.k_length, max(1, call.k_length // 1024))
+    means = []  # any constant will do; this one rounds alike
+    for b in range(call.batch):
+        own = sampled if mask is None else sampled[mask[b, sampled].cpu()]
+        means.append(k[b, :, own].double().sum(-2, keepdim=True) / max(1, len(own)))
+    mean = torch.stack(means).float()
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
@@ -259,8 +264,9 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
             )
         return (a.double() @ b.double().mT) * math.log(2)
 
-    s = torch.where(is_high(call), scores(call.high), scores(call.low))
-    takes_bf16 = "bf16" in call.map().used(call.high, call.low)
+    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
+    s = torch.where(is_high(call), scores(high), scores(low))
+    takes_bf16 = "bf16" in call.map().used(high, low)
     s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
     s = s.masked_fill(~seen(call, mask), -math.inf)
     if call.skip_below is not None:
@@ -270,17 +276,47 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
 
 
-def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums LOW's probabilities as it multiplies them; who skips tiles together."""
-    from dma_diffusers.kernels.attention.launch import takes_gluon
-    from dma_diffusers.kernels.quantiser.launch import Stored, padded_dim
+def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
+    """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
+    of_call = {
+        name: given.pop(name)
+        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope")
+        if name in given
+    }
+    of_plan = {
+        name: given.pop(name)
+        for name in ("routing", "token_order", "fine_mask", "skip_below", "masks_all")
+        if name in given
+    }
+    return KernelCall(q, k, v, **of_call), Plan(precision_map, **of_plan), Precisions.parse(high, low), given
 
-    stores = next(candidate.stores for candidate in LOWERINGS if candidate.name == lowering)
-    formats = call.map().used(call.high, call.low)
-    classes = tuple(name and Stored(get_format(name), stores[name]) for name in formats)
-    storages = tuple(c and c.storage for c in classes)
-    tuned = tuning(target or architecture(device), padded_dim(call.head_dim), storages)
-    return {"sums_rounded": takes_gluon(tuned, classes), "skip_rows": tuned.rows}
+
+def by_reference(*positional, **given) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.attention`; arguments as of `split`, and its own."""
+    call, plan, precisions, options = split(*positional, **given)
+    return reference.attention(call, plan, precisions, **options)
+
+
+def launched(*positional, lowering="native", run=None, **given):
+    """`launch.attention` on the device of q; arguments as of `split`, its own, and what runs a kernel."""
+    from dma_diffusers.kernels.attention import launch
+    from dma_diffusers.kernels.device.launch import Launcher
+
+    call, plan, precisions, options = split(*positional, **given)
+    launcher = Launcher() if run is None else Launcher(run)
+    return launch.attention(
+        call, plan.to(call.q.device), precisions, lowering=lowering, launcher=launcher, **options
+    )
+
+
+def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
+    """The reference's options: hopper.py sums FP8 probabilities as it multiplies them; who skips tiles together."""
+    from dma_diffusers.kernels.attention.launch import Variant
+
+    q = torch.empty(1, 1, 1, call.head_dim, device=device)
+    precisions = Precisions.parse(call.high, call.low)
+    variant = Variant.of(KernelCall(q, q, q), Plan(call.map()), precisions, lowering, target)
+    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows}
 
 
 def guarded(kernel, grid, *arguments, **options) -> None:
@@ -312,6 +348,13 @@ def guarded(kernel, grid, *arguments, **options) -> None:
         bits.copy_(copy)
         copy.fill_(-1)
         assert (memory == -1).all(), f"{kernel.fn.__name__} wrote beside a tensor of shape {list(bits.shape)}"
+
+
+def with_hidden(tensors: tuple[torch.Tensor, ...], of_k: float, of_v: float) -> tuple[torch.Tensor, ...]:
+    """q, k, v and mask: hidden keys and values are these multiples of the largest number that their dtype has."""
+    q, k, v, mask = tensors
+    hidden, largest = ~mask[:, None, :, None], torch.finfo(k.dtype).max
+    return q, k.masked_fill(hidden, of_k * largest), v.masked_fill(hidden, of_v * largest), mask
 
 
 def relative_l2(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -442,6 +485,29 @@ GRID_CALLS = [
         300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),
         name="nearest",
     ),
+]  # fmt: skip
+
+
+# Of hidden keys, and of hidden values: multiples of the largest number that the dtype has.
+HIDDEN = [(1.0, -1.0), (math.nan, 2.0**-8)]
+HIDING_CALLS = [
+    replace(call, masks_keys=True, batch=2)
+    for call in (
+        Call(1, 1, 64, name="hides-1"),
+        Call(63, 63, 64, heads=4, window=0, sink=0, dtype=torch.bfloat16, name="hides-63"),
+        Call(111, 111, 40, low="int8", window=0, sink=0, has_rope=True, dtype=torch.float16, name="hides-111"),
+        Call(300, 300, 64, kv_heads=1, has_rope=True, name="hides-300-rope"),
+        Call(300, 300, 64, high="bf16", low="int8", window=0, sink=0, dtype=torch.bfloat16, name="hides-all-low"),
+        Call(300, 300, 64, high="bf16", low="fp8", has_token_order=True, has_rope=True, name="hides-order"),
+        Call(300, 300, 64, low="fp8", has_token_order=True, empty_slots=40, name="hides-order-empty"),
+        Call(300, 300, 64, low="nvfp4", kv_heads=1, dtype=torch.bfloat16, name="hides-nvfp4"),
+        Call(130, 300, 72, high="fp8", low="fp8", dtype=torch.float16, name="hides-cross-fp8"),
+        Call(300, 300, 64, high="bf16", low="int8", is_causal=True, skip_below=0.05, name="hides-causal-skips"),
+        Call(
+            400, 400, 64, **_ONE_HEAD, text=(252, 400), masks_text=True, high="bf16", low="int8", grid=(4, 7, 9),
+            policy="neighborhood(window=4x7x9, stride=4x7x9)", dtype=torch.bfloat16, name="hides-text",
+        ),
+    )
 ]  # fmt: skip
 
 

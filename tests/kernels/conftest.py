@@ -50,11 +50,14 @@ def poisoned(monkeypatch):
 
     What isn't written shows.
     """
-    empty = torch.empty
+    poison = {torch.uint8: 0xFF, torch.int8: -128, torch.int16: -1, torch.int32: -1}
 
-    def poisoned_empty(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        poison = {torch.uint8: 0xFF, torch.int8: -128, torch.int16: -1, torch.int32: -1}
-        return x.fill_(poison.get(x.dtype, torch.nan))
+    def poisoned(empty):
+        def allocate(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            return x.fill_(poison.get(x.dtype, torch.nan))
 
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+        return allocate
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

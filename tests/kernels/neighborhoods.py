@@ -1,4 +1,4 @@
-"""Neighbourhoods by brute force: token by token, from the definition (arXiv 2504.16922), sharing nothing with it."""
+"""Neighbourhoods by brute force, token by token from the definition (arXiv 2504.16922), sharing no code with ours."""
 
 import random
 from functools import cache
@@ -11,7 +11,7 @@ from dma_diffusers.kernels.tiling.neighborhood import Axis
 
 @cache
 def sees(n: int, w: int, s: int, d: int, causal: bool, query: int, key: int) -> bool:
-    """Whether a query sees a key, in one dimension."""
+    """True if a query sees a key in one dimension."""
     if query % d != key % d:
         return False
     n, i, j = len([token for token in range(n) if token % d == query % d]), query // d, key // d
@@ -41,7 +41,7 @@ def brute_mask(axes: tuple[Axis, ...]) -> torch.Tensor:
 
 
 def tile_of_tokens(axes: tuple[Axis, ...], box: tuple[int, ...]) -> list[int]:
-    """The tile of each token: boxes of one residue class, in the order of residue and place in each dimension."""
+    """The tile of each token: boxes of one residue class, ordered by residue and then position in each dimension."""
     tokens = list(product(*(range(axis.length) for axis in axes)))
     names = [
         tuple(
@@ -57,7 +57,7 @@ def tile_of_tokens(axes: tuple[Axis, ...], box: tuple[int, ...]) -> list[int]:
 def pairs_seen(
     mask: torch.Tensor, q_tiles: list[int], kv_tiles: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each pair of tiles, how many pairs of tokens the mask lets see, and how many there are."""
+    """For each pair of tiles, the number of pairs of tokens that the mask allows, and the number of all pairs."""
     q, kv = (torch.nn.functional.one_hot(torch.tensor(tiles)).double() for tiles in (q_tiles, kv_tiles))
     return q.T @ mask.double() @ kv, q.sum(0)[:, None] * kv.sum(0)
 

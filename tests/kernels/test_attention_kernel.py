@@ -7,36 +7,35 @@ in the last bits, so that now and then a probability rounds to the neighbouring 
 import pytest
 import torch
 
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
-from dma_diffusers.kernels.tiling.fine_mask import hiding
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 from tests.kernels.calls import (
     GRID_CALLS,
+    HIDDEN,
+    HIDING_CALLS,
     NAMED_CALLS,
     Call,
     as_the_kernel,
+    by_reference,
     guarded,
+    launched,
     random_calls,
     relative_l2,
+    with_hidden,
 )
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 
-def launched(q, k, v, precision_map, high, low, lowering="native", **call):
-    from dma_diffusers.kernels.attention import launch
-
-    call = {"key_mask": None, "scale": q.shape[-1] ** -0.5, "is_causal": False} | call
-    return launch.attention(q, k, v, precision_map.to(q.device), high, low, lowering=lowering, **call)
-
-
 def run(call: Call, device: torch.device, tensors=None, lowering="native", skipped=None):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
-        q, k, v, call.map(), call.high, call.low, lowering,
-        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
+        q, k, v, call.map(), call.high, call.low, lowering=lowering,
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
+        fine_mask=call.fine_mask_on(device),
         masks_all=not call.masks_text, **call.ropes(device),
         skip_below=call.skip_below, skipped=skipped,
     )[:2]  # fmt: skip
@@ -44,9 +43,10 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
 
 def expected(call: Call, device: torch.device, lowering: str, skipped=None):
     q, k, v, mask = call.tensors(device)
-    return reference.attention(
+    return by_reference(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device), fine_mask=call.fine_mask_on(device),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
+        fine_mask=call.fine_mask_on(device),
         **call.ropes(device),
         **as_the_kernel(call, lowering, device),
         skip_below=call.skip_below, skipped=skipped,
@@ -55,9 +55,9 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
 
 def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device) -> None:
     """Where there is no block-scaled MMA, Triton widens its operands; Triton 3.6 can't in these cases."""
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
-    formats = call.map().used(call.high, call.low)
+    formats = call.map().used(*(precision.qk for precision in Precisions.parse(call.high, call.low)))
     blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
     if lowering != "native" or device.type == "cpu" or not blocks:
         return
@@ -144,7 +144,7 @@ def test_maps_of_each_head_and_batch(pair, kernel_device):
     precision_map = build_map(classes, call.layout)
     out, lse, _ = launched(q, k, v, precision_map, *pair)
     rounded = as_the_kernel(call, "native", kernel_device)["sums_rounded"]
-    reference_out, reference_lse = reference.attention(q, k, v, precision_map, *pair, sums_rounded=rounded)
+    reference_out, reference_lse = by_reference(q, k, v, precision_map, *pair, sums_rounded=rounded)
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 2e-3)
     assert (out[0, 0, :128] == 0).all() and (lse[0, 0, :128] == -torch.inf).all()
     assert torch.equal(lse.isinf(), reference_lse.isinf())
@@ -175,7 +175,7 @@ def test_nan_is_where_the_reference_has_it(skip_below, which, bad, pair, kernel_
     tensors[which][0, 0, 150, 3] = bad
     q, k, v = tensors.values()
     out, _ = run(call, kernel_device, (q, k, v, None))
-    reference_out, _ = reference.attention(
+    reference_out, _ = by_reference(
         q, k, v, call.map(), *pair, is_causal=True, skip_below=skip_below,
         skip_rows=as_the_kernel(call, "native", kernel_device)["skip_rows"],
     )  # fmt: skip
@@ -194,8 +194,40 @@ def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
         hidden = k.masked_fill(~mask[:, None, :, None], content)
         outs.append(run(call, kernel_device, (q, hidden, v, mask))[0])
     assert torch.equal(*outs)
-    reference_out, _ = reference.attention(q, hidden, v, call.map(), *pair, key_mask=mask)
+    reference_out, _ = by_reference(q, hidden, v, call.map(), *pair, key_mask=mask)
     assert relative_l2(outs[0], reference_out) <= (1e-3 if kernel_device.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("call", "lowering"),
+    [(call, "native") for call in HIDING_CALLS]
+    + [(call, "faithful") for call in HIDING_CALLS if call.high == "mxfp8"],
+    ids=str,
+)
+def test_hidden_keys_change_nothing(call, lowering, kernel_device):
+    """Not a bit changes, whatever they hold, and however large their values are."""
+    skip_what_triton_gets_wrong(call, lowering, kernel_device)
+    tensors = call.tensors(kernel_device)
+    out, lse = run(call, kernel_device, with_hidden(tensors, 0.0, 0.0), lowering)
+    assert out.isfinite().all()
+    for content in HIDDEN:
+        other, other_lse = run(call, kernel_device, with_hidden(tensors, *content), lowering)
+        assert torch.equal(other, out) and torch.equal(other_lse, lse)
+
+
+@pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8")])
+@pytest.mark.parametrize("window", [0, 128, 10_000])
+def test_the_largest_fp16_values_stay_finite(window, pair, kernel_device):
+    """Infinity stays infinite where V is in bf16."""
+    call = Call(300, 300, 64, high=pair[0], low=pair[1], window=window, sink=window, dtype=torch.float16)
+    skip_what_triton_gets_wrong(call, "native", kernel_device)
+    q, k, v, _ = call.tensors(kernel_device)
+    v[:, 0], v[:, 1] = 65504.0, -65504.0
+    out, _ = run(call, kernel_device, (q, k, v, None))
+    assert relative_l2(out, v) < 0.01 and out.dtype == torch.float16
+    if window == 10_000:
+        v[0, 0, 7, 3] = torch.inf
+        assert (run(call, kernel_device, (q, k, v, None))[0][0, 0, :, 3] == torch.inf).all()
 
 
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("int8", "fp8")])
@@ -206,7 +238,7 @@ def test_zeros(size, pair, kernel_device):
     q, k, v, _ = call.tensors(kernel_device)
     q, k = q * size, k * size
     out, _ = run(call, kernel_device, (q, k, v, None))
-    reference_out, _ = reference.attention(q, k, v, call.map(), *pair)
+    reference_out, _ = by_reference(q, k, v, call.map(), *pair)
     assert relative_l2(out, reference_out) <= (1e-4 if kernel_device.type == "cpu" else 1e-2)
 
 
@@ -229,7 +261,8 @@ def test_an_order_gives_the_bits_of_tokens_permuted_before_and_after(length, pai
     q, k, v, mask = call.tensors(kernel_device)
     ropes = call.ropes(kernel_device)
     permuted = launched(
-        *(x[:, :, token_order] for x in (q, k, v)), call.map(), *pair, key_mask=None if mask is None else mask[:, token_order],
+        *(x[:, :, token_order] for x in (q, k, v)), call.map(), *pair,
+        key_mask=None if mask is None else mask[:, token_order],
         **{name: rope and tuple(table[token_order] for table in rope) for name, rope in ropes.items()},
     )  # fmt: skip
     out, lse, _ = launched(q, k, v, call.map(), *pair, key_mask=mask, token_order=token_order, **ropes)
@@ -248,7 +281,7 @@ def test_what_an_order_does_not_name_is_left_alone(pair, empty_slots, kernel_dev
     slots = (token_order >= 0).nonzero()[[5, 130, 131, 299], 0]
     left_out = token_order[slots]
     token_order[slots] = torch.tensor([-1, 300, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    fine_mask = hiding(token_order.where(token_order < 300, -1)).to(kernel_device)
+    fine_mask = hide_empty_slots(token_order.where(token_order < 300, -1)).to(kernel_device)
     out, lse, _ = launched(
         q,
         k,

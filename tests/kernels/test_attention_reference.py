@@ -4,13 +4,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.attention import reference
-from tests.kernels.calls import NAMED_CALLS, Call, oracle, random_calls, relative_l2, seen
+from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.routing.reference import Routing
+from dma_diffusers.kernels.tiling.policies import Diagonal
+from dma_diffusers.kernels.tiling.precision_map import build_map, visiting_phases
+from tests.kernels.calls import (
+    HIDDEN,
+    HIDING_CALLS,
+    NAMED_CALLS,
+    Call,
+    by_reference,
+    oracle,
+    random_calls,
+    relative_l2,
+    seen,
+    with_hidden,
+)
 
 
-def run(call: Call):
-    q, k, v, mask = call.tensors()
-    return reference.attention(
+def run(call: Call, tensors=None):
+    q, k, v, mask = call.tensors() if tensors is None else tensors
+    return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask, **call.ropes(),
         skip_below=call.skip_below,
@@ -63,7 +77,7 @@ def test_an_order_names_each_token_once(token_order):
     call = Call(3, 3, 64)
     with pytest.raises(ValueError, match="order must name each of the 3 tokens once"):
         token_order = torch.tensor(token_order, dtype=torch.int32)
-        reference.attention(*call.tensors()[:3], call.map(), "mxfp8", "mxfp4", token_order=token_order)
+        by_reference(*call.tensors()[:3], call.map(), "mxfp8", "mxfp4", token_order=token_order)
 
 
 def test_more_bits_are_better():
@@ -83,19 +97,65 @@ def test_smoothing_is_exact_and_helps():
     call = Call(513, 513, 64)
     q, k, v, _ = call.tensors()
     shifted = k + 32.0
-    plain = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")
-    moved = reference.attention(q, shifted, v, call.map(), "mxfp8", "mxfp4")
+    plain = by_reference(q, k, v, call.map(), "mxfp8", "mxfp4")
+    moved = by_reference(q, shifted, v, call.map(), "mxfp8", "mxfp4")
     assert relative_l2(moved[0], plain[0]) < 1e-3
     torch.testing.assert_close(moved[1], plain[1] + 32.0 * q.sum(-1) * 64**-0.5, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_of_keys_of_which_the_sample_has_none_is_zero():
+    k, mask = torch.ones(2, 1, 4096, 8), torch.ones(2, 4096, dtype=torch.bool)
+    mask[0, ::4] = False
+    assert quantiser.key_mean(k, key_mask=mask).flatten(1).tolist() == [[0.0] * 8, [1.0] * 8]
 
 
 def test_a_row_that_sees_nothing_is_zero():
     call = Call(200, 200, 64, batch=2)
     q, k, v, _ = call.tensors()
     mask = torch.stack([torch.zeros(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)])
-    out, lse = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=mask)
+    out, lse = by_reference(q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=mask)
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
     assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("call", HIDING_CALLS, ids=str)
+def test_hidden_keys_change_nothing(call):
+    """Not a bit changes, whatever they hold, and however large their values are."""
+    out, lse = run(call, with_hidden(call.tensors(), 0.0, 0.0))
+    assert out.isfinite().all()
+    for content in HIDDEN:
+        other, other_lse = run(call, with_hidden(call.tensors(), *content))
+        assert torch.equal(other, out) and torch.equal(other_lse, lse)
+
+
+def test_hidden_values_change_no_route():
+    call = Call(1024, 1024, 64, batch=2, masks_keys=True)
+    layout, mask = call.layout, call.tensors()[3]
+    mask[:, 512:600] = False
+    classes = Diagonal(call.window, call.sink).classes(layout)
+    routing = Routing.of(visiting_phases(classes, layout), 0.3)
+    zeros, large = (
+        by_reference(
+            *with_hidden((*call.tensors()[:3], mask), 0.0, content)[:3], build_map(classes, layout), "bf16", "int8",
+            key_mask=mask, routing=routing,
+        )[0]
+        for content in (0.0, 1e-30)
+    )  # fmt: skip
+    assert torch.equal(zeros, large)
+
+
+@pytest.mark.parametrize("window", [0, 128, 10_000])
+def test_the_largest_fp16_values_stay_finite(window):
+    """Rounded in bf16 and in e4m3 they are 65536. Infinity stays infinite where V is in bf16."""
+    call = Call(300, 300, 64, window=window, sink=window, dtype=torch.float16)
+    q, k, v, _ = call.tensors()
+    v[:, 0], v[:, 1] = 65504.0, -65504.0
+    out, _ = run(call, (q, k, v, None))
+    assert relative_l2(out, v) < 0.01 and out.dtype == torch.float16
+    if window == 10_000:
+        assert torch.equal(out, v)
+        v[0, 0, 7, 3] = torch.inf
+        assert (run(call, (q, k, v, None))[0][0, 0, :, 3] == torch.inf).all()
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
@@ -107,7 +167,7 @@ def test_nan_spreads_no_further_than_in_full_precision(which, is_causal):
     q, k, v = tensors.values()
     scores = (q @ k.mT * 64**-0.5).masked_fill(~seen(call, None), -torch.inf)
     expected = (scores.softmax(-1) @ v).isnan()
-    out, _ = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", is_causal=is_causal)
+    out, _ = by_reference(q, k, v, call.map(), "mxfp8", "mxfp4", is_causal=is_causal)
     assert expected.any() and not (out.isnan() & ~expected).any()
     assert out.isnan().any()
 
@@ -116,7 +176,7 @@ def test_zeros_give_the_mean_of_v():
     call = Call(300, 300, 64)
     v = call.tensors()[2]
     zeros = torch.zeros_like(v)
-    out, _ = reference.attention(zeros, zeros, v, call.map(), "mxfp8", "mxfp4")
+    out, _ = by_reference(zeros, zeros, v, call.map(), "mxfp8", "mxfp4")
     assert relative_l2(out, v.mean(-2, keepdim=True).expand_as(v)) < 0.05
 
 
@@ -127,7 +187,7 @@ def test_probabilities_keep_clear_of_e4m3s_subnormals():
     k[..., 3] *= 8
     v = v + 4
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    out, _ = reference.attention(q, k, v, call.map(), "mxfp8", "int8")
+    out, _ = by_reference(q, k, v, call.map(), "mxfp8", "int8")
     assert relative_l2(out, exact) < 0.01
 
 
@@ -139,7 +199,7 @@ def test_two_halves_of_the_keys_merge_to_the_whole(high, low):
     k[:, :, 256:] += 3.0 * torch.randn(64, generator=torch.Generator().manual_seed(1))  # another mean
     half = Call(300, 256, 64, high=high, low=low, window=0, sink=0)
     outs, lses = zip(*(
-        reference.attention(q, k[:, :, part], v[:, :, part], half.map(), high, low)
+        by_reference(q, k[:, :, part], v[:, :, part], half.map(), high, low)
         for part in (slice(0, 256), slice(256, 512))
     ), strict=True)  # fmt: skip
     lse = torch.logaddexp(*lses)

@@ -1,4 +1,4 @@
-"""The planner of boxes."""
+"""The choice of boxes."""
 
 import math
 

@@ -12,8 +12,7 @@ if triton.knobs.runtime.interpret:
 
 from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
-from dma_diffusers.kernels.attention import launch  # noqa: E402
-from tests.kernels.calls import NAMED_CALLS, Call  # noqa: E402
+from tests.kernels.calls import NAMED_CALLS, Call, launched  # noqa: E402
 
 KIND_OF_QK = {
     "mxfp8": "kind::mxf8f6f4",
@@ -237,8 +236,9 @@ def test_named_calls_compile(call, target):
     lowering = ahead.choose(target, call.head_dim, call.high, call.low)
     recorded = []
     q, k, v, mask = call.tensors()
-    launch.attention(
-        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal, token_order=call.token_order,
+    launched(
+        q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
+        token_order=call.token_order,
         lowering=lowering.lowering, target=target, **call.ropes(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_new_length_runs_the_same_kernels(lengths):
         recorded = []
         call = Call(length, length, 64, dtype=torch.bfloat16, tokens_first=True)
         q, k, v, _ = call.tensors()
-        launch.attention(
+        launched(
             q, k, v, call.map(), "mxfp8", "mxfp4", key_mask=None, scale=1.0, is_causal=False, lowering="native",
             run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
         )  # fmt: skip
@@ -299,7 +299,7 @@ def test_routing_takes_four_kernels_more(target):
         for routes in (False, True)
     )
     added = [name for name in launches if name not in without]
-    assert added == ["pool", "score", "count_steps", "write_walks"]
+    assert added == ["pool", "score", "count_steps", "write_block_lists"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0

@@ -1,4 +1,4 @@
-"""FineMask against the mask that they pack."""
+"""Fine masks against the masks that they pack."""
 
 import math
 import random
@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 
-from dma_diffusers.kernels.tiling.fine_mask import fine_mask, hiding
+from dma_diffusers.kernels.tiling.fine_mask import fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import Axis
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests.kernels.neighborhoods import brute_mask
 
 
-def test_who_sees_whom():
+def test_a_neighborhood_by_brute_force():
     rng = random.Random(0)
     for _ in range(150):
         longest = rng.choice(((60,), (8, 9), (4, 5, 5)))
@@ -21,21 +21,18 @@ def test_who_sees_whom():
         grid = tuple(axis.length for axis in axes)
         text, tokens = rng.choice((0, 3)), math.prod(grid)
         box = {1: (128,), 2: (64, 2), 3: (32, 2, 2)}[len(grid)]
-        slots = TileOrder(Layout(tokens + text, tokens + text, (0, text), grid), box)
-        packed = fine_mask(slots.token_order, slots.coordinates, axes)
+        tile_order = TileOrder(Layout(tokens + text, tokens + text, (0, text), grid), box)
+        token_order = tile_order.token_order
         expected = torch.ones(tokens + text, tokens + text, dtype=torch.bool)
         expected[text:, text:] = brute_mask(axes)
-        query, key = torch.meshgrid(
-            torch.arange(len(slots.token_order)), torch.arange(len(slots.token_order)), indexing="ij"
-        )
-        taken, token = slots.token_order >= 0, slots.token_order.long()
-        found = packed.seen(query, key)
+        slot, taken, token = torch.arange(len(token_order)), token_order >= 0, token_order.long()
+        found = fine_mask(token_order, tile_order.coordinates, axes).seen(slot[:, None], slot)
         assert torch.equal(found[taken][:, taken], expected[token[taken]][:, token[taken]]), axes
         assert not found[:, ~taken].any()
 
 
 def test_long_sides():
-    """As long as fields allow, at both ends."""
+    """The longest sides that the fields hold, at both of their ends."""
     for axes, at in (
         ((Axis(511, 7),) * 3, 510),
         ((Axis(16383, 9),) * 2, 16382),
@@ -52,7 +49,7 @@ def test_long_sides():
 
 def test_only_empty_slots_are_hidden():
     token_order = torch.tensor([3, -1, 0, 2, 1])
-    seen = hiding(token_order).seen(torch.arange(128)[:, None], torch.arange(128))
+    seen = hide_empty_slots(token_order).seen(torch.arange(128)[:, None], torch.arange(128))
     assert torch.equal(seen, (torch.arange(128) < 5).logical_and(torch.arange(128) != 1).expand(128, -1))
 
 

@@ -1,4 +1,4 @@
-"""What a user of formats relies on: accuracy, blocks, NaN, shapes, dtypes, storage, messages."""
+"""Formats as their users see them: accuracy, blocks, NaN, shapes, dtypes, storage, messages."""
 
 import math
 
@@ -37,7 +37,7 @@ def relative_l2(x, name, rounding="ceil"):
     ],
 )
 def test_gaussian_qsnr(name, decibels):
-    """The figures of arXiv 2510.25602, scales rounded up."""
+    """The expected figures are those of arXiv 2510.25602, with scales rounded up."""
     assert -20 * math.log10(relative_l2(gaussian(4096, 256), name)) == pytest.approx(decibels, abs=0.1)
 
 
@@ -46,7 +46,7 @@ def test_gaussian_qsnr(name, decibels):
     [("mxfp4", "ceil", 0.115), ("mxfp4", "floor", 0.115), ("nvfp4", "ceil", 0.095)],
 )
 def test_gaussian_error_of_four_bits(name, rounding, error):
-    """An MXFP4 scale with emax 3 gives .287, an E2M1 that doesn't round to nearest even .122."""
+    """An MXFP4 scale with emax 3 would give .287, an E2M1 that doesn't round to nearest even .122."""
     assert relative_l2(gaussian(4096, 256), name, rounding) == pytest.approx(error, abs=5e-4)
 
 
@@ -89,14 +89,14 @@ def test_nan_and_infinity_spoil_their_own_block(name, bad):
     clean = gaussian(2, 150, 72)
     spoilt = torch.zeros(clean.shape, dtype=torch.bool)
     width = {"bf16": 1}.get(name, FORMATS[name].block or 72)
-    slots = [(0, 0, 0), (0, 140, 71), (1, 5, 33)]
-    for batch, row, column in slots:
-        clean[batch, row, column] = 0  # what the statistics of the others see
-        clean[batch, row, 40] = 9  # finite, so it counts even in a row that is spoilt
+    positions = [(0, 0, 0), (0, 140, 71), (1, 5, 33)]
+    for batch, row, column in positions:
+        clean[batch, row, column] = 0  # scales of other numbers must come out as with this zero
+        clean[batch, row, 40] = 9  # is finite, so it counts for scales even in a spoilt row
         first = column // width * width
         spoilt[batch, row, first : first + width] = True
     dirty = clean.clone()
-    for batch, row, column in slots:
+    for batch, row, column in positions:
         dirty[batch, row, column] = bad
 
     result = fake_quantize(dirty, name)

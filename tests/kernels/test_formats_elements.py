@@ -1,4 +1,4 @@
-"""Elements against `ml_dtypes` (floats, every bit) and plain float64 arithmetic (integers)."""
+"""Elements: floats are compared with `ml_dtypes`, bit by bit, and integers with plain float64 arithmetic."""
 
 import math
 
@@ -26,13 +26,13 @@ def all_codes(element):
 
 
 def expected_codes(element, x):
-    """ml_dtypes' codes; its 8-bit casts overflow to NaN or infinity, so clip first."""
+    """The codes of ml_dtypes, whose 8-bit casts overflow to NaN or infinity, so that x is clipped first."""
     clipped = x.numpy().clip(-element.max, element.max)
     return torch.from_numpy(clipped.astype(FLOATS[element]).view(np.uint8))
 
 
 def ties_and_neighbours(element):
-    """The element's numbers, their midpoints, and the float32 on either side of each; both signs."""
+    """The element's numbers, their midpoints, and the float32 numbers on either side of each, with both signs."""
     numbers = element.decode(all_codes(element))
     numbers = numbers[numbers.isfinite()].abs().unique()
     points = torch.cat((numbers, (numbers[1:] + numbers[:-1]) / 2))

@@ -1,4 +1,4 @@
-"""Laws that hold for every tensor, searched for counterexamples."""
+"""Laws of formats that hold for every tensor; hypothesis searches for counterexamples."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROUNDINGS = ["ceil", "floor", "nearest"]
 
 @st.composite
 def tensors(draw):
-    """Two dimensions of odd sizes; Gaussian, of few bits (many ties) or spread over 2^±20; some zeros."""
+    """Matrices of odd sizes with some zeros: Gaussian, with few bits (many ties), or spread over 2^±20."""
     shape = draw(st.tuples(st.integers(1, 140), st.integers(1, 70)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     x = torch.randn(shape, generator=generator)
@@ -49,7 +49,7 @@ def test_sign_symmetry(name, x, rounding):
 @laws
 @given(x=tensors(), rounding=st.sampled_from(["ceil", "floor"]))
 def test_e8m0_formats_are_idempotent(name, x, rounding):
-    """Not with "nearest": MXFP4 rounds a maximum of 4.3 to 4, whose own scale, half as large, clips it."""
+    """This fails with "nearest": MXFP4 rounds a maximum of 4.3 to 4, whose own scale, half as large, clips it."""
     once = fake_quantize(x, name, rounding)
     assert torch.equal(fake_quantize(once, name, rounding), once)
 
@@ -58,7 +58,7 @@ def test_e8m0_formats_are_idempotent(name, x, rounding):
 @laws
 @given(x=tensors())
 def test_e4m3_scaled_formats_are_idempotent_under_one_tensor_scale(name, x):
-    """Where block scales are normal: a subnormal one may round to zero the second time."""
+    """This holds where block scales are normal: a subnormal one may round to zero the second time."""
     x = x.clamp(-100, 100)
     x = torch.where(x.abs() < 2**-4, 0.0, x)
     once = fake_quantize(x, name, tensor_amax=torch.tensor(100.0))

@@ -1,4 +1,4 @@
-"""Scales against exact rational arithmetic, `ml_dtypes` and torchao's MX and NVFP4 quantisers."""
+"""Scales are compared with exact rational arithmetic, `ml_dtypes`, and torchao's MX and NVFP4 quantisers."""
 
 import math
 from fractions import Fraction
@@ -32,9 +32,9 @@ def spread(rows, columns, seed):
 
 
 def exact_exponent(amax, element, rounding):
-    """The rules of `ScaleRounding`, in rational numbers."""
+    """The exponent of the scale by the rules of `ScaleRounding`, in rational numbers."""
     amax, q_max = Fraction(amax), Fraction(element.max)
-    exponent = math.frexp(amax)[1] - 1 - element.emax  # OCP's, at most one from the others
+    exponent = math.frexp(amax)[1] - 1 - element.emax  # OCP's rule; the other rules differ by at most one
     if rounding == "floor":
         return exponent
     limit, power = (q_max, 1) if rounding == "ceil" else (2 * q_max**2, 2)
@@ -94,7 +94,7 @@ def test_codes_and_scales_equal_torchao(name, rounding, mode, dtype):
 
 
 def test_nvfp4_equals_torchao():
-    # Random float32 holds no ties: there torchao, which multiplies by a rounded reciprocal, may round away.
+    # Random float32 numbers make no ties, which torchao may round away from even: it multiplies by a reciprocal.
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(4))
     packed = pack(x, "nvfp4")
     scales, data = nvfp4_quantize(x, per_tensor_scale=packed.tensor_scale)
@@ -104,7 +104,7 @@ def test_nvfp4_equals_torchao():
 
 
 def e4m3_scaled_oracle(x, q_max, round_elements):
-    """float64, blocks of 16, tensor scale one."""
+    """The format in float64, with blocks of 16 and a tensor scale of one."""
     blocks = x.astype(np.float64).reshape(-1, 16)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / q_max
     scale = np.minimum(scale, 448).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)

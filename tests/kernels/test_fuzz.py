@@ -17,7 +17,6 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
@@ -29,9 +28,10 @@ from dma_diffusers.kernels.lowerings import (
     choose,
 )
 from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Diagonal
-from dma_diffusers.kernels.tiling.precision_map import TILE, Class, PrecisionMap, build_map, tiles
-from tests.kernels.calls import Call, as_the_kernel, guarded, seen
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map
+from tests.kernels.calls import Call, as_the_kernel, by_reference, guarded, launched, seen
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
@@ -90,6 +90,7 @@ class Drawn(Call):
     used: whether the map claims HIGH and LOW tiles, which kernels are compiled for; None for the truth.
     memory: how q, k and v lie in larger tensors of NaN.
     keys: where `masks_keys`, which ones are seen.
+    hidden: the hidden ones' k and v, as a share of their dtype's largest number; None for numbers like the others'.
     target: the architecture whose tuning is used.
     """
 
@@ -102,6 +103,7 @@ class Drawn(Call):
     memory: str = "heads first"
     contents: tuple[str, str, str] = ("ordinary", "ordinary", "ordinary")
     keys: str = "random"
+    hidden: float | None = None
     interleaves_rope: bool = False
     scale: float | None = None
     returns_lse: bool = True
@@ -160,6 +162,9 @@ class Drawn(Call):
                 case "none of the first batch":
                     mask[0] = False
             mask = mask.to(device)
+            if self.hidden is not None:
+                for x in (k, v):
+                    x.masked_fill_(~mask[:, None, :, None], self.hidden * torch.finfo(self.dtype).max)
             if self.memory == "tokens first":
                 mask = mask.t().contiguous().t()
         return q, k, v, mask
@@ -266,6 +271,7 @@ def drawn_call(random: Random, arch: str) -> Drawn:
     }
     if fixed["masks_keys"]:
         drawn["keys"] = pick(["random", "first", "none of the first batch"])
+        drawn["hidden"] = pick([None, 2.0**-8, -1.0])
     if not fixed["among"]:
         drawn |= {"window": pick([0, 128, 384]), "sink": pick([0, 128])}
         drawn["text"] = pick([(0, 0), (0, min(k_length, 77))])
@@ -286,12 +292,12 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     seen in the interpreter. On Hopper FP8 MMA adds 32 products to a sum at a time and cuts each 13 bits below the
     largest of them, which may be a single product or, at the end, the score itself.
     """
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     ropes = call.ropes(device)
     keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
     reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
-    reach *= quantiser.softmax_scale_log2(call.head_dim**-0.5 if call.scale is None else call.scale)
+    reach *= (call.head_dim**-0.5 if call.scale is None else call.scale) * math.log2(math.e)
     formats = call.map().used(call.high, call.low)
     classes = [name and STORES[call.lowering][name] for name in formats]
     lost, absolute = 2**-21, 2**-19
@@ -306,7 +312,7 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
             product = (turned.abs() * keys.abs().amax(-2, keepdim=True)).amax(-1)
             largest = product + (turned @ keys.mT).abs().amax(-1)
             scale = call.head_dim**-0.5 if call.scale is None else call.scale
-            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * quantiser.softmax_scale_log2(scale)
+            absolute = absolute + dim * 33 / 32 * 2**-13 * largest * scale * math.log2(math.e)
     if inexact_rows is not None and inexact_rows.item():
         lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
     tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
@@ -315,20 +321,18 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     return lost * reach + absolute
 
 
-def row_errors(out, reference_out, v) -> tuple[torch.Tensor, torch.Tensor]:
+def row_errors(out, reference_out, v_scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row the norm of its error, and what it is relative to: its own norm and that of its head's rows.
 
     Each channel counts in units of its largest value, so that outliers don't drown the others.
     """
-    unit = quantiser.value_scale(v).repeat_interleave(out.shape[1] // v.shape[1], 1).double()
+    unit = v_scale.repeat_interleave(out.shape[1] // v_scale.shape[1], 1).double()
     size = (reference_out / unit).norm(dim=-1)
     size = size + size.square().mean(-1, keepdim=True).sqrt()
     return ((out.double() - reference_out.double()) / unit).norm(dim=-1), size
 
 
 def assert_agree(call: Drawn, device: torch.device) -> None:
-    from dma_diffusers.kernels.attention import launch
-
     q, k, v, mask = call.tensors(device)
     scale = call.head_dim**-0.5 if call.scale is None else call.scale
     ropes = call.ropes(device)
@@ -344,8 +348,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
     }
     of_kernel = as_the_kernel(call, call.lowering, device, call.target)
     rounded = of_kernel["sums_rounded"]
-    reference_out, reference_lse = reference.attention(*positional, **shared, **of_kernel)
-    out, lse, inexact_rows = launch.attention(
+    reference_out, reference_lse = by_reference(*positional, **shared, **of_kernel)
+    out, lse, inexact_rows = launched(
         *positional, **shared,
         lowering=call.lowering, return_lse=call.returns_lse, target=call.target, run=guarded,
     )  # fmt: skip
@@ -360,7 +364,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         assert torch.equal(lse == -torch.inf, nothing)
     if nothing.all():
         return
-    tolerance = scores_tolerance(call, q, k, inexact_rows, device)
+    seen_k = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0)
+    tolerance = scores_tolerance(call, q, seen_k, inexact_rows, device)
     if call.skip_below is not None:  # a tile on the threshold may be skipped by one of them alone
         tolerance += TILE * call.skip_below
     if call.returns_lse:
@@ -370,7 +375,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         )  # a probability may round to the neighbouring number
         assert (difference <= tolerance[~nothing] + step).all()
         assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
-    error, size = row_errors(out, reference_out, v)
+    error, size = row_errors(out, reference_out, quantiser.value_scale(v, mask))
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
     if device.type == "cuda" and call.map().has_low and architecture(device) not in TCGEN05_ARCHITECTURES:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.lowerings import LOWERINGS, architecture, choose
+from dma_diffusers.kernels.precision import Precisions
 
 
 @pytest.mark.parametrize("target", ["sm_100", "sm_103", "sm_120"])
@@ -52,7 +53,10 @@ def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):
 
 def test_no_lowering_takes_a_wide_head():
     for lowering in LOWERINGS:
-        assert lowering.refuses("sm_100", 257, "mxfp8", "mxfp4") == "head_dim 257 is more than 256"
+        assert (
+            lowering.refuses("sm_100", 257, Precisions.parse("mxfp8", "mxfp4"))
+            == "head_dim 257 is more than 256"
+        )
     with pytest.raises(ValueError, match=r"no lowering runs mxfp8 \| mxfp4: native: head_dim 257"):
         choose("sm_100", 257, "mxfp8", "mxfp4")
 

@@ -1,4 +1,4 @@
-"""Neighbourhoods against brute force, and against the attentions that they become at their limits."""
+"""Neighbourhoods against brute force, and against the kinds of attention that they become at their limits."""
 
 import random
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from dma_diffusers.kernels import operator
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from dma_diffusers.kernels.tiling.policies import Diagonal, Neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
-from tests.kernels.calls import Call, oracle, relative_l2, rotated
+from tests.kernels.calls import Call, by_reference, oracle, relative_l2, rotated
 
 
 def test_it_is_the_reference_on_this_machine():
@@ -25,7 +24,7 @@ def test_it_is_the_reference_on_this_machine():
     out, lse, inexact_rows = operator.attention(
         q, k, v, text_start=0, text_stop=20, lowering="reference", return_lse=True
     )
-    expected, expected_lse = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")
+    expected, expected_lse = by_reference(q, k, v, call.map(), "mxfp8", "mxfp4")
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and inexact_rows.numel() == 0
     assert operator.attention(q, k, v, lowering="reference").lse.numel() == 0
 
@@ -34,7 +33,7 @@ def test_unmapped_calls_are_high_everywhere():
     call = Call(400, 400, 64, window=10_000)
     q, k, v, _ = call.tensors()
     out = operator.attention(q, k, v, mapped=False, lowering="reference").out
-    assert torch.equal(out, reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4")[0])
+    assert torch.equal(out, by_reference(q, k, v, call.map(), "mxfp8", "mxfp4")[0])
     assert not torch.equal(out, operator.attention(q, k, v, lowering="reference")[0])
 
 
@@ -168,7 +167,9 @@ def test_near_tiles_of_a_grid_are_the_nearest_boxes():
     """Of 1,024 tokens on 32×32, windows of 128 and 640 tokens make 1 and 5 of 8 tiles HIGH; sequences have as many."""
     layout = Layout(1024, 1024, grid=(32, 32))
     for window, count in ((0, 0), (128, 1), (384, 3), (640, 5)):
-        classes = Diagonal(window, 0, "grid").classes(Layout(1024, 1024), tile_order=TileOrder(layout, (8, 16)))
+        classes = Diagonal(window, 0, "grid").classes(
+            Layout(1024, 1024), tile_order=TileOrder(layout, (8, 16))
+        )
         assert (classes == Class.HIGH).sum(-1).unique().tolist() == [count]
     high = (classes[0, 0] == Class.HIGH).nonzero().tolist()  # 4 rows of 2 boxes, 8 tokens high and 16 wide
     assert [column for row, column in high if row == 2] == [0, 2, 3, 4, 6]
@@ -257,7 +258,7 @@ def test_rope_tables_are_views_of_what_models_have():
     repeated = {
         name: tuple(table.repeat_interleave(2, -1)[:, ::2] for table in rope) for name, rope in ropes.items()
     }
-    expected = reference.attention(q, k, v, call.map(), "mxfp8", "mxfp4", **ropes)[0]
+    expected = by_reference(q, k, v, call.map(), "mxfp8", "mxfp4", **ropes)[0]
     assert torch.equal(operator.attention(q, k, v, **repeated).out, expected)
     assert not torch.equal(operator.attention(q, k, v).out, expected)
 

@@ -1,4 +1,4 @@
-"""Policies: their words, their unions, and neighbourhoods' classes against masks."""
+"""Policies: their words, their unions, the protection of text, and neighbourhoods' classes against masks."""
 
 import math
 import random
@@ -10,11 +10,13 @@ from dma_diffusers.kernels.plan import make
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask, neighborhood
 from dma_diffusers.kernels.tiling.policies import (
+    KINDS,
     Dense,
     Diagonal,
     Importance,
     Neighborhood,
     SkipSoftmax,
+    Union,
     parse,
 )
 from dma_diffusers.kernels.tiling.precision_map import Class, Phase
@@ -70,7 +72,7 @@ def test_bad_words_are_one_line(words, message):
 
 
 def test_a_neighborhood_has_three_classes_of_tiles():
-    """Tiles within the window are visited, those that it cuts are masked; those that touch the inner one are HIGH."""
+    """Tiles that touch the window are visited; its edge cuts masked ones; those that touch `high` are HIGH."""
     rng = random.Random(0)
     for _ in range(60):
         grid = rng.choice(((300,), (14, 20), (4, 7, 9)))
@@ -80,17 +82,17 @@ def test_a_neighborhood_has_three_classes_of_tiles():
         text = rng.choice((0, 20))
         policy, tokens = Neighborhood(window, stride, high), math.prod(grid)
         layout = Layout(tokens + text, tokens + text, (0, text), grid)
-        slots = TileOrder(layout, policy.box(grid))
-        classes = policy.classes(slots.layout, tile_order=slots)[0, 0]
+        tile_order = TileOrder(layout, policy.box(grid))
+        classes = policy.classes(tile_order.layout, tile_order=tile_order)[0, 0]
         inner = (
-            _visits(grid, high, [min(s, h) for s, h in zip(stride, high, strict=True)], slots)[0]
+            _visits(grid, high, [min(s, h) for s, h in zip(stride, high, strict=True)], tile_order)[0]
             if high
             else None
         )
-        visited, filled = _visits(grid, window, stride, slots)
+        visited, filled = _visits(grid, window, stride, tile_order)
         assert torch.equal(classes != Class.SKIP, visited)
         is_text = torch.zeros_like(visited)
-        is_text[: slots.text_tiles] = is_text[:, : slots.text_tiles] = True
+        is_text[: tile_order.text_tiles] = is_text[:, : tile_order.text_tiles] = True
         assert torch.equal(classes == Class.HIGH, is_text | inner if high else is_text)
         planned = make(policy, layout).precision_map
         for q_tile in range(len(visited)):
@@ -99,15 +101,15 @@ def test_a_neighborhood_has_three_classes_of_tiles():
             assert masked == (visited & ~filled)[q_tile].nonzero()[:, 0].tolist()
 
 
-def _visits(grid, window, stride, slots: TileOrder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pairs of tiles hold a pair of tokens that see each other, and which hold no pair of others."""
-    text = slots.tokens.text_length
-    seen = torch.ones(slots.tokens.k_length, slots.tokens.k_length, dtype=torch.bool)
+def _visits(grid, window, stride, tile_order: TileOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of tiles in which some query sees some key, and pairs in which every query sees every key."""
+    text = tile_order.tokens.text_length
+    seen = torch.ones(tile_order.tokens.k_length, tile_order.tokens.k_length, dtype=torch.bool)
     seen[text:, text:] = mask(neighborhood(grid, window, stride)[0])
-    taken, token = slots.token_order >= 0, slots.token_order.long().clamp(min=0)
-    of_places = seen[token][:, token]
-    some = (of_places & taken[:, None] & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
-    every = ((of_places | ~taken[:, None]) & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    taken, token = tile_order.token_order >= 0, tile_order.token_order.long().clamp(min=0)
+    of_slots = seen[token][:, token]
+    some = (of_slots & taken[:, None] & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    every = ((of_slots | ~taken[:, None]) & taken).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
     return some.any(3).any(1), every.all(3).all(1)
 
 
@@ -115,18 +117,20 @@ def test_unions_take_the_more_precise_class():
     layout = Layout(1024, 1024, (0, 100), (28, 33))
     near, sink = Neighborhood((8, 8), high=(4, 4)), Diagonal(0, 384)
     united = near | sink
-    slots = TileOrder(layout, united.box(layout.grid))
-    both = [policy.classes(slots.layout, tile_order=slots) for policy in (near, sink)]
-    assert torch.equal(united.classes(slots.layout, tile_order=slots), torch.minimum(*both))
+    tile_order = TileOrder(layout, united.box(layout.grid))
+    both = [policy.classes(tile_order.layout, tile_order=tile_order) for policy in (near, sink)]
+    assert torch.equal(united.classes(tile_order.layout, tile_order=tile_order), torch.minimum(*both))
     assert united.axes(layout.grid) == () and near.axes(layout.grid)  # the diagonal sees every key
 
 
-def test_content_says_nothing_of_where_tiles_lie():
+def test_policies_by_content_set_no_classes_in_a_union():
     layout = Layout(1024, 1024, (0, 100), (28, 33))
     near = Neighborhood((8, 8), high=(4, 4))
     united = near | Importance(0.1) | SkipSoftmax(0.01)
-    slots = TileOrder(layout, united.box(layout.grid))
-    assert torch.equal(*(policy.classes(slots.layout, tile_order=slots) for policy in (near, united)))
+    tile_order = TileOrder(layout, united.box(layout.grid))
+    assert torch.equal(
+        *(policy.classes(tile_order.layout, tile_order=tile_order) for policy in (near, united))
+    )
     assert united.axes(layout.grid) == near.axes(layout.grid)
     assert (united.importance, united.skip_below) == (0.1, 0.01)
     alone = Importance(0.1).classes(layout)
@@ -137,3 +141,30 @@ def test_a_window_beyond_the_grid_is_noted():
     notes = ["window 20 in dimension 2 was clamped to the grid's 8"]
     notes.append("high: window 9 in dimension 2 was clamped to the grid's 8")
     assert Neighborhood((8, 20), high=(3, 9)).notes((8, 8)) == notes
+
+
+@pytest.mark.parametrize("policy", [
+    Diagonal(0, 0), Diagonal((0, 0), 0), Diagonal(0, 0, "grid"), Neighborhood((2, 2)), Importance(0.1),
+    SkipSoftmax(0.1), Diagonal(0, 0) | Dense(Class.LOW), Neighborhood((2, 2)) | Importance(0.1),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("start", [0, 300, 924])
+def test_tiles_with_text_are_high(policy, start):
+    layout, tile_order = Layout(1000, 1000, (start, start + 76), (28, 33)), None
+    if policy.on_grid:
+        tile_order = TileOrder(layout, policy.box(layout.grid))
+        layout = tile_order.layout
+    is_high = (policy.classes(layout, tile_order=tile_order) == Class.HIGH)[0]
+    first, last = layout.text[0] // 128, (layout.text[1] - 1) // 128
+    has_text = torch.zeros(is_high.shape[-1], dtype=torch.bool)
+    has_text[first : last + 1] = True
+    expected = has_text[:, None] | has_text
+    assert is_high[:, expected].all() and not is_high.all()
+
+
+def test_only_dense_has_no_exceptions():
+    layout = Layout(1000, 1000, (0, 76))
+    for policy in (Dense(Class.LOW), Dense(Class.LOW) | Dense(Class.LOW), Dense(Class.LOW) | Importance(0.1)):
+        assert (policy.classes(layout) == Class.LOW).all()
+    overriding = [kind for kind in (*KINDS.values(), Union) if "classes" in vars(kind)]
+    assert not overriding, "such a policy could forget the text"
+    assert [name for name, kind in KINDS.items() if "protects_text" in vars(kind)] == ["dense"]

@@ -1,4 +1,4 @@
-"""Maps and policies against brute force."""
+"""Precision maps and their policies against brute force."""
 
 from itertools import product
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map, tiles
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map
 from tests.kernels.calls import Call, is_high
 
 HIGH, LOW, SKIP = Class.HIGH, Class.LOW, Class.SKIP
@@ -37,7 +37,7 @@ def test_end_of_the_keys_is_masked():
 
 
 def test_empty_slots_are_masked():
-    """Where a token order names no token, and nowhere else."""
+    """MASKED tiles are those with a slot in which no token stands, and no others."""
     token_order = torch.arange(500)
     token_order[[130, 499]] = -1
     precision_map = build_map(Dense(LOW).classes(Layout(500, 500)), Layout(500, 500), token_order=token_order)
@@ -123,20 +123,20 @@ def random_map(seed: int, batch: int, heads: int, q_length: int, k_length: int, 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_shared_walk_visits_for_each_block_what_its_own_tile_visits(seed):
+def test_a_shared_list_visits_for_each_block_what_its_q_tile_visits(seed):
     q_length, k_length = 64 * (1 + seed * 7 % 23), 1 + seed * 97 % 1500
     precision_map = random_map(seed, 1 + seed % 2, 1 + seed % 3, q_length, k_length, seed % 4 == 0)
     shared = precision_map.shared
     assert shared.indices.shape[-2] == -(-tiles(q_length) * 2 // 3)
     for batch, head in product(*map(range, precision_map.bounds.shape[:2])):
         for block in range(2 * tiles(q_length)):
-            block_lists = block_list(shared, block // 3, batch, head)
+            entries = block_list(shared, block // 3, batch, head)
             for phase, own_tiles in enumerate(block_list(precision_map, block // 2, batch, head)):
-                visited = [entry & 0xFFFFFF for entry in block_lists[phase] if entry >> (24 + block % 3) & 1]
+                visited = [entry & 0xFFFFFF for entry in entries[phase] if entry >> (24 + block % 3) & 1]
                 assert visited == own_tiles
 
 
-def test_a_shared_walk_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
+def test_a_shared_list_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
     shared = random_map(3, 1, 2, 640, 900, False).shared
     for _, head, program in product(*map(range, shared.bounds.shape[:3])):
         for entries in block_list(shared, program, head=head):
@@ -145,7 +145,7 @@ def test_a_shared_walk_holds_a_tile_once_a_phase_and_only_if_it_is_visited():
             assert found == sorted(set(found))
 
 
-def test_heads_with_walks_alike_share_them():
+def test_heads_with_other_windows_have_their_own_shared_lists():
     layout = Layout(600, 600)
     shared = build_map(Diagonal((384, 0, 384, 128)).classes(layout), layout).shared
     assert shared.indices.is_contiguous() and shared.bounds.shape == (1, 4, 4, 3)

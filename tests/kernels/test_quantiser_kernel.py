@@ -16,7 +16,8 @@ FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
 
 def known(mean: torch.Tensor | None = None):
     """Statistics that say that keys have this mean `[B, H, 1, D]`."""
-    from dma_diffusers.kernels.quantiser.launch import Statistics, padded_dim
+    from dma_diffusers.kernels.quantiser.launch import Statistics
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     if mean is None:
         return Statistics(None, None)
@@ -24,20 +25,35 @@ def known(mean: torch.Tensor | None = None):
     return Statistics(padded.flatten(0, 2).contiguous(), None)
 
 
+def stored_as(fmt: str, storage: Storage):
+    """A class of this format of Q·K, whose V is in bf16."""
+    from dma_diffusers.kernels.quantiser.operands import Stored
+
+    return Stored(get_format(fmt), storage, Storage.PLAIN)
+
+
+def encode(q, k, v, classes, factor=1.0, statistics=None, **options):
+    """The quantiser's `encode`; what it reads is named among its options."""
+    from dma_diffusers.kernels.quantiser import launch
+
+    named = {
+        name: options.pop(name) for name in ("q_rope", "k_rope", "key_mask", "token_order") if name in options
+    }
+    return launch.encode(launch.Source(q, k, v, factor, **named), classes, statistics or known(), **options)
+
+
 def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
     """Q as one format's operand, through the kernel."""
-    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
-    classes = (Stored(get_format(fmt), stores[fmt]), None)
-    return encode(x, None, None, classes, factor, known(), q_amax=amax, **options).q[0]
+    classes = (stored_as(fmt, stores[fmt]), None)
+    return encode(x, None, None, classes, factor, amax=(amax, None), **options).q[0]
 
 
 def encoded_k(x, fmt, amax=None, mean=None, stores=NATIVE, **options):
     """K as one format's operand, through the kernel; no mean means none is subtracted."""
-    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
-    classes = (Stored(get_format(fmt), stores[fmt]), None)
-    return encode(None, x, None, classes, 1.0, known(mean), k_amax=amax, **options).k[0]
+    classes = (stored_as(fmt, stores[fmt]), None)
+    return encode(None, x, None, classes, 1.0, known(mean), amax=(None, amax), **options).k[0]
 
 
 def decoded(data: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -75,7 +91,7 @@ def plain_scales(operand, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
 @pytest.mark.parametrize("is_key", [False, True])
 def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(2, 3, length, head_dim, generator=generator)
@@ -110,10 +126,9 @@ def test_a_bad_block_is_nan_and_no_other(fmt, bad, kernel_device):
 
 
 def test_both_classes_in_one_pass(kernel_device):
-    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(1)).to(kernel_device)
-    stored = [Stored(get_format(name), Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
+    stored = [stored_as(name, Storage.BLOCK) for name in ("mxfp8", "mxfp4")]
     together = encode(x, None, None, tuple(stored), 1.0).q
     alone = [encoded_q(x, "mxfp8"), encoded_q(x, "mxfp4")]
     for one, other in zip(together, alone, strict=True):
@@ -141,6 +156,28 @@ def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_devic
     assert of_k.v_scale is None and of_v.mean is None
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
+def test_statistics_of_keys_that_are_seen(length, head_dim, tokens_first, kernel_device):
+    """In the second batch entry the mean's sample has none of them, if it is not all keys."""
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
+    call = Call(length, length, head_dim, batch=2, masks_keys=True, has_rope=True)
+    _, k, v, mask = call.tensors(kernel_device)
+    mask[1, :: max(1, length // 1024)] = False
+    mask = mask.t().contiguous().t() if tokens_first else mask
+    hidden = ~mask[:, None, :, None]
+    k, v = k.masked_fill(hidden, 1e30), v.masked_fill(hidden, 1e30)
+    k[0, 0, :, 1], v[0, 0, :, 2] = torch.nan, torch.inf
+    rope = call.ropes(kernel_device)["k_rope"]
+    found = statistics_of(k, v, rope, mask)
+    mean, scale = reference.key_mean(k, rope, mask), reference.value_scale(v, mask)
+    assert torch.equal(found.mean[:, :head_dim], mean.flatten(0, 2)) and (mean[1] == 0).all()
+    assert torch.equal(found.v_scale[:, :head_dim], scale.flatten(0, 2))
+    assert torch.equal(scale, reference.value_scale(v.masked_fill(hidden, 0))) and mean.abs().max() < 10
+    assert (mean[0] != 0).any() or length == 1
+
+
 def in_order(transposed: torch.Tensor) -> torch.Tensor:
     """Transposed values `[B, H, D, tiles·128]` as `[B, H, tiles·128, D]`; of 16 tokens 8h+2j+p lies at 4j+2h+p."""
     return transposed.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT
@@ -148,7 +185,7 @@ def in_order(transposed: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_equal_the_reference(transposed, kernel_device):
-    from dma_diffusers.kernels.quantiser.launch import encode, statistics_of
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
 
     v = torch.randn(2, 2, 300, 40, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
     v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
@@ -158,7 +195,7 @@ def test_values_equal_the_reference(transposed, kernel_device):
     result = encode(None, None, v, (None, None), 1.0, statistics_of(None, v), transposed_v=transposed)
     expected_scale = torch.nn.functional.pad(scale, (0, 24), value=1.0)
     assert torch.equal(result.v_scale, expected_scale.flatten(0, 2))
-    elements = result.v.float()
+    elements = result.values[Storage.CHANNEL].float()
     elements = (in_order(elements) if transposed else elements).flatten(0, 2)
     expected = tiles_of(reference.quantised_v(v, scale).float(), 64)
     torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
@@ -271,7 +308,6 @@ def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
 @pytest.mark.parametrize("fmt", ["mxfp4", "bf16"])
 def test_rope_and_offset(fmt, kernel_device):
     """q is rotated before anything else; the offset is what K's mean contributes to each row's scores."""
-    from dma_diffusers.kernels.quantiser.launch import Stored, encode
 
     call = Call(130, 130, 40, heads=4, has_rope=True)
     q, k, _, _ = call.tensors(kernel_device)
@@ -279,7 +315,7 @@ def test_rope_and_offset(fmt, kernel_device):
     turned = rotated(q.cpu(), tuple(table.cpu() for table in rope))
     mean = k.mean(-2, keepdim=True)
     rounds = fmt == "bf16"
-    stored = Stored(get_format(fmt), FAITHFUL[fmt])
+    stored = stored_as(fmt, FAITHFUL[fmt])
     count = torch.zeros(1, dtype=torch.int32, device=kernel_device)
     result = encode(
         q, k, None, (stored, None), 0.7, known(mean), q_rope=rope, wants_offset=True, inexact_rows=count
@@ -304,13 +340,13 @@ def test_rope_and_offset(fmt, kernel_device):
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
 def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transposed, kernel_device):
     """Empty slots are zeros."""
-    from dma_diffusers.kernels.quantiser.launch import Stored, encode, statistics_of
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
 
     call = Call(200, 200, 40, heads=4, batch=2, has_rope=True, has_token_order=True, empty_slots=empty_slots)
     q, k, v, _ = call.tensors(kernel_device)
     v[..., 3, 5] = torch.inf
     ropes = call.ropes(kernel_device)
-    stored = tuple(Stored(get_format(name), NATIVE[name]) for name in pair)
+    stored = tuple(stored_as(name, NATIVE[name]) for name in pair)
     statistics = statistics_of(k, v, ropes["k_rope"])
     options = {"wants_offset": True, "transposed_v": transposed}
     found = encode(
@@ -327,9 +363,13 @@ def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transpos
     for one, other in zip(found.q + found.k, expected.q + expected.k, strict=True):
         assert torch.equal(one.elements.view(torch.uint8), other.elements.view(torch.uint8))
         assert one.scales is other.scales is None or torch.equal(one.scales, other.scales)
-    assert torch.equal(found.v.view(torch.uint8), expected.v.view(torch.uint8))
+    assert torch.equal(
+        found.values[Storage.CHANNEL].view(torch.uint8), expected.values[Storage.CHANNEL].view(torch.uint8)
+    )
     assert torch.equal(found.offset, expected.offset)
-    assert torch.equal(found.v_high.flatten(0, 2)[:, :40], tiles_of(call.in_slots(v), 40).bfloat16())
+    assert torch.equal(
+        found.values[Storage.PLAIN].flatten(0, 2)[:, :40], tiles_of(call.in_slots(v), 40).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

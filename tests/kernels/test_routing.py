@@ -1,5 +1,4 @@
-"""Routing by content: what importance predicts against the probabilities, what is upgraded against brute force, and
-the kernels against the reference."""
+"""Routing: importance is compared with probabilities, upgraded pairs with brute force, kernels with the reference."""
 
 import math
 from dataclasses import replace
@@ -7,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dma_diffusers.kernels.attention import reference as attention_reference
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import (
     LEVELS,
-    SAMPLED,
+    SAMPLE_STRIDE,
     Pools,
     Routing,
     importance,
@@ -21,16 +19,10 @@ from dma_diffusers.kernels.routing.reference import (
     route,
     routed,
 )
+from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.policies import Importance
-from dma_diffusers.kernels.tiling.precision_map import (
-    TILE,
-    UNVISITED,
-    Phase,
-    build_map,
-    map_of,
-    visiting_phases,
-)
-from tests.kernels.calls import Call, guarded, relative_l2
+from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, build_map, map_of, visiting_phases
+from tests.kernels.calls import Call, by_reference, guarded, launched, relative_l2
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def random_phases(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Of every phase, LOW most often."""
+    """Random phases, in most places LOW."""
     drawn = torch.randint(0, 8, shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(drawn > UNVISITED, int(Phase.LOW), drawn)
 
@@ -52,13 +44,13 @@ def pools_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pools:
     return Pools(pooled(q), pooled(k), pooled(v)[..., 1, :].sum(-1))
 
 
-def test_a_pool_is_mean_and_variance_of_what_is_there():
-    x, there = random(2, 3, 300, 8), random(2, 300) > 0
-    there[1, 128:256] = False
-    found = pooled(torch.where(there[:, None, :, None], x, math.inf), there)
+def test_a_pool_is_mean_and_variance_of_counted_tokens():
+    x, counted = random(2, 3, 300, 8), random(2, 300) > 0
+    counted[1, 128:256] = False
+    found = pooled(torch.where(counted[:, None, :, None], x, math.inf), counted)
     for batch, tile in ((0, 0), (0, 2), (1, 0)):
-        rows = slice(tile * TILE, (tile + 1) * TILE, SAMPLED)
-        tokens = x[batch, :, rows][:, there[batch, rows]]
+        rows = slice(tile * TILE, (tile + 1) * TILE, SAMPLE_STRIDE)
+        tokens = x[batch, :, rows][:, counted[batch, rows]]
         torch.testing.assert_close(found[batch, :, tile, 0], tokens.mean(1))
         torch.testing.assert_close(found[batch, :, tile, 1], tokens.var(1, unbiased=False))
     assert found[1, :, 1].isnan().all()
@@ -69,7 +61,7 @@ def test_a_pool_is_mean_and_variance_of_what_is_there():
     ("deviation", "tolerance"), [(0.5, 0.05), (1.0, 0.1), (2.0, 0.3), (8.0, 4.0), (20.0, 11.0)]
 )
 def test_mean_exponentials_of_a_tile_of_gaussians(deviation, tolerance):
-    """Typical ones. Without a bound, wide tiles would be taken for thousands of times as much."""
+    """Without the bound on the deviation, wide tiles would count for thousands of times as much."""
     sample = torch.logsumexp(deviation * random(4000, TILE) * math.log(2), dim=-1) / math.log(2) - math.log2(
         TILE
     )
@@ -78,7 +70,7 @@ def test_mean_exponentials_of_a_tile_of_gaussians(deviation, tolerance):
 
 
 def test_importance_is_the_root_mean_square_probability_times_the_spread_of_values():
-    """Of Gaussian keys, and queries that are alike."""
+    """The keys of a tile are Gaussian, and its queries are all alike."""
     queries, centres = 0.3 * random(1, 2, 6, 1, 64, seed=1), random(1, 2, 6, 1, 64, seed=2)
     deviations = torch.arange(1, 7)[:, None, None] / 12
     q = queries.expand(-1, -1, -1, TILE, -1).flatten(2, 3)
@@ -100,7 +92,7 @@ def test_heads_of_q_share_heads_of_k():
     torch.testing.assert_close(shared, own)
 
 
-def test_probability_is_a_share_of_what_is_visited():
+def test_probabilities_are_shares_of_what_is_visited():
     q, k, v = random(1, 1, 128, 16), random(1, 1, 512, 16, seed=1), random(1, 1, 512, 16, seed=2)
     phases = torch.tensor([Phase.HIGH, Phase.LOW, UNVISITED, UNVISITED]).view(1, 1, 1, 4)
     some = importance(pools_of(q, k, v), phases)[..., :2]
@@ -138,7 +130,7 @@ def test_the_most_important_low_pairs_of_a_batch_entry_become_high(heads, top, b
 
 
 def test_a_call_routes_by_policy_and_content():
-    """Text is HIGH beside the budget, the end of the keys MASKED, and each Q tile finds the keys that are like it."""
+    """Text is HIGH beside the budget, the end of the keys is MASKED, and each Q tile finds the keys like it."""
     layout = Call(1000, 1000, 64, text=(0, 100)).layout
     classes = Importance(0.1).classes(layout)
     centres = 8 * random(1, 1, 8, 1, 64)
@@ -153,7 +145,7 @@ def test_a_call_routes_by_policy_and_content():
         assert found.indices[0, 0, tile, end[1]].item() == 7
 
 
-# The kernels.
+# The kernels
 
 
 @pytest.mark.kernel
@@ -163,7 +155,8 @@ def test_a_call_routes_by_policy_and_content():
     (300, 64, False, True),
 ])  # fmt: skip
 def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, kernel_device):
-    from dma_diffusers.kernels.quantiser.launch import padded_dim
+    from dma_diffusers.kernels.quantiser.launch import Source
+    from dma_diffusers.kernels.quantiser.operands import padded_dim
     from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     call = Call(
@@ -173,27 +166,26 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
     q, k, v, mask = call.tensors(kernel_device)
     ropes, mean = call.ropes(kernel_device), random(2, 2, 1, head_dim).to(kernel_device)
     slots = call.layout.k_length
-    there = (
+    taken = (
         torch.ones(1, slots, dtype=torch.bool) if call.token_order is None else (call.token_order >= 0)[None]
     )
-    seen = there.to(kernel_device).expand(2, -1)
+    seen = taken.to(kernel_device).expand(2, -1)
     if mask is not None:
-        mask[1, :] = False  # a whole tile that no query sees
+        mask[1, :] = False  # so that no query sees any token of a tile
         seen = seen & call.in_slots(mask[..., None].expand(-1, -1, 1))[..., 0]
     whole = torch.nn.functional.pad(seen.to(torch.uint8), (0, -slots % TILE)).contiguous()
     padded_mean = (
         torch.nn.functional.pad(mean, (0, padded_dim(head_dim) - head_dim)).flatten(0, 2).contiguous()
     )
-    found = pooled_by_kernel(
-        q, k, v, padded_mean, 0.3, **ropes, key_mask=None if mask is None else whole,
+    source = Source(
+        q, k, v, 0.3, **ropes, key_mask=None if mask is None else whole,
         token_order=call.token_order_on(kernel_device),
     )  # fmt: skip
+    found = pooled_by_kernel(source, padded_mean)
     q, k = quantiser.rotate(q, ropes["q_rope"]) * 0.3, quantiser.rotate(k, ropes["k_rope"]) - mean
-    q, k, v, there = call.in_slots(q), call.in_slots(k), call.in_slots(v), there.to(kernel_device)
-    expected = Pools(
-        pooled(q, there), pooled(k, there if mask is None else seen),
-        pooled(v, there)[..., 1, :].sum(-1),
-    )  # fmt: skip
+    q, k, v, taken = call.in_slots(q), call.in_slots(k), call.in_slots(v), taken.to(kernel_device)
+    of_keys = taken if mask is None else seen
+    expected = Pools(pooled(q, taken), pooled(k, of_keys), pooled(v, of_keys)[..., 1, :].sum(-1))
     for x, wanted in zip(found, expected, strict=True):
         assert x.isnan().any() == (wanted.isnan().any())
         own, rest = (x, x[:0]) if x.ndim == 3 else (x[..., :head_dim], x[..., head_dim:])
@@ -204,10 +196,11 @@ def test_pools_as_the_reference(length, head_dim, masks_keys, has_token_order, k
 @pytest.mark.kernel
 @pytest.mark.usefixtures("poisoned")
 def test_pools_far_from_zero(kernel_device):
+    from dma_diffusers.kernels.quantiser.launch import Source
     from dma_diffusers.kernels.routing.launch import pooled as pooled_by_kernel
 
     x = (30 + random(1, 2, 300, 64)).bfloat16().to(kernel_device)
-    found, wanted = pooled_by_kernel(x, x, x, None, 1.0), pooled(x.float())
+    found, wanted = pooled_by_kernel(Source(x, x, x), None), pooled(x.float())
     for pools in (found.q, found.k):
         torch.testing.assert_close(pools, wanted, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.v, wanted[..., 1, :].sum(-1), rtol=2e-3, atol=0)
@@ -225,7 +218,7 @@ def test_more_pairs_than_can_be_counted_are_refused():
 
 
 class Recorded:
-    """Runs kernels, amid guarded memory where that is asked, and keeps what they were given last."""
+    """Runs kernels, within guarded memory if asked to, and keeps the arguments of each one's last launch."""
 
     def __init__(self, is_guarded: bool = False):
         self.is_guarded, self.given = is_guarded, {}
@@ -237,14 +230,14 @@ class Recorded:
         self.given[kernel.fn.__name__] = dict(zip(kernel.arg_names, arguments, strict=False))
 
 
-def assert_same_walks(found, expected) -> None:
-    """Up to where each block list ends."""
+def assert_same_lists(found, expected) -> None:
+    """Compare block lists up to the end of each."""
     bounds = expected.bounds
     assert torch.equal(found.bounds, bounds.expand(found.bounds.shape))
     length = min(found.indices.shape[-1], expected.indices.shape[-1])
-    walked = torch.arange(length, device=bounds.device) < bounds[..., 2:]
+    listed = torch.arange(length, device=bounds.device) < bounds[..., 2:]
     assert (bounds[..., 2] <= length).all()
-    assert torch.equal(*(torch.where(walked, x.indices[..., :length], 0) for x in (found, expected)))
+    assert torch.equal(*(torch.where(listed, x.indices[..., :length], 0) for x in (found, expected)))
 
 
 @pytest.mark.kernel
@@ -257,7 +250,8 @@ def assert_same_walks(found, expected) -> None:
 def test_routes_as_the_reference(
     heads, kv_heads, q_length, k_length, own, dim, budget, is_shared, kernel_device
 ):
-    """Levels within the products' rounding; from the same levels, the same block lists."""
+    """Levels agree within the rounding of the products; the same levels give the same block lists."""
+    from dma_diffusers.kernels.device.launch import Launcher
     from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     q_tiles, k_tiles = -(-q_length // TILE), -(-k_length // TILE)
@@ -270,14 +264,14 @@ def test_routes_as_the_reference(
     pools = Pools(*(x.to(kernel_device) for x in pools))
     routing = Routing.of(random_phases(1, own, q_tiles, k_tiles), budget).to(kernel_device)
     recorded = Recorded(is_guarded=True)
-    found = route_by_kernel(pools, routing, is_shared, run=recorded)
+    found = route_by_kernel(pools, routing, is_shared, launcher=Launcher(recorded))
     by_kernel = recorded.given["score"]["levels"].int()
     is_low = (routing.phases == Phase.LOW).expand(by_kernel.shape)
     assert (by_kernel[~is_low] == -1).all()
     off = (by_kernel - levels(importance(pools, routing.phases)))[is_low].abs()
     assert off.max() <= (1 if kernel_device.type == "cpu" else 16)
     expected = map_of(routed(by_kernel, routing).cpu(), has_high=True)
-    assert_same_walks(found, (expected.shared if is_shared else expected).to(kernel_device))
+    assert_same_lists(found, (expected.shared if is_shared else expected).to(kernel_device))
     assert (found.indices >= -1).all()
 
 
@@ -285,7 +279,8 @@ def test_routes_as_the_reference(
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_finite_is_not_upgraded_and_spoils_no_other_row(which, bad, kernel_device):
+def test_pairs_that_are_not_finite_are_not_upgraded_and_spoil_no_other_row(which, bad, kernel_device):
+    from dma_diffusers.kernels.device.launch import Launcher
     from dma_diffusers.kernels.routing.launch import route as route_by_kernel
 
     pools = pools_of(random(1, 2, 512, 64) / 8, random(1, 2, 512, 64, seed=1), random(1, 2, 512, 64, seed=2))
@@ -294,7 +289,7 @@ def test_what_is_not_finite_is_not_upgraded_and_spoils_no_other_row(which, bad, 
     pools = Pools(*(x.to(kernel_device) for x in pools))
     routing = Routing.of(torch.ones(1, 1, 4, 4, dtype=torch.int), 0.5).to(kernel_device)
     recorded = Recorded(is_guarded=True)
-    found = route_by_kernel(pools, routing, run=recorded)
+    found = route_by_kernel(pools, routing, launcher=Launcher(recorded))
     assert (found.bounds[..., 2] == 4).all()
     assert (found.bounds[0, 1, :, 0] > 0).any()
     if math.isnan(bad):
@@ -304,7 +299,7 @@ def test_what_is_not_finite_is_not_upgraded_and_spoils_no_other_row(which, bad, 
 
 
 def routed_call(device, budget=0.2, **changes):
-    """A call, its static map and its routing."""
+    """A call, the map of its policy alone, and its routing."""
     call = Call(400, 400, 64, heads=4, text=(0, 128), **changes)
     classes = Importance(budget).classes(call.layout)
     phases = visiting_phases(classes, call.layout, token_order=call.token_order)
@@ -317,9 +312,8 @@ def routed_call(device, budget=0.2, **changes):
 @pytest.mark.parametrize("changes", [
     {}, {"high": "bf16", "low": "int8"}, {"masks_keys": True, "has_token_order": True},
 ])  # fmt: skip
-def test_attention_walks_what_was_routed(changes, kernel_device):
-    """The bits of the same block lists given as a map; and the reference's numbers where it upgrades the same pairs."""
-    from dma_diffusers.kernels.attention import launch
+def test_attention_visits_what_was_routed(changes, kernel_device):
+    """The same block lists as a static map give the same bits; the reference upgrades the same pairs and agrees."""
     from dma_diffusers.kernels.operator import choose
 
     call, static, routing = routed_call(kernel_device, **changes)
@@ -331,19 +325,17 @@ def test_attention_walks_what_was_routed(changes, kernel_device):
         "fine_mask": call.fine_mask_on(kernel_device),
     }  # fmt: skip
     recorded = Recorded()
-    out, lse, _ = launch.attention(
+    out, lse, _ = launched(
         q, k, v, static, call.high, call.low, **given, lowering=lowering, routing=routing, run=recorded
     )
     upgraded = routed(recorded.given["score"]["levels"].int(), routing)
     counts = ((upgraded == Phase.HIGH) & (routing.phases == Phase.LOW)).sum((1, 2, 3))
     assert (counts > 0).all() and (counts <= routing.allowed(4)).all()
     same_map = map_of(upgraded.cpu(), has_high=True).to(kernel_device)
-    as_given = launch.attention(q, k, v, same_map, call.high, call.low, **given, lowering=lowering)
+    as_given = launched(q, k, v, same_map, call.high, call.low, **given, lowering=lowering)
     assert torch.equal(out, as_given[0]) and torch.equal(lse, as_given[1])
     if not is_gpu:
-        expected, _ = attention_reference.attention(
-            q, k, v, static, call.high, call.low, **given, routing=routing
-        )
+        expected, _ = by_reference(q, k, v, static, call.high, call.low, **given, routing=routing)
         assert relative_l2(out, expected) < 1e-3
 
 
@@ -361,4 +353,4 @@ def test_a_graph_captures_the_routing(kernel_device):
     with torch.cuda.graph(graph):
         found = route_by_kernel(pools, routing)
     graph.replay()
-    assert_same_walks(found, expected)
+    assert_same_lists(found, expected)

@@ -1,4 +1,4 @@
-"""The tiny Flux pipeline, saved as a user's model folder would be."""
+"""Save the tiny FLUX pipeline like a user's model folder."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ CALL = {"height": 48, "width": 40, "num_inference_steps": 2, "max_sequence_lengt
 
 
 def save_flux(folder: Path) -> Path:
-    """Save the pipeline and its `generation.json` into `folder`, which it returns."""
+    """Save the pipeline and its `generation.json` into `folder`; returns the folder."""
     flux().save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps(CALL))
     return folder

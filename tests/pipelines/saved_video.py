@@ -1,4 +1,4 @@
-"""Tiny video pipelines, saved as a user's model folders would be."""
+"""Save tiny video pipelines like a user's model folders."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ PIPELINES = {"wan": wan, "wan from image": wan_from_image, "cogvideox": cogvideo
 
 
 def save_video(name: str, folder: Path) -> Path:
-    """Save a pipeline and its `generation.json` into `folder`, which it returns."""
+    """Save a pipeline and its `generation.json` into `folder`; returns the folder."""
     pipe = PIPELINES[name]()
     pipe.save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps(CALLS[type(pipe)] | {"num_inference_steps": STEPS}))

@@ -1,4 +1,4 @@
-"""Clip files, read back by PyAV and Pillow."""
+"""Test that PyAV and Pillow read the written clip files back correctly."""
 
 import io
 import json
@@ -19,7 +19,7 @@ WIDTH, HEIGHT, FRAMES = 96, 64, 13
 
 @pytest.fixture(scope="module")
 def frames() -> np.ndarray:
-    """A green square that moves to the right over red, four pixels a frame."""
+    """Draw a green square that moves to the right over red, by four pixels per frame."""
     drawn = np.full((FRAMES, HEIGHT, WIDTH, 3), (200, 30, 60), np.uint8)
     for i, frame in enumerate(drawn):
         frame[16:48, 4 * i : 4 * i + 32] = (20, 220, 90)
@@ -27,7 +27,7 @@ def frames() -> np.ndarray:
 
 
 def decoded(data: bytes, kind: str) -> tuple[np.ndarray, list[int]]:
-    """The frames of a clip file, uint8 `[F, H, W, 3]`, and when each is shown, in ms."""
+    """Decode the frames of a clip file, uint8 `[F, H, W, 3]`, and the time in ms at which each is shown."""
     if kind == "mp4":
         with av.open(io.BytesIO(data)) as file:
             shown = [(frame.to_ndarray(format="rgb24"), round(frame.time * 1000)) for frame in file.decode()]
@@ -46,11 +46,10 @@ def decoded(data: bytes, kind: str) -> tuple[np.ndarray, list[int]]:
 def test_frames_colours_and_times(frames, kind, unit, fps):
     pixels, times = decoded(encode_clip(frames, fps, kind), kind)
     assert pixels.shape == frames.shape
-    assert (
-        np.abs(pixels.astype(int) - frames).mean() < 4
-    )  # chroma at half resolution blurs the square's edges
+    # Chroma at half resolution blurs the square's edges.
+    assert np.abs(pixels.astype(int) - frames).mean() < 4
     flat = np.abs(pixels[:, 28:36].astype(int) - frames[:, 28:36]).max(-1)
-    assert np.median(flat) <= 4  # the right matrix and range: BT.601 for BT.709 would be 20 off
+    assert np.median(flat) <= 4  # BT.601 instead of BT.709 would be 20 off
     assert times == pytest.approx([i * 1000 / fps for i in range(FRAMES)], abs=unit / 2 + 1e-9)
 
 
@@ -58,7 +57,7 @@ def test_a_file_larger_than_the_muxers_buffers():
     noise = np.random.default_rng(0).integers(0, 256, (12, 160, 240, 1)).repeat(3, 3)
     data = encode_clip(noise.astype(np.uint8), 8, "mp4")
     assert len(data) > 2**18
-    assert data.index(b"moov") < data.index(b"mdat")  # its index in front: it plays before all of it is there
+    assert data.index(b"moov") < data.index(b"mdat")  # with its index in front, it plays while it loads
     pixels, _ = decoded(data, "mp4")
     assert np.abs(pixels.astype(int) - noise).mean() < 6
 

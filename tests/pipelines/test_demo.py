@@ -1,4 +1,4 @@
-"""The embedded demo model: what is on disk, what its prompts hold, and that it draws what they say."""
+"""Test the embedded demo model: its files, its prompts, and that it draws what a prompt says."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_transformer_is_of_the_size_it_should_be(pipe):
 
 
 def test_tokens_of_the_recommended_call(pipe):
-    pixels = pipe.vae_scale_factor * 2  # one token holds two by two latents
+    pixels = pipe.vae_scale_factor * 2  # one token covers two by two latents
     assert CALL["height"] // pixels * (CALL["width"] // pixels) + CALL["max_sequence_length"] == 1152
 
 

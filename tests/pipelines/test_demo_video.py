@@ -1,4 +1,4 @@
-"""The embedded demo video model: what is on disk, what its prompts hold, and that it draws what they say."""
+"""Test the embedded demo video model: its files, its prompts, and that it draws what a prompt says."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The video demo's training: what clips show, what stays unseen, and that stock classes do the same arithmetic."""
+"""Test the video demo's training: its clips, its held-out pairs, and that stock classes do the same arithmetic."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def models():
     torch.manual_seed(0)
     vae, model = build_vae(), VideoModel()
     for module in (vae, model):
-        for param in module.parameters():  # much of it starts at zero
+        for param in module.parameters():  # many parameters start at zero
             param.data += torch.randn_like(param) / 20
             param.data = param.data.bfloat16().float()
     return vae, model
@@ -58,13 +58,13 @@ def clips(sprites):
 
 
 def shown(motion: str) -> Clips:
-    """One clip of the first concept on white."""
+    """Describe one clip of the first concept on white."""
     index = (0, MOTIONS.index(motion), list(BACKGROUNDS).index("white"))
     return Clips(*(torch.tensor([i]) for i in index), torch.zeros(1, 3))
 
 
 def object_in(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Column and row of the object's centre, and how many pixels it covers, in every frame of ``[3, F, H, W]``."""
+    """Measure the object in each frame of ``[3, F, H, W]``: column and row of its centre, and its area in pixels."""
     covered = (frames < 0.99).any(0).float()
     area = covered.sum((1, 2))
     columns, rows = torch.arange(covered.shape[2]), torch.arange(covered.shape[1])
@@ -152,8 +152,8 @@ def test_positions_of_a_full_clip_are_the_stock_ones():
 
 def test_positions_of_a_smaller_clip_lie_between_those_they_cover():
     cos, sin = SpreadPositions((5, 8, 12), (2, 2), 64)(None)
-    angles = torch.atan2(sin, cos).view(5, 8, 12, 64)  # the first of each axis' frequencies is 1
-    assert angles[:, 0, 0, 0].tolist()[:2] == pytest.approx([0, 1.5])  # latents 1 and 2 make one
+    angles = torch.atan2(sin, cos).view(5, 8, 12, 64)  # the first frequency of each axis is 1
+    assert angles[:, 0, 0, 0].tolist()[:2] == pytest.approx([0, 1.5])  # one latent stands for latents 1 and 2
     assert float(angles[0, 0, 0, 24]) == pytest.approx(0.5)
     assert float(angles[0, 0, 1, 44]) == pytest.approx(2.5)
 
@@ -181,7 +181,7 @@ def test_loss_is_nothing_for_the_true_velocity(models, monkeypatch):
     clips = TrainingClips(CPU)(2)
     assert model(clips, latents, noise, torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0
     assert torch.equal(given["mixed"], torch.stack([latents[0], noise[1]]))
-    assert given["timestep"].tolist() == [0, 1000]  # as the scheduler's
+    assert given["timestep"].tolist() == [0, 1000]  # the scheduler has these timesteps, too
 
 
 def test_a_short_call_of_the_stock_pipeline(pipe):

@@ -1,4 +1,4 @@
-"""Output files are whole or absent."""
+"""Test that output files are either whole or absent."""
 
 import errno
 import os
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
-    """/dev/full takes files to be opened, and nothing to be written."""
+    """/dev/full can be opened, but nothing can be written to it."""
     with Path("/dev/full").open("wb", buffering=0) as full:
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full)
         with pytest.raises(OSError, match=r"^cannot write \S+out\.mp4: No space left on device$"):

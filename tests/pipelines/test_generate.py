@@ -1,4 +1,4 @@
-"""Loading and drawing, with a tiny pipeline saved as a user's folder would be."""
+"""Test loading and drawing with a tiny pipeline that is saved like a user's model folder."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_a_pipeline_without_a_callback_is_watched_through_its_scheduler():
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert torch.equal(drawing.latents, stock)
     assert drawing.frames.shape == (1, call["num_frames"], call["height"], call["width"], 3)
-    halved = draw(pipe, ["a cat"], [3], call, through=lambda step, latents: latents / 2)
+    halved = draw(pipe, ["a cat"], [3], call, replace_latents=lambda step, latents: latents / 2)
     assert not torch.allclose(halved.latents, stock)
     assert "step" not in vars(pipe.scheduler)
 

@@ -1,4 +1,4 @@
-"""Job files: three formats of the same jobs, and what is no job."""
+"""Test that the three formats of job files give the same jobs, and that bad jobs are refused."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ WRITERS = {
 
 
 def _table(entries: list[dict]) -> str:
-    """Numbers, lists and truth values as JSON, text as it is."""
+    """Write a CSV table; numbers, lists and truth values are JSON, text is left as it is."""
     header = list(dict.fromkeys(name for entry in entries for name in entry))
     buffer = io.StringIO()
     table = csv.DictWriter(buffer, header)
@@ -34,7 +34,7 @@ def _table(entries: list[dict]) -> str:
 
 
 def jobs_of(path, content: str | bytes, **defaults) -> tuple[list[Job], dict[str, str]]:
-    """The jobs of a file with this content, and what is wrong with the others, by place."""
+    """Read the jobs of a file with this content; returns them, and the error of each bad entry by its position."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     jobs, failures = read_jobs(path, defaults)
     assert all("\n" not in failure.error for failure in failures)

@@ -1,4 +1,4 @@
-"""Which pipelines draw what, and where their weights go."""
+"""Test what pipelines can draw, and where their weights are placed."""
 
 import json
 
@@ -102,7 +102,7 @@ def test_what_ftfy_is_needed_for(tmp_path, monkeypatch):
     folder = _folder(tmp_path, "WanImageToVideoPipeline")
     with pytest.raises(ValueError, match="needs ftfy: pip install"):
         check_model(folder, True, image=True)
-    check_model(_folder(tmp_path, "WanPipeline"), True)  # it looks whether ftfy is there
+    check_model(_folder(tmp_path, "WanPipeline"), True)  # this pipeline checks for ftfy itself
 
 
 def test_embedded_models_have_names():
@@ -125,7 +125,7 @@ A_LONG_CLIP = Size(480 * 832, 161)
         (WAN_14B, 80, A_CLIP, Placement("none", tiling=True)),
         (WAN_14B, 48, A_CLIP, Placement("model", tiling=True)),
         (WAN_14B, 24, A_CLIP, Placement("group", tiling=True)),
-        (WAN_14B, 100, A_CLIP, Placement("none", tiling=False)),  # as much for many frames as for few
+        (WAN_14B, 100, A_CLIP, Placement("none", tiling=False)),  # the VAE needs no more for 81 frames
         (WAN_14B, 90, A_SHORT_CLIP, Placement("none", tiling=True)),
         (FLUX, 80, A_PICTURE, Placement("none", tiling=False)),
         (FLUX, 32, A_PICTURE, Placement("model", tiling=False)),
@@ -138,7 +138,7 @@ def test_placement_by_memory(weights, memory, size, expected):
 
 
 def test_placement_has_room_for_every_call():
-    """The longest clip asks most of the transformer, the widest most of the VAE."""
+    """The longest clip needs most memory in the transformer, the widest one in the VAE."""
     sizes = [A_LONG_CLIP, Size(720 * 1280, 49)]
     assert not choose(WAN_14B, 80 * GB, sizes[:1]).tiling
     assert choose(WAN_14B, 80 * GB, sizes) == Placement("none", tiling=True)
@@ -153,7 +153,7 @@ def test_placement_has_room_for_every_call():
     ],
 )
 def test_what_calls_draw_is_what_has_to_fit(monkeypatch, name, call, expected):
-    """Through `load_pipeline`, of every call."""
+    """`load_pipeline` must place a pipeline by the sizes of all its calls."""
     seen = []
 
     def placed(pipe, sizes):
@@ -183,7 +183,7 @@ def test_loads_a_video_pipeline_and_says_where_it_is(tmp_path, monkeypatch):
 
 
 class _Recorder:
-    """What `place` did to a pipeline, with a GPU that is not there."""
+    """Records what `place` does to a pipeline, and pretends that there is a GPU."""
 
     def __init__(self, monkeypatch, pipe, memory: int):
         self.pipe, self.done = pipe, []

@@ -1,4 +1,4 @@
-"""Panels side by side, and picture formats."""
+"""Test panels side by side, and picture formats."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The log of a batch, as several processes leave it, and as an interruption does."""
+"""Test the log of a batch after several processes wrote to it, and after an interruption."""
 
 import json
 from multiprocessing import get_context

@@ -1,4 +1,4 @@
-"""Frames, sizes and rates that video pipelines take."""
+"""Test the frames, sizes and rates that video pipelines take."""
 
 import inspect
 import json
@@ -22,7 +22,7 @@ def wan_folder(tmp_path_factory):
 
 @pytest.fixture
 def of_true_size(tmp_path):
-    """Writes the folder of a pipeline whose models have their default configurations, without weights."""
+    """Return a function that writes a pipeline's folder without weights, in its models' default configurations."""
 
     def write(name: str, transformer: str, vae: str):
         kind = getattr(diffusers, name)
@@ -75,7 +75,7 @@ def test_an_outline_has_no_weights(wan_folder):
 
 @pytest.mark.parametrize(("frames", "drawn"), [(9, 9), (13, 16)])
 def test_cogvideox_draws_another_number_of_frames_than_it_is_asked_for(frames, drawn):
-    """Why its stride is 8 here, and not its VAE's 4."""
+    """This is why `clip_call` uses a stride of 8 for CogVideoX, though its VAE has 4."""
     call = CALLS[diffusers.CogVideoXPipeline] | {"num_frames": frames, "num_inference_steps": 1}
     assert cogvideox()("a cat", output_type="np", **call).frames.shape[1] == drawn
 
@@ -100,7 +100,7 @@ def test_a_rate_that_the_model_takes_is_passed_on(of_true_size):
 def test_an_image_is_cropped_to_the_clips_shape(tmp_path):
     folder = save_video("wan from image", tmp_path)
     stripes = np.zeros((50, 300, 3), np.uint8)
-    stripes[:, 100:200] = 255  # a white square in the middle
+    stripes[:, 100:200] = 255  # this is a white band in the middle
     call = clip_call(folder, size=(96, 96), image=Image.fromarray(stripes))
     picture = call.arguments["image"]
     assert picture.size == (96, 96)
@@ -125,7 +125,7 @@ def test_images_are_read_upright(tmp_path):
     path = tmp_path / "turned.jpg"
     picture = Image.new("L", (40, 30))
     exif = picture.getexif()
-    exif[0x0112] = 6  # to be turned by 90°
+    exif[0x0112] = 6  # this orientation means a turn by 90°
     picture.save(path, exif=exif)
     assert read_image(path).size == (30, 40)
     assert read_image(path).mode == "RGB"

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL
-from dma_diffusers.eval.quality.judge import Scored, doubts
+from dma_diffusers.eval.quality.judge import Scored, caveats
 from dma_diffusers.eval.quality.summary import summarise
 
 
@@ -22,7 +22,7 @@ def test_doubts(again, floor, words):
         AGAIN.name: Scored({"latents_relative_l2": again}, {}),
         ANOTHER_KERNEL.name: Scored({"latents_relative_l2": floor}, {}),
     }
-    found = doubts(judged)
+    found = caveats(judged)
     assert len(found) == len(words) and all(word in note for word, note in zip(words, found, strict=True))
 
 

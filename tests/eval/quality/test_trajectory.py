@@ -34,7 +34,7 @@ def test_a_step_starts_where_full_precision_was(size):
         for chunk in chunks:
             switch(-1, None)
             texts, seeds = [sample.prompt.text for sample in chunk], [sample.seed for sample in chunk]
-            latents.append(draw(pipe, texts, seeds, CALL, through=switch).latents)
+            latents.append(draw(pipe, texts, seeds, CALL, replace_latents=switch).latents)
             restore(pipe)
         return torch.cat(latents)
 

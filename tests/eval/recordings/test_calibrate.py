@@ -71,6 +71,7 @@ def test_no_choice_is_better_than_what_the_search_finds(seed):
 @pytest.mark.parametrize(("target", "head_dim", "formats", "clocks"), [
     ("sm_90", 128, ("bf16", "int8"), (2048 + 1024, 1024 + 1024)),
     ("sm_90", 64, ("bf16", "int8"), (1024 + 1024, 512 + 1024)),
+    ("sm_90", 128, ("int8/bf16", "bf16/fp8"), (512 + 1024 + 1024, 1024 + 512 + 1024)),
     ("sm_100", 128, ("mxfp8", "mxfp4"), (256 + 512 + 1024, 128 + 256 + 1024)),
     ("sm_103", 128, ("bf16", "nvfp4"), (1024 + 512, 85 + 1 / 3 + 256 + 512)),
 ])  # fmt: skip
