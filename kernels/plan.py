@@ -49,9 +49,9 @@ class Plan:
         """All tensors that kernels read of it."""
         block_lists = self.precision_map.block_lists if self.routing is None else []
         others = (
-            self.routing and self.routing.phases,
+            self.routing.phases if self.routing else None,
             self.token_order,
-            self.fine_mask and self.fine_mask.packed,
+            self.fine_mask.packed if self.fine_mask else None,
         )
         return [*block_lists, *(x for x in others if x is not None)]
 

@@ -37,10 +37,11 @@ class Precisions(NamedTuple):
     @property
     def words(self) -> tuple[str, str]:
         """The shortest words that say these precisions: they leave out a class's default P·V."""
-        return tuple(
+        high, low = (
             precision.qk if precision.pv == default else str(precision)
             for precision, default in zip(self, (HIGH_PV, LOW_PV), strict=True)
         )
+        return high, low
 
 
 def _parse(word: str, default_pv: str) -> Precision:
