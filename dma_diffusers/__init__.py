@@ -22,6 +22,8 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _EXPORTS[name] == "attach":  # whoever applies DMA can set stock processors afterwards to remove it
+        import_module(f"{__name__}.processor")
     return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 

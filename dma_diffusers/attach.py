@@ -8,39 +8,39 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from dma_diffusers.bind import Bound, bind
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.dense import dense_parts
-from dma_diffusers.divert import Diversion, Forward
 from dma_diffusers.families import family_of
-from dma_diffusers.processor import DMAAttnProcessor
+from dma_diffusers.forward import ForwardContext
+from dma_diffusers.interception import Interception
 from dma_diffusers.receipt import ModuleReceipt, Receipt
+from dma_diffusers.wrap import WrappedProcessor, wrap
 
 logger = logging.getLogger("dma_diffusers")
 
 
 @dataclass
 class Attachment:
-    """What `apply` did to one model; kept on the model."""
+    """A record of what `apply` did to one model, kept on the model."""
 
     roles: dict[str, str]  # modules that keep their stock processor, and why
     hook: RemovableHandle
 
 
 def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None:
-    """Diverts the attention of a transformer, or of every transformer of a pipeline.
+    """Intercepts the attention of a transformer, or of every transformer of a pipeline.
 
     pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, only its transformers change.
     config: a `DMAConfig` (None: the default), with `fields` of one changed.
-    Applying again replaces what was applied. Calls that DMA does not take run on PyTorch's own attention; an
-    attention backend that was chosen before runs only where whole modules are left to stock.
+    Applying again replaces what was applied. Attention operations that DMA does not take run on PyTorch's own
+    attention; an attention backend that was chosen before runs only where whole calls of a module fall back.
 
     Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
     `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a configuration for
     another model, a policy that needs a grid which is not known, or context parallelism.
     """
     config = DMAConfig.of(config, **fields)
-    for attach in [_prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
+    for attach in [prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
         attach()
 
 
@@ -49,7 +49,7 @@ def check(pipe_or_model: Any, configurations: Mapping[str, DMAConfig]) -> None:
     for name, config in configurations.items():
         try:
             for _, model in transformers_of(pipe_or_model):
-                _prepare(model, config)
+                prepare(model, config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -61,7 +61,7 @@ def restore(pipe_or_model: Any) -> None:
 
 
 def report(pipe_or_model: Any) -> Receipt:
-    """What each attention module runs, and why; no modules where nothing is applied."""
+    """The receipt: what each attention module runs, and why; it has no modules where nothing is applied."""
     receipts = []
     for prefix, model in transformers_of(pipe_or_model):
         if attachment := _attachment(model):
@@ -69,31 +69,16 @@ def report(pipe_or_model: Any) -> Receipt:
     return Receipt(tuple(receipts))
 
 
-def diversions(model: torch.nn.Module) -> dict[str, Diversion]:
-    """The diversions of a model's attention modules, by name; empty where nothing is applied."""
-    found = _attention_modules(_uncompiled(model))
-    return {name: module.processor.diversion for name, module in found if isinstance(module.processor, Bound)}
+def interceptions(model: torch.nn.Module) -> dict[str, Interception]:
+    """The interceptions of a model's attention modules, by name; empty where nothing is applied."""
+    found = [(name, module.processor) for name, module in _attention_modules(_uncompiled(model))]
+    return {name: each.interception for name, each in found if isinstance(each, WrappedProcessor)}
 
 
-def set_attn_processor(model: torch.nn.Module, processor: Any, stock_method: Callable) -> None:
-    """A model's `set_attn_processor`, which takes a `DMAAttnProcessor` too, alone or in a dict."""
-    if isinstance(processor, DMAAttnProcessor):
-        return apply(model, processor.config)
-    given = processor if isinstance(processor, dict) else {"": processor}
-    asked = {name: value.config for name, value in given.items() if isinstance(value, DMAAttnProcessor)}
-    if asked:
-        if len(set(asked.values())) > 1:
-            raise ValueError("the DMAAttnProcessors of one model must agree on their configuration")
-        chosen = {name.removesuffix(".processor") for name in asked}
-        attach = _prepare(model, next(iter(asked.values())), chosen)
-        _detach(model)
-        stock = model.attn_processors
-        stock_method(model, {name: stock[name] if name in asked else value for name, value in given.items()})
-        return attach()
-    stock_method(model, processor)
-    if _attachment(model) and not any(isinstance(m.processor, Bound) for _, m in _attention_modules(model)):
-        _detach(model)
-        logger.warning("set_attn_processor removed DMA attention from %s", type(model).__name__)
+def is_overwritten(model: torch.nn.Module) -> bool:
+    """Tells whether DMA was applied to `model`, and all of its processors were replaced since."""
+    wrapped = any(isinstance(module.processor, WrappedProcessor) for _, module in _attention_modules(model))
+    return _attachment(model) is not None and not wrapped
 
 
 def transformers_of(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -129,8 +114,11 @@ def _attachment(model: torch.nn.Module) -> Attachment | None:
     return getattr(model, "_dma_attachment", None)
 
 
-def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
-    """Checks that `config` can be applied to `model`, or to its modules `chosen`; the result does it."""
+def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
+    """Checks that `config` can be applied to `model`, or to its modules `chosen`; the function it gives applies it.
+
+    Raises ValueError as `apply` does.
+    """
     family = family_of(model, config.text, config.grid)
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
@@ -141,15 +129,15 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
     for name, _ in _attention_modules(model):
         if chosen is not None and name not in chosen:
             roles[name] = "not asked for"
-        elif role := family.role_left_to_stock(name):
+        elif role := family.stock_role(name):
             roles[name] = role
         else:
             wrapped.append(name)
     if not wrapped:
-        raise ValueError(f"{type(model).__name__} has no attention module to divert")
-    diverted = [name for name, _ in _attention_modules(model) if not family.role_left_to_stock(name)]
-    _check_modules(model, config, diverted)
-    dense = dense_parts(config, family, type(model).__name__, tuple(diverted))
+        raise ValueError(f"{type(model).__name__} has no attention module to intercept")
+    eligible = [name for name, _ in _attention_modules(model) if not family.stock_role(name)]
+    _check_modules(model, config, eligible)
+    dense = dense_parts(config, family, type(model).__name__, tuple(eligible))
     if dense.above_sigma is not None and family.timestep_scale is None:
         raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
     policies = [config.of_module(name).asked for name in wrapped if name not in dense.modules]
@@ -162,12 +150,12 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
 
     def attach() -> None:
         _detach(model)
-        forward = Forward(model, family, dense.above_sigma, bool(on_grid), dense.note)
+        forward = ForwardContext(model, family, dense.above_sigma, bool(on_grid), dense.note)
         for name in wrapped:
             module = model.get_submodule(name)
             own = config.of_module(name)
-            diversion = Diversion(own, family, forward, name in dense.modules, _head_dim(module))
-            module.processor = bind(module.processor, diversion)
+            interception = Interception(own, family, forward, name in dense.modules, _head_dim(module))
+            module.processor = wrap(module.processor, interception)
         hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)
         if dense.note:
@@ -176,23 +164,23 @@ def _prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None 
     return attach
 
 
-def _check_modules(model: torch.nn.Module, config: DMAConfig, diverted: list[str]) -> None:
+def _check_modules(model: torch.nn.Module, config: DMAConfig, eligible: list[str]) -> None:
     """Raises ValueError where `config` has modules or heads that `model` has not, or is for another model."""
     kind, named = type(model).__name__, {name for name, _ in config.modules}
     if config.model not in (None, kind):
         raise ValueError(f"this configuration is for {config.model}, not for {kind}: calibrate it for that")
-    if config.model and (differing := named.symmetric_difference(diverted)):
+    if config.model and (differing := named.symmetric_difference(eligible)):
         raise ValueError(f"this configuration is for another {kind}: only one of them has {min(differing)}")
-    if absent := named.difference(diverted):
-        raise ValueError(f"modules: {kind} has no {min(absent)} to divert")
-    for name in diverted:
+    if absent := named.difference(eligible):
+        raise ValueError(f"modules: {kind} has no {min(absent)} to intercept")
+    for name in eligible:
         asked, heads = config.of_module(name).asked.heads, getattr(model.get_submodule(name), "heads", None)
         if None not in (asked, heads) and asked != heads:
             raise ValueError(f"{name} has {heads} heads, and this configuration windows for {asked}")
 
 
 def _head_dim(module: torch.nn.Module) -> int | None:
-    """head_dim where the module tells it; its first call does otherwise."""
+    """The head dimension of a module that tells it; None if only its first call will."""
     try:
         return module.inner_dim // module.heads
     except AttributeError:
@@ -204,15 +192,15 @@ def _detach(model: torch.nn.Module) -> None:
         attachment.hook.remove()
         del model._dma_attachment
     for _, module in _attention_modules(model):
-        if isinstance(module.processor, Bound):
+        if isinstance(module.processor, WrappedProcessor):
             module.processor = module.processor.stock
 
 
 def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment) -> Iterator[ModuleReceipt]:
     for name, module in _attention_modules(model):
-        if isinstance(module.processor, Bound):
+        if isinstance(module.processor, WrappedProcessor):
             device = next(module.parameters()).device
-            yield module.processor.diversion.receipt(prefix + name, device)
+            yield module.processor.interception.receipt(prefix + name, device)
         else:
             reason = attachment.roles.get(name, "its processor was replaced after DMA was applied")
             yield ModuleReceipt(prefix + name, "stock", reason=reason)

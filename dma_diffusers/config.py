@@ -1,4 +1,4 @@
-"""What a user chooses: formats, policy, and which calls they are for."""
+"""The configuration that a user chooses: precisions, policy, and the calls that they are for."""
 
 import re
 from collections.abc import Mapping
@@ -10,75 +10,70 @@ from typing import Any
 import torch
 
 from dma_diffusers.families import FAMILIES, family_of
+from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.defaults import default_formats
+from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import DIMENSIONS
 from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
 
+_B200, _HOPPER = (
+    dict(zip(("high", "low"), default_formats(architecture), strict=True))
+    for architecture in ("sm_100", "sm_90")
+)
 PRESETS = {
     "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind
-    "b200": {},
-    "hopper": {"high": "bf16", "low": "int8"},
+    "b200": _B200,
+    "hopper": _HOPPER,
     "exact": {"lowering": "stock"},
 }
 TEXT_PLACES = ("first", "last", "none")
-# The shortest calls, in keys, that were faster than stock attention when they were measured, quantisation included, and
-# their formats (eval/results/h200_bench.json). Shorter ones were not, or were not measured.
-GAINS_FROM = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
-MEASURED_FORMATS = {"sm_90": ("bf16", "int8")}
-# Where that holds for calls with keys of the text masked, too (eval/results/h200_masked.txt).
-GAINS_WITH_MASKED_TEXT = {("sm_90", 128)}
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
-MODULE_FIELDS = (
-    "high",
-    "low",
-    "window",
-    "sink",
-    "policy",
-    "dense",
-)  # what one attention module may have of its own
+MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense")  # one attention module may have its own
 
 
 @dataclass(frozen=True, kw_only=True)
 class DMAConfig:
-    """How attention runs. Raises ValueError for a value that is not allowed.
+    """The way attention runs. Raises ValueError for a value that is not allowed.
 
-    high, low: names of formats, for Q·K in HIGH and LOW tiles.
+    high, low: the precisions of HIGH and LOW tiles: a format of Q·K, such as "int8", or the formats of Q·K and P·V,
+        such as "int8/bf16". Without the second, P·V is in bf16 in HIGH tiles and in fp8 in LOW ones. Kept as the
+        shortest words: "int8/fp8" for `low` becomes "int8".
     window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
         either side, 0 is no band. Other widths round up. A tuple has a width for each head.
     sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
-    policy: which tiles are HIGH, which LOW, and which are skipped: one of `kernels.policies`, or its words, such as
+    policy: says which tiles are HIGH, LOW, or skipped: one of `kernels.tiling.policies`, or its words, such as
         "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept as
         words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
-    min_length: calls with fewer keys (tokens) are left to stock attention.
+    min_length: calls with fewer keys (tokens) fall back to stock attention.
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step. None:
         as published for the model's family where the policy leaves pairs out (`families.DenseFirst`; the receipt
         says who by), else none; for the whole model, also where a single module's policy does. It is the level that
         counts, so of few steps many may be dense. Reading it waits for the device once per forward call. It happens
         before a model's compiled graph, but breaks the graph of whatever else is compiled around the model.
-    dense_layers: attention modules that run with every tile HIGH, as indices into those that can be diverted, in
+    dense_layers: attention modules that run with every tile HIGH, as indices into those that can be intercepted, in
         module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
     quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than
         are needed, by what is published where there is some, else by our judgement (families.md says which). Changes
         nothing where the policy leaves no pairs out.
-    lowering: how the formats run, by the name of a lowering. "auto" takes the first that the device can run,
+    lowering: the way the formats run, by the name of a lowering. "auto" takes the first that the device can run,
         down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for
-        formats and lengths that were measured to gain, on Hopper, and leaves other calls to stock; "stock"
+        formats and lengths that were measured to gain, on Hopper, and lets other calls fall back to stock; "stock"
         quantises nothing. A lowering that is named and cannot run raises
         ValueError when the model is called.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
-    grid: what tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in words, "64x64"; for
-        policies that need it, and models of no known family.
-    modules: what single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
+    grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in
+        words, "64x64"; for policies that need it, and models of no known family.
+    modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
         high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
         dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled one by one are compiled anew
         for each module that differs: raise torch._dynamo.config.recompile_limit.
     model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 
-    high: str = "mxfp8"
-    low: str = "mxfp4"
+    high: str = _B200["high"]
+    low: str = _B200["low"]
     window: int | tuple[int, ...] = 128
     sink: int = 128
     policy: Policy | str | None = None
@@ -94,8 +89,8 @@ class DMAConfig:
     model: str | None = None
 
     def __post_init__(self):
-        for name in (self.high, self.low):
-            get_format(name)
+        for name, words in zip(("high", "low"), Precisions.parse(self.high, self.low).words, strict=True):
+            object.__setattr__(self, name, words)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         per_head = isinstance(self.window, tuple) and self.window
@@ -128,22 +123,13 @@ class DMAConfig:
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
         object.__setattr__(self, "modules", _frozen(self.modules))
-        for name, changes in self.modules:
-            if unknown := [field for field, _ in changes if field not in MODULE_FIELDS]:
-                known = ", ".join(MODULE_FIELDS)
-                raise ValueError(f"modules: {name} has no {', '.join(map(str, unknown))}; there are {known}")
-            if not isinstance(self.is_dense(name), bool):
-                raise ValueError(f"modules: {name}: dense must be true or false, got {self.is_dense(name)!r}")
-            try:
-                self.of_module(name)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"modules: {name}: {error}") from None
+        object.__setattr__(self, "modules", tuple((name, self._checked(name)) for name, _ in self.modules))
 
     @classmethod
     def from_file(
         cls, path: str | PathLike[str], quality: float | None = None, **changes: Any
     ) -> "DMAConfig":
-        """What `dma-diffusers calibrate` chose, from its policy file, with some fields changed.
+        """The configuration that `dma-diffusers calibrate` chose, from its policy file, with some fields changed.
 
         quality: from 0, the cheapest, to 1, closest to full precision: the file's choice at or above it; None
             for the one that the file was made for.
@@ -162,20 +148,24 @@ class DMAConfig:
     def preset(cls, name: str, **changes) -> "DMAConfig":
         """The configuration called `name`, with some fields changed.
 
-        "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": as
-        "hopper" if this process has a Hopper GPU, else as "b200", where that is faster than stock attention, which
-        runs elsewhere. "exact": stock attention everywhere; it takes no changes.
+        "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": the
+        formats that this process's GPU multiplies fastest (`kernels.defaults`), where they are faster than stock
+        attention, which runs elsewhere. "exact": stock attention everywhere; it takes no changes.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         if name == "exact" and changes:
             raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
-        formats = _measured_formats() if name == "auto" else {}
+        formats = {}
+        if name == "auto":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            own = default_formats(lowerings.architecture(device))
+            formats = dict(zip(("high", "low"), own, strict=True))
         return cls.of(None, **PRESETS[name] | formats | changes)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "DMAConfig":
-        """What fields of a file say: a `preset` or none, and fields of this class, with lists for tuples.
+        """The configuration that a file's fields say: fields of this class, with lists for tuples, perhaps a `preset`.
 
         A `policy` without parentheses is a policy file of `calibrate`, which goes with a `quality`, not with a preset.
         Raises ValueError for anything else, OSError where a policy file cannot be read.
@@ -229,7 +219,7 @@ class DMAConfig:
         return replace(self, **replaced | changes)
 
     def is_dense(self, name: str) -> bool:
-        """Whether `modules` asks for every tile of this attention module to be HIGH."""
+        """Tells whether `modules` asks for every tile of this attention module to be HIGH."""
         return dict(dict(self.modules).get(name, ())).get("dense", False)
 
     @cached_property
@@ -239,13 +229,13 @@ class DMAConfig:
 
     @cached_property
     def words(self) -> str:
-        """Those of the policy."""
+        """The policy in words."""
         return str(self.asked)
 
     def arguments(self, text: tuple[int, int], grid: tuple[int, ...] = ()) -> dict[str, Any]:
         """Keyword arguments of `kernels.operator.attention`, for a call with text tokens from start to stop.
 
-        grid: what the others lie on; () will do where the policy doesn't ask.
+        grid: the sides of the grid that the other tokens lie on; () will do where the policy doesn't ask.
         """
         start, stop = self.protected(text)
         return {
@@ -254,27 +244,25 @@ class DMAConfig:
         }  # fmt: skip
 
     def protected(self, text: tuple[int, int]) -> tuple[int, int]:
-        """Start and stop of the text tokens that the operator is told of."""
+        """Start and stop of the text tokens that are HIGH; (0, 0) if text is not protected."""
         return text if self.protect_text else (0, 0)
 
     def why_stock(self, device: torch.device, head_dim: int, masked: str = "") -> str:
-        """Why calls with `head_dim` on `device` are left to stock attention; empty if they are not.
+        """The reason for which calls with `head_dim` on `device` fall back to stock; empty if they need not.
 
-        masked: which keys are: "text" for those of text alone, "keys" for any.
+        masked: "text" if keys of the text alone are masked, "keys" if any may be, empty for none.
         """
         if self.lowering == "stock":
             return "exact: nothing is quantised"
         if self.lowering != "fastest":
             return ""
-        if head_dim > lowerings.MAX_HEAD_DIM:
-            return f"head_dim {head_dim} is more than {lowerings.MAX_HEAD_DIM}"
-        return _why_not_faster(device, head_dim, self.high, self.low, masked)
+        return why_not_faster(device, head_dim, self.high, self.low, masked)
 
     def least_keys(self, device: torch.device, head_dim: int) -> int:
-        """Calls with fewer keys are left to stock attention."""
+        """The fewest keys of a call that does not fall back to stock attention for its length."""
         if self.lowering != "fastest":
             return self.min_length
-        return max(self.min_length, _gains_from(device, head_dim))
+        return max(self.min_length, gains_from(device, head_dim))
 
     @property
     def operator_lowering(self) -> str:
@@ -285,6 +273,20 @@ class DMAConfig:
         """Raises ValueError, in one line, for a lowering that can't run these formats on `device` at any head_dim."""
         if self.lowering not in ("fastest", "stock"):
             lowerings.choose(lowerings.architecture(device), 1, self.high, self.low, self.lowering)
+
+    def _checked(self, name: str) -> tuple[tuple[str, Any], ...]:
+        """The fields of one of `modules`, its precisions in the shortest words; ValueError if they are not allowed."""
+        changes = dict(self.modules)[name]
+        if unknown := [field for field, _ in changes if field not in MODULE_FIELDS]:
+            known = ", ".join(MODULE_FIELDS)
+            raise ValueError(f"modules: {name} has no {', '.join(map(str, unknown))}; there are {known}")
+        if not isinstance(self.is_dense(name), bool):
+            raise ValueError(f"modules: {name}: dense must be true or false, got {self.is_dense(name)!r}")
+        try:
+            own = self.of_module(name)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"modules: {name}: {error}") from None
+        return tuple((key, getattr(own, key) if key in ("high", "low") else value) for key, value in changes)
 
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str | Policy):
@@ -298,11 +300,11 @@ class DMAConfig:
 
 
 def is_words(policy: str) -> bool:
-    """Whether this says a policy, rather than name a policy file."""
+    """Tells whether this text says a policy, and does not name a policy file."""
     return policy.rstrip().endswith(")")
 
 
-# What window and sink are where they are not given.
+# The values of window and sink where they are not given.
 _DIAGONAL = {field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")}
 
 
@@ -311,7 +313,7 @@ def _is_integer(value) -> bool:
 
 
 def _sides(grid: Any) -> tuple[int, ...]:
-    """A grid's sides, given as numbers or in words."""
+    """The sides of a grid that is given as numbers or in words."""
     if isinstance(grid, str) and re.fullmatch(r"\d+([x×]\d+)*", grid):
         grid = [int(side) for side in re.split("[x×]", grid)]
     if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= DIMENSIONS:
@@ -324,7 +326,7 @@ def _sides(grid: Any) -> tuple[int, ...]:
 
 
 def _frozen(modules: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """Mappings of mappings, or pairs of pairs, as sorted pairs of sorted pairs."""
+    """Turns mappings of mappings, or pairs of pairs, into sorted pairs of sorted pairs."""
     try:
         named = {name: dict(changes) for name, changes in dict(modules).items()}
         return tuple(
@@ -338,42 +340,7 @@ def _frozen(modules: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 
 def _constant(value: Any) -> Any:
-    """A list as a tuple, a policy as its words."""
+    """Turns a list into a tuple, and a policy into its words."""
     if isinstance(value, Policy):
         return str(value)
     return tuple(value) if isinstance(value, list) else value
-
-
-@torch.compiler.assume_constant_result  # a graph cannot ask a device what it is
-def _why_not_faster(device: torch.device, head_dim: int, high: str, low: str, masked: str) -> str:
-    architecture = lowerings.architecture(device)
-    choice = lowerings.choose(architecture, head_dim, high, low)
-    if choice.lowering == "reference":
-        return f"nothing is faster than stock: {choice.reason}"
-    if choice.lowering == "native" and architecture in lowerings.BLOCK_SCALED_ARCHITECTURES:
-        return ""
-    measured = (architecture, _measured_head_dim(head_dim))
-    gains = measured in GAINS_FROM and MEASURED_FORMATS.get(architecture) == (high, low)
-    if gains and (not masked or (masked == "text" and measured in GAINS_WITH_MASKED_TEXT)):
-        return ""
-    formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}"
-    if masked:
-        formats += f" with masked {masked}"
-    return f"{formats} is not shown to be faster than stock on {architecture}"
-
-
-@torch.compiler.assume_constant_result
-def _gains_from(device: torch.device, head_dim: int) -> int:
-    return GAINS_FROM.get((lowerings.architecture(device), _measured_head_dim(head_dim)), 0)
-
-
-def _measured_head_dim(head_dim: int) -> int | None:
-    """The one that was measured of those that calls with `head_dim` are padded to; None beyond."""
-    return next((dim for dim in (64, 128) if head_dim <= dim), None)
-
-
-def _measured_formats() -> dict[str, str]:
-    """The formats that were measured on the architecture of this process's GPU, if any were."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    formats = MEASURED_FORMATS.get(lowerings.architecture(device))
-    return dict(zip(("high", "low"), formats, strict=True)) if formats else {}

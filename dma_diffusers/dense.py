@@ -1,4 +1,4 @@
-"""Which steps and attention modules run with every tile HIGH: those asked for, or the family's."""
+"""The steps and attention modules that run with every tile HIGH: those asked for, or the family's."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,15 +20,15 @@ class DenseParts(NamedTuple):
 
 @lru_cache(64)  # `eval` asks again for each recorded call
 def dense_parts(config: DMAConfig, family: Family, kind: str, modules: tuple[str, ...]) -> DenseParts:
-    """What `config` makes dense in a model of this family.
+    """The parts of a model of this family that `config` makes dense.
 
-    kind: name of its class. modules: its attention modules that can be diverted, in module order.
+    kind: name of its class. modules: its attention modules that can be intercepted, in module order.
     Raises ValueError for `dense_layers` that it has not, and for `quality_first` where nothing is known of its family.
     """
     sigma, layers, note = config.dense_above_sigma, config.dense_layers, ""
     count, dense = len(modules), frozenset(filter(config.is_dense, modules))
     if not all(-count <= index < count for index in layers or ()):
-        raise ValueError(f"dense_layers {layers}: {kind} has {count} modules to divert")
+        raise ValueError(f"dense_layers {layers}: {kind} has {count} modules to intercept")
     leaving_out = {name for name in modules if name not in dense and config.of_module(name).asked.leaves_out}
     if leaving_out and None in (sigma, layers):
         found = family.quality_first if config.quality_first else family.dense_first

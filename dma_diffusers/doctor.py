@@ -1,18 +1,17 @@
-"""What this machine can run, and if not, why."""
+"""The doctor: what this machine can run, and if not, why."""
 
 from typing import Any
 
 import torch
 
-from dma_diffusers.config import DMAConfig
+from dma_diffusers.kernels.defaults import FORMAT_PAIRS, default_formats
 from dma_diffusers.kernels.lowerings import LOWERINGS, Lowering, architecture
 
 _HEAD_DIM = 128
-_PRESETS = ("b200", "hopper")
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, the GPU, and whether each lowering runs the formats of each preset here, and why, in words.
+    """Versions, the GPU, and whether each lowering runs the default formats of each architecture here, and if not, why.
 
     A version is None where the package is absent, `gpu` where there is none.
     """
@@ -22,8 +21,8 @@ def diagnose() -> dict[str, Any]:
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "lowerings": [
-            _diagnose(lowering, architecture(device), DMAConfig.preset(preset))
-            for preset in _PRESETS
+            _diagnose(lowering, architecture(device), *formats)
+            for formats in dict.fromkeys(map(default_formats, FORMAT_PAIRS))
             for lowering in LOWERINGS
         ],
     }
@@ -37,10 +36,10 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def _diagnose(lowering: Lowering, architecture: str, config: DMAConfig) -> dict[str, Any]:
-    refusal = lowering.refuses(architecture, _HEAD_DIM, config.high, config.low)
+def _diagnose(lowering: Lowering, architecture: str, high: str, low: str) -> dict[str, Any]:
+    refusal = lowering.refuses(architecture, _HEAD_DIM, high, low)
     return {
-        "formats": f"{config.high}|{config.low}",
+        "formats": f"{high}|{low}",
         "name": lowering.name,
         "runs": refusal is None,
         "reason": refusal or lowering.description,

@@ -1,4 +1,4 @@
-"""Where each model family has its text, what its tokens lie on, and which neighbourhood was published for it."""
+"""The families of models: where the text stands, which grid the other tokens lie on, and what was published."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ class Published:
     source: str
 
     def policy(self, grid: grids.Grid) -> Neighborhood:
-        """The same share of each side of another grid, which nobody has shown anything about, and the same stride.
+        """A window with the same share of each side of another grid, which nobody has evaluated, and the same stride.
 
         Raises ValueError for a grid of other dimensions.
         """
@@ -50,27 +50,26 @@ class DenseFirst:
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of transformers does with its tokens.
+    """A family of transformers, which treat their tokens alike.
 
-    text: where text stands in joint attention, "first" or "last"; "none" where text is only attended to by
-        cross-attention.
+    text: the place of the text in joint attention, "first" or "last"; "none" if only cross-attention attends to text.
     single_stream: modules called without `encoder_hidden_states` get text and image as one sequence.
-    pads_grid: modules get one sequence in which padding stands between the grid's tokens and the text: all that are not
-        the grid's count as text. Calls that don't tell their grid are left to stock.
+    pads_grid: modules get one sequence in which padding stands between the grid's tokens and the text; all tokens that
+        are not the grid's count as text. Calls that don't tell their grid fall back to stock.
     drops_padding: modules attend to fewer tokens than they were given, without the text's padding.
     cross_attention: last parts of the names of modules that do cross-attention.
     audio: last parts of the names of modules that attend among tokens of sound.
     refiners: parts of the names of modules that see the text alone.
-    masks_text: whether the model masks no keys of joint attention but text.
-    squares_masks: whether a module masks padding as queries too, whose rows nobody reads: it is then asked to mask keys
-        alone, and spared a mask of tokens × tokens.
-    timestep: the name of the model's argument. timestep_scale: what it is at pure noise; None if not known.
-    timestep_rises: whether it is 0 at pure noise and the scale without noise.
-    grid: finds what the tokens other than text lie on; None if not known.
-    grid_on_device: whether finding it waits for the device.
-    published: a neighbourhood for it; None where none is known of.
-    dense_first: what published work keeps dense; None where none is known of, or needed.
-    quality_first: the same for those who would rather wait; known where `dense_first` is.
+    masks_text: the model masks no keys of joint attention but text.
+    squares_masks: modules mask padding as queries too, though nobody reads these rows; they are made to mask keys
+        alone, which spares them a mask of tokens × tokens.
+    timestep: the name of the model's argument. timestep_scale: its value at pure noise; None if that is not known.
+    timestep_rises: the timestep is 0 at pure noise, and `timestep_scale` without noise.
+    grid: finds the grid that the tokens other than text lie on; None if that is not known.
+    grid_on_device: finding the grid waits for the device.
+    published: a neighbourhood that was published for the family; None if none is known.
+    dense_first: the steps and layers that published work keeps dense; None if none are known, or needed.
+    quality_first: more of these, for users who would rather wait; known if `dense_first` is.
     """
 
     text: str
@@ -91,8 +90,8 @@ class Family:
     dense_first: DenseFirst | None = None
     quality_first: DenseFirst | None = None
 
-    def role_left_to_stock(self, module: str) -> str:
-        """Why the module of this name is left to stock; empty if it is not."""
+    def stock_role(self, module: str) -> str:
+        """The role for which the module of this name keeps stock attention; empty if it need not."""
         if any(part in module for part in self.refiners):
             return "token refiner"
         if module.endswith(self.audio):
@@ -104,10 +103,10 @@ class Family:
     ) -> tuple[int, int] | None:
         """The text tokens (start, stop) of a self- or joint-attention call, (0, 0) if it has none.
 
-        keys: tokens in the call's sequence. hidden, encoder: tokens of the `hidden_states` and
-        `encoder_hidden_states` that the module was given, encoder 0 for none. model: tokens of text that the
-        model was given. grid: tokens on the model's grid, if that is known. None if this cannot be told:
-        cross-attention, or a model that was given no text or tells no grid.
+        The arguments are numbers of tokens. keys: in the call's sequence. hidden, encoder: in the `hidden_states` and
+        `encoder_hidden_states` that the module was given, encoder 0 for none. model: in the text that the model was
+        given. grid: on the model's grid, if that is known. The result is None if the text cannot be told: in
+        cross-attention, and in models that were given no text or tell no grid.
         """
         if self.text == "none":
             return None if encoder else (0, 0)
@@ -125,7 +124,7 @@ class Family:
         return start, start + length
 
     def masked(self, text: tuple[int, int]) -> str:
-        """Which keys a mask hides from calls with this text: "text" for none but these, "keys" for any."""
+        """The keys that a mask may hide from calls with this text: "text" for those of text alone, "keys" for any."""
         return "text" if self.masks_text and text[0] < text[1] else "keys"
 
     def noise_level(self, timestep: torch.Tensor) -> torch.Tensor | None:
@@ -139,17 +138,18 @@ class Family:
 _FLUX = Family("first", single_stream=True, timestep_scale=1, grid=grids.of_positions, grid_on_device=True)
 _CROSS = Family("none", cross_attention=("attn2",), timestep_scale=1000)
 
-# Sigmas of the last dense step and the next one stand behind each number; tests compute them from the schedules.
-# Those of 1024×1024 (mu 1.15, the largest that FLUX.1's schedule was given for), .888 and .870, .785 and .760. At
-# 4096×4096 Diffusers extrapolates mu to 11.55, where the last step is at .9997 and every one dense: give the scheduler
-# another shift there.
+# Each level lies between the sigmas of the last dense step and of the next one; tests compute them from the schedules.
+# At 1024×1024 (mu 1.15, the largest that FLUX.1's schedule was given for) these are .888 and .870, .785 and .760. At
+# 4096×4096 Diffusers extrapolates mu to 11.55: the last step is at .9997, and every step is dense, unless the scheduler
+# is given another shift.
 _FLUX_1 = replace(
     _FLUX,
     published=Published((256, 256), (80, 80), (16, 16), "arXiv 2504.16922 (GNA), FLUX at 4096×4096"),
     dense_first=DenseFirst(0.88, (), "9 of 28 steps for FLUX (GNA, arXiv 2504.16922)"),
     quality_first=DenseFirst(0.77, (), "half of 28 steps, our judgement"),
 )
-# Shift 7: .947 and .942, .919 and .913. Radial Attention (arXiv 2506.19852) keeps 12 steps, Sparse VideoGen 5.
+# At shift 7 the sigmas are .947 and .942, .919 and .913. Radial Attention (arXiv 2506.19852) keeps 12 steps, Sparse
+# VideoGen 5.
 _HUNYUAN_VIDEO = Family(
     "last",
     masks_text=True,
@@ -165,8 +165,9 @@ _HUNYUAN_VIDEO = Family(
         0.916, (0,), "20 of 50 steps, our judgement, and the first layer (Sparse VideoGen's scripts)"
     ),
 )
-# Shift 5: .912 and .902, the most of several. Text to video has 12 of 50 (Radial Attention and STA, .943) and 10 of 50
-# (Sparse VideoGen, .955), Wan 2.2 11 of 40 (Radial Attention, at shift 3, where .907 has 10 of 40).
+# At shift 5 the sigmas are .912 and .902, and the number of steps is the largest of several: for text to video 12 of 50
+# (Radial Attention and STA, .943) and 10 of 50 (Sparse VideoGen, .955) were published, for Wan 2.2 11 of 40 (Radial
+# Attention, at shift 3, where .907 has 10 of 40).
 _WAN = replace(
     _CROSS,
     grid=grids.of_video,
@@ -179,7 +180,7 @@ _WAN = replace(
         "two first and two last layers of NVIDIA's Model Optimizer"
     ),
 )  # fmt: skip
-# Timesteps of 1000, 20 apart: 819 and 799, 759 and 739.
+# The timesteps, of 1000 and 20 apart, are 819 and 799, 759 and 739.
 _COGVIDEO = Family(
     "first",
     timestep_scale=1000,
@@ -200,7 +201,7 @@ FAMILIES = {
     "CosmosTransformer3DModel": replace(_CROSS, timestep_scale=None, grid=grids.of_video),
     "Flux2Transformer2DModel": _FLUX,
     "FluxTransformer2DModel": _FLUX_1,
-    # Tokens of an image count as text: they stand with it, and are conditions like it.
+    # The tokens of a given image count as text: they stand with it, and are conditions like it.
     "HunyuanVideo15Transformer3DModel": Family(
         "last", masks_text=True, squares_masks=True, timestep_scale=1000, grid=grids.of_video
     ),

@@ -17,20 +17,20 @@ Finder = Callable[[torch.nn.Module, Mapping[str, Any]], Grid]
 
 
 def given(grid: Grid, model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """What the user says it is."""
+    """Gives the grid that the user says."""
     return grid
 
 
 def of_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From latents `[B, C, H, W]` and the patch size."""
+    """Reads the grid from latents `[B, C, H, W]` and the patch size."""
     (latents,) = _arguments(call, "hidden_states")
     return tuple(length // model.config.patch_size for length in latents.shape[2:])
 
 
 def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From latents `[B, C, T, H, W]` and the patch sizes, in one entry of the model's configuration or in two.
+    """Reads the grid from latents `[B, C, T, H, W]` and the patch sizes.
 
-    Without an entry for time, that is 1.
+    The model's configuration has these in one entry or in two. Without an entry for time, that of time is 1.
     """
     (latents,) = _arguments(call, "hidden_states")
     patch = model.config.patch_size
@@ -39,7 +39,7 @@ def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From latents `[B, T, C, H, W]` and the patch sizes; that of time may be None, for 1."""
+    """Reads the grid from latents `[B, T, C, H, W]` and the patch sizes, of which that of time may be None, for 1."""
     (latents,) = _arguments(call, "hidden_states")
     _, frames, _, rows, columns = latents.shape
     side = model.config.patch_size
@@ -47,7 +47,10 @@ def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From the numbers themselves, of tokens `[B, S, C]`: as many, or pipelines have joined conditions to them."""
+    """Reads the grid from the call's numbers of frames, rows and columns.
+
+    Their product is S for tokens `[B, S, C]`, unless pipelines have joined conditions to these.
+    """
     tokens, *grid = _arguments(call, "hidden_states", "num_frames", "height", "width")
     if math.prod(grid) != tokens.shape[1]:
         raise ValueError(
@@ -58,7 +61,10 @@ def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_list(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From a list of latents `[C, T, H, W]`, which are alike, and the call's patch sizes; one frame is an image."""
+    """Reads the grid from a list of latents `[C, T, H, W]`, all of one size, and the call's patch sizes.
+
+    A single frame is an image.
+    """
     (latents,) = _arguments(call, "x")
     if isinstance(latents[0], list) or len({image.shape[1:] for image in latents}) > 1:
         raise ValueError(
@@ -72,7 +78,7 @@ def of_list(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_shapes(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From (frames, rows, columns) of every image of every batch entry, which are alike."""
+    """Reads the grid from (frames, rows, columns) of every image of every batch entry; the entries are alike."""
     (shapes,) = _arguments(call, "img_shapes")
     images = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
     _check_single([rows * columns for frames, rows, columns in images for _ in range(frames)])
@@ -83,9 +89,9 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def of_positions(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """From (image, row, column, …) of every token, `[tokens, 3 or more]`, with or without a batch in front.
+    """Reads the grid from (image, row, column, …) of every token: `[tokens, 3 or more]`, perhaps with a batch in front.
 
-    Waits for the device, but reads each tensor once: pipelines give the same one in every step.
+    It waits for the device, but reads each tensor once: pipelines give the same one in every step.
     """
     (positions,) = _arguments(call, "img_ids")
     version = None if positions.is_inference() else positions._version  # raised by writing into it

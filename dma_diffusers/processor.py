@@ -1,16 +1,26 @@
-"""`set_attn_processor(DMAAttnProcessor(...))`, the way in that Diffusers users know."""
+"""`model.set_attn_processor(DMAAttnProcessor(...))`, the way in that Diffusers users know.
 
+Importing this module teaches Diffusers' `AttentionMixin.set_attn_processor` to take a `DMAAttnProcessor`.
+"""
+
+import logging
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
+import torch
 from diffusers.models.attention import AttentionMixin
 
+from dma_diffusers import attach
 from dma_diffusers.config import DMAConfig
+
+logger = logging.getLogger("dma_diffusers")
 
 
 class DMAAttnProcessor:
     """Asks a model for DMA attention: `model.set_attn_processor(DMAAttnProcessor(window=384))`.
 
-    Each attention module keeps its stock processor, with only the attention operation diverted. Takes a
+    Each attention module keeps its stock processor, of which only the attention operation is intercepted. It takes a
     `DMAConfig`, fields of one, or both. In a dict of processors, it is for the modules it is given to, which
     must agree on the configuration. Setting stock processors afterwards removes it.
     """
@@ -25,14 +35,37 @@ class DMAAttnProcessor:
         )
 
 
-def _with_dma(stock_method):
-    @wraps(stock_method)
-    def set_attn_processor(self, processor):
-        from dma_diffusers import attach  # imports this module
+def _taught(stock_method: Callable) -> Callable:
+    """`AttentionMixin.set_attn_processor`, which takes a `DMAAttnProcessor` too, alone or in a dict."""
 
-        attach.set_attn_processor(self, processor, stock_method)
+    @wraps(stock_method)
+    def set_attn_processor(self: torch.nn.Module, processor: Any) -> None:
+        if isinstance(processor, DMAAttnProcessor):
+            return attach.apply(self, processor.config)
+        given = processor if isinstance(processor, dict) else {"": processor}
+        asked = {name: value.config for name, value in given.items() if isinstance(value, DMAAttnProcessor)}
+        if asked:
+            return _set_some(self, given, asked, stock_method)
+        stock_method(self, processor)
+        if attach.is_overwritten(self):
+            attach.restore(self)
+            logger.warning("set_attn_processor removed DMA attention from %s", type(self).__name__)
 
     return set_attn_processor
 
 
-AttentionMixin.set_attn_processor = _with_dma(AttentionMixin.set_attn_processor)
+def _set_some(
+    model: torch.nn.Module, given: dict[str, Any], asked: dict[str, DMAConfig], stock_method: Callable
+) -> None:
+    """Sets the processors `given`, and applies the configurations `asked` to the modules that are to have one."""
+    if len(set(asked.values())) > 1:
+        raise ValueError("the DMAAttnProcessors of one model must agree on their configuration")
+    modules = {name.removesuffix(".processor") for name in asked}
+    attach_them = attach.prepare(model, next(iter(asked.values())), modules)
+    attach.restore(model)
+    stock = model.attn_processors
+    stock_method(model, {name: stock[name] if name in asked else value for name, value in given.items()})
+    attach_them()
+
+
+AttentionMixin.set_attn_processor = _taught(AttentionMixin.set_attn_processor)

@@ -1,26 +1,30 @@
 """Receipts: what was chosen for each attention module, and why."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import Any
+
+_FORMER_NAMES = {"diverted": "intercepted", "left": "fallbacks"}
 
 
 @dataclass(frozen=True)
 class ModuleReceipt:
-    """What one attention module runs.
+    """The receipt of one attention module. Calls inside a compiled graph are not counted in it.
 
     architecture: "sm_100", "cpu" and the like; None for a module that keeps its stock processor.
     lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
-    high, low, policy: what was asked for; None for a module that keeps its stock processor.
-    reason: why that lowering.
-    diverted: calls taken by the operator. left: calls left to stock, by reason. inexact_rows: rows of q and k
-        (one token of one head each), summed over calls, that were not stored as their format says, because the
-        scales of their blocks are too far apart for lowering "faithful". None of them counts calls inside a
-        compiled graph.
+    high, low: the precisions that were asked for, in words. policy: the policy that was asked for. All three are None
+        for a module that keeps its stock processor.
+    reason: the reason for that lowering.
+    intercepted: the number of calls that the operator ran. in_dense_steps: how many of these had every tile HIGH
+        because of their noise level.
+    fallbacks: the number of calls that stock attention ran, by reason.
+    inexact_rows: rows of q and k (one token of one head each), summed over calls, that were not stored as their format
+        says, because the scales of their blocks are too far apart for lowering "faithful".
     notes: where dense steps and layers come from if they were not asked for, and what the policy changed for the
         grid of the last call, such as a window that was clamped.
-    in_dense_steps: of the calls diverted, those that had every tile HIGH for their noise level.
     """
 
     module: str
@@ -29,8 +33,8 @@ class ModuleReceipt:
     low: str | None = None
     policy: str | None = None
     reason: str = ""
-    diverted: int = 0
-    left: dict[str, int] = field(default_factory=dict)
+    intercepted: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
     architecture: str | None = None
     inexact_rows: int = 0
     notes: tuple[str, ...] = ()
@@ -53,6 +57,18 @@ class Receipt:
         """Plain dicts, lists, strings and numbers, for JSON."""
         return {"modules": [asdict(module) for module in self.modules]}
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Receipt":
+        """The receipt that `to_dict` stored, also under the former names of fields; unknown fields are passed over."""
+        known = {field.name for field in fields(ModuleReceipt)}
+        modules = (
+            {_FORMER_NAMES.get(name, name): value for name, value in module.items()}
+            for module in stored["modules"]
+        )
+        return cls(
+            tuple(ModuleReceipt(**{n: v for n, v in module.items() if n in known}) for module in modules)
+        )
+
     def __str__(self) -> str:
         if not self.modules:
             return "stock attention: nothing is applied"
@@ -60,11 +76,11 @@ class Receipt:
         for choice, group in groupby(sorted(self.modules, key=str), key=str):
             members = list(group)
             lines.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
-            left = sum((Counter(member.left) for member in members), Counter())
-            lines.append(f"  {sum(member.diverted for member in members)} calls diverted")
+            fallbacks = sum((Counter(member.fallbacks) for member in members), Counter())
+            lines.append(f"  {sum(member.intercepted for member in members)} calls intercepted")
             if calls := sum(member.in_dense_steps for member in members):
                 lines[-1] += f", {calls} of them with every tile HIGH for their noise level"
-            lines.extend(f"  {calls} calls left to stock: {reason}" for reason, calls in left.items())
+            lines.extend(f"  {calls} calls fell back to stock: {why}" for why, calls in fallbacks.items())
             lines.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
             if inexact := sum(member.inexact_rows for member in members):
                 lines.append(

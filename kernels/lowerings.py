@@ -89,7 +89,7 @@ class Lowering:
             ("P·V", self.stores_values, dict.fromkeys(precision.pv for precision in precisions)),
         ):
             if others := [name for name in asked if name not in known]:
-                return f"it multiplies {product} in {', '.join(known)}, not {', '.join(others)}"
+                return f"the kernel multiplies {product} in {', '.join(known)}, not {', '.join(others)}"
         return self.why_not(architecture, head_dim, {name: self.stores[name] for name in formats})
 
 

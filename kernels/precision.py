@@ -1,16 +1,20 @@
-"""Precisions: the pair of formats in which a class of tiles is computed, and its words."""
+"""A precision: the format in which a class of tiles multiplies Q·K, and the format in which it multiplies P·V.
+
+In words it is `int8/bf16`, or `int8` alone for the P·V that the class has by default.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.formats import FORMATS, get_format
 
 HIGH_PV, LOW_PV = "bf16", "fp8"
+"""The formats of P·V where the words leave them out, of HIGH and of LOW tiles."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The formats of one class of tiles: `qk` of the product Q·K, `pv` of the product P·V."""
+    """The formats of one class of tiles, by name. qk: of Q·K. pv: of P·V."""
 
     qk: str
     pv: str
@@ -20,37 +24,34 @@ class Precision:
 
 
 class Precisions(NamedTuple):
-    """The precisions of a call's HIGH and LOW tiles."""
+    """The precisions of HIGH and of LOW tiles."""
 
     high: Precision
     low: Precision
 
     @classmethod
     def parse(cls, high: str, low: str) -> "Precisions":
-        """The precisions that two words say: `"int8"`, or with the format of P·V `"int8/bf16"`.
+        """The precisions that these words say, such as "bf16" and "int8/fp8".
 
-        P·V is bf16 in HIGH and fp8 in LOW where the word leaves it out.
-        Raises ValueError, in one line, for a word that says no precision.
+        Raises ValueError, in one line, for words of another form, or a format that does not exist. Whether a kernel
+        multiplies a format as P·V is up to the lowering.
         """
         return cls(_parse(high, HIGH_PV), _parse(low, LOW_PV))
 
     @property
     def words(self) -> tuple[str, str]:
-        """The shortest words that say these precisions: they leave out a class's default P·V."""
-        high, low = (
-            precision.qk if precision.pv == default else str(precision)
-            for precision, default in zip(self, (HIGH_PV, LOW_PV), strict=True)
-        )
+        """The shortest words for HIGH and for LOW, which leave out the default format of P·V."""
+        defaults = zip(self, (HIGH_PV, LOW_PV), strict=True)
+        high, low = (each.qk if each.pv == default else str(each) for each, default in defaults)
         return high, low
 
 
-def _parse(word: str, default_pv: str) -> Precision:
-    parts = word.split("/")
-    if len(parts) > 2 or not all(parts):
+def _parse(words: str, default_pv: str) -> Precision:
+    parts = words.split("/") if isinstance(words, str) else ()
+    if not 1 <= len(parts) <= 2 or not all(parts):
         raise ValueError(
-            f"{word!r} is no precision: give a format of Q·K such as 'int8', "
-            "or the formats of Q·K and P·V such as 'int8/bf16'"
+            f"precision {words!r} is neither a format of Q·K, as in int8, nor the formats of Q·K and P·V, as in "
+            f"int8/bf16; the formats are {', '.join(FORMATS)}"
         )
-    precision = Precision(parts[0], parts[1] if len(parts) == 2 else default_pv)
-    get_format(precision.qk), get_format(precision.pv)
-    return precision
+    qk, pv = parts if len(parts) == 2 else (*parts, default_pv)
+    return Precision(get_format(qk).name, get_format(pv).name)

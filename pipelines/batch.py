@@ -159,14 +159,14 @@ def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:
     The result says how many calls the plugin took, by which lowerings, and how many went to stock attention for which
     reason.
     """
-    left = sum((Counter(module.left) for module in after.modules), Counter())
-    left -= sum((Counter(module.left) for module in before.modules), Counter())
-    diverted = [
-        (module.lowering, module.diverted - then.diverted)
+    fallbacks = sum((Counter(module.fallbacks) for module in after.modules), Counter())
+    fallbacks -= sum((Counter(module.fallbacks) for module in before.modules), Counter())
+    intercepted = [
+        (module.lowering, module.intercepted - then.intercepted)
         for module, then in zip(after.modules, before.modules, strict=True)
     ]
     return {
-        "diverted": sum(calls for _, calls in diverted),
-        "lowerings": sorted({str(lowering) for lowering, calls in diverted if calls}),
-        "left": dict(left),
+        "intercepted": sum(calls for _, calls in intercepted),
+        "lowerings": sorted({str(lowering) for lowering, calls in intercepted if calls}),
+        "fallbacks": dict(fallbacks),
     }

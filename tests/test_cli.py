@@ -77,6 +77,14 @@ def test_a_policy_in_words(monkeypatch, capsys, model, tmp_path):
         assert refusal in run(monkeypatch, capsys, *arguments, *words)[2]
 
 
+def test_precisions_on_the_command_line_are_in_the_receipt(monkeypatch, capsys, model, tmp_path):
+    arguments = ("generate", "a cat", "--model", model, "--json", "-o", str(tmp_path / "out.png"))
+    code, output, error = run(monkeypatch, capsys, *arguments, "--high", "mxfp8/bf16", "--low", "nvfp4/fp8")
+    assert code == 0, error
+    modules = json.loads(output)["receipt"]["modules"]
+    assert {(module["high"], module["low"]) for module in modules} == {("mxfp8", "nvfp4")}
+
+
 def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
     target = tmp_path / "out.png"
     arguments = ("generate", "a cat", "--model", model, "--size", "64", "--json", "-o", str(target))
@@ -88,7 +96,7 @@ def test_flags_win_over_the_model_folder(monkeypatch, capsys, model, tmp_path):
     for module in json.loads(output)["receipt"]["modules"]:
         assert (module["high"], module["low"]) == ("mxfp8", "nvfp4")
         assert "window=384" in module["policy"]
-        assert module["diverted"] == 3
+        assert module["intercepted"] == 3
 
 
 def test_compare_shows_both_pictures_and_measures_them(monkeypatch, capsys, model, tmp_path):

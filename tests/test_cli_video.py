@@ -65,7 +65,7 @@ def test_a_clip_with_frames_size_and_rate_that_were_asked_for(monkeypatch, capsy
     assert re.fullmatch(r"WanPipeline, .* of weights in .*", placed)
     words = rf"{target}: 5 frames of 208x176, 12\.5 a second; DMA mxfp8/mxfp4, window 128, sink 128, [\d.]+ s"
     assert re.fullmatch(words, drawn)
-    assert "  4 calls diverted" in receipt  # one guided step: two of each of two modules
+    assert "  4 calls intercepted" in receipt  # one guided step: two of each of two modules
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -13,6 +13,7 @@ from dma_diffusers.cli.evaluate import evaluate
 from dma_diffusers.cli.generate import generate
 from dma_diffusers.cli.generate_video import generate_video
 from dma_diffusers.cli.machine import compile_kernels, doctor
+from dma_diffusers.cli.options import flat
 from dma_diffusers.cli.simulate import simulate
 from dma_diffusers.errors import first_line
 
@@ -25,13 +26,13 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-app.command()(generate)
-app.command()(generate_video)
-app.command()(batch)
-app.command("eval")(evaluate)
+app.command()(flat(generate))
+app.command()(flat(generate_video))
+app.command()(flat(batch))
+app.command("eval")(flat(evaluate))
 app.command()(distance)
-app.command()(calibrate)
-app.command()(simulate)
+app.command()(flat(calibrate))
+app.command()(flat(simulate))
 app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)

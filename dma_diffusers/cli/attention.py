@@ -1,6 +1,6 @@
-"""The options that choose how attention runs, and what they choose."""
+"""The options that choose how attention runs, and the configuration that they choose."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,72 +8,86 @@ import typer
 
 from dma_diffusers.cli.console import given, quiet
 
-Preset = Annotated[str, typer.Option(help="auto, b200, hopper or exact.")]
-Format = Annotated[
-    str | None, typer.Option(help="Format of these tiles, such as mxfp8; replaces the preset's.")
-]
-Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
-Policy = Annotated[
+Words = Annotated[
     str | None,
     typer.Option(
-        help="A policy in words, such as 'neighborhood(window=8x8)'; or the file that `calibrate` wrote, instead "
-        "of preset, formats and tokens."
+        help="Format of these tiles' Q·K, such as mxfp8, or of Q·K and P·V, as in int8/bf16; replaces the preset's."
     ),
 ]
-Quality = Annotated[float | None, typer.Option(help="From 0 to 1: the policy file's choice at or above it.")]
-Lowering = Annotated[
-    str | None,
-    typer.Option(help="auto, fastest, stock, native, faithful or reference; `doctor` says which run."),
-]
-QualityFirst = Annotated[
-    bool, typer.Option("--quality-first", help="More of the noisy steps and outer layers all HIGH.")
-]
+Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the options chose: a DMAConfig, and the policy file that it is from."""
+    """The configuration that options chose, and the policy file that it is from, if any."""
 
     config: Any
     file: Path | None
 
     def label(self, receipt: Any) -> str:
-        """What was drawn with, as the receipt has it."""
-        if not any(module.diverted for module in receipt.modules):
+        """A few words for the attention that drew, as the receipt has it."""
+        if not any(module.intercepted for module in receipt.modules):
             return "stock attention"
         if self.file:
             return f"DMA as {self.file.name} chooses"
-        formats = f"DMA {self.config.high}/{self.config.low}"
+        words = self.config.high, self.config.low
+        formats = f"DMA {('|' if '/' in ''.join(words) else '/').join(words)}"
         if self.config.policy:
             return f"{formats}, {self.config.policy}"
         return f"{formats}, window {self.config.window}, sink {self.config.sink}"
 
 
-def chosen(
-    preset: str,
-    high: str | None,
-    low: str | None,
-    window: int | None,
-    sink: int | None,
-    policy: str | None,
-    quality: float | None,
-    lowering: str | None,
-    quality_first: bool,
-) -> Attention:
-    """ValueError, in one line, for options that do not go together, or a lowering that does not run here."""
-    from dma_diffusers.config import DMAConfig, is_words
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The options that choose an `Attention`, as the command line gives them; None where it gives none."""
 
-    tiles = given({"high": high, "low": low, "window": window, "sink": sink})
-    others = given({"lowering": lowering, "quality_first": quality_first or None})
-    if not policy or is_words(policy):
-        if quality is not None:
-            raise ValueError("--quality chooses from a policy file: give --policy too")
-        asked = Attention(DMAConfig.preset(preset, **tiles, **others, **given({"policy": policy})), None)
-    elif tiles:
-        raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
-    else:
-        asked = Attention(DMAConfig.from_file(policy, quality, **others), Path(policy))
-    with quiet():
-        from dma_diffusers.pipelines.placement import own_device
-    asked.config.check_device(own_device())
-    return asked
+    preset: Annotated[str | None, typer.Option(help="auto, b200, hopper or exact; b200 if left out.")] = None
+    high: Words = None
+    low: Words = None
+    window: Tokens = None
+    sink: Tokens = None
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="A policy in words, such as 'neighborhood(window=8x8)'; or the file that `calibrate` wrote, instead "
+            "of preset, formats and tokens."
+        ),
+    ] = None
+    quality: Annotated[
+        float | None, typer.Option(help="From 0 to 1: the policy file's choice at or above it.")
+    ] = None
+    lowering: Annotated[
+        str | None,
+        typer.Option(help="auto, fastest, stock, native, faithful or reference; `doctor` says which run."),
+    ] = None
+    quality_first: Annotated[
+        bool, typer.Option("--quality-first", help="More of the noisy steps and outer layers all HIGH.")
+    ] = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the command line gives, by name."""
+        return given(asdict(self) | {"quality_first": self.quality_first or None})
+
+    def choose(self) -> Attention:
+        """The attention that they choose.
+
+        Raises ValueError, in one line, for options that do not go together, or a lowering that does not run here.
+        """
+        from dma_diffusers.config import DMAConfig, is_words
+
+        options = self.given
+        preset = options.pop("preset", "b200")
+        if not self.policy or is_words(self.policy):
+            if "quality" in options:
+                raise ValueError("--quality chooses from a policy file: give --policy too")
+            chosen = Attention(DMAConfig.preset(preset, **options), None)
+        else:
+            file, quality = Path(options.pop("policy")), options.pop("quality", None)
+            if tiles := [name for name in ("high", "low", "window", "sink") if name in options]:
+                raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
+            chosen = Attention(DMAConfig.from_file(file, quality, **options), file)
+        with quiet():
+            from dma_diffusers.pipelines.placement import own_device
+        chosen.config.check_device(own_device())
+        return chosen

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli import attention
+from dma_diffusers.cli.attention import AttentionOptions
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     given,
@@ -25,27 +25,19 @@ def batch(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of pictures, clips and results.jsonl; resumed.")
     ],
+    attention: AttentionOptions,
     model: Annotated[
         str | None,
         typer.Option(help="Local folder or hub id; `demo`, or `demo-video` for clips, if left out."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="auto, b200, hopper or exact; b200 if left out.")] = None,
-    high: attention.Format = None,
-    low: attention.Format = None,
-    window: attention.Tokens = None,
-    sink: attention.Tokens = None,
-    policy: attention.Policy = None,
-    quality: attention.Quality = None,
-    lowering: attention.Lowering = None,
-    quality_first: attention.QualityFirst = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; 0 if left out.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Pixels, such as 832x480, or one number for a square.")
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Of clips.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of clips.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="A prompt for what not to draw.")] = None,
 ) -> None:
     """Draw the JOBS of a file; the options are for jobs that don't say otherwise.
 
@@ -53,10 +45,9 @@ def batch(
     under `accelerate launch -m dma_diffusers batch …`. Ends with status 1 if any job failed.
     """
     require((*DEMO_PACKAGES, "accelerate"), "pip install 'dma-diffusers[demo]'")
-    defaults = given({
-        "model": model, "preset": preset, "high": high, "low": low, "window": window, "sink": sink,
-        "policy": policy, "quality": quality, "lowering": lowering, "quality_first": quality_first or None,
-        "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps, "negative_prompt": negative_prompt,
+    defaults = attention.given | given({
+        "model": model, "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps,
+        "negative_prompt": negative_prompt,
     })  # fmt: skip
     with quiet():
         hide_loading_bars()

@@ -1,6 +1,7 @@
 """`dma-diffusers calibrate`: choose formats, windows and dense steps for a model."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,23 @@ from dma_diffusers.cli.console import (
 )
 
 
+@dataclass(frozen=True)
+class Recording:
+    """The options that say what is recorded."""
+
+    count: Annotated[int, typer.Option(min=1, help="How many of the prompts, from the first.")] = 4
+    recorded: Annotated[
+        int, typer.Option(min=1, help="Denoising steps to record, evenly spread from first to last.")
+    ] = 3
+    seed: Annotated[int, typer.Option(help="Of the first prompt; each further one has the next.")] = 0
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder to keep the recordings in, and to go on with.")
+    ] = None
+    limit: Annotated[float, typer.Option(min=0.001, help="Gigabytes that the recordings may take.")] = 2.0
+
+
 def calibrate(
     model: Annotated[str, typer.Argument(help="Local folder or hub id, or `demo`.")],
     output: Annotated[
@@ -27,26 +45,16 @@ def calibrate(
     prompts: Annotated[
         Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
     ],
+    recording: Recording,
     quality: Annotated[
         float, typer.Option(help="From 0, the cheapest, to 1, closest to full precision.")
     ] = 0.5,
-    count: Annotated[int, typer.Option(min=1, help="How many of the prompts, from the first.")] = 4,
-    recorded: Annotated[
-        int, typer.Option(min=1, help="Denoising steps to record, evenly spread from first to last.")
-    ] = 3,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
     ] = None,
     formats: Annotated[
         list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first prompt; each further one has the next.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
-    recordings: Annotated[
-        Path | None, typer.Option(help="Folder to keep the recordings in, and to go on with.")
-    ] = None,
-    limit: Annotated[float, typer.Option(min=0.001, help="Gigabytes that the recordings may take.")] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Record MODEL's attention on PROMPTS, and choose formats and windows of each layer and head by their error.
@@ -71,16 +79,18 @@ def calibrate(
 
         cost.check_target(target or cost.current_target())
         path = named_model(model)
-        chosen_prompts, repeated = read_prompts(prompts, count)
+        chosen_prompts, repeated = read_prompts(prompts, recording.count)
         texts = [prompt.text for prompt in chosen_prompts]
-        call = recommended_call(path) | given({"num_inference_steps": steps, "height": size, "width": size})
+        call = recommended_call(path) | given(
+            {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
+        )
         pipe = load_pipeline(path, calls=[call])
-        seeds = range(seed, seed + len(texts))
+        seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
-            folder = recordings or Path(scratch)
+            folder = recording.recordings or Path(scratch)
             recorded_calls = record(
                 pipe, texts, folder, call,
-                seeds=seeds, steps=recorded, limit=int(limit * 1e9), on_step=on_step,
+                seeds=seeds, steps=recording.recorded, limit=int(recording.limit * 1e9), on_step=on_step,
             )  # fmt: skip
             policy = chosen(recorded_calls, quality, target=target, formats=pairs or None, on_step=on_step)
         policy.save(output)
@@ -96,9 +106,9 @@ def calibrate(
 
 
 def _pair(text: str) -> tuple[str, str]:
-    from dma_diffusers.kernels.formats import get_format
+    from dma_diffusers.kernels.precision import Precisions
 
     high, separator, low = text.partition("|")
     if not separator:
         raise ValueError(f"formats {text!r}: give HIGH|LOW, as in mxfp8|mxfp4")
-    return get_format(high.strip()).name, get_format(low.strip()).name
+    return Precisions.parse(high.strip(), low.strip()).words

@@ -1,4 +1,4 @@
-"""What the commands share: options, sizes, quiet, progress bars, tables, JSON."""
+"""The parts that commands share: options, sizes, quiet, progress bars, tables, JSON."""
 
 import importlib.util
 import json

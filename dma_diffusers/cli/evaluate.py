@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,55 @@ from dma_diffusers.cli.console import (
 _RECORDED = 4  # prompts whose attention calls are measured, unless --count says otherwise
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The options that say what is drawn."""
+
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help=".txt, .jsonl, .json, .csv or .tsv; held-out ones if left out, 200 or the clips' 40."
+        ),
+    ] = None
+    count: Annotated[int | None, typer.Option(min=3, help="How many of the prompts, from the first.")] = None
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures or clips of each prompt.")] = 4
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    batch: Annotated[int, typer.Option(min=1, help="Pictures or clips drawn together.")] = 1
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The options of a run that records attention calls, and compares no pictures."""
+
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention",
+            help="Compare no pictures: record the first four prompts' attention calls, and measure on those.",
+        ),
+    ] = False
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Module to record by --attention, by name or number, -1 the last; repeat it."),
+    ] = None
+    recorded: Annotated[
+        int | None, typer.Option(min=1, help="Steps to record by --attention, evenly spread; 3 if left out.")
+    ] = None
+    limit: Annotated[
+        float | None, typer.Option(min=0.001, help="Gigabytes that recordings may take; 2 if left out.")
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the command line gives, by the names of `record`'s arguments."""
+        return given({
+            "modules": self.modules and [_module(text) for text in self.modules], "steps": self.recorded,
+            "limit": self.limit and int(self.limit * 1e9),
+        })  # fmt: skip
+
+
 def evaluate(
     output: Annotated[
         Path,
@@ -29,48 +79,21 @@ def evaluate(
             "--output", "-o", help="Folder of the run: pictures, evaluation.json, report.html; resumed."
         ),
     ],
+    samples: Samples,
+    recording: Recording,
     model: Annotated[
         str | None,
         typer.Option(
             help="Local folder or hub id; demo-video; `demo`, the embedded model of pictures, if left out."
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help=".txt, .jsonl, .json, .csv or .tsv; held-out ones if left out, 200 or the clips' 40."
-        ),
-    ] = None,
-    count: Annotated[int | None, typer.Option(min=3, help="How many of the prompts, from the first.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures or clips of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     config: Annotated[
         list[str] | None,
         typer.Option(help="A preset or fields, such as preset=b200,window=384; six of DMA's if left out."),
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="YAML: names and what --config takes.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures or clips drawn together.")] = 1,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
-    ] = None,
-    attention: Annotated[
-        bool,
-        typer.Option(
-            "--attention",
-            help="Compare no pictures: record the first four prompts' attention calls, and measure on those.",
-        ),
-    ] = False,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(help="Module to record by --attention, by name or number, -1 the last; repeat it."),
-    ] = None,
-    recorded: Annotated[
-        int | None, typer.Option(min=1, help="Steps to record by --attention, evenly spread; 3 if left out.")
-    ] = None,
-    limit: Annotated[
-        float | None, typer.Option(min=0.001, help="Gigabytes that recordings may take; 2 if left out.")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
     target: Annotated[
@@ -86,11 +109,7 @@ def evaluate(
 
     if config and configs:
         raise ValueError("give configurations by --config or by --configs, not by both")
-    recording = given({
-        "modules": modules and [_module(text) for text in modules], "steps": recorded,
-        "limit": limit and int(limit * 1e9),
-    })  # fmt: skip
-    if recording and not attention:
+    if recording.given and not recording.attention:
         raise ValueError("--modules, --recorded and --limit are for --attention: give that too")
     with quiet():
         hide_loading_bars()
@@ -104,16 +123,16 @@ def evaluate(
             configurations = known.read(configs) if configs else known.named(config)
         path = named_model(model)
         check_model(path)
-        chosen, repeated = read_prompts(prompts or built_in(path), count)
+        chosen, repeated = read_prompts(samples.prompts or built_in(path), samples.count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
-        call |= given({"num_inference_steps": steps, "height": size, "width": size})
-        seeds = range(seed, seed + seeds)
-        asked = Request(path, chosen, seeds, batch, call, configurations, target)
+        call |= given({"num_inference_steps": samples.steps, "height": samples.size, "width": samples.size})
+        seeds = range(samples.seed, samples.seed + samples.seeds)
+        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
-    if attention:
-        _measure_attention(asked, count or _RECORDED, output, recording)
+    if recording.attention:
+        _measure_attention(asked, samples.count or _RECORDED, output, recording.given)
     else:
         _compare_pictures(asked, clip, reference, output, notes)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli import attention
+from dma_diffusers.cli.attention import AttentionOptions
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -23,18 +23,10 @@ from dma_diffusers.cli.console import (
 def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")],
+    attention: AttentionOptions,
     model: Annotated[
         str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
-    preset: attention.Preset = "b200",
-    high: attention.Format = None,
-    low: attention.Format = None,
-    window: attention.Tokens = None,
-    sink: attention.Tokens = None,
-    policy: attention.Policy = None,
-    quality: attention.Quality = None,
-    lowering: attention.Lowering = None,
-    quality_first: attention.QualityFirst = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
@@ -48,7 +40,7 @@ def generate(
     from dma_diffusers.pipelines.files import check_writable, write_atomically
     from dma_diffusers.pipelines.picture import encode, picture_format
 
-    chosen = attention.chosen(preset, high, low, window, sink, policy, quality, lowering, quality_first)
+    chosen = attention.choose()
     kind = picture_format(output)
     check_writable(output)
 

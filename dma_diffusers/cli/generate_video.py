@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli import attention
+from dma_diffusers.cli.attention import AttentionOptions
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -23,6 +23,7 @@ from dma_diffusers.cli.console import (
 def generate_video(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The clip to write: .mp4, .webp or .gif.")],
+    attention: AttentionOptions,
     model: Annotated[
         str, typer.Option(help="Local folder or hub id, or `demo-video`, the embedded model.")
     ] = "demo-video",
@@ -33,15 +34,6 @@ def generate_video(
         Path | None,
         typer.Option(help="First frame, for image-to-video models; cropped to the clip's shape."),
     ] = None,
-    preset: attention.Preset = "b200",
-    high: attention.Format = None,
-    low: attention.Format = None,
-    window: attention.Tokens = None,
-    sink: attention.Tokens = None,
-    policy: attention.Policy = None,
-    quality: attention.Quality = None,
-    lowering: attention.Lowering = None,
-    quality_first: attention.QualityFirst = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
     compare: Annotated[
@@ -54,7 +46,7 @@ def generate_video(
     from dma_diffusers.pipelines.clip import check_clip, clip_format, encode_clip
     from dma_diffusers.pipelines.files import check_writable, write_atomically
 
-    chosen = attention.chosen(preset, high, low, window, sink, policy, quality, lowering, quality_first)
+    chosen = attention.choose()
     kind = clip_format(output)
     check_writable(output)
     sides = size and sizes_of("--size", size)

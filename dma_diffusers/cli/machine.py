@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.attention import Format
+from dma_diffusers.cli.attention import Words
 from dma_diffusers.cli.console import Json, print_json, print_table, quiet, require
 
 
@@ -29,8 +29,8 @@ def doctor(as_json: Json = False) -> None:
 
 def compile_kernels(
     target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120 or sm_90.")],
-    high: Format = None,
-    low: Format = None,
+    high: Words = None,
+    low: Words = None,
     as_json: Json = False,
 ) -> None:
     """Compile every kernel variant for an architecture, ahead of time, on any machine."""

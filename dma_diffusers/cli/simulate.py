@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,20 +15,58 @@ COUNTS = "Speed-ups are of tiles counted, not of seconds."
 _COST = 0.1
 
 
-def simulate(
-    grid: Annotated[str, typer.Option(help="Tokens of each dimension, such as 256x256 or 30x48x80.")],
-    window: Annotated[str | None, typer.Option(help="Keys that each query sees, such as 80x80.")] = None,
-    stride: Annotated[str | None, typer.Option(help="Queries that share a window; 1x1 if left out.")] = None,
-    dilation: Annotated[str | None, typer.Option(help="Distance between keys; 1x1 if left out.")] = None,
+@dataclass(frozen=True)
+class Boxes:
+    """The options that say a neighbourhood and its tiles."""
+
+    window: Annotated[str | None, typer.Option(help="Keys that each query sees, such as 80x80.")] = None
+    stride: Annotated[str | None, typer.Option(help="Queries that share a window; 1x1 if left out.")] = None
+    dilation: Annotated[str | None, typer.Option(help="Distance between keys; 1x1 if left out.")] = None
     causal: Annotated[
         str | None, typer.Option(help="1 where no query sees later keys, such as 1x0x0; none if left out.")
-    ] = None,
+    ] = None
     q_tile: Annotated[
         str | None, typer.Option(help="Box of tokens; as the other if left out, or planned.")
-    ] = None,
+    ] = None
     kv_tile: Annotated[
         str | None, typer.Option(help="Box of tokens; as the other if left out, or planned.")
-    ] = None,
+    ] = None
+
+    @property
+    def sizes(self) -> list[tuple[int, ...] | None]:
+        """The sizes for each dimension, in the order of the options; None for an option that is not given."""
+        return [value and _sizes(name, value) for name, value in asdict(self).items()]
+
+
+@dataclass(frozen=True)
+class Times:
+    """The options of predicted times."""
+
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Predict times too: h100, h200, b200 or b300; only the h200 was measured."),
+    ] = None
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gpu, what any policy costs there: its words, such as 'importance(budget=0.05)'."
+        ),
+    ] = None
+    left_out: Annotated[
+        float, typer.Option(help="With a policy of skip_softmax: the share of LOW pairs that it left out.")
+    ] = 0.0
+    high: Annotated[
+        str | None, typer.Option(help="Format of HIGH tiles, with --gpu; its default if left out.")
+    ] = None
+    low: Annotated[str | None, typer.Option(help="Format of LOW tiles, likewise.")] = None
+    heads: Annotated[int, typer.Option(min=1, help="Heads times batch, for times.")] = 24
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head, for times.")] = 128
+
+
+def simulate(
+    grid: Annotated[str, typer.Option(help="Tokens of each dimension, such as 256x256 or 30x48x80.")],
+    boxes: Boxes,
+    times: Times,
     text: Annotated[
         int, typer.Option(help="Text tokens: seen by every query, seeing every key, in tiles of their own.")
     ] = 0,
@@ -45,25 +84,6 @@ def simulate(
         float | None,
         typer.Option(help=f"Share of dense attention to compute at most, with --search; {_COST}."),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="Predict times too: h100, h200, b200 or b300; only the h200 was measured."),
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="With --gpu, what any policy costs there: its words, such as 'importance(budget=0.05)'."
-        ),
-    ] = None,
-    left_out: Annotated[
-        float, typer.Option(help="With a policy of skip_softmax: the share of LOW pairs that it left out.")
-    ] = 0.0,
-    high: Annotated[
-        str | None, typer.Option(help="Format of HIGH tiles, with --gpu; its default if left out.")
-    ] = None,
-    low: Annotated[str | None, typer.Option(help="Format of LOW tiles, likewise.")] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Heads times batch, for times.")] = 24,
-    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head, for times.")] = 128,
     plot: Annotated[
         Path | None,
         typer.Option(help="A picture of the map, as .svg or .png; of the first proposal with --search."),
@@ -74,37 +94,27 @@ def simulate(
 
     Counts tiles; with --gpu, times are predicted as well, of any --policy too. No GPU is asked.
     """
-    others = (window, stride, dilation, causal, q_tile, kv_tile, search or None, cost, plot)
-    if policy and (gpu is None or any(option is not None for option in others)):
+    others = (*asdict(boxes).values(), search or None, cost, plot)
+    if times.policy and (times.gpu is None or any(option is not None for option in others)):
         raise ValueError(
             "--policy says all of the map: give it --grid, --text and --gpu, and no windows or tiles"
         )
-    if left_out and not policy:
+    if times.left_out and not times.policy:
         raise ValueError("--left-out is for --policy, such as 'skip_softmax(threshold=0.001)'")
-    if window is None and not search and not policy:
+    if boxes.window is None and not search and not times.policy:
         raise ValueError("give --window, such as 80x80, or --search for proposals")
     if cost is not None and not search:
         raise ValueError("--cost is for --search: add it, or leave --cost out")
     if dense_steps is not None and attention_share is None:
         raise ValueError("--dense-steps needs --attention-share, attention's share of the run's time")
-    if gpu is None and (high or low):
+    if times.gpu is None and (times.high or times.low):
         raise ValueError("--high and --low are for predicted times: add --gpu, or leave them out")
-    if gpu is not None:
+    if times.gpu is not None:
         require(("triton",), "pip install triton")
     if plot:
         require(("matplotlib",), "pip install 'dma-diffusers[eval]'")
     sizes = sizes_of("--grid", grid)
-    widths, strides, dilations, q_box, kv_box = (
-        None if value is None else sizes_of(name, value)
-        for name, value in (
-            ("--window", window),
-            ("--stride", stride),
-            ("--dilation", dilation),
-            ("--q-tile", q_tile),
-            ("--kv-tile", kv_tile),
-        )
-    )
-    is_causal = None if causal is None else sizes_of("--causal", causal, range(2))
+    widths, strides, dilations, is_causal, q_box, kv_box = boxes.sizes
     dense = (0, 1) if dense_steps is None else _steps(dense_steps)
 
     from dma_diffusers.eval.simulator import plot as picture
@@ -118,15 +128,16 @@ def simulate(
     if attention_share is not None:
         end_to_end(1, attention_share, dense)  # refuses what it can't take before anything runs
     predict = None
-    if gpu is not None:
-        from dma_diffusers.eval.simulator import predict as times
+    if times.gpu is not None:
+        from dma_diffusers.eval.simulator import predict as predictions
 
-        default = times.default_formats(gpu)
-        on_gpu = {"gpu": gpu, "heads": heads, "head_dim": head_dim}
-        on_gpu |= {"high": high or default[0], "low": low or default[1]}
-        predict = partial(times.predict, **on_gpu)
-    if policy:
-        _print_policy(policy, sizes, text, on_gpu | {"left_out": left_out}, attention_share, dense, as_json)
+        high, low = predictions.default_formats(times.gpu)
+        on_gpu = {"gpu": times.gpu, "heads": times.heads, "head_dim": times.head_dim}
+        on_gpu |= {"high": times.high or high, "low": times.low or low}
+        predict = partial(predictions.predict, **on_gpu)
+    if times.policy:
+        how = on_gpu | {"left_out": times.left_out}
+        _print_policy(times.policy, sizes, text, how, attention_share, dense, as_json)
         return
     axes, notes = neighborhood(sizes, widths, strides, dilations, is_causal)
     if search:
@@ -194,6 +205,11 @@ def _print_policy(
     for note in counted["notes"]:
         print(f"note: {note}")
     print(f"Times are {prediction['label']}.")
+
+
+def _sizes(name: str, text: str) -> tuple[int, ...]:
+    option = f"--{name.replace('_', '-')}"
+    return sizes_of(option, text, range(2)) if name == "causal" else sizes_of(option, text)
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from dma_diffusers.eval.bench.shapes import GRIDS, Shape
 from dma_diffusers.eval.bench.timing import Call
 from dma_diffusers.kernels import lowerings, operator, plan
 from dma_diffusers.kernels.call import Call as AttentionCall
+from dma_diffusers.kernels.defaults import default_formats
 from dma_diffusers.kernels.device.launch import Launcher, run
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout
@@ -150,8 +150,7 @@ def default_configs(architecture: str, shape: Shape) -> list[Config]:
     The first has LOW everywhere, the second the diagonal and the first tile HIGH. The third is the second on a grid, so
     that tokens are gathered, for a shape of `GRIDS`. In the last, importance chooses a twentieth to be HIGH.
     """
-    block_scaled = architecture in BLOCK_SCALED_ARCHITECTURES
-    formats = ("mxfp8", "mxfp4") if block_scaled else ("bf16", "int8")
+    formats = default_formats(architecture)
     configs = [Config(*formats, window=0, sink=0), Config(*formats)]
     if shape.model in GRIDS:
         text, grid = GRIDS[shape.model]

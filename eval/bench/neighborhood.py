@@ -16,6 +16,7 @@ from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels import plan
+from dma_diffusers.kernels.defaults import default_formats
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Neighborhood
@@ -26,7 +27,7 @@ NAMED = {
     "hunyuan-720p": ((30, 48, 80), (18, 24, 24), (16, 8, 8)),
 }
 TEXT = (0, 512)
-HIGH, LOW = "bf16", "int8"
+HIGH, LOW = default_formats("sm_90")
 PARTS = ("whole", "kernel")
 FLEX, OUR_NAME = "FlexAttention bf16", f"neighbourhood LOW {LOW}"
 _SHARES = ("of_simulated", "of_simulated_over_dense")

@@ -15,14 +15,11 @@ from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, mea
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
 from dma_diffusers.eval.recordings.search import Search, Selection
 from dma_diffusers.eval.recordings.store import Recordings
+from dma_diffusers.kernels.defaults import FORMAT_PAIRS
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
-_BLACKWELL = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
-FORMATS = {"sm_90": (("bf16", "int8"), ("bf16", "fp8"))} | dict.fromkeys(
-    ("sm_100", "sm_103", "sm_120"), _BLACKWELL
-)
 SINKS = (0, TILE)
 
 
@@ -51,7 +48,7 @@ def calibrate(
     check_quality(quality)
     target = target or current_target()
     check_target(target)
-    pairs = [tuple(pair) for pair in formats or FORMATS[target]]
+    pairs = [tuple(pair) for pair in formats or FORMAT_PAIRS[target]]
     if not len(recordings):
         raise ValueError(f"there are no recordings in {recordings.folder}")
     options = [{"high": high, "low": low, "sink": sink} for high, low in pairs for sink in SINKS]

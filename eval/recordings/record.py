@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
-from dma_diffusers.attach import apply, diversions, restore, transformers_of
+from dma_diffusers.attach import apply, interceptions, restore, transformers_of
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.recordings.store import (
@@ -134,7 +134,7 @@ class _Recorder:
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], hooks: list[RemovableHandle]):
-        found = [diversions(model) for model in models]
+        found = [interceptions(model) for model in models]
         if len({(type(model), *of_model) for model, of_model in zip(models, found, strict=True)}) > 1:
             kinds = ", ".join(type(model).__name__ for model in models)
             raise ValueError(
@@ -147,9 +147,9 @@ class _Recorder:
             "fingerprint": provenance.weights_fingerprint(*models),
         }
         for model, of_model in zip(models, found, strict=True):
-            for name, diversion in of_model.items():
-                diversion.stand_in = partial(self._attend, name)
-                forward = diversion.forward
+            for name, interception in of_model.items():
+                interception.stand_in = partial(self._attend, name)
+                forward = interception.forward
             hooks.append(model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True))
         self.take: Callable[..., None] = lambda *_: None
 

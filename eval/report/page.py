@@ -1,7 +1,6 @@
 """The page of an evaluation is HTML that needs no other file."""
 
 import json
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dma_diffusers.eval.report.pareto import pareto
 from dma_diffusers.eval.report.steps import step_errors, step_plot
 from dma_diffusers.eval.report.svg import css_colour, row_colours
 from dma_diffusers.eval.report.worst import worst
-from dma_diffusers.receipt import ModuleReceipt, Receipt
+from dma_diffusers.receipt import Receipt
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -105,9 +104,7 @@ def _configurations(rows: dict[str, dict[str, Any]]) -> tuple[list[str], dict[st
 
 def _receipt(stored: dict[str, Any]) -> str:
     """Return a stored receipt as `dma_diffusers.report` would print it."""
-    known = {field.name for field in fields(ModuleReceipt)}
-    modules = [{key: value for key, value in module.items() if key in known} for module in stored["modules"]]
-    return str(Receipt(tuple(ModuleReceipt(**module) for module in modules)))
+    return str(Receipt.from_dict(stored))
 
 
 def _text(value: Any) -> str:

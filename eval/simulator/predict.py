@@ -16,6 +16,7 @@ from typing import NamedTuple
 from dma_diffusers.eval.cost import clocks_of, lowering_of, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
+from dma_diffusers.kernels.defaults import default_formats as formats_of
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import TILE, Layout
@@ -222,4 +223,4 @@ def default_formats(gpu: str) -> tuple[str, str]:
     """Return HIGH and LOW that a GPU multiplies fastest; raises ValueError for an unknown one."""
     if gpu not in MACHINES:
         raise ValueError(f"unknown GPU {gpu!r}: choose from {', '.join(MACHINES)}")
-    return ("bf16", "int8") if MACHINES[gpu].architecture == "sm_90" else ("mxfp8", "mxfp4")
+    return formats_of(MACHINES[gpu].architecture)

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dma_diffusers.kernels.ahead_of_time.sass import describe, markdown
 from dma_diffusers.kernels.attention import hopper, launch
 from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.defaults import FORMAT_PAIRS, default_formats
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
 from dma_diffusers.kernels.plan import Plan
@@ -34,10 +35,8 @@ from dma_diffusers.kernels.tiling.precision_map import Class, build_map, visitin
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
-_BLOCK_PAIRS = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
-PAIRS = dict.fromkeys(BLOCK_SCALED_ARCHITECTURES, _BLOCK_PAIRS) | {
-    "sm_90": (("bf16", "int8"), ("bf16", "fp8"), ("mxfp8", "mxfp4"))
-}
+PAIRS = {target: FORMAT_PAIRS[target] for target in TARGETS}
+PAIRS["sm_90"] += (default_formats("sm_100"),)  # a B200's numbers, re-encoded by the lowering `faithful`
 _TOKENS, _HEADS = 256, 16
 
 _TYPES = {
@@ -49,15 +48,17 @@ _TYPES = {
 def compile_all(target: str, high: str | None = None, low: str | None = None) -> list[dict[str, Any]]:
     """Compiles each kernel variant for `target`, one of `TARGETS`, and describes the result.
 
-    high, low: compile only this pair; the project's pairs by default. Each pair has three variants of the
-    attention kernel at each head dimension: mixed, HIGH alone and LOW alone.
+    high, low: compile this pair alone, with the target's default for one that is None; all of the target's pairs
+    if both are. Each pair has three variants of the attention kernel at each head dimension: mixed, HIGH alone and
+    LOW alone.
     Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (bytes of stack that a
-    thread needs), `shared_bytes` and `loops` (of the attention kernel: see `instructions.describe`). Raises
+    thread needs), `shared_bytes` and `loops` (of the attention kernel: see `sass.describe`). Raises
     ValueError for an unknown target or a pair no kernel runs.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
-    pairs = PAIRS[target] if high is None and low is None else ((high or "mxfp8", low or "mxfp4"),)
+    default = default_formats(target)
+    pairs = PAIRS[target] if high is None and low is None else ((high or default[0], low or default[1]),)
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         if name not in NATIVE:
             raise ValueError(f"no kernel multiplies {name} on {target}: choose from {', '.join(NATIVE)}")

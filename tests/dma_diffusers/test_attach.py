@@ -63,7 +63,7 @@ def test_a_refused_apply_changes_nothing(pipe):
     apply(pipe)
     before = draw(pipe)
     with pytest.raises(
-        ValueError, match=r"dense_layers \(3,\): FluxTransformer2DModel has 3 modules to divert"
+        ValueError, match=r"dense_layers \(3,\): FluxTransformer2DModel has 3 modules to intercept"
     ):
         apply(pipe, dense_layers=(3,))
     with pytest.raises(ValueError, match="unknown format"):
@@ -95,7 +95,7 @@ def test_a_models_own_processors_can_be_set_again(pipe):
     before = draw(pipe)
     pipe.transformer.set_attn_processor(dict(pipe.transformer.attn_processors))
     assert torch.equal(draw(pipe), before)
-    assert report(pipe).modules[0].diverted == 4
+    assert report(pipe).modules[0].intercepted == 4
 
 
 def test_a_dict_chooses_modules(pipe):
@@ -107,7 +107,7 @@ def test_a_dict_chooses_modules(pipe):
     pipe.transformer.set_attn_processor(processors)
     draw(pipe)
     modules = report(pipe.transformer).modules
-    assert [(module.module, module.diverted) for module in modules if module.lowering != "stock"] == [
+    assert [(module.module, module.intercepted) for module in modules if module.lowering != "stock"] == [
         ("transformer_blocks.0.attn", 2)
     ]
     assert {module.reason for module in modules if module.lowering == "stock"} == {"not asked for"}
@@ -146,8 +146,8 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "low": "mxfp4",
         "policy": "diagonal(window=128, sink=128)",
         "reason": "asked for",
-        "diverted": 2,
-        "left": {},
+        "intercepted": 2,
+        "fallbacks": {},
         "inexact_rows": 0,
         "notes": [],
         "in_dense_steps": 0,
@@ -160,7 +160,7 @@ def test_cross_attention_keeps_its_processor_and_is_no_layer():
     apply(pipe.transformer, dense_layers=(1,))
     draw(pipe)
     assert [
-        (module.module, module.policy, module.diverted) for module in report(pipe.transformer).modules
+        (module.module, module.policy, module.intercepted) for module in report(pipe.transformer).modules
     ] == [
         ("blocks.0.attn1", "diagonal(window=128, sink=128)", 4),
         ("blocks.0.attn2", None, 0),
@@ -173,9 +173,9 @@ def test_the_report_counts_calls_left_to_stock():
     pipe = tiny_pipelines.sd3()
     apply(pipe, min_length=400)  # attn2 has 380 tokens, joint attention 480
     draw(pipe)
-    left = {module.module: module.left for module in report(pipe).modules if module.left}
-    assert left == {"transformer.transformer_blocks.0.attn2": {"fewer than 400 keys": 2}}
-    assert "2 calls left to stock: fewer than 400 keys" in str(report(pipe))
+    fallbacks = {module.module: module.fallbacks for module in report(pipe).modules if module.fallbacks}
+    assert fallbacks == {"transformer.transformer_blocks.0.attn2": {"fewer than 400 keys": 2}}
+    assert "2 calls fell back to stock: fewer than 400 keys" in str(report(pipe))
 
 
 def test_the_report_says_how_many_rows_are_inexact(pipe, monkeypatch):
@@ -216,7 +216,7 @@ def test_keys_that_share_memory_are_left_to_stock():
     attention.norm_k = OneHead(attention.norm_k)
     apply(pipe)
     draw(pipe)
-    reasons = {module.module: list(module.left) for module in report(pipe).modules if module.left}
+    reasons = {module.module: list(module.fallbacks) for module in report(pipe).modules if module.fallbacks}
     assert reasons == {
         "transformer.transformer_blocks.0.attn2": ["elements of q, k or v share memory, as after expand"]
     }
@@ -328,7 +328,7 @@ def test_a_processor_with_weights_keeps_them(pipe):
     block = next(
         module for module in report(pipe).modules if module.module.endswith("transformer_blocks.0.attn")
     )
-    assert (block.diverted, list(block.left)) == (
+    assert (block.intercepted, list(block.fallbacks)) == (
         2,
         ["cross-attention: queries and keys are different tokens"],
     )
@@ -364,10 +364,10 @@ def test_training_is_left_to_stock(pipe):
     )
     draw(pipe)
     hook.remove()
-    before = report(pipe).modules[0].diverted
+    before = report(pipe).modules[0].intercepted
     pipe.transformer(**call)[0].sum().backward()
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.grad is not None
-    assert report(pipe).modules[0].diverted == before
+    assert report(pipe).modules[0].intercepted == before
 
 
 def test_errors_of_the_operator_reach_the_caller(pipe, monkeypatch):

@@ -5,9 +5,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers import DMAConfig, apply, report
-from dma_diffusers.divert import Diversion, Diverting, Forward
 from dma_diffusers.families import Family
+from dma_diffusers.forward import ForwardContext
+from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
+from dma_diffusers.mode import InterceptionMode
 from tests import tiny_pipelines
 from tests.tiny_pipelines import draw
 
@@ -150,11 +152,11 @@ class Call(torch.nn.Module):
         super().__init__()
         family = Family("none")
         config = DMAConfig(min_length=0)
-        self.diversion = Diversion(config, family, Forward(self, family, None), False, None)
+        self.interception = Interception(config, family, ForwardContext(self, family, None), False, None)
         self.fields = fields
 
     def forward(self, q, k, v):
-        with Diverting(self.diversion, q.transpose(1, 2), None):
+        with InterceptionMode(self.interception, q.transpose(1, 2), None):
             return scaled_dot_product_attention(q, k.expand(q.shape), v, **self.fields)
 
 

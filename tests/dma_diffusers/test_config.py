@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dma_diffusers import DMAConfig
-from dma_diffusers.config import GAINS_FROM
+from dma_diffusers.gains import GAINS_FROM
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
@@ -18,6 +18,10 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
     [
         ({"high": "mxfp9"}, ["mxfp9", "mxfp8"]),
         ({"low": ""}, ["mxfp4"]),
+        ({"low": "int8/"}, ["int8/", "int8/bf16", "mxfp4"]),
+        ({"high": "bf16/fp8/fp8"}, ["bf16/fp8/fp8", "int8/bf16"]),
+        ({"low": "int8/mxfp9"}, ["mxfp9", "mxfp8"]),
+        ({"modules": {"attn": {"low": "int8/mxfp9"}}}, ["modules: attn: ", "mxfp9"]),
         ({"window": -1}, ["window", "0 or more", "-1"]),
         ({"window": 1.5}, ["window", "whole", "1.5"]),
         ({"sink": True}, ["sink", "True"]),
@@ -56,6 +60,23 @@ def test_presets():
     assert (hopper.high, hopper.low, hopper.window) == ("bf16", "int8", 384)
     assert not b200.why_stock(CPU, 64)
     assert not hopper.why_stock(CPU, 64)
+
+
+def test_precisions_are_kept_as_the_shortest_words():
+    own = {"attn": {"low": "int8/fp8", "high": "fp8/fp8"}}
+    config = DMAConfig(high="bf16/bf16", low="int8/fp8", modules=own)
+    assert (config.high, config.low) == ("bf16", "int8")
+    assert config.modules == (("attn", (("high", "fp8/fp8"), ("low", "int8"))),)
+    assert config == DMAConfig(high="bf16", low="int8", modules={"attn": {"low": "int8", "high": "fp8/fp8"}})
+    other = DMAConfig(high="bf16/fp8", low="int8/bf16")
+    assert (other.high, other.low) == ("bf16/fp8", "int8/bf16")
+    assert other.arguments((0, 0)).items() >= {"high": "bf16/fp8", "low": "int8/bf16"}.items()
+
+
+def test_auto_compares_precisions_by_their_shortest_words(monkeypatch):
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_90")
+    pytest.importorskip("triton")
+    assert DMAConfig.preset("auto", low="int8/fp8", high="bf16/bf16").why_stock(CPU, 128) == ""
 
 
 def test_exact_quantises_nothing_and_takes_no_changes():

@@ -50,7 +50,7 @@ def cogvideo(steps: int):
 
 
 def dense_steps(kind: str, levels: torch.Tensor) -> tuple[int, int]:
-    """How many steps are dense by default, and with quality first."""
+    """The numbers of steps that are dense by default, and with quality first."""
     family = FAMILIES[kind]
     return tuple(
         int((levels > found.above_sigma).sum()) for found in (family.dense_first, family.quality_first)
@@ -170,10 +170,10 @@ def test_the_receipt_says_how_much_was_dense_and_whose_choice_it_is(caplog):
     first, second = (module for module in report(pipe).modules if module.policy)
     assert (first.policy, first.in_dense_steps) == ("dense", 0)
     assert second.policy == "neighborhood(window=2x7x5), dense above sigma 0.907"
-    assert 0 < steps < 4 and (second.diverted, second.in_dense_steps) == (8, 2 * steps)  # two calls a step
+    assert 0 < steps < 4 and (second.intercepted, second.in_dense_steps) == (8, 2 * steps)  # two calls a step
     said = str(report(pipe))
     assert f"  note: dense steps and layers by default: {source}" in said
-    assert f"  8 calls diverted, {2 * steps} of them with every tile HIGH for their noise level" in said
+    assert f"  8 calls intercepted, {2 * steps} of them with every tile HIGH for their noise level" in said
 
     apply(pipe, policy="neighborhood(window=2x7x5)", dense_above_sigma=1, dense_layers=())
     draw(pipe)
@@ -192,8 +192,8 @@ def test_of_two_experts_the_one_for_high_noise_has_the_dense_steps():
     draw(pipe, num_inference_steps=4)
     found = {module.module: module for module in report(pipe).modules}
     high, low = found["transformer.blocks.1.attn1"], found["transformer_2.blocks.1.attn1"]
-    assert (high.diverted, high.in_dense_steps) == (4, 2)
-    assert (low.diverted, low.in_dense_steps) == (4, 0)
+    assert (high.intercepted, high.in_dense_steps) == (4, 2)
+    assert (low.intercepted, low.in_dense_steps) == (4, 0)
     assert found["transformer_2.blocks.0.attn1"].policy == "dense"
 
 

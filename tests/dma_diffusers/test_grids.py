@@ -9,15 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import grids
-from dma_diffusers.divert import Forward
 from dma_diffusers.families import FAMILIES, Family, family_of
+from dma_diffusers.forward import ForwardContext
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 
 
-def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> Forward:
-    """What is observed of the model's calls from now on."""
-    forward = Forward(model, family_of(model, grid=grid), None, wants_grid=True)
+def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> ForwardContext:
+    """Observes the model's calls from now on."""
+    forward = ForwardContext(model, family_of(model, grid=grid), None, wants_grid=True)
     model.register_forward_pre_hook(forward.hook, with_kwargs=True)
     return forward
 

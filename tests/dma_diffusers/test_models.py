@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig, apply, report, restore
-from dma_diffusers.attach import diversions, transformers_of
+from dma_diffusers.attach import interceptions, transformers_of
 from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
@@ -30,8 +30,8 @@ class Exact:
         apply(pipe_or_model, min_length=0)
         self.texts = []
         for _, model in transformers_of(pipe_or_model):
-            for diversion in diversions(model).values():
-                diversion.stand_in = self.attend
+            for interception in interceptions(model).values():
+                interception.stand_in = self.attend
 
     def attend(self, query, key, value, key_mask, scale, is_causal, **call) -> operator.Result:
         self.texts.append((key.shape[2], call["text_start"], call["text_stop"]))
@@ -68,12 +68,12 @@ def test_z_image_has_its_padding_with_the_text(columns, refiners, captions):
     tokens, image = 12 * columns, -(-12 * columns // 32) * 32
     refiner = (image, tokens, image) if image > tokens else (image, 0, 0)
     assert exact.texts == [refiner] + [(image + -(-max(captions) // 32) * 32, *case.text)] * 2
-    left = {module.module for module in report(case.model).modules if module.reason == "token refiner"}
-    assert left == {"context_refiner.0.attention"}
+    refiners = {module.module for module in report(case.model).modules if module.reason == "token refiner"}
+    assert refiners == {"context_refiner.0.attention"}
 
     apply(case.model, min_length=0, policy="neighborhood(window=5x5, high=3x3)")
     assert not torch.equal(case.run(texts), stock)
-    assert [module.diverted for module in report(case.model).modules if module.policy] == [1, 1, 1]
+    assert [module.intercepted for module in report(case.model).modules if module.policy] == [1, 1, 1]
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def test_images_of_several_sizes_in_one_call_of_z_image():
     stock = case.model(**call)[0]
     apply(case.model, min_length=0)
     assert all(map(torch.equal, case.model(**call)[0], stock))
-    assert [module.left for module in report(case.model).modules if module.policy] == [
+    assert [module.fallbacks for module in report(case.model).modules if module.policy] == [
         {"cross-attention, or a model's call that does not tell where text is": 1}
     ] * 2
     for images in (sizes, [sizes[:1]], [[sizes[0], None]]):  # of several sizes, and with others for reference
@@ -187,8 +187,8 @@ def test_masks_that_are_said_to_hide_text_hide_nothing_else(name, fields, monkey
         return why_stock(config, device, head_dim, masked)
 
     monkeypatch.setattr(DMAConfig, "why_stock", spy)
-    for diversion in diversions(case.model).values():
-        diversion.stand_in = attend
+    for interception in interceptions(case.model).values():
+        interception.stand_in = attend
     torch.testing.assert_close(case.run(text), stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0)
     assert len(exact.texts) == 2
 
@@ -213,7 +213,7 @@ def by_hand(query, key, value, **_) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_cosmos_is_diverted_whatever_the_process_has_for_backend(monkeypatch):
+def test_cosmos_is_intercepted_whatever_the_process_has_for_backend(monkeypatch):
     case = tiny_models.make("cosmos")
     (text,) = case.texts(1)
     apply(case.model, min_length=0)
@@ -222,10 +222,10 @@ def test_cosmos_is_diverted_whatever_the_process_has_for_backend(monkeypatch):
     with attention_backend("flex"):
         torch.testing.assert_close(case.run(text), expected, rtol=0, atol=1e-5)
         assert _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.FLEX
-    assert [module.diverted for module in report(case.model).modules if module.policy] == [2, 2]
+    assert [module.intercepted for module in report(case.model).modules if module.policy] == [2, 2]
 
 
-ROLES = {  # modules left to stock, of one block
+ROLES = {  # modules that keep stock attention, of one block
     "cosmos": {"attn2": "cross-attention"},
     "ltx2": {
         "audio_attn1": "attention among tokens of sound", "attn2": "cross-attention", "audio_attn2": "cross-attention",
@@ -241,11 +241,11 @@ ROLES = {  # modules left to stock, of one block
 def test_roles_left_to_stock(name):
     model = tiny_models.make(name).model
     apply(model)
-    left = {module.module: module.reason for module in report(model).modules if not module.policy}
-    blocks = {module.rpartition(".")[0] for module in left}
-    assert left == {f"{block}.{role}": reason for block in blocks for role, reason in ROLES[name].items()}
-    diverted = {module.module for module in report(model).modules if module.policy}
-    assert diverted == {f"{block}.attn1" for block in blocks}
+    stock = {module.module: module.reason for module in report(model).modules if not module.policy}
+    blocks = {module.rpartition(".")[0] for module in stock}
+    assert stock == {f"{block}.{role}": reason for block in blocks for role, reason in ROLES[name].items()}
+    intercepted = {module.module for module in report(model).modules if module.policy}
+    assert intercepted == {f"{block}.attn1" for block in blocks}
 
 
 @torch.no_grad()
@@ -256,7 +256,7 @@ def test_frames_that_attend_in_blocks_are_left_to_stock():
     stock = case.run(text)
     apply(case.model, min_length=0)
     assert torch.equal(case.run(text), stock)
-    assert {reason for module in report(case.model).modules for reason in module.left} == {
+    assert {reason for module in report(case.model).modules for reason in module.fallbacks} == {
         "a mask that is not boolean over keys alone"
     }
 
@@ -271,7 +271,7 @@ def test_conditions_among_the_tokens_have_no_grid(name):
     call["video_coords"] = coordinates
     apply(case.model, **LOW)
     case.model(**call)
-    assert [module.diverted for module in report(case.model).modules if module.policy] == [1, 1]
+    assert [module.intercepted for module in report(case.model).modules if module.policy] == [1, 1]
     apply(case.model, policy="neighborhood(window=3x5x5)")
     with pytest.raises(
         ValueError, match=r"440 tokens do not lie on 3×10×11, .* conditions may have joined them: use"
@@ -290,7 +290,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_pipelines_are_stock_with_an_exact_operation_and_every_transformer_is_diverted(name):
+def test_pipelines_are_stock_with_an_exact_operation_and_every_transformer_is_intercepted(name):
     pipe = getattr(tiny_pipelines, name)()
     stock = tiny_pipelines.draw(pipe)
     exact = Exact(pipe)
@@ -301,9 +301,9 @@ def test_pipelines_are_stock_with_an_exact_operation_and_every_transformer_is_di
 
     apply(pipe, policy=f"neighborhood(window={'5x5' if name == 'z_image' else '3x5x5'})")
     assert not torch.equal(tiny_pipelines.draw(pipe), stock)
-    diverted = {module.module: module.diverted for module in report(pipe).modules if module.policy}
-    assert sum(diverted.values()) == len(exact.texts) and all(diverted.values())
-    covered = {module.partition(".")[0] for module in diverted}
+    intercepted = {module.module: module.intercepted for module in report(pipe).modules if module.policy}
+    assert sum(intercepted.values()) == len(exact.texts) and all(intercepted.values())
+    covered = {module.partition(".")[0] for module in intercepted}
     assert covered == {prefix.removesuffix(".") for prefix, _ in transformers_of(pipe)}
     assert len(covered) == (2 if name == "wan22" else 1)
     restore(pipe)
@@ -319,14 +319,14 @@ def test_noise_levels_are_those_of_the_schedule(name):
         first, second = 1 - first, 1 - second
     mapped = []
 
-    def spy(diversion, *args):
-        mapped.append(diversion.mapped)
+    def spy(interception, *args):
+        mapped.append(interception.mapped)
         return ""
 
     apply(pipe, dense_above_sigma=(first + second) / 2)
     for _, model in transformers_of(pipe):
-        for diversion in diversions(model).values():
-            diversion._why_stock = partial(spy, diversion)
+        for interception in interceptions(model).values():
+            interception.decision.why_stock = partial(spy, interception)
     tiny_pipelines.draw(pipe)
     half = len(mapped) // 2
     assert mapped == [False] * half + [True] * half != []

@@ -35,7 +35,7 @@ def pipe(name):
 
 
 class Reference(TorchFunctionMode):
-    """The torch reference in the place of the attention calls that are expected to be diverted."""
+    """The torch reference in the place of the attention calls that are expected to be intercepted."""
 
     def __init__(self, expected, policy):
         super().__init__()
@@ -105,7 +105,7 @@ def test_dma_is_the_reference_in_the_right_calls(pipe, name):
     drawn = tiny_pipelines.draw(pipe)
     assert torch.equal(drawn, expected)
     assert 1e-6 < relative_l2(drawn, stock) < 0.01
-    assert sum(module.diverted for module in report(pipe).modules) == sum(mode.calls.values())
+    assert sum(module.intercepted for module in report(pipe).modules) == sum(mode.calls.values())
 
 
 @pytest.mark.parametrize("head_dim", [40, 64])
@@ -119,8 +119,8 @@ def test_other_head_dims(name, head_dim):
 def test_dense_layers_and_dense_steps_are_high_everywhere(pipe, name):
     expected, _ = draw_with_reference(pipe, name, Dense())
     apply(pipe)
-    diverted = sum(1 for module in report(pipe).modules if module.policy)
-    apply(pipe, dense_layers=(*range(diverted - 1), -1))
+    intercepted = sum(1 for module in report(pipe).modules if module.policy)
+    apply(pipe, dense_layers=(*range(intercepted - 1), -1))
     assert torch.equal(tiny_pipelines.draw(pipe), expected)
     apply(pipe, dense_above_sigma=0.0)
     assert torch.equal(tiny_pipelines.draw(pipe), expected)
@@ -204,7 +204,7 @@ def test_nothing_else_changes(pipe, name):
         picture = tiny_pipelines.draw(pipe, output_type="pt")
 
     assert not torch.equal(picture, stock)
-    assert mode.operator == sum(module.diverted for module in report(pipe).modules) > 0
+    assert mode.operator == sum(module.intercepted for module in report(pipe).modules) > 0
     assert other_processors(pipe) == processors
     assert _AttentionBackendRegistry._active_backend is backend
     assert F.scaled_dot_product_attention is sdpa

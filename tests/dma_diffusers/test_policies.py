@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers import DMAConfig, apply, report
-from dma_diffusers.divert import Diversion, Diverting, Forward
 from dma_diffusers.families import FAMILIES
+from dma_diffusers.forward import ForwardContext
+from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Importance, Neighborhood
+from dma_diffusers.mode import InterceptionMode
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
@@ -76,7 +78,7 @@ def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-    """What the operator is asked, call by call."""
+    """Records the arguments of the operator, call by call."""
     genuine, calls = operator.attention, []
 
     def spy(query, key, value, **kwargs):
@@ -201,13 +203,13 @@ def test_a_text_length_that_the_call_contradicts():
     """Text and image as one sequence, 4 tokens longer than the model was told."""
     case = tiny_models.make("flux")
     family = FAMILIES["FluxTransformer2DModel"]
-    forward = Forward(case.model, family, None, wants_grid=True)
+    forward = ForwardContext(case.model, family, None, wants_grid=True)
     config = DMAConfig(policy="neighborhood(window=9x8)", min_length=0)
-    taken = Diversion(config, family, forward, False, None)
+    taken = Interception(config, family, forward, False, None)
     forward.hook(case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)})
     q = torch.randn(1, 2, 325, 16)
     with (
-        Diverting(taken, torch.empty(1, 325, 32), None),
+        InterceptionMode(taken, torch.empty(1, 325, 32), None),
         pytest.raises(
             ValueError, match="grid 12×25 has 300 tokens, but of the call's 325, 21 of them text, 304 are"
         ),

@@ -1,4 +1,4 @@
-"""Policy files and what modules have of their own: what is read, what is refused, and that models get it."""
+"""Policy files and modules with fields of their own are read, refused where they are wrong, and given to models."""
 
 import json
 from dataclasses import asdict
@@ -46,6 +46,15 @@ def test_the_choice_at_or_above_a_quality(policy, quality, window):
     assert config.of_module(FLUX[2]) == DMAConfig(low="nvfp4", window=window)
     assert [config.is_dense(name) for name in FLUX] == [False, True, False]
     assert DMAConfig.from_file(policy, quality, window=640).window == 640
+
+
+def test_precisions_of_a_file_are_kept_as_the_shortest_words(tmp_path):
+    choice = document()["choices"][0]
+    choice["config"] |= {"high": "mxfp8/bf16", "low": "nvfp4/bf16"}
+    choice["modules"] = {FLUX[1]: {"low": "nvfp4/fp8"}}
+    config = DMAConfig.from_file(written(tmp_path / "policy.json", document(choices=[choice])), 0.5)
+    assert (config.high, config.low) == ("mxfp8", "nvfp4/bf16")
+    assert config.of_module(FLUX[1]) == DMAConfig(low="nvfp4")
 
 
 @pytest.mark.parametrize(("content", "options", "words"), [
@@ -114,7 +123,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
     assert [receipts[name].policy for name in FLUX] == [
         "diagonal(window=0/384, sink=0)", "dense", "diagonal(window=128, sink=128)"
     ]  # fmt: skip
-    assert {receipt.diverted for receipt in receipts.values()} == {2}
+    assert {receipt.intercepted for receipt in receipts.values()} == {2}
     restore(pipe)
     pipe.transformer.set_attn_processor(DMAAttnProcessor(config))
     assert torch.equal(draw(pipe), mixed)
@@ -123,7 +132,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
 
 
 def test_the_windows_of_a_policy_file_reach_the_heads(policy):
-    """Of the first module alone: with all windows alike it draws something else."""
+    """Windows of the first module alone change the picture: with all windows alike it is another."""
     pipe = tiny_pipelines.flux()
     apply(pipe, DMAConfig.from_file(policy))
     mixed = draw(pipe)
@@ -147,7 +156,7 @@ def test_a_policy_for_another_model_changes_nothing(policy, make, words):
     assert "\n" not in str(error.value) and not report(pipe).modules
 
 
-def test_modules_that_a_model_does_not_divert():
+def test_modules_that_a_model_does_not_intercept():
     for name in ("blocks.7.attn1", "blocks.0.attn2"):  # absent, and cross-attention
-        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to divert"):
+        with pytest.raises(ValueError, match=f"modules: WanTransformer3DModel has no {name} to intercept"):
             apply(tiny_pipelines.wan(), modules={name: {"window": 384}})

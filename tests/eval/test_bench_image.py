@@ -88,7 +88,7 @@ def test_every_attention_is_measured_eager_and_compiled(gpu):
         assert errors[0] < 1e-6 < errors[2] <= errors[1] < 0.05 and errors[3] > errors[1]
         assert found[NAMES[0], mode]["over_stock"] == 1
         assert found[NAMES[2], mode]["busy_ms"] is None is found[NAMES[2], mode]["host_bound"]
-    assert "2 calls diverted" not in "".join(found[NAMES[0], EAGER]["receipt"])
+    assert "2 calls intercepted" not in "".join(found[NAMES[0], EAGER]["receipt"])
     assert "LOW int8" not in "".join(found[NAMES[0], COMPILED]["receipt"])
 
 

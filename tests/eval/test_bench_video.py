@@ -161,7 +161,7 @@ def test_what_each_configuration_computes(name, measured):
     assert (entries[DENSE]["high"], entries[DENSE]["low"]) == (1, 0)
     assert 0 < entries[SPARSE]["low"] < 1
     assert (entries[SPARSE]["high"] > 0) == (name == "hunyuan-720p")  # its text
-    assert f"{CALLS[name]} calls diverted" in "".join(entries[SPARSE]["receipt"])
+    assert f"{CALLS[name]} calls intercepted" in "".join(entries[SPARSE]["receipt"])
     assert entries[STOCK]["receipt"] == ["stock attention: nothing is applied"]
 
 
@@ -185,9 +185,9 @@ def test_gated_configurations_take_the_map_in_every_step():
         apply(model, video.configurations(NEAR)[entry])
         with torch.no_grad():
             model(**tiny.inputs(model, 0))
-        diversions = [m.processor.diversion for n, m in model.named_modules() if n.endswith("attn1")]
-        assert [diversion.mapped for diversion in diversions] == [not dense] * 2
-    assert report(model).modules[0].diverted == 1
+        interceptions = [m.processor.interception for n, m in model.named_modules() if n.endswith("attn1")]
+        assert [interception.mapped for interception in interceptions] == [not dense] * 2
+    assert report(model).modules[0].intercepted == 1
 
 
 def test_the_fastest_backend_that_runs_is_stock(monkeypatch, gpu):

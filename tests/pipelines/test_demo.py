@@ -91,12 +91,12 @@ def test_held_out_concepts_are_kept_out(pipe):
         assert not words & known
 
 
-def test_dma_diverts_every_call_and_changes_little(pipe, exact):
+def test_dma_intercepts_every_call_and_changes_little(pipe, exact):
     apply(pipe, DMAConfig.preset("b200"))
     drawing, receipt = draw(pipe, [APPLE], [0], SHORT), report(pipe)
     restore(pipe)
     calls = 2 * SHORT["num_inference_steps"]  # with and without the prompt
-    assert {(module.diverted, len(module.left)) for module in receipt.modules} == {(calls, 0)}
+    assert {(module.intercepted, len(module.fallbacks)) for module in receipt.modules} == {(calls, 0)}
     assert len(receipt.modules) == len(pipe.transformer.attn_processors)
     (psnr,) = paired_metrics(drawing, exact)["psnr_db"]
     assert psnr is not None, "the same picture as without DMA"

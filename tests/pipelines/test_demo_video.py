@@ -61,9 +61,9 @@ def test_low_precision_stays_near_and_is_restored(pipe):
     stock = draw(pipe, PROMPTS[:1], [0], call)
     apply(pipe)
     coarse = draw(pipe, PROMPTS[:1], [0], call)
-    diverted = [module.module for module in report(pipe).modules if module.diverted]
+    intercepted = [module.module for module in report(pipe).modules if module.intercepted]
     restore(pipe)
-    assert diverted == [f"transformer.blocks.{i}.attn1" for i in range(4)]
+    assert intercepted == [f"transformer.blocks.{i}.attn1" for i in range(4)]
     error = (coarse.latents - stock.latents).norm() / stock.latents.norm()
     assert 1e-3 < error < 0.2
     assert (draw(pipe, PROMPTS[:1], [0], call).frames == stock.frames).all()

@@ -183,7 +183,7 @@ def test_a_policy_draws_and_receipts_say_with_what(policy, demo):
     per_head = 0
     for name, receipt in receipts.items():
         own = config.of_module(name)
-        assert receipt.diverted == 4 and (receipt.high, receipt.low) == (own.high, own.low)
+        assert receipt.intercepted == 4 and (receipt.high, receipt.low) == (own.high, own.low)
         if isinstance(own.window, tuple):
             per_head += 1
             assert f"window={'/'.join(map(str, own.window))}," in receipt.policy

@@ -229,7 +229,7 @@ def test_masked_text_is_left_to_stock_where_the_pipeline_leaves_it(
     tensors = tensors._replace(key_mask=(torch.arange(300) < 280)[None])
     recordings = saved(tmp_path, [({"text": (260, 300)}, tensors)], MODULES[:1], kind)
     monkeypatch.setattr("dma_diffusers.config.lowerings.architecture", lambda device: "sm_90")
-    monkeypatch.setattr("dma_diffusers.config.GAINS_FROM", {("sm_90", 128): 300})
+    monkeypatch.setattr("dma_diffusers.gains.GAINS_FROM", {("sm_90", 128): 300})
     auto = DMAConfig(high="bf16", low="int8", lowering="fastest", **fields)
     arguments = _arguments(recordings, recordings.recordings[0], tensors, auto)
     assert (arguments is None) == is_stock
@@ -295,7 +295,7 @@ def test_nothing_to_measure(tmp_path):
 
 @pytest.mark.parametrize(("config", "words"), [
     (DMAConfig(model="WanTransformer3DModel"), "it: this configuration is for WanTransformer3DModel, not for Flux"),
-    (DMAConfig(modules={"blocks.0.attn": {"dense": True}}), "it: modules: .* has no blocks.0.attn to divert"),
+    (DMAConfig(modules={"blocks.0.attn": {"dense": True}}), "it: modules: .* has no blocks.0.attn to intercept"),
     (DMAConfig(dense_layers=(3,)), "it: dense_layers .* has 3 modules"),
 ])  # fmt: skip
 def test_configurations_for_another_model_are_refused_before_recording(config, words, tmp_path):

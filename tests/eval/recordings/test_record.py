@@ -182,7 +182,7 @@ def test_two_transformers_of_one_kind(tmp_path):
         ),
     )
     pipe("a cat", output_type="latent", **call)
-    policies = {receipt.module: (receipt.policy, receipt.diverted > 0) for receipt in report(pipe).modules}
+    policies = {receipt.module: (receipt.policy, receipt.intercepted > 0) for receipt in report(pipe).modules}
     for name in ("transformer", "transformer_2"):
         assert policies[f"{name}.blocks.0.attn1"] == ("diagonal(window=0/384, sink=128)", True)
 

@@ -144,8 +144,8 @@ def _row(name: str, role: str, damage: float, seconds: float, random: np.random.
             "low": "mxfp4",
             "policy": "diagonal",
             "reason": "sm_90 has no block-scaled MMA",
-            "diverted": 1536,
-            "left": {},
+            "intercepted": 1536,
+            "fallbacks": {},
             "architecture": "sm_90",
             "inexact_rows": 0,
         }

@@ -1,4 +1,4 @@
-"""One call: what the operator is given, and what is left to stock, with the reason."""
+"""One call: the operator is given it as it is, or it falls back to stock, for a reason in words."""
 
 import pytest
 import torch
@@ -7,9 +7,11 @@ from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig
-from dma_diffusers.divert import Diversion, Diverting, Forward
 from dma_diffusers.families import Family
+from dma_diffusers.forward import ForwardContext
+from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
+from dma_diffusers.mode import InterceptionMode
 
 B, H, S, D = 2, 4, 137, 40
 
@@ -19,10 +21,12 @@ class Model(torch.nn.Module):
         return hidden_states
 
 
-def diversion(dense=False, **fields) -> Diversion:
+def interception(dense=False, **fields) -> Interception:
     config = DMAConfig.of(None, **{"min_length": 0} | fields)
     family = Family("none", timestep_scale=1000)
-    return Diversion(config, family, Forward(Model(), family, config.dense_above_sigma), dense, None)
+    return Interception(
+        config, family, ForwardContext(Model(), family, config.dense_above_sigma), dense, None
+    )
 
 
 def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
@@ -32,8 +36,8 @@ def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
     return q, k, v
 
 
-def run(taken: Diversion, q, k, v, **kwargs) -> torch.Tensor:
-    with Diverting(taken, torch.empty(B, q.shape[2], 1), None):
+def run(taken: Interception, q, k, v, **kwargs) -> torch.Tensor:
+    with InterceptionMode(taken, torch.empty(B, q.shape[2], 1), None):
         return F.scaled_dot_product_attention(q, k, v, **kwargs)
 
 
@@ -41,7 +45,7 @@ def padding() -> torch.Tensor:
     return torch.arange(S) < torch.tensor([[S], [S - 21]])
 
 
-DIVERTED = {
+INTERCEPTED = {
     "plain": ({}, {}),
     "scale": ({"scale": 0.3}, {"scale": 0.3}),
     "causal": ({"is_causal": True}, {"is_causal": True}),
@@ -54,12 +58,12 @@ DIVERTED = {
 }
 
 
-@pytest.mark.parametrize("name", DIVERTED)
+@pytest.mark.parametrize("name", INTERCEPTED)
 def test_the_operator_gets_the_call_as_it_is(name):
-    given, expected = DIVERTED[name]
-    taken, (q, k, v) = diversion(), qkv()
+    given, expected = INTERCEPTED[name]
+    taken, (q, k, v) = interception(), qkv()
     out = run(taken, q, k, v, **given)
-    assert (taken.diverted, taken.left) == (1, {})
+    assert (taken.intercepted, taken.fallbacks) == (1, {})
     assert torch.equal(out, operator.attention(q, k, v, **expected)[0])
     error = (out - F.scaled_dot_product_attention(q, k, v, **given)).norm() / out.norm()
     assert 0 < error < 0.1
@@ -67,14 +71,14 @@ def test_the_operator_gets_the_call_as_it_is(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_grouped_queries(dtype):
-    taken, (q, k, v) = diversion(), qkv(kv_heads=2, dtype=dtype)
+    taken, (q, k, v) = interception(), qkv(kv_heads=2, dtype=dtype)
     out = run(taken, q, k, v, enable_gqa=True)
-    assert taken.diverted == 1
+    assert taken.intercepted == 1
     assert out.dtype == dtype
     assert torch.equal(out, operator.attention(q, k, v)[0])
 
 
-LEFT = {
+FALLBACKS = {
     "additive mask": ({"attn_mask": torch.zeros(B, 1, 1, S, dtype=torch.bfloat16)}, "mask"),
     "dense mask": ({"attn_mask": torch.ones(S, S, dtype=torch.bool).tril()}, "mask"),
     "mask of each query": ({"attn_mask": padding()[:, None, :, None] & padding()[:, None, None]}, "mask"),
@@ -86,18 +90,18 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_what_is_left_to_stock_is_stock(name):
-    given, reason = LEFT[name]
-    taken, tensors = diversion(), qkv()
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_falls_back_to_stock_is_stock(name):
+    given, reason = FALLBACKS[name]
+    taken, tensors = interception(), qkv()
     torch.manual_seed(1)
     out = run(taken, *tensors, **given)
     torch.manual_seed(1)
     torch.testing.assert_close(
         out, F.scaled_dot_product_attention(*tensors, **given), rtol=0, atol=0, equal_nan=True
     )
-    assert taken.diverted == 0
-    assert [calls for key, calls in taken.left.items() if reason in key] == [1]
+    assert taken.intercepted == 0
+    assert [calls for key, calls in taken.fallbacks.items() if reason in key] == [1]
 
 
 def expanded(which: int) -> tuple[torch.Tensor, ...]:
@@ -126,58 +130,58 @@ def expanded(which: int) -> tuple[torch.Tensor, ...]:
     ],
 )
 def test_calls_that_dma_does_not_take(tensors, fields, reason):
-    taken = diversion(**fields)
-    with Diverting(taken, torch.empty(B, S, 1), None):
+    taken = interception(**fields)
+    with InterceptionMode(taken, torch.empty(B, S, 1), None):
         out = F.scaled_dot_product_attention(*tensors)
     assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
-    assert taken.diverted == 0
-    assert [calls for key, calls in taken.left.items() if reason in key] == [1]
+    assert taken.intercepted == 0
+    assert [calls for key, calls in taken.fallbacks.items() if reason in key] == [1]
 
 
 def test_one_expanded_head_is_no_shared_memory():
-    taken, (q, k, v) = diversion(), qkv(kv_heads=1)
+    taken, (q, k, v) = interception(), qkv(kv_heads=1)
     run(taken, q, k.expand(B, 1, S, D), v, enable_gqa=True)
-    assert taken.diverted == 1
+    assert taken.intercepted == 1
 
 
 def test_calls_without_gradients_are_taken_even_if_weights_have_them():
-    taken, tensors = diversion(), [x.requires_grad_() for x in qkv()]
+    taken, tensors = interception(), [x.requires_grad_() for x in qkv()]
     with torch.no_grad():
         run(taken, *tensors)
-    assert taken.diverted == 1
+    assert taken.intercepted == 1
 
 
 def test_an_explicit_lowering_that_cannot_run_raises():
     with pytest.raises(ValueError, match="head_dim"):
-        run(diversion(lowering="reference"), *qkv(head_dim=264))
+        run(interception(lowering="reference"), *qkv(head_dim=264))
     with pytest.raises(ValueError, match="native can't run"):
-        run(diversion(lowering="native"), *qkv())
+        run(interception(lowering="native"), *qkv())
 
 
 def test_a_guider_that_skips_attention_scores_still_does():
-    taken, (q, k, v) = diversion(), qkv()
+    taken, (q, k, v) = interception(), qkv()
     with AttentionScoreSkipFunctionMode():
         out = run(taken, q, k, v)
     assert torch.equal(out, v)
-    assert list(taken.left) == ["a guider skips attention scores"]
+    assert list(taken.fallbacks) == ["a guider skips attention scores"]
 
 
 @pytest.mark.parametrize("timestep, dense", [(951.0, True), (900.0, False), (1.0, False)])
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
-    taken, (q, k, v) = diversion(dense_above_sigma=0.9), qkv()
+    taken, (q, k, v) = interception(dense_above_sigma=0.9), qkv()
     taken.forward.hook(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
     assert taken.mapped is not dense
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
-    taken = diversion(dense=True, dense_above_sigma=0.9)
+    taken = interception(dense=True, dense_above_sigma=0.9)
     taken.forward.hook(None, (), {"timestep": torch.tensor(1.0)})
     assert not taken.mapped
 
 
 def test_positional_arguments_of_the_model_are_understood():
-    taken = diversion(dense_above_sigma=0.5)
+    taken = interception(dense_above_sigma=0.5)
     taken.forward.hook(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
     assert (taken.forward.text_length, taken.mapped) == (7, False)
 
@@ -186,10 +190,10 @@ def test_positional_arguments_of_the_model_are_understood():
 def test_text_is_high_unless_that_is_switched_off(protected):
     config = DMAConfig(min_length=0, window=0, sink=0, protect_text=protected)
     family = Family("first")
-    taken = Diversion(config, family, Forward(Model(), family, None), False, None)
+    taken = Interception(config, family, ForwardContext(Model(), family, None), False, None)
     q, k, v = qkv(keys=384)
     q = k.clone()
-    with Diverting(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
+    with InterceptionMode(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
         out = F.scaled_dot_product_attention(q, k, v)
     text_stop = 84 if protected else 0
     expected = operator.attention(q, k, v, policy="diagonal(window=0, sink=0)", text_stop=text_stop).out
@@ -200,7 +204,7 @@ def test_text_is_high_unless_that_is_switched_off(protected):
 
 def test_a_head_that_no_lowering_takes_raises_unless_the_choice_is_automatic():
     with pytest.raises(ValueError, match="head_dim 264 is more than 256"):
-        run(diversion(), *qkv(head_dim=264))
+        run(interception(), *qkv(head_dim=264))
 
 
 class NoWaiting(TorchDispatchMode):
@@ -228,7 +232,7 @@ def inexact(monkeypatch):
 
 
 def test_inexact_rows_are_summed_without_waiting_for_them(inexact):
-    taken, other = diversion(), diversion()
+    taken, other = interception(), interception()
     inexact += [3, 0, 2**31 - 1, 1]
     with NoWaiting():
         for _ in range(3):
@@ -242,7 +246,7 @@ def test_inexact_rows_are_summed_without_waiting_for_them(inexact):
 
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
 def test_inexact_rows_are_summed_in_and_out_of_inference_mode(inexact, modes):
-    taken = diversion()
+    taken = interception()
     inexact += [3, 4]
     for mode in modes:
         with torch.inference_mode(mode):
@@ -251,7 +255,7 @@ def test_inexact_rows_are_summed_in_and_out_of_inference_mode(inexact, modes):
 
 
 def test_lowerings_that_store_every_row_exactly_count_none():
-    taken = diversion()
+    taken = interception()
     run(taken, *qkv())
-    assert (taken.diverted, taken.inexact_rows) == (1, [])
+    assert (taken.intercepted, taken.inexact_rows) == (1, [])
     assert taken.receipt("attn", torch.device("cpu")).inexact_rows == 0

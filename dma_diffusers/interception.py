@@ -1,0 +1,208 @@
+"""The interception of a module's attention operations: the operator runs them, or they fall back, and are counted."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.decision import Decision
+from dma_diffusers.families import Family
+from dma_diffusers.forward import ForwardContext
+from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.lowerings import architecture
+from dma_diffusers.receipt import ModuleReceipt
+
+logger = logging.getLogger("dma_diffusers")
+
+
+_MOST_KINDS = 1024
+
+
+class ProcessorCall(Protocol):
+    """One call of a stock processor, and what became of its attention operations.
+
+    hidden, encoder: numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+    reasons: for each operation the reason for which it fell back, empty if the operator took it.
+    """
+
+    hidden: int
+    encoder: int
+    reasons: list[str]
+
+
+class Interception:
+    """Runs the attention operations of one module, each by the operator or by stock attention, and counts them.
+
+    dense: whether the module runs with every tile HIGH in every step.
+    head_dim: of the module if it tells, else None until its first call.
+    stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
+    mapped: whether tiles have the policy's classes in this step; else every tile is HIGH.
+    """
+
+    def __init__(
+        self, config: DMAConfig, family: Family, forward: ForwardContext, dense: bool, head_dim: int | None
+    ):
+        self.config = config
+        self.family = family
+        self.forward = forward
+        self.decision = Decision(config, family)
+        self.dense = dense
+        _ = config.words  # made here once, and not in a graph
+        self.stand_in: Callable[..., operator.Result] | None = None
+        self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
+        self.intercepted = 0
+        self.in_dense_steps = 0
+        self.fallbacks: Counter[str] = Counter()
+        self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
+        self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
+        self.device: torch.device | None = None
+        self.head_dim = head_dim
+        forward.listeners.append(self)
+
+    def all_fall_back(self, device: torch.device) -> bool:
+        """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
+
+        Counts the call if so.
+        """
+        reason = self.head_dim and self.decision.limits(device, self.head_dim)[0]
+        if reason:
+            self._fall_back(reason)
+            self._announce(device)
+        return bool(reason)
+
+    def falls_back(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> bool:
+        """Tells whether a call of the module with these arguments is known to fall back as a whole; counts it if so.
+
+        hidden: the `hidden_states` among the arguments.
+        """
+        reasons = self._stock_kinds and self._stock_kinds.get(self._kind(hidden, arguments))
+        for reason in reasons or ():
+            self._fall_back(reason)
+        return bool(reasons)
+
+    def learn(self, hidden: torch.Tensor, arguments: Sequence[Any], call: ProcessorCall) -> None:
+        """Keeps in mind that such calls fall back as a whole, if `call`, which had them, did for reasons that last."""
+        if not call.reasons or not all(call.reasons) or self.family.squares_masks:
+            return
+        has_encoder, wants_gradients = bool(call.encoder), _wants_gradients(hidden)
+        if all(self.decision.lasts(reason, has_encoder, wants_gradients) for reason in call.reasons):
+            if len(self._stock_kinds) >= _MOST_KINDS:
+                self._stock_kinds.clear()
+            self._stock_kinds[self._kind(hidden, arguments)] = tuple(call.reasons)
+
+    def attention(self, call: ProcessorCall, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+                  scale=None, enable_gqa=False):  # fmt: skip
+        """Runs a `scaled_dot_product_attention` of the module, by the operator where it can."""
+        grid = self.forward.grid
+        tokens = math.prod(grid) if grid else None
+        text = self.family.text_range(
+            key.shape[-2], call.hidden, call.encoder, self.forward.text_length, tokens
+        )
+        reason = self.decision.why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
+        if not torch.compiler.is_compiling():
+            call.reasons.append(reason)
+        if reason:
+            self._fall_back(reason)
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self._take(query)
+        attend = self.stand_in or operator.attention
+        result = attend(
+            query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
+            masks_text=self.family.masks_text, mapped=self.mapped, **self.config.arguments(text, grid),
+        )  # fmt: skip
+        self._count_inexact(result.inexact_rows)
+        return result.out
+
+    def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
+        """The receipt of the module of this name, on the device of its last call, or else on `device`.
+
+        Waits for a device that has counted inexact rows.
+        """
+        lowering, reason = self._choice(self.device or device)
+        return ModuleReceipt(
+            module, lowering, self.config.high, self.config.low, self._policy(), reason,
+            self.intercepted, dict(self.fallbacks), architecture(self.device or device),
+            sum(int(rows) for rows in self.inexact_rows),
+            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid)))), self.in_dense_steps,
+        )  # fmt: skip
+
+    def notes(self, grid: tuple[int, ...]) -> list[str]:
+        """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
+        return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
+
+    def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
+        """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
+        return hidden.device, _wants_gradients(hidden), self.forward.text_length, *map(_outline, arguments)
+
+    def _choice(self, device: torch.device) -> tuple[str | None, str]:
+        config = self.config
+        if self.head_dim is None:
+            return None, "not called yet"
+        if reason := config.why_stock(device, self.head_dim):
+            return "stock", reason
+        try:
+            chosen = operator.choose(device, self.head_dim, config.high, config.low, config.operator_lowering)
+        except ValueError as refusal:
+            return "none", str(refusal)
+        return chosen.lowering, chosen.reason
+
+    def _policy(self) -> str:
+        if self.dense:
+            return "dense"
+        words = self.config.words
+        words += "" if self.config.protect_text else " without protected text"
+        sigma = self.forward.dense_above_sigma
+        return words if sigma is None else f"{words}, dense above sigma {sigma}"
+
+    def _fall_back(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
+            self.fallbacks[reason] += 1
+
+    def _take(self, query: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self.intercepted += 1
+            self.in_dense_steps += not (self.mapped or self.dense)
+            self.device, self.head_dim = query.device, query.shape[-1]
+            self._announce(query.device)
+
+    def _count_inexact(self, rows: torch.Tensor) -> None:
+        """Adds up on the device, which nothing waits for."""
+        # Inductor makes no CUDA graph of what changes its inputs, so compiled graphs leave the sum alone.
+        if torch.compiler.is_compiling() or not rows.numel():
+            return
+        total = next((total for total in self.inexact_rows if total.device == rows.device), None)
+        if total is None:
+            if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+                return  # a sum made here would be the graph's, and say nothing until it is replayed
+            with torch.inference_mode(False):  # a tensor made in that mode could not be changed outside it
+                total = torch.zeros(1, dtype=torch.int64, device=rows.device)
+            self.inexact_rows.append(total)
+        total += rows
+
+    def _announce(self, device: torch.device) -> None:
+        if not self.forward.announced and not torch.compiler.is_compiling():
+            self.forward.announced = True
+            logger.info("%s: %s", self.forward.model, self.receipt("", device))
+
+
+def _wants_gradients(hidden: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and hidden.requires_grad
+
+
+def _outline(argument: Any) -> Any:
+    """A tensor's shape and dtype, a plain value itself, and the name of the type of anything else."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype
+    return argument if isinstance(argument, bool | int | str | None) else type(argument).__name__
+
+
+def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """`mask` as `[batch, keys]`."""
+    return None if mask is None else mask.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)

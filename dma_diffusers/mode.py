@@ -1,0 +1,41 @@
+"""The interception of every attention operation inside a `with`, by a mode that sees all of PyTorch's functions."""
+
+import operator as operators
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dma_diffusers.interception import Interception
+
+
+class InterceptionMode(TorchFunctionMode):
+    """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
+
+    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    """
+
+    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+        super().__init__()
+        self.interception = interception
+        self.hidden = hidden.shape[1]
+        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.reasons: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            return self.interception.attention(self, *args, **kwargs)
+        if func in _SQUARING and self.interception.family.squares_masks and _is_mask(args[0]):
+            return args[0]  # [B, 1, 1, S] all the way
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # torch.compile of PyTorch 2.11 cannot trace the method inside a mode
+        return func(*args, **kwargs)
+
+
+# What makes [B, 1, S, S] of a mask of keys: repeat(1, 1, S, 1), and `&` with the transpose (in a graph `and_`).
+_SQUARING = (torch.Tensor.repeat, torch.Tensor.__and__, operators.and_)
+
+
+def _is_mask(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bool and x.ndim == 4

@@ -1,0 +1,90 @@
+"""Stock processors with the names by which they ask for attention bound to an interception, for one call.
+
+A function mode sees every function of PyTorch, which costs microseconds for each; a name costs nothing. So in eager
+mode a stock processor's code runs with a copy of its module's global names, in which `dispatch_attention_fn` and
+`F.scaled_dot_product_attention` are those of the call. Nothing outside the call changes.
+"""
+
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch.nn import functional
+
+from dma_diffusers.interception import Interception
+from dma_diffusers.mode import InterceptionMode
+
+
+class Rebound:
+    """One call of a stock processor whose attention is asked for by name; a `ProcessorCall`.
+
+    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    """
+
+    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+        self.interception = interception
+        self.given = hidden, encoder
+        self.hidden = hidden.shape[1]
+        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.reasons: list[str] = []
+
+    def run(self, function: FunctionType, *args: Any, **kwargs: Any) -> Any:
+        """Calls `function`, of which `can_rebind` must be true, with its attention operations intercepted."""
+        names = function.__globals__ | {"dispatch_attention_fn": self.dispatch, "F": _Functional(self)}
+        rebound = FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
+        rebound.__kwdefaults__ = function.__kwdefaults__
+        return rebound(*args, **kwargs)
+
+    def attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stands in for `scaled_dot_product_attention`."""
+        return self.interception.attention(self, *args, **kwargs)
+
+    def dispatch(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+        attention_kwargs=None, *, backend=None, parallel_config=None,
+    ):  # fmt: skip
+        """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
+        if attention_kwargs or parallel_config is not None or (attn_mask is not None and attn_mask.ndim == 2):
+            mode = InterceptionMode(self.interception, *self.given)
+            mode.reasons = self.reasons
+            with mode:
+                return dispatch_attention_fn(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                    backend=backend, parallel_config=parallel_config,
+                )  # fmt: skip
+        heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+        out = self.attention(*heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return out.permute(0, 2, 1, 3)
+
+
+class _Functional:
+    """`torch.nn.functional` with the attention of a call."""
+
+    def __init__(self, call: Rebound):
+        self.scaled_dot_product_attention = call.attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+
+def can_rebind(function: Callable) -> bool:
+    """Tells whether a stock processor's `__call__` asks for attention by no other names than `Rebound` binds."""
+    if not isinstance(function, FunctionType) or not function.__module__.startswith("diffusers."):
+        return False
+    names, known = set(_names(function.__code__)), function.__globals__
+    if known.get("F", functional) is not functional or "functional" in names:
+        return False
+    if "dispatch_attention_fn" in names:
+        return known.get("dispatch_attention_fn") is dispatch_attention_fn
+    return {"F", "scaled_dot_product_attention"} <= names
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

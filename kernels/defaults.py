@@ -1,0 +1,18 @@
+"""The formats that each architecture multiplies fastest: the one table that presets, benchmarks and tools read."""
+
+_BLOCK_SCALED = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
+_PLAIN = (("bf16", "int8"), ("bf16", "fp8"))
+
+FORMAT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    "sm_100": _BLOCK_SCALED,
+    "sm_103": _BLOCK_SCALED,
+    "sm_120": _BLOCK_SCALED,
+    "sm_90": _PLAIN,
+    "sm_89": _PLAIN,
+}
+"""For each architecture, the pairs of words (HIGH, LOW) that its own MMAs multiply; the first is the default."""
+
+
+def default_formats(architecture: str) -> tuple[str, str]:
+    """The words of HIGH and LOW to take on `architecture`; those of a B200 where it is not in the table."""
+    return FORMAT_PAIRS.get(architecture, _BLOCK_SCALED)[0]

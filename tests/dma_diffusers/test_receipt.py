@@ -1,0 +1,34 @@
+"""Receipts, stored and read again."""
+
+import json
+
+import pytest
+
+from dma_diffusers.receipt import ModuleReceipt, Receipt
+
+RECEIPT = Receipt(
+    (
+        ModuleReceipt(
+            "blocks.0.attn1", "native", "bf16", "int8/bf16", "dense(everywhere=low)", "asked for",
+            3, {"fewer than 256 keys": 2}, "sm_90", 1, ("a note",), 1,
+        ),
+        ModuleReceipt("blocks.0.attn2", "stock", reason="cross-attention"),
+    )
+)  # fmt: skip
+
+
+def test_a_stored_receipt_says_the_same():
+    stored = json.loads(json.dumps(RECEIPT.to_dict()))
+    assert str(Receipt.from_dict(stored)) == str(RECEIPT)
+    assert "bf16|int8/bf16 dense(everywhere=low), lowering native on sm_90: asked for" in str(RECEIPT)
+    assert "  3 calls intercepted, 1 of them with every tile HIGH" in str(RECEIPT)
+    assert "  2 calls fell back to stock: fewer than 256 keys" in str(RECEIPT)
+
+
+@pytest.mark.parametrize("field, former", [("intercepted", "diverted"), ("fallbacks", "left")])
+def test_receipts_of_former_results_are_read(field, former):
+    stored = json.loads(json.dumps(RECEIPT.to_dict()))
+    for module in stored["modules"]:
+        module[former] = module.pop(field)
+    stored["modules"][0]["unknown"] = 1
+    assert str(Receipt.from_dict(stored)) == str(RECEIPT)

@@ -1,0 +1,57 @@
+"""Groups of options: one parameter of a command, several options of the command line."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dma_diffusers.cli import app
+from dma_diffusers.cli.options import flat
+from tests.command_line import run
+
+
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(help="Pixels across.")]
+    height: Annotated[int | None, typer.Option(min=1)] = None
+
+
+def test_fields_of_a_group_are_options(capsys):
+    called = []
+
+    def draw(prompt: str, size: Size, steps: Annotated[int, typer.Option()] = 4) -> None:
+        called.append((prompt, size, steps))
+
+    single = typer.Typer()
+    single.command()(flat(draw))
+    assert CliRunner().invoke(single, ["a cat", "--width", "8", "--steps", "2"]).exit_code == 0
+    assert called == [("a cat", Size(8), 2)]
+    assert CliRunner().invoke(single, ["a cat"]).exit_code != 0  # --width is required
+    assert CliRunner().invoke(single, ["a cat", "--width", "8", "--height", "0"]).exit_code != 0
+
+
+def test_no_command_takes_more_than_twelve_arguments():
+    groups = [group.typer_instance for group in app.registered_groups]
+    commands = [each.callback for typers in (app, *groups) for each in typers.registered_commands]
+    taken = {
+        command.__name__: len(inspect.signature(inspect.unwrap(command)).parameters) for command in commands
+    }
+    assert len(taken) == 12 and max(taken.values()) <= 12
+
+
+@pytest.mark.parametrize("command", [
+    ("generate", "a cat", "-o", "out.png"), ("generate-video", "a cat", "-o", "out.mp4"),
+    ("batch", "jobs.jsonl", "-o", "out"),
+])  # fmt: skip
+@pytest.mark.parametrize("words", ["int8/", "int8/bf16/bf16", "int8/fp3"])
+def test_words_that_are_no_precision_are_refused_in_one_line(monkeypatch, capsys, tmp_path, command, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a cat"}\n')
+    code, output, error = run(monkeypatch, capsys, *command, "--low", words)
+    assert (code, output, error.count("\n")) == (1, "", 1)
+    assert words in error or "fp3" in error
+    assert "mxfp4" in error
+    assert not [path for path in tmp_path.iterdir() if path.name != "jobs.jsonl"]
