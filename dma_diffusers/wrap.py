@@ -53,7 +53,8 @@ class WrappedProcessor:
 
 def wrap(stock: Any, interception: Interception) -> WrappedProcessor:
     """`stock` with its attention operations handed to `interception`; `stock` itself is not changed."""
-    cls = _wrapped_class(type(stock))
+    kind: Any = type(stock)  # mypy does not take a type for hashable
+    cls = _wrapped_class(kind)
     wrapped = cls.__new__(cls)
     object.__setattr__(wrapped, "__dict__", stock.__dict__)
     object.__setattr__(wrapped, "stock", stock)
@@ -62,7 +63,7 @@ def wrap(stock: Any, interception: Interception) -> WrappedProcessor:
 
 
 @cache
-def _wrapped_class(stock: type) -> type:
+def _wrapped_class(stock: Any) -> Any:
     body = {"__slots__": ("interception", "stock"), "__call__": _call(stock), "__module__": __name__}
     wrapped = type(f"DMA{stock.__name__}", (WrappedProcessor, stock), body)
     with suppress(ValueError):  # Diffusers' guiders look processors up by class; not all stock ones are known
@@ -79,9 +80,10 @@ def _call(stock: type):
     parameters = list(inspect.signature(stock.__call__).parameters.values())
     names = [parameter.name for parameter in parameters]
     defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
-    declared, passed = [], []
+    declared: list[str] = []
+    passed: list[str] = []
     for p in parameters:
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         if p.kind is p.KEYWORD_ONLY and not any(d.startswith("*") for d in declared):
             declared.append("*")
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))

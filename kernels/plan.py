@@ -65,8 +65,10 @@ class Plan:
         """All tensors on the device that kernels read of it."""
         lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds)]
         others = (
-            self.routing and self.routing.phases, self.token_order, self.fine_mask and self.fine_mask.packed
-        )  # fmt: skip
+            self.routing.phases if self.routing else None,
+            self.token_order,
+            self.fine_mask.packed if self.fine_mask else None,
+        )
         return [*lists, *(x for x in others if x is not None)]
 
 

@@ -15,7 +15,8 @@ from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from dma_diffusers.kernels.tiling.policies import Diagonal, Neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
-from tests.kernels.calls import Call, by_reference, oracle, relative_l2, rotated
+from tests.kernels.calls import Call, by_reference, relative_l2
+from tests.kernels.oracle import oracle, rotated
 
 
 def test_it_is_the_reference_on_this_machine():

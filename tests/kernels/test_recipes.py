@@ -12,7 +12,8 @@ from dma_diffusers.kernels.plan import make
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.precision_map import Class
-from tests.kernels.calls import Call, oracle, relative_l2
+from tests.kernels.calls import Call, relative_l2
+from tests.kernels.oracle import oracle
 
 
 @dataclass(frozen=True)
