@@ -7,7 +7,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --color=no --numprocesses=$(
 # Prints everything, and fails where no test passed: pytest itself is content if all of them were skipped.
 SOME_PASSED := awk '{ print; fflush() } /^=+ .*[0-9]+ passed/ { passed = 1 } END { exit !passed }'
 
-.PHONY: demo test
+# Of each minor version the newest; the interpreters of the later ones have block-scaled products.
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+INTERPRETING_TRITONS := 3.8.0 3.9.0
+
+.PHONY: demo test test-tritons
+.SECONDARY:
 
 demo: .venv/demo.stamp
 	mkdir -p out
@@ -19,6 +24,18 @@ test: .venv/test.stamp
 	$(PYTEST) | $(SOME_PASSED)
 	TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
 	TRITON_INTERPRET=1 $(PYTEST) -m fuzz tests/kernels | $(SOME_PASSED)
+
+# Before a release: each Triton lies beside the environment's own, and is the first that its processes find.
+test-tritons: $(TRITONS:%=test-compiled-by-%) $(INTERPRETING_TRITONS:%=test-interpreted-by-%)
+
+test-compiled-by-%: .venv/test.stamp .venv/triton-%
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/kernels/test_compile.py tests/kernels/test_sass.py | $(SOME_PASSED)
+
+test-interpreted-by-%: .venv/test.stamp .venv/triton-%
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
+
+.venv/triton-%: | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --target $@ --no-deps triton==$*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -38,6 +39,7 @@ HEAD_DIMS = (64, 128)
 PAIRS = {target: FORMAT_PAIRS[target] for target in TARGETS}
 PAIRS["sm_90"] += (default_formats("sm_100"),)  # a B200's numbers, re-encoded by the lowering `faithful`
 _TOKENS, _HEADS = 256, 16
+_COMPILED: dict[str, Any] = {}
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
@@ -128,12 +130,16 @@ def launches(
 
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], target: str) -> Any:
-    """Triton's compiled kernel for `target`, specialised on the arguments as a launch would be."""
-    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    source = language(kernel, *specialisation(kernel, arguments, options))
+    """Triton's compiled kernel for `target`, specialised on the arguments as a launch would be; kept in the process."""
+    compiled_in = specialisation(kernel, arguments, options)
     compile_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(source, target=gpu, options=compile_options)
+    variant = repr((kernel.__name__, compiled_in, compile_options, target))
+    if variant not in _COMPILED:
+        language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        source = language(kernel, *compiled_in)
+        _COMPILED[variant] = triton.compile(source, target=gpu, options=compile_options)
+    return _COMPILED[variant]
 
 
 def specialisation(
@@ -204,11 +210,22 @@ def mma_kinds(ptx: str) -> list[str]:
     return sorted(kinds)
 
 
+@lru_cache
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack: what was spilled."""
+    """Registers per thread, and bytes of stack that hold what was spilled.
+
+    A stack that no instruction reads holds nothing: Triton 3.6 has eight such bytes on sm_120, in the branch for a copy
+    to another multiprocessor's memory, which is never taken.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups()))
+        report = _printed_by(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+        if stack and "LDL" not in _printed_by(triton.knobs.nvidia.nvdisasm.path, "-c", file.name):
+            stack = 0
+    return registers, stack
+
+
+def _printed_by(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

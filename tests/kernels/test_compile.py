@@ -26,8 +26,8 @@ MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
 @lru_cache
-def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, slots=None):
-    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, slots)
+def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, slots=None, skips=False):
+    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, slots, skips=skips)
     kernel, arguments, options = list(variant)[-1]
     return ahead.compile_launch(kernel, arguments, options, target)
 
@@ -149,11 +149,7 @@ def test_masked_variants_are_native_and_do_not_spill(high, low, is_causal, masks
 @pytest.mark.parametrize(("high", "low"), [("mxfp8", "mxfp4"), ("mxfp8", None), (None, "mxfp4")])
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, high, low, head_dim):
-    def compiled(skips):
-        kernel, arguments, options = list(ahead.launches(target, high, low, head_dim, skips=skips))[-1]
-        return ahead.compile_launch(kernel, arguments, options, target)
-
-    plain, skipping = compiled(False), compiled(True)
+    plain, skipping = (attend(target, high, low, head_dim, skips=skips) for skips in (False, True))
     assert skipping.metadata.shared >= plain.metadata.shared
     assert skipping.metadata.shared <= MOST_SHARED_BYTES[target]
     assert ahead.mma_kinds(skipping.asm["ptx"]) == ahead.mma_kinds(plain.asm["ptx"])
@@ -202,6 +198,15 @@ def test_rtx_50_multiplies_natively(low, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("high", "low"), [("mxfp8", "mxfp4"), (None, "mxfp4"), (None, "nvfp4")])
+def test_rtx_50_multiplies_fp8_probabilities_at_the_block_scaled_rate(high, low, head_dim):
+    """In LOW alone, P·V has the only products of e4m3 numbers."""
+    ptx = attend("sm_120", high, low, head_dim).asm["ptx"]
+    products = re.findall(r"mma\.sync\S*\.e4m3\.e4m3\S*", ptx)
+    assert products and all("kind::mxf8f6f4.block_scale" in product for product in products)
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 @pytest.mark.parametrize(("high", "low", "kinds"), [
     ("bf16", "int8", {"wgmma bf16", "wgmma s8", "wgmma e4m3"}), ("bf16", "fp8", {"wgmma bf16", "wgmma e4m3"}),
     ("mxfp8", "mxfp4", {"wgmma bf16", "wgmma e4m3"}), (None, "mxfp4", {"wgmma e4m3"}),
@@ -243,17 +248,9 @@ def test_named_calls_compile(call, target):
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
     for kernel, arguments, options in recorded:
-        signature = repr(
-            (kernel.__name__, ahead.specialisation(kernel, arguments, options), options["num_warps"])
-        )
-        if (signature, target) not in COMPILED:
-            COMPILED[signature, target] = ahead.compile_launch(kernel, arguments, options, target)
-        compiled = COMPILED[signature, target]
+        compiled = ahead.compile_launch(kernel, arguments, options, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         assert ahead.resources(compiled.asm["cubin"])[0] > 10
-
-
-COMPILED = {}
 
 
 def test_one_pair_can_be_asked_for():

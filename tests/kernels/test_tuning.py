@@ -5,17 +5,19 @@ from itertools import product
 import pytest
 
 from dma_diffusers.kernels.attention.tuning import TABLE, tuning
+from dma_diffusers.kernels.device.tritons import NEWEST_TESTED, OLDEST_TESTED
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, TCGEN05_ARCHITECTURES, Storage
 
 ARCHITECTURES = ("cpu", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 CLASSES = [classes for classes in product((None, *Storage), repeat=2) if any(classes)]
-CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES))
+TRITONS = [(3, minor) for minor in range(OLDEST_TESTED[1], NEWEST_TESTED[1] + 1)]
+CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES, TRITONS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_call_has_a_row_the_kernel_can_build(architecture):
-    for dim, classes in product((64, 128, 256), CLASSES):
-        row = tuning(architecture, dim, classes)
+    for dim, classes, triton in product((64, 128, 256), CLASSES, TRITONS):
+        row = tuning(architecture, dim, classes, triton)
         assert row.rows in (64, 128) and row.warps in (4, 8)
         assert 0 <= row.exp_share <= 32 and row.stages >= 1 and row.masked_stages >= 1
         if architecture in TCGEN05_ARCHITECTURES and Storage.BLOCK in classes:
@@ -26,6 +28,7 @@ def test_every_call_has_a_row_the_kernel_can_build(architecture):
             architecture == "sm_90" and Storage.BLOCK not in classes
         ):
             assert row.transposed_v, "FP8 MMA before tcgen05 wants V as [D, tokens]"
+        assert row.unit_scales == (architecture == "sm_120"), "only there are block-scaled products faster"
 
 
 def test_every_row_is_some_calls():
