@@ -16,7 +16,7 @@ RECIPES = ("pipelines/demo_training/", "pipelines/demo_video_training/", "eval/a
 
 
 def python(code: str) -> str:
-    """What `code` prints in a fresh interpreter started in the checkout's root."""
+    """Returns what `code` prints in a fresh interpreter started in the checkout's root."""
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -85,7 +85,7 @@ def test_every_template_is_in_the_wheel(sources, wheel):
 
 
 def heading_anchors(page: str) -> set[str]:
-    """What GitHub calls the page's headings in links."""
+    """Returns the names that GitHub gives the page's headings in links."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

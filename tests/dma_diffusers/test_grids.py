@@ -47,7 +47,7 @@ def test_the_token_of_a_pixel_is_where_the_grid_has_it(name):
         assert changed == [first + token]
 
 
-# Of the calls that tests/tiny_pipelines.py draws.
+# These are the grids of the calls that tests/tiny_pipelines.py draws.
 DRAWN = {"flux": (24, 20), "sd3": (20, 19), "wan": (3, 9, 11), "hunyuan": (3, 10, 14)}
 
 

@@ -81,7 +81,7 @@ class Call:
 
     @property
     def fine_mask(self) -> FineMask | None:
-        """Those that hide empty slots, or all that a neighbourhood does."""
+        """The fine mask that hides empty slots, or the neighbourhood's."""
         if self.policy:
             return self.plan.fine_mask
         return hide_empty_slots(self.token_order) if self.empty_slots else None
@@ -156,7 +156,7 @@ class Call:
 
 
 def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """Which key each query sees, by slots: bool `[B or 1, 1, Sq, Sk]`."""
+    """Says which key each query sees, by slots: bool `[B or 1, 1, Sq, Sk]`."""
     q_token = torch.arange(call.layout.q_length)[:, None]
     k_token = torch.arange(call.layout.k_length)[None, :]
     visible = (k_token <= q_token) if call.is_causal else (k_token >= 0).expand(len(q_token), -1)
@@ -165,7 +165,7 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    """Says which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     q_length, k_length = call.layout.q_length, call.layout.k_length
     high = torch.zeros(q_length, k_length, dtype=torch.bool)
     cut = high.clone()
@@ -417,7 +417,7 @@ GRID_CALLS = [
 ]  # fmt: skip
 
 
-# Of hidden keys, and of hidden values: multiples of the largest number that the dtype has.
+# Hidden keys, and hidden values, are these multiples of the largest number that the dtype has.
 HIDDEN = [(1.0, -1.0), (math.nan, 2.0**-8)]
 HIDING_CALLS = [
     replace(call, masks_keys=True, batch=2)

@@ -1,4 +1,4 @@
-"""Which plans are kept: those of the sizes that were used last."""
+"""The plans of the sizes that were used last are kept."""
 
 import torch
 

@@ -75,7 +75,7 @@ def evaluation(folder: Path) -> dict:
 
 
 def numbers(folder: Path) -> dict:
-    """What an evaluation found, without what changes from run to run."""
+    """The findings of an evaluation, without what changes from run to run."""
     rows = evaluation(folder)["rows"]
     return {
         name: {key: row[key] for key in ("summary", "pictures", "steps", "config")}
