@@ -73,5 +73,10 @@ class PlanCache:
                 if captures:  # the graph goes on reading the plan's tensors
                     self._captured[key] = self._sizes.pop(key)
                 if len(self._sizes) > self._most:
-                    self._sizes.popitem(last=False)
+                    self._drop_oldest()
         return size
+
+    def _drop_oldest(self) -> None:
+        _, size = self._sizes.popitem(last=False)
+        if size.device.type == "cuda" and not plan.is_capturing(size.device):
+            torch.cuda.synchronize(size.device)  # another stream may still read the plans

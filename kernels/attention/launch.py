@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import or_
@@ -134,9 +135,8 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that differ from call to call, each once."""
         source = self.source
-        ropes = chain(*(rope or () for rope in (source.q_rope, source.k_rope)))
-        found = [source.q, source.k, source.v, *ropes, source.key_mask, self.key_mask, *self.bf16]
-        return list({id(x): x for x in found if x is not None}.values())
+        found = [source.q, source.k, source.v, *_tables(source), source.key_mask, self.key_mask, *self.bf16]
+        return _each_once(found)
 
 
 @dataclass(frozen=True)
@@ -236,12 +236,19 @@ class Prepared:
                 self._recording.launch(device, addresses)
 
 
-def _own_tensors(call: Call, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """The call's tensors where kernels can read them as they are, in the order of `Inputs.tensors`."""
-    own = (call.q, call.k, call.v, *(call.q_rope or ()), *(call.k_rope or ()))
-    if call.key_mask is None:
-        return own
-    return (*own, _whole_tiles(call.key_mask, plan.token_order), call.key_mask)
+def _own_tensors(call: Call, plan: Plan) -> list[torch.Tensor]:
+    """The call's tensors where kernels can read them as they are, as `Inputs.tensors` would give them."""
+    mask = None if call.key_mask is None else _whole_tiles(call.key_mask, plan.token_order)
+    return _each_once([call.q, call.k, call.v, *_tables(call), mask, call.key_mask])
+
+
+def _tables(call: Call | Source) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines of q and of k, which may be the same tensors."""
+    return (*(call.q_rope or ()), *(call.k_rope or ()))
+
+
+def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return list({id(x): x for x in tensors if x is not None}.values())
 
 
 def _addresses(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...] | None:

@@ -7,6 +7,7 @@ same shapes, strides and alignment launches the same kernels with the same numbe
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from threading import Lock
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class Recording:
                 raise ValueError("two tensors of the call begin at one address")
         self.bytes = self._place_all(recorder.workspaces, len(recorder.inputs))
         self._counted = self._place_all(recorder.counted, len(recorder.inputs) + 1)
+        self._lock = Lock()
         self._counters: dict[int, torch.Tensor] = {}  # by stream: the calls of one stream follow each other
         self._launches = [
             _Launch(compiled, grid, list(map(self._placed, values)))
@@ -80,8 +82,9 @@ class Recording:
             ):  # a graph may run beside its stream, and has its own
                 self._counters[stream] = counters
         addresses = (*addresses, workspace.data_ptr(), counters.data_ptr())
-        for launch in self._launches:
-            launch(stream, addresses)
+        with self._lock:  # two threads' launches on one stream would count in the same counters
+            for launch in self._launches:
+                launch(stream, addresses)
 
     def _place_all(self, tensors: list[torch.Tensor], base: int) -> int:
         """Place tensors one behind the other; returns the bytes that they take."""
