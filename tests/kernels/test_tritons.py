@@ -15,7 +15,9 @@ from dma_diffusers.kernels.device.tritons import NEWEST_TESTED, OLDEST_TESTED, w
 def test_an_untested_triton_is_warned_of_once_with_both_numbers(triton):
     warn_of_untested.cache_clear()
     given = ".".join(map(str, triton))
-    with pytest.warns(UserWarning, match=rf"tested with Triton 3\.6 to 3\.9, and this is Triton {given}:") as caught:
+    with pytest.warns(
+        UserWarning, match=rf"tested with Triton 3\.6 to 3\.9, and this is Triton {given}:"
+    ) as caught:
         warn_of_untested(triton)
         warn_of_untested(triton)
     assert len(caught) == 1
@@ -41,6 +43,6 @@ def test_the_page_and_the_requirements_name_these_versions():
     root = Path(tritons.__file__).parents[2]
     page = (root / "kernels" / "tritons.md").read_text()
     rows = re.findall(r"^\| (\d+)\.(\d+)\.", page, flags=re.MULTILINE)
-    assert (OLDEST_TESTED, NEWEST_TESTED) == tuple(tuple(map(int, row)) for row in (rows[0], rows[-1]))
+    assert tuple(tuple(map(int, row)) for row in (rows[0], rows[-1])) == (OLDEST_TESTED, NEWEST_TESTED)
     oldest = ".".join(map(str, OLDEST_TESTED))
     assert f'"triton>={oldest};' in (root / "pyproject.toml").read_text()
