@@ -31,6 +31,8 @@ PATIENCE, LOOKED_AT = tl.constexpr(reference.PATIENCE), tl.constexpr(reference.L
 LN_2 = tl.constexpr(0.6931471805599453)
 # Before Triton 3.9, dot_scaled can't start from nothing in a loop.
 STARTS_FROM_NOTHING = tl.constexpr(TRITON >= (3, 9))
+# Before Triton 3.8, int8 numbers don't get to tcgen05. As bf16 numbers they do, with the same products and sums.
+INT8_IN_TCGEN05 = tl.constexpr(TRITON >= (3, 8))
 
 
 @triton.jit
@@ -53,8 +55,8 @@ def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
-              BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of one pair of tiles, [ROWS, 128]: int32 of int8 numbers, else float32.
+              BLOCK: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr):  # fmt: skip
+    """Q·Kᵀ of one pair of tiles, [ROWS, 128]: int32 of int8 numbers, if they are multiplied as such, else float32.
 
     The caller still multiplies by the factors of rows, and of the tile where the storage is "tile".
     """
@@ -69,6 +71,8 @@ def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, ST
             s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT, accumulator)
     elif STORAGE == "plain":
         s = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
+    elif ELEMENT == "int8" and TCGEN05 and not INT8_IN_TCGEN05:
+        s = tl.dot(q.to(tl.bfloat16), tl.trans(k.to(tl.bfloat16)))
     elif ELEMENT == "int8":
         s = tl.dot(q, tl.trans(k))
     else:
@@ -242,7 +246,7 @@ def _phase(
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         k = k_elements.load([batch, kv_head, tile * TILE, 0])
         k = tl.reshape(k, (TILE, k.shape[3]))
-        s = _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT, STORAGE, BLOCK, D)
+        s = _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT, STORAGE, BLOCK, D, TCGEN05)
         factor = row_factor
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)

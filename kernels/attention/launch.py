@@ -282,7 +282,8 @@ def _launch(
         amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
         wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
         inexact_rows=outputs.inexact_rows, launcher=launcher,
-        registers=64 if variant.target == "sm_90" and dim == 128 else None,  # two programs share a multiprocessor
+        # On sm_90 two programs share a multiprocessor. Elsewhere Triton 3.7 would spill for that, if it were not told.
+        registers=None if dim != 128 else 64 if variant.target == "sm_90" else 128,
     )  # fmt: skip
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, variant.in_gluon)

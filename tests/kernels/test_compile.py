@@ -12,6 +12,7 @@ if triton.knobs.runtime.interpret:
 
 from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
+from dma_diffusers.kernels.device.tritons import TRITON  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call, launched  # noqa: E402
 
 KIND_OF_QK = {
@@ -50,7 +51,12 @@ def test_each_class_multiplies_natively(target, high, low, head_dim):
     ("mxfp8", "mxfp6_e2m3", {"kind::mxf8f6f4", "kind::f16", "kind::f8f6f4"}),
 ])  # fmt: skip
 def test_other_formats_multiply_natively_too(high, low, kinds, head_dim):
-    assert set(ahead.mma_kinds(attend("sm_100", high, low, head_dim).asm["ptx"])) == kinds
+    if TRITON < (3, 8):  # multiplies int8 numbers as bf16 numbers
+        kinds = kinds - {"kind::i8"}
+    compiled = attend("sm_100", high, low, head_dim)
+    assert set(ahead.mma_kinds(compiled.asm["ptx"])) == kinds
+    assert compiled.metadata.shared <= MOST_SHARED_BYTES["sm_100"]
+    assert ahead.resources(compiled.asm["cubin"])[1] == 0
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
