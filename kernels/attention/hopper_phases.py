@@ -97,10 +97,15 @@ def _seen(s, tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: gl.c
         high = gl.load(fine_mask + (3 * slots + tile * TILE + columns))
         inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
         seen = (inside & guards) == guards
-    elif CAUSAL:
-        seen = columns[None, :] < gl.minimum(q_tokens + 1, k_length)[:, None] - tile * TILE
     else:
-        seen = (columns < k_length - tile * TILE)[None, :]
+        # Threads differ in two bits of their columns. Taken from the limit, they leave constants to compare with; whole
+        # columns would take a register each, throughout the loop.
+        limit = (
+            gl.minimum(q_tokens + 1, k_length)[:, None]
+            if CAUSAL
+            else gl.full_like(q_tokens, k_length)[:, None]
+        )
+        seen = (columns & ~6)[None, :] < limit - tile * TILE - (columns & 6)[None, :]
     if key_mask is not None:
         seen = seen & (gl.load(key_mask + tile * TILE + columns) != 0)[None, :]
     return gl.where(seen, s, float("-inf"))
