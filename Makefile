@@ -2,7 +2,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --color=no
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --color=no --numprocesses=$(WORKERS) --dist=worksteal
 # Prints everything, and fails where no test passed: pytest itself is content if all of them were skipped.
 SOME_PASSED := awk '{ print; fflush() } /^=+ .*[0-9]+ passed/ { passed = 1 } END { exit !passed }'
 
@@ -10,7 +11,7 @@ SOME_PASSED := awk '{ print; fflush() } /^=+ .*[0-9]+ passed/ { passed = 1 } END
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 INTERPRETING_TRITONS := 3.8.0 3.9.0
 
-.PHONY: demo test test-plain test-interpreted test-tritons
+.PHONY: demo test test-tritons
 .SECONDARY:
 
 demo: .venv/demo.stamp
@@ -18,16 +19,11 @@ demo: .venv/demo.stamp
 	$(BIN)/dma-diffusers generate "a red apple left of a cat on a yellow background" --compare -o out/demo.png
 	@echo "The picture is $(CURDIR)/out/demo.png"
 
-# Triton's interpreter and its compiler cannot share a process; side by side they take half the time.
+# Triton's interpreter and its compiler cannot share a process. Each run is spread over WORKERS processes.
 test: .venv/test.stamp
-	+$(MAKE) --no-print-directory --jobs=2 test-plain test-interpreted
-
-test-plain:
 	$(PYTEST) | $(SOME_PASSED)
-
-test-interpreted:
 	TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
-	TRITON_INTERPRET=1 $(PYTEST) -m fuzz | $(SOME_PASSED)
+	TRITON_INTERPRET=1 $(PYTEST) -m fuzz tests/kernels | $(SOME_PASSED)
 
 # Before a release: each Triton lies beside the environment's own, and is the first that its processes find.
 test-tritons: $(TRITONS:%=test-compiled-by-%) $(INTERPRETING_TRITONS:%=test-interpreted-by-%)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -62,7 +62,7 @@ def restore(pipe_or_model: Any) -> None:
 
 def report(pipe_or_model: Any) -> Receipt:
     """The receipt: what each attention module runs, and why; it has no modules where nothing is applied."""
-    receipts = []
+    receipts: list[ModuleReceipt] = []
     for prefix, model in transformers_of(pipe_or_model):
         if attachment := _attachment(model):
             receipts.extend(_receipts(prefix, model, attachment))
@@ -119,7 +119,7 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
     Raises ValueError as `apply` does.
     """
-    family = family_of(model, config.text, config.grid)
+    family = family_of(model, config.text, cast(tuple[int, ...] | None, config.grid))
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
         raise ValueError("DMA attention does not support context parallelism")
@@ -152,12 +152,12 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         _detach(model)
         forward = ForwardContext(model, family, dense.above_sigma, bool(on_grid), dense.note)
         for name in wrapped:
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
             own = config.of_module(name)
             interception = Interception(own, family, forward, name in dense.modules, _head_dim(module))
             module.processor = wrap(module.processor, interception)
         hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
-        model._dma_attachment = Attachment(roles, hook)
+        model._dma_attachment = Attachment(roles, hook)  # type: ignore[assignment]  # an attribute like any other
         if dense.note:
             logger.info("%s: %s", type(model).__name__, dense.note)
 
@@ -166,7 +166,7 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
 def _check_modules(model: torch.nn.Module, config: DMAConfig, eligible: list[str]) -> None:
     """Raises ValueError where `config` has modules or heads that `model` has not, or is for another model."""
-    kind, named = type(model).__name__, {name for name, _ in config.modules}
+    kind, named = type(model).__name__, set(dict(config.modules))
     if config.model not in (None, kind):
         raise ValueError(f"this configuration is for {config.model}, not for {kind}: calibrate it for that")
     if config.model and (differing := named.symmetric_difference(eligible)):
@@ -179,7 +179,7 @@ def _check_modules(model: torch.nn.Module, config: DMAConfig, eligible: list[str
             raise ValueError(f"{name} has {heads} heads, and this configuration windows for {asked}")
 
 
-def _head_dim(module: torch.nn.Module) -> int | None:
+def _head_dim(module: Any) -> int | None:
     """The head dimension of a module that tells it; None if only its first call will."""
     try:
         return module.inner_dim // module.heads

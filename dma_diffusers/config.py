@@ -21,7 +21,7 @@ _B200, _HOPPER = (
     dict(zip(("high", "low"), default_formats(architecture), strict=True))
     for architecture in ("sm_100", "sm_90")
 )
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "auto": {"lowering": "fastest", "min_length": 2048},  # shorter calls gain nothing in plugins of this kind
     "b200": _B200,
     "hopper": _HOPPER,
@@ -93,8 +93,8 @@ class DMAConfig:
             object.__setattr__(self, name, words)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
-        per_head = isinstance(self.window, tuple) and self.window
-        widths = [("window", width) for width in (self.window if per_head else (self.window,))]
+        of_heads = self.window if isinstance(self.window, tuple) and self.window else (self.window,)
+        widths: list[tuple[str, Any]] = [("window", width) for width in of_heads]
         for name, value in [*widths, ("sink", self.sink), ("min_length", self.min_length)]:
             if not _is_integer(value) or value < 0:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
@@ -123,7 +123,7 @@ class DMAConfig:
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
         object.__setattr__(self, "modules", _frozen(self.modules))
-        object.__setattr__(self, "modules", tuple((name, self._checked(name)) for name, _ in self.modules))
+        object.__setattr__(self, "modules", tuple((name, self._checked(name)) for name in dict(self.modules)))
 
     @classmethod
     def from_file(
@@ -156,7 +156,7 @@ class DMAConfig:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         if name == "exact" and changes:
             raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
-        formats = {}
+        formats: dict[str, Any] = {}
         if name == "auto":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             own = default_formats(lowerings.architecture(device))
@@ -210,8 +210,8 @@ class DMAConfig:
 
     def of_module(self, name: str) -> "DMAConfig":
         """The configuration of one attention module."""
-        changes = {field: value for field, value in dict(self.modules).get(name, ()) if field != "dense"}
-        replaced = {"modules": (), "model": None}
+        changes = {field: value for field, value in self._own(name).items() if field != "dense"}
+        replaced: dict[str, Any] = {"modules": (), "model": None}
         if "policy" in changes:
             replaced |= _DIAGONAL
         elif changes.keys() & _DIAGONAL:
@@ -220,7 +220,7 @@ class DMAConfig:
 
     def is_dense(self, name: str) -> bool:
         """Tells whether `modules` asks for every tile of this attention module to be HIGH."""
-        return dict(dict(self.modules).get(name, ())).get("dense", False)
+        return self._own(name).get("dense", False)
 
     @cached_property
     def asked(self) -> Policy:
@@ -274,10 +274,14 @@ class DMAConfig:
         if self.lowering not in ("fastest", "stock"):
             lowerings.choose(lowerings.architecture(device), 1, self.high, self.low, self.lowering)
 
+    def _own(self, name: str) -> dict[str, Any]:
+        """The fields that one of `modules` has of its own."""
+        return dict(dict(self.modules).get(name, ()))
+
     def _checked(self, name: str) -> tuple[tuple[str, Any], ...]:
         """The fields of one of `modules`, its precisions in the shortest words; ValueError if they are not allowed."""
-        changes = dict(self.modules)[name]
-        if unknown := [field for field, _ in changes if field not in MODULE_FIELDS]:
+        changes = self._own(name)
+        if unknown := [field for field in changes if field not in MODULE_FIELDS]:
             known = ", ".join(MODULE_FIELDS)
             raise ValueError(f"modules: {name} has no {', '.join(map(str, unknown))}; there are {known}")
         if not isinstance(self.is_dense(name), bool):
@@ -286,7 +290,9 @@ class DMAConfig:
             own = self.of_module(name)
         except (ValueError, TypeError) as error:
             raise ValueError(f"modules: {name}: {error}") from None
-        return tuple((key, getattr(own, key) if key in ("high", "low") else value) for key, value in changes)
+        return tuple(
+            (key, getattr(own, key) if key in ("high", "low") else value) for key, value in changes.items()
+        )
 
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str | Policy):

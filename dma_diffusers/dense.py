@@ -37,7 +37,7 @@ def dense_parts(config: DMAConfig, family: Family, kind: str, modules: tuple[str
             sigma = found.above_sigma if sigma is None else sigma
             if layers is None:
                 there = (index for index in found.layers if -count <= index < count)
-                layers = [index for index in there if modules[index] in leaving_out]
+                layers = tuple(index for index in there if modules[index] in leaving_out)
         elif config.quality_first:
             raise ValueError(
                 f"quality_first: no dense steps or layers are known for {kind}: "

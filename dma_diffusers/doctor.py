@@ -6,6 +6,7 @@ import torch
 
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS, default_formats
 from dma_diffusers.kernels.lowerings import LOWERINGS, Lowering, architecture
+from dma_diffusers.kernels.precision import Precisions
 
 _HEAD_DIM = 128
 
@@ -37,7 +38,7 @@ def _triton_version() -> str | None:
 
 
 def _diagnose(lowering: Lowering, architecture: str, high: str, low: str) -> dict[str, Any]:
-    refusal = lowering.refuses(architecture, _HEAD_DIM, high, low)
+    refusal = lowering.refuses(architecture, _HEAD_DIM, Precisions.parse(high, low))
     return {
         "formats": f"{high}|{low}",
         "name": lowering.name,

@@ -234,12 +234,13 @@ def family_of(model: torch.nn.Module, text: str | None = None, grid: grids.Grid 
     Raises ValueError for an unknown family without `text`.
     """
     known = next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
-    if known is None and text is None:
-        raise ValueError(
-            f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): "
-            'say where its joint attention has text, with text="first", "last" or "none"'
-        )
-    family = known or Family(text, single_stream=True)
-    if text not in (None, family.text):  # where masks hide text was told of the place that is known
-        family = replace(family, text=text, masks_text=False)
-    return replace(family, grid=partial(grids.given, grid), grid_on_device=False) if grid else family
+    if known is None:
+        if text is None:
+            raise ValueError(
+                f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): "
+                'say where its joint attention has text, with text="first", "last" or "none"'
+            )
+        known = Family(text, single_stream=True)
+    if text not in (None, known.text):  # where masks hide text was told of the place that is known
+        known = replace(known, text=text, masks_text=False)
+    return replace(known, grid=partial(grids.given, grid), grid_on_device=False) if grid else known

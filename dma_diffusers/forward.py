@@ -72,7 +72,8 @@ class ForwardContext:
         text = call.get("encoder_hidden_states")
         self._text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
         if self.wants_grid or self.family.pads_grid:
-            grid = self.family.grid(model, call) if self.wants_grid else self._find_grid(model, call)
+            find = self.family.grid if self.wants_grid and self.family.grid else self._find_grid
+            grid = find(model, call)
             self._grid = torch.empty(*grid, 0) if grid else None
             if not torch.compiler.is_compiling():
                 self._check(grid)
@@ -82,7 +83,8 @@ class ForwardContext:
         """Does what `observe` does, and makes a step dense whose noise level asks for it; a forward pre-hook."""
         self.observe(model, args, kwargs)
         if self.dense_above_sigma is not None:
-            dense = bool(self.noise_level(args, kwargs) > self.dense_above_sigma)
+            sigma = self.noise_level(args, kwargs)
+            dense = sigma is not None and bool(sigma > self.dense_above_sigma)
             for listener in self.listeners:
                 listener.mapped = not (dense or listener.dense)
 

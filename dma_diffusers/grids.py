@@ -24,7 +24,7 @@ def given(grid: Grid, model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 def of_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     """Reads the grid from latents `[B, C, H, W]` and the patch size."""
     (latents,) = _arguments(call, "hidden_states")
-    return tuple(length // model.config.patch_size for length in latents.shape[2:])
+    return tuple(length // _config(model).patch_size for length in latents.shape[2:])
 
 
 def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
@@ -33,8 +33,8 @@ def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     The model's configuration has these in one entry or in two. Without an entry for time, that of time is 1.
     """
     (latents,) = _arguments(call, "hidden_states")
-    patch = model.config.patch_size
-    patch = (model.config.get("patch_size_t", 1), patch, patch) if isinstance(patch, int) else patch
+    patch = _config(model).patch_size
+    patch = (_config(model).get("patch_size_t", 1), patch, patch) if isinstance(patch, int) else patch
     return tuple(length // side for length, side in zip(latents.shape[2:], patch, strict=True))
 
 
@@ -42,8 +42,8 @@ def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     """Reads the grid from latents `[B, T, C, H, W]` and the patch sizes, of which that of time may be None, for 1."""
     (latents,) = _arguments(call, "hidden_states")
     _, frames, _, rows, columns = latents.shape
-    side = model.config.patch_size
-    return frames // (model.config.patch_size_t or 1), rows // side, columns // side
+    side = _config(model).patch_size
+    return frames // (_config(model).patch_size_t or 1), rows // side, columns // side
 
 
 def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
@@ -132,3 +132,7 @@ def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
             f"the model was called without {', '.join(missing)}, which tell its grid: say it, with grid="
         )
     return [call[name] for name in names]
+
+
+def _config(model: torch.nn.Module) -> Any:
+    return model.config

@@ -115,7 +115,7 @@ class Interception:
         attend = self.stand_in or operator.attention
         result = attend(
             query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
-            masks_text=self.family.masks_text, mapped=self.mapped, **self.config.arguments(text, grid),
+            masks_text=self.family.masks_text, mapped=self.mapped, **self.config.arguments(text or (0, 0), grid),
         )  # fmt: skip
         self._count_inexact(result.inexact_rows)
         return result.out

@@ -33,7 +33,7 @@ class InterceptionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# What makes [B, 1, S, S] of a mask of keys: repeat(1, 1, S, 1), and `&` with the transpose (in a graph `and_`).
+# These make [B, 1, S, S] of a mask of keys: repeat(1, 1, S, 1), and `&` with the transpose (in a graph `and_`).
 _SQUARING = (torch.Tensor.repeat, torch.Tensor.__and__, operators.and_)
 
 

@@ -54,9 +54,7 @@ def _taught(stock_method: Callable) -> Callable:
     return set_attn_processor
 
 
-def _set_some(
-    model: torch.nn.Module, given: dict[str, Any], asked: dict[str, DMAConfig], stock_method: Callable
-) -> None:
+def _set_some(model: Any, given: dict[str, Any], asked: dict[str, DMAConfig], stock_method: Callable) -> None:
     """Sets the processors `given`, and applies the configurations `asked` to the modules that are to have one."""
     if len(set(asked.values())) > 1:
         raise ValueError("the DMAAttnProcessors of one model must agree on their configuration")

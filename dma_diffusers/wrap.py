@@ -14,7 +14,7 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
 )
 
-from dma_diffusers.interception import Interception
+from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.mode import InterceptionMode
 from dma_diffusers.rebind import Rebound, can_rebind
 
@@ -27,6 +27,8 @@ class WrappedProcessor:
     """
 
     __slots__ = ()
+    stock: Any
+    interception: Interception
 
     @property
     def _attention_backend(self) -> AttentionBackendName:
@@ -51,7 +53,8 @@ class WrappedProcessor:
 
 def wrap(stock: Any, interception: Interception) -> WrappedProcessor:
     """`stock` with its attention operations handed to `interception`; `stock` itself is not changed."""
-    cls = _wrapped_class(type(stock))
+    kind: Any = type(stock)  # mypy does not take a type for hashable
+    cls = _wrapped_class(kind)
     wrapped = cls.__new__(cls)
     object.__setattr__(wrapped, "__dict__", stock.__dict__)
     object.__setattr__(wrapped, "stock", stock)
@@ -60,7 +63,7 @@ def wrap(stock: Any, interception: Interception) -> WrappedProcessor:
 
 
 @cache
-def _wrapped_class(stock: type) -> type:
+def _wrapped_class(stock: Any) -> Any:
     body = {"__slots__": ("interception", "stock"), "__call__": _call(stock), "__module__": __name__}
     wrapped = type(f"DMA{stock.__name__}", (WrappedProcessor, stock), body)
     with suppress(ValueError):  # Diffusers' guiders look processors up by class; not all stock ones are known
@@ -77,9 +80,10 @@ def _call(stock: type):
     parameters = list(inspect.signature(stock.__call__).parameters.values())
     names = [parameter.name for parameter in parameters]
     defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
-    declared, passed = [], []
+    declared: list[str] = []
+    passed: list[str] = []
     for p in parameters:
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         if p.kind is p.KEYWORD_ONLY and not any(d.startswith("*") for d in declared):
             declared.append("*")
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
@@ -106,7 +110,7 @@ def __call__({", ".join(declared)}):
 
 
 def _run(
-    stock_call: Callable, by_name: bool, native: Callable[[], AbstractContextManager],
+    stock_call: Any, by_name: bool, native: Callable[[], AbstractContextManager],
     hidden: torch.Tensor, encoder: torch.Tensor | None, wrapped: WrappedProcessor, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
@@ -117,13 +121,14 @@ def _run(
     if interception.falls_back(hidden, arguments):
         with native():
             return stock_call(wrapped, *args, **kwargs)
+    call: ProcessorCall
     if by_name and not interception.family.squares_masks:
-        call = Rebound(interception, hidden, encoder)
+        call = rebound = Rebound(interception, hidden, encoder)
         with native():
-            result = call.run(stock_call, wrapped, *args, **kwargs)
+            result = rebound.run(stock_call, wrapped, *args, **kwargs)
     else:
-        call = InterceptionMode(interception, hidden, encoder)
-        with call, native():
+        call = mode = InterceptionMode(interception, hidden, encoder)
+        with mode, native():
             result = stock_call(wrapped, *args, **kwargs)
     interception.learn(hidden, arguments, call)
     return result

@@ -24,7 +24,7 @@ class Call:
     k: torch.Tensor
     v: torch.Tensor
     key_mask: torch.Tensor | None = None
-    scale: float | None = None
+    scale: float = None  # type: ignore[assignment]  # which stands for head_dim^-1/2
     is_causal: bool = False
     q_rope: Rope | None = None
     k_rope: Rope | None = None

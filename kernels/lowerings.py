@@ -163,7 +163,7 @@ def choose(architecture: str, head_dim: int, high: str, low: str, lowering: str 
         if refusal:
             raise ValueError(f"lowering {lowering} can't run {words} on {architecture}: {refusal}")
         return Choice(lowering, "asked for")
-    refusals = []
+    refusals: list[str] = []
     for candidate in LOWERINGS:
         refusal = candidate.refuses(architecture, head_dim, precisions)
         if refusal is None:

@@ -177,6 +177,7 @@ def _attention(
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
         scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
+        q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
     )  # fmt: skip
     q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
     call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope)

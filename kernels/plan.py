@@ -1,6 +1,6 @@
 """The plan of a call: a policy on a layout, as the kernels take it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -38,22 +38,43 @@ class Plan:
     fine_mask: FineMask | None = None
     skip_below: float | None = None
     masks_all: bool = True
+    _block_lists: dict[tuple[torch.device, bool], PrecisionMap] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        return replace(self, **moved)
+        return replace(self, **moved, _block_lists={})
+
+    def block_lists(self, device: torch.device, is_shared: bool) -> PrecisionMap:
+        """The map's block lists on `device`, or its `shared` ones; made once for the kernel that reads them.
+
+        Raises ValueError where they would have to be made while a CUDA graph is captured.
+        """
+        key = (device, is_shared)
+        if key not in self._block_lists:
+            if is_capturing(device):
+                raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
+            lists = self.precision_map.shared if is_shared else self.precision_map
+            self._block_lists[key] = lists.to(device)
+        return self._block_lists[key]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors that kernels read of it."""
-        block_lists = self.precision_map.block_lists if self.routing is None else []
+        """All tensors on the device that kernels read of it."""
+        lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds)]
         others = (
-            self.routing and self.routing.phases,
+            self.routing.phases if self.routing else None,
             self.token_order,
-            self.fine_mask and self.fine_mask.packed,
+            self.fine_mask.packed if self.fine_mask else None,
         )
-        return [*block_lists, *(x for x in others if x is not None)]
+        return [*lists, *(x for x in others if x is not None)]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Says whether a CUDA graph is captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bool = False) -> Plan:

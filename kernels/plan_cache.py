@@ -1,13 +1,13 @@
 """Plans that are kept: those of the sizes that were drawn last, and whatever a CUDA graph reads."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
 import torch
 
-from dma_diffusers.kernels import lowerings, plan
+from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Policy
 
@@ -34,14 +34,11 @@ class Size:
         """
         key = (policy, is_causal, masks_text)
         if key not in self.plans:
-            if is_capturing(self.device):
+            if plan.is_capturing(self.device):
                 raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-            made = plan.make(policy, self.layout, is_causal, masks_text).to(self.device)
-            if lowerings.architecture(self.device) == "sm_90" and made.routing is None:
-                _ = (
-                    made.precision_map.shared
-                )  # the block lists of hopper.py, which no capture could make either
-            self.plans[key] = made
+            made = plan.make(policy, self.layout, is_causal, masks_text)
+            # The map stays where it was made: a kernel's block lists go to the device when it is first launched.
+            self.plans[key] = replace(made.to(self.device), precision_map=made.precision_map)
         return self.plans[key]
 
 
@@ -67,7 +64,7 @@ class PlanCache:
         if self._captured and key in self._captured:
             return self._captured[key]
         size = self._sizes.get(key)
-        captures = is_capturing(device)
+        captures = plan.is_capturing(device)
         if size is None or captures or len(self._sizes) > 1:
             with self._lock:
                 size = size or Size(Layout(q_length, k_length, text, grid), device)
@@ -76,10 +73,10 @@ class PlanCache:
                 if captures:  # the graph goes on reading the plan's tensors
                     self._captured[key] = self._sizes.pop(key)
                 if len(self._sizes) > self._most:
-                    self._sizes.popitem(last=False)
+                    self._drop_oldest()
         return size
 
-
-def is_capturing(device: torch.device) -> bool:
-    """Says whether a CUDA graph is captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    def _drop_oldest(self) -> None:
+        _, size = self._sizes.popitem(last=False)
+        if size.device.type == "cuda" and not plan.is_capturing(size.device):
+            torch.cuda.synchronize(size.device)  # another stream may still read the plans

@@ -42,7 +42,8 @@ class Precisions(NamedTuple):
     def words(self) -> tuple[str, str]:
         """The shortest words for HIGH and for LOW, which leave out the default format of P·V."""
         defaults = zip(self, (HIGH_PV, LOW_PV), strict=True)
-        return tuple(each.qk if each.pv == default else str(each) for each, default in defaults)
+        high, low = (each.qk if each.pv == default else str(each) for each, default in defaults)
+        return high, low
 
 
 def _parse(words: str, default_pv: str) -> Precision:

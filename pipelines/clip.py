@@ -4,6 +4,7 @@ import importlib.util
 import io
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,7 +86,7 @@ def _h264(frames: np.ndarray, fps: float) -> bytes:
 
     buffer = io.BytesIO()
     # To put the index in front, the muxer reads its own output again.
-    reopened = {"io_open": lambda *_: io.BytesIO(buffer.getvalue())}
+    reopened: dict[str, Any] = {"io_open": lambda *_: io.BytesIO(buffer.getvalue())}
     with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}, **reopened) as file:
         stream = file.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": str(_CRF)})
         stream.pix_fmt = "yuv420p"

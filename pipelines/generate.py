@@ -55,7 +55,7 @@ def draw(
 
     Raises ValueError if latents or pictures contain NaN or infinity.
     """
-    latents = None
+    latents: torch.Tensor  # of the last step
 
     def after_step(step: int, left: torch.Tensor) -> torch.Tensor:
         nonlocal latents

@@ -108,7 +108,9 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     given = {name: value for name, value in defaults.items() if name not in ignored} | own
     if "prompt" not in given:
         raise ValueError("a job needs a prompt")
-    values = {name: _FIELDS[name](name, value) for name, value in given.items() if name in _FIELDS}
+    values: dict[str, Any] = {
+        name: _FIELDS[name](name, value) for name, value in given.items() if name in _FIELDS
+    }
     config = DMAConfig.from_fields({name: value for name, value in given.items() if name in _CONFIG_FIELDS})
     return Job(where=where, number=number, config=config, **values)
 

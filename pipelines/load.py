@@ -17,7 +17,7 @@ from dma_diffusers.pipelines.placement import Size, place
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
 VIDEO_DEMO_MODEL = Path(__file__).parent / "demo_video" / "wan"
-_DEMOS = {None: DEMO_MODEL, "demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
+_DEMOS = {"demo": DEMO_MODEL, "demo-video": VIDEO_DEMO_MODEL}
 # A pipeline with one of these arguments edits or follows a picture; `ability` checks "image" and "video" itself.
 _IMAGE_INPUTS = {"strength", "mask_image", "control_image"}
 _COUNT_ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps"}
@@ -45,7 +45,7 @@ class Ability:
 
 def named_model(name: str | None) -> str | Path:
     """Return the folder of an embedded model for "demo", None and "demo-video", and any other name unchanged."""
-    return _DEMOS.get(name, name)
+    return DEMO_MODEL if name is None else _DEMOS.get(name, name)
 
 
 def load_pipeline(
@@ -99,8 +99,8 @@ def outline(model: str | Path) -> DiffusionPipeline:
         part = getattr(diffusers, class_name, None) if library == "diffusers" else None
         parts[name] = None
         if isinstance(part, type) and issubclass(part, ModelMixin):
-            with torch.device("meta"):
-                parts[name] = part.from_config(part.load_config(model, subfolder=name))
+            with torch.device("meta"):  # mypy is not shown Diffusers' classes
+                parts[name] = part.from_config(part.load_config(model, subfolder=name))  # type: ignore[attr-defined]
     return kind(**parts)
 
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +16,7 @@ PAPER, INK, GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
 
 def picture_format(path: Path) -> str:
     """Return Pillow's name for the format of `path`; raises ValueError for an extension that it cannot write."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
     try:
         encode(Image.new("RGB", (16, 16)), kind)  # some formats have no encoder, or none for colours
     except (KeyError, OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, st
 
 def caption_font(width: int) -> ImageFont.FreeTypeFont:
     """Return the font for captions under pictures of this width in pixels."""
-    return ImageFont.load_default(size=max(10, width // 20))
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(10, width // 20)))
 
 
 def _wrap(text: str, letters: int, lines: int) -> list[str]:

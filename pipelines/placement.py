@@ -1,7 +1,7 @@
 """Choose where a pipeline's weights lie while it draws, and whether its VAE decodes in tiles, by the GPU's memory."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -80,7 +80,7 @@ def place(pipe: DiffusionPipeline, sizes: Sequence[Size]) -> str:
     if device.type == "cpu":
         return f"{size}, on the CPU"
     chosen = choose(weights, torch.cuda.mem_get_info(device)[0], sizes)
-    vae = modules.get("vae")
+    vae: Any = modules.get("vae")
     tiling = chosen.tiling and hasattr(vae, "enable_tiling")
     if tiling:
         vae.enable_tiling()

@@ -1,9 +1,10 @@
 """Prepare calls of video pipelines, and check the frames, sizes and rates that each pipeline can take."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
@@ -103,9 +104,14 @@ def _check_frames(pipe: DiffusionPipeline, frames: int) -> None:
         raise ValueError(f"{name} draws {stride}·k + 1 frames, not {frames}: take {nearest}")
 
 
-def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
+def _config(pipe: DiffusionPipeline) -> Mapping[str, Any]:
+    """The configuration of a pipeline's first transformer."""
     (_, transformer), *_ = transformers_of(pipe)
-    patch = transformer.config.get("patch_size", 1)
+    return cast(Mapping[str, Any], transformer.config)
+
+
+def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
+    patch = _config(pipe).get("patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[-1]
     multiple = math.lcm(_attribute(pipe, _SPATIAL) * patch, _SIDE_MULTIPLE)
     if any(side % multiple for side in size):
@@ -118,8 +124,7 @@ def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
 
 def _default_side(pipe: DiffusionPipeline, name: str) -> int | None:
     """Return the default side of a pipeline whose signature has None for it, if it is known before the call."""
-    (_, transformer), *_ = transformers_of(pipe)
-    latent = transformer.config.get(f"sample_{name}")
+    latent = _config(pipe).get(f"sample_{name}")
     return latent * _attribute(pipe, _SPATIAL) if latent else getattr(pipe, f"default_{name}", None)
 
 

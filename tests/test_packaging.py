@@ -11,10 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "pipelines", "eval")
+# The recipes that trained the embedded models are run from a checkout alone.
+RECIPES = ("pipelines/demo_training/", "pipelines/demo_video_training/", "eval/alignment_training/")
 
 
 def python(code: str) -> str:
-    """What `code` prints in a fresh interpreter started in the checkout's root."""
+    """Returns what `code` prints in a fresh interpreter started in the checkout's root."""
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -48,12 +50,25 @@ def test_the_wheel_keeps_to_its_own_name(wheel):
     assert {root for root in roots if not root.endswith(".dist-info")} == {"dma_diffusers"}
 
 
-def test_every_module_is_in_the_wheel(sources, wheel):
-    modules = [path for path in sources if path.endswith(".py")]
+def test_every_module_but_the_recipes_is_in_the_wheel(sources, wheel):
+    modules = [path for path in sources if path.endswith(".py") and not path.startswith(RECIPES)]
     expected = {path for path in modules if path.startswith("dma_diffusers/")}
     expected |= {f"dma_diffusers/{path}" for path in modules if path.split("/")[0] in ROOMS}
     assert len(expected) > 20
     assert expected <= wheel
+
+
+def test_the_recipes_are_in_the_checkout_alone(wheel):
+    assert not [path for path in wheel if path.removeprefix("dma_diffusers/").startswith(RECIPES)]
+    names = [f"dma_diffusers.{recipe.rstrip('/').replace('/', '.')}" for recipe in RECIPES]
+    loaded = python(
+        f"import sys, {', '.join(names)}; print(*(sys.modules[n].__file__ for n in {names}), sep='\\n')"
+    )
+    assert loaded.splitlines() == [str(ROOT / recipe / "__init__.py") for recipe in RECIPES]
+
+
+def test_the_wheel_says_that_it_is_typed(wheel):
+    assert "dma_diffusers/py.typed" in wheel
 
 
 def test_every_demo_file_is_in_the_wheel(sources, wheel):
@@ -70,7 +85,7 @@ def test_every_template_is_in_the_wheel(sources, wheel):
 
 
 def heading_anchors(page: str) -> set[str]:
-    """What GitHub calls the page's headings in links."""
+    """Returns the names that GitHub gives the page's headings in links."""
     headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

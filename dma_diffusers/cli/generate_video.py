@@ -66,7 +66,7 @@ def generate_video(
         first = image and read_image(image)
         call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
         check_clip(kind, call.size, call.fps)
-        # What the model can't take is refused before its weights are loaded.
+        # A request that the model can't take is refused before its weights are loaded.
         apply(outline(path), chosen.config)
         notes: list[str] = []
         pipe = load_pipeline(path, True, image is not None, [call.arguments], notes.append)

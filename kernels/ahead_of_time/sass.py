@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 import triton
 
-# What an instruction is: the first kind whose pattern is its whole name, less modifiers.
+# An instruction is of the first kind whose pattern matches its whole name, less modifiers.
 KINDS = {
     "mma": r"\w*MMA",
     "mufu": r"MUFU",

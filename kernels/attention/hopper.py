@@ -219,7 +219,7 @@ def attend_hopper(
     else:
         q_low_smem: gl.constexpr = None
         ones: gl.constexpr = None
-    # Of each slot: that it is full, that it is empty; of each warpgroup: that its Q is there.
+    # Each slot has a barrier that says it is full and one that says it is empty; each warpgroup one for its Q.
     barriers = gl.allocate_shared_memory(gl.int64, [2 * SLOTS + WARPGROUPS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(barriers.index(slot), count=1)

@@ -2,8 +2,9 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain
 from operator import or_
 
 import torch
@@ -123,13 +124,19 @@ class Inputs:
         )
         return cls(source, call.key_mask, bf16)
 
+    def are_of(self, call: Call) -> bool:
+        """Says whether the kernels read the call's own tensors, none of them copied."""
+        own = (call.q, call.k, call.v)
+        read = (self.source.q, self.source.k, self.source.v)
+        copies = (x is None or x is y for x, y in zip(self.bf16, own, strict=True))
+        return all(x is y for x, y in zip(read, own, strict=True)) and all(copies)
+
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that differ from call to call, each once."""
         source = self.source
-        ropes = chain(*(rope or () for rope in (source.q_rope, source.k_rope)))
-        found = [source.q, source.k, source.v, *ropes, source.key_mask, self.key_mask, *self.bf16]
-        return list({id(x): x for x in found if x is not None}.values())
+        found = [source.q, source.k, source.v, *_tables(source), source.key_mask, self.key_mask, *self.bf16]
+        return _each_once(found)
 
 
 @dataclass(frozen=True)
@@ -200,23 +207,23 @@ class Prepared:
         """The call's result, as of the function `attention`."""
         outputs = Outputs.empty(call, self._variant, self._return_lse)
         if self._reads_own:
-            addresses = _addresses((*_own_tensors(call), *outputs.tensors))
+            addresses = _addresses((*_own_tensors(call, self._plan), *outputs.tensors))
             if addresses is not None:
                 self._launch_again(call.q.device, addresses)
                 return outputs.out, outputs.lse, outputs.inexact_rows
         inputs = Inputs.of(call, self._plan, self._variant)
         tensors = inputs.tensors
-        is_own = all(x is y for x, y in zip_longest(tensors, _own_tensors(call)))
+        is_own = inputs.are_of(call)
         addresses = _addresses((*tensors, *outputs.tensors))
         if not self._records or addresses is None or (self._recording and is_own != self._reads_own):
             _launch(call, inputs, outputs, self._plan, self._variant)
         elif self._recording:
             self._launch_again(call.q.device, addresses)
         else:
-            recorder = Recorder((*tensors, *outputs.tensors), self._plan.tensors)
+            recorder = Recorder((*tensors, *outputs.tensors))
             _launch(call, inputs, outputs, self._plan, self._variant, launcher=recorder)
             try:
-                self._recording, self._reads_own = Recording(recorder), is_own
+                self._recording, self._reads_own = Recording(recorder, self._plan.tensors), is_own
             except ValueError:
                 self._records = False
         return outputs.out, outputs.lse, outputs.inexact_rows
@@ -229,9 +236,19 @@ class Prepared:
                 self._recording.launch(device, addresses)
 
 
-def _own_tensors(call: Call) -> tuple[torch.Tensor, ...]:
-    """The call's tensors that kernels can read as they are, in the order of `Inputs.tensors`."""
-    return (call.q, call.k, call.v, *(call.q_rope or ()), *(call.k_rope or ()))
+def _own_tensors(call: Call, plan: Plan) -> list[torch.Tensor]:
+    """The call's tensors where kernels can read them as they are, as `Inputs.tensors` would give them."""
+    mask = None if call.key_mask is None else _whole_tiles(call.key_mask, plan.token_order)
+    return _each_once([call.q, call.k, call.v, *_tables(call), mask, call.key_mask])
+
+
+def _tables(call: Call | Source) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines of q and of k, which may be the same tensors."""
+    return (*(call.q_rope or ()), *(call.k_rope or ()))
+
+
+def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    return list({id(x): x for x in tensors if x is not None}.values())
 
 
 def _addresses(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...] | None:
@@ -268,10 +285,9 @@ def _launch(
         # On sm_90 two programs share a multiprocessor. Elsewhere Triton 3.7 would spill for that, if it were not told.
         registers=None if dim != 128 else 64 if variant.target == "sm_90" else 128,
     )  # fmt: skip
-    block_lists = (
-        plan.precision_map.shared if variant.in_gluon and plan.routing is None else plan.precision_map
-    )
-    if plan.routing is not None:
+    if plan.routing is None:
+        block_lists = plan.block_lists(call.q.device, variant.in_gluon)
+    else:
         pools = pooled(source, known.mean, launcher)
         block_lists = route(pools, plan.routing, variant.in_gluon, launcher)
     _attend(inputs, encoded, block_lists, outputs, call.is_causal, plan, variant, skipped, launcher)

@@ -7,6 +7,7 @@ same shapes, strides and alignment launches the same kernels with the same numbe
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from threading import Lock
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
@@ -23,13 +24,11 @@ class Recorder(Launcher):
     """Launches at once, and remembers the launches for a `Recording`.
 
     inputs: tensors that differ from call to call, with the same shapes, strides and alignment.
-    constants: tensors that stay what and where they are, such as a plan's.
     """
 
-    def __init__(self, inputs: Sequence[torch.Tensor], constants: Sequence[torch.Tensor | None]):
+    def __init__(self, inputs: Sequence[torch.Tensor]):
         super().__init__()
         self.inputs = inputs
-        self.constants = [x for x in constants if x is not None]
         self.workspaces: list[torch.Tensor] = []
         self.counted: list[torch.Tensor] = []
         self.launches: list[tuple[Any, tuple[int, ...], list[Any]]] = []
@@ -51,19 +50,20 @@ class Recorder(Launcher):
 class Recording:
     """The launches of one call, which can be launched again on other tensors.
 
-    bytes: how much memory the kernels write.
+    constants: tensors that stay what and where they are, such as a plan's. bytes: how much memory the kernels write.
     Raises ValueError where a launch reads a tensor of which the recorder does not know, or two inputs are one.
     """
 
-    def __init__(self, recorder: Recorder):
-        self._constants = recorder.constants  # kept alive
-        self._places: dict[int, int | _Place] = {x.data_ptr(): x.data_ptr() for x in recorder.constants}
+    def __init__(self, recorder: Recorder, constants: Sequence[torch.Tensor]):
+        self._constants = constants  # kept alive
+        self._places: dict[int, int | _Place] = {x.data_ptr(): x.data_ptr() for x in constants}
         for number, x in enumerate(recorder.inputs):
             place = _Place(number, 0)
             if self._places.setdefault(x.data_ptr(), place) is not place:
                 raise ValueError("two tensors of the call begin at one address")
         self.bytes = self._place_all(recorder.workspaces, len(recorder.inputs))
         self._counted = self._place_all(recorder.counted, len(recorder.inputs) + 1)
+        self._lock = Lock()
         self._counters: dict[int, torch.Tensor] = {}  # by stream: the calls of one stream follow each other
         self._launches = [
             _Launch(compiled, grid, list(map(self._placed, values)))
@@ -82,8 +82,9 @@ class Recording:
             ):  # a graph may run beside its stream, and has its own
                 self._counters[stream] = counters
         addresses = (*addresses, workspace.data_ptr(), counters.data_ptr())
-        for launch in self._launches:
-            launch(stream, addresses)
+        with self._lock:  # two threads' launches on one stream would count in the same counters
+            for launch in self._launches:
+                launch(stream, addresses)
 
     def _place_all(self, tensors: list[torch.Tensor], base: int) -> int:
         """Place tensors one behind the other; returns the bytes that they take."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .element import Element
 from .format import Format, get_format
 from .scale import (
     Scale,
@@ -61,7 +62,7 @@ def fake_quantize(
     format, rounding = _checked(x, format, rounding)
     if format.element is None:
         return x
-    scaled, factor, _, _ = _scale_down(x, format, rounding, tensor_amax)
+    scaled, factor, _, _ = _scale_down(x, format, format.element, rounding, tensor_amax)
     return _join(format.element.round(scaled) * factor, x.shape, x.dtype)
 
 
@@ -76,7 +77,7 @@ def pack(
     format, rounding = _checked(x, format, rounding)
     if format.element is None:
         return Packed(x, None, None, format, x.shape)
-    scaled, _, scales, tensor_scale = _scale_down(x, format, rounding, tensor_amax)
+    scaled, _, scales, tensor_scale = _scale_down(x, format, format.element, rounding, tensor_amax)
     codes = format.element.encode(scaled).flatten(-2)
     if format.bits == 4:
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
@@ -86,7 +87,7 @@ def pack(
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers that `packed` stores, of shape `packed.shape`, in `dtype`."""
     format, codes = packed.format, packed.data
-    if format.element is None:
+    if format.element is None or packed.scales is None:
         return packed.data.to(dtype)
     if format.bits == 4:
         codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
@@ -105,7 +106,7 @@ def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, Sc
 
 
 def _scale_down(
-    x: Tensor, format: Format, rounding: ScaleRounding, tensor_amax: Tensor | None
+    x: Tensor, format: Format, element: Element, rounding: ScaleRounding, tensor_amax: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x divided by its scales `[..., blocks, block]`, the factor that undoes this, stored scales, the tensor scale."""
     x = x.to(torch.float32)
@@ -115,14 +116,14 @@ def _scale_down(
     tensor_scale = None
     match format.scale:
         case Scale.E8M0:
-            scales = encode_e8m0(amax, format.element, rounding)
+            scales = encode_e8m0(amax, element, rounding)
         case Scale.E4M3:
             tensor_amax = _finite_abs(x).amax() if tensor_amax is None else tensor_amax.to(torch.float32)
-            tensor_scale = fp32_tensor_scale(tensor_amax, format.element)
-            scales = encode_e4m3(amax, format.element, tensor_scale)
+            tensor_scale = fp32_tensor_scale(tensor_amax, element)
+            scales = encode_e4m3(amax, element, tensor_scale)
         case Scale.FP32:
             shared = amax if format.block_rows == 1 else _amax_of_rows(blocks, format.block_rows)
-            scales = fp32_scale(shared, format.element)
+            scales = fp32_scale(shared, element)
     factor = _factor(scales, tensor_scale, format, x.shape)
     # A block whose scale is zero becomes zero; one with NaN or ±inf becomes NaN, even where other rows share its scale.
     divisor = factor.masked_fill(factor == 0, math.inf).masked_fill(~amax.isfinite().unsqueeze(-1), math.nan)

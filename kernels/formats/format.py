@@ -30,7 +30,9 @@ class Format:
     @property
     def average_bits(self) -> float:
         """The bits of one element and of its share of the block's scale; scales of rows, tiles, tensors don't count."""
-        return self.bits if self.block is None else self.bits + self.scale.bits / self.block
+        if self.block is None or self.scale is None:
+            return self.bits
+        return self.bits + self.scale.bits / self.block
 
     @property
     def has_tensor_scale(self) -> bool:

@@ -96,12 +96,12 @@ def _divided(x: Tensor, divisor: float) -> Tensor:
     return x / torch.full_like(x, divisor)
 
 
-def decode_scales(scales: Tensor, scale: Scale) -> Tensor:
+def decode_scales(scales: Tensor, scale: Scale | None) -> Tensor:
     """The numbers of stored scales as float32, exact; the tensor scale is not applied."""
     match scale:
         case Scale.E8M0:
             return scales.view(torch.float8_e8m0fnu).to(torch.float32)
         case Scale.E4M3:
             return E4M3.decode(scales)
-        case Scale.FP32:
+        case _:
             return scales

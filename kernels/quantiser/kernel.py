@@ -239,7 +239,7 @@ def _encode_value(
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
-        # Of a normal power of two, the inverse too is a power of two.
+        # The inverse of a normal power of two is a power of two.
         inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
         value *= inverse.to(tl.float32, bitcast=True)[None, :]
         if INTERPRETED:  # the hardware's conversion saturates

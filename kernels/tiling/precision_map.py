@@ -99,12 +99,6 @@ class PrecisionMap:
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
-    @property
-    def block_lists(self) -> list[torch.Tensor]:
-        """All tensors of the map that kernels may read, those of `shared` only once it was made."""
-        shared = vars(self).get("shared")
-        return [self.indices, self.bounds, *((shared.indices, shared.bounds) if shared else ())]
-
     def used(self, high: T, low: T) -> tuple[T | None, T | None]:
         """The values for HIGH and for LOW, with None for a class without tiles."""
         return high if self.has_high else None, low if self.has_low else None

@@ -50,7 +50,7 @@ def cogvideo(steps: int):
 
 
 def dense_steps(kind: str, levels: torch.Tensor) -> tuple[int, int]:
-    """How many steps are dense by default, and with quality first."""
+    """The numbers of steps that are dense by default, and with quality first."""
     family = FAMILIES[kind]
     return tuple(
         int((levels > found.above_sigma).sum()) for found in (family.dense_first, family.quality_first)

@@ -1,4 +1,4 @@
-"""Where text stands, told by the models themselves: the keys that change when the text does are the text."""
+"""The place of the text, told by the models themselves: the keys that change when the text does are the text."""
 
 import diffusers
 import pytest

@@ -16,7 +16,7 @@ from tests.dma_diffusers import tiny_models
 
 
 def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> ForwardContext:
-    """What is observed of the model's calls from now on."""
+    """Observes the model's calls from now on."""
     forward = ForwardContext(model, family_of(model, grid=grid), None, wants_grid=True)
     model.register_forward_pre_hook(forward.hook, with_kwargs=True)
     return forward
@@ -47,7 +47,7 @@ def test_the_token_of_a_pixel_is_where_the_grid_has_it(name):
         assert changed == [first + token]
 
 
-# Of the calls that tests/tiny_pipelines.py draws.
+# These are the grids of the calls that tests/tiny_pipelines.py draws.
 DRAWN = {"flux": (24, 20), "sd3": (20, 19), "wan": (3, 9, 11), "hunyuan": (3, 10, 14)}
 
 

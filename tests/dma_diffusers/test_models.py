@@ -279,7 +279,7 @@ def test_conditions_among_the_tokens_have_no_grid(name):
         case.model(**call)
 
 
-# Of two steps with guidance: how many calls have so many tokens, and their text from where to where.
+# For two steps with guidance: how many calls have so many tokens, and from where to where their text stands.
 DRAWN = {
     "cosmos": {(323, 0, 0): 8},
     "hunyuan15": {(420 + 5 + 9 + 21, 420, 455): 8},

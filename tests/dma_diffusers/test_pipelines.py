@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAAttnProcessor, DMAConfig, apply, report, restore
 from dma_diffusers.kernels import operator
-from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import build_map
 from tests import tiny_pipelines
+from tests.kernels.calls import by_reference
 
 # Calls of two steps by their number of tokens: how many are DMA's, and where their text is.
 EXPECTED = {
@@ -61,7 +61,7 @@ class Reference(TorchFunctionMode):
         if mask is not None:
             self.masked_keys += int((~mask).sum())
         mapping = build_map(self.policy.classes(layout), layout)
-        return reference.attention(query, key, value, mapping, "mxfp8", "mxfp4", key_mask=key_mask)[0]
+        return by_reference(query, key, value, mapping, "mxfp8", "mxfp4", key_mask=key_mask)[0]
 
 
 def draw_with_reference(pipe, name, policy) -> tuple[torch.Tensor, Reference]:

@@ -78,7 +78,7 @@ def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-    """What the operator is asked, call by call."""
+    """Records the arguments of the operator, call by call."""
     genuine, calls = operator.attention, []
 
     def spy(query, key, value, **kwargs):

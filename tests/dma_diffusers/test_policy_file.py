@@ -1,4 +1,4 @@
-"""Policy files and what modules have of their own: what is read, what is refused, and that models get it."""
+"""Policy files and modules with fields of their own are read, refused where they are wrong, and given to models."""
 
 import json
 from dataclasses import asdict
@@ -132,7 +132,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
 
 
 def test_the_windows_of_a_policy_file_reach_the_heads(policy):
-    """Of the first module alone: with all windows alike it draws something else."""
+    """Windows of the first module alone change the picture: with all windows alike it is another."""
     pipe = tiny_pipelines.flux()
     apply(pipe, DMAConfig.from_file(policy))
     mixed = draw(pipe)

@@ -58,7 +58,7 @@ class Case:
         return torch.stack(out) if isinstance(out, list) else out
 
     def keys(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """Of the first attention call that has all of the image or the video: `[B, H, S, D]`."""
+        """The keys `[B, H, S, D]` of the first attention call that has all of the image or the video."""
         with Keys(self.tokens) as mode:
             self.run(text, latents)
         return mode.seen[0]

@@ -25,7 +25,7 @@ VIDEO = Case("", (6, 10, 12), (3, 5, 6), (1, 2, 3), 130, 2, 16)
 
 
 def seen_of(case):
-    """Which keys each query sees, from the reference mask of the grid: text sees all and is seen by all."""
+    """Says which keys each query sees, from the reference mask of the grid: text sees all and is seen by all."""
     on_grid = mask(case.policy.axes(case.grid))
     return F.pad(F.pad(on_grid, (case.text, 0), value=True), (0, 0, case.text, 0), value=True)
 

@@ -138,7 +138,7 @@ def cells(text: str, corner: str) -> dict[tuple[str, str], str]:
 
 
 def _predicted_cost(window: int) -> float:
-    """Of the demo's attention on a B200, in that of bf16: 128 tokens of text before 1,024 of picture."""
+    """The demo's attention on a B200 as a share of bf16's: 128 tokens of text before 1,024 of picture."""
     classes = Diagonal(window, 128).classes(Layout(1152, 1152, (0, 128)))
     share = (classes == Class.HIGH).float().mean().item()
     high, low = tile_clocks("sm_100", 64, "mxfp8", "mxfp4")

@@ -1,6 +1,5 @@
-"""Whole attention calls for tests, and an oracle that knows nothing of tiles in a loop."""
+"""Whole attention calls for tests, run by the reference and by the kernels."""
 
-import itertools
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.call import Call as KernelCall
-from dma_diffusers.kernels.formats import fake_quantize
 from dma_diffusers.kernels.plan import Plan, make
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, hide_empty_slots
@@ -83,7 +81,7 @@ class Call:
 
     @property
     def fine_mask(self) -> FineMask | None:
-        """Those that hide empty slots, or all that a neighbourhood does."""
+        """The fine mask that hides empty slots, or the neighbourhood's."""
         if self.policy:
             return self.plan.fine_mask
         return hide_empty_slots(self.token_order) if self.empty_slots else None
@@ -158,7 +156,7 @@ class Call:
 
 
 def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """Which key each query sees, by slots: bool `[B or 1, 1, Sq, Sk]`."""
+    """Says which key each query sees, by slots: bool `[B or 1, 1, Sq, Sk]`."""
     q_token = torch.arange(call.layout.q_length)[:, None]
     k_token = torch.arange(call.layout.k_length)[None, :]
     visible = (k_token <= q_token) if call.is_causal else (k_token >= 0).expand(len(q_token), -1)
@@ -167,7 +165,7 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    """Says which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     q_length, k_length = call.layout.q_length, call.layout.k_length
     high = torch.zeros(q_length, k_length, dtype=torch.bool)
     cut = high.clone()
@@ -190,90 +188,6 @@ def is_high(call: Call) -> torch.Tensor:
                 k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
             )
     return high | cut if high.any() else high
-
-
-def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Pairs of neighbouring channels as complex numbers, times e^(i·angle)."""
-    if rope is None:
-        return x
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
-    return torch.view_as_real(turned).flatten(-2)
-
-
-def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
-    """x in int8 or fp8, each run of `rows` rows under its amax, by whose inverse it is multiplied."""
-    largest = 127.0 if fmt == "int8" else 448.0
-    amax = torch.stack([run.abs().amax((-2, -1)) for run in x.split(rows, dim=-2)], dim=-1)
-    scale = torch.where(amax == 0, 1.0, amax / largest).repeat_interleave(rows, -1)[..., : x.shape[-2], None]
-    y = x * (1 / scale)
-    return (y.round() if fmt == "int8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
-
-
-def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
-    """Scores `[B, H, Sq, Sk]`, −inf in every tile that a block of 64 queries skips, walked one by one."""
-    s, precision_map = s.clone(), call.map()
-    is_query = torch.ones(s.shape[2], dtype=torch.bool) if call.token_order is None else call.token_order >= 0
-    for b, h, block in itertools.product(*map(range, s.shape[:2]), range(0, s.shape[2], 64)):
-        row = tuple(i % n for i, n in zip((b, h), precision_map.bounds.shape, strict=False))
-        own = precision_map.indices[row][block // 128][: precision_map.bounds[row][block // 128, -1]]
-        queries = (block + torch.arange(64))[: s.shape[2] - block]
-        queries = queries[is_query[queries]]
-        largest = torch.full((len(queries),), -math.inf, dtype=s.dtype)
-        kept = 0
-        for tile in own.tolist():
-            scores = s[b, h, queries, 128 * tile : 128 * (tile + 1)]
-            top = scores.amax(-1)
-            is_looked_at = kept < 16 or kept % 8 == 0
-            if is_looked_at and (top < largest + math.log(call.skip_below)).all():
-                s[b, h, queries, 128 * tile : 128 * (tile + 1)] = -math.inf
-                kept = 0
-            else:
-                kept += 1
-            largest = torch.maximum(largest, top)
-    return s
-
-
-def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
-    q, k, v = (x.cpu().float() for x in (q, k, v))
-    ropes = call.ropes()
-    q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
-    groups = call.heads // call.kv_heads
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    sampled = torch.arange(0, call.k_length, max(1, call.k_length // 1024))
-    means = []  # any constant will do; this one rounds alike
-    for b in range(call.batch):
-        own = sampled if mask is None else sampled[mask[b, sampled].cpu()]
-        means.append(k[b, :, own].double().sum(-2, keepdim=True) / max(1, len(own)))
-    mean = torch.stack(means).float()
-    folded = q * (call.head_dim**-0.5 * math.log2(math.e))
-    smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
-
-    q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
-
-    def scores(fmt: str) -> torch.Tensor:
-        if fmt == "bf16":
-            a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
-            return (a @ b.mT) * call.head_dim**-0.5
-        if fmt in ("int8", "fp8"):
-            a, b = under_shared_scales(folded, fmt, 1), under_shared_scales(smoothed, fmt, 128)
-        else:
-            amax = (x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed))
-            a, b = (
-                fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), amax, strict=True)
-            )
-        return (a.double() @ b.double().mT) * math.log(2)
-
-    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
-    s = torch.where(is_high(call), scores(high), scores(low))
-    takes_bf16 = "bf16" in call.map().used(high, low)
-    s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
-    s = s.masked_fill(~seen(call, mask), -math.inf)
-    if call.skip_below is not None:
-        s = without_skipped(call, s)
-    lse = s.logsumexp(-1)
-    p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
-    return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
 
 
 def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
@@ -407,87 +321,60 @@ NAMED_CALLS = [
     Call(300, 300, 64, has_token_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
     Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),
     Call(
-        300,
-        300,
-        72,
-        high="bf16",
-        low="fp8",
-        window=300,
-        has_token_order=True,
-        has_rope=True,
+        300, 300, 72, high="bf16", low="fp8", window=300, has_token_order=True, has_rope=True,
         name="order-all-high",
     ),
     Call(
-        300,
-        300,
-        72,
-        low="int8",
-        window=0,
-        sink=0,
-        has_token_order=True,
-        empty_slots=60,
+        300, 300, 72, low="int8", window=0, sink=0, has_token_order=True, empty_slots=60,
         name="order-empty-low",
     ),
     Call(200, 200, 64, high="bf16", low="int8", masks_keys=True, has_token_order=True, empty_slots=180),
     Call(
-        500,
-        500,
-        64,
-        heads=3,
-        kv_heads=1,
-        has_token_order=True,
-        empty_slots=12,
+        500, 500, 64, heads=3, kv_heads=1, has_token_order=True, empty_slots=12,
         name="order-empty-in-every-tile",
     ),
     Call(
-        2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_token_order=True, name="order-2100"
+        2100, 2100, 40, heads=1, kv_heads=1, high="bf16", low="int8", has_token_order=True,
+        name="order-2100",
+    ),
+    Call(384, 384, 64, high="bf16/fp8", low="int8/bf16", name="pv-exchanged"),
+    Call(300, 300, 128, high="mxfp8/fp8", low="mxfp4", is_causal=True, name="pv-fp8-everywhere"),
+    Call(300, 300, 64, low="mxfp4/bf16", window=0, sink=0, name="pv-bf16-all-low"),
+    Call(130, 500, 72, high="bf16/fp8", low="bf16/bf16", batch=2, masks_keys=True, name="pv-cross-key-mask"),
+    Call(
+        300,
+        300,
+        64,
+        high="int8/fp8",
+        low="mxfp4/bf16",
+        has_token_order=True,
+        empty_slots=40,
+        skip_below=0.05,
+        name="pv-order-empty-skips",
     ),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
     Call(640, 640, 64, skip_below=0.05, name="skips"),
     Call(513, 513, 128, high="bf16", low="int8", window=0, sink=0, skip_below=0.05, name="skips-all-low"),
     Call(
-        600, 600, 72, high="bf16", low="fp8", window=10_000, batch=2, skip_below=0.05, name="skips-all-high"
+        600, 600, 72, high="bf16", low="fp8", window=10_000, batch=2, skip_below=0.05, name="skips-all-high",
     ),
     Call(
-        700,
-        700,
-        64,
-        high="bf16",
-        low="int8",
-        heads=4,
-        is_causal=True,
-        masks_keys=True,
-        skip_below=0.05,
+        700, 700, 64, high="bf16", low="int8", heads=4, is_causal=True, masks_keys=True, skip_below=0.05,
         name="skips-causal-key-mask",
     ),
     Call(
-        450,
-        450,
-        64,
-        high="bf16",
-        low="int8",
-        text=(0, 40),
-        has_token_order=True,
-        empty_slots=100,
-        skip_below=0.05,
-        name="skips-order-empty",
+        450, 450, 64, high="bf16", low="int8", text=(0, 40), has_token_order=True, empty_slots=100,
+        skip_below=0.05, name="skips-order-empty",
     ),
     Call(200, 700, 128, low="mxfp6_e2m3", window=0, sink=0, skip_below=0.05, name="skips-cross-rows"),
     Call(
-        60,
-        3328,
-        40,
-        heads=1,
-        kv_heads=1,
-        low="int8",
-        high="bf16",
-        skip_below=0.05,
+        60, 3328, 40, heads=1, kv_heads=1, low="int8", high="bf16", skip_below=0.05,
         name="skips-looks-now-and-then",
     ),
     Call(
-        4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross"
+        4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross",
     ),
-]
+]  # fmt: skip
 
 _ONE_HEAD = {"heads": 1, "kv_heads": 1}
 GRID_CALLS = [
@@ -530,7 +417,7 @@ GRID_CALLS = [
 ]  # fmt: skip
 
 
-# Of hidden keys, and of hidden values: multiples of the largest number that the dtype has.
+# Hidden keys, and hidden values, are these multiples of the largest number that the dtype has.
 HIDDEN = [(1.0, -1.0), (math.nan, 2.0**-8)]
 HIDING_CALLS = [
     replace(call, masks_keys=True, batch=2)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -8,6 +10,27 @@ def _interpreter_has_dot_scaled() -> bool:
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
+@pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def patched_once(monkeypatch):
+    """The interpreter patches the language anew for every call of a function, a third of its time: once will do."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        """Patch what the function's module sees of the language, until the kernel that is running has ended."""
+        module = id(function.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        scope = patch(function)
+        if not patched:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(module)
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 @pytest.fixture

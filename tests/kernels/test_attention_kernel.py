@@ -185,7 +185,7 @@ def test_nan_is_where_the_reference_has_it(skip_below, which, bad, pair, kernel_
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("int8", "fp8"), ("bf16", "nvfp4")])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_hidden_keys_may_hold_anything(pair, bad, kernel_device):
-    """What isn't finite reaches neither K's mean nor a scale of the keys beside it."""
+    """A number that isn't finite reaches neither K's mean nor a scale of the keys beside it."""
     call = Call(300, 300, 64, batch=2, high=pair[0], low=pair[1], masks_keys=True, window=0, sink=0)
     skip_what_triton_gets_wrong(call, "native", kernel_device)
     q, k, v, mask = call.tensors(kernel_device)

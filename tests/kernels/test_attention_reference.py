@@ -14,12 +14,12 @@ from tests.kernels.calls import (
     NAMED_CALLS,
     Call,
     by_reference,
-    oracle,
     random_calls,
     relative_l2,
     seen,
     with_hidden,
 )
+from tests.kernels.oracle import oracle
 
 
 def run(call: Call, tensors=None):

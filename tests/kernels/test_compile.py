@@ -1,4 +1,4 @@
-"""What a B200, a B300, an RTX 50 and a Hopper GPU would run, compiled here: the MMA kinds, spills, pipelining."""
+"""Kernels for B200, B300, RTX 50 and Hopper GPUs are compiled here, and their MMA kinds, spills and buffers read."""
 
 import re
 from functools import lru_cache
@@ -226,7 +226,7 @@ def test_hopper_multiplies_at_its_own_rates(high, low, kinds, head_dim):
 
 
 def test_every_head_dim_fits():
-    """What does not fit tensor or shared memory Triton compiles all the same, to something that can't start."""
+    """Triton compiles kernels that fit neither tensor nor shared memory all the same, and they can't start."""
     for target, high, low, head_dim in (
         ("sm_100", "mxfp8", "mxfp4", 256), ("sm_100", "bf16", "int8", 256), ("sm_90", "bf16", "int8", 256),
         ("sm_120", "mxfp8", "mxfp4", 256), ("sm_89", "bf16", "int8", 256), ("sm_103", "bf16", "fp8", 128),

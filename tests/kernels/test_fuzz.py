@@ -109,7 +109,7 @@ class Drawn(Call):
     returns_lse: bool = True
 
     def __repr__(self) -> str:
-        """What differs from a Call of no options."""
+        """The options that differ from a Call's defaults."""
         options = [
             f"{field.name}={value!r}"
             for field in fields(self)[3:]
@@ -135,7 +135,7 @@ class Drawn(Call):
         return replace(precision_map, has_high=self.used[0], has_low=self.used[1])
 
     def sees_nothing(self, mask: torch.Tensor | None) -> torch.Tensor:
-        """Which rows see no key: bool `[B or 1, H or 1, Sq]`."""
+        """Says which rows see no key: bool `[B or 1, H or 1, Sq]`."""
         visited = (self.classes() != Class.SKIP).repeat_interleave(TILE, -2).repeat_interleave(TILE, -1)
         visited = visited[..., : self.layout.q_length, : self.layout.k_length]
         return ~self.of_tokens((visited & seen(self, mask)).any(-1, keepdim=True))[..., 0]
@@ -194,7 +194,7 @@ class Drawn(Call):
 
 
 def constants(random: Random, arch: str) -> dict:
-    """What the kernels of a call are compiled for."""
+    """The constants for which the kernels of a call are compiled."""
     pick = random.choice
     on_gpu = arch != "cpu"
     lowering = pick(list(STORES))
@@ -322,7 +322,7 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
 
 
 def row_errors(out, reference_out, v_scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row the norm of its error, and what it is relative to: its own norm and that of its head's rows.
+    """The norm of each row's error, and the norm to compare it with: its own and that of its head's rows.
 
     Each channel counts in units of its largest value, so that outliers don't drown the others.
     """

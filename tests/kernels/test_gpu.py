@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, tensors past 2^31 elements, errors at a picture's length."""
+"""Tests that need a GPU: CUDA graphs, recorded launches, tensors past 2^31 elements, errors at a picture's length."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import FAITHFUL, architecture
+from dma_diffusers.kernels.plan_cache import PlanCache
 from tests.kernels.calls import relative_l2
 
 pytestmark = pytest.mark.kernel
@@ -110,3 +111,67 @@ def test_an_operator_call_counts_inexact_rows(fmt, gpu):
     wide = operator.attention(q, k, v, low=fmt, policy="diagonal(window=0, sink=0)")
     assert wide.inexact_rows.item() == int(fmt in ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"))
     assert wide.out.isfinite().all()
+
+
+def drawn(gpu: torch.device, seed: int, shift: int = 0) -> tuple[torch.Tensor, ...]:
+    """q, k, v `[2, 4, 700, 128]` as views of [B, S, H, D], which begins `shift` elements behind an aligned address."""
+    generator = torch.Generator(gpu).manual_seed(seed)
+    numbers = torch.randn(3, 2 * 700 * 4 * 128, device=gpu, generator=generator).bfloat16()
+    memory = F.pad(numbers, (shift, 8 - shift))
+    return tuple(x[shift : shift + numbers.shape[1]].view(2, 700, 4, 128).transpose(1, 2) for x in memory)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"policy": "dense(everywhere=low)"}, {"policy": "importance(budget=0.2)"}, {"high": "mxfp8", "low": "mxfp4"},
+    {"policy": "neighborhood(window=9x12)", "grid": (25, 28)}, {"low": "int8/bf16"}, {"high": "bf16/fp8"},
+    {"low": "nvfp4"}, {"mapped": False},
+], ids=str)  # fmt: skip
+def test_calls_after_the_first_give_the_bits_of_the_first(options, gpu, monkeypatch):
+    """Recorded launches, on other tensors, unaligned ones, on two streams and in a graph."""
+    options = {"high": "bf16", "low": "int8", "return_lse": True} | options
+
+    def again(*tensors, **more):
+        return operator.attention(*tensors, **options, **more)
+
+    def first(seed):
+        monkeypatch.setattr(operator, "_PLANS", PlanCache())  # nothing is recorded yet
+        return again(*drawn(gpu, seed))
+
+    expected = {seed: first(seed) for seed in (1, 2, 3)}
+    for seed in (1, 2, 3, 1):
+        found = again(*drawn(gpu, seed))
+        for x, y in zip(found, expected[seed], strict=True):
+            assert torch.equal(x, y)
+    assert torch.equal(again(*drawn(gpu, 1, shift=4)).out, expected[1].out)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for turn in range(8):
+        with torch.cuda.stream(streams[turn % 2]):
+            found.append(again(*drawn(gpu, 1 + turn % 2)))
+    torch.cuda.synchronize()
+    for turn, result in enumerate(found):
+        assert torch.equal(result.out, expected[1 + turn % 2].out)
+    tensors = drawn(gpu, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = again(*tensors)
+    for x, y in zip(tensors, drawn(gpu, 3), strict=True):
+        x.copy_(y)
+    again(*drawn(gpu, 1))
+    graph.replay()
+    assert torch.equal(captured.out, expected[3].out) and torch.equal(captured.lse, expected[3].lse)
+
+
+def test_a_graph_keeps_its_plan(gpu, monkeypatch):
+    monkeypatch.setattr(operator, "_PLANS", PlanCache(most=1))
+    q, k, v = (x[:, :, :600].contiguous() for x in drawn(gpu, 1))
+    expected = operator.attention(q, k, v, high="bf16", low="int8").out
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator.attention(q, k, v, high="bf16", low="int8").out
+    for length in (300, 400, 500):
+        operator.attention(*(x[:, :, :length] for x in (q, k, v)), high="bf16", low="int8")
+        torch.full((2**20,), -1, dtype=torch.int32, device=gpu)  # takes the memory of plans that were dropped
+    graph.replay()
+    assert torch.equal(captured, expected)

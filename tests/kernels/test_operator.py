@@ -15,7 +15,8 @@ from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from dma_diffusers.kernels.tiling.policies import Diagonal, Neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
-from tests.kernels.calls import Call, by_reference, oracle, relative_l2, rotated
+from tests.kernels.calls import Call, by_reference, relative_l2
+from tests.kernels.oracle import oracle, rotated
 
 
 def test_it_is_the_reference_on_this_machine():
@@ -164,7 +165,7 @@ def test_a_mask_that_hides_text_alone(policy, grid):
 
 
 def test_near_tiles_of_a_grid_are_the_nearest_boxes():
-    """Of 1,024 tokens on 32×32, windows of 128 and 640 tokens make 1 and 5 of 8 tiles HIGH; sequences have as many."""
+    """Windows of 128 and 640 tokens make 1 and 5 of 8 tiles HIGH on a grid of 32×32, as many as on a sequence."""
     layout = Layout(1024, 1024, grid=(32, 32))
     for window, count in ((0, 0), (128, 1), (384, 3), (640, 5)):
         classes = Diagonal(window, 0, "grid").classes(

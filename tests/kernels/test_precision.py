@@ -54,5 +54,5 @@ def test_every_architecture_with_a_kernel_has_default_formats_that_it_multiplies
     for architecture, pairs in FORMAT_PAIRS.items():
         assert default_formats(architecture) == pairs[0]
         for pair in pairs:
-            assert native.refuses(architecture, 128, *pair) is None
+            assert native.refuses(architecture, 128, Precisions.parse(*pair)) is None
     assert default_formats("cpu") == default_formats("sm_100")

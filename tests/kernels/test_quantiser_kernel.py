@@ -8,7 +8,8 @@ import torch
 from dma_diffusers.kernels.formats import fake_quantize, get_format, pack
 from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
 from dma_diffusers.kernels.quantiser import reference
-from tests.kernels.calls import Call, relative_l2, rotated
+from tests.kernels.calls import Call, relative_l2
+from tests.kernels.oracle import rotated
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]

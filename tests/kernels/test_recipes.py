@@ -1,17 +1,19 @@
-"""The recipes of CONTRIBUTING.md for a policy and for a format, each followed once."""
+"""The recipes of CONTRIBUTING.md for a policy, a format, a pair and an architecture, each followed once."""
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
-from dma_diffusers.kernels import formats, operator
+from dma_diffusers.kernels import defaults, formats, lowerings, operator
 from dma_diffusers.kernels.formats import FloatElement, Format, Scale, fake_quantize, pack, unpack
 from dma_diffusers.kernels.lowerings import LOWERINGS, Storage
 from dma_diffusers.kernels.plan import make
 from dma_diffusers.kernels.tiling import policies
 from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.precision_map import Class
-from tests.kernels.calls import Call, oracle, relative_l2
+from tests.kernels.calls import Call, relative_l2
+from tests.kernels.oracle import oracle
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,37 @@ def test_a_format_is_a_line_of_the_list(monkeypatch):
     found = operator.attention(q, k, v, **given)
     assert relative_l2(found.out, oracle(call, q, k, v, mask)[0]) < 0.01
     assert relative_l2(found.out, operator.attention(q, k, v, **given | {"high": "bf16"}).out) > 0.02
+
+
+def compiled_attention(target: str, high: str, low: str):
+    """The attention kernel for these words, compiled ahead of time."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("Triton's compiler and its interpreter can't share a process")
+    from dma_diffusers.kernels.ahead_of_time import compile as ahead
+
+    *_, (kernel, arguments, options) = ahead.launches(target, high, low, 64)
+    return ahead, ahead.compile_launch(kernel, arguments, options, target)
+
+
+def test_a_pair_is_a_row_of_the_defaults(monkeypatch):
+    pair = ("bf16", "fp8/bf16")
+    monkeypatch.setitem(defaults.FORMAT_PAIRS, "sm_90", (pair, *defaults.FORMAT_PAIRS["sm_90"]))
+    assert defaults.default_formats("sm_90") == pair
+    assert lowerings.choose("sm_90", 64, *pair).lowering == "native"
+    ahead, compiled = compiled_attention("sm_90", *pair)
+    assert ahead.mma_kinds(compiled.asm["ptx"]) == ["wgmma bf16", "wgmma e4m3"]
+
+
+def test_an_architecture_is_a_name_and_a_row(monkeypatch):
+    """A DGX Spark has the MMA of RTX 50."""
+    with pytest.raises(ValueError, match="sm_121 has no block-scaled MMA"):
+        lowerings.choose("sm_121", 64, "mxfp8", "mxfp4", "native")
+    for names in ("KERNEL_ARCHITECTURES", "BLOCK_SCALED_ARCHITECTURES"):
+        monkeypatch.setattr(lowerings, names, (*getattr(lowerings, names), "sm_121"))
+    monkeypatch.setitem(defaults.FORMAT_PAIRS, "sm_121", defaults.FORMAT_PAIRS["sm_120"])
+    pair = defaults.default_formats("sm_121")
+    pytest.importorskip("triton")
+    assert lowerings.choose("sm_121", 64, *pair).lowering == "native"
+    ahead, compiled = compiled_attention("sm_121", *pair)
+    assert {"kind::mxf4", "kind::mxf8f6f4"} & set(ahead.mma_kinds(compiled.asm["ptx"]))

@@ -73,12 +73,12 @@ def test_launches_again_with_other_addresses(flat, has_descriptors):
     first, others = torch.zeros(4, 4), [torch.zeros(4, 4) for _ in range(3)]
     constant = torch.zeros(4)
     descriptors = [TensorDescriptor.from_tensor(first, [1, 4])] if has_descriptors else []
-    recorder = Recorder((first,), (constant,))
+    recorder = Recorder((first,))
     workspace = recorder.empty((4,), torch.float32, first.device)
     recorder.launches.append(
         (compiled, (3, 1, 1), [first, *descriptors, 9, workspace, constant, None, "e4m3"])
     )
-    recording = Recording(recorder)
+    recording = Recording(recorder, [constant])
     assert recording.bytes == 256
     for stream, x in enumerate((*others, others[0])):
         recording._launches[0](stream, (x.data_ptr(), 4096, 8192))
@@ -91,21 +91,21 @@ def test_launches_again_with_other_addresses(flat, has_descriptors):
 
 def test_tensors_that_nobody_named_are_refused():
     x, stranger = torch.zeros(4), torch.zeros(4)
-    recorder = Recorder((x,), ())
+    recorder = Recorder((x,))
     recorder.launches.append((SimpleNamespace(), (1, 1, 1), [x, stranger]))
     with pytest.raises(ValueError, match=r"reads a tensor \[4\] that was not recorded"):
-        Recording(recorder)
+        Recording(recorder, [])
     with pytest.raises(ValueError, match="two tensors of the call begin at one address"):
-        Recording(Recorder((x, x.view(2, 2)), ()))
+        Recording(Recorder((x, x.view(2, 2))), [])
 
 
 def test_a_launcher_of_another_kind_is_called_as_it_is():
     called = []
     compiled = SimpleNamespace(run=lambda *given: called.append(given), function=1, packed_metadata=None)
     x, y = torch.zeros(4, 4), torch.zeros(4, 4)
-    recorder = Recorder((x,), ())
+    recorder = Recorder((x,))
     recorder.launches.append((compiled, (1, 1, 1), [x, TensorDescriptor.from_tensor(x, [1, 4])]))
-    launch = Recording(recorder)._launches[0]
+    launch = Recording(recorder, [])._launches[0]
     assert isinstance(launch, _Launch)
     launch(5, (y.data_ptr(), 0, 0))
     (given,) = called

@@ -1,4 +1,4 @@
-"""What is counted in a kernel's loops: on handwritten machine code, and on what the compiler makes of ours."""
+"""Instructions of a kernel's loops are counted in handwritten machine code, and in what the compiler makes of ours."""
 
 import re
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""What the alignment score is trained on: concepts apart from the demo model's, scenes of them, other scenes."""
+"""The alignment score is trained on concepts apart from the demo model's, scenes of them, and other scenes."""
 
 import json
 from random import Random

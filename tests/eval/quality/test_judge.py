@@ -1,4 +1,4 @@
-"""What an evaluation's two rows that are always there tell of it, and scores that are none."""
+"""The two rows that every evaluation has tell something of it; some scores are none."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is measured on recordings, against explicit softmax in float64."""
+"""Measurements on recordings agree with an explicit softmax in float64."""
 
 import json
 import math
@@ -157,7 +157,7 @@ def test_a_grid_of_ones_own_is_followed(tmp_path):
 
 
 def test_skipped_tiles_cost_nothing(tmp_path):
-    """Of 20 tiles in boxes of 8×16, each visits itself alone."""
+    """Each of 20 tiles in boxes of 8×16 visits itself alone."""
     recordings = saved(tmp_path, [({"grid": (40, 64)}, random_tensors(1, 2560))], MODULES)
     policy = {"policy": "neighborhood(window=8x16, stride=8x16)", "high": "bf16", "low": "int8"}
     clocks = head_clocks(recordings, DMAConfig(**policy), "sm_90")

@@ -201,7 +201,7 @@ def test_no_more_prompts_than_fit(flux, tmp_path):
 
 
 def test_prompts_that_are_longer_than_the_first(flux, tmp_path, monkeypatch):
-    """What fitted by the first step is left out once it does not, and leaves no files."""
+    """A prompt that fitted by its first step is left out once it does not fit, and leaves no files."""
     whole = record(flux, ["a", "b"], tmp_path / "whole", call_of(flux), steps=2)
     measured = _Recorder.measure
     monkeypatch.setattr(_Recorder, "measure", lambda *args: (measured(*args)[0] // 4, 2))

@@ -101,6 +101,7 @@ def test_all_other_texts_appear_literally(run):
     layers = contents["layers"]
     layers["relative_l2"][places["name"]] = layers["relative_l2"].pop("all MXFP8")
     layers["modules"][0] = places["module"]
+    del contents["worst"][1:]
     drawn = html(contents, run[0])
     assert "<script" not in drawn
     page = Page(drawn)
@@ -181,6 +182,7 @@ def picture(uri: str) -> np.ndarray:
 def test_large_pictures_are_shrunk(tmp_path):
     folder, contents = tmp_path / "run", evaluation() | {"layers": None}
     write(folder, contents)
+    del contents["worst"][1:]
     for path in (folder / "worst").iterdir():
         Image.new("RGB", (1024, 768), "red").save(path)
     shown = [a["src"] for tag, a in Page(html(contents, folder)).tags if tag == "img"]
@@ -226,8 +228,8 @@ def test_psnr_stands_in_for_lpips(run):
     folder, contents = run[0], evaluation()
     for row in contents["rows"].values():
         del row["summary"]["lpips"], row["pictures"]["lpips"]
-    for entry in contents["worst"]:
-        entry["metric"] = "psnr_db"
+    del contents["worst"][1:]
+    contents["worst"][0]["metric"] = "psnr_db"
     page = Page(html(contents, folder))
     assert "PSNR, dB by category" in page.text
     assert "PSNR, dB ↑" in page.text  # the plot's axis

@@ -8,7 +8,7 @@ from PIL import Image
 from dma_diffusers.eval.report.markdown import table, table_by_cost
 from dma_diffusers.eval.report.page import html
 from dma_diffusers.eval.report.write import write_report
-from tests.eval.report.synthetic import evaluation, write
+from tests.eval.report.synthetic import SIDE, evaluation, write
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def _no_picture(folder):
 
 def _broken_picture(folder):
     path = folder / "worst" / "7-row.png"
-    path.write_bytes(path.read_bytes()[:900])
+    path.write_bytes(path.read_bytes()[:-900])
 
 
 def _other_size(folder):
@@ -86,7 +86,7 @@ def _other_size(folder):
         (_list, ValueError, "no evaluation .* evaluation is not an object"),
         (_no_picture, FileNotFoundError, "7-row.png is missing"),
         (_broken_picture, ValueError, "7-row.png is no picture, or a broken one"),
-        (_other_size, ValueError, r"7-row.png .*8 × 9.* 176 × 176"),
+        (_other_size, ValueError, rf"7-row.png .*8 × 9.* {SIDE} × {SIDE}"),
     ],
 )
 def test_broken_runs(folder, damage, error, message):

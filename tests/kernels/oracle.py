@@ -1,0 +1,94 @@
+"""An oracle of attention that knows nothing of tiles in a loop."""
+
+import itertools
+import math
+
+import torch
+
+from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.precision import Precisions
+from tests.kernels.calls import Call, is_high, seen
+
+
+def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Pairs of neighbouring channels as complex numbers, times e^(i·angle)."""
+    if rope is None:
+        return x
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
+    """x in int8 or fp8, each run of `rows` rows under its amax, by whose inverse it is multiplied."""
+    largest = 127.0 if fmt == "int8" else 448.0
+    amax = torch.stack([run.abs().amax((-2, -1)) for run in x.split(rows, dim=-2)], dim=-1)
+    scale = torch.where(amax == 0, 1.0, amax / largest).repeat_interleave(rows, -1)[..., : x.shape[-2], None]
+    y = x * (1 / scale)
+    return (y.round() if fmt == "int8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
+
+
+def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
+    """Scores `[B, H, Sq, Sk]`, −inf in every tile that a block of 64 queries skips, walked one by one."""
+    s, precision_map = s.clone(), call.map()
+    is_query = torch.ones(s.shape[2], dtype=torch.bool) if call.token_order is None else call.token_order >= 0
+    for b, h, block in itertools.product(*map(range, s.shape[:2]), range(0, s.shape[2], 64)):
+        row = tuple(i % n for i, n in zip((b, h), precision_map.bounds.shape, strict=False))
+        own = precision_map.indices[row][block // 128][: precision_map.bounds[row][block // 128, -1]]
+        queries = (block + torch.arange(64))[: s.shape[2] - block]
+        queries = queries[is_query[queries]]
+        largest = torch.full((len(queries),), -math.inf, dtype=s.dtype)
+        kept = 0
+        for tile in own.tolist():
+            scores = s[b, h, queries, 128 * tile : 128 * (tile + 1)]
+            top = scores.amax(-1)
+            is_looked_at = kept < 16 or kept % 8 == 0
+            if is_looked_at and (top < largest + math.log(call.skip_below)).all():
+                s[b, h, queries, 128 * tile : 128 * (tile + 1)] = -math.inf
+                kept = 0
+            else:
+                kept += 1
+            largest = torch.maximum(largest, top)
+    return s
+
+
+def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
+    q, k, v = (x.cpu().float() for x in (q, k, v))
+    ropes = call.ropes()
+    q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
+    groups = call.heads // call.kv_heads
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    sampled = torch.arange(0, call.k_length, max(1, call.k_length // 1024))
+    means = []  # any constant will do; this one rounds alike
+    for b in range(call.batch):
+        own = sampled if mask is None else sampled[mask[b, sampled].cpu()]
+        means.append(k[b, :, own].double().sum(-2, keepdim=True) / max(1, len(own)))
+    mean = torch.stack(means).float()
+    folded = q * (call.head_dim**-0.5 * math.log2(math.e))
+    smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
+
+    q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
+
+    def scores(fmt: str) -> torch.Tensor:
+        if fmt == "bf16":
+            a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
+            return (a @ b.mT) * call.head_dim**-0.5
+        if fmt in ("int8", "fp8"):
+            a, b = under_shared_scales(folded, fmt, 1), under_shared_scales(smoothed, fmt, 128)
+        else:
+            amax = (x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed))
+            a, b = (
+                fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), amax, strict=True)
+            )
+        return (a.double() @ b.double().mT) * math.log(2)
+
+    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
+    s = torch.where(is_high(call), scores(high), scores(low))
+    takes_bf16 = "bf16" in call.map().used(high, low)
+    s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
+    s = s.masked_fill(~seen(call, mask), -math.inf)
+    if call.skip_below is not None:
+        s = without_skipped(call, s)
+    lse = s.logsumexp(-1)
+    p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
+    return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]
