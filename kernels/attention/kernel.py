@@ -156,7 +156,9 @@ def _counts(highest, m, skip_below, kept):
         return True
     else:
         looks = (kept < PATIENCE) | (kept % LOOKED_AT == 0)
-        return (tl.max((highest < m + skip_below).to(tl.int32) ^ 1, axis=0) != 0) | ~looks
+        # A row of columns rather than a column of rows: Triton before 3.8 fails over a reduction to a scalar here.
+        counts = ((highest < m + skip_below).to(tl.int32) ^ 1)[None, :]
+        return (tl.max(counts, axis=1).item() != 0) | ~looks
 
 
 @triton.jit

@@ -338,7 +338,8 @@ def _attend(
         EXP_SHARE=tuned.exp_share, TCGEN05=variant.target in TCGEN05_ARCHITECTURES,
         UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
-        num_warps=tuned.warps, enable_fp_fusion=True,
+        num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
+        enable_fp_fusion=True,
         maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
     )  # fmt: skip
 

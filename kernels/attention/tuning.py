@@ -17,7 +17,7 @@ class Tuning:
     """One variant of the attention kernel.
 
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
-    warps: of one program.
+    warps: of one program. skipping_warps: of one that may skip tiles, where these are others.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
         loads that first, and the loop takes `stages`.
@@ -32,6 +32,7 @@ class Tuning:
 
     rows: int = 128
     warps: int = 8
+    skipping_warps: int | None = None
     stages: int = 5
     masked_stages: int = 3
     registers: int | None = None
@@ -55,7 +56,9 @@ TABLE = (
     (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, programs=1)),
     (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=190, programs=1)),
     (TCGEN05_ARCHITECTURES, "*", 256, "*", Tuning(stages=1, masked_stages=1)),
-    (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),  # more stages spill there
+    # Triton 3.6 spills with more stages, and where four warps may skip tiles; eight would share 64 rows poorly.
+    (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
+    (("sm_120",), "3.6", 64, "*", Tuning(**_SM_120, warps=4, skipping_warps=8, stages=3, masked_stages=2)),
     (("sm_120",), "*", 128, "*", Tuning(**_SM_120, stages=3, masked_stages=2)),
     (("sm_120",), "*", 64, "*", Tuning(**_SM_120, warps=4, stages=3, masked_stages=2)),
     (("sm_120",), "*", 256, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
@@ -70,6 +73,13 @@ TABLE = (
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
+    (
+        ("sm_89",),
+        "3.6",
+        256,
+        "*",
+        Tuning(rows=64, warps=4, stages=1, masked_stages=1),
+    ),  # too much memory with eight
     (("sm_89",), "*", 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
     (("*",), "*", "*", "*", Tuning(stages=1, masked_stages=1)),
 )

@@ -5,6 +5,7 @@ import math
 import torch
 
 from dma_diffusers.kernels.device.launch import Launcher
+from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.launch import Source
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel
@@ -63,10 +64,11 @@ def route(
     histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
     allowed = routing.allowed(heads)
     rows, columns = 16, 64 if dim <= 128 else 32
+    stages = 2 if TRITON == (3, 7) else 1  # which spills with one
     launcher(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        ROWS=rows, COLUMNS=columns, D=dim, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        ROWS=rows, COLUMNS=columns, D=dim, num_warps=4, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     launcher(
         kernel.count_steps, (-(-pairs // 4096), batch),

@@ -23,6 +23,7 @@ KIND_OF_QK = {
 }
 SINGLE = [("mxfp8", None), ("mxfp8_e5m2", None), (None, "mxfp4"), (None, "nvfp4")]
 MOST_SHARED_BYTES = dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024)
+BARRIER = 8  # bytes; the smallest buffer has 512
 MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
@@ -156,7 +157,7 @@ def test_masked_variants_are_native_and_do_not_spill(high, low, is_causal, masks
 @pytest.mark.parametrize("target", ["sm_100", "sm_120"])
 def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, high, low, head_dim):
     plain, skipping = (attend(target, high, low, head_dim, skips=skips) for skips in (False, True))
-    assert skipping.metadata.shared >= plain.metadata.shared
+    assert skipping.metadata.shared + BARRIER >= plain.metadata.shared
     assert skipping.metadata.shared <= MOST_SHARED_BYTES[target]
     assert ahead.mma_kinds(skipping.asm["ptx"]) == ahead.mma_kinds(plain.asm["ptx"])
     assert ahead.resources(skipping.asm["cubin"])[1] == 0
