@@ -1,4 +1,4 @@
-"""What a prepared call reads is listed alike before and after it was recorded, whichever tensors are the same."""
+"""A prepared call lists the tensors that it reads alike before and after it was recorded, whichever are the same."""
 
 import pytest
 import torch
