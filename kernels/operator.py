@@ -172,7 +172,8 @@ def _attention(
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
         _check(q, k, v, key_mask)
-    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid or ()), q.device)  # None for an empty one in AOTInductor
+    grid = tuple(grid or ())  # AOTInductor hands an empty one over as None
+    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), grid, q.device)
     tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
