@@ -99,7 +99,7 @@ class Family:
         return "cross-attention" if module.endswith(self.cross_attention) else ""
 
     def text_range(
-        self, keys: int, hidden: int, encoder: int, model: int | None, grid: int | None = None
+        self, queries: int, keys: int, hidden: int, encoder: int, model: int | None, grid: int | None = None
     ) -> tuple[int, int] | None:
         """The text tokens (start, stop) of a self- or joint-attention call, (0, 0) if it has none.
 

@@ -91,10 +91,13 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def of_positions(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     """Reads the grid from (image, row, column, …) of every token: `[tokens, 3 or more]`, perhaps with a batch in front.
 
-    It waits for the device, but reads each tensor once: pipelines give the same one in every step.
+    It waits for the device, but reads each tensor once: pipelines give the same one in every step. Tensors of inference
+    mode are read each time, because they do not tell when somebody writes into them.
     """
     (positions,) = _arguments(call, "img_ids")
-    version = None if positions.is_inference() else positions._version  # raised by writing into it
+    if positions.is_inference():
+        return _of_positions(positions)
+    version = positions._version  # raised by writing into it
     if positions not in _read or _read[positions][0] != version:
         _read[positions] = version, _of_positions(positions)
     return _read[positions][1]

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig, apply, report, restore
-from dma_diffusers.attach import interceptions, transformers_of
+from dma_diffusers.attach import interceptions
+from dma_diffusers.components import transformers_of
 from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
 from tests import tiny_pipelines

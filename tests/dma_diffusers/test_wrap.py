@@ -40,8 +40,9 @@ def flux_attention() -> torch.nn.Module:
 
 def attach(module, processor=None, text="first", head_dim=DIM, **fields) -> Interception:
     config, family = DMAConfig.of(None, **{"min_length": 200} | fields), Family(text, single_stream=True)
-    interception = Interception(config, family, ForwardContext(Model(), family, None), False, head_dim)
-    interception.forward._text = torch.empty(5, 0)
+    forward = ForwardContext(Model(), family, config)
+    forward.begin(Model().eval(), (torch.empty(0), torch.empty(1, 5, 0)), {})
+    interception = Interception(config, family, forward, False, head_dim)
     module.processor = wrap(processor or module.processor, interception)
     return interception
 
@@ -118,7 +119,7 @@ def test_text_that_is_no_longer_told_is_another_reason():
     module, x = flux_attention(), hidden(100)
     interception = attach(module)
     module(x)
-    interception.forward._text = None
+    interception.forward.begin(Model().eval(), (), {})
     module(x)
     assert interception.fallbacks == {
         "fewer than 200 keys": 1, "cross-attention, or a model's call that does not tell where text is": 1,
@@ -226,7 +227,7 @@ def test_an_error_is_the_callers_and_teaches_nothing(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("dma_diffusers.interception.scaled_dot_product_attention", refuse)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
     with pytest.raises(RuntimeError, match="out of memory"):
         module(x)
     assert not interception._stock_kinds
