@@ -153,7 +153,7 @@ class Call(torch.nn.Module):
         family = Family("none")
         config = DMAConfig(min_length=0)
         forward = ForwardContext(self, family, config)
-        forward.begin(self, (), {})
+        forward.begin(self.eval(), (), {})
         self.interception = Interception(config, family, forward, False, None)
         self.fields = fields
 

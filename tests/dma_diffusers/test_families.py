@@ -64,9 +64,9 @@ def test_text_that_is_given_replaces_what_is_known():
 
 def test_single_stream_text_comes_from_the_model_and_must_fit():
     family = FAMILIES["FluxTransformer2DModel"]
-    assert family.text_range(keys=300, hidden=300, encoder=0, model=20) == (0, 20)
-    assert family.text_range(keys=300, hidden=300, encoder=0, model=None) is None
-    assert family.text_range(keys=300, hidden=300, encoder=0, model=301) is None
+    assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=20) == (0, 20)
+    assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=None) is None
+    assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=301) is None
 
 
 def test_a_published_neighborhood_is_a_share_of_the_grid():

@@ -169,14 +169,14 @@ def test_a_guider_that_skips_attention_scores_still_does():
 @pytest.mark.parametrize("timestep, dense", [(951.0, True), (900.0, False), (1.0, False)])
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken, (q, k, v) = interception(dense_above_sigma=0.9), qkv()
-    taken.forward.begin_on_device(Model(), (q,), {"timestep": torch.tensor([0.0, timestep])})
+    taken.forward.begin_on_device(Model().eval(), (q,), {"timestep": torch.tensor([0.0, timestep])})
     assert taken.mapped is not dense
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
     taken = interception(dense=True, dense_above_sigma=0.9)
-    taken.forward.begin_on_device(Model(), (), {"timestep": torch.tensor(1.0)})
+    taken.forward.begin_on_device(Model().eval(), (), {"timestep": torch.tensor(1.0)})
     assert not taken.mapped
 
 

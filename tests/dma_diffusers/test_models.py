@@ -258,7 +258,7 @@ def test_frames_that_attend_in_blocks_are_left_to_stock():
     apply(case.model, min_length=0)
     assert torch.equal(case.run(text), stock)
     assert {reason for module in report(case.model).modules for reason in module.fallbacks} == {
-        "a mask that is not boolean over keys alone"
+        "a mask that is not boolean over keys alone: each query has its own"
     }
 
 

@@ -206,7 +206,9 @@ def test_a_text_length_that_the_call_contradicts():
     forward = ForwardContext(case.model, family, DMAConfig(), wants_grid=True)
     config = DMAConfig(policy="neighborhood(window=9x8)", min_length=0)
     taken = Interception(config, family, forward, False, None)
-    forward.begin_on_device(case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)})
+    forward.begin_on_device(
+        case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)}
+    )
     q = torch.randn(1, 2, 325, 16)
     with (
         InterceptionMode(taken, torch.empty(1, 325, 32), None),
