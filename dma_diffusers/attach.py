@@ -154,7 +154,9 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         for name in wrapped:
             module: Any = model.get_submodule(name)
             own = config.of_module(name)
-            interception = Interception(own, family, forward, name in dense.modules, _head_dim(module))
+            interception = Interception(
+                own, family.of_module(name), forward, name in dense.modules, _head_dim(module)
+            )
             module.processor = wrap(module.processor, interception)
         hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
         model._dma_attachment = Attachment(roles, hook)  # type: ignore[assignment]  # an attribute like any other

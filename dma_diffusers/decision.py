@@ -54,10 +54,8 @@ class Decision:
             return "an empty call"
         if query.shape[0] != key.shape[0] or key.shape != value.shape:
             return "q, k and v of different batches, or k and v of different heads"
-        if query.shape[-2] != key.shape[-2]:
-            return OTHER_TOKENS
         if text is None:
-            return UNKNOWN_TEXT
+            return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:

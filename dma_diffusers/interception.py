@@ -101,7 +101,7 @@ class Interception:
         grid = self.forward.grid
         tokens = math.prod(grid) if grid else None
         text = self.family.text_range(
-            key.shape[-2], call.hidden, call.encoder, self.forward.text_length, tokens
+            query.shape[-2], key.shape[-2], call.hidden, call.encoder, self.forward.text_length, tokens
         )
         reason = self.decision.why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if not torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ class InterceptionMode(TorchFunctionMode):
         super().__init__()
         self.interception = interception
         self.hidden = hidden.shape[1]
-        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.encoder = 0 if encoder is None or encoder is hidden else encoder.shape[1]
         self.reasons: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -27,7 +27,7 @@ class Rebound:
         self.interception = interception
         self.given = hidden, encoder
         self.hidden = hidden.shape[1]
-        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.encoder = 0 if encoder is None or encoder is hidden else encoder.shape[1]
         self.reasons: list[str] = []
 
     def run(self, function: FunctionType, *args: Any, **kwargs: Any) -> Any:
