@@ -152,7 +152,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         for name in intercepted:
             module: Any = model.get_submodule(name)
             own = config.of_module(name)
-            interception = Interception(own, family, forward, name in dense.modules, _head_dim(module))
+            seen = family.of_module(name)
+            interception = Interception(own, seen, forward, name in dense.modules, _head_dim(module))
             processors[name] = wrap(_stock(module.processor), interception)
         _detach(model)
         for name, processor in processors.items():

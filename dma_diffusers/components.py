@@ -22,10 +22,9 @@ def transformers_of(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
         kind = type(pipe_or_model).__name__
         raise TypeError(f"expected a Diffusers pipeline or a transformer, got {kind}")
     found = [
-        (f"{name}{place}.", model)
+        (f"{name}.", model)
         for name, component in components.items()
-        if isinstance(component, torch.nn.Module)
-        for place, model in _members(unwrapped(component))
+        if isinstance(component, torch.nn.Module) and (model := unwrapped(component)) is not None
         if name.startswith("transformer") or type(model).__module__.startswith(_HOMES)
     ]
     if not found:
@@ -68,14 +67,6 @@ def device_of(model: torch.nn.Module, module: torch.nn.Module) -> torch.device:
             return torch.device(device)
     own = {parameter.device for parameter in (*module.parameters(), *model.parameters())}
     return next((device for device in own if device.type != "meta"), torch.device("meta"))
-
-
-def _members(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The model itself, or those that it has as `nets`, as several ControlNets in one have."""
-    nets = getattr(model, "nets", None)
-    if not isinstance(nets, torch.nn.ModuleList):
-        return [("", model)]
-    return [(f".nets.{index}", unwrapped(net)) for index, net in enumerate(nets)]
 
 
 def _attends(code: CodeType | None) -> bool:

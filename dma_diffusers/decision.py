@@ -64,8 +64,6 @@ class Decision:
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
             return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
-        if query.shape[-2] != key.shape[-2] and query.shape[-2] != key.shape[-2] - (text[1] - text[0]):
-            return OTHER_TOKENS
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:

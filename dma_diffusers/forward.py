@@ -106,8 +106,8 @@ class ForwardContext:
     def begin(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the length of the text, and the grid if a policy or the family needs it; a forward pre-hook."""
         named, call = self._named(args, kwargs), self.call
-        text = named.get("encoder_hidden_states")
-        call.text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
+        tokens = self.family.text_tokens(model, named)
+        call.text = None if tokens is None else torch.empty(tokens, 0)
         if self.wants_grid or self.family.pads_grid:
             find = self.family.grid if self.wants_grid and self.family.grid else self._find_grid
             grid = find(model, named)

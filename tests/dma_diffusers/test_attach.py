@@ -135,7 +135,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
     receipt = report(pipe)
     modules = {module["module"]: module for module in json.loads(json.dumps(receipt.to_dict()))["modules"]}
     refiner = modules["transformer.context_embedder.token_refiner.refiner_blocks.0.attn"]
-    assert (refiner["lowering"], refiner["reason"]) == ("stock", "token refiner")
+    assert (refiner["lowering"], refiner["reason"]) == ("stock", "attention among tokens of text")
     double = modules["transformer.transformer_blocks.0.attn"]
     assert double["policy"] == "dense"
     assert modules["transformer.single_transformer_blocks.0.attn"] == {

@@ -56,10 +56,15 @@ def test_a_subclass_belongs_to_the_family_of_its_base():
     assert family_of(Mine.__new__(Mine)) == FAMILIES["WanTransformer3DModel"]
 
 
-def test_text_that_is_given_replaces_what_is_known():
-    model = diffusers.FluxTransformer2DModel.__new__(diffusers.FluxTransformer2DModel)
-    assert family_of(model, "none").text == "none"
-    assert FAMILIES["FluxTransformer2DModel"].text == "first"
+@pytest.mark.parametrize(
+    "kind, place", [("FluxTransformer2DModel", "first"), ("SD3Transformer2DModel", "last"), ("WanTransformer3DModel", "none")]
+)
+def test_text_that_contradicts_what_is_known_is_refused(kind, place):
+    model = getattr(diffusers, kind).__new__(getattr(diffusers, kind))
+    assert family_of(model, place) == FAMILIES[kind]
+    for wrong in {"first", "last", "none"} - {place}:
+        with pytest.raises(ValueError, match=f'text="{wrong}": {kind} has its text "{place}"'):
+            family_of(model, wrong)
 
 
 def test_single_stream_text_comes_from_the_model_and_must_fit():

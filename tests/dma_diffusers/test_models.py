@@ -69,7 +69,7 @@ def test_z_image_has_its_padding_with_the_text(columns, refiners, captions):
     tokens, image = 12 * columns, -(-12 * columns // 32) * 32
     refiner = (image, tokens, image) if image > tokens else (image, 0, 0)
     assert exact.texts == [refiner] + [(image + -(-max(captions) // 32) * 32, *case.text)] * 2
-    refiners = {module.module for module in report(case.model).modules if module.reason == "token refiner"}
+    refiners = {module.module for module in report(case.model).modules if module.reason == "attention among tokens of text"}
     assert refiners == {"context_refiner.0.attention"}
 
     apply(case.model, min_length=0, policy="neighborhood(window=5x5, high=3x3)")
@@ -163,7 +163,7 @@ MASKED = {  # models whose texts differ in length, and the arguments of their ca
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MASKED)
-@pytest.mark.parametrize("fields", [{}, {"protect_text": False}, {"text": "first"}, {"text": "last"}])
+@pytest.mark.parametrize("fields", [{}, {"protect_text": False}])
 def test_masks_that_are_said_to_hide_text_hide_nothing_else(name, fields, monkeypatch):
     case = tiny_models.make(name)
     case.latents, case.inputs = torch.randn(3, *case.latents.shape[1:]), MASKED[name]()
