@@ -33,7 +33,7 @@ class Attachment:
     """A record of what `apply` did to one model, kept on the model.
 
     config: what was asked for. chosen: the modules that it was asked for; None for all of them.
-    roles: modules that keep their stock processor, and why. forward: None for a model that keeps them all.
+    roles: the reason for which each module keeps its stock processor; empty if it does not. forward: None for a model that keeps them all.
     """
 
     config: DMAConfig
@@ -128,10 +128,10 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
             roles[name] = role
             continue
         eligible.append(name)
-        if chosen is None or name in chosen:
+        asked_for = chosen is None or name in chosen
+        roles[name] = "" if asked_for else "not asked for"
+        if asked_for:
             intercepted.append(name)
-        else:
-            roles[name] = "not asked for"
     if not intercepted:
         raise ValueError(f"{type(model).__name__} has no attention module to intercept")
     _check_modules(model, config, eligible)
@@ -241,7 +241,8 @@ def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment | None
                 receipt = replace(receipt, lowering="stock", reason=NOT_RUNNING)
             yield receipt
         else:
-            reason = roles.get(name, "its processor was replaced after DMA was applied")
+            reason = roles.get(name, "it was not there when DMA was applied")
+            reason = reason or "its processor was replaced after DMA was applied"
             yield ModuleReceipt(prefix + name, "stock", reason=reason)
     for name in without_processor(model):
         yield ModuleReceipt(prefix + name, "stock", reason="it attends without a processor")
