@@ -19,7 +19,7 @@ from dma_diffusers.components import (
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING
 from dma_diffusers.dense import dense_parts
-from dma_diffusers.families import family_of
+from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
 from dma_diffusers.receipt import ModuleReceipt, Receipt
@@ -33,7 +33,8 @@ class Attachment:
     """A record of what `apply` did to one model, kept on the model.
 
     config: what was asked for. chosen: the modules that it was asked for; None for all of them.
-    roles: the reason for which each module keeps its stock processor; empty if it does not. forward: None for a model that keeps them all.
+    roles: the reason for which each module keeps its stock processor; empty if it does not. forward: None for a model
+    that keeps them all.
     """
 
     config: DMAConfig
@@ -116,6 +117,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
     Raises ValueError as `apply` does; so does the function, for a processor that is none.
     """
+    if known_family(model) is None and (inside := _known_inside(model)):
+        raise ValueError(f"{type(model).__name__} holds a {inside}: apply DMA to that")
     family = family_of(model, config.text, cast(tuple[int, ...] | None, config.grid))
     parallel = getattr(model, "_parallel_config", None)
     if getattr(parallel, "context_parallel_config", None) is not None:
@@ -180,6 +183,12 @@ def _prepare_all(pipe_or_model: Any, config: DMAConfig) -> list[Callable[[], Non
     if not attaching:
         raise refusal
     return attaching + leaving
+
+
+def _known_inside(model: torch.nn.Module) -> str:
+    """The class and the place of a model of a known family inside of another module; empty if there is none."""
+    inside = ((name, m) for name, m in model.named_modules() if name and known_family(m))
+    return next((f"{type(m).__name__} as {name}" for name, m in inside), "")
 
 
 def _leave(model: torch.nn.Module, config: DMAConfig, reason: str) -> None:

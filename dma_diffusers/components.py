@@ -62,11 +62,13 @@ def without_processor(model: torch.nn.Module) -> list[str]:
 def device_of(model: torch.nn.Module, module: torch.nn.Module) -> torch.device:
     """The device on which a module of `model` will run: that to which hooks of accelerate move it, else its own."""
     for holder in (module, model):
-        device = getattr(getattr(holder, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    own = {parameter.device for parameter in (*module.parameters(), *model.parameters())}
-    return next((device for device in own if device.type != "meta"), torch.device("meta"))
+        for part in holder.modules():
+            hook = getattr(part, "_hf_hook", None)
+            for each in getattr(hook, "hooks", [hook]):
+                device = getattr(each, "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+    return next((p.device for p in (*module.parameters(), *model.parameters())), torch.device("cpu"))
 
 
 def _attends(code: CodeType | None) -> bool:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import DMAConfig
-from dma_diffusers import grids
+from dma_diffusers import DMAConfig, grids
 from dma_diffusers.families import FAMILIES, Family, family_of
 from dma_diffusers.forward import ForwardContext
 from tests import tiny_pipelines
