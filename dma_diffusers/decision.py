@@ -103,9 +103,10 @@ def _shares_memory(x: torch.Tensor) -> bool:
 
 
 def _masks_keys(mask: torch.Tensor, key: torch.Tensor) -> bool:
-    """Tells whether `mask` is boolean and the same for every head and query."""
+    """Tells whether `mask` is boolean and the same for every head and query, expanded over them or not."""
     if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
         return False
-    return all(size == 1 for size in mask.shape[-3:-1]) and (
-        mask.ndim < 4 or mask.shape[0] in (1, key.shape[0])
+    alike = all(
+        size == 1 or stride == 0 for size, stride in zip(mask.shape[-3:-1], mask.stride()[-3:-1], strict=True)
     )
+    return alike and (mask.ndim < 4 or mask.shape[0] in (1, key.shape[0]))

@@ -205,4 +205,7 @@ def _outline(argument: Any) -> Any:
 
 def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
     """`mask` as `[batch, keys]`."""
-    return None if mask is None else mask.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)
+    if mask is None:
+        return None
+    entry = mask[..., :1, :] if mask.ndim < 4 else mask[:, :1, :1]  # of those that an expanded mask repeats
+    return entry.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)

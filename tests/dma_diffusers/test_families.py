@@ -57,7 +57,12 @@ def test_a_subclass_belongs_to_the_family_of_its_base():
 
 
 @pytest.mark.parametrize(
-    "kind, place", [("FluxTransformer2DModel", "first"), ("SD3Transformer2DModel", "last"), ("WanTransformer3DModel", "none")]
+    "kind, place",
+    [
+        ("FluxTransformer2DModel", "first"),
+        ("SD3Transformer2DModel", "last"),
+        ("WanTransformer3DModel", "none"),
+    ],
 )
 def test_text_that_contradicts_what_is_known_is_refused(kind, place):
     model = getattr(diffusers, kind).__new__(getattr(diffusers, kind))

@@ -68,7 +68,11 @@ def test_z_image_has_its_padding_with_the_text(columns, refiners, captions):
     tokens, image = 12 * columns, -(-12 * columns // 32) * 32
     refiner = (image, tokens, image) if image > tokens else (image, 0, 0)
     assert exact.texts == [refiner] + [(image + -(-max(captions) // 32) * 32, *case.text)] * 2
-    refiners = {module.module for module in report(case.model).modules if module.reason == "attention among tokens of text"}
+    refiners = {
+        module.module
+        for module in report(case.model).modules
+        if module.reason == "attention among tokens of text"
+    }
     assert refiners == {"context_refiner.0.attention"}
 
     apply(case.model, min_length=0, policy="neighborhood(window=5x5, high=3x3)")
