@@ -1,42 +1,63 @@
 """The place of the text, told by the models themselves: the keys that change when the text does are the text."""
 
+from collections import Counter
+
 import diffusers
 import pytest
 import torch
+from diffusers.models import controlnets, transformers
 
 from dma_diffusers import DMAConfig, apply
-from dma_diffusers.families import FAMILIES, family_of
+from dma_diffusers.families import CONTROLNETS, FAMILIES, TRANSFORMERS, family_of
 from dma_diffusers.kernels import operator
 from tests.dma_diffusers import tiny_models
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", tiny_models.CASES)
+@pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_text_range_is_where_the_keys_follow_the_text(name, monkeypatch):
     case = tiny_models.make(name)
     first, second = case.texts(2)
     changed = (case.keys(first) != case.keys(second)).any(-1).any(1).any(0).nonzero().flatten().tolist()
     assert changed == list(range(*case.prompt or case.text))
 
-    calls = []
+    calls = Counter()
     genuine = operator.attention
 
     def spy(query, key, value, **kwargs):
-        calls.append((key.shape[2], kwargs["text_start"], kwargs["text_stop"]))
+        calls[query.shape[2], key.shape[2], kwargs["text_start"], kwargs["text_stop"]] += 1
         return genuine(query, key, value, **kwargs)
 
     monkeypatch.setattr(operator, "attention", spy)
     apply(case.model, min_length=0)
     case.run(first)
-    joint = (case.tokens + case.text[1] - case.text[0], *case.text)
-    image = (case.tokens, 0, 0)
-    assert calls.count(image) == case.image_calls
-    assert calls.count(joint) - (joint == image) * case.image_calls == case.joint_calls
-    assert len(calls) == case.joint_calls + case.image_calls
+    assert calls == case.calls
 
 
-def test_every_family_is_told_by_a_model():
-    assert {type(tiny_models.make(name).model).__name__ for name in tiny_models.CASES} == set(FAMILIES)
+def exported(package) -> set[str]:
+    """The models that a package of Diffusers exports."""
+    kinds = [kind for kind in vars(package).values() if isinstance(kind, type)]
+    return {kind.__name__ for kind in kinds if issubclass(kind, diffusers.ModelMixin)}
+
+
+def test_every_class_that_diffusers_exports_has_its_row():
+    assert exported(transformers) == set(TRANSFORMERS)
+    assert exported(controlnets) == set(CONTROLNETS)
+
+
+def test_every_family_that_can_be_had_is_told_by_a_model():
+    told = {type(tiny_models.make(name).model).__name__ for name in tiny_models.EVERY}
+    assert told == {kind for kind, family in FAMILIES.items() if not family.refusal}
+    assert len(told & set(TRANSFORMERS)) >= 66
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.refusal])
+def test_what_cannot_be_had_is_refused_with_the_reason(kind):
+    cls = getattr(diffusers, kind, None) or getattr(transformers, kind, None) or getattr(controlnets, kind)
+    for text in (None, "none", "first"):
+        with pytest.raises(ValueError, match=f"^{kind} can't be had: .*it") as error:
+            apply(cls.__new__(cls), text=text)
+        assert "\n" not in str(error.value)
 
 
 class Unknown(torch.nn.Module):

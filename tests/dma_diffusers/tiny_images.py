@@ -31,26 +31,24 @@ def pixart() -> Case:
 
 
 def hunyuan_dit() -> Case:
-    """The text reaches all tokens through their norms."""
     model = transformers.HunyuanDiT2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, cross_attention_dim=8, cross_attention_dim_t5=8,
-        pooled_projection_dim=4, hidden_size=32, text_len=TEXT, text_len_t5=5, activation_fn="gelu-approximate", **HEADS,
+        pooled_projection_dim=4, hidden_size=32, text_len=TEXT, text_len_t5=5, activation_fn="gelu-approximate",
+        **HEADS,
     )  # fmt: skip
     inputs = dict(
         text_embedding_mask=torch.ones(1, TEXT), text_embedding_mask_t5=torch.ones(1, 5), style=torch.zeros(1).long(),
         encoder_hidden_states_t5=torch.randn(1, 5, 8), image_meta_size=torch.tensor([[80.0, 104, 80, 104, 0, 0]]),
         image_rotary_emb=[torch.ones(130, 16), torch.zeros(130, 16)],
     )  # fmt: skip
-    return Case(
-        model, (0, 0), GRID, torch.randn(LATENTS), inputs, 0, image_calls=2, prompt=(0, 0), prompt_width=8
-    )
+    return Case(model, (0, 0), GRID, torch.randn(LATENTS), inputs, 0, image_calls=2, prompt_width=8)
 
 
 def lumina_next() -> Case:
     """The text reaches all tokens through their norms."""
     model = transformers.LuminaNextDiT2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2, num_kv_heads=1,
-        multiple_of=16, learn_sigma=False, qk_norm=True, cross_attention_dim=8,
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, learn_sigma=False, qk_norm=True, cross_attention_dim=8,
     )  # fmt: skip
     inputs = dict(
         encoder_mask=torch.ones(1, TEXT), image_rotary_emb=torch.randn(384, 384, 8), cross_attention_kwargs={}

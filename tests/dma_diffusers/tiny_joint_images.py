@@ -35,16 +35,16 @@ def bria_fibo() -> Case:
     return case
 
 
-def flux3() -> Case:
-    """A block for the text alone, one for the image alone, and one for both."""
+def flux3(blocks: int = 1) -> Case:
+    """Blocks for the text alone and for the image alone, and one for both."""
     model = transformers.Flux3Transformer2DModel(
-        in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=8,
+        in_channels=4, cond_in_channels=4, num_layers=blocks, num_single_layers=1, joint_attention_dim=8,
         timestep_channels=16, axes_dims_rope=(4, 4, 4, 4), **HEADS,
     )  # fmt: skip
     ids = torch.cat((positions(), torch.zeros(TOKENS, 1)), 1)
     inputs = dict(img_ids=ids, txt_ids=torch.zeros(TEXT, 4))
     latents = torch.randn(1, 1, 2 * ROWS, 2 * COLUMNS)
-    return Case(model, (0, TEXT), GRID, latents, inputs, 1, image_calls=1, pack=pack_squares)
+    return Case(model, (0, TEXT), GRID, latents, inputs, 1, image_calls=blocks, pack=pack_squares)
 
 
 def aura_flow() -> Case:
@@ -264,6 +264,7 @@ CASES = {
     "cogview4": lambda: cogview("CogView4Transformer2DModel"),
     "ernie": ernie,
     "flux3": flux3,
+    "flux3, of both alone": lambda: flux3(blocks=0),
     "glm_image": glm_image,
     "hidream": hidream,
     "hunyuan_image": hunyuan_image,

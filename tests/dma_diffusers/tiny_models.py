@@ -7,8 +7,8 @@ import diffusers
 import torch
 
 from tests import tiny_pipelines
-from tests.dma_diffusers import tiny_images, tiny_joint_images, tiny_sounds, tiny_videos
-from tests.dma_diffusers.tiny_case import AXES, TEXT, Case, pack_squares
+from tests.dma_diffusers import tiny_controlnets, tiny_images, tiny_joint_images, tiny_sounds, tiny_videos
+from tests.dma_diffusers.tiny_case import AXES, TEXT, Case, pack_squares, without_zeros
 
 
 def flux(cls=diffusers.FluxTransformer2DModel, double=1, **config) -> Case:
@@ -242,7 +242,32 @@ CASES = {
 }
 
 
-EVERY = CASES | tiny_joint_images.CASES | tiny_images.CASES | tiny_videos.CASES | tiny_sounds.CASES
+def z_image_controlnet() -> Case:
+    """It shares the refiners of the transformer."""
+    case = z_image(refiners=1)
+    model = diffusers.ZImageControlNetModel(
+        control_layers_places=[0, 1], control_refiner_layers_places=[0], control_in_dim=4, dim=32, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2,
+    )  # fmt: skip
+    case.model = without_zeros(model.from_transformer(model, case.model))
+    case.inputs = dict(control_context=list(torch.randn_like(case.latents)))
+    case.image_calls, case.prompt_width, case.prompt = (
+        1,
+        8,
+        (288, 320),
+    )  # its refiner has mixed text and padding
+    return case
+
+
+EVERY = (
+    CASES
+    | tiny_controlnets.CASES
+    | {"controlnet of z_image": z_image_controlnet}
+    | tiny_joint_images.CASES
+    | tiny_images.CASES
+    | tiny_videos.CASES
+    | tiny_sounds.CASES
+)
 
 
 def make(name: str) -> Case:

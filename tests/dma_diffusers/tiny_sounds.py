@@ -73,7 +73,8 @@ def stable_audio3(text: int = TEXT) -> Case:
     """Three tokens that it learned stand before the others."""
     model = transformers.StableAudio3DiTModel(
         io_channels=8, patch_size=1, embed_dim=32, depth=2, num_heads=2, cond_token_dim=8, global_cond_dim=6,
-        local_add_cond_dim=5, timestep_features_dim=16, ff_mult=2, num_memory_tokens=3, use_differential_attention=False,
+        local_add_cond_dim=5, timestep_features_dim=16, ff_mult=2, num_memory_tokens=3,
+        use_differential_attention=False,
     )  # fmt: skip
     inputs = dict(global_hidden_states=torch.randn(1, 6))
     latents = torch.randn(1, 8, LENGTH)

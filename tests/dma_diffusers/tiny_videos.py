@@ -160,8 +160,9 @@ def kandinsky6() -> Case:
 def latte() -> Case:
     """Tokens attend within a frame, and within a place over time."""
     model = transformers.LatteTransformer3DModel(
-        sample_size=8, video_length=5, num_layers=2, patch_size=2, caption_channels=8, in_channels=4, cross_attention_dim=32,
-        out_channels=8, norm_type="ada_norm_single", norm_elementwise_affine=False, num_embeds_ada_norm=8, **HEADS,
+        sample_size=8, video_length=5, num_layers=2, patch_size=2, caption_channels=8, in_channels=4,
+        cross_attention_dim=32, out_channels=8, norm_type="ada_norm_single", norm_elementwise_affine=False,
+        num_embeds_ada_norm=8, **HEADS,
     )  # fmt: skip
     latents = torch.randn(1, 4, 5, 16, 16)
     over_time = Counter({(5, 5, 0, 0): 2})
