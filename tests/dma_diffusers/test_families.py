@@ -8,7 +8,7 @@ import torch
 from diffusers.models import controlnets, transformers
 
 from dma_diffusers import DMAConfig, apply
-from dma_diffusers.families import CONTROLNETS, FAMILIES, TRANSFORMERS, family_of
+from dma_diffusers.families import CONTROLNETS, FAMILIES, TRANSFORMERS, family_of, page
 from dma_diffusers.kernels import operator
 from tests.dma_diffusers import tiny_models
 
@@ -58,6 +58,13 @@ def test_what_cannot_be_had_is_refused_with_the_reason(kind):
         with pytest.raises(ValueError, match=f"^{kind} can't be had: .*it") as error:
             apply(cls.__new__(cls), text=text)
         assert "\n" not in str(error.value)
+
+
+def test_the_page_is_up_to_date():
+    text = page.PAGE.read_text()
+    assert page.with_tables(text) == text, "run: python -m dma_diffusers.families.page"
+    for kind in FAMILIES:
+        assert text.count(f"| `{kind}` |") == 1
 
 
 class Unknown(torch.nn.Module):
