@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,6 +175,10 @@ MASKED = {  # models whose texts differ in length, and the arguments of their ca
     ),
     "qwen": lambda inputs: dict(img_shapes=[[(1, 16, 19)]] * 3, encoder_hidden_states_mask=VALID),
     "z_image": lambda inputs: {},
+    "bria_fibo": lambda inputs: inputs | dict(
+        text_encoder_layers=[torch.randn(3, 21, 4)] * 2,
+        joint_attention_kwargs={"attention_mask": F.pad(VALID, (0, 130), value=True)[:, None, None]},
+    ),
     "controlnet of qwen": lambda inputs: dict(
         img_shapes=inputs["img_shapes"] * 3, encoder_hidden_states_mask=VALID,
         controlnet_cond=inputs["controlnet_cond"].repeat(3, 1, 1),
