@@ -107,6 +107,28 @@ def test_single_stream_text_comes_from_the_model_and_must_fit():
     assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=301) is None
 
 
+def test_queries_of_the_image_alone_attend_to_text_and_image():
+    for kind, text in (("PRXTransformer2DModel", (0, 20)), ("NucleusMoEImageTransformer2DModel", (280, 300))):
+        family = FAMILIES[kind]
+        assert family.text_range(queries=280, keys=300, hidden=280, encoder=20, model=20) == text
+        for keys in (20, 280 + 19):  # cross-attention, and other tokens than the text
+            assert family.text_range(queries=280, keys=keys, hidden=280, encoder=20, model=20) is None
+        assert family.text_range(queries=280, keys=300, hidden=280, encoder=20, model=None) is None
+    wan = FAMILIES["WanTransformer3DModel"]
+    assert wan.text_range(queries=280, keys=300, hidden=280, encoder=0, model=20) is None
+
+
+def test_modules_that_see_the_image_alone_have_no_text():
+    family = FAMILIES["Flux3Transformer2DModel"]
+    image, both = (
+        family.of_module(name) for name in ("mode_blocks.image.0.attn", "single_transformer_blocks.0.attn")
+    )
+    assert both is family
+    assert image.text_range(queries=300, keys=300, hidden=300, encoder=0, model=20) == (0, 0)
+    assert family.stock_role("txt_mode_blocks.0.attn") == "attention among tokens of text"
+    assert not family.stock_role("mode_blocks.image.0.attn")
+
+
 def test_a_published_neighborhood_is_a_share_of_the_grid():
     flux = diffusers.FluxTransformer2DModel.__new__(diffusers.FluxTransformer2DModel)
     video = diffusers.HunyuanVideoTransformer3DModel.__new__(diffusers.HunyuanVideoTransformer3DModel)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import grids
+from dma_diffusers import apply, grids, report
 from dma_diffusers.families import FAMILIES, Family, family_of
 from dma_diffusers.forward import ForwardContext
 from tests import tiny_pipelines
@@ -159,6 +159,61 @@ def test_positions_in_another_order_are_no_grid(order):
 def test_a_call_that_does_not_tell_its_grid():
     with pytest.raises(ValueError, match=r"the model was called without height, width, which tell its grid"):
         grids.of_lengths(None, {"hidden_states": torch.empty(1, 6, 1), "num_frames": 3, "height": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "words"),
+    [
+        (
+            "basic",
+            {"hidden_states": torch.empty(1, 9, 4)},
+            "hidden_states of 3 dimensions, not 4, do not tell",
+        ),
+        (
+            "bria_fibo2",
+            {"context_latents": [torch.empty(1)]},
+            "other images join the call, in context_latents",
+        ),
+        ("cosmos3", {"sound_tokens": [torch.empty(1)]}, "sound or actions stand among the video's tokens"),
+        (
+            "cosmos3",
+            {"vision_token_shapes": [(1, 2, 3), (1, 4, 5)]},
+            r"2 images in one call, of 6 \+ 20 tokens",
+        ),
+        ("hidream", {"hidden_states": torch.empty(1, 4, 24, 20)}, "12×10, which is no square"),
+        (
+            "joy",
+            {"hidden_states": torch.empty(1, 2, 4, 1, 8, 8)},
+            r"2 images in one call, of 16 \+ 16 tokens",
+        ),
+        ("joy_plus", {"shape_list": [[(1, 2, 3)] * 2]}, r"2 images in one call, of 6 \+ 6 tokens"),
+        ("joy_plus", {"shape_list": [[(1, 2, 3)], [(1, 3, 2)]]}, "images of several sizes in one call"),
+        ("kandinsky5", {"sparse_params": {"P": 0.9}}, "sparse_params put the tokens into another order"),
+        (
+            "lumina2",
+            {"encoder_attention_mask": torch.arange(21) < torch.tensor([[9], [7]])},
+            "differ in length",
+        ),
+        ("motif", {"hidden_states": torch.empty(1, 4, 8, 8)}, "hidden_states of 2 sides, not 3, do not tell"),
+        ("qwen21", {"img_shapes": [[(1, 4, 4), (1, 8, 8)]]}, r"2 images in one call, of 16 \+ 64 tokens"),
+    ],
+)
+def test_calls_without_a_single_grid(name, call, words):
+    case = tiny_models.make(name)
+    with pytest.raises(ValueError, match=words) as error:
+        family_of(case.model).grid(case.model, case.call(*case.texts(1)) | call)
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_texts_of_several_lengths_before_the_image_are_left_to_stock():
+    case = tiny_models.make("lumina2")
+    case.inputs["encoder_attention_mask"] = torch.arange(21) < torch.tensor([[9], [7]])
+    (text,) = case.texts(1)
+    stock = case.run(text)
+    apply(case.model, min_length=0)
+    assert torch.equal(case.run(text), stock)
+    assert not any(module.intercepted for module in report(case.model).modules)
 
 
 def test_a_grid_that_is_given_replaces_what_is_known():
