@@ -155,8 +155,13 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _once(tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
-    """Waits for the device, and reads the tensor once: pipelines give the same one in every step."""
-    version = None if tensor.is_inference() else tensor._version  # raised by writing into it
+    """Waits for the device, and reads the tensor once: pipelines give the same one in every step.
+
+    A tensor of inference mode is read each time, because it does not tell when somebody writes into it.
+    """
+    if tensor.is_inference():
+        return read(tensor)
+    version = tensor._version  # raised by writing into it
     if tensor not in _read or _read[tensor][0] != version:
         _read[tensor] = version, read(tensor)
     return _read[tensor][1]

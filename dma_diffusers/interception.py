@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.decision import Decision
+from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
+from dma_diffusers.internals import scaled_dot_product_attention as genuine
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.receipt import ModuleReceipt
@@ -41,7 +42,6 @@ class Interception:
     dense: whether the module runs with every tile HIGH in every step.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
-    mapped: whether tiles have the policy's classes in this step; else every tile is HIGH.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class Interception:
         self.dense = dense
         _ = config.words  # made here once, and not in a graph
         self.stand_in: Callable[..., operator.Result] | None = None
-        self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.intercepted = 0
         self.in_dense_steps = 0
         self.fallbacks: Counter[str] = Counter()
@@ -64,6 +63,11 @@ class Interception:
         self.head_dim = head_dim
         forward.listeners.append(self)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether tiles have the policy's classes in this step; else every tile is HIGH."""
+        return not self.dense and self.forward.call.mapped
+
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
 
@@ -71,7 +75,7 @@ class Interception:
         """
         reason = self.head_dim and self.decision.limits(device, self.head_dim)[0]
         if reason:
-            self._fall_back(reason)
+            self.fall_back(reason)
             self._announce(device)
         return bool(reason)
 
@@ -82,8 +86,14 @@ class Interception:
         """
         reasons = self._stock_kinds and self._stock_kinds.get(self._kind(hidden, arguments))
         for reason in reasons or ():
-            self._fall_back(reason)
+            self.fall_back(reason)
         return bool(reasons)
+
+    def fall_back(self, reason: str) -> str:
+        """Counts a call that falls back, and gives its reason back."""
+        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
+            self.fallbacks[reason] += 1
+        return reason
 
     def learn(self, hidden: torch.Tensor, arguments: Sequence[Any], call: ProcessorCall) -> None:
         """Keeps in mind that such calls fall back as a whole, if `call`, which had them, did for reasons that last."""
@@ -98,37 +108,52 @@ class Interception:
     def attention(self, call: ProcessorCall, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
                   scale=None, enable_gqa=False):  # fmt: skip
         """Runs a `scaled_dot_product_attention` of the module, by the operator where it can."""
-        grid = self.forward.grid
-        tokens = math.prod(grid) if grid else None
-        text = self.family.text_range(
-            query.shape[-2], key.shape[-2], call.hidden, call.encoder, self.forward.text_length, tokens
-        )
-        reason = self.decision.why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
+        text = self._text_range(call, query, key)
+        reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if not torch.compiler.is_compiling():
             call.reasons.append(reason)
         if reason:
-            self._fall_back(reason)
-            return scaled_dot_product_attention(
+            self.fall_back(reason)
+            return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self._take(query)
         attend = self.stand_in or operator.attention
         result = attend(
-            query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
-            masks_text=self.family.masks_text, mapped=self.mapped, **self.config.arguments(text or (0, 0), grid),
+            query, key, value, key_mask=masks_of_keys(attn_mask, key), scale=scale, is_causal=is_causal,
+            masks_text=self.family.masks_text, mapped=self.mapped,
+            **self.config.arguments(text or (0, 0), self.forward.grid),
         )  # fmt: skip
         self._count_inexact(result.inexact_rows)
         return result.out
 
+    def met_no_attention(self, processor: Any) -> None:
+        """Counts a call of the module whose processor attended without `scaled_dot_product_attention`, and warns once.
+
+        processor: the stock one.
+        """
+        sdpa = functional.scaled_dot_product_attention
+        reason = f"{_name(processor)} attended in its own way, without scaled_dot_product_attention"
+        if sdpa is not genuine:
+            reason = f"scaled_dot_product_attention was replaced by {_name(sdpa)}"
+        self.fall_back(reason)
+        if not self.forward.warned:
+            self.forward.warned = True
+            logger.warning("%s: DMA attention did not run: %s", self.forward.model, reason)
+
     def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
         """The receipt of the module of this name, on the device of its last call, or else on `device`.
 
-        Waits for a device that has counted inexact rows.
+        It says that stock attention runs where that was so in every call. It waits for a device that has counted
+        inexact rows.
         """
-        lowering, reason = self._choice(self.device or device)
+        device = self.device or device
+        lowering, reason = self._choice(device)
+        if self.fallbacks and not self.intercepted:
+            lowering, reason = "stock", "; ".join(self.fallbacks)
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
-            self.intercepted, dict(self.fallbacks), architecture(self.device or device),
+            self.intercepted, dict(self.fallbacks), architecture(device),
             sum(int(rows) for rows in self.inexact_rows),
             tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid)))), self.in_dense_steps,
         )  # fmt: skip
@@ -137,9 +162,24 @@ class Interception:
         """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
         return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
 
+    def _text_range(self, call: ProcessorCall, query, key) -> tuple[int, int] | None:
+        grid = self.forward.grid
+        return self.family.text_range(
+            query.shape[-2], key.shape[-2], call.hidden, call.encoder, self.forward.text_length,
+            math.prod(grid) if grid else None,
+        )  # fmt: skip
+
+    def _why_stock(self, *operation) -> str:
+        now = self.forward.call
+        if not now.is_running:  # facts of another call would be believed
+            return NOT_RUNNING
+        return WANTS_GRADIENTS if now.trains else self.decision.why_stock(*operation)
+
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
-        return hidden.device, _wants_gradients(hidden), self.forward.text_length, *map(_outline, arguments)
+        now = self.forward.call
+        running = now.is_running, now.trains, self.forward.text_length
+        return hidden.device, _wants_gradients(hidden), *running, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
         config = self.config
@@ -160,10 +200,6 @@ class Interception:
         words += "" if self.config.protect_text else " without protected text"
         sigma = self.forward.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
-
-    def _fall_back(self, reason: str) -> None:
-        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
-            self.fallbacks[reason] += 1
 
     def _take(self, query: torch.Tensor) -> None:
         if not torch.compiler.is_compiling():
@@ -203,9 +239,7 @@ def _outline(argument: Any) -> Any:
     return argument if isinstance(argument, bool | int | str | None) else type(argument).__name__
 
 
-def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """`mask` as `[batch, keys]`."""
-    if mask is None:
-        return None
-    entry = mask[..., :1, :] if mask.ndim < 4 else mask[:, :1, :1]  # of those that an expanded mask repeats
-    return entry.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)
+def _name(function: Any) -> str:
+    """The module and the name of a function, or of the class of anything else."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -3,28 +3,31 @@
 import operator as operators
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers.interception import Interception
+from dma_diffusers.internals import scaled_dot_product_attention
 
 
 class InterceptionMode(TorchFunctionMode):
     """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
 
-    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+    met_attention: whether any was handed over.
     """
 
-    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+    def __init__(self, interception: Interception, hidden: int, encoder: int):
         super().__init__()
         self.interception = interception
-        self.hidden = hidden.shape[1]
-        self.encoder = 0 if encoder is None or encoder is hidden else encoder.shape[1]
+        self.hidden = hidden
+        self.encoder = encoder
         self.reasons: list[str] = []
+        self.met_attention = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
+            self.met_attention = True
             return self.interception.attention(self, *args, **kwargs)
         if func in _SQUARING and self.interception.family.squares_masks and _is_mask(args[0]):
             return args[0]  # [B, 1, 1, S] all the way

@@ -25,7 +25,8 @@ _COGVIEW = Family(
 _COGVIDEO = Family("first", timestep_scale=1000, grid=grids.of_frames)
 _QWEN = Family("first", masks_text=True, timestep_scale=1, grid=grids.of_shapes)
 _HUNYUAN_VIDEO = Family("last", text_only=("refiner",), masks_text=True, timestep_scale=1000)
-_SD3 = Family("last", timestep_scale=1000, grid=grids.of_image)
+# An IP-Adapter brings image_proj.
+_SD3 = Family("last", cross_attention=("image_proj",), timestep_scale=1000, grid=grids.of_image)
 _JOY = Family("last", timestep_scale=1000)
 _Z_IMAGE = Family(
     "last",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import apply, grids, report
+from dma_diffusers import DMAConfig, apply, grids, report
 from dma_diffusers.families import FAMILIES, Family, family_of
 from dma_diffusers.forward import ForwardContext
 from tests import tiny_pipelines
@@ -17,8 +17,8 @@ from tests.dma_diffusers import tiny_models
 
 def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> ForwardContext:
     """Observes the model's calls from now on."""
-    forward = ForwardContext(model, family_of(model, grid=grid), None, wants_grid=True)
-    model.register_forward_pre_hook(forward.hook, with_kwargs=True)
+    forward = ForwardContext(model, family_of(model, grid=grid), DMAConfig(), wants_grid=True)
+    forward.watch(model)
     return forward
 
 

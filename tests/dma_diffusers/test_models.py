@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig, apply, report, restore
-from dma_diffusers.attach import interceptions, transformers_of
+from dma_diffusers.attach import interceptions
+from dma_diffusers.components import transformers_of
 from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
@@ -301,7 +302,7 @@ def test_frames_that_attend_in_blocks_are_left_to_stock():
     apply(case.model, min_length=0)
     assert torch.equal(case.run(text), stock)
     assert {reason for module in report(case.model).modules for reason in module.fallbacks} == {
-        "a mask that is not boolean over keys alone"
+        "a mask that is not boolean over keys alone: each query has its own"
     }
 
 
