@@ -120,7 +120,7 @@ def _why_other_mask(mask: torch.Tensor, key: torch.Tensor) -> str:
         return f"{OTHER_MASK}: numbers are added to the scores"
     if not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
         return f"{OTHER_MASK}: it has {mask.ndim} dimensions and {mask.shape[-1]} keys"
-    if mask.shape[-2] != 1:
+    if mask.shape[-2] != 1 and mask.stride(-2) != 0:
         return f"{OTHER_MASK}: each query has its own"
     if mask.ndim > 2 and mask.shape[-3] != 1 and mask.stride(-3) != 0:
         return f"{OTHER_MASK}: each head has its own"
