@@ -117,7 +117,7 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
     Raises ValueError as `apply` does; so does the function, for a processor that is none.
     """
-    if known_family(model) is None and (inside := _known_inside(model)):
+    if config.text is None and known_family(model) is None and (inside := _known_inside(model)):
         raise ValueError(f"{type(model).__name__} holds a {inside}: apply DMA to that")
     family = family_of(model, config.text, cast(tuple[int, ...] | None, config.grid))
     parallel = getattr(model, "_parallel_config", None)

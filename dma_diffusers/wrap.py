@@ -107,7 +107,7 @@ def _call(kind: type, stock_call: Any):
     declared: list[str] = []
     passed: list[str] = []
     for p in parameters:
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         if p.kind is p.KEYWORD_ONLY and not any(d.startswith("*") for d in declared):
             declared.append("*")
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
