@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from dma_diffusers.families import Family
+from dma_diffusers.parallel import splits_text
 
 logger = logging.getLogger("dma_diffusers")
 
@@ -43,6 +44,7 @@ class ForwardContext:
         self.note = note
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
+        self.splits_text = splits_text(model)  # over several GPUs
         self.announced = False
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self._text: torch.Tensor | None = None

@@ -7,17 +7,26 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers.interception import Interception
+from dma_diffusers.parallel import Spread
 
 
 class InterceptionMode(TorchFunctionMode):
     """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
 
-    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given. spread: the GPUs that
+    exchange heads around such calls.
     """
 
-    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+    def __init__(
+        self,
+        interception: Interception,
+        hidden: torch.Tensor,
+        encoder: torch.Tensor | None,
+        spread: Spread | None = None,
+    ):
         super().__init__()
         self.interception = interception
+        self.spread = spread
         self.hidden = hidden.shape[1]
         self.encoder = 0 if encoder is None else encoder.shape[1]
         self.reasons: list[str] = []

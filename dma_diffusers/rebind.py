@@ -15,16 +15,27 @@ from torch.nn import functional
 
 from dma_diffusers.interception import Interception
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.parallel import Spread
 
 
 class Rebound:
     """One call of a stock processor whose attention is asked for by name; a `ProcessorCall`.
 
-    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given. backend: its own
+    backend, for calls over several GPUs that stock attention runs.
     """
 
-    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+    spread = None  # no call of a `scaled_dot_product_attention` is inside Diffusers' context parallelism
+
+    def __init__(
+        self,
+        interception: Interception,
+        hidden: torch.Tensor,
+        encoder: torch.Tensor | None,
+        backend: Any = None,
+    ):
         self.interception = interception
+        self.backend = backend
         self.given = hidden, encoder
         self.hidden = hidden.shape[1]
         self.encoder = 0 if encoder is None else encoder.shape[1]
@@ -48,6 +59,11 @@ class Rebound:
         attention_kwargs=None, *, backend=None, parallel_config=None,
     ):  # fmt: skip
         """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
+        if spread := Spread.of(parallel_config, self.interception.forward.splits_text):
+            return self.interception.spread_attention(
+                self, spread, query, key, value, attn_mask, backend=self.backend, dropout_p=dropout_p,
+                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
+            )  # fmt: skip
         if attention_kwargs or parallel_config is not None or (attn_mask is not None and attn_mask.ndim == 2):
             mode = InterceptionMode(self.interception, *self.given)
             mode.reasons = self.reasons

@@ -16,7 +16,11 @@ from diffusers.models.attention_dispatch import (
 
 from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.parallel import Spread
 from dma_diffusers.rebind import Rebound, can_rebind
+
+NO_COMPILED_RING = "ring attention is not compiled: use Ulysses, or compile without fullgraph"
+NO_RING_HERE = "a ring needs a stock processor that asks for attention by name: use Ulysses"
 
 
 class WrappedProcessor:
@@ -37,15 +41,6 @@ class WrappedProcessor:
     @_attention_backend.setter
     def _attention_backend(self, backend: AttentionBackendName | None) -> None:
         self.__dict__["_attention_backend"] = backend  # for calls that the stock processor makes as a whole
-
-    @property
-    def _parallel_config(self) -> Any:
-        return None
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        if config is not None:
-            raise ValueError("DMA attention does not support context parallelism: restore the model first")
 
     def __reduce__(self):
         return wrap, (self.stock, self.interception)
@@ -95,14 +90,19 @@ def _call(stock: type):
 def __call__({", ".join(declared)}):
     if not is_compiling():
         return run({hidden}, {encoder}, {", ".join(passed)})
+    spread = spread_of(self)
+    if spread is not None and spread.ring > 1:
+        return uncompiled_run({hidden}, {encoder}, {", ".join(passed)})
     if self.interception.all_fall_back({hidden}.device):
         return self.stock({", ".join(passed[1:])})
-    with InterceptionMode(self.interception, {hidden}, {encoder}), native():
+    with InterceptionMode(self.interception, {hidden}, {encoder}, spread), native():
         return stock_call({", ".join(passed)})
 """
+    run = partial(_run, stock.__call__, can_rebind(stock.__call__), native)
     namespace = {
         "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "native": native,
-        "run": partial(_run, stock.__call__, can_rebind(stock.__call__), native), "stock_call": stock.__call__,
+        "run": run, "stock_call": stock.__call__, "spread_of": _spread_of,
+        "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
     }  # fmt: skip
     namespace |= defaults
     exec(source, namespace)
@@ -114,24 +114,43 @@ def _run(
     hidden: torch.Tensor, encoder: torch.Tensor | None, wrapped: WrappedProcessor, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
-    interception = wrapped.interception
+    interception, spread = wrapped.interception, _spread_of(wrapped)
     if interception.all_fall_back(hidden.device):
-        return wrapped.stock(*args, **kwargs)
-    arguments = (*args, *kwargs.values())
+        return _run_stock(wrapped, spread, args, kwargs)
+    arguments = (*args, *kwargs.values(), spread and spread.gpus)
     if interception.falls_back(hidden, arguments):
+        if spread is not None:
+            return _run_stock(wrapped, spread, args, kwargs)
         with native():
             return stock_call(wrapped, *args, **kwargs)
     call: ProcessorCall
     if by_name and not interception.family.squares_masks:
-        call = rebound = Rebound(interception, hidden, encoder)
+        call = rebound = Rebound(
+            interception, hidden, encoder, getattr(wrapped.stock, "_attention_backend", None)
+        )
         with native():
             result = rebound.run(stock_call, wrapped, *args, **kwargs)
+    elif spread is not None and spread.ring > 1:
+        interception.fall_back(NO_RING_HERE)
+        return _run_stock(wrapped, spread, args, kwargs)
     else:
-        call = mode = InterceptionMode(interception, hidden, encoder)
+        call = mode = InterceptionMode(interception, hidden, encoder, spread)
         with mode, native():
             result = stock_call(wrapped, *args, **kwargs)
     interception.learn(hidden, arguments, call)
     return result
+
+
+def _run_stock(wrapped: WrappedProcessor, spread: Spread | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls the stock processor, with its own backend."""
+    if spread is not None:
+        spread.check_backend(getattr(wrapped.stock, "_attention_backend", None))
+    return wrapped.stock(*args, **kwargs)
+
+
+def _spread_of(wrapped: WrappedProcessor) -> Spread | None:
+    parallel_config = getattr(wrapped, "_parallel_config", None)
+    return Spread.of(parallel_config, wrapped.interception.forward.splits_text)
 
 
 def _takes_process_backend(stock: type) -> bool:
