@@ -31,9 +31,10 @@ class ProcessorCall(Protocol):
     hidden, encoder: numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     reasons: for each operation the reason for which it fell back, empty if the operator took it.
     spread: the GPUs that exchange heads around a `scaled_dot_product_attention` of the call, which then has all parts
-        of the sequence; None for one GPU.
+        of the sequence; None for one GPU. backend: the module's own, for calls over several GPUs that fall back.
     """
 
+    backend: Any
     spread: Spread | None
     hidden: int
     encoder: int
@@ -128,8 +129,8 @@ class Interception:
         ).out
 
     def spread_attention(
-        self, call: ProcessorCall, spread: Spread, query, key, value, attn_mask=None, *, backend=None,
-        dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, attention_kwargs=None,
+        self, call: ProcessorCall, spread: Spread, query, key, value, attn_mask=None, dropout_p=0.0,
+        is_causal=False, scale=None, enable_gqa=False, attention_kwargs=None,
     ) -> torch.Tensor:  # fmt: skip
         """Runs a `dispatch_attention_fn` over several GPUs, by the operator where it can; tensors are `[B, S, H, D]`.
 
@@ -149,8 +150,8 @@ class Interception:
         if reason:
             self.fall_back(reason)
             return spread.stock_attention(
-                reason, backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
+                reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
             )  # fmt: skip
         if self.mapped:
             spread.check([self.config.asked])

@@ -1,6 +1,7 @@
 """The interception of every attention operation inside a `with`, by a mode that sees all of PyTorch's functions."""
 
 import operator as operators
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +17,8 @@ class InterceptionMode(TorchFunctionMode):
     hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given. spread: the GPUs that
     exchange heads around such calls.
     """
+
+    backend: Any = None  # what falls back here is inside Diffusers' native backend
 
     def __init__(
         self,

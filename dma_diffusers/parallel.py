@@ -80,7 +80,7 @@ class Spread:
         return family.text_range(keys, hidden, encoder, model, grid)
 
     def why_stock(
-        self, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, text: tuple[int, int]
+        self, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, text: TextRange
     ) -> str:
         """The reason for which a call falls back to stock attention over these GPUs; empty if it need not.
 
@@ -90,7 +90,7 @@ class Spread:
         """
         if query.shape[1] != key.shape[1]:
             return "fewer heads of keys than of queries, over several GPUs"
-        has_text = text[1] > text[0]
+        has_text = text is not None and text[1] > text[0]
         if has_text and self.ring > 1 and not self.splits_text:
             return "a ring of whose chunks only the first or the last have text: use Ulysses"
         is_uneven = self.context.ulysses_anything or self.context.ring_anything
@@ -256,5 +256,5 @@ def _local_policy(policy: Policy, heads: tuple[int, int], is_own: bool, is_first
         )
     if not isinstance(policy, Diagonal):
         return policy
-    window = policy.window[slice(*heads)] if policy.heads else policy.window
+    window = policy.windows[slice(*heads)] if policy.heads else policy.window
     return replace(policy, window=window if is_own else 0, sink=policy.sink if is_first else 0)

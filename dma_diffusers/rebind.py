@@ -25,7 +25,9 @@ class Rebound:
     backend, for calls over several GPUs that stock attention runs.
     """
 
-    spread = None  # no call of a `scaled_dot_product_attention` is inside Diffusers' context parallelism
+    spread: Spread | None = (
+        None  # no call of a `scaled_dot_product_attention` is inside Diffusers' context parallelism
+    )
 
     def __init__(
         self,
@@ -61,8 +63,7 @@ class Rebound:
         """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
         if spread := Spread.of(parallel_config, self.interception.forward.splits_text):
             return self.interception.spread_attention(
-                self, spread, query, key, value, attn_mask, backend=self.backend, dropout_p=dropout_p,
-                is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
+                self, spread, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs
             )  # fmt: skip
         if attention_kwargs or parallel_config is not None or (attn_mask is not None and attn_mask.ndim == 2):
             mode = InterceptionMode(self.interception, *self.given)
