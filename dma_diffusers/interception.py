@@ -141,9 +141,9 @@ class Interception:
         if mask is not None and mask.shape == (key.shape[0], key.shape[1]):
             mask = mask[:, None, None]
         text = self._text_range(call, key.shape[1], spread)
-        gpus = spread.gpus
-        reason = self.decision.why_stock(q, k, v, mask, dropout_p, scale, enable_gqa, text, gpus)
-        reason = reason or spread.why_stock(q, k, mask, text)
+        spread_reason = spread.why_stock(q, k, mask, text)  # first, for it raises where stock would be wrong
+        reason = self.decision.why_stock(q, k, v, mask, dropout_p, scale, enable_gqa, text, spread.gpus)
+        reason = reason or spread_reason
         if not reason and (is_causal or attention_kwargs):
             reason = "a causal call, or one with attention_kwargs, over several GPUs"
         call.reasons.append(reason)

@@ -318,10 +318,16 @@ def heads_must_be_divided(world: World) -> dict:
 
 
 def masks_of_all_tokens_are_refused(world: World) -> dict:
-    q, k, _ = (world.part(x, 2) for x in qkv())
-    mask = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+    """FLUX's plan splits no mask: stock attention would read it in the order of one process."""
+    from dma_diffusers import apply
+
+    case = tiny("flux")
+    apply(case.model, min_length=0)
+    case.model.enable_parallelism(config=world.config())
+    mask = torch.ones(1, 1, 1, TEXT + case.tokens, dtype=torch.bool)
+    case.inputs["joint_attention_kwargs"] = {"attention_mask": mask}
     try:
-        world.spread().why_stock(q, k, mask, (0, 8))
+        case.run(case.texts(1)[0])
     except ValueError as refusal:
         return {"said": str(refusal)}
     return {"said": ""}

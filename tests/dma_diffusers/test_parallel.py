@@ -65,7 +65,7 @@ def test_heads_have_their_windows_and_chunks_their_bands_and_sinks():
 @pytest.mark.parametrize(("degrees", "name"), [
     *((degrees, name) for degrees in (RING, ULYSSES) for name in MODELS if (degrees, name) != (RING, "ltx")),
     *((BOTH, name) for name in ("flux", "flux2", "qwen", "wan")),
-])  # fmt: skip
+], ids=str)  # fmt: skip
 def test_a_model_with_exact_attention_is_stock(degrees, name):
     """Its text is where it is said to be. Applied before parallelism is enabled, and after it."""
     kinds = [
@@ -131,7 +131,7 @@ def test_refusals_say_what_to_do():
     for degrees in (RING, ULYSSES):
         for each in found(degrees, "masks_of_all_tokens_are_refused"):
             assert (
-                "a mask over 512 keys where each of 2 GPUs has 256: split it in the cp_plan" in each["said"]
+                "a mask over 324 keys where each of 2 GPUs has 162: split it in the cp_plan" in each["said"]
             )
         for each in found(degrees, "backends_without_parallelism_are_refused"):
             assert "stock attention's backend 'flex' has no context parallelism" in each["said"]

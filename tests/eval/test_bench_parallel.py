@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +29,9 @@ from tests.command_line import run
 SMALL, LARGE = Shape("", 1, 2, 512, 32), Shape("", 1, 8, 8192, 128)
 
 
-def _process(rank: int, device_type: str, shape: Shape, lowering: str, folder: str) -> None:
+def _process(rank: int, port: int, device_type: str, shape: Shape, lowering: str, folder: str) -> None:
     os.environ.update(
-        MASTER_ADDR="localhost", MASTER_PORT="29571", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
     )
     torch.set_num_threads(1)
     with parallel.processes(device_type) as device, torch.no_grad():
@@ -39,8 +40,11 @@ def _process(rank: int, device_type: str, shape: Shape, lowering: str, folder: s
 
 
 def measured_by(device_type: str, shape: Shape, lowering: str) -> dict:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (device_type, shape, lowering, folder), nprocs=2)
+        mp.spawn(_process, (port, device_type, shape, lowering, folder), nprocs=2)
         first, second = (json.loads(Path(folder, str(rank)).read_text()) for rank in range(2))
     assert first == second
     return first
