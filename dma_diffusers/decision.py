@@ -47,10 +47,11 @@ class Decision:
             self._limits[key] = config.why_stock(*key), config.least_keys(device, head_dim)
         return self._limits[key]
 
-    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
+    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text, parts=1) -> str:
         """The reason for which a `scaled_dot_product_attention` falls back to stock; empty if the operator takes it.
 
-        text: start and stop of the text tokens; None if the call does not tell.
+        text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
+        many keys each.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -68,7 +69,7 @@ class Decision:
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if key.shape[-2] < least:
+        if key.shape[-2] * parts < least:
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
