@@ -10,8 +10,10 @@ SOME_PASSED := awk '{ print; fflush() } /^=+ .*[0-9]+ passed/ { passed = 1 } END
 # Of each minor version the newest; the interpreters of the later ones have block-scaled products.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 INTERPRETING_TRITONS := 3.8.0 3.9.0
+# The oldest that pyproject.toml admits; the environment has the newest.
+OLDEST_DIFFUSERS := 0.42.0
 
-.PHONY: demo test test-tritons
+.PHONY: demo test test-tritons test-diffusers
 .SECONDARY:
 
 demo: .venv/demo.stamp
@@ -34,8 +36,14 @@ test-compiled-by-%: .venv/test.stamp .venv/triton-%
 test-interpreted-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)
 
+test-diffusers: .venv/test.stamp .venv/diffusers-$(OLDEST_DIFFUSERS)
+	PYTHONPATH=$(CURDIR)/.venv/diffusers-$(OLDEST_DIFFUSERS) $(PYTEST) tests/dma_diffusers tests/pipelines | $(SOME_PASSED)
+
 .venv/triton-%: | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --target $@ --no-deps triton==$*
+
+.venv/diffusers-%: | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --target $@ --no-deps diffusers==$*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -2,17 +2,27 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from dma_diffusers.components import (
+    attention_modules,
+    device_of,
+    transformers_of,
+    unwrapped,
+    without_processor,
+)
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.decision import NOT_RUNNING
 from dma_diffusers.dense import dense_parts
-from dma_diffusers.families import family_of
+from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
+from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
 from dma_diffusers.wrap import WrappedProcessor, wrap
 
@@ -21,26 +31,36 @@ logger = logging.getLogger("dma_diffusers")
 
 @dataclass
 class Attachment:
-    """A record of what `apply` did to one model, kept on the model."""
+    """A record of what `apply` did to one model, kept on the model.
 
-    roles: dict[str, str]  # modules that keep their stock processor, and why
-    hook: RemovableHandle
+    config: what was asked for. chosen: the modules that it was asked for; None for all of them.
+    roles: the reason for which each module keeps its stock processor; empty if it does not. forward: None for a model
+    that keeps them all.
+    """
+
+    config: DMAConfig
+    chosen: set[str] | None
+    roles: dict[str, str]
+    forward: ForwardContext | None
+    hooks: tuple[RemovableHandle, ...] = ()
 
 
 def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None:
-    """Intercepts the attention of a transformer, or of every transformer of a pipeline.
+    """Intercepts the attention of a transformer, or of every transformer and ControlNet of a pipeline.
 
-    pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, only its transformers change.
+    pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, nothing else changes.
     config: a `DMAConfig` (None: the default), with `fields` of one changed.
     Applying again replaces what was applied. Attention operations that DMA does not take run on PyTorch's own
-    attention; an attention backend that was chosen before runs only where whole calls of a module fall back.
+    attention; an attention backend that was chosen before runs only where whole calls of a module fall back. Components
+    of a pipeline that are not called `transformer…`, such as ControlNets, stay as they are where the configuration
+    can't be had; the receipt says why.
 
-    Raises ValueError for a pipeline without a transformer, a model of no known family without `text`,
-    `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a configuration for
-    another model, a policy that needs a grid which is not known, or context parallelism.
+    Raises ValueError for a pipeline without a transformer, a model that can't have DMA, or of no known family without
+    `text`, for `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a
+    configuration for another model, a policy that needs a grid which is not known, or is spread over a ring of GPUs, or
+    a processor that is none. Nothing is changed then.
     """
-    config = DMAConfig.of(config, **fields)
-    for attach in [prepare(model, config) for _, model in transformers_of(pipe_or_model)]:
+    for attach in _prepare_all(pipe_or_model, DMAConfig.of(config, **fields)):
         attach()
 
 
@@ -48,14 +68,13 @@ def check(pipe_or_model: Any, configurations: Mapping[str, DMAConfig]) -> None:
     """Raises the ValueError that `apply` would for one of them, beginning with its name; changes nothing."""
     for name, config in configurations.items():
         try:
-            for _, model in transformers_of(pipe_or_model):
-                prepare(model, config)
+            _prepare_all(pipe_or_model, config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
 
 def restore(pipe_or_model: Any) -> None:
-    """Puts the very same stock processors back."""
+    """Puts the very same stock processors back; it does nothing where nothing is applied."""
     for _, model in transformers_of(pipe_or_model):
         _detach(model)
 
@@ -64,83 +83,64 @@ def report(pipe_or_model: Any) -> Receipt:
     """The receipt: what each attention module runs, and why; it has no modules where nothing is applied."""
     receipts: list[ModuleReceipt] = []
     for prefix, model in transformers_of(pipe_or_model):
-        if attachment := _attachment(model):
-            receipts.extend(_receipts(prefix, model, attachment))
+        if _attachment(model) or interceptions(model):
+            receipts.extend(_receipts(prefix, model, _attachment(model)))
     return Receipt(tuple(receipts))
 
 
 def interceptions(model: torch.nn.Module) -> dict[str, Interception]:
     """The interceptions of a model's attention modules, by name; empty where nothing is applied."""
-    found = [(name, module.processor) for name, module in _attention_modules(_uncompiled(model))]
+    found = [(name, module.processor) for name, module in attention_modules(unwrapped(model))]
     return {name: each.interception for name, each in found if isinstance(each, WrappedProcessor)}
 
 
-def is_overwritten(model: torch.nn.Module) -> bool:
-    """Tells whether DMA was applied to `model`, and all of its processors were replaced since."""
-    wrapped = any(isinstance(module.processor, WrappedProcessor) for _, module in _attention_modules(model))
-    return _attachment(model) is not None and not wrapped
+def settle(model: torch.nn.Module, keeps: bool) -> None:
+    """Brings DMA into line with processors that others have put on a model.
 
-
-def transformers_of(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
-    """(prefix of module names, model) of a model or of each transformer of a pipeline.
-
-    Raises TypeError for anything else, ValueError for a pipeline without a transformer.
+    keeps: whether modules that got another stock processor keep DMA. Processors of ours that come back run as they did,
+    and DMA is removed where none of them is left.
     """
-    if isinstance(pipe_or_model, torch.nn.Module):
-        return [("", _uncompiled(pipe_or_model))]
-    components = getattr(pipe_or_model, "components", None)
-    if not isinstance(components, dict):
-        kind = type(pipe_or_model).__name__
-        raise TypeError(f"expected a Diffusers pipeline or a transformer, got {kind}")
-    found = [
-        (f"{name}.", _uncompiled(component))
-        for name, component in components.items()
-        if name.startswith("transformer") and isinstance(component, torch.nn.Module)
+    attachment, found = _attachment(model), interceptions(model)
+    stale = [
+        each.forward for each in found.values() if not attachment or each.forward is not attachment.forward
     ]
-    if not found:
-        raise ValueError(f"{type(pipe_or_model).__name__} has no transformer")
-    return found
-
-
-def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, "_orig_mod", model)
-
-
-def _attention_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    return [(name, m) for name, m in model.named_modules() if callable(getattr(m, "processor", None))]
-
-
-def _attachment(model: torch.nn.Module) -> Attachment | None:
-    return getattr(model, "_dma_attachment", None)
+    if attachment and (keeps or stale):
+        prepare(model, attachment.config, attachment.chosen if keeps else set(found))()
+    elif stale:
+        prepare(model, stale[0].config, set(found))()
+    elif attachment and not found:
+        _detach(model)
+        logger.warning("set_attn_processor removed DMA attention from %s", type(model).__name__)
 
 
 def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None = None) -> Callable[[], None]:
     """Checks that `config` can be applied to `model`, or to its modules `chosen`; the function it gives applies it.
 
-    Raises ValueError as `apply` does.
+    Raises ValueError as `apply` does; so does the function, for a processor that is none.
     """
+    if config.text is None and known_family(model) is None and (inside := _known_inside(model)):
+        raise ValueError(f"{type(model).__name__} holds a {inside}: apply DMA to that")
     family = family_of(model, config.text, cast(tuple[int, ...] | None, config.grid))
-    parallel = getattr(model, "_parallel_config", None)
-    if getattr(parallel, "context_parallel_config", None) is not None:
-        raise ValueError("DMA attention does not support context parallelism")
-
-    roles = {}
-    wrapped = []
-    for name, _ in _attention_modules(model):
-        if chosen is not None and name not in chosen:
-            roles[name] = "not asked for"
-        elif role := family.stock_role(name):
+    roles: dict[str, str] = {}
+    eligible, intercepted = [], []
+    for name, _ in attention_modules(model):
+        if role := family.stock_role(name):
             roles[name] = role
-        else:
-            wrapped.append(name)
-    if not wrapped:
+            continue
+        eligible.append(name)
+        asked_for = chosen is None or name in chosen
+        roles[name] = "" if asked_for else "not asked for"
+        if asked_for:
+            intercepted.append(name)
+    if not intercepted:
         raise ValueError(f"{type(model).__name__} has no attention module to intercept")
-    eligible = [name for name, _ in _attention_modules(model) if not family.stock_role(name)]
     _check_modules(model, config, eligible)
     dense = dense_parts(config, family, type(model).__name__, tuple(eligible))
     if dense.above_sigma is not None and family.timestep_scale is None:
         raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
-    policies = [config.of_module(name).asked for name in wrapped if name not in dense.modules]
+    policies = [config.of_module(name).asked for name in intercepted if name not in dense.modules]
+    if spread := Spread.of(getattr(model, "_parallel_config", None)):
+        spread.check(policies)
     on_grid = [policy for policy in policies if policy.on_grid]
     if on_grid and family.grid is None:
         raise ValueError(
@@ -149,19 +149,62 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         )
 
     def attach() -> None:
-        _detach(model)
-        forward = ForwardContext(model, family, dense.above_sigma, bool(on_grid), dense.note)
-        for name in wrapped:
+        forward = ForwardContext(model, family, config, dense.above_sigma, bool(on_grid), dense.note)
+        processors = {}
+        for name in intercepted:
             module: Any = model.get_submodule(name)
             own = config.of_module(name)
-            interception = Interception(own, family, forward, name in dense.modules, _head_dim(module))
-            module.processor = wrap(module.processor, interception)
-        hook = model.register_forward_pre_hook(forward.hook, with_kwargs=True)
-        model._dma_attachment = Attachment(roles, hook)  # type: ignore[assignment]  # an attribute like any other
+            seen = family.of_module(name)
+            interception = Interception(own, seen, forward, name in dense.modules, _head_dim(module))
+            processors[name] = wrap(_stock(module.processor), interception)
+        _detach(model)
+        for name, processor in processors.items():
+            model.get_submodule(name).processor = processor  # type: ignore[assignment]
+        _record(model, Attachment(config, chosen, roles, forward, forward.watch(model)))
         if dense.note:
             logger.info("%s: %s", type(model).__name__, dense.note)
 
     return attach
+
+
+def _prepare_all(pipe_or_model: Any, config: DMAConfig) -> list[Callable[[], None]]:
+    """`prepare` for each transformer; others of a pipeline may be left as they are."""
+    attaching: list[Callable[[], None]] = []
+    leaving: list[Callable[[], None]] = []
+    for prefix, model in transformers_of(pipe_or_model):
+        try:
+            attaching.append(prepare(model, config))
+        except ValueError as error:
+            if not prefix or prefix.startswith("transformer"):
+                raise
+            refusal = error
+            leaving.append(partial(_leave, model, config, str(error)))
+    if not attaching:
+        raise refusal
+    return attaching + leaving
+
+
+def _known_inside(model: torch.nn.Module) -> str:
+    """The class and the place of a model of a known family inside of another module; empty if there is none."""
+    inside = ((name, m) for name, m in model.named_modules() if name and known_family(m))
+    return next((f"{type(m).__name__} as {name}" for name, m in inside), "")
+
+
+def _leave(model: torch.nn.Module, config: DMAConfig, reason: str) -> None:
+    _detach(model)
+    _record(model, Attachment(config, None, {name: reason for name, _ in attention_modules(model)}, None))
+
+
+def _attachment(model: torch.nn.Module) -> Attachment | None:
+    return getattr(model, "_dma_attachment", None)
+
+
+def _record(model: torch.nn.Module, attachment: Attachment) -> None:
+    model._dma_attachment = attachment  # type: ignore[assignment]  # an attribute like any other
+
+
+def _stock(processor: Any) -> Any:
+    return processor.stock if isinstance(processor, WrappedProcessor) else processor
 
 
 def _check_modules(model: torch.nn.Module, config: DMAConfig, eligible: list[str]) -> None:
@@ -189,18 +232,25 @@ def _head_dim(module: Any) -> int | None:
 
 def _detach(model: torch.nn.Module) -> None:
     if attachment := _attachment(model):
-        attachment.hook.remove()
+        for hook in attachment.hooks:
+            hook.remove()
         del model._dma_attachment
-    for _, module in _attention_modules(model):
-        if isinstance(module.processor, WrappedProcessor):
-            module.processor = module.processor.stock
+    for _, module in attention_modules(model):
+        module.processor = _stock(module.processor)  # type: ignore[assignment]
 
 
-def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment) -> Iterator[ModuleReceipt]:
-    for name, module in _attention_modules(model):
-        if isinstance(module.processor, WrappedProcessor):
-            device = next(module.parameters()).device
-            yield module.processor.interception.receipt(prefix + name, device)
+def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment | None) -> Iterator[ModuleReceipt]:
+    roles = attachment.roles if attachment else {}
+    for name, module in attention_modules(model):
+        processor = module.processor
+        if isinstance(processor, WrappedProcessor):
+            receipt = processor.interception.receipt(prefix + name, device_of(model, module))
+            if attachment is None or processor.interception.forward is not attachment.forward:
+                receipt = replace(receipt, lowering="stock", reason=NOT_RUNNING)
+            yield receipt
         else:
-            reason = attachment.roles.get(name, "its processor was replaced after DMA was applied")
+            reason = roles.get(name, "it was not there when DMA was applied")
+            reason = reason or "its processor was replaced after DMA was applied"
             yield ModuleReceipt(prefix + name, "stock", reason=reason)
+    for name in without_processor(model):
+        yield ModuleReceipt(prefix + name, "stock", reason="it attends without a processor")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.families import FAMILIES, family_of
+from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.defaults import default_formats
@@ -191,11 +191,11 @@ class DMAConfig:
         dense_above_sigma=1.
         Raises ValueError for a family without one.
         """
-        found = family_of(model, "none").published
-        if found is None:
+        family = known_family(model)
+        if family is None or family.published is None:
             known = ", ".join(name for name, family in FAMILIES.items() if family.published)
             raise ValueError(f"no neighbourhood was published for {type(model).__name__}; there are {known}")
-        return cls.of(None, **{"policy": found.policy(grid)} | changes)
+        return cls.of(None, **{"policy": family.published.policy(grid)} | changes)
 
     @classmethod
     def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":

@@ -3,16 +3,24 @@
 import math
 
 import torch
-from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
-from torch.overrides import _get_current_function_mode_stack
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
+from dma_diffusers.internals import (
+    AttentionScoreSkipFunctionMode,
+    DeviceContext,
+    function_modes,
+    may_overlap,
+)
 from dma_diffusers.kernels import operator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOO_SHORT = "fewer than "
 OTHER_MASK = "a mask that is not boolean over keys alone"
+NOT_RUNNING = (
+    "the module was called outside a call of its model, whose hooks tell where text is: call the model itself, not its "
+    "forward, and apply DMA again where it was removed"
+)
 WANTS_GRADIENTS = "gradients are wanted, and there is no backward yet"
 OTHER_TOKENS = "cross-attention: queries and keys are different tokens"
 UNKNOWN_TEXT = "cross-attention, or a model's call that does not tell where text is"
@@ -39,10 +47,11 @@ class Decision:
             self._limits[key] = config.why_stock(*key), config.least_keys(device, head_dim)
         return self._limits[key]
 
-    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
+    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text, parts=1) -> str:
         """The reason for which a `scaled_dot_product_attention` falls back to stock; empty if the operator takes it.
 
-        text: start and stop of the text tokens; None if the call does not tell.
+        text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
+        many keys each.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -54,20 +63,18 @@ class Decision:
             return "an empty call"
         if query.shape[0] != key.shape[0] or key.shape != value.shape:
             return "q, k and v of different batches, or k and v of different heads"
-        if query.shape[-2] != key.shape[-2]:
-            return OTHER_TOKENS
         if text is None:
-            return UNKNOWN_TEXT
+            return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if key.shape[-2] < least:
+        if key.shape[-2] * parts < least:
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
-        if attn_mask is not None and not _masks_keys(attn_mask, key):
-            return OTHER_MASK
+        if attn_mask is not None and (other := _why_other_mask(attn_mask, key)):
+            return other
         if scale is not None and not 0 < scale < math.inf:
             return "a scale that is not a positive number"
         if _shares_memory(query) or _shares_memory(key) or _shares_memory(value):
@@ -76,11 +83,7 @@ class Decision:
             return "dropout"
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return WANTS_GRADIENTS
-        if not torch.compiler.is_compiling() and any(
-            isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()
-        ):
-            return "a guider skips attention scores"
-        return ""
+        return _why_another_attends()
 
     def lasts(self, reason: str, has_encoder: bool, wants_gradients: bool) -> bool:
         """Tells whether further calls of a module, with arguments of the same shapes, fall back for this reason too.
@@ -94,20 +97,45 @@ class Decision:
             return has_encoder and self.family.text == "none"
         if reason == WANTS_GRADIENTS:
             return wants_gradients
-        return reason == OTHER_MASK or reason.startswith(TOO_SHORT)
+        return reason.startswith(OTHER_MASK) or reason.startswith(TOO_SHORT)
 
 
 def _shares_memory(x: torch.Tensor) -> bool:
     """Tells whether elements of x share memory; in a compiled graph, whether x was expanded."""
     if torch.compiler.is_compiling():  # to order strides would tie the graph to their order
         return any(stride == 0 and size != 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-    return torch._debug_has_internal_overlap(x) != 0 and operator.aliases(x)  # 0: surely none
+    return may_overlap(x) != 0 and operator.aliases(x)  # 0: surely none
 
 
-def _masks_keys(mask: torch.Tensor, key: torch.Tensor) -> bool:
-    """Tells whether `mask` is boolean and the same for every head and query."""
-    if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
-        return False
-    return all(size == 1 for size in mask.shape[-3:-1]) and (
-        mask.ndim < 4 or mask.shape[0] in (1, key.shape[0])
-    )
+def masks_of_keys(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask that masks keys alone, as `[batch, keys]`."""
+    if mask is None:
+        return None
+    of_batch = mask[:, 0, 0] if mask.ndim == 4 else mask[(0,) * (mask.ndim - 1)][None]
+    return of_batch.expand(key.shape[0], -1)
+
+
+def _why_other_mask(mask: torch.Tensor, key: torch.Tensor) -> str:
+    """The reason for which `mask` does not mask keys alone, the same for every head and query; empty if it does."""
+    if mask.dtype != torch.bool:
+        return f"{OTHER_MASK}: numbers are added to the scores"
+    if not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
+        return f"{OTHER_MASK}: it has {mask.ndim} dimensions and {mask.shape[-1]} keys"
+    if mask.shape[-2] != 1 and mask.stride(-2) != 0:
+        return f"{OTHER_MASK}: each query has its own"
+    if mask.ndim > 2 and mask.shape[-3] != 1 and mask.stride(-3) != 0:
+        return f"{OTHER_MASK}: each head has its own"
+    if mask.ndim == 4 and mask.shape[0] not in (1, key.shape[0]):
+        return f"{OTHER_MASK}: it is for another batch"
+    return ""
+
+
+def _why_another_attends() -> str:
+    """The reason for which a function mode around the model may attend in its own way; empty if there is none."""
+    for mode in function_modes():
+        if isinstance(mode, AttentionScoreSkipFunctionMode):
+            return "a guider skips attention scores"
+        if not isinstance(mode, DeviceContext):
+            kind = type(mode)
+            return f"{kind.__module__}.{kind.__qualname__} may attend in its own way: it is a torch function mode"
+    return ""

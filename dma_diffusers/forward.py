@@ -2,12 +2,15 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+import threading
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
+from dma_diffusers.parallel import splits_text
 
 logger = logging.getLogger("dma_diffusers")
 
@@ -15,15 +18,39 @@ logger = logging.getLogger("dma_diffusers")
 class Listener(Protocol):
     """An attention module's interception, as far as the forward context needs to know it."""
 
-    dense: bool
-    mapped: bool
-
     def notes(self, grid: tuple[int, ...]) -> list[str]: ...
+
+
+class ForwardCall:
+    """Facts about one forward call; each thread has one of its own.
+
+    is_running: whether the model's own call has begun and not ended. mapped: whether tiles have the policy's classes in
+    this step; else every tile is HIGH. trains: whether a backward pass will follow, perhaps through checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.mapped = True
+        self.trains = False
+        # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
+        self.text: torch.Tensor | None = None
+        self.grid: torch.Tensor | None = None
+
+
+class _OfThread(threading.local):
+    """A call for each thread. torch.compile follows what changes in the call, but not in a `threading.local`."""
+
+    def __init__(self) -> None:
+        self.call = ForwardCall()
+
+    def __reduce__(self):  # a copy of the model runs no call
+        return type(self), ()
 
 
 class ForwardContext:
     """The text length, the grid and the noise level of a model's forward call, read by a forward pre-hook.
 
+    config: what was asked for the model as a whole.
     dense_above_sigma: steps with a higher noise level run with every tile HIGH; None for no such step.
     wants_grid: whether a policy needs to know what the tokens lie on; the family must know how to find it.
     note: where dense steps and layers come from; empty if there are none.
@@ -33,60 +60,78 @@ class ForwardContext:
         self,
         model: torch.nn.Module,
         family: Family,
-        dense_above_sigma: float | None,
+        config: DMAConfig,
+        dense_above_sigma: float | None = None,
         wants_grid: bool = False,
         note: str = "",
     ):
         self.family = family
+        self.config = config
         self.dense_above_sigma = dense_above_sigma
         self.wants_grid = wants_grid
         self.note = note
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
+        self.splits_text = splits_text(model)  # over several GPUs
         self.announced = False
-        # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
-        self._text: torch.Tensor | None = None
-        self._grid: torch.Tensor | None = None
+        self.warned = False
         self.checked: set[tuple[int, ...]] = set()  # grids
         self.listeners: list[Listener] = []
+        self._of_thread = _OfThread()
+
+    @property
+    def call(self) -> ForwardCall:
+        """The call that runs in this thread, or that ran last."""
+        return self._of_thread.call
 
     @property
     def text_length(self) -> int | None:
         """The number of text tokens that the model was given; None if it was given no text."""
-        return None if self._text is None else self._text.shape[0]
+        text = self.call.text
+        return None if text is None else text.shape[0]
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The sides of the grid that the other tokens lie on; () if nobody needs it, or the call does not tell."""
-        return () if self._grid is None else tuple(self._grid.shape[:-1])
+        grid = self.call.grid
+        return () if grid is None else tuple(grid.shape[:-1])
 
-    @property
-    def hook(self) -> Callable[..., None]:
-        """The forward pre-hook that reads what the policies need."""
+    def watch(self, model: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Registers the hooks that begin and end the model's calls."""
         reads = (self.wants_grid and self.family.grid_on_device) or self.dense_above_sigma is not None
-        return self.observe_on_device if reads else self.observe
+        begin = self.begin_on_device if reads else self.begin
+        return (
+            model.register_forward_pre_hook(begin, with_kwargs=True),
+            model.register_forward_hook(self.end, always_call=True),
+        )
 
-    def observe(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the length of the text, and the grid if a policy or the family needs it; a forward pre-hook."""
-        call = self._named(args, kwargs)
-        text = call.get("encoder_hidden_states")
-        self._text = torch.empty(text.shape[1], 0) if isinstance(text, torch.Tensor) else None
+        named, call = self._named(args, kwargs), self.call
+        tokens = self.family.text_tokens(model, named)
+        call.text = None if tokens is None else torch.empty(tokens, 0)
         if self.wants_grid or self.family.pads_grid:
             find = self.family.grid if self.wants_grid and self.family.grid else self._find_grid
-            grid = find(model, call)
-            self._grid = torch.empty(*grid, 0) if grid else None
+            grid = find(model, named)
+            call.grid = torch.empty(*grid, 0) if grid else None
             if not torch.compiler.is_compiling():
                 self._check(grid)
+        call.trains = torch.is_grad_enabled() and (
+            model.training or bool(getattr(model, "gradient_checkpointing", False))
+        )
+        call.is_running = True
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own
-    def observe_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Does what `observe` does, and makes a step dense whose noise level asks for it; a forward pre-hook."""
-        self.observe(model, args, kwargs)
+    def begin_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Does what `begin` does, and makes a step dense whose noise level asks for it; a forward pre-hook."""
+        self.begin(model, args, kwargs)
         if self.dense_above_sigma is not None:
             sigma = self.noise_level(args, kwargs)
-            dense = sigma is not None and bool(sigma > self.dense_above_sigma)
-            for listener in self.listeners:
-                listener.mapped = not (dense or listener.dense)
+            self.call.mapped = sigma is None or not bool(sigma > self.dense_above_sigma)
+
+    def end(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Ends the call, also when the model raises; a forward hook."""
+        self.call.is_running = False
 
     def find_grid(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """The sides of the grid that a forward call's tokens lie on; () if that is not known."""

@@ -22,28 +22,74 @@ def given(grid: Grid, model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
 
 
 def of_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """Reads the grid from latents `[B, C, H, W]` and the patch size."""
+    """Reads the grid from latents `[B, C, H, W]` and the patch size, which may be None, for 1."""
     (latents,) = _arguments(call, "hidden_states")
-    return tuple(length // _config(model).patch_size for length in latents.shape[2:])
+    if latents.ndim != 4:
+        raise ValueError(
+            f"hidden_states of {latents.ndim} dimensions, not 4, do not tell their grid: say it, with grid="
+        )
+    return tuple(length // (_config(model).get("patch_size") or 1) for length in latents.shape[2:])
+
+
+def of_square_image(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid as `of_image` does, for a model that puts padding behind the tokens of other images."""
+    rows, columns = of_image(model, call)
+    if rows != columns:
+        raise ValueError(
+            f"the model puts padding behind the tokens of an image of {rows}×{columns}, which is no square: "
+            "use a policy that needs no grid"
+        )
+    return rows, columns
+
+
+def of_image_alone(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid as `of_image` does, for a model in which it begins where the text of each batch entry ends.
+
+    Other images must not join the call, and the texts of a batch must be alike in length: their masks are read.
+    """
+    if call.get("context_latents"):
+        raise ValueError("other images join the call, in context_latents: use a policy that needs no grid")
+    mask = call.get("encoder_attention_mask")
+    if mask is not None and len(mask) > 1 and len(_once(mask, lambda mask: set(mask.sum(1).tolist()))) > 1:
+        raise ValueError(
+            "the texts of the batch differ in length, and each image begins where its text ends: "
+            "draw them one by one, or use a policy that needs no grid"
+        )
+    return of_image(model, call)
 
 
 def of_video(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
-    """Reads the grid from latents `[B, C, T, H, W]` and the patch sizes.
+    """Reads the grid from latents `[B, C, T, H, W]`, or `[B, C, H, W]`, and the patch sizes.
 
     The model's configuration has these in one entry or in two. Without an entry for time, that of time is 1.
     """
     (latents,) = _arguments(call, "hidden_states")
-    patch = _config(model).patch_size
-    patch = (_config(model).get("patch_size_t", 1), patch, patch) if isinstance(patch, int) else patch
-    return tuple(length // side for length, side in zip(latents.shape[2:], patch, strict=True))
+    return _in_patches(model, latents.shape[2:])
 
 
 def of_frames(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     """Reads the grid from latents `[B, T, C, H, W]` and the patch sizes, of which that of time may be None, for 1."""
     (latents,) = _arguments(call, "hidden_states")
-    _, frames, _, rows, columns = latents.shape
-    side = _config(model).patch_size
-    return frames // (_config(model).patch_size_t or 1), rows // side, columns // side
+    _, frames, _, *sides = latents.shape
+    return _in_patches(model, (frames, *sides))
+
+
+def of_channels_last(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid from latents `[B, T, H, W, C]` and the patch sizes; sparse attention has another order."""
+    (latents,) = _arguments(call, "hidden_states")
+    if call.get("sparse_params"):
+        raise ValueError("sparse_params put the tokens into another order: use a policy that needs no grid")
+    return _in_patches(model, latents.shape[1:4])
+
+
+def of_items(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid from latents `[B, items, C, T, H, W]` of a single item, or as `of_video` does."""
+    (latents,) = _arguments(call, "hidden_states")
+    if latents.ndim != 6:
+        return of_video(model, call)
+    grid = _in_patches(model, latents.shape[3:])
+    _check_single([math.prod(grid)] * latents.shape[1])
+    return grid
 
 
 def of_lengths(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
@@ -85,19 +131,55 @@ def of_shapes(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     return tuple(images[0][1:])
 
 
+def of_shape_list(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid from (frames, rows, columns) of the one item of every batch entry; the entries must be alike."""
+    (shapes,) = _arguments(call, "shape_list")
+    _check_single([math.prod(shape) for shape in shapes[0]])
+    if len({tuple(shape) for entry in shapes for shape in entry}) > 1:
+        raise ValueError(
+            "images of several sizes in one call are no single grid: use a policy that needs none"
+        )
+    return tuple(shapes[0][0])
+
+
+def of_token_shapes(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid from (frames, rows, columns) of the one video that is drawn, without sound or actions."""
+    (shapes,) = _arguments(call, "vision_token_shapes")
+    if call.get("sound_tokens") is not None or call.get("action_tokens") is not None:
+        raise ValueError("sound or actions stand among the video's tokens: use a policy that needs no grid")
+    _check_single([math.prod(shape) for shape in shapes])
+    return tuple(shapes[0])
+
+
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _once(tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+    """Waits for the device, and reads the tensor once: pipelines give the same one in every step.
+
+    A tensor of inference mode is read each time, because it does not tell when somebody writes into it.
+    """
+    if tensor.is_inference():
+        return read(tensor)
+    version = tensor._version  # raised by writing into it
+    if tensor not in _read or _read[tensor][0] != version:
+        _read[tensor] = version, read(tensor)
+    return _read[tensor][1]
 
 
 def of_positions(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
     """Reads the grid from (image, row, column, …) of every token: `[tokens, 3 or more]`, perhaps with a batch in front.
 
-    It waits for the device, but reads each tensor once: pipelines give the same one in every step.
+    It waits for the device, once for each tensor.
     """
     (positions,) = _arguments(call, "img_ids")
-    version = None if positions.is_inference() else positions._version  # raised by writing into it
-    if positions not in _read or _read[positions][0] != version:
-        _read[positions] = version, _of_positions(positions)
-    return _read[positions][1]
+    return _once(positions, _of_positions)
+
+
+def of_joint_positions(model: torch.nn.Module, call: Mapping[str, Any]) -> Grid:
+    """Reads the grid as `of_positions` does, from positions in which the text's stand before the image's."""
+    tokens, positions = _arguments(call, "hidden_states", "position_ids")
+    return _once(positions, lambda positions: _of_positions(positions[-tokens.shape[1] :]))
 
 
 def _of_positions(positions: torch.Tensor) -> Grid:
@@ -126,6 +208,17 @@ def _check_single(tokens: Sequence[int]) -> None:
         )
 
 
+def _in_patches(model: torch.nn.Module, sides: Sequence[int]) -> Grid:
+    """Divides the latents' sides by the patch sizes, which the configuration has in one entry or in two."""
+    patch = _config(model).patch_size
+    patch = (_config(model).get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else patch
+    if len(sides) != len(patch):
+        raise ValueError(
+            f"hidden_states of {len(sides)} sides, not {len(patch)}, do not tell their grid: say it, with grid="
+        )
+    return tuple(length // side for length, side in zip(sides, patch, strict=True))
+
+
 def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
     if missing := [name for name in names if call.get(name) is None]:
         raise ValueError(
@@ -135,4 +228,4 @@ def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
 
 
 def _config(model: torch.nn.Module) -> Any:
-    return model.config
+    return getattr(model, "nets", [model])[0].config  # of several ControlNets in one, the first's

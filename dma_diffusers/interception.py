@@ -4,17 +4,20 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.decision import Decision
+from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
+from dma_diffusers.internals import scaled_dot_product_attention as genuine
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
+from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
 
 logger = logging.getLogger("dma_diffusers")
@@ -28,8 +31,12 @@ class ProcessorCall(Protocol):
 
     hidden, encoder: numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     reasons: for each operation the reason for which it fell back, empty if the operator took it.
+    spread: the GPUs that exchange heads around a `scaled_dot_product_attention` of the call, which then has all parts
+        of the sequence; None for one GPU. backend: the module's own, for calls over several GPUs that fall back.
     """
 
+    backend: Any
+    spread: Spread | None
     hidden: int
     encoder: int
     reasons: list[str]
@@ -41,7 +48,6 @@ class Interception:
     dense: whether the module runs with every tile HIGH in every step.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
-    mapped: whether tiles have the policy's classes in this step; else every tile is HIGH.
     """
 
     def __init__(
@@ -54,15 +60,20 @@ class Interception:
         self.dense = dense
         _ = config.words  # made here once, and not in a graph
         self.stand_in: Callable[..., operator.Result] | None = None
-        self.mapped = not dense  # the one flag that a call reads: a compiled block has two versions, not more
         self.intercepted = 0
         self.in_dense_steps = 0
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
         self.device: torch.device | None = None
+        self.spread: Spread | None = None  # of the last call that the operator took
         self.head_dim = head_dim
         forward.listeners.append(self)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether tiles have the policy's classes in this step; else every tile is HIGH."""
+        return not self.dense and self.forward.call.mapped
 
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
@@ -71,7 +82,7 @@ class Interception:
         """
         reason = self.head_dim and self.decision.limits(device, self.head_dim)[0]
         if reason:
-            self._fall_back(reason)
+            self.fall_back(reason)
             self._announce(device)
         return bool(reason)
 
@@ -82,8 +93,14 @@ class Interception:
         """
         reasons = self._stock_kinds and self._stock_kinds.get(self._kind(hidden, arguments))
         for reason in reasons or ():
-            self._fall_back(reason)
+            self.fall_back(reason)
         return bool(reasons)
+
+    def fall_back(self, reason: str) -> str:
+        """Counts a call that falls back, and gives its reason back."""
+        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
+            self.fallbacks[reason] += 1
+        return reason
 
     def learn(self, hidden: torch.Tensor, arguments: Sequence[Any], call: ProcessorCall) -> None:
         """Keeps in mind that such calls fall back as a whole, if `call`, which had them, did for reasons that last."""
@@ -98,48 +115,130 @@ class Interception:
     def attention(self, call: ProcessorCall, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
                   scale=None, enable_gqa=False):  # fmt: skip
         """Runs a `scaled_dot_product_attention` of the module, by the operator where it can."""
-        grid = self.forward.grid
-        tokens = math.prod(grid) if grid else None
-        text = self.family.text_range(
-            key.shape[-2], call.hidden, call.encoder, self.forward.text_length, tokens
-        )
-        reason = self.decision.why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
+        spread = call.spread
+        # Some calls over several GPUs exchange no heads, such as cross-attention to text that every GPU has.
+        if spread is not None and key.shape[-2] != spread.ulysses * (call.hidden + call.encoder):
+            spread = None
+        text = self._text_range(call, query, key, spread, 1 if spread is None else spread.ulysses)
+        reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if not torch.compiler.is_compiling():
             call.reasons.append(reason)
         if reason:
-            self._fall_back(reason)
-            return scaled_dot_product_attention(
+            self.fall_back(reason)
+            return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        self._take(query)
-        attend = self.stand_in or operator.attention
-        result = attend(
-            query, key, value, key_mask=_key_mask(attn_mask, key), scale=scale, is_causal=is_causal,
-            masks_text=self.family.masks_text, mapped=self.mapped, **self.config.arguments(text or (0, 0), grid),
-        )  # fmt: skip
-        self._count_inexact(result.inexact_rows)
-        return result.out
+        self._take(query, spread)
+        arguments = self._arguments(text)
+        if spread is not None:
+            arguments = spread.arguments(arguments, query.shape[1])
+        mask = masks_of_keys(attn_mask, key)
+        return self._attend(
+            query, key, value, key_mask=mask, scale=scale, is_causal=is_causal, **arguments
+        ).out
+
+    def spread_attention(
+        self, call: ProcessorCall, spread: Spread, query, key, value, attn_mask=None, dropout_p=0.0,
+        is_causal=False, scale=None, enable_gqa=False, attention_kwargs=None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Runs a `dispatch_attention_fn` over several GPUs, by the operator where it can; tensors are `[B, S, H, D]`.
+
+        Raises ValueError for a policy that the spread can't have, and where stock attention can't run either.
+        """
+        q, k, v = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+        mask = attn_mask
+        if mask is not None and mask.shape == (key.shape[0], key.shape[1]):
+            mask = mask[:, None, None]
+        text = self._text_range(call, q, k, spread)
+        spread_reason = spread.why_stock(q, k, mask, text)  # first, for it raises where stock would be wrong
+        reason = self._why_stock(q, k, v, mask, dropout_p, scale, enable_gqa, text, spread.gpus)
+        reason = reason or spread_reason
+        if not reason and (is_causal or attention_kwargs):
+            reason = "a causal call, or one with attention_kwargs, over several GPUs"
+        call.reasons.append(reason)
+        if reason:
+            self.fall_back(reason)
+            return spread.stock_attention(
+                reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
+            )  # fmt: skip
+        if self.mapped:
+            spread.check([self.config.asked])
+        self._take(q, spread)
+        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **self._arguments(text))
+        return out.permute(0, 2, 1, 3)
+
+    def met_no_attention(self, processor: Any) -> None:
+        """Counts a call of the module whose processor attended without `scaled_dot_product_attention`, and warns once.
+
+        processor: the stock one.
+        """
+        sdpa = functional.scaled_dot_product_attention
+        reason = f"{_name(processor)} attended in its own way, without scaled_dot_product_attention"
+        if sdpa is not genuine:
+            reason = f"scaled_dot_product_attention was replaced by {_name(sdpa)}"
+        self.fall_back(reason)
+        if not self.forward.warned:
+            self.forward.warned = True
+            logger.warning("%s: DMA attention did not run: %s", self.forward.model, reason)
 
     def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
         """The receipt of the module of this name, on the device of its last call, or else on `device`.
 
-        Waits for a device that has counted inexact rows.
+        It says that stock attention runs where that was so in every call. It waits for a device that has counted
+        inexact rows.
         """
-        lowering, reason = self._choice(self.device or device)
+        device = self.device or device
+        lowering, reason = self._choice(device)
+        if self.fallbacks and not self.intercepted:
+            lowering, reason = "stock", "; ".join(self.fallbacks)
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
-            self.intercepted, dict(self.fallbacks), architecture(self.device or device),
+            self.intercepted, dict(self.fallbacks), architecture(device),
             sum(int(rows) for rows in self.inexact_rows),
-            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid)))), self.in_dense_steps,
+            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid), self._spread_note()))),
+            self.in_dense_steps,
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
         """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
         return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
 
+    def _text_range(
+        self, call: ProcessorCall, query, key, spread: Spread | None, parts: int = 1
+    ) -> tuple[int, int] | None:
+        """The text among the keys of a call, or of one of its parts over several GPUs."""
+        grid = self.forward.grid
+        find = self.family.text_range if spread is None else partial(spread.text_range, self.family)
+        return find(
+            query.shape[-2] // parts, key.shape[-2] // parts, call.hidden, call.encoder, self.forward.text_length,
+            math.prod(grid) if grid else None,
+        )  # fmt: skip
+
+    def _arguments(self, text: tuple[int, int] | None) -> dict[str, Any]:
+        """Keyword arguments of the operator, for a call with this text."""
+        own = self.config.arguments(text or (0, 0), self.forward.grid)
+        return {"masks_text": self.family.masks_text, "mapped": self.mapped} | own
+
+    def _attend(self, query, key, value, **arguments) -> operator.Result:
+        result = (self.stand_in or operator.attention)(query, key, value, **arguments)
+        self._count_inexact(result.inexact_rows)
+        return result
+
+    def _spread_note(self) -> str:
+        return "" if self.spread is None else f"context parallelism: {self.spread}"
+
+    def _why_stock(self, *operation) -> str:
+        now = self.forward.call
+        if not now.is_running:  # facts of another call would be believed
+            return NOT_RUNNING
+        return WANTS_GRADIENTS if now.trains else self.decision.why_stock(*operation)
+
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
-        return hidden.device, _wants_gradients(hidden), self.forward.text_length, *map(_outline, arguments)
+        now = self.forward.call
+        running = now.is_running, now.trains, self.forward.text_length
+        return hidden.device, _wants_gradients(hidden), *running, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
         config = self.config
@@ -161,13 +260,10 @@ class Interception:
         sigma = self.forward.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
 
-    def _fall_back(self, reason: str) -> None:
-        if not torch.compiler.is_compiling():  # a counter would recompile the graph at every call
-            self.fallbacks[reason] += 1
-
-    def _take(self, query: torch.Tensor) -> None:
+    def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
             self.intercepted += 1
+            self.spread = spread
             self.in_dense_steps += not (self.mapped or self.dense)
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)
@@ -203,6 +299,7 @@ def _outline(argument: Any) -> Any:
     return argument if isinstance(argument, bool | int | str | None) else type(argument).__name__
 
 
-def _key_mask(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """`mask` as `[batch, keys]`."""
-    return None if mask is None else mask.reshape(-1, key.shape[-2]).expand(key.shape[0], -1)
+def _name(function: Any) -> str:
+    """The module and the name of a function, or of the class of anything else."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

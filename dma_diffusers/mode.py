@@ -1,30 +1,38 @@
 """The interception of every attention operation inside a `with`, by a mode that sees all of PyTorch's functions."""
 
 import operator as operators
+from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers.interception import Interception
+from dma_diffusers.internals import scaled_dot_product_attention
+from dma_diffusers.parallel import Spread
 
 
 class InterceptionMode(TorchFunctionMode):
     """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
 
-    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+    spread: the GPUs that exchange heads around such calls. met_attention: whether any was handed over.
     """
 
-    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+    backend: Any = None  # what falls back here is inside Diffusers' native backend
+
+    def __init__(self, interception: Interception, hidden: int, encoder: int, spread: Spread | None = None):
         super().__init__()
         self.interception = interception
-        self.hidden = hidden.shape[1]
-        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.spread = spread
+        self.hidden = hidden
+        self.encoder = encoder
         self.reasons: list[str] = []
+        self.met_attention = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
+            self.met_attention = True
             return self.interception.attention(self, *args, **kwargs)
         if func in _SQUARING and self.interception.family.squares_masks and _is_mask(args[0]):
             return args[0]  # [B, 1, 1, S] all the way

@@ -3,7 +3,7 @@
 Importing this module teaches Diffusers' `AttentionMixin.set_attn_processor` to take a `DMAAttnProcessor`.
 """
 
-import logging
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -14,7 +14,10 @@ from diffusers.models.attention import AttentionMixin
 from dma_diffusers import attach
 from dma_diffusers.config import DMAConfig
 
-logger = logging.getLogger("dma_diffusers")
+# Methods of Diffusers that put other stock processors on a model, in which nobody asks for DMA to go.
+_REPLACING = {
+    "_load_ip_adapter_weights", "unload_ip_adapter", "fuse_qkv_projections", "unfuse_qkv_projections",
+}  # fmt: skip
 
 
 class DMAAttnProcessor:
@@ -22,7 +25,9 @@ class DMAAttnProcessor:
 
     Each attention module keeps its stock processor, of which only the attention operation is intercepted. It takes a
     `DMAConfig`, fields of one, or both. In a dict of processors, it is for the modules it is given to, which
-    must agree on the configuration. Setting stock processors afterwards removes it.
+    must agree on the configuration. Setting stock processors afterwards removes it, but where Diffusers itself sets
+    others (to load or unload an IP-Adapter, to fuse or unfuse projections), these are wrapped too; and processors that
+    were read before (`model.attn_processors`) can be set again.
     """
 
     def __init__(self, config: DMAConfig | None = None, **fields):
@@ -47,9 +52,7 @@ def _taught(stock_method: Callable) -> Callable:
         if asked:
             return _set_some(self, given, asked, stock_method)
         stock_method(self, processor)
-        if attach.is_overwritten(self):
-            attach.restore(self)
-            logger.warning("set_attn_processor removed DMA attention from %s", type(self).__name__)
+        attach.settle(self, keeps=sys._getframe(1).f_code.co_name in _REPLACING)
 
     return set_attn_processor
 

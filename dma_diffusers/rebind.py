@@ -10,24 +10,27 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.nn import functional
 
 from dma_diffusers.interception import Interception
-from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.internals import AttentionBackendName, dispatch_attention_fn
+from dma_diffusers.parallel import Spread
 
 
 class Rebound:
     """One call of a stock processor whose attention is asked for by name; a `ProcessorCall`.
 
-    hidden, encoder: the `hidden_states` and `encoder_hidden_states` that the module was given.
+    hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+    backend: its own backend, for calls that stock attention runs in another way than PyTorch's.
     """
 
-    def __init__(self, interception: Interception, hidden: torch.Tensor, encoder: torch.Tensor | None):
+    spread: Spread | None = None  # no `scaled_dot_product_attention` is inside Diffusers' context parallelism
+
+    def __init__(self, interception: Interception, hidden: int, encoder: int, backend: Any = None):
         self.interception = interception
-        self.given = hidden, encoder
-        self.hidden = hidden.shape[1]
-        self.encoder = 0 if encoder is None else encoder.shape[1]
+        self.backend = backend
+        self.hidden = hidden
+        self.encoder = encoder
         self.reasons: list[str] = []
 
     def run(self, function: FunctionType, *args: Any, **kwargs: Any) -> Any:
@@ -48,14 +51,20 @@ class Rebound:
         attention_kwargs=None, *, backend=None, parallel_config=None,
     ):  # fmt: skip
         """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
-        if attention_kwargs or parallel_config is not None or (attn_mask is not None and attn_mask.ndim == 2):
-            mode = InterceptionMode(self.interception, *self.given)
-            mode.reasons = self.reasons
-            with mode:
-                return dispatch_attention_fn(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
-                    backend=backend, parallel_config=parallel_config,
-                )  # fmt: skip
+        if backend in (None, AttentionBackendName.NATIVE) and not isinstance(attn_mask, torch.Tensor | None):
+            backend = self.backend  # for a block mask, of which the native one knows nothing
+        if spread := Spread.of(parallel_config, self.interception.forward.splits_text):
+            return self.interception.spread_attention(
+                self, spread, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs
+            )  # fmt: skip
+        if backend not in (None, AttentionBackendName.NATIVE):
+            self.reasons.append(self.interception.fall_back(f"its processor asks for the backend {backend}"))
+            return dispatch_attention_fn(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                backend=backend, parallel_config=parallel_config,
+            )  # fmt: skip
+        if isinstance(attn_mask, torch.Tensor) and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]
         heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
         out = self.attention(*heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return out.permute(0, 2, 1, 3)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from dma_diffusers.attach import interceptions, transformers_of
+from dma_diffusers.attach import interceptions
+from dma_diffusers.components import device_of, transformers_of
 from dma_diffusers.decision import DTYPES
 from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
@@ -138,20 +139,17 @@ def _kinds(
     pipe: Any, model: Any, modules: dict[str, Interception], size: int | tuple[int, ...], text: int | None, batch: int
 ) -> Iterator[KindOfCall]:  # fmt: skip
     """The kinds of calls that the intercepted modules of a model make for one size."""
-    family = next(iter(modules.values())).family
     grid = () if isinstance(size, int) else grid_of(pipe, model, size)
     tokens = size if isinstance(size, int) else math.prod(grid)
-    length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
-    start = tokens if family.text == "last" and length else 0
     dtype = model.dtype if model.dtype in DTYPES else torch.bfloat16
-    device = getattr(
-        pipe, "_execution_device", model.device
-    )  # where modules are offloaded, not where they are
     for name, interception in modules.items():
-        config = interception.config
+        config, family = interception.config, interception.family
         if config.asked.on_grid and not grid:
             raise ValueError(f"{config.words} needs a grid: give sizes in pixels, not a number of tokens")
         heads, head_dim = _heads(model, name)
+        device = device_of(model, model.get_submodule(name))
+        length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
+        start = tokens if family.text == "last" and length else 0
         if tokens + length < config.least_keys(device, head_dim):
             continue
         arguments = config.arguments((start, start + length), grid) | {"masks_text": family.masks_text}

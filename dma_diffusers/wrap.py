@@ -1,85 +1,113 @@
 """The wrapping of a stock attention processor, which keeps its projections, norms and RoPE."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import cache, partial
+from inspect import Parameter
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-)
 
 from dma_diffusers.interception import Interception, ProcessorCall
+from dma_diffusers.internals import AttentionBackendName, AttentionProcessorRegistry
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.parallel import Spread
 from dma_diffusers.rebind import Rebound, can_rebind
+
+NO_COMPILED_RING = "ring attention is not compiled: use Ulysses, or compile without fullgraph"
+NO_RING_HERE = "a ring needs a stock processor that asks for attention by name: use Ulysses"
 
 
 class WrappedProcessor:
     """The base class that makes a stock processor's attention operations intercepted ones.
 
-    A wrapped processor shares the attributes of `stock`, the processor that was wrapped: an attribute that is set on
-    one of them is set on the other.
+    stock: the processor that was wrapped.
     """
 
     __slots__ = ()
     stock: Any
     interception: Interception
 
-    @property
-    def _attention_backend(self) -> AttentionBackendName:
-        return AttentionBackendName.NATIVE  # the one backend that calls scaled_dot_product_attention
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: AttentionBackendName | None) -> None:
-        self.__dict__["_attention_backend"] = backend  # for calls that the stock processor makes as a whole
-
-    @property
-    def _parallel_config(self) -> Any:
-        return None
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        if config is not None:
-            raise ValueError("DMA attention does not support context parallelism: restore the model first")
-
     def __reduce__(self):
         return wrap, (self.stock, self.interception)
 
 
+class DelegatingProcessor(WrappedProcessor):
+    """A wrapped processor whose attributes are those of `stock`, which is a function, or has no `__dict__` to share."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "stock"), name)
+
+
 def wrap(stock: Any, interception: Interception) -> WrappedProcessor:
-    """`stock` with its attention operations handed to `interception`; `stock` itself is not changed."""
+    """`stock` with its attention operations handed to `interception`; `stock` itself is not changed.
+
+    The wrapped processor is of a subclass and shares the attributes of `stock`: an attribute that is set on one of them
+    is set on the other. Functions and objects with `__slots__` are called by a `DelegatingProcessor` instead.
+    Raises ValueError for what is no processor.
+    """
     kind: Any = type(stock)  # mypy does not take a type for hashable
     cls = _wrapped_class(kind)
-    wrapped = cls.__new__(cls)
-    object.__setattr__(wrapped, "__dict__", stock.__dict__)
+    wrapped = object.__new__(cls)
+    if not issubclass(cls, DelegatingProcessor):
+        object.__setattr__(wrapped, "__dict__", stock.__dict__)
     object.__setattr__(wrapped, "stock", stock)
     object.__setattr__(wrapped, "interception", interception)
     return wrapped
 
 
 @cache
-def _wrapped_class(stock: Any) -> Any:
-    body = {"__slots__": ("interception", "stock"), "__call__": _call(stock), "__module__": __name__}
-    wrapped = type(f"DMA{stock.__name__}", (WrappedProcessor, stock), body)
+def _wrapped_class(kind: Any) -> Any:
+    name = f"DMA{kind.__name__}"
+    if not _can_share_attributes(kind):
+        return type(name, (DelegatingProcessor,), {"__call__": _call(kind, _of_stock)})
+
+    def new(
+        cls, *args, **kwargs
+    ):  # Diffusers makes processors of the class of others, to set them on a model
+        return kind(*args, **kwargs)
+
+    body = {"__slots__": ("interception", "stock"), "__module__": __name__, "__new__": new}
+    body["__call__"] = _call(kind, kind.__call__)
+    if (
+        getattr(kind, "_attention_backend", "") is None
+    ):  # another one is a backend that the processor insists on
+        body["_attention_backend"] = property(_native_backend, _keep_backend)
+    wrapped = type(name, (WrappedProcessor, kind), body)
     with suppress(ValueError):  # Diffusers' guiders look processors up by class; not all stock ones are known
-        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(stock))
+        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(kind))
     return wrapped
 
 
-def _call(stock: type):
+def _can_share_attributes(kind: type) -> bool:
+    """Tells whether an object of a subclass can have the `__dict__` of one of `kind`."""
+    try:
+        object.__new__(type("Subclass", (kind,), {}))
+    except TypeError:  # for functions and other types that are not written in Python
+        return False
+    return kind.__dictoffset__ != 0
+
+
+def _native_backend(self) -> AttentionBackendName:
+    return AttentionBackendName.NATIVE  # the one backend that calls scaled_dot_product_attention
+
+
+def _keep_backend(self, backend: AttentionBackendName | None) -> None:
+    self.__dict__["_attention_backend"] = backend  # for calls that the stock processor makes as a whole
+
+
+def _of_stock(wrapped: WrappedProcessor, *args: Any, **kwargs: Any) -> Any:
+    return wrapped.stock(*args, **kwargs)
+
+
+def _call(kind: type, stock_call: Any):
     """Writes a `__call__` with the stock signature, as a real function.
 
     Attention modules filter their arguments by this signature, and torch.compile does not follow a
     `__signature__` attribute.
     """
-    parameters = list(inspect.signature(stock.__call__).parameters.values())
-    names = [parameter.name for parameter in parameters]
-    defaults = {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    parameters = list(inspect.signature(kind.__call__).parameters.values())
+    hidden, encoder = _tokens_given(kind, parameters)
     declared: list[str] = []
     passed: list[str] = []
     for p in parameters:
@@ -88,61 +116,97 @@ def _call(stock: type):
             declared.append("*")
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
         passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
-    hidden = names[2]
-    encoder = "encoder_hidden_states" if "encoder_hidden_states" in names else "None"
-    native = _native if _takes_process_backend(stock) else nullcontext
+    self = parameters[0].name
     source = f"""
 def __call__({", ".join(declared)}):
+    hidden = {hidden}
+    encoder = tokens({encoder}, hidden)
     if not is_compiling():
-        return run({hidden}, {encoder}, {", ".join(passed)})
-    if self.interception.all_fall_back({hidden}.device):
-        return self.stock({", ".join(passed[1:])})
-    with InterceptionMode(self.interception, {hidden}, {encoder}), native():
+        return run(hidden, encoder, {", ".join(passed)})
+    spread = spread_of({self})
+    if spread is not None and spread.ring > 1:
+        return uncompiled_run(hidden, encoder, {", ".join(passed)})
+    if {self}.interception.all_fall_back(hidden.device):
+        return {self}.stock({", ".join(passed[1:])})
+    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread):
         return stock_call({", ".join(passed)})
 """
+    run = partial(_run, stock_call, can_rebind(stock_call))
     namespace = {
-        "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "native": native,
-        "run": partial(_run, stock.__call__, can_rebind(stock.__call__), native), "stock_call": stock.__call__,
+        "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "tokens": _tokens,
+        "run": run, "stock_call": stock_call, "spread_of": _spread_of,
+        "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
     }  # fmt: skip
-    namespace |= defaults
+    namespace |= {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     exec(source, namespace)
     return namespace["__call__"]
 
 
+def _tokens_given(kind: type, parameters: list[Parameter]) -> tuple[str, str]:
+    """Expressions for the `hidden_states` and the `encoder_hidden_states` among the parameters of a `__call__`."""
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(named) > 2:  # self, attn, hidden_states
+        return named[2], "encoder_hidden_states" if "encoder_hidden_states" in named else "None"
+    rest = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if len(rest) < 2:
+        raise ValueError(
+            f"{kind.__module__}.{kind.__qualname__} is no attention processor: it must be called with (attn, "
+            "hidden_states, encoder_hidden_states=None, …), by these names or as *args, **kwargs"
+        )
+    args, kwargs = rest[Parameter.VAR_POSITIONAL], rest[Parameter.VAR_KEYWORD]
+    first = 2 - len(named)  # the place of hidden_states among `args`
+    places = ((first, "hidden_states"), (first + 1, "encoder_hidden_states"))
+    hidden, encoder = (
+        f"({args}[{place}] if len({args}) > {place} else {kwargs}.get('{name}'))" for place, name in places
+    )
+    return hidden, encoder
+
+
+def _tokens(encoder: torch.Tensor | None, hidden: torch.Tensor) -> int:
+    """The number of tokens of `encoder_hidden_states`; 0 for none, or for self-attention that is given them twice."""
+    return 0 if encoder is None or encoder is hidden else encoder.shape[1]
+
+
 def _run(
-    stock_call: Any, by_name: bool, native: Callable[[], AbstractContextManager],
-    hidden: torch.Tensor, encoder: torch.Tensor | None, wrapped: WrappedProcessor, *args: Any, **kwargs: Any,
+    stock_call: Any, by_name: bool, hidden: torch.Tensor, encoder: int, wrapped: WrappedProcessor,
+    *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
-    interception = wrapped.interception
+    interception, spread = wrapped.interception, _spread_of(wrapped)
     if interception.all_fall_back(hidden.device):
-        return wrapped.stock(*args, **kwargs)
-    arguments = (*args, *kwargs.values())
+        return _run_stock(wrapped, spread, args, kwargs)
+    arguments = (*args, *kwargs.values(), spread and spread.gpus)
     if interception.falls_back(hidden, arguments):
-        with native():
-            return stock_call(wrapped, *args, **kwargs)
+        return (
+            stock_call(wrapped, *args, **kwargs)
+            if spread is None
+            else _run_stock(wrapped, spread, args, kwargs)
+        )
     call: ProcessorCall
     if by_name and not interception.family.squares_masks:
-        call = rebound = Rebound(interception, hidden, encoder)
-        with native():
-            result = rebound.run(stock_call, wrapped, *args, **kwargs)
+        backend = getattr(wrapped.stock, "_attention_backend", None)
+        call = rebound = Rebound(interception, hidden.shape[1], encoder, backend)
+        result = rebound.run(stock_call, wrapped, *args, **kwargs)
+    elif spread is not None and spread.ring > 1:
+        interception.fall_back(NO_RING_HERE)
+        return _run_stock(wrapped, spread, args, kwargs)
     else:
-        call = mode = InterceptionMode(interception, hidden, encoder)
-        with mode, native():
+        call = mode = InterceptionMode(interception, hidden.shape[1], encoder, spread)
+        with mode:
             result = stock_call(wrapped, *args, **kwargs)
+    if not call.reasons:
+        interception.met_no_attention(wrapped.stock)
     interception.learn(hidden, arguments, call)
     return result
 
 
-def _takes_process_backend(stock: type) -> bool:
-    """Tells whether a processor has no backend of its own, and dispatches to that of the process."""
-    return "dispatch_attention_fn" in stock.__call__.__code__.co_names and not hasattr(
-        stock, "_attention_backend"
-    )
+def _run_stock(wrapped: WrappedProcessor, spread: Spread | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls the stock processor, with its own backend."""
+    if spread is not None:
+        spread.check_backend(getattr(wrapped.stock, "_attention_backend", None))
+    return wrapped.stock(*args, **kwargs)
 
 
-def _native() -> AbstractContextManager:
-    """Sets PyTorch's own backend for a processor that takes the process's backend, as those of Cosmos do."""
-    if _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.NATIVE:
-        return nullcontext()  # a graph cannot set it
-    return attention_backend(AttentionBackendName.NATIVE)
+def _spread_of(wrapped: WrappedProcessor) -> Spread | None:
+    parallel_config = getattr(wrapped, "_parallel_config", None)
+    return Spread.of(parallel_config, wrapped.interception.forward.splits_text)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from dma_diffusers.attach import transformers_of
+from dma_diffusers.components import transformers_of
 from dma_diffusers.lengths import frames_per_latent, pixels_per_latent
 from dma_diffusers.pipelines.load import arguments, outline, recommended_call
 

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
-from dma_diffusers.attach import apply, interceptions, restore, transformers_of
+from dma_diffusers.attach import apply, interceptions, restore
+from dma_diffusers.components import transformers_of
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.recordings.store import (
@@ -115,7 +116,7 @@ def _recorder_on(
     pipe: DiffusionPipeline, text: str | None, grid: tuple[int, ...] | None
 ) -> Iterator["_Recorder"]:
     """Put a recorder in the place of the operator; afterwards everything is as stock as it can be."""
-    models = [model for _, model in transformers_of(pipe)]
+    models = [model for prefix, model in transformers_of(pipe) if prefix.startswith("transformer")]
     apply(pipe, DMAConfig(min_length=0, text=text, grid=grid))
     hooks: list[RemovableHandle] = []
     try:
@@ -212,8 +213,10 @@ class _Recorder:
         self.grid = forward.find_grid(model, args, kwargs)
 
     def _attend(
-        self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, **_
+        self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, parts=None, **_
     ) -> Result:
+        if parts is not None:
+            raise ValueError("a recording is made on one GPU: record before enable_parallelism, or without it")
         is_grid = math.prod(self.grid) == q.shape[2] - (text_stop - text_start)
         grid = self.grid if is_grid else ()  # a module may be given tokens that are not the grid's
         self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), grid, scale, is_causal)

@@ -135,7 +135,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
     receipt = report(pipe)
     modules = {module["module"]: module for module in json.loads(json.dumps(receipt.to_dict()))["modules"]}
     refiner = modules["transformer.context_embedder.token_refiner.refiner_blocks.0.attn"]
-    assert (refiner["lowering"], refiner["reason"]) == ("stock", "token refiner")
+    assert (refiner["lowering"], refiner["reason"]) == ("stock", "attention among tokens of text")
     double = modules["transformer.transformer_blocks.0.attn"]
     assert double["policy"] == "dense"
     assert modules["transformer.single_transformer_blocks.0.attn"] == {
@@ -294,19 +294,6 @@ def test_a_backend_that_is_chosen_afterwards_does_not_take_calls_away(pipe):
     restore(pipe)
     processors = pipe.transformer.attn_processors.values()
     assert {processor._attention_backend for processor in processors} == {AttentionBackendName.FLEX}
-
-
-def test_context_parallelism_is_refused(pipe):
-    class Parallel:
-        context_parallel_config = object()
-
-    pipe.transformer._parallel_config = Parallel()
-    with pytest.raises(ValueError, match="does not support context parallelism"):
-        apply(pipe)
-    pipe.transformer._parallel_config = None
-    apply(pipe)
-    with pytest.raises(ValueError, match="does not support context parallelism: restore the model first"):
-        pipe.transformer.transformer_blocks[0].attn.processor._parallel_config = Parallel()
 
 
 def test_a_processor_with_weights_keeps_them(pipe):

@@ -152,11 +152,13 @@ class Call(torch.nn.Module):
         super().__init__()
         family = Family("none")
         config = DMAConfig(min_length=0)
-        self.interception = Interception(config, family, ForwardContext(self, family, None), False, None)
+        forward = ForwardContext(self, family, config)
+        forward.begin(self.eval(), (), {})
+        self.interception = Interception(config, family, forward, False, None)
         self.fields = fields
 
     def forward(self, q, k, v):
-        with InterceptionMode(self.interception, q.transpose(1, 2), None):
+        with InterceptionMode(self.interception, q.shape[2], 0):
             return scaled_dot_product_attention(q, k.expand(q.shape), v, **self.fields)
 
 

@@ -24,9 +24,9 @@ class Model(torch.nn.Module):
 def interception(dense=False, **fields) -> Interception:
     config = DMAConfig.of(None, **{"min_length": 0} | fields)
     family = Family("none", timestep_scale=1000)
-    return Interception(
-        config, family, ForwardContext(Model(), family, config.dense_above_sigma), dense, None
-    )
+    forward = ForwardContext(Model(), family, config, config.dense_above_sigma)
+    forward.begin(Model().eval(), (), {})
+    return Interception(config, family, forward, dense, None)
 
 
 def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
@@ -37,7 +37,7 @@ def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
 
 
 def run(taken: Interception, q, k, v, **kwargs) -> torch.Tensor:
-    with InterceptionMode(taken, torch.empty(B, q.shape[2], 1), None):
+    with InterceptionMode(taken, q.shape[2], 0):
         return F.scaled_dot_product_attention(q, k, v, **kwargs)
 
 
@@ -131,7 +131,7 @@ def expanded(which: int) -> tuple[torch.Tensor, ...]:
 )
 def test_calls_that_dma_does_not_take(tensors, fields, reason):
     taken = interception(**fields)
-    with InterceptionMode(taken, torch.empty(B, S, 1), None):
+    with InterceptionMode(taken, S, 0):
         out = F.scaled_dot_product_attention(*tensors)
     assert torch.equal(out, F.scaled_dot_product_attention(*tensors))
     assert taken.intercepted == 0
@@ -169,20 +169,22 @@ def test_a_guider_that_skips_attention_scores_still_does():
 @pytest.mark.parametrize("timestep, dense", [(951.0, True), (900.0, False), (1.0, False)])
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken, (q, k, v) = interception(dense_above_sigma=0.9), qkv()
-    taken.forward.hook(None, (q,), {"timestep": torch.tensor([0.0, timestep])})
+    taken.forward.begin_on_device(Model().eval(), (q,), {"timestep": torch.tensor([0.0, timestep])})
     assert taken.mapped is not dense
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
     taken = interception(dense=True, dense_above_sigma=0.9)
-    taken.forward.hook(None, (), {"timestep": torch.tensor(1.0)})
+    taken.forward.begin_on_device(Model().eval(), (), {"timestep": torch.tensor(1.0)})
     assert not taken.mapped
 
 
 def test_positional_arguments_of_the_model_are_understood():
     taken = interception(dense_above_sigma=0.5)
-    taken.forward.hook(None, (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {})
+    taken.forward.begin_on_device(
+        Model(), (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {}
+    )
     assert (taken.forward.text_length, taken.mapped) == (7, False)
 
 
@@ -190,10 +192,12 @@ def test_positional_arguments_of_the_model_are_understood():
 def test_text_is_high_unless_that_is_switched_off(protected):
     config = DMAConfig(min_length=0, window=0, sink=0, protect_text=protected)
     family = Family("first")
-    taken = Interception(config, family, ForwardContext(Model(), family, None), False, None)
+    forward = ForwardContext(Model(), family, config)
+    forward.begin(Model().eval(), (), {})
+    taken = Interception(config, family, forward, False, None)
     q, k, v = qkv(keys=384)
     q = k.clone()
-    with InterceptionMode(taken, torch.empty(B, 300, 1), torch.empty(B, 84, 1)):
+    with InterceptionMode(taken, 300, 84):
         out = F.scaled_dot_product_attention(q, k, v)
     text_stop = 84 if protected else 0
     expected = operator.attention(q, k, v, policy="diagonal(window=0, sink=0)", text_stop=text_stop).out

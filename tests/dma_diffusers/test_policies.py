@@ -203,10 +203,12 @@ def test_a_text_length_that_the_call_contradicts():
     """Text and image as one sequence, 4 tokens longer than the model was told."""
     case = tiny_models.make("flux")
     family = FAMILIES["FluxTransformer2DModel"]
-    forward = ForwardContext(case.model, family, None, wants_grid=True)
+    forward = ForwardContext(case.model, family, DMAConfig(), wants_grid=True)
     config = DMAConfig(policy="neighborhood(window=9x8)", min_length=0)
     taken = Interception(config, family, forward, False, None)
-    forward.hook(case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)})
+    forward.begin_on_device(
+        case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)}
+    )
     q = torch.randn(1, 2, 325, 16)
     with (
         InterceptionMode(taken, torch.empty(1, 325, 32), None),

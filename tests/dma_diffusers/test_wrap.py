@@ -38,10 +38,16 @@ def flux_attention() -> torch.nn.Module:
     return transformer_flux.FluxAttention(HEADS * DIM, HEADS, DIM, bias=False, pre_only=True)
 
 
+def begin(forward: ForwardContext) -> None:
+    """Begins a call of the model with five tokens of text."""
+    forward.begin(Model().eval(), (torch.empty(0), torch.empty(1, 5, 0)), {})
+
+
 def attach(module, processor=None, text="first", head_dim=DIM, **fields) -> Interception:
     config, family = DMAConfig.of(None, **{"min_length": 200} | fields), Family(text, single_stream=True)
-    interception = Interception(config, family, ForwardContext(Model(), family, None), False, head_dim)
-    interception.forward._text = torch.empty(5, 0)
+    forward = ForwardContext(Model(), family, config)
+    begin(forward)
+    interception = Interception(config, family, forward, False, head_dim)
     module.processor = wrap(processor or module.processor, interception)
     return interception
 
@@ -84,7 +90,10 @@ def test_a_mask_that_is_refused_refuses_no_other(passes, dtype, taken):
     interception = attach(module)
     for _ in range(2):
         module(x, attention_mask=torch.ones(1, 1, 200, 200, dtype=torch.bool))
-    assert interception.fallbacks == {"a mask that is not boolean over keys alone": 2} and len(passes) == 1
+    assert (
+        interception.fallbacks == {"a mask that is not boolean over keys alone: each query has its own": 2}
+        and len(passes) == 1
+    )
     module(x, attention_mask=torch.ones(1, 1, 1, 200, dtype=dtype))
     module(x)
     assert interception.intercepted == 1 + taken
@@ -118,7 +127,7 @@ def test_text_that_is_no_longer_told_is_another_reason():
     module, x = flux_attention(), hidden(100)
     interception = attach(module)
     module(x)
-    interception.forward._text = None
+    interception.forward.begin(Model().eval(), (), {})
     module(x)
     assert interception.fallbacks == {
         "fewer than 200 keys": 1, "cross-attention, or a model's call that does not tell where text is": 1,
@@ -205,6 +214,7 @@ def test_threads_in_one_module_do_not_meet():
 
     @torch.no_grad()
     def draw(x, out):
+        begin(interception.forward)
         barrier.wait()
         for _ in range(20):
             if not torch.equal(module(x), out):
@@ -226,7 +236,7 @@ def test_an_error_is_the_callers_and_teaches_nothing(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("dma_diffusers.interception.scaled_dot_product_attention", refuse)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
     with pytest.raises(RuntimeError, match="out of memory"):
         module(x)
     assert not interception._stock_kinds

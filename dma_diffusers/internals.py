@@ -1,0 +1,47 @@
+"""Everything private in Diffusers and PyTorch that this package needs, checked when it is imported.
+
+Neither library promises to keep these names, so a version that lacks one is told here, by its number.
+"""
+
+import diffusers
+import torch
+
+try:
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+    from diffusers.models.attention_dispatch import (
+        _templated_context_parallel_attention as context_parallel_attention,
+    )
+
+    # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
+    from torch._C._nn import scaled_dot_product_attention
+    from torch.overrides import _get_current_function_mode_stack as function_modes
+    from torch.utils._device import DeviceContext
+
+    may_overlap = torch._debug_has_internal_overlap
+    active_backend = _AttentionBackendRegistry.get_active_backend
+    has_context_parallelism = _AttentionBackendRegistry._is_context_parallel_available
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"dma-diffusers does not know diffusers {diffusers.__version__} with torch {torch.__version__}: {error}; "
+        "install versions that its pyproject.toml names, or a newer dma-diffusers"
+    ) from error
+
+__all__ = [
+    "AttentionBackendName",
+    "AttentionProcessorRegistry",
+    "AttentionScoreSkipFunctionMode",
+    "DeviceContext",
+    "active_backend",
+    "context_parallel_attention",
+    "dispatch_attention_fn",
+    "function_modes",
+    "has_context_parallelism",
+    "may_overlap",
+    "scaled_dot_product_attention",
+]
