@@ -10,6 +10,7 @@ from dma_diffusers.internals import (
     AttentionScoreSkipFunctionMode,
     DeviceContext,
     function_modes,
+    guard_or_false,
     may_overlap,
 )
 from dma_diffusers.kernels import operator
@@ -69,7 +70,7 @@ class Decision:
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if key.shape[-2] * parts < least:
+        if guard_or_false(key.shape[-2] * parts < least):  # a graph takes lengths that it doesn't know for long enough
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
