@@ -70,7 +70,9 @@ class Decision:
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if guard_or_false(key.shape[-2] * parts < least):  # a graph takes lengths that it doesn't know for long enough
+        if guard_or_false(
+            key.shape[-2] * parts < least
+        ):  # a graph takes lengths that it doesn't know for long enough
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"

@@ -90,16 +90,19 @@ class Family:
         The result is None if the text cannot be told: in cross-attention, and in models that were given no text or
         tell no grid.
         """
+        is_given_text = not guard_or_false(encoder == 0)
         if self.text == "none":
-            return None if encoder or queries != keys else (0, 0)
+            return None if is_given_text or queries != keys else (0, 0)
         length: int | None
         if queries != keys:
             length = keys - queries if keys - queries == model else None
         elif self.pads_grid:
             length = None if grid is None else keys - grid
-        elif encoder:
+        elif is_given_text:
             length = keys - hidden
-            if guard_or_false(length > encoder) or (not self.drops_padding and length < encoder):
+            if guard_or_false(length > encoder) or (
+                not self.drops_padding and guard_or_false(length < encoder)
+            ):
                 return None
         else:
             length = model if self.single_stream else 0

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,18 +27,20 @@ def workspace_bytes(
     target: str,
     policy: Policy = _DIAGONAL,
     dtype: torch.dtype = torch.bfloat16,
+    layout: Layout | None = None,
 ) -> int:
     """The most bytes that a call allocates at one time beside q, k, v and its output: operands, scales, V in e4m3.
 
     size: of q, k and v, `[B, H, S, D]`, laid out as models have them, `[B, S, H, D]`. lowering: the name of one that
-    has a kernel. target: the architecture that would run it. policy: one that needs no grid.
+    has a kernel. target: the architecture that would run it. layout: of the tokens; None for S without text and grid.
     """
     batch, heads, tokens, head_dim = size
     q, k, v = (
         torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
         for _ in range(3)
     )
-    made = plan.make(policy, Layout(tokens, tokens))
+    made = plan.make(policy, layout or Layout(tokens, tokens))
+    made = replace(made.to(q.device), precision_map=made.precision_map)
     with _Allocations() as allocations:
         out, _, _ = launch.attention(
             Call(q, k, v), made, precisions,
