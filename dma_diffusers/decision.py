@@ -62,10 +62,10 @@ class Decision:
             return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
         if 0 in query.shape or 0 in key.shape:
             return "an empty call"
-        if query.shape[0] != key.shape[0] or key.shape != value.shape:
+        if query.shape[0] != key.shape[0] or any(map(_differ, key.shape, value.shape)):
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
-            return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
+            return OTHER_TOKENS if _differ(query.shape[-2], key.shape[-2]) else UNKNOWN_TEXT
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
@@ -101,6 +101,11 @@ class Decision:
         if reason == WANTS_GRADIENTS:
             return wants_gradients
         return reason.startswith(OTHER_MASK) or reason.startswith(TOO_SHORT)
+
+
+def _differ(length: int, other: int) -> bool:
+    """Tells whether lengths differ; a graph takes those that only the device knows for equal."""
+    return guard_or_false(length != other)
 
 
 def _shares_memory(x: torch.Tensor) -> bool:

@@ -90,11 +90,11 @@ class Family:
         The result is None if the text cannot be told: in cross-attention, and in models that were given no text or
         tell no grid.
         """
-        is_given_text = not guard_or_false(encoder == 0)
+        is_given_text, fewer_queries = not guard_or_false(encoder == 0), guard_or_false(queries != keys)
         if self.text == "none":
-            return None if is_given_text or queries != keys else (0, 0)
+            return None if is_given_text or fewer_queries else (0, 0)
         length: int | None
-        if queries != keys:
+        if fewer_queries:
             length = keys - queries if keys - queries == model else None
         elif self.pads_grid:
             length = None if grid is None else keys - grid
