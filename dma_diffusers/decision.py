@@ -52,6 +52,7 @@ class Decision:
 
         text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
         many keys each.
+        Raises ValueError for a policy on the grid where the queries are the image's alone.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -65,6 +66,11 @@ class Decision:
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
             return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
+        if query.shape[-2] != key.shape[-2] and self.config.asked.on_grid:
+            raise ValueError(
+                f"{self.config.words} needs the text among the queries, which in this model are the image's alone: "
+                "use a policy that needs no grid, such as diagonal(window=128) or importance(budget=0.05)"
+            )
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
