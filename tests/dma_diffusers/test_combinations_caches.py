@@ -24,7 +24,9 @@ def run(pipe) -> torch.Tensor:
 
 
 def first_block(pipe):
-    return FirstBlockCacheConfig(threshold=10)  # the first block runs in each step, the others in the first alone
+    return FirstBlockCacheConfig(
+        threshold=10
+    )  # the first block runs in each step, the others in the first alone
 
 
 def broadcast(pipe):

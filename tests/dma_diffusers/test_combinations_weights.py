@@ -57,7 +57,9 @@ class PackedLinear(torch.nn.Linear):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
         packed = (linear.weight / self.scale).round().to(torch.int8)
-        self.weight = torch.nn.Parameter(packed.view(torch.uint8).repeat_interleave(2, 1), requires_grad=False)
+        self.weight = torch.nn.Parameter(
+            packed.view(torch.uint8).repeat_interleave(2, 1), requires_grad=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight[:, ::2].view(torch.int8) * self.scale, self.bias)
