@@ -22,6 +22,7 @@ from dma_diffusers.dense import dense_parts
 from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
+from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
 from dma_diffusers.wrap import WrappedProcessor, wrap
 
@@ -56,8 +57,8 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
 
     Raises ValueError for a pipeline without a transformer, a model that can't have DMA, or of no known family without
     `text`, for `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a
-    configuration for another model, a policy that needs a grid which is not known, a processor that is none, or context
-    parallelism. Nothing is changed then.
+    configuration for another model, a policy that needs a grid which is not known, or is spread over a ring of GPUs, or
+    a processor that is none. Nothing is changed then.
     """
     for attach in _prepare_all(pipe_or_model, DMAConfig.of(config, **fields)):
         attach()
@@ -117,13 +118,9 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
     Raises ValueError as `apply` does; so does the function, for a processor that is none.
     """
-    if known_family(model) is None and (inside := _known_inside(model)):
+    if config.text is None and known_family(model) is None and (inside := _known_inside(model)):
         raise ValueError(f"{type(model).__name__} holds a {inside}: apply DMA to that")
     family = family_of(model, config.text, cast(tuple[int, ...] | None, config.grid))
-    parallel = getattr(model, "_parallel_config", None)
-    if getattr(parallel, "context_parallel_config", None) is not None:
-        raise ValueError("DMA attention does not support context parallelism")
-
     roles: dict[str, str] = {}
     eligible, intercepted = [], []
     for name, _ in attention_modules(model):
@@ -142,6 +139,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
     if dense.above_sigma is not None and family.timestep_scale is None:
         raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
     policies = [config.of_module(name).asked for name in intercepted if name not in dense.modules]
+    if spread := Spread.of(getattr(model, "_parallel_config", None)):
+        spread.check(policies)
     on_grid = [policy for policy in policies if policy.on_grid]
     if on_grid and family.grid is None:
         raise ValueError(

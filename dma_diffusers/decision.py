@@ -47,10 +47,11 @@ class Decision:
             self._limits[key] = config.why_stock(*key), config.least_keys(device, head_dim)
         return self._limits[key]
 
-    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text) -> str:
+    def why_stock(self, query, key, value, attn_mask, dropout_p, scale, enable_gqa, text, parts=1) -> str:
         """The reason for which a `scaled_dot_product_attention` falls back to stock; empty if the operator takes it.
 
-        text: start and stop of the text tokens; None if the call does not tell.
+        text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
+        many keys each.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -68,7 +69,7 @@ class Decision:
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if key.shape[-2] < least:
+        if key.shape[-2] * parts < least:
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
@@ -120,7 +121,7 @@ def _why_other_mask(mask: torch.Tensor, key: torch.Tensor) -> str:
         return f"{OTHER_MASK}: numbers are added to the scores"
     if not 2 <= mask.ndim <= 4 or mask.shape[-1] != key.shape[-2]:
         return f"{OTHER_MASK}: it has {mask.ndim} dimensions and {mask.shape[-1]} keys"
-    if mask.shape[-2] != 1:
+    if mask.shape[-2] != 1 and mask.stride(-2) != 0:
         return f"{OTHER_MASK}: each query has its own"
     if mask.ndim > 2 and mask.shape[-3] != 1 and mask.stride(-3) != 0:
         return f"{OTHER_MASK}: each head has its own"

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
+from dma_diffusers.parallel import splits_text
 
 logger = logging.getLogger("dma_diffusers")
 
@@ -71,6 +72,7 @@ class ForwardContext:
         self.note = note
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
+        self.splits_text = splits_text(model)  # over several GPUs
         self.announced = False
         self.warned = False
         self.checked: set[tuple[int, ...]] = set()  # grids

@@ -228,4 +228,4 @@ def _arguments(call: Mapping[str, Any], *names: str) -> list[Any]:
 
 
 def _config(model: torch.nn.Module) -> Any:
-    return model.config
+    return getattr(model, "nets", [model])[0].config  # of several ControlNets in one, the first's

@@ -4,6 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.internals import scaled_dot_product_attention as genuine
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
+from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
 
 logger = logging.getLogger("dma_diffusers")
@@ -29,8 +31,12 @@ class ProcessorCall(Protocol):
 
     hidden, encoder: numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     reasons: for each operation the reason for which it fell back, empty if the operator took it.
+    spread: the GPUs that exchange heads around a `scaled_dot_product_attention` of the call, which then has all parts
+        of the sequence; None for one GPU. backend: the module's own, for calls over several GPUs that fall back.
     """
 
+    backend: Any
+    spread: Spread | None
     hidden: int
     encoder: int
     reasons: list[str]
@@ -60,6 +66,7 @@ class Interception:
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
         self.device: torch.device | None = None
+        self.spread: Spread | None = None  # of the last call that the operator took
         self.head_dim = head_dim
         forward.listeners.append(self)
 
@@ -108,7 +115,11 @@ class Interception:
     def attention(self, call: ProcessorCall, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
                   scale=None, enable_gqa=False):  # fmt: skip
         """Runs a `scaled_dot_product_attention` of the module, by the operator where it can."""
-        text = self._text_range(call, query, key)
+        spread = call.spread
+        # Some calls over several GPUs exchange no heads, such as cross-attention to text that every GPU has.
+        if spread is not None and key.shape[-2] != spread.ulysses * (call.hidden + call.encoder):
+            spread = None
+        text = self._text_range(call, query, key, spread, 1 if spread is None else spread.ulysses)
         reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         if not torch.compiler.is_compiling():
             call.reasons.append(reason)
@@ -117,15 +128,45 @@ class Interception:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        self._take(query)
-        attend = self.stand_in or operator.attention
-        result = attend(
-            query, key, value, key_mask=masks_of_keys(attn_mask, key), scale=scale, is_causal=is_causal,
-            masks_text=self.family.masks_text, mapped=self.mapped,
-            **self.config.arguments(text or (0, 0), self.forward.grid),
-        )  # fmt: skip
-        self._count_inexact(result.inexact_rows)
-        return result.out
+        self._take(query, spread)
+        arguments = self._arguments(text)
+        if spread is not None:
+            arguments = spread.arguments(arguments, query.shape[1])
+        mask = masks_of_keys(attn_mask, key)
+        return self._attend(
+            query, key, value, key_mask=mask, scale=scale, is_causal=is_causal, **arguments
+        ).out
+
+    def spread_attention(
+        self, call: ProcessorCall, spread: Spread, query, key, value, attn_mask=None, dropout_p=0.0,
+        is_causal=False, scale=None, enable_gqa=False, attention_kwargs=None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Runs a `dispatch_attention_fn` over several GPUs, by the operator where it can; tensors are `[B, S, H, D]`.
+
+        Raises ValueError for a policy that the spread can't have, and where stock attention can't run either.
+        """
+        q, k, v = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+        mask = attn_mask
+        if mask is not None and mask.shape == (key.shape[0], key.shape[1]):
+            mask = mask[:, None, None]
+        text = self._text_range(call, q, k, spread)
+        spread_reason = spread.why_stock(q, k, mask, text)  # first, for it raises where stock would be wrong
+        reason = self._why_stock(q, k, v, mask, dropout_p, scale, enable_gqa, text, spread.gpus)
+        reason = reason or spread_reason
+        if not reason and (is_causal or attention_kwargs):
+            reason = "a causal call, or one with attention_kwargs, over several GPUs"
+        call.reasons.append(reason)
+        if reason:
+            self.fall_back(reason)
+            return spread.stock_attention(
+                reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
+            )  # fmt: skip
+        if self.mapped:
+            spread.check([self.config.asked])
+        self._take(q, spread)
+        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **self._arguments(text))
+        return out.permute(0, 2, 1, 3)
 
     def met_no_attention(self, processor: Any) -> None:
         """Counts a call of the module whose processor attended without `scaled_dot_product_attention`, and warns once.
@@ -155,19 +196,37 @@ class Interception:
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
             sum(int(rows) for rows in self.inexact_rows),
-            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid)))), self.in_dense_steps,
+            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid), self._spread_note()))),
+            self.in_dense_steps,
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
         """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
         return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
 
-    def _text_range(self, call: ProcessorCall, query, key) -> tuple[int, int] | None:
+    def _text_range(
+        self, call: ProcessorCall, query, key, spread: Spread | None, parts: int = 1
+    ) -> tuple[int, int] | None:
+        """The text among the keys of a call, or of one of its parts over several GPUs."""
         grid = self.forward.grid
-        return self.family.text_range(
-            query.shape[-2], key.shape[-2], call.hidden, call.encoder, self.forward.text_length,
+        find = self.family.text_range if spread is None else partial(spread.text_range, self.family)
+        return find(
+            query.shape[-2] // parts, key.shape[-2] // parts, call.hidden, call.encoder, self.forward.text_length,
             math.prod(grid) if grid else None,
         )  # fmt: skip
+
+    def _arguments(self, text: tuple[int, int] | None) -> dict[str, Any]:
+        """Keyword arguments of the operator, for a call with this text."""
+        own = self.config.arguments(text or (0, 0), self.forward.grid)
+        return {"masks_text": self.family.masks_text, "mapped": self.mapped} | own
+
+    def _attend(self, query, key, value, **arguments) -> operator.Result:
+        result = (self.stand_in or operator.attention)(query, key, value, **arguments)
+        self._count_inexact(result.inexact_rows)
+        return result
+
+    def _spread_note(self) -> str:
+        return "" if self.spread is None else f"context parallelism: {self.spread}"
 
     def _why_stock(self, *operation) -> str:
         now = self.forward.call
@@ -201,9 +260,10 @@ class Interception:
         sigma = self.forward.dense_above_sigma
         return words if sigma is None else f"{words}, dense above sigma {sigma}"
 
-    def _take(self, query: torch.Tensor) -> None:
+    def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
             self.intercepted += 1
+            self.spread = spread
             self.in_dense_steps += not (self.mapped or self.dense)
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)

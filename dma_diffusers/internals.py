@@ -14,6 +14,9 @@ try:
         _AttentionBackendRegistry,
         dispatch_attention_fn,
     )
+    from diffusers.models.attention_dispatch import (
+        _templated_context_parallel_attention as context_parallel_attention,
+    )
 
     # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
     from torch._C._nn import scaled_dot_product_attention
@@ -22,6 +25,7 @@ try:
 
     may_overlap = torch._debug_has_internal_overlap
     active_backend = _AttentionBackendRegistry.get_active_backend
+    has_context_parallelism = _AttentionBackendRegistry._is_context_parallel_available
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"dma-diffusers does not know diffusers {diffusers.__version__} with torch {torch.__version__}: {error}; "
@@ -34,8 +38,10 @@ __all__ = [
     "AttentionScoreSkipFunctionMode",
     "DeviceContext",
     "active_backend",
+    "context_parallel_attention",
     "dispatch_attention_fn",
     "function_modes",
+    "has_context_parallelism",
     "may_overlap",
     "scaled_dot_product_attention",
 ]

@@ -1,24 +1,29 @@
 """The interception of every attention operation inside a `with`, by a mode that sees all of PyTorch's functions."""
 
 import operator as operators
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers.interception import Interception
 from dma_diffusers.internals import scaled_dot_product_attention
+from dma_diffusers.parallel import Spread
 
 
 class InterceptionMode(TorchFunctionMode):
     """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
 
     hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
-    met_attention: whether any was handed over.
+    spread: the GPUs that exchange heads around such calls. met_attention: whether any was handed over.
     """
 
-    def __init__(self, interception: Interception, hidden: int, encoder: int):
+    backend: Any = None  # what falls back here is inside Diffusers' native backend
+
+    def __init__(self, interception: Interception, hidden: int, encoder: int, spread: Spread | None = None):
         super().__init__()
         self.interception = interception
+        self.spread = spread
         self.hidden = hidden
         self.encoder = encoder
         self.reasons: list[str] = []

@@ -14,16 +14,21 @@ from torch.nn import functional
 
 from dma_diffusers.interception import Interception
 from dma_diffusers.internals import AttentionBackendName, dispatch_attention_fn
+from dma_diffusers.parallel import Spread
 
 
 class Rebound:
     """One call of a stock processor whose attention is asked for by name; a `ProcessorCall`.
 
     hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
+    backend: its own backend, for calls that stock attention runs in another way than PyTorch's.
     """
 
-    def __init__(self, interception: Interception, hidden: int, encoder: int):
+    spread: Spread | None = None  # no `scaled_dot_product_attention` is inside Diffusers' context parallelism
+
+    def __init__(self, interception: Interception, hidden: int, encoder: int, backend: Any = None):
         self.interception = interception
+        self.backend = backend
         self.hidden = hidden
         self.encoder = encoder
         self.reasons: list[str] = []
@@ -46,6 +51,12 @@ class Rebound:
         attention_kwargs=None, *, backend=None, parallel_config=None,
     ):  # fmt: skip
         """Stands in for `dispatch_attention_fn`, and does as its native backend does; q, k and v are `[B, S, H, D]`."""
+        if backend in (None, AttentionBackendName.NATIVE) and not isinstance(attn_mask, torch.Tensor | None):
+            backend = self.backend  # for a block mask, of which the native one knows nothing
+        if spread := Spread.of(parallel_config, self.interception.forward.splits_text):
+            return self.interception.spread_attention(
+                self, spread, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs
+            )  # fmt: skip
         if backend not in (None, AttentionBackendName.NATIVE):
             self.reasons.append(self.interception.fall_back(f"its processor asks for the backend {backend}"))
             return dispatch_attention_fn(

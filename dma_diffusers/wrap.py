@@ -11,7 +11,11 @@ import torch
 from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.internals import AttentionBackendName, AttentionProcessorRegistry
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.parallel import Spread
 from dma_diffusers.rebind import Rebound, can_rebind
+
+NO_COMPILED_RING = "ring attention is not compiled: use Ulysses, or compile without fullgraph"
+NO_RING_HERE = "a ring needs a stock processor that asks for attention by name: use Ulysses"
 
 
 class WrappedProcessor:
@@ -107,7 +111,7 @@ def _call(kind: type, stock_call: Any):
     declared: list[str] = []
     passed: list[str] = []
     for p in parameters:
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         if p.kind is p.KEYWORD_ONLY and not any(d.startswith("*") for d in declared):
             declared.append("*")
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
@@ -119,14 +123,19 @@ def __call__({", ".join(declared)}):
     encoder = tokens({encoder}, hidden)
     if not is_compiling():
         return run(hidden, encoder, {", ".join(passed)})
+    spread = spread_of({self})
+    if spread is not None and spread.ring > 1:
+        return uncompiled_run(hidden, encoder, {", ".join(passed)})
     if {self}.interception.all_fall_back(hidden.device):
         return {self}.stock({", ".join(passed[1:])})
-    with InterceptionMode({self}.interception, hidden.shape[1], encoder):
+    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread):
         return stock_call({", ".join(passed)})
 """
+    run = partial(_run, stock_call, can_rebind(stock_call))
     namespace = {
         "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "tokens": _tokens,
-        "run": partial(_run, stock_call, can_rebind(stock_call)), "stock_call": stock_call,
+        "run": run, "stock_call": stock_call, "spread_of": _spread_of,
+        "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
     }  # fmt: skip
     namespace |= {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     exec(source, namespace)
@@ -163,21 +172,41 @@ def _run(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
-    interception = wrapped.interception
+    interception, spread = wrapped.interception, _spread_of(wrapped)
     if interception.all_fall_back(hidden.device):
-        return wrapped.stock(*args, **kwargs)
-    arguments = (*args, *kwargs.values())
+        return _run_stock(wrapped, spread, args, kwargs)
+    arguments = (*args, *kwargs.values(), spread and spread.gpus)
     if interception.falls_back(hidden, arguments):
-        return stock_call(wrapped, *args, **kwargs)
+        return (
+            stock_call(wrapped, *args, **kwargs)
+            if spread is None
+            else _run_stock(wrapped, spread, args, kwargs)
+        )
     call: ProcessorCall
     if by_name and not interception.family.squares_masks:
-        call = rebound = Rebound(interception, hidden.shape[1], encoder)
+        backend = getattr(wrapped.stock, "_attention_backend", None)
+        call = rebound = Rebound(interception, hidden.shape[1], encoder, backend)
         result = rebound.run(stock_call, wrapped, *args, **kwargs)
+    elif spread is not None and spread.ring > 1:
+        interception.fall_back(NO_RING_HERE)
+        return _run_stock(wrapped, spread, args, kwargs)
     else:
-        call = mode = InterceptionMode(interception, hidden.shape[1], encoder)
+        call = mode = InterceptionMode(interception, hidden.shape[1], encoder, spread)
         with mode:
             result = stock_call(wrapped, *args, **kwargs)
     if not call.reasons:
         interception.met_no_attention(wrapped.stock)
     interception.learn(hidden, arguments, call)
     return result
+
+
+def _run_stock(wrapped: WrappedProcessor, spread: Spread | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls the stock processor, with its own backend."""
+    if spread is not None:
+        spread.check_backend(getattr(wrapped.stock, "_attention_backend", None))
+    return wrapped.stock(*args, **kwargs)
+
+
+def _spread_of(wrapped: WrappedProcessor) -> Spread | None:
+    parallel_config = getattr(wrapped, "_parallel_config", None)
+    return Spread.of(parallel_config, wrapped.interception.forward.splits_text)

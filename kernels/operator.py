@@ -58,6 +58,7 @@ def attention(
     grid: Sequence[int] = (),
     text_start: int = 0,
     text_stop: int = 0,
+    parts: int = 1,
     masks_text: bool = False,
     mapped: bool = True,
     lowering: str = "auto",
@@ -74,7 +75,9 @@ def attention(
     policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950).
     grid: the grid on which the tokens that aren't text lie, see `Layout`. Policies on the grid need it, and Sq = Sk.
         Their tiles are boxes: the kernels gather tokens as they read them, and scatter what they write.
-    text_start, text_stop: the text tokens, which are HIGH as keys and as queries.
+    text_start, text_stop: the text tokens, which are HIGH as keys and as queries. If there are as many queries as keys
+        other than text, the queries are those tokens; in a causal call, query i stands at key i all the same.
+    parts: the sequence is this many equal parts, one after the other, with text at this range of each (`Layout`).
     masks_text: key_mask hides none but text tokens, so that other tiles need not look at it.
     mapped: False makes every tile HIGH.
     lowering: the name of one, or "auto" for the first that can run the call.
@@ -93,7 +96,7 @@ def attention(
     out, lse, inexact_rows = _OPERATOR(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, str(policy), grid,
-        text_start, text_stop, masks_text, mapped, lowering, return_lse,
+        text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
     )  # fmt: skip
     return Result(out, lse, inexact_rows)
 
@@ -167,12 +170,12 @@ _PLANS = PlanCache()
 
 def _attention(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
-    text_start, text_stop, masks_text, mapped, lowering, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
         _check(q, k, v, key_mask)
-    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid), q.device)
+    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid), q.device, parts)
     tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
@@ -226,7 +229,7 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fake(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
-    text_start, text_stop, masks_text, mapped, lowering, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
@@ -245,7 +248,8 @@ _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
     "Tensor? k_sin, float scale, bool is_causal, str high, str low, str policy, SymInt[] grid, SymInt text_start, "
-    "SymInt text_stop, bool masks_text, bool mapped, str lowering, bool return_lse) -> (Tensor, Tensor, Tensor)",
+    "SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, bool return_lse) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ import torch
 
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
-from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
     UNVISITED,
@@ -84,7 +84,7 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
     Raises ValueError for a policy on the grid without a grid, or with a grid that it can't have, or a causal call.
     """
     if not policy.on_grid:
-        cut = _with_text(layout) if masks_text else None
+        cut = tiles_with(layout.is_text) if masks_text else None
         classes = policy.classes(layout, is_causal)
         phases = visiting_phases(classes, layout, is_causal, cut=cut)
         made = _block_lists(classes, phases, policy)
@@ -104,7 +104,8 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
             fine_mask(token_order, tile_order.coordinates, axes) if axes else hide_empty_slots(token_order)
         )
     if masks_text:
-        phases = torch.where(_with_text(tile_order.layout) & (phases != UNVISITED), int(Phase.MASKED), phases)
+        has_text = tiles_with(tile_order.layout.is_text)
+        phases = torch.where(has_text & (phases != UNVISITED), int(Phase.MASKED), phases)
     made = _block_lists(classes, phases, policy)
     return Plan(*made, token_order, packed, policy.skip_below, not masks_text)
 
@@ -117,10 +118,3 @@ def _block_lists(
         return map_of(phases, has_high=True), Routing.of(phases, policy.importance)
     has_high = bool(((classes == Class.HIGH) & (phases != UNVISITED)).any())
     return map_of(phases, has_high), None
-
-
-def _with_text(layout: Layout) -> torch.Tensor:
-    """Says which KV tiles hold text: bool `[1, k_tiles]`."""
-    start, stop = layout.text
-    tile = torch.arange(tiles(layout.k_length))[None]
-    return (tile >= start // TILE) & (tile < tiles(stop)) & (stop > start)

@@ -58,16 +58,17 @@ class PlanCache:
         text: tuple[int, int],
         grid: tuple[int, ...],
         device: torch.device,
+        parts: int = 1,
     ) -> Size:
-        """Finds or makes what is kept for calls of these lengths. Raises ValueError as `Layout` does."""
-        key = (q_length, k_length, text, grid, device)
+        """Finds or makes what is kept for calls of this layout. Raises ValueError as `Layout` does."""
+        key = (q_length, k_length, text, grid, device, parts)
         if self._captured and key in self._captured:
             return self._captured[key]
         size = self._sizes.get(key)
         captures = plan.is_capturing(device)
         if size is None or captures or len(self._sizes) > 1:
             with self._lock:
-                size = size or Size(Layout(q_length, k_length, text, grid), device)
+                size = size or Size(Layout(q_length, k_length, text, grid, parts), device)
                 self._sizes[key] = size
                 self._sizes.move_to_end(key)
                 if captures:  # the graph goes on reading the plan's tensors

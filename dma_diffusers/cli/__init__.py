@@ -6,7 +6,13 @@ import sys
 import typer
 
 from dma_diffusers.cli.batch import batch
-from dma_diffusers.cli.bench import bench_attention, bench_image, bench_neighborhood, bench_video
+from dma_diffusers.cli.bench import (
+    bench_attention,
+    bench_image,
+    bench_neighborhood,
+    bench_parallel,
+    bench_video,
+)
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
@@ -39,6 +45,7 @@ bench.command("attention")(bench_attention)
 bench.command("neighborhood")(bench_neighborhood)
 bench.command("image")(bench_image)
 bench.command("video")(bench_video)
+bench.command("parallel")(bench_parallel)
 
 
 def main() -> None:

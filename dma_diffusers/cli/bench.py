@@ -1,5 +1,7 @@
 """`dma-diffusers bench`: speed."""
 
+import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -198,3 +200,44 @@ def bench_image(
             image.HEADER, ([escape(text) for text in line] for line in image.cells(measured["entries"]))
         )
     print(image.NOTE)
+
+
+def bench_parallel(
+    shape: Annotated[str, typer.Option(help="A model's, such as flux-1k, or BxHxNxD.")] = "hunyuan-720p",
+    rounds: Annotated[int, typer.Option(min=1, max=20, help="In which each kind of call has its turn.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, max=100, help="Of each kind in a round.")] = 5,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The raw result as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time attention over several GPUs (Ulysses, ring) beside one: python3 -m torch.distributed.run --nproc-per-node 2
+    -m dma_diffusers bench parallel."""
+    from dma_diffusers.eval.bench import parallel, shapes
+    from dma_diffusers.eval.bench.timing import require_gpu
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
+
+    require_gpu()
+    require(("triton",), "pip install triton")
+    (chosen,) = shapes.parse([shape])[:1]
+    if output:
+        check_writable(output)
+    command = f"{parallel.HOW_TO_START.removesuffix(' bench parallel')} {shlex.join(sys.argv[1:])}"
+    with quiet(), parallel.processes() as device:
+        is_first = int(os.environ["RANK"]) == 0
+        with progress(is_first and not as_json) as on_step:
+            measured = parallel.bench_parallel(chosen, device, rounds, calls, seed, "auto", command, on_step)
+    if not is_first:
+        return
+    if output:
+        write_atomically(output, json.dumps(measured, indent=1, allow_nan=False).encode())
+    if as_json:
+        print_json(measured)
+        return
+    settings = measured["settings"]
+    print(f"\n{chosen.label}, {settings['gpus']} × {settings['gpu']['name']}")
+    print_table(parallel.HEADER, ([escape(text) for text in line] for line in parallel.cells(measured)))
+    shares = measured["communication"]
+    for name, share in shares["share_of_ulysses"].items():
+        gain = shares["most_that_8_bits_gain"][name]
+        print(f"{name}: {share:.1%} of Ulysses is the exchange; 8 bits on the wire could gain {gain:.1%}")
+    print(parallel.NOTE)

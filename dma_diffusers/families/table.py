@@ -85,9 +85,7 @@ TRANSFORMERS = {
         grid=grids.of_image_alone,
         falls_back="those with images to be edited, or with prompts of several lengths",
     ),
-    "BriaFiboTransformer2DModel": replace(
-        _FLUX, timestep_scale=1000, falls_back="those with a mask of tokens × tokens, as its pipeline makes"
-    ),
+    "BriaFiboTransformer2DModel": replace(_FLUX, masks_text=True, timestep_scale=1000),
     "BriaTransformer2DModel": replace(_FLUX, timestep_scale=1000),
     "ChromaTransformer2DModel": replace(
         _FLUX, falls_back="those with a mask of tokens × tokens, as its pipeline makes"

@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any, ClassVar, final
 
 import torch
+import torch.nn.functional as F
 
 from dma_diffusers.kernels.tiling import boxes
-from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles, tiles_with
 from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
@@ -80,7 +81,7 @@ class Policy:
         tile_order: required by policies on the grid; `layout` is then that of its slots.
         """
         classes = self._of_tiles(layout, is_causal, tile_order)
-        return _protected(classes, layout) if self.protects_text else classes
+        return _protected(classes, layout, is_causal) if self.protects_text else classes
 
     def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
         """The classes before text is protected; arguments and result are those of `classes`."""
@@ -130,6 +131,7 @@ class Diagonal(Policy):
 
     window: tokens. 128 is the diagonal tile alone; each further 256 (causal: 128) adds a tile on either side
         (causal: before it). 0 is no band. Other widths round up. A tuple has a width for each head of the queries.
+        Where queries omit the text, a Q tile may have queries of several tiles of keys: all of these are its diagonal.
     sink: tokens at the start of the keys, rounded up to tiles; on the grid, text stands there.
     near: "sequence" for a band of the flattened sequence; "grid" for as many boxes, those nearest on the grid.
     """
@@ -167,7 +169,8 @@ class Diagonal(Policy):
         return self.near == "grid"
 
     def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
-        q_tile = torch.arange(tiles(layout.q_length))[:, None]
+        own_tile = layout.query_places(is_causal)[:, None] // TILE
+        first, last = own_tile[::TILE], torch.cat((own_tile[TILE - 1 : -1 : TILE], own_tile[-1:]))
         k_tile = torch.arange(tiles(layout.k_length))[None, :]
         width = torch.tensor(self.windows)[:, None, None]
         reach = -(-(width - TILE).clamp(min=0) // (TILE if is_causal else 2 * TILE))
@@ -175,7 +178,7 @@ class Diagonal(Policy):
             assert tile_order is not None
             near = _ranks(tile_order) <= 2 * reach
         else:
-            near = (q_tile - k_tile).abs() <= reach
+            near = (first - reach <= k_tile) & (k_tile <= last + reach)
         high = ((width > 0) & near) | (k_tile < tiles(self.sink))
         return torch.where(high, int(Class.HIGH), int(Class.LOW))[None]
 
@@ -378,14 +381,16 @@ def _members(policy: Policy) -> tuple[Policy, ...]:
     return policy.members if isinstance(policy, Union) else (policy,)
 
 
-def _protected(classes: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A copy of `classes` in which tiles with text are HIGH."""
-    start, stop = layout.text
-    if stop > start:
-        first, end = start // TILE, tiles(stop)
-        classes = classes.clone()
-        classes[..., first:end, :] = classes[..., first:end] = int(Class.HIGH)
-    return classes
+def _protected(classes: torch.Tensor, layout: Layout, is_causal: bool) -> torch.Tensor:
+    """`classes`, but HIGH where a tile holds text, as queries or as keys."""
+    if not layout.text_length:
+        return classes
+    is_text = layout.is_text
+    of_queries = F.pad(is_text, (0, max(layout.q_length - layout.k_length, 0)))[
+        layout.query_places(is_causal)
+    ]
+    has_text = tiles_with(of_queries)[:, None] | tiles_with(is_text)
+    return torch.where(has_text, int(Class.HIGH), classes)
 
 
 def _ranks(tile_order: TileOrder) -> torch.Tensor:

@@ -52,10 +52,9 @@ class TileOrder:
     @cached_property
     def token_order(self) -> torch.Tensor:
         """The token in each slot, −1 for empty slots: int32 `[slots]`."""
-        token = torch.arange(self.tokens.k_length, dtype=torch.int32)
-        start, stop = self.tokens.text
-        of_text = F.pad(token[start:stop], (0, -(stop - start) % TILE), value=-1)
-        of_grid = torch.cat((token[:start], token[stop:])).view(self.tokens.grid)
+        token, is_text = torch.arange(self.tokens.k_length, dtype=torch.int32), self.tokens.is_text
+        of_text = F.pad(token[is_text], (0, -self.tokens.text_length % TILE), value=-1)
+        of_grid = token[~is_text].view(self.tokens.grid)
         return torch.cat((of_text, self._in_boxes(of_grid)))
 
     @cached_property

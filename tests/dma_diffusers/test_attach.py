@@ -296,19 +296,6 @@ def test_a_backend_that_is_chosen_afterwards_does_not_take_calls_away(pipe):
     assert {processor._attention_backend for processor in processors} == {AttentionBackendName.FLEX}
 
 
-def test_context_parallelism_is_refused(pipe):
-    class Parallel:
-        context_parallel_config = object()
-
-    pipe.transformer._parallel_config = Parallel()
-    with pytest.raises(ValueError, match="does not support context parallelism"):
-        apply(pipe)
-    pipe.transformer._parallel_config = None
-    apply(pipe)
-    with pytest.raises(ValueError, match="does not support context parallelism: restore the model first"):
-        pipe.transformer.transformer_blocks[0].attn.processor._parallel_config = Parallel()
-
-
 def test_a_processor_with_weights_keeps_them(pipe):
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 

@@ -1,42 +1,70 @@
 """The place of the text, told by the models themselves: the keys that change when the text does are the text."""
 
+from collections import Counter
+
 import diffusers
 import pytest
 import torch
+from diffusers.models import controlnets, transformers
 
 from dma_diffusers import DMAConfig, apply
-from dma_diffusers.families import FAMILIES, family_of
+from dma_diffusers.families import CONTROLNETS, FAMILIES, TRANSFORMERS, family_of, page
 from dma_diffusers.kernels import operator
 from tests.dma_diffusers import tiny_models
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", tiny_models.CASES)
+@pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_text_range_is_where_the_keys_follow_the_text(name, monkeypatch):
     case = tiny_models.make(name)
     first, second = case.texts(2)
     changed = (case.keys(first) != case.keys(second)).any(-1).any(1).any(0).nonzero().flatten().tolist()
     assert changed == list(range(*case.prompt or case.text))
 
-    calls = []
+    calls = Counter()
     genuine = operator.attention
 
     def spy(query, key, value, **kwargs):
-        calls.append((key.shape[2], kwargs["text_start"], kwargs["text_stop"]))
+        calls[query.shape[2], key.shape[2], kwargs["text_start"], kwargs["text_stop"]] += 1
         return genuine(query, key, value, **kwargs)
 
     monkeypatch.setattr(operator, "attention", spy)
     apply(case.model, min_length=0)
     case.run(first)
-    joint = (case.tokens + case.text[1] - case.text[0], *case.text)
-    image = (case.tokens, 0, 0)
-    assert calls.count(image) == case.image_calls
-    assert calls.count(joint) - (joint == image) * case.image_calls == case.joint_calls
-    assert len(calls) == case.joint_calls + case.image_calls
+    assert calls == case.calls
 
 
-def test_every_family_is_told_by_a_model():
-    assert {type(tiny_models.make(name).model).__name__ for name in tiny_models.CASES} == set(FAMILIES)
+def exported(package) -> set[str]:
+    """The models that a package of Diffusers exports."""
+    kinds = [kind for kind in vars(package).values() if isinstance(kind, type)]
+    return {kind.__name__ for kind in kinds if issubclass(kind, diffusers.ModelMixin)}
+
+
+def test_every_class_that_diffusers_exports_has_its_row():
+    assert exported(transformers) == set(TRANSFORMERS)
+    assert exported(controlnets) == set(CONTROLNETS)
+
+
+def test_every_family_that_can_be_had_is_told_by_a_model():
+    told = {type(tiny_models.make(name).model).__name__ for name in tiny_models.EVERY}
+    assert told == {kind for kind, family in FAMILIES.items() if not family.refusal}
+    assert len(told & set(TRANSFORMERS)) >= 66
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.refusal])
+def test_what_cannot_be_had_is_refused_with_the_reason(kind):
+    cls = getattr(diffusers, kind, None) or getattr(transformers, kind, None) or getattr(controlnets, kind)
+    for text in (None, "none", "first"):
+        with pytest.raises(ValueError, match=f"^{kind} can't be had: .*it") as error:
+            apply(cls.__new__(cls), text=text)
+        assert "\n" not in str(error.value)
+
+
+def test_the_page_is_up_to_date():
+    text = page.PAGE.read_text()
+    assert page.with_tables(text) == text, "run: python -m dma_diffusers.families.page"
+    for kind in FAMILIES:
+        assert text.count(f"| `{kind}` |") == 1
 
 
 class Unknown(torch.nn.Module):
@@ -77,6 +105,28 @@ def test_single_stream_text_comes_from_the_model_and_must_fit():
     assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=20) == (0, 20)
     assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=None) is None
     assert family.text_range(queries=300, keys=300, hidden=300, encoder=0, model=301) is None
+
+
+def test_queries_of_the_image_alone_attend_to_text_and_image():
+    for kind, text in (("PRXTransformer2DModel", (0, 20)), ("NucleusMoEImageTransformer2DModel", (280, 300))):
+        family = FAMILIES[kind]
+        assert family.text_range(queries=280, keys=300, hidden=280, encoder=20, model=20) == text
+        for keys in (20, 280 + 19):  # cross-attention, and other tokens than the text
+            assert family.text_range(queries=280, keys=keys, hidden=280, encoder=20, model=20) is None
+        assert family.text_range(queries=280, keys=300, hidden=280, encoder=20, model=None) is None
+    wan = FAMILIES["WanTransformer3DModel"]
+    assert wan.text_range(queries=280, keys=300, hidden=280, encoder=0, model=20) is None
+
+
+def test_modules_that_see_the_image_alone_have_no_text():
+    family = FAMILIES["Flux3Transformer2DModel"]
+    image, both = (
+        family.of_module(name) for name in ("mode_blocks.image.0.attn", "single_transformer_blocks.0.attn")
+    )
+    assert both is family
+    assert image.text_range(queries=300, keys=300, hidden=300, encoder=0, model=20) == (0, 0)
+    assert family.stock_role("txt_mode_blocks.0.attn") == "attention among tokens of text"
+    assert not family.stock_role("mode_blocks.image.0.attn")
 
 
 def test_a_published_neighborhood_is_a_share_of_the_grid():

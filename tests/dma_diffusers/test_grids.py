@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dma_diffusers import DMAConfig, grids
+from dma_diffusers import DMAConfig, apply, grids, report
 from dma_diffusers.families import FAMILIES, Family, family_of
 from dma_diffusers.forward import ForwardContext
 from tests import tiny_pipelines
@@ -22,17 +22,28 @@ def observed(model: torch.nn.Module, grid: tuple[int, ...] | None = None) -> For
     return forward
 
 
+MIXED = (
+    "basic",
+    "controlnet of z_image",
+    "dream_lite",
+    "flux3",
+    "refiners",
+)  # pixels that meet before the first attention call
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", tiny_models.CASES)
+@pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_the_token_of_a_pixel_is_where_the_grid_has_it(name):
     case = tiny_models.make(name)
     forward = observed(case.model)
     (text,) = case.texts(1)
     unchanged = case.keys(text)
-    assert forward.grid == case.grid
+    assert forward.grid == case.grid and bool(case.grid) == bool(family_of(case.model).grid)
+    if name.endswith(MIXED) or not case.grid:
+        return
     first = case.text[1] if case.text[0] == 0 else 0
 
-    axes = (1, 3, 4) if "cogvideox" in name else range(case.latents.ndim - len(case.grid), case.latents.ndim)
+    axes = case.axes or range(case.latents.ndim - len(case.grid), case.latents.ndim)
     patches = [case.latents.shape[axis] // length for axis, length in zip(axes, case.grid, strict=True)]
     for cell in product(*({0, length // 2, length - 1} for length in case.grid)):
         pixel = [slice(None)] * case.latents.ndim
@@ -150,6 +161,61 @@ def test_a_call_that_does_not_tell_its_grid():
         grids.of_lengths(None, {"hidden_states": torch.empty(1, 6, 1), "num_frames": 3, "height": None})
 
 
+@pytest.mark.parametrize(
+    ("name", "call", "words"),
+    [
+        (
+            "basic",
+            {"hidden_states": torch.empty(1, 9, 4)},
+            "hidden_states of 3 dimensions, not 4, do not tell",
+        ),
+        (
+            "bria_fibo2",
+            {"context_latents": [torch.empty(1)]},
+            "other images join the call, in context_latents",
+        ),
+        ("cosmos3", {"sound_tokens": [torch.empty(1)]}, "sound or actions stand among the video's tokens"),
+        (
+            "cosmos3",
+            {"vision_token_shapes": [(1, 2, 3), (1, 4, 5)]},
+            r"2 images in one call, of 6 \+ 20 tokens",
+        ),
+        ("hidream", {"hidden_states": torch.empty(1, 4, 24, 20)}, "12×10, which is no square"),
+        (
+            "joy",
+            {"hidden_states": torch.empty(1, 2, 4, 1, 8, 8)},
+            r"2 images in one call, of 16 \+ 16 tokens",
+        ),
+        ("joy_plus", {"shape_list": [[(1, 2, 3)] * 2]}, r"2 images in one call, of 6 \+ 6 tokens"),
+        ("joy_plus", {"shape_list": [[(1, 2, 3)], [(1, 3, 2)]]}, "images of several sizes in one call"),
+        ("kandinsky5", {"sparse_params": {"P": 0.9}}, "sparse_params put the tokens into another order"),
+        (
+            "lumina2",
+            {"encoder_attention_mask": torch.arange(21) < torch.tensor([[9], [7]])},
+            "differ in length",
+        ),
+        ("motif", {"hidden_states": torch.empty(1, 4, 8, 8)}, "hidden_states of 2 sides, not 3, do not tell"),
+        ("qwen21", {"img_shapes": [[(1, 4, 4), (1, 8, 8)]]}, r"2 images in one call, of 16 \+ 64 tokens"),
+    ],
+)
+def test_calls_without_a_single_grid(name, call, words):
+    case = tiny_models.make(name)
+    with pytest.raises(ValueError, match=words) as error:
+        family_of(case.model).grid(case.model, case.call(*case.texts(1)) | call)
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_texts_of_several_lengths_before_the_image_are_left_to_stock():
+    case = tiny_models.make("lumina2")
+    case.inputs["encoder_attention_mask"] = torch.arange(21) < torch.tensor([[9], [7]])
+    (text,) = case.texts(1)
+    stock = case.run(text)
+    apply(case.model, min_length=0)
+    assert torch.equal(case.run(text), stock)
+    assert not any(module.intercepted for module in report(case.model).modules)
+
+
 def test_a_grid_that_is_given_replaces_what_is_known():
     pipe = tiny_pipelines.flux()
     assert family_of(pipe.transformer, grid=(20, 24)).text == FAMILIES["FluxTransformer2DModel"].text
@@ -160,5 +226,6 @@ def test_a_grid_that_is_given_replaces_what_is_known():
 
 
 def test_families_know_their_grids_and_others_do_not():
-    assert all(family.grid for family in FAMILIES.values())
+    told = {type(tiny_models.make(name).model).__name__ for name in tiny_models.CASES}
+    assert all(FAMILIES[kind].grid for kind in told)
     assert family_of(torch.nn.Linear(1, 1), "none") == Family("none", single_stream=True)

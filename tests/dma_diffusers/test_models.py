@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,7 @@ from dma_diffusers.grids import of_list
 from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
+from tests.dma_diffusers.tiny_case import TEXT
 
 LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
 
@@ -37,22 +39,27 @@ class Exact:
     def attend(self, query, key, value, key_mask, scale, is_causal, **call) -> operator.Result:
         self.texts.append((key.shape[2], call["text_start"], call["text_stop"]))
         mask = None if key_mask is None else key_mask[:, None, None]
-        out = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
         return operator.Result(out, torch.empty(0), torch.empty(0, dtype=torch.int32))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", tiny_models.CASES)
+@pytest.mark.parametrize("name", tiny_models.EVERY)
 def test_exact_is_stock_and_low_is_not(name):
     case = tiny_models.make(name)
     (text,) = case.texts(1)
     stock = case.run(text)
     exact = Exact(case.model)
     drawn = case.run(text)
-    assert len(exact.texts) == case.joint_calls + case.image_calls
+    assert len(exact.texts) == sum(case.calls.values()) > 0
     torch.testing.assert_close(drawn, stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0)
     apply(case.model, **LOW)
     assert (case.run(text) - stock).norm() > 1e-4 * stock.norm()
+    restore(case.model)
+    assert torch.equal(case.run(text), stock)
 
 
 @torch.no_grad()
@@ -152,16 +159,46 @@ def test_hunyuan_video_15_masks_keys_alone(image):
 
 
 VALID = torch.arange(21) < torch.tensor([[21], [9], [1]])
+
+
+def repeated(value: torch.Tensor) -> torch.Tensor:
+    """The same for three batch entries, of a tensor that has a batch."""
+    return value if value.ndim == 1 and len(value) > 1 else value.repeat(3, *[1] * (value.ndim - 1))
+
+
 MASKED = {  # models whose texts differ in length, and the arguments of their calls that depend on the batch
-    "hunyuan": lambda: dict(
+    "hunyuan": lambda inputs: dict(
         pooled_projections=torch.randn(3, 32), guidance=torch.ones(3), encoder_attention_mask=VALID.float()
     ),
-    "hunyuan15": lambda: dict(
+    "hunyuan15": lambda inputs: dict(
         encoder_attention_mask=VALID, encoder_hidden_states_2=torch.randn(3, 7, 6),
         encoder_attention_mask_2=torch.arange(7) < torch.tensor([[0], [7], [3]]), image_embeds=torch.randn(3, 3, 5),
     ),
-    "qwen": lambda: dict(img_shapes=[[(1, 16, 19)]] * 3, encoder_hidden_states_mask=VALID),
-    "z_image": dict,
+    "qwen": lambda inputs: dict(img_shapes=[[(1, 16, 19)]] * 3, encoder_hidden_states_mask=VALID),
+    "z_image": lambda inputs: {},
+    "bria_fibo": lambda inputs: inputs | dict(
+        text_encoder_layers=[torch.randn(3, 21, 4)] * 2,
+        joint_attention_kwargs={"attention_mask": F.pad(VALID, (0, 130), value=True)[:, None, None]},
+    ),
+    "controlnet of qwen": lambda inputs: dict(
+        img_shapes=inputs["img_shapes"] * 3, encoder_hidden_states_mask=VALID,
+        controlnet_cond=inputs["controlnet_cond"].repeat(3, 1, 1),
+    ),
+    "ernie": lambda inputs: dict(text_lens=torch.tensor([21, 9, 1])),
+    "framepack": lambda inputs: {name: repeated(value) for name, value in inputs.items()} | dict(
+        encoder_attention_mask=VALID.float()
+    ),
+    "hunyuan_image": lambda inputs: dict(
+        encoder_attention_mask=VALID, encoder_hidden_states_2=torch.randn(3, 7, 6),
+        encoder_attention_mask_2=torch.arange(7) < torch.tensor([[0], [7], [3]]),
+    ),
+    "krea2": lambda inputs: inputs | dict(encoder_attention_mask=VALID),
+    "motif": lambda inputs: dict(encoder_attention_mask=VALID, image_embeds=torch.randn(3, 5, 6)),
+    "nucleus": lambda inputs: dict(img_shapes=inputs["img_shapes"] * 3, encoder_hidden_states_mask=VALID),
+    "prx": lambda inputs: dict(attention_mask=VALID),
+    "qwen21": lambda inputs: dict(
+        img_shapes=inputs["img_shapes"] * 3, img_mask=inputs["img_mask"].repeat(3, 1), encoder_hidden_states_mask=VALID
+    ),
 }  # fmt: skip
 
 
@@ -170,8 +207,11 @@ MASKED = {  # models whose texts differ in length, and the arguments of their ca
 @pytest.mark.parametrize("fields", [{}, {"protect_text": False}])
 def test_masks_that_are_said_to_hide_text_hide_nothing_else(name, fields, monkeypatch):
     case = tiny_models.make(name)
-    case.latents, case.inputs = torch.randn(3, *case.latents.shape[1:]), MASKED[name]()
-    text = [torch.randn(length, 8) for length in (21, 33, 40)] if name == "z_image" else case.texts(1)[0]
+    case.latents, case.inputs = torch.randn(3, *case.latents.shape[1:]), MASKED[name](case.inputs)
+    if name == "z_image":
+        text = [torch.randn(length, 8) for length in (21, 33, 40)]
+    else:
+        text = torch.randn(3, TEXT, 3, 8) if name == "krea2" else case.texts(1)[0]
     stock = case.run(text)
     exact, said = Exact(case.model), []
     apply(case.model, min_length=0, **fields)
@@ -195,7 +235,7 @@ def test_masks_that_are_said_to_hide_text_hide_nothing_else(name, fields, monkey
     for interception in interceptions(case.model).values():
         interception.stand_in = attend
     torch.testing.assert_close(case.run(text), stock, rtol=0, atol=1e-6 if name == "hunyuan15" else 0)
-    assert len(exact.texts) == 2
+    assert len(exact.texts) == case.joint_calls
 
 
 @torch.no_grad()

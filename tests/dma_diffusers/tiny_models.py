@@ -1,88 +1,14 @@
-"""A tiny model of every family, and a call of it whose text and grid are known."""
+"""Tiny models, and for each a call whose text and grid are known.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+CASES: of the families of which most is known. EVERY: of every family.
+"""
 
 import diffusers
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from tests import tiny_pipelines
-
-TEXT = 21  # tokens
-AXES = tiny_pipelines.rope_axes(16)
-
-
-@dataclass
-class Case:
-    """One call of a model.
-
-    text: of joint calls. grid: the image's or the video's. latents: as the VAE has them. pack: the pipeline's, to
-    `hidden_states`. inputs: the model's other arguments. joint_calls, image_calls: of attention; the latter have the
-    image or the video alone. prompt: those text tokens that follow the prompt, if not all do. prompt_tokens: that the
-    model is given. names: of its arguments for latents, prompt and timestep.
-    """
-
-    model: torch.nn.Module
-    text: tuple[int, int]
-    grid: tuple[int, ...]
-    latents: torch.Tensor
-    inputs: dict
-    joint_calls: int
-    image_calls: int = 0
-    pack: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
-    prompt: tuple[int, int] | None = None
-    prompt_tokens: int = TEXT
-    names: tuple[str, str, str] = ("hidden_states", "encoder_hidden_states", "timestep")
-
-    @property
-    def tokens(self) -> int:
-        return torch.Size(self.grid).numel()
-
-    def texts(self, number: int) -> list[torch.Tensor]:
-        """Different texts for the model."""
-        config = self.model.config
-        names = ("joint_attention_dim", "text_dim", "text_embed_dim", "caption_channels", "cap_feat_dim")
-        width = next(config[name] for name in names if config.get(name))
-        return [torch.randn(self.latents.shape[0], self.prompt_tokens, width) for _ in range(number)]
-
-    def call(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> dict:
-        """The model's arguments."""
-        latents = self.latents if latents is None else latents
-        timestep = torch.full((latents.shape[0],), 0.5)
-        return dict(zip(self.names, (self.pack(latents), text, timestep), strict=True)) | self.inputs
-
-    def run(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
-        out = self.model(**self.call(text, latents), return_dict=False)[0]
-        return torch.stack(out) if isinstance(out, list) else out
-
-    def keys(self, text: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """The keys `[B, H, S, D]` of the first attention call that has all of the image or the video."""
-        with Keys(self.tokens) as mode:
-            self.run(text, latents)
-        return mode.seen[0]
-
-
-class Keys(TorchFunctionMode):
-    """Records the keys of every attention call over a sequence that holds all of the image."""
-
-    def __init__(self, tokens: int):
-        super().__init__()
-        self.tokens = tokens
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, key = [*args, *(kwargs or {}).values()][:2]
-            if query.shape[2] >= self.tokens:
-                self.seen.append(key)
-        return func(*args, **(kwargs or {}))
-
-
-def pack_squares(latents: torch.Tensor) -> torch.Tensor:
-    """Two by two, as FLUX's pipeline does."""
-    return diffusers.FluxPipeline._pack_latents(latents, *latents.shape)
+from tests.dma_diffusers import tiny_controlnets, tiny_images, tiny_joint_images, tiny_sounds, tiny_videos
+from tests.dma_diffusers.tiny_case import AXES, TEXT, Case, pack_squares, without_zeros
 
 
 def flux(cls=diffusers.FluxTransformer2DModel, double=1, **config) -> Case:
@@ -161,7 +87,8 @@ def cogvideox(frames: int = 3, in_channels: int = 4, **config) -> Case:
         text_embed_dim=8, num_layers=2, sample_width=24, sample_height=20, sample_frames=9, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=TEXT, **config,
     )  # fmt: skip
-    return Case(model, (0, TEXT), (3, 10, 12), torch.randn(1, frames, 4, 20, 24), {}, 2)
+    latents = torch.randn(1, frames, 4, 20, 24)
+    return Case(model, (0, TEXT), (3, 10, 12), latents, {}, 2, axes=(1, 3, 4))
 
 
 def cogvideox_of_images() -> Case:
@@ -315,9 +242,37 @@ CASES = {
 }
 
 
+def z_image_controlnet() -> Case:
+    """It shares the refiners of the transformer."""
+    case = z_image(refiners=1)
+    model = diffusers.ZImageControlNetModel(
+        control_layers_places=[0, 1], control_refiner_layers_places=[0], control_in_dim=4, dim=32, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2,
+    )  # fmt: skip
+    case.model = without_zeros(model.from_transformer(model, case.model))
+    case.inputs = dict(control_context=list(torch.randn_like(case.latents)))
+    case.image_calls, case.prompt_width, case.prompt = (
+        1,
+        8,
+        (288, 320),
+    )  # its refiner has mixed text and padding
+    return case
+
+
+EVERY = (
+    CASES
+    | tiny_controlnets.CASES
+    | {"controlnet of z_image": z_image_controlnet}
+    | tiny_joint_images.CASES
+    | tiny_images.CASES
+    | tiny_videos.CASES
+    | tiny_sounds.CASES
+)
+
+
 def make(name: str) -> Case:
     """The case of this name, the same one every time."""
     torch.manual_seed(0)
-    case = CASES[name]()
+    case = EVERY[name]()
     case.model.eval()
     return case

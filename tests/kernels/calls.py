@@ -24,6 +24,7 @@ class Call:
     """One attention call: shapes, formats, policy, masks.
 
     has_token_order: whether its tokens stand in a random order, with `empty_slots` among them.
+    parts: of the sequence, each of which has its text at `text`, as of a `Layout`.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
     skip_below: of the softmax; every other tile's keys, or of many tiles the last ones', are then such that it may be
@@ -41,6 +42,7 @@ class Call:
     window: int = 128
     sink: int = 128
     text: tuple[int, int] = (0, 0)
+    parts: int = 1
     is_causal: bool = False
     masks_keys: bool = False
     has_rope: bool = False
@@ -58,15 +60,16 @@ class Call:
     @cached_property
     def plan(self) -> Plan:
         """That of a policy on the grid."""
-        layout = Layout(self.q_length, self.k_length, self.text, self.grid)
+        layout = Layout(self.q_length, self.k_length, self.text, self.grid, self.parts)
         return make(parse(self.policy), layout, masks_text=self.masks_text)
 
     @property
     def layout(self) -> Layout:
         if self.policy:
             slots = len(self.plan.token_order)
-            return Layout(slots, slots, (0, self.text[1] - self.text[0]))
-        return Layout(self.q_length + self.empty_slots, self.k_length + self.empty_slots, self.text)
+            return Layout(slots, slots, (0, self.parts * (self.text[1] - self.text[0])))
+        lengths = self.q_length + self.empty_slots, self.k_length + self.empty_slots
+        return Layout(*lengths, self.text, parts=self.parts)
 
     @property
     def token_order(self) -> torch.Tensor | None:
@@ -169,24 +172,30 @@ def is_high(call: Call) -> torch.Tensor:
     q_length, k_length = call.layout.q_length, call.layout.k_length
     high = torch.zeros(q_length, k_length, dtype=torch.bool)
     cut = high.clone()
-    text_tiles = range(call.text[0] // 128, -(-call.text[1] // 128)) if call.text[1] > call.text[0] else ()
+    text = [token for token in range(k_length) if token % (k_length // call.parts) in range(*call.text)]
+    omits_text = text and q_length == k_length - len(text) and not call.is_causal
+    places = (
+        [token for token in range(k_length) if token not in text] if omits_text else list(range(q_length))
+    )
+    k_text = {token // 128 for token in text}
+    q_text = {i // 128 for i, place in enumerate(places) if place in text}
+    own_tiles = [{place // 128 for place in places[i : i + 128]} for i in range(0, q_length, 128)]
     last_whole_tile = k_length // 128
-    for i in range(q_length):
+    for i in range(0, q_length, 128):
         for j in range(0, k_length, 128):
             q_tile, k_tile = i // 128, j // 128
-            distance = abs(q_tile - k_tile)
+            pair = slice(i, i + 128), slice(j, j + 128)
+            distance = min(abs(own - k_tile) for own in own_tiles[q_tile])
             sides = 1 if call.is_causal else 2
             in_band = call.window > 0 and 128 * (1 + sides * (distance - 1)) < call.window
             in_band = in_band or (call.window > 0 and distance == 0)
             is_sink = j < call.sink
-            is_text = q_tile in text_tiles or k_tile in text_tiles
+            is_text = q_tile in q_text or k_tile in k_text
             if call.is_causal and k_tile > q_tile:
                 continue
-            high[i, j : j + 128] = in_band or is_sink or is_text
+            high[pair] = in_band or is_sink or is_text
             has_empty = call.has_token_order and -1 in call.token_order[j : j + 128].tolist()
-            cut[i, j : j + 128] = (
-                k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
-            )
+            cut[pair] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
     return high | cut if high.any() else high
 
 
@@ -291,6 +300,12 @@ NAMED_CALLS = [
     Call(640, 640, 64, text=(0, 128), name="text-first"),
     Call(600, 600, 64, text=(500, 600), sink=0, name="text-last"),
     Call(513, 513, 64, text=(100, 140), sink=0, name="text-over-two-tiles"),
+    Call(600, 600, 64, text=(100, 140), parts=2, sink=0, name="text-in-two-parts"),
+    Call(560, 600, 64, text=(0, 40), sink=0, name="queries-omit-text"),
+    Call(
+        520, 600, 64, batch=2, masks_keys=True, text=(260, 300), parts=2, sink=0, high="bf16", low="int8",
+        name="queries-omit-text-in-two-parts",
+    ),
     Call(384, 384, 64, is_causal=True, name="causal"),
     Call(600, 600, 128, is_causal=True, sink=256, window=256, name="causal-sinks"),
     Call(300, 300, 64, is_causal=True, window=0, sink=0, name="causal-low"),
@@ -409,6 +424,10 @@ GRID_CALLS = [
     Call(
         512, 512, 64, **_ONE_HEAD, low="int8", policy="neighborhood(window=8x16, stride=8x16)", grid=(16, 32),
         name="fits",
+    ),
+    Call(
+        320, 320, 64, **_ONE_HEAD, high="bf16", low="int8", text=(0, 20), parts=2, grid=(14, 20),
+        policy="neighborhood(window=7x9, high=3x3)", name="2-D-text-in-two-parts",
     ),
     Call(
         300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),

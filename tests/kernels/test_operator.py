@@ -87,6 +87,7 @@ def test_registration(low, policy, grid, keys):
             grid,
             0,
             0,
+            1,
             False,
             True,
             "auto",
