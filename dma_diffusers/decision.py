@@ -53,6 +53,7 @@ class Decision:
 
         text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
         many keys each.
+        Raises ValueError for a policy on the grid where the queries are the image's alone.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -66,13 +67,18 @@ class Decision:
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
             return OTHER_TOKENS if _differ(query.shape[-2], key.shape[-2]) else UNKNOWN_TEXT
+        if self.config.asked.on_grid and _differ(query.shape[-2], key.shape[-2]):
+            raise ValueError(
+                f"{self.config.words} needs the text among the queries, which in this model are the image's alone: "
+                "use a policy that needs no grid, such as diagonal(window=128) or importance(budget=0.05)"
+            )
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
         if guard_or_false(
             key.shape[-2] * parts < least
-        ):  # a graph takes lengths that it doesn't know for long enough
+        ):  # a length that the graph doesn't know is long enough
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"

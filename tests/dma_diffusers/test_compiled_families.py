@@ -1,4 +1,4 @@
-"""torch.compile on every family: one graph wherever stock has one, of the same bits, whatever modules and steps have."""
+"""torch.compile on every family: one graph wherever stock has one, and the same bits, whatever modules it has."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ WINDOWS = {f"single_transformer_blocks.{layer}.attn": {"window": 128 * layer} fo
 
 
 def graphs_of_drawings(pipe) -> tuple[torch.Tensor, list[int]]:
-    """A first drawing; the graphs after it, after another one, and after one with more text. Each is as in eager mode."""
+    """A first drawing; the graphs after it, after another one, and after one with more text; each as in eager mode."""
     drawings = ({}, {"seed": 1}, {"max_sequence_length": 31})
     eager = [draw(pipe, **fields) for fields in drawings]
     graphs, counts = Graphs(), []
