@@ -96,8 +96,8 @@ def graphs_of_drawings(pipe) -> tuple[torch.Tensor, list[int]]:
     return eager[0], counts
 
 
-def test_twelve_windows_compile_as_often_as_one(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_twelve_windows_compile_as_often_as_one():
     drawn = []
     for fields in ({"modules": WINDOWS}, {}):
         torch.compiler.reset()
@@ -137,18 +137,23 @@ def test_skipped_attention_scores_are_skipped_in_graphs_too(name, where):
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
 
 
+ON_GRID = {"min_length": 0, "policy": "diagonal(near=grid)", "low": "mxfp4"}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["flux", "wan"])
-@pytest.mark.parametrize("fields", [LOW, {"min_length": 0, "policy": "neighborhood(window=5x5)"}])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("flux", LOW), ("wan", LOW), ("flux", ON_GRID | {"grid": (12, 25)}), ("wan", ON_GRID)],
+)
 def test_an_exported_model_computes_the_same(name, fields):
-    if name == "wan" and "neighborhood" in fields["policy"]:
-        fields = fields | {"policy": "neighborhood(window=3x5x5)"}
     case = tiny_models.make(name)
     (text,) = case.texts(1)
     apply(case.model, **fields)
     call = case.call(text) | {"return_dict": False}
     eager = case.model(**call)[0]
     exported = torch.export.export(case.model, args=(), kwargs=call)
+    nodes = [node for node in exported.graph.nodes if "dma_diffusers.attention" in str(node.target)]
+    assert len(nodes) == sum(case.calls.values())
     assert torch.equal(exported.module()(**call)[0], eager)
 
 
