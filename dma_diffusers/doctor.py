@@ -25,7 +25,7 @@ def diagnose(size: tuple[int, int, int, int] | None = None) -> dict[str, Any]:
         "triton": _triton_version(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "lowerings": [
-            _diagnose(lowering, architecture(device), *formats, size)
+            _diagnose(lowering, architecture(device), formats, size)
             for formats in dict.fromkeys(map(default_formats, FORMAT_PAIRS))
             for lowering in LOWERINGS
         ],
@@ -41,11 +41,12 @@ def _triton_version() -> str | None:
 
 
 def _diagnose(
-    lowering: Lowering, architecture: str, high: str, low: str, size: tuple[int, int, int, int] | None
+    lowering: Lowering, architecture: str, formats: tuple[str, str], size: tuple[int, int, int, int] | None
 ) -> dict[str, Any]:
+    high, low = formats
     precisions = Precisions.parse(high, low)
     refusal = lowering.refuses(architecture, size[-1] if size else _HEAD_DIM, precisions)
-    found = {
+    found: dict[str, Any] = {
         "formats": f"{high}|{low}",
         "name": lowering.name,
         "runs": refusal is None,

@@ -17,6 +17,8 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.internals import scaled_dot_product_attention as genuine
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
+from dma_diffusers.kernels.tiling.policies import Dense
+from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
 
@@ -24,7 +26,8 @@ logger = logging.getLogger("dma_diffusers")
 
 
 _MOST_KINDS = 1024
-_CONSTANT = 2  # torch.compile takes smaller lengths for constants
+_CONSTANT = 2
+_DENSE = str(Dense(Class.HIGH))
 
 
 class ProcessorCall(Protocol):
@@ -59,11 +62,11 @@ class Interception:
         self.forward = forward
         self.decision = Decision(config, family)
         self.dense = dense
-        if config.words not in forward.policies:
-            forward.policies.append(config.words)
-        # An empty tensor holds the policy's number, for which blocks of one kind would be compiled anew; 0 and 1 would
-        # be constants all the same.
-        self._which = torch.empty(forward.policies.index(config.words) + _CONSTANT, 0, device="cpu")
+        words = _DENSE if dense else config.words
+        if words not in forward.policies:
+            forward.policies.append(words)
+        # An empty tensor holds the policy's number: torch.compile takes integers for constants, and lengths of 0 and 1.
+        self._which = torch.empty(forward.policies.index(words) + _CONSTANT, 0, device="cpu")
         self.stand_in: Callable[..., operator.Result] | None = None
         self.intercepted = 0
         self.in_dense_steps = 0
@@ -223,9 +226,12 @@ class Interception:
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
         own = self.config.arguments(text or (0, 0), self.forward.grid)
+        own |= {"masks_text": self.family.masks_text}
         if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
-            own |= {"policy": self.forward.policies, "which": self._which.shape[0] - _CONSTANT}
-        return {"masks_text": self.family.masks_text, "mapped": self.mapped} | own
+            # All modules have the same constants, so that a block has two versions, for dense steps and for others.
+            which = self._which.shape[0] - _CONSTANT
+            return own | {"mapped": self.forward.call.mapped, "policy": self.forward.policies, "which": which}
+        return own | {"mapped": self.mapped}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
