@@ -39,12 +39,16 @@ def test_lora_is_added_scaled_switched_fused_and_unloaded(name, applied_after):
     combine(getattr(tiny_pipelines, name), steps, applied_after=applied_after)
 
 
-def test_the_scale_of_lora_reaches_the_model():
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    {"flux": "joint_attention_kwargs", "sd3": "joint_attention_kwargs", "wan": "attention_kwargs"}.items(),
+)
+def test_the_scale_of_lora_reaches_the_model(name, argument):
     def run(pipe):
-        return draw(pipe, joint_attention_kwargs={"scale": 0.25})
+        return draw(pipe, **{argument: {"scale": 0.25}})
 
-    combine(tiny_pipelines.flux, [(add_lora, 6)], run)
-    pipe = tiny_pipelines.flux()
+    combine(getattr(tiny_pipelines, name), [(add_lora, CALLS[name])], run)
+    pipe = getattr(tiny_pipelines, name)()
     add_lora(pipe)
     assert not torch.equal(run(pipe), draw(pipe))
 
@@ -147,3 +151,12 @@ def test_a_model_is_loaded_with_a_device_map(tmp_path):
         pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, device_map={"": "cpu"})
 
     combine(tiny_pipelines.flux, [(load, 6), (nothing, 6)], applied_after=1)
+
+
+@pytest.mark.parametrize("tool", [add_lora, *QUANTISED.values(), lambda pipe: cast_to_fp8(pipe, None)])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_these_tools_change_pictures(tool, name):
+    pipe = getattr(tiny_pipelines, name)()
+    plain = draw(pipe)
+    tool(pipe)
+    assert not torch.equal(draw(pipe), plain)
