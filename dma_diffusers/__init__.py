@@ -15,6 +15,7 @@ _EXPORTS = {
     "apply": "attach",
     "report": "attach",
     "restore": "attach",
+    "warmup": "warming",
 }
 __all__ = list(_EXPORTS)
 

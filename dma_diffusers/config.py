@@ -67,8 +67,8 @@ class DMAConfig:
         words, "64x64"; for policies that need it, and models of no known family.
     modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
         high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
-        dense=True for every tile HIGH. Kept as sorted pairs. Blocks that are compiled one by one are compiled anew
-        for each module that differs: raise torch._dynamo.config.recompile_limit.
+        dense=True for every tile HIGH. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled
+        anew for other formats, and for every tile HIGH, but not for other policies.
     model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 

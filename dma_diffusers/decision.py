@@ -10,6 +10,7 @@ from dma_diffusers.internals import (
     AttentionScoreSkipFunctionMode,
     DeviceContext,
     function_modes,
+    guard_or_false,
     may_overlap,
 )
 from dma_diffusers.kernels import operator
@@ -52,6 +53,7 @@ class Decision:
 
         text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
         many keys each.
+        Raises ValueError for a policy on the grid where the queries are the image's alone.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -61,15 +63,22 @@ class Decision:
             return "q, k and v are not [batch, heads, tokens, head_dim] in bf16, fp16 or fp32"
         if 0 in query.shape or 0 in key.shape:
             return "an empty call"
-        if query.shape[0] != key.shape[0] or key.shape != value.shape:
+        if query.shape[0] != key.shape[0] or any(map(_differ, key.shape, value.shape)):
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
-            return UNKNOWN_TEXT if query.shape[-2] == key.shape[-2] else OTHER_TOKENS
+            return OTHER_TOKENS if _differ(query.shape[-2], key.shape[-2]) else UNKNOWN_TEXT
+        if self.config.asked.on_grid and _differ(query.shape[-2], key.shape[-2]):
+            raise ValueError(
+                f"{self.config.words} needs the text among the queries, which in this model are the image's alone: "
+                "use a policy that needs no grid, such as diagonal(window=128) or importance(budget=0.05)"
+            )
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if key.shape[-2] * parts < least:
+        if guard_or_false(
+            key.shape[-2] * parts < least
+        ):  # a length that the graph doesn't know is long enough
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
@@ -98,6 +107,11 @@ class Decision:
         if reason == WANTS_GRADIENTS:
             return wants_gradients
         return reason.startswith(OTHER_MASK) or reason.startswith(TOO_SHORT)
+
+
+def _differ(length: int, other: int) -> bool:
+    """Tells whether lengths differ; a graph takes those that only the device knows for equal."""
+    return guard_or_false(length != other)
 
 
 def _shares_memory(x: torch.Tensor) -> bool:

@@ -77,6 +77,7 @@ class ForwardContext:
         self.warned = False
         self.checked: set[tuple[int, ...]] = set()  # grids
         self.listeners: list[Listener] = []
+        self.policies: list[str] = []  # the words of the modules' policies, each once
         self._of_thread = _OfThread()
 
     @property

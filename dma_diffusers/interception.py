@@ -24,6 +24,7 @@ logger = logging.getLogger("dma_diffusers")
 
 
 _MOST_KINDS = 1024
+_CONSTANT = 2  # torch.compile takes smaller lengths for constants
 
 
 class ProcessorCall(Protocol):
@@ -58,7 +59,11 @@ class Interception:
         self.forward = forward
         self.decision = Decision(config, family)
         self.dense = dense
-        _ = config.words  # made here once, and not in a graph
+        if config.words not in forward.policies:
+            forward.policies.append(config.words)
+        # An empty tensor holds the policy's number, for which blocks of one kind would be compiled anew; 0 and 1 would
+        # be constants all the same.
+        self._which = torch.empty(forward.policies.index(config.words) + _CONSTANT, 0, device="cpu")
         self.stand_in: Callable[..., operator.Result] | None = None
         self.intercepted = 0
         self.in_dense_steps = 0
@@ -129,7 +134,7 @@ class Interception:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self._take(query, spread)
-        arguments = self._arguments(text)
+        arguments = self._arguments(text, spread)
         if spread is not None:
             arguments = spread.arguments(arguments, query.shape[1])
         mask = masks_of_keys(attn_mask, key)
@@ -215,9 +220,11 @@ class Interception:
             math.prod(grid) if grid else None,
         )  # fmt: skip
 
-    def _arguments(self, text: tuple[int, int] | None) -> dict[str, Any]:
+    def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
         own = self.config.arguments(text or (0, 0), self.forward.grid)
+        if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
+            own |= {"policy": self.forward.policies, "which": self._which.shape[0] - _CONSTANT}
         return {"masks_text": self.family.masks_text, "mapped": self.mapped} | own
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:

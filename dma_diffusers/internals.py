@@ -20,6 +20,7 @@ try:
 
     # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
     from torch._C._nn import scaled_dot_product_attention
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
     from torch.overrides import _get_current_function_mode_stack as function_modes
     from torch.utils._device import DeviceContext
 
@@ -41,6 +42,7 @@ __all__ = [
     "context_parallel_attention",
     "dispatch_attention_fn",
     "function_modes",
+    "guard_or_false",
     "has_context_parallelism",
     "may_overlap",
     "scaled_dot_product_attention",

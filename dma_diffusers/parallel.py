@@ -83,8 +83,8 @@ class Spread:
         queries, keys, hidden, encoder: numbers of tokens of one part. model, grid: of all parts.
         """
         if not self.splits_text:
-            of_all = (part * self.gpus for part in (queries, keys, hidden, encoder))
-            return family.text_range(*of_all, model, grid)
+            queries, keys, hidden, encoder = (part * self.gpus for part in (queries, keys, hidden, encoder))
+            return family.text_range(queries, keys, hidden, encoder, model, grid)
         model, grid = (None if total is None else total // self.gpus for total in (model, grid))
         return family.text_range(queries, keys, hidden, encoder, model, grid)
 

@@ -54,7 +54,8 @@ def attention(
     k_rope: Rope | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
-    policy: Policy | str = DIAGONAL,
+    policy: Policy | str | Sequence[str] = DIAGONAL,
+    which: int = 0,
     grid: Sequence[int] = (),
     text_start: int = 0,
     text_stop: int = 0,
@@ -72,7 +73,8 @@ def attention(
     scale: the factor of the scores, more than 0; D^-½ by default.
     q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
     high, low: the precisions of the classes: the format of Q·K, `"int8"`, or the formats of Q·K and P·V, `"int8/bf16"`.
-    policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950).
+    policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950). Or the words of several, of which
+        the one with the number `which` counts: graphs of calls that differ in nothing else are then the same.
     grid: the grid on which the tokens that aren't text lie, see `Layout`. Policies on the grid need it, and Sq = Sk.
         Their tiles are boxes: the kernels gather tokens as they read them, and scatter what they write.
     text_start, text_stop: the text tokens, which are HIGH as keys and as queries. If there are as many queries as keys
@@ -93,9 +95,10 @@ def attention(
     for name, rope in (("q", q_rope), ("k", k_rope)):
         if rope is not None and len(rope) != 2:
             raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
+    policies = [str(policy)] if isinstance(policy, Policy | str) else policy
     out, lse, inexact_rows = _OPERATOR(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
-        q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, str(policy), grid,
+        q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
         text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
     )  # fmt: skip
     return Result(out, lse, inexact_rows)
@@ -169,13 +172,15 @@ _PLANS = PlanCache()
 
 
 def _attention(
-    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
         _check(q, k, v, key_mask)
-    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), tuple(grid), q.device, parts)
+    policy = policies[which]
+    grid = tuple(grid or ())  # AOTInductor hands an empty one over as None
+    size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), grid, q.device, parts)
     tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
@@ -228,7 +233,7 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake(
-    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policy, grid,
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -247,8 +252,8 @@ def _empty_output(q: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
-    "Tensor? k_sin, float scale, bool is_causal, str high, str low, str policy, SymInt[] grid, SymInt text_start, "
-    "SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, bool return_lse) "
+    "Tensor? k_sin, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, SymInt[] grid, "
+    "SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, bool return_lse) "
     "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )

@@ -10,11 +10,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from dma_diffusers.components import transformers_of
+from dma_diffusers.lengths import frames_per_latent, pixels_per_latent
 from dma_diffusers.pipelines.load import arguments, outline, recommended_call
 
-# Pipelines use one of these names for the number of frames, or of pixels along a side, that make one latent.
-_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
-_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 _SIDE_MULTIPLE = 16  # sides are multiples of this in all of Diffusers' video pipelines
 # The calls of these families take no frame rate. Their authors show clips at so many frames per second; others get 24.
 _FAMILY_FPS = {"Wan": 16, "CogVideoX": 8, "Mochi": 30, "Cosmos": 16, "Allegro": 15}
@@ -93,7 +91,7 @@ def read_image(path: Path) -> Image.Image:
 
 def _check_frames(pipe: DiffusionPipeline, frames: int) -> None:
     name = type(pipe).__name__
-    stride = _attribute(pipe, _TEMPORAL)
+    stride = frames_per_latent(pipe)
     if name.startswith("CogVideoX"):
         stride *= 2  # its VAE draws 4 frames too many for an even number of latent frames
     if name.startswith("Allegro"):
@@ -113,7 +111,7 @@ def _config(pipe: DiffusionPipeline) -> Mapping[str, Any]:
 def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
     patch = _config(pipe).get("patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[-1]
-    multiple = math.lcm(_attribute(pipe, _SPATIAL) * patch, _SIDE_MULTIPLE)
+    multiple = math.lcm(pixels_per_latent(pipe) * patch, _SIDE_MULTIPLE)
     if any(side % multiple for side in size):
         near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in size)
         raise ValueError(
@@ -125,11 +123,7 @@ def _check_size(pipe: DiffusionPipeline, size: tuple[int, int]) -> None:
 def _default_side(pipe: DiffusionPipeline, name: str) -> int | None:
     """Return the default side of a pipeline whose signature has None for it, if it is known before the call."""
     latent = _config(pipe).get(f"sample_{name}")
-    return latent * _attribute(pipe, _SPATIAL) if latent else getattr(pipe, f"default_{name}", None)
-
-
-def _attribute(pipe: DiffusionPipeline, names: tuple[str, ...]) -> int:
-    return next(getattr(pipe, name) for name in names if hasattr(pipe, name))
+    return latent * pixels_per_latent(pipe) if latent else getattr(pipe, f"default_{name}", None)
 
 
 def _family_fps(pipe: DiffusionPipeline) -> float:

@@ -125,7 +125,9 @@ def bench_neighborhood(
 def bench_video(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="wan-14b-720p or hunyuan-720p; both, one after the other, if left out."),
+        typer.Option(
+            help="wan-14b-720p, hunyuan-720p, wan-1.3b-480p, hunyuan-720p-5-layers; the first two if left out."
+        ),
     ] = None,
     rounds: Annotated[
         int, typer.Option(min=1, max=20, help="Timed steps of each configuration, in turns.")
@@ -140,10 +142,11 @@ def bench_video(
     require_gpu()
     require(("triton",), "pip install triton")
     from dma_diffusers.eval.bench import video
-    from dma_diffusers.eval.bench.video_models import VIDEOS, named
+    from dma_diffusers.eval.bench.memory import memory_lines
+    from dma_diffusers.eval.bench.video_models import FULL_SIZE, named
     from dma_diffusers.pipelines.files import check_writable
 
-    chosen = {name: named(name) for name in model or VIDEOS}
+    chosen = {name: named(name) for name in model or FULL_SIZE}
     if output:
         check_writable(output)
     command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
@@ -158,12 +161,13 @@ def bench_video(
         print_table(
             video.HEADER, ([escape(text) for text in line] for line in video.cells(measured["entries"]))
         )
+        print("\n".join(memory_lines(measured["entries"])))
     print(video.NOTE)
 
 
 def bench_image(
     model: Annotated[
-        list[str] | None, typer.Option(help="flux-1k, flux-2k or flux-4k; flux-1k if left out.")
+        list[str] | None, typer.Option(help="flux-1k, flux-2k, flux-4k or qwen-1k; flux-1k if left out.")
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option(help="One of ours, such as preset=hopper,window=384.")
@@ -174,13 +178,14 @@ def bench_image(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Time whole denoising steps of FLUX.1-dev at its true size, with random weights: speed alone."""
+    """Time whole denoising steps of FLUX.1-dev or Qwen-Image at true size, with random weights: speed alone."""
     from dma_diffusers.eval.bench.timing import require_gpu
 
     require_gpu()
     require(("triton",), "pip install triton")
     from dma_diffusers.eval.bench import image
     from dma_diffusers.eval.bench.image_models import named
+    from dma_diffusers.eval.bench.memory import memory_lines
     from dma_diffusers.eval.quality import configurations
     from dma_diffusers.pipelines.files import check_writable
 
@@ -199,6 +204,7 @@ def bench_image(
         print_table(
             image.HEADER, ([escape(text) for text in line] for line in image.cells(measured["entries"]))
         )
+        print("\n".join(memory_lines(measured["entries"])))
     print(image.NOTE)
 
 

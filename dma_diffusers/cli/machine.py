@@ -8,23 +8,42 @@ from dma_diffusers.cli.attention import Words
 from dma_diffusers.cli.console import Json, print_json, print_table, quiet, require
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an attention call, HxNxD or BxHxNxD, such as 24x4608x128: says the memory it takes."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can run, and if not, why."""
-    from dma_diffusers.doctor import diagnose
+    from dma_diffusers.doctor import diagnose, parse_size
 
+    size = parse_size(shape) if shape else None
     with quiet():
-        findings = diagnose()
+        findings = diagnose(size)
     if as_json:
         print_json(findings)
         return
     print(
         f"torch {findings['torch']}, triton {findings['triton'] or 'absent'}, {findings['gpu'] or 'no GPU'}"
     )
+    header = ["formats", "lowering", "runs", "why"]
     rows = [
-        (found["formats"], found["name"], "yes" if found["runs"] else "no", found["reason"])
+        [found["formats"], found["name"], "yes" if found["runs"] else "no", found["reason"]]
         for found in findings["lowerings"]
     ]
-    print_table(("formats", "lowering", "runs", "why"), rows)
+    if size:
+        header.insert(3, "extra MiB")
+        for row, found in zip(rows, findings["lowerings"], strict=True):
+            extra = found["extra_bytes"]
+            row.insert(3, "" if extra is None else f"{extra / 2**20:.1f}")
+    print_table(header, rows)
+    if size:
+        print(
+            "extra: the most that a call takes beside q, k, v and its output; of the reference it is not told"
+        )
 
 
 def compile_kernels(

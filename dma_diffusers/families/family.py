@@ -7,6 +7,7 @@ import torch
 from dma_diffusers import grids
 from dma_diffusers.families import texts
 from dma_diffusers.families.published import DenseFirst, Published
+from dma_diffusers.internals import guard_or_false
 
 
 @dataclass(frozen=True)
@@ -84,25 +85,30 @@ class Family:
         `encoder_hidden_states` that the module was given, encoder 0 for none. model: that stand as text beside the
         image, as `text_tokens` finds it from the model's call. grid: on the model's grid, if that is known.
         Queries may be those of the image alone; the keys are then the text's and the image's.
+        A compiled graph may hold lengths that are known on the device alone (those of Mochi): it takes them to be as
+        the family has them.
         The result is None if the text cannot be told: in cross-attention, and in models that were given no text or
         tell no grid.
         """
+        is_given_text, fewer_queries = not guard_or_false(encoder == 0), guard_or_false(queries != keys)
         if self.text == "none":
-            return None if encoder or queries != keys else (0, 0)
+            return None if is_given_text or fewer_queries else (0, 0)
         length: int | None
-        if queries != keys:
+        if fewer_queries:
             length = keys - queries if keys - queries == model else None
         elif self.pads_grid:
             length = None if grid is None else keys - grid
-        elif encoder:
+        elif is_given_text:
             length = keys - hidden
-            if length > encoder or (length < encoder and not self.drops_padding):
+            if guard_or_false(length > encoder) or (
+                not self.drops_padding and guard_or_false(length < encoder)
+            ):
                 return None
         else:
             length = model if self.single_stream else 0
-        if length is None or not 0 <= length <= keys:
+        if length is None or guard_or_false(length < 0) or guard_or_false(length > keys):
             return None
-        start = 0 if self.text == "first" or not length else keys - length
+        start = 0 if self.text == "first" or guard_or_false(length == 0) else keys - length
         return start, start + length
 
     def masked(self, text: tuple[int, int]) -> str:

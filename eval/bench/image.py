@@ -1,4 +1,4 @@
-"""`bench image` measures whole steps of FLUX.1-dev at its true size, with stock attention and with ours."""
+"""`bench image` measures whole steps of image transformers at true size, with stock attention and with ours."""
 
 import math
 import time
@@ -22,8 +22,10 @@ from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.bound import current_gpu
 from dma_diffusers.eval.bench.fp8_linears import use_fp8_linears
 from dma_diffusers.eval.bench.image_models import Image
+from dma_diffusers.eval.bench.memory import CallMemory
 from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.bench.video import UNGATED, relative_l2
+from dma_diffusers.families import family_of
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
 from dma_diffusers.kernels.tiling.policies import Dense
 from dma_diffusers.kernels.tiling.precision_map import Class
@@ -57,17 +59,20 @@ STOCK = (
 
 
 def default_configs(model: torch.nn.Module, grid: tuple[int, int], architecture: str) -> dict[str, DMAConfig]:
-    """Return LOW everywhere, the diagonal and the first tile HIGH, and the neighbourhood published for FLUX.
+    """Return LOW everywhere, the diagonal and the first tile HIGH, and a neighbourhood if one was published.
 
     No step is dense. Formats are those that the GPU multiplies.
     """
     preset = DMAConfig.preset("b200" if architecture in BLOCK_SCALED_ARCHITECTURES else "hopper")
     formats = {"high": preset.high, "low": preset.low} | UNGATED
-    return {
+    found = {
         f"LOW {preset.low}": DMAConfig(policy=str(Dense(Class.LOW)), **formats),
         f"{preset.high}|{preset.low}, window 128, sink 128": DMAConfig(**formats),
-        f"published neighbourhood, LOW {preset.low}": DMAConfig.published(model, grid, **formats),
     }
+    if family_of(model).published:
+        near = DMAConfig.published(model, grid, **formats)
+        found[f"published neighbourhood, LOW {preset.low}"] = near
+    return found
 
 
 def bench_image(
@@ -151,6 +156,8 @@ def measure(
                 with way.kernels():
                     entry |= _timed(partial(_forward, model, inputs), steps)
                 entry["receipt"] = str(report(model)).splitlines()
+                if mode == EAGER and way.config is not None:
+                    entry |= _memory(model, inputs)
             except Exception as error:  # a backend may fail in whatever way it likes
                 torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
                 entry = {"name": way.name, "mode": mode, "absent": first_line(error)}
@@ -210,9 +217,7 @@ def cells(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def _prepared(
-    model: torch.nn.Module, way: Attention, mode: str, inputs: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def _prepared(model: torch.nn.Module, way: Attention, mode: str, inputs: dict[str, Any]) -> torch.Tensor:
     """Give the model its attention in a mode, warm it up, and return a step's result."""
     restore(model)
     if way.config is not None:
@@ -228,7 +233,15 @@ def _prepared(
     return out
 
 
-def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _memory(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, int | None]:
+    """Return the most bytes that a call of our attention takes beside its tensors, and what `doctor` says of it."""
+    memory = CallMemory()
+    memory.watch(model)
+    _forward(model, inputs)
+    return {"extra_bytes": memory.extra, "said_bytes": memory.said}
+
+
+def _forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**inputs, return_dict=False)[0]
 

@@ -1,5 +1,7 @@
 """This module times whole forward calls of a model together with the self-attention inside them."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,17 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dma_diffusers import apply, restore
+from dma_diffusers.attach import interceptions
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu
 from dma_diffusers.eval.bench.entries import FULL
 from dma_diffusers.eval.bench.inputs import draw
+from dma_diffusers.eval.bench.memory import CallMemory
 from dma_diffusers.eval.bench.peers import PEERS, Peer
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import take_turns
 
 _PROBE_SECONDS = 0.5
-_OURS = (torch.ops.dma_diffusers.attention, torch.ops.dma_diffusers.attention.default)
 
 
 def _flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -61,7 +64,7 @@ def fastest_backend(shape: Shape, gpu: Gpu, seed: int) -> tuple[dict[str, Any], 
 
 
 class Clock(TorchFunctionMode):
-    """A clock times the self-attention of a forward call, ours and stock's; `stock` stands in for SDPA there.
+    """A clock times the self-attention of a forward call. As a mode it times stock's, for which `stock` stands in.
 
     tokens: the length of a call of self-attention. Other calls of SDPA are left as they are.
     """
@@ -85,8 +88,6 @@ class Clock(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
-        if func in _OURS:
-            return self._timed(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _sdpa(self, query, key, value, attn_mask=None, *args, **kwargs):
@@ -94,9 +95,10 @@ class Clock(TorchFunctionMode):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
         if attn_mask is not None:
             raise RuntimeError("stock self-attention was given a mask, for which it has no fast kernel")
-        return self._timed(self._stock, query, key, value)
+        return self.timed(self._stock, query, key, value)
 
-    def _timed(self, attend, *args, **kwargs):
+    def timed(self, attend: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what `attend` gives, and time it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         out = attend(*args, **kwargs)
@@ -107,12 +109,18 @@ class Clock(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Step:
-    """A step is one forward call: its time, its self-attention's time, the most memory allocated, and its result."""
+    """A step is one forward call: its time, its self-attention's time, the most memory allocated, and its result.
+
+    extra_bytes: the most that a call of our attention takes beside its tensors; None for stock. said_bytes: what
+    `doctor` says of it.
+    """
 
     seconds: float
     attention: float
     calls: int
     peak_bytes: int
+    extra_bytes: int | None
+    said_bytes: int | None
     out: torch.Tensor
 
 
@@ -124,18 +132,21 @@ def step(
     tokens: int,
 ) -> Step:
     """Run one forward call with `config`, timed on the GPU."""
+    clock, memory = Clock(stock, tokens), CallMemory()
     if config is None:
         restore(model)
     else:
-        apply(model, config)
-    clock = Clock(stock, tokens)
+        apply(model, config)  # which takes function modes for another's attention
+        for interception in interceptions(model).values():
+            interception.stand_in = partial(clock.timed, memory.attend)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad(), clock:
+    with torch.no_grad(), clock if config is None else nullcontext():
         start.record()
         out = model(**inputs, return_dict=False)[0]
         end.record()
     torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) / 1e3
-    return Step(seconds, clock.seconds, clock.calls, torch.cuda.max_memory_allocated(), out)
+    peak = max(memory.peak, torch.cuda.max_memory_allocated())
+    extra = None if config is None else memory.extra
+    return Step(start.elapsed_time(end) / 1e3, clock.seconds, clock.calls, peak, extra, memory.said, out)

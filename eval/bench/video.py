@@ -133,6 +133,8 @@ def measure(
             "attentions_s": [taken.attention for taken in steps[entry]],
             "attention_bound_s": bound and first[entry].calls * shape.flop / bound / 1e12,
             "peak_bytes": max(taken.peak_bytes for taken in steps[entry]),
+            "extra_bytes": first[entry].extra_bytes,
+            "said_bytes": first[entry].said_bytes,
             "relative_l2": error if math.isfinite(error) else None,
             "receipt": receipts[entry],
         })  # fmt: skip

@@ -97,7 +97,16 @@ VIDEOS = {
         "HunyuanVideoTransformer3DModel", "1280×720, 129 frames", (33, 90, 160), 256, _hunyuan_text,
         Neighborhood((12, 24, 32), (1, 8, 32)),
     ),
+    "wan-1.3b-480p": Video(
+        "WanTransformer3DModel", "832×480, 33 frames", (9, 60, 104), 512, _wan_text,
+        Neighborhood((4, 8, 16), (1, 8, 16)), {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    ),
+    "hunyuan-720p-5-layers": Video(
+        "HunyuanVideoTransformer3DModel", "1280×720, 129 frames, 2 double and 3 single blocks", (33, 90, 160), 256,
+        _hunyuan_text, Neighborhood((12, 24, 32), (1, 8, 32)), {"num_layers": 2, "num_single_layers": 3},
+    ),
 }  # fmt: skip
+FULL_SIZE = ("wan-14b-720p", "hunyuan-720p")  # what is timed unless others are asked for
 
 
 def named(name: str) -> Video:

@@ -216,7 +216,9 @@ class _Recorder:
         self, module: str, q, k, v, *, key_mask, scale, is_causal, text_start, text_stop, parts=None, **_
     ) -> Result:
         if parts is not None:
-            raise ValueError("a recording is made on one GPU: record before enable_parallelism, or without it")
+            raise ValueError(
+                "a recording is made on one GPU: record before enable_parallelism, or without it"
+            )
         is_grid = math.prod(self.grid) == q.shape[2] - (text_stop - text_start)
         grid = self.grid if is_grid else ()  # a module may be given tokens that are not the grid's
         self.take(module, Tensors(q, k, v, key_mask), (text_start, text_stop), grid, scale, is_causal)

@@ -167,7 +167,7 @@ def test_text_that_is_split_with_the_other_tokens_is_where_it_was():
             _ulysses_local_rank=0, _ring_local_rank=0,
         )  # fmt: skip
         spread = Spread(context, None, splits_text=False)
-        text = spread.text_range(FAMILIES["FluxTransformer2DModel"], 100, 100, 0, 120, None)
+        text = spread.text_range(FAMILIES["FluxTransformer2DModel"], 100, 100, 100, 0, 120, None)
         assert text == (0, 120)
         is_refused = "a ring of whose chunks only the first or the last have text" in spread.why_stock(
             q, q, None, text

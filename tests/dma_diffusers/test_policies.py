@@ -254,3 +254,14 @@ def test_policies_are_kept_as_words():
     assert config == DMAConfig(policy=str(policy), modules={"a": {"policy": str(policy)}})
     assert config.asked == policy and hash(config) == hash(DMAConfig.of(config))
     assert DMAConfig().words == "diagonal(window=128, sink=128)"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prx", "nucleus"])
+def test_a_grid_is_refused_where_the_image_alone_asks(name):
+    case = tiny_models.make(name)
+    apply(case.model, min_length=0, policy="neighborhood(window=5x5)", **NOWHERE_DENSE)
+    with pytest.raises(
+        ValueError, match=r"neighborhood\(window=5x5\) needs the text among the queries, .* use a"
+    ):
+        case.run(case.texts(1)[0])

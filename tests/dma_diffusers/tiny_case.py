@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from dma_diffusers.components import unwrapped
 from tests import tiny_pipelines
 
 TEXT = 21  # tokens
@@ -75,7 +76,7 @@ class Case:
 
     def run(self, text: Any, latents: torch.Tensor | None = None) -> torch.Tensor:
         call = self.call(text, latents)
-        if "return_dict" in signature(type(self.model).forward).parameters:
+        if "return_dict" in signature(type(unwrapped(self.model)).forward).parameters:
             call["return_dict"] = False
         out = self.model(**call)[0]
         return torch.stack(out) if isinstance(out, list) else out

@@ -1,0 +1,177 @@
+"""torch.compile on every family: one graph wherever stock has one, and the same bits, whatever modules it has."""
+
+import pytest
+import torch
+from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
+
+from dma_diffusers import apply
+from dma_diffusers.kernels import operator
+from tests import tiny_pipelines
+from tests.dma_diffusers import tiny_models
+from tests.tiny_pipelines import draw
+
+LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
+# Stock breaks these graphs as well: they branch on numbers of the device.
+UNCOMPILED = {
+    "hidream", "hunyuan15", "hunyuan_image", "lumina2", "lumina2, with refiners", "qwen21", "wan_animate2",
+}  # fmt: skip
+
+
+class Graphs:
+    """A backend that runs graphs as they are, and counts the operator's nodes in each."""
+
+    def __init__(self):
+        self.nodes = []
+
+    def __call__(self, graph, inputs):
+        self.nodes.append(sum("dma_diffusers.attention" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(case, text) -> tuple[torch.Tensor, list[int]]:
+    """The result of a compiled model, and the operator's nodes in each graph."""
+    graphs = Graphs()
+    case.model.compile(backend=graphs, fullgraph=True)
+    torch.manual_seed(2)
+    return case.run(text), graphs.nodes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in tiny_models.EVERY if name not in UNCOMPILED])
+def test_every_model_that_stock_compiles_is_one_graph(name):
+    case = tiny_models.make(name)
+    (text,) = case.texts(1)
+    apply(case.model, **LOW)
+    torch.manual_seed(2)
+    eager = case.run(text)
+    out, nodes = compiled(case, text)
+    assert torch.equal(out, eager)
+    assert [n for n in nodes if n] == [sum(case.calls.values())]  # hooks may have little graphs of their own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(UNCOMPILED))
+def test_what_stock_cannot_compile_is_not_ours(name):
+    case = tiny_models.make(name)
+    (text,) = case.texts(1)
+    with pytest.raises(Exception, match=r"data-dependent|Data-dependent|is_inference|tolist"):
+        compiled(case, text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [21, 9, 0])
+def test_texts_as_long_as_the_device_knows(tokens):
+    """Of Mochi, whose graph has the length of a text as the number of its mask's ones."""
+    case = tiny_models.make("mochi")
+    (text,) = case.texts(1)
+    apply(case.model, **LOW)
+    compiled(case, text)
+    case.inputs = {"encoder_attention_mask": torch.arange(21)[None] < tokens}
+    out = case.run(text)
+    eager = tiny_models.make("mochi")
+    eager.inputs = case.inputs
+    apply(eager.model, **LOW)
+    torch.testing.assert_close(out, eager.run(text), rtol=0, atol=0)
+
+
+WINDOWS = {f"single_transformer_blocks.{layer}.attn": {"window": 128 * layer} for layer in range(12)}
+
+
+def graphs_of_drawings(pipe) -> tuple[torch.Tensor, list[int]]:
+    """A first drawing; the graphs after it, after another one, and after one with more text; each as in eager mode."""
+    drawings = ({}, {"seed": 1}, {"max_sequence_length": 31})
+    eager = [draw(pipe, **fields) for fields in drawings]
+    graphs, counts = Graphs(), []
+    pipe.transformer.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    for fields, expected in zip(drawings, eager, strict=True):
+        assert torch.equal(draw(pipe, **fields), expected)
+        counts.append(len(graphs.nodes))
+    return eager[0], counts
+
+
+def test_twelve_windows_compile_as_often_as_one(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    drawn = []
+    for fields in ({"modules": WINDOWS}, {}):
+        torch.compiler.reset()
+        pipe = tiny_pipelines.flux(num_layers=1, num_single_layers=12)
+        apply(pipe, min_length=0, **fields)
+        drawn.append(graphs_of_drawings(pipe))
+    (own, counts), (one, counts_of_one) = drawn
+    assert counts == counts_of_one and counts[0] == counts[1]  # another drawing compiles nothing
+    assert not torch.equal(own, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen", "z_image"])
+@pytest.mark.parametrize("where", ["in the graph", "around it"])
+def test_skipped_attention_scores_are_skipped_in_graphs_too(name, where):
+    outs = []
+    for is_compiled, fields in ((False, None), (True, LOW)):
+        torch.compiler.reset()
+        case = tiny_models.make(name)
+        torch.manual_seed(1)
+        (text,) = case.texts(1)
+        skips = LayerSkipConfig(
+            indices=[0, 1], skip_attention=False, skip_attention_scores=True, skip_ff=False
+        )
+        if fields:
+            apply(case.model, **fields)
+        if where == "in the graph":
+            apply_layer_skip(case.model, skips)
+        if is_compiled and where == "in the graph":
+            case.model.compile(backend="eager")
+        elif is_compiled:  # a guider's hooks go onto a model whose blocks are compiled
+            case.model.compile_repeated_blocks(backend="eager")
+            apply_layer_skip(case.model, skips)
+        elif where == "around it":
+            apply_layer_skip(case.model, skips)
+        outs.append(case.run(text))
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("fields", [LOW, {"min_length": 0, "policy": "neighborhood(window=5x5)"}])
+def test_an_exported_model_computes_the_same(name, fields):
+    if name == "wan" and "neighborhood" in fields["policy"]:
+        fields = fields | {"policy": "neighborhood(window=3x5x5)"}
+    case = tiny_models.make(name)
+    (text,) = case.texts(1)
+    apply(case.model, **fields)
+    call = case.call(text) | {"return_dict": False}
+    eager = case.model(**call)[0]
+    exported = torch.export.export(case.model, args=(), kwargs=call)
+    assert torch.equal(exported.module()(**call)[0], eager)
+
+
+def test_ahead_of_time_an_empty_grid_comes_as_none():
+    """AOTInductor hands an empty list of lengths over as None."""
+    q, k, v = torch.randn(3, 1, 2, 200, 16).unbind()
+    expected = operator.attention(q, k, v).out
+    arguments = [
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.25,
+        False,
+        "mxfp8",
+        "mxfp4",
+        [operator.DIAGONAL],
+        0,
+        None,
+    ]
+    out, _, _ = operator._attention(*arguments, 0, 0, 1, False, True, "auto", False)
+    assert torch.equal(out, expected)
