@@ -7,8 +7,8 @@ import torch
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
 from dma_diffusers.internals import (
+    HARMLESS_MODES,
     AttentionScoreSkipFunctionMode,
-    DeviceContext,
     function_modes,
     guard_or_false,
     may_overlap,
@@ -149,7 +149,7 @@ def _why_another_attends() -> str:
     for mode in function_modes():
         if isinstance(mode, AttentionScoreSkipFunctionMode):
             return "a guider skips attention scores"
-        if not isinstance(mode, DeviceContext):
-            kind = type(mode)
+        kind = type(mode)
+        if not kind.__module__.startswith(HARMLESS_MODES):
             return f"{kind.__module__}.{kind.__qualname__} may attend in its own way: it is a torch function mode"
     return ""

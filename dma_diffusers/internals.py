@@ -22,7 +22,6 @@ try:
     from torch._C._nn import scaled_dot_product_attention
     from torch.fx.experimental.symbolic_shapes import guard_or_false
     from torch.overrides import _get_current_function_mode_stack as function_modes
-    from torch.utils._device import DeviceContext
 
     may_overlap = torch._debug_has_internal_overlap
     active_backend = _AttentionBackendRegistry.get_active_backend
@@ -33,11 +32,14 @@ except (ImportError, AttributeError) as error:
         "install versions that its pyproject.toml names, or a newer dma-diffusers"
     ) from error
 
+# Modules whose torch function modes leave attention as it is: `with torch.device(...)`, tracing, exporting.
+HARMLESS_MODES = ("torch.utils._device", "torch.export.", "torch._export.", "torch.fx.", "torch._subclasses.")
+
 __all__ = [
+    "HARMLESS_MODES",
     "AttentionBackendName",
     "AttentionProcessorRegistry",
     "AttentionScoreSkipFunctionMode",
-    "DeviceContext",
     "active_backend",
     "context_parallel_attention",
     "dispatch_attention_fn",

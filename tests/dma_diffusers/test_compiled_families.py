@@ -1,11 +1,13 @@
 """torch.compile on every family: one graph wherever stock has one, and the same bits, whatever modules it has."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
 
 from dma_diffusers import apply
-from dma_diffusers.kernels import operator
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
@@ -96,8 +98,8 @@ def graphs_of_drawings(pipe) -> tuple[torch.Tensor, list[int]]:
     return eager[0], counts
 
 
-def test_twelve_windows_compile_as_often_as_one(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_twelve_windows_compile_as_often_as_one():
     drawn = []
     for fields in ({"modules": WINDOWS}, {}):
         torch.compiler.reset()
@@ -137,41 +139,52 @@ def test_skipped_attention_scores_are_skipped_in_graphs_too(name, where):
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
 
 
+ON_GRID = {"min_length": 0, "policy": "diagonal(near=grid)", "low": "mxfp4"}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["flux", "wan"])
-@pytest.mark.parametrize("fields", [LOW, {"min_length": 0, "policy": "neighborhood(window=5x5)"}])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("flux", LOW), ("wan", LOW), ("flux", ON_GRID | {"grid": (12, 25)}), ("wan", ON_GRID)],
+)
 def test_an_exported_model_computes_the_same(name, fields):
-    if name == "wan" and "neighborhood" in fields["policy"]:
-        fields = fields | {"policy": "neighborhood(window=3x5x5)"}
     case = tiny_models.make(name)
     (text,) = case.texts(1)
     apply(case.model, **fields)
     call = case.call(text) | {"return_dict": False}
     eager = case.model(**call)[0]
     exported = torch.export.export(case.model, args=(), kwargs=call)
+    nodes = [node for node in exported.graph.nodes if "dma_diffusers.attention" in str(node.target)]
+    assert len(nodes) == sum(case.calls.values())
     assert torch.equal(exported.module()(**call)[0], eager)
 
 
-def test_ahead_of_time_an_empty_grid_comes_as_none():
-    """AOTInductor hands an empty list of lengths over as None."""
-    q, k, v = torch.randn(3, 1, 2, 200, 16).unbind()
-    expected = operator.attention(q, k, v).out
-    arguments = [
-        q,
-        k,
-        v,
-        None,
-        None,
-        None,
-        None,
-        None,
-        0.25,
-        False,
-        "mxfp8",
-        "mxfp4",
-        [operator.DIAGONAL],
-        0,
-        None,
-    ]
-    out, _, _ = operator._attention(*arguments, 0, 0, 1, False, True, "auto", False)
-    assert torch.equal(out, expected)
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_package_made_ahead_of_time_computes_the_same(tmp_path):
+    """AOTInductor hands an empty grid over as None."""
+    case = tiny_models.make("flux, single blocks alone")
+    (text,) = case.texts(1)
+    apply(case.model, **LOW)
+    call = case.call(text) | {"return_dict": False}
+    eager = case.model(**call)[0]
+    exported = torch.export.export(case.model, args=(), kwargs=call)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    torch.testing.assert_close(package(**call)[0], eager, rtol=0, atol=1e-5)
+
+
+@pytest.mark.kernel
+def test_cuda_graphs_take_new_lengths():
+    """`mode="reduce-overhead"` records a graph for each length, after a call that makes its plan."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    pipe = tiny_pipelines.flux(head_dim=64).to("cuda", torch.bfloat16)
+    apply(pipe, min_length=0, high="bf16", low="int8")
+    lengths = (19, 31, 19, 25)
+    eager = [draw(pipe, max_sequence_length=length) for length in lengths]
+    pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
+    for length, expected in zip(lengths, eager, strict=True):
+        for _ in range(3):  # a warm-up, a recording, a replay
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(draw(pipe, max_sequence_length=length), expected, rtol=0.05, atol=0.05)

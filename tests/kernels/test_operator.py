@@ -83,7 +83,8 @@ def test_registration(low, policy, grid, keys):
             False,
             "mxfp8",
             low,
-            policy,
+            [operator.DIAGONAL, policy],
+            1,
             grid,
             0,
             0,
@@ -94,6 +95,15 @@ def test_registration(low, policy, grid, keys):
             return_lse,
         )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
+
+
+def test_of_several_policies_one_counts():
+    q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
+    words = ["diagonal(window=0, sink=0)", "dense(everywhere=high)"]
+    outs = [operator.attention(q, k, v, policy=each).out for each in words]
+    assert not torch.equal(*outs)
+    for number, expected in enumerate(outs):
+        assert torch.equal(operator.attention(q, k, v, policy=words, which=number).out, expected)
 
 
 def test_compiles_to_one_node_and_new_lengths_compile_nothing():
