@@ -28,6 +28,8 @@ from dma_diffusers.wrap import WrappedProcessor, wrap
 
 logger = logging.getLogger("dma_diffusers")
 
+UNSEEN = "no call was seen: other processors stood in the place of these, or a compiled graph ran them"
+
 
 @dataclass
 class Attachment:
@@ -84,7 +86,7 @@ def report(pipe_or_model: Any) -> Receipt:
     receipts: list[ModuleReceipt] = []
     for prefix, model in transformers_of(pipe_or_model):
         if _attachment(model) or interceptions(model):
-            receipts.extend(_receipts(prefix, model, _attachment(model)))
+            receipts.extend(_with_unseen(list(_receipts(prefix, model, _attachment(model)))))
     return Receipt(tuple(receipts))
 
 
@@ -254,3 +256,15 @@ def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment | None
             yield ModuleReceipt(prefix + name, "stock", reason=reason)
     for name in without_processor(model):
         yield ModuleReceipt(prefix + name, "stock", reason="it attends without a processor")
+
+
+def _with_unseen(receipts: list[ModuleReceipt]) -> list[ModuleReceipt]:
+    """The receipts of a model, with a note on modules of which no call was seen though others were called."""
+    if not any(receipt.intercepted or receipt.fallbacks for receipt in receipts):
+        return receipts
+    return [
+        replace(receipt, notes=(*receipt.notes, UNSEEN))
+        if receipt.policy and not (receipt.intercepted or receipt.fallbacks) and receipt.lowering != "stock"
+        else receipt
+        for receipt in receipts
+    ]

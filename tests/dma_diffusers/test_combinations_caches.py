@@ -9,10 +9,12 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     SeaCacheConfig,
     TaylorSeerCacheConfig,
+    TextKVCacheConfig,
 )
 
+from dma_diffusers import apply
 from tests import tiny_pipelines
-from tests.dma_diffusers.combining import combine, nothing
+from tests.dma_diffusers.combining import LOW, combine, nothing, of_model
 from tests.tiny_pipelines import draw
 
 STEPS = 6
@@ -24,9 +26,7 @@ def run(pipe) -> torch.Tensor:
 
 
 def first_block(pipe):
-    return FirstBlockCacheConfig(
-        threshold=10
-    )  # the first block runs in each step, the others in the first alone
+    return FirstBlockCacheConfig(threshold=10)  # blocks but the first run in the first step alone
 
 
 def broadcast(pipe):
@@ -88,3 +88,24 @@ def test_a_cache_is_enabled_and_disabled_under_dma(cache, name):
 def test_dma_is_applied_where_a_cache_is_enabled(cache):
     steps = [(enabled(cache), 0), (nothing, CACHED[cache, "wan"])]
     combine(tiny_pipelines.wan, steps, run, applied_after=1)
+
+
+def test_keys_of_the_text_are_cached():
+    build, run_once = of_model("nucleus")
+
+    def run_twice(model) -> torch.Tensor:
+        with model.cache_context("cond"):
+            run_once(model)
+            return run_once(model)
+
+    def enable(model) -> None:
+        model.enable_cache(TextKVCacheConfig())
+
+    combine(build, [(nothing, 4), (enable, 4), (lambda model: model.disable_cache(), 4)], run_twice)
+    model = build()
+    enable(model)
+    apply(model, **LOW)
+    projected = []
+    model.transformer_blocks[0].attn.add_k_proj.register_forward_hook(lambda *_: projected.append(True))
+    run_twice(model)
+    assert len(projected) == 1

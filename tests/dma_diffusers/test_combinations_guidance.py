@@ -7,7 +7,8 @@ from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energy_guidance_hook
 
-from dma_diffusers import apply, restore
+from dma_diffusers import apply, report, restore
+from dma_diffusers.attach import UNSEEN
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.dma_diffusers.combining import LOW, combine, counted_operator, nothing, of_model
@@ -116,6 +117,10 @@ def test_pag_takes_its_layers_and_gives_them_back(monkeypatch):
     assert not torch.equal(draw(pipe), draw(plain))
     apply(pipe, **LOW)
     draw(pipe)
+    notes = {module.module.removeprefix("transformer."): module.notes for module in report(pipe).modules}
+    assert notes == {
+        "transformer_blocks.0.attn": (), "transformer_blocks.0.attn2": (), "transformer_blocks.1.attn": (UNSEEN,)
+    }  # fmt: skip
     with counted_operator(6):
         draw(plain)
 

@@ -32,19 +32,24 @@ LORA = [
 ]
 
 
-@pytest.mark.parametrize("applied_after", [0, 2])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "applied_after"), [("flux", 0), ("sd3", 0), ("wan", 0), ("hunyuan", 0), ("flux", 2), ("wan", 2)]
+)
 def test_lora_is_added_scaled_switched_fused_and_unloaded(name, applied_after):
     steps = [(step, CALLS[name]) for step in LORA]
     combine(getattr(tiny_pipelines, name), steps, applied_after=applied_after)
 
 
-def test_the_scale_of_lora_reaches_the_model():
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    {"flux": "joint_attention_kwargs", "sd3": "joint_attention_kwargs", "wan": "attention_kwargs"}.items(),
+)
+def test_the_scale_of_lora_reaches_the_model(name, argument):
     def run(pipe):
-        return draw(pipe, joint_attention_kwargs={"scale": 0.25})
+        return draw(pipe, **{argument: {"scale": 0.25}})
 
-    combine(tiny_pipelines.flux, [(add_lora, 6)], run)
-    pipe = tiny_pipelines.flux()
+    combine(getattr(tiny_pipelines, name), [(add_lora, CALLS[name])], run)
+    pipe = getattr(tiny_pipelines, name)()
     add_lora(pipe)
     assert not torch.equal(run(pipe), draw(pipe))
 
@@ -85,8 +90,7 @@ def int8_weights_and_activations(pipe) -> None:
 QUANTISED = {"packed": pack, "torchao, weights": int8_weights, "torchao, both": int8_weights_and_activations}
 
 
-@pytest.mark.parametrize("applied_after", [0, 1])
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize(("name", "applied_after"), [("flux", 0), ("wan", 1)])
 @pytest.mark.parametrize("tool", QUANTISED)
 def test_linears_are_quantised(tool, name, applied_after):
     steps = [(QUANTISED[tool], CALLS[name]), (nothing, CALLS[name])]
@@ -133,8 +137,7 @@ PLACEMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("applied_after", [0, 1])
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize(("name", "applied_after"), [("flux", 0), ("wan", 1)])
 @pytest.mark.parametrize("place", PLACEMENTS)
 def test_weights_are_moved_or_cast(place, name, applied_after, tmp_path):
     steps = [(lambda pipe: place(pipe, tmp_path), CALLS[name]), (nothing, CALLS[name])]
@@ -147,3 +150,12 @@ def test_a_model_is_loaded_with_a_device_map(tmp_path):
         pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, device_map={"": "cpu"})
 
     combine(tiny_pipelines.flux, [(load, 6), (nothing, 6)], applied_after=1)
+
+
+@pytest.mark.parametrize("tool", [add_lora, *QUANTISED.values(), lambda pipe: cast_to_fp8(pipe, None)])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_these_tools_change_pictures(tool, name):
+    pipe = getattr(tiny_pipelines, name)()
+    plain = draw(pipe)
+    tool(pipe)
+    assert not torch.equal(draw(pipe), plain)
