@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dma_diffusers.kernels.device.memory import kept
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
@@ -57,7 +58,7 @@ class Plan:
             if is_capturing(device):
                 raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
             lists = self.precision_map.shared if is_shared else self.precision_map
-            self._block_lists[key] = lists.to(device)
+            self._block_lists[key] = kept(lambda: lists.to(device), device)
         return self._block_lists[key]
 
     @property

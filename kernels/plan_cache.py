@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dma_diffusers.kernels import plan
+from dma_diffusers.kernels.device.memory import kept
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Policy
 
@@ -38,7 +39,8 @@ class Size:
                 raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
             made = plan.make(policy, self.layout, is_causal, masks_text)
             # The map stays where it was made: a kernel's block lists go to the device when it is first launched.
-            self.plans[key] = replace(made.to(self.device), precision_map=made.precision_map)
+            there = kept(lambda: made.to(self.device), self.device)
+            self.plans[key] = replace(there, precision_map=made.precision_map)
         return self.plans[key]
 
 

@@ -15,6 +15,7 @@ import torch
 from triton.runtime import driver
 
 from dma_diffusers.kernels.device.launch import Launcher, Run, run
+from dma_diffusers.kernels.device.memory import kept
 
 _ALIGNMENT = 256  # bytes: TMA wants 16, and no cache line holds two tensors
 _MOST_ADDRESSES = 4096  # for which a descriptor is kept encoded
@@ -75,12 +76,11 @@ class Recording:
         stream = driver.active.get_current_stream(device.index)
         workspace = torch.empty(self.bytes, dtype=torch.uint8, device=device)
         counters = self._counters.get(stream)
-        if counters is None or torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():  # a graph may run beside its stream, and has its own
             counters = torch.zeros(self._counted, dtype=torch.uint8, device=device)
-            if (
-                not torch.cuda.is_current_stream_capturing()
-            ):  # a graph may run beside its stream, and has its own
-                self._counters[stream] = counters
+        elif counters is None:
+            counters = kept(lambda: torch.zeros(self._counted, dtype=torch.uint8, device=device), device)
+            self._counters[stream] = counters
         addresses = (*addresses, workspace.data_ptr(), counters.data_ptr())
         with self._lock:  # two threads' launches on one stream would count in the same counters
             for launch in self._launches:
