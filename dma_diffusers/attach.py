@@ -24,6 +24,7 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
+from dma_diffusers.unmet import reason_in_graphs
 from dma_diffusers.wrap import WrappedProcessor, wrap
 
 logger = logging.getLogger("dma_diffusers")
@@ -249,6 +250,10 @@ def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment | None
             receipt = processor.interception.receipt(prefix + name, device_of(model, module))
             if attachment is None or processor.interception.forward is not attachment.forward:
                 receipt = replace(receipt, lowering="stock", reason=NOT_RUNNING)
+            elif not receipt.intercepted and (
+                reason := reason_in_graphs(type(model).__name__, processor.stock)
+            ):
+                receipt = replace(receipt, lowering="stock", reason=f"in a compiled graph {reason}")
             yield receipt
         else:
             reason = roles.get(name, "it was not there when DMA was applied")

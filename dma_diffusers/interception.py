@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from dma_diffusers import unmet
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
-from dma_diffusers.internals import scaled_dot_product_attention as genuine
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.kernels.tiling.policies import Dense
@@ -129,8 +129,7 @@ class Interception:
             spread = None
         text = self._text_range(call, query, key, spread, 1 if spread is None else spread.ulysses)
         reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
-        if not torch.compiler.is_compiling():
-            call.reasons.append(reason)
+        call.reasons.append(reason)
         if reason:
             self.fall_back(reason)
             return functional.scaled_dot_product_attention(
@@ -176,19 +175,12 @@ class Interception:
         out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **self._arguments(text))
         return out.permute(0, 2, 1, 3)
 
-    def met_no_attention(self, processor: Any) -> None:
-        """Counts a call of the module whose processor attended without `scaled_dot_product_attention`, and warns once.
-
-        processor: the stock one.
-        """
-        sdpa = functional.scaled_dot_product_attention
-        reason = f"{_name(processor)} attended in its own way, without scaled_dot_product_attention"
-        if sdpa is not genuine:
-            reason = f"scaled_dot_product_attention was replaced by {_name(sdpa)}"
-        self.fall_back(reason)
+    def met_no_attention(self, processor: str) -> None:
+        """Counts a call of the module whose processor, of this name, could not be intercepted; warns once."""
+        reason = self.fall_back(unmet.reason_of(processor))
         if not self.forward.warned:
             self.forward.warned = True
-            logger.warning("%s: DMA attention did not run: %s", self.forward.model, reason)
+            unmet.warn(self.forward.model, reason)
 
     def receipt(self, module: str, device: torch.device) -> ModuleReceipt:
         """The receipt of the module of this name, on the device of its last call, or else on `device`.
@@ -310,9 +302,3 @@ def _outline(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.dtype
     return argument if isinstance(argument, bool | int | str | None) else type(argument).__name__
-
-
-def _name(function: Any) -> str:
-    """The module and the name of a function, or of the class of anything else."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"

@@ -15,24 +15,29 @@ class InterceptionMode(TorchFunctionMode):
     """Hands each `scaled_dot_product_attention` inside to a module's interception; a `ProcessorCall`.
 
     hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
-    spread: the GPUs that exchange heads around such calls. met_attention: whether any was handed over.
+    spread: the GPUs that exchange heads around such calls. reasons: a list that takes the call's.
     """
 
     backend: Any = None  # what falls back here is inside Diffusers' native backend
 
-    def __init__(self, interception: Interception, hidden: int, encoder: int, spread: Spread | None = None):
+    def __init__(
+        self,
+        interception: Interception,
+        hidden: int,
+        encoder: int,
+        spread: Spread | None = None,
+        reasons: list[str] | None = None,
+    ):
         super().__init__()
         self.interception = interception
         self.spread = spread
         self.hidden = hidden
         self.encoder = encoder
-        self.reasons: list[str] = []
-        self.met_attention = False
+        self.reasons: list[str] = [] if reasons is None else reasons
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
-            self.met_attention = True
             return self.interception.attention(self, *args, **kwargs)
         if func in _SQUARING and self.interception.family.squares_masks and _is_mask(args[0]):
             return args[0]  # [B, 1, 1, S] all the way

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dma_diffusers import unmet
 from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.internals import AttentionBackendName, AttentionProcessorRegistry
 from dma_diffusers.mode import InterceptionMode
@@ -128,14 +129,19 @@ def __call__({", ".join(declared)}):
         return uncompiled_run(hidden, encoder, {", ".join(passed)})
     if {self}.interception.all_fall_back(hidden.device):
         return {self}.stock({", ".join(passed[1:])})
-    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread):
-        return stock_call({", ".join(passed)})
+    reasons = []
+    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread, reasons):
+        result = stock_call({", ".join(passed)})
+    if not reasons:
+        met_none_in_graph({self}.interception.forward.model, processor_name)
+    return result
 """
     run = partial(_run, stock_call, can_rebind(stock_call))
     namespace = {
         "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "tokens": _tokens,
         "run": run, "stock_call": stock_call, "spread_of": _spread_of,
         "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
+        "met_none_in_graph": unmet.met_none_in_graph, "processor_name": unmet.name_of(kind),
     }  # fmt: skip
     namespace |= {f"default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     exec(source, namespace)
@@ -150,7 +156,7 @@ def _tokens_given(kind: type, parameters: list[Parameter]) -> tuple[str, str]:
     rest = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if len(rest) < 2:
         raise ValueError(
-            f"{kind.__module__}.{kind.__qualname__} is no attention processor: it must be called with (attn, "
+            f"{unmet.name_of(kind)} is no attention processor: it must be called with (attn, "
             "hidden_states, encoder_hidden_states=None, …), by these names or as *args, **kwargs"
         )
     args, kwargs = rest[Parameter.VAR_POSITIONAL], rest[Parameter.VAR_KEYWORD]
@@ -195,7 +201,7 @@ def _run(
         with mode:
             result = stock_call(wrapped, *args, **kwargs)
     if not call.reasons:
-        interception.met_no_attention(wrapped.stock)
+        interception.met_no_attention(unmet.name_of(wrapped.stock))
     interception.learn(hidden, arguments, call)
     return result
 

@@ -289,3 +289,25 @@ def test_a_processor_that_attends_in_its_own_way_is_counted_and_warned_about(cap
         .startswith("2 modules (transformer.single_transformer_blocks.0.attn")
     )
     assert "stock attention: " in str(report(pipe))
+
+
+def test_a_processor_that_attends_in_its_own_way_is_noted_in_graphs_too(caplog):
+    torch.compiler.reset()
+    pipe = tiny_pipelines.flux(num_layers=0, num_single_layers=12)
+    for block in pipe.transformer.single_transformer_blocks:
+        block.attn.set_processor(Manual())
+    apply(pipe)
+    caplog.clear()
+    eager = draw(pipe)
+    apply(pipe)
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(draw(pipe), eager)
+    for module in report(pipe).modules:
+        assert (module.lowering, module.intercepted) == ("stock", 0)
+        assert (
+            module.reason.startswith("in a compiled graph ")
+            and "Manual attended in its own way" in module.reason
+        )
+    assert [record.levelname for record in caplog.records].count(
+        "WARNING"
+    ) == 2  # eager, and while it was traced

@@ -215,3 +215,34 @@ def test_presets_leave_nothing_behind_that_the_report_denies():
     assert torch.equal(draw(pipe), stock)
     assert {module.lowering for module in report(pipe).modules} == {"stock"}
     assert {module.reason for module in report(pipe).modules} == {"exact: nothing is quantised"}
+
+
+def test_a_processor_that_asks_for_a_backend_of_its_own_gets_it():
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
+
+    case = tiny_models.make("qwen21")
+    (text,) = case.texts(1)
+    with torch.no_grad():
+        case.model.set_attn_processor(QwenImage21FlexAttnProcessor())
+        stock = case.run(text)
+        apply(case.model, min_length=0)
+        assert torch.equal(case.run(text), stock)
+    for module in report(case.model).modules:
+        assert (module.lowering, module.reason) == ("stock", "its processor asks for the backend flex")
+
+
+def test_a_diffusers_that_lacks_what_is_private_is_told_with_both_versions():
+    script = """
+import diffusers.models.attention_dispatch as dispatch
+del dispatch._templated_context_parallel_attention
+import dma_diffusers
+try:
+    dma_diffusers.apply
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    import diffusers
+
+    words = f"dma-diffusers does not know diffusers {diffusers.__version__} with torch {torch.__version__}: "
+    assert run.stdout.startswith(words) and "_templated_context_parallel_attention" in run.stdout
