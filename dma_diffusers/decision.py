@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
@@ -10,7 +11,6 @@ from dma_diffusers.internals import (
     HARMLESS_MODES,
     AttentionScoreSkipFunctionMode,
     function_modes,
-    guard_or_false,
     may_overlap,
 )
 from dma_diffusers.kernels import operator

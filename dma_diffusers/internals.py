@@ -20,7 +20,6 @@ try:
 
     # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
     from torch._C._nn import scaled_dot_product_attention
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
     from torch.overrides import _get_current_function_mode_stack as function_modes
 
     may_overlap = torch._debug_has_internal_overlap
@@ -44,7 +43,6 @@ __all__ = [
     "context_parallel_attention",
     "dispatch_attention_fn",
     "function_modes",
-    "guard_or_false",
     "has_context_parallelism",
     "may_overlap",
     "scaled_dot_product_attention",

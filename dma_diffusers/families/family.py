@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from dma_diffusers import grids
 from dma_diffusers.families import texts
 from dma_diffusers.families.published import DenseFirst, Published
-from dma_diffusers.internals import guard_or_false
 
 
 @dataclass(frozen=True)

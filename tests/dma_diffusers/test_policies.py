@@ -211,7 +211,7 @@ def test_a_text_length_that_the_call_contradicts():
     )
     q = torch.randn(1, 2, 325, 16)
     with (
-        InterceptionMode(taken, torch.empty(1, 325, 32), None),
+        InterceptionMode(taken, 325, 0),
         pytest.raises(
             ValueError, match="grid 12×25 has 300 tokens, but of the call's 325, 21 of them text, 304 are"
         ),

@@ -300,12 +300,6 @@ NAMED_CALLS = [
     Call(640, 640, 64, text=(0, 128), name="text-first"),
     Call(600, 600, 64, text=(500, 600), sink=0, name="text-last"),
     Call(513, 513, 64, text=(100, 140), sink=0, name="text-over-two-tiles"),
-    Call(600, 600, 64, text=(100, 140), parts=2, sink=0, name="text-in-two-parts"),
-    Call(560, 600, 64, text=(0, 40), sink=0, name="queries-omit-text"),
-    Call(
-        520, 600, 64, batch=2, masks_keys=True, text=(260, 300), parts=2, sink=0, high="bf16", low="int8",
-        name="queries-omit-text-in-two-parts",
-    ),
     Call(384, 384, 64, is_causal=True, name="causal"),
     Call(600, 600, 128, is_causal=True, sink=256, window=256, name="causal-sinks"),
     Call(300, 300, 64, is_causal=True, window=0, sink=0, name="causal-low"),
@@ -388,6 +382,12 @@ NAMED_CALLS = [
     ),
     Call(
         4173, 130, 40, heads=1, kv_heads=1, high="bf16", low="int8", dtype=torch.bfloat16, name="4173-cross",
+    ),
+    Call(600, 600, 64, text=(100, 140), parts=2, sink=0, name="text-in-two-parts"),
+    Call(560, 600, 64, text=(0, 40), sink=0, name="queries-omit-text"),
+    Call(
+        520, 600, 64, batch=2, masks_keys=True, text=(260, 300), parts=2, sink=0, high="bf16", low="int8",
+        name="queries-omit-text-in-two-parts",
     ),
 ]  # fmt: skip
 
