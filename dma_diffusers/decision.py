@@ -76,9 +76,8 @@ class Decision:
         reason, least = self.limits(query.device, query.shape[-1], masked)
         if reason:
             return reason
-        if guard_or_false(
-            key.shape[-2] * parts < least
-        ):  # a length that the graph doesn't know is long enough
+        # A length that a graph does not know is long enough.
+        if guard_or_false(key.shape[-2] * parts < least):
             return f"{TOO_SHORT}{least} keys"
         if query.shape[1] != key.shape[1] and not enable_gqa:
             return "fewer heads of keys than of queries, without enable_gqa"
@@ -99,10 +98,8 @@ class Decision:
 
         has_encoder: the module was given `encoder_hidden_states`. wants_gradients: of its `hidden_states`.
         """
-        if reason in (
-            OTHER_TOKENS,
-            UNKNOWN_TEXT,
-        ):  # of others, the next call may have its keys from elsewhere
+        # In other families, the next call may have its keys from elsewhere.
+        if reason in (OTHER_TOKENS, UNKNOWN_TEXT):
             return has_encoder and self.family.text == "none"
         if reason == WANTS_GRADIENTS:
             return wants_gradients

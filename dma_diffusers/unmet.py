@@ -10,9 +10,8 @@ from dma_diffusers.internals import scaled_dot_product_attention
 
 logger = logging.getLogger("dma_diffusers")
 
-_IN_GRAPHS: dict[
-    tuple[str, str], str
-] = {}  # reasons, by the class of the model and the name of the processor
+# Reasons, by the class of the model and the name of the processor.
+_IN_GRAPHS: dict[tuple[str, str], str] = {}
 
 
 def name_of(thing: Any) -> str:

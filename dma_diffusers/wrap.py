@@ -63,16 +63,14 @@ def _wrapped_class(kind: Any) -> Any:
     if not _can_share_attributes(kind):
         return type(name, (DelegatingProcessor,), {"__call__": _call(kind, _of_stock)})
 
-    def new(
-        cls, *args, **kwargs
-    ):  # Diffusers makes processors of the class of others, to set them on a model
+    # Diffusers makes processors of the class of those that it finds, and sets them on a model.
+    def new(cls, *args, **kwargs):
         return kind(*args, **kwargs)
 
     body = {"__slots__": ("interception", "stock"), "__module__": __name__, "__new__": new}
     body["__call__"] = _call(kind, kind.__call__)
-    if (
-        getattr(kind, "_attention_backend", "") is None
-    ):  # another one is a backend that the processor insists on
+    # A class that names a backend insists on it, and one without the attribute takes the process's.
+    if getattr(kind, "_attention_backend", "") is None:
         body["_attention_backend"] = property(_native_backend, _keep_backend)
     wrapped = type(name, (WrappedProcessor, kind), body)
     with suppress(ValueError):  # Diffusers' guiders look processors up by class; not all stock ones are known
