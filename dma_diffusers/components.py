@@ -1,10 +1,11 @@
 """The transformers of a pipeline, inside whatever wraps them, and their attention modules."""
 
-from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
 import torch
+
+from dma_diffusers.code_names import names_in
 
 _ATTENTION = {"scaled_dot_product_attention", "dispatch_attention_fn", "flex_attention"}
 _HOMES = ("diffusers.models.transformers.", "diffusers.models.controlnets.")
@@ -72,11 +73,4 @@ def device_of(model: torch.nn.Module, module: torch.nn.Module) -> torch.device:
 
 
 def _attends(code: CodeType | None) -> bool:
-    return code is not None and not _ATTENTION.isdisjoint(_names(code))
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+    return code is not None and not _ATTENTION.isdisjoint(names_in(code))

@@ -5,13 +5,14 @@ mode a stock processor's code runs with a copy of its module's global names, in 
 `F.scaled_dot_product_attention` are those of the call. Nothing outside the call changes.
 """
 
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from dma_diffusers.code_names import names_in
 from dma_diffusers.interception import Interception
 from dma_diffusers.internals import AttentionBackendName, dispatch_attention_fn
 from dma_diffusers.parallel import Spread
@@ -84,16 +85,9 @@ def can_rebind(function: Callable) -> bool:
     """Tells whether a stock processor's `__call__` asks for attention by no other names than `Rebound` binds."""
     if not isinstance(function, FunctionType) or not function.__module__.startswith("diffusers."):
         return False
-    names, known = set(_names(function.__code__)), function.__globals__
+    names, known = set(names_in(function.__code__)), function.__globals__
     if known.get("F", functional) is not functional or "functional" in names:
         return False
     if "dispatch_attention_fn" in names:
         return known.get("dispatch_attention_fn") is dispatch_attention_fn
     return {"F", "scaled_dot_product_attention"} <= names
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
