@@ -23,10 +23,10 @@ def transformers_of(pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
         kind = type(pipe_or_model).__name__
         raise TypeError(f"expected a Diffusers pipeline or a transformer, got {kind}")
     found = [
-        (f"{name}.", model)
+        (f"{name}.", unwrapped(component))
         for name, component in components.items()
-        if isinstance(component, torch.nn.Module) and (model := unwrapped(component)) is not None
-        if name.startswith("transformer") or type(model).__module__.startswith(_HOMES)
+        if isinstance(component, torch.nn.Module)
+        and (name.startswith("transformer") or type(unwrapped(component)).__module__.startswith(_HOMES))
     ]
     if not found:
         raise ValueError(f"{type(pipe_or_model).__name__} has no transformer")

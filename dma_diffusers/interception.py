@@ -80,7 +80,7 @@ class Interception:
 
     @property
     def mapped(self) -> bool:
-        """Whether tiles have the policy's classes in this step; else every tile is HIGH."""
+        """True where tiles have the policy's classes in this step; False where every tile is HIGH."""
         return not self.dense and self.forward.call.mapped
 
     def all_fall_back(self, device: torch.device) -> bool:

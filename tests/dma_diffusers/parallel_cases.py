@@ -156,7 +156,7 @@ def masks_are_each_chunk_s_own(world: World) -> dict:
 
 
 def heads_and_chunks_have_their_policies(world: World) -> dict:
-    """What the operator is asked for: a window for each head, a band and a sink in some chunks."""
+    """Each head keeps its own window, the band is in the own chunk, and the sink is in the first."""
     exact = Exact(torch.nn.Module())
     arguments = asked(policy="diagonal(window=0/128/384/640, sink=256) | importance(budget=0.25)")
     arguments |= {"text_start": 0, "text_stop": 8}

@@ -11,20 +11,10 @@ from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.mode import InterceptionMode
 from tests import tiny_pipelines
+from tests.dma_diffusers.graphs import Graphs
 from tests.tiny_pipelines import draw
 
 LAYERS = {"flux": 3, "sd3": 3, "wan": 2, "hunyuan": 2}
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and counts the operator's nodes in each."""
-
-    def __init__(self):
-        self.nodes = []
-
-    def __call__(self, graph, inputs):
-        self.nodes.append(sum("dma_diffusers.attention" in str(node.target) for node in graph.graph.nodes))
-        return graph
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
 from dma_diffusers import apply
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
+from tests.dma_diffusers.graphs import Graphs
 from tests.tiny_pipelines import draw
 
 LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
@@ -17,17 +18,6 @@ LOW = {"min_length": 0, "policy": "dense(everywhere=low)"}
 UNCOMPILED = {
     "hidream", "hunyuan15", "hunyuan_image", "lumina2", "lumina2, with refiners", "qwen21", "wan_animate2",
 }  # fmt: skip
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and counts the operator's nodes in each."""
-
-    def __init__(self):
-        self.nodes = []
-
-    def __call__(self, graph, inputs):
-        self.nodes.append(sum("dma_diffusers.attention" in str(node.target) for node in graph.graph.nodes))
-        return graph
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +60,7 @@ def test_what_stock_cannot_compile_is_not_ours(name):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [21, 9, 0])
 def test_texts_as_long_as_the_device_knows(tokens):
-    """Of Mochi, whose graph has the length of a text as the number of its mask's ones."""
+    """Mochi's graph knows the length of a text only as the number of ones in its mask, which is on the device."""
     case = tiny_models.make("mochi")
     (text,) = case.texts(1)
     apply(case.model, **LOW)

@@ -23,7 +23,7 @@ REFUSED = (
 
 
 def found(degrees: tuple[int, int], name: str) -> list[dict]:
-    """What a case returned in each process."""
+    """Gives what a case returned, for each process."""
     all_results = results(degrees, BY_BOTH) if degrees == BOTH else results(degrees)
     return [each[name] for each in all_results]
 
