@@ -251,7 +251,7 @@ def _receipts(prefix: str, model: torch.nn.Module, attachment: Attachment | None
             if attachment is None or processor.interception.forward is not attachment.forward:
                 receipt = replace(receipt, lowering="stock", reason=NOT_RUNNING)
             elif not receipt.intercepted and (
-                reason := reason_in_graphs(type(model).__name__, processor.stock)
+                reason := reason_in_graphs(processor.interception.forward.number, processor.stock)
             ):
                 receipt = replace(receipt, lowering="stock", reason=f"in a compiled graph {reason}")
             yield receipt

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import threading
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from dma_diffusers.families import Family
 from dma_diffusers.parallel import splits_text
 
 logger = logging.getLogger("dma_diffusers")
+
+_NUMBERS = count()
 
 
 class Listener(Protocol):
@@ -73,6 +76,7 @@ class ForwardContext:
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
         self.splits_text = splits_text(model)  # over several GPUs
+        self.number = next(_NUMBERS)  # of this application of DMA
         self.announced = False
         self.warned = False
         self.checked: set[tuple[int, ...]] = set()  # grids

@@ -10,8 +10,8 @@ from dma_diffusers.internals import scaled_dot_product_attention
 
 logger = logging.getLogger("dma_diffusers")
 
-# Reasons, by the class of the model and the name of the processor.
-_IN_GRAPHS: dict[tuple[str, str], str] = {}
+# Reasons, by the number of a `ForwardContext` and the name of the processor.
+_IN_GRAPHS: dict[tuple[int, str], str] = {}
 
 
 def name_of(thing: Any) -> str:
@@ -34,14 +34,14 @@ def warn(model: str, reason: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def met_none_in_graph(model: str, processor: str) -> bool:
+def met_none_in_graph(number: int, model: str, processor: str) -> bool:
     """Notes, while a graph is traced, that it has none of the operator's calls for this processor; warns once."""
-    if (model, processor) not in _IN_GRAPHS:
-        _IN_GRAPHS[model, processor] = reason_of(processor)
-        warn(model, _IN_GRAPHS[model, processor])
+    if (number, processor) not in _IN_GRAPHS:
+        _IN_GRAPHS[number, processor] = reason_of(processor)
+        warn(model, _IN_GRAPHS[number, processor])
     return True
 
 
-def reason_in_graphs(model: str, processor: Any) -> str:
-    """The reason that was noted for a processor of such a model in compiled graphs; empty for none."""
-    return _IN_GRAPHS.get((model, name_of(processor)), "")
+def reason_in_graphs(number: int, processor: Any) -> str:
+    """The reason that was noted for a processor in compiled graphs; empty for none."""
+    return _IN_GRAPHS.get((number, name_of(processor)), "")

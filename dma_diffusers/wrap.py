@@ -131,7 +131,8 @@ def __call__({", ".join(declared)}):
     with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread, reasons):
         result = stock_call({", ".join(passed)})
     if not reasons:
-        met_none_in_graph({self}.interception.forward.model, processor_name)
+        forward = {self}.interception.forward
+        met_none_in_graph(forward.number, forward.model, processor_name)
     return result
 """
     run = partial(_run, stock_call, can_rebind(stock_call))

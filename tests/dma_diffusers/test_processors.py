@@ -311,3 +311,7 @@ def test_a_processor_that_attends_in_its_own_way_is_noted_in_graphs_too(caplog):
     assert [record.levelname for record in caplog.records].count(
         "WARNING"
     ) == 2  # eager, and while it was traced
+
+    torch.compiler.reset()
+    apply(pipe)  # what a graph of before lacked is nothing that this application has
+    assert not any("compiled graph" in module.reason for module in report(pipe).modules)
