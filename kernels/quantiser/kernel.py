@@ -15,10 +15,10 @@ from dma_diffusers.kernels.device.rounding import (
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
+    load_changed,
     load_tile,
     magnitude_bits,
     power_of_two,
-    rotated,
     token_at,
 )
 
@@ -252,36 +252,104 @@ def _encode_value(
             _store_rows(channel, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
+@triton.jit
+def _encode_key(
+    k, mean, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+    heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
+    HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
+    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
+    LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile of K."""
+    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
+    place = tile * TILE + rows
+    tokens = token_at(token_order, place, length, token_count)[:, None]
+    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
+    batch = head // heads
+    x = load_changed(
+        k, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens, columns, inside, length,
+        stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM, D,
+    )  # fmt: skip
+    if key_mask is not None:
+        seen = tl.load(key_mask + batch.to(tl.int64) * (tiles * TILE) + place)
+        inside &= (seen != 0)[:, None]
+    value = x
+    if mean is not None:
+        value -= tl.load(mean + head * D + columns)[None, :]
+    value = tl.where(inside, value, 0.0)
+    _encode_classes(
+        x, value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
+        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _encode_query(
+    q, mean, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+    heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
+    HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
+    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
+    LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
+    ROUND: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile of Q. group: how many heads of Q have one of K."""
+    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
+    tokens = token_at(token_order, tile * TILE + rows, length, token_count)[:, None]
+    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
+    x = load_changed(
+        q, cos, sin, weight, first_weight, eps, first, head // heads, head % heads, tokens, columns, inside, length,
+        stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM, D,
+    )  # fmt: skip
+    place = (head * tiles + tile).to(tl.int64)
+    if offset is not None:
+        own_mean = tl.load(mean + head // group * D + columns)
+        product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
+        tl.store(offset + place * TILE + rows, tl.sum(product, axis=1) * factor)
+    _encode_classes(
+        x, x * factor, place, head, rows, inexact_rows,
+        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
-    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
+    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
     v_plain, v_channel, token_order, inexact_rows,
-    heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
+    heads, kv_heads, heads_in_all, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS_EACH: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Encode one tile of 128 tokens of one head of V, K or Q ([B, heads, length, HEAD_DIM], any strides).
+    """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
-    q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
-    formats encode q·factor, and k less its `mean` (as statistics.py gives it, and `v_scale`). Tokens past the length,
-    keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
-    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v
-    is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts
-    rows that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
-    nothing is.
+    q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
+    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean` (as
+    statistics.py gives it, and `v_scale`). Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides
+    from formats other than bf16, and columns past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q
+    rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with
+    tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power of two could not bring into
+    e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
     that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
     # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
-    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     k_tiles = tl.cdiv(k_length, TILE)
     if v is not None:
         of_values = kv_heads_in_all * k_tiles
@@ -294,52 +362,35 @@ def encode(
             )  # fmt: skip
         program -= of_values
     if k is not None:
-        of_keys = kv_heads_in_all * k_tiles
+        of_keys = tl.cdiv(kv_heads_in_all, HEADS_EACH) * k_tiles
         if (program >= 0) & (program < of_keys):
-            head = program // k_tiles
-            place = program % k_tiles * TILE + rows
-            tokens = token_at(token_order, place, k_length, token_count)[:, None]
-            inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
-            batch, head_in_batch = head // kv_heads, head % kv_heads
-            x = load_tile(
-                k, batch, head_in_batch, tokens, columns, inside, k_stride_b, k_stride_h, k_stride_s
-            )
-            if k_cos is not None:
-                x = rotated(x, k_cos, k_sin, tokens, k_length, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D)
-            if key_mask is not None:
-                seen = tl.load(key_mask + batch.to(tl.int64) * (k_tiles * TILE) + place)
-                inside &= (seen != 0)[:, None]
-            value = x
-            if mean is not None:
-                value -= tl.load(mean + head * D + columns)[None, :]
-            value = tl.where(inside, value, 0.0)
-            _encode_classes(
-                x, value, program.to(tl.int64), head, rows, inexact_rows,
-                k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
-            )  # fmt: skip
+            first_head = program // k_tiles * HEADS_EACH
+            for number in range(HEADS_EACH):
+                head = first_head + number
+                if head < kv_heads_in_all:
+                    _encode_key(
+                        k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first,
+                        key_mask, token_order, inexact_rows, k_high, k_high_scales, k_high_tensor_scale,
+                        k_low, k_low_scales, k_low_tensor_scale,
+                        kv_heads, head, program % k_tiles, k_tiles, k_length, token_count,
+                        k_stride_b, k_stride_h, k_stride_s, k_rope_stride_s, k_rope_stride_d,
+                        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, HEAD_DIM, D,
+                    )  # fmt: skip
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
-            head = program // q_tiles
-            tokens = token_at(token_order, program % q_tiles * TILE + rows, q_length, token_count)[:, None]
-            inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
-            batch, head_in_batch = head // heads, head % heads
-            x = load_tile(
-                q, batch, head_in_batch, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
-            )
-            if q_cos is not None:
-                x = rotated(x, q_cos, q_sin, tokens, q_length, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D)
-            tile = program.to(tl.int64)
-            if offset is not None:
-                own_mean = tl.load(mean + head // (heads // kv_heads) * D + columns)
-                product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
-                tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
-            _encode_classes(
-                x, x * factor, tile, head, rows, inexact_rows,
-                q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
-                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
-            )  # fmt: skip
+            first_head = program // q_tiles * HEADS_EACH
+            for number in range(HEADS_EACH):
+                head = first_head + number
+                if head < heads_in_all:
+                    _encode_query(
+                        q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first,
+                        offset, token_order, inexact_rows, q_high, q_high_scales, q_high_tensor_scale,
+                        q_low, q_low_scales, q_low_tensor_scale,
+                        heads, heads // kv_heads, head, program % q_tiles, q_tiles, q_length, token_count,
+                        q_stride_b, q_stride_h, q_stride_s, q_rope_stride_s, q_rope_stride_d,
+                        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, HEAD_DIM, D,
+                    )  # fmt: skip

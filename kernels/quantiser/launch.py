@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dma_diffusers.kernels.call import Rope
+from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.quantiser import kernel, statistics
@@ -14,12 +14,16 @@ from dma_diffusers.kernels.quantiser.operands import Classes, Operand, padded_di
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
+# A tile's angles are twice its numbers: a program reads them once from the L2 cache for so many heads.
+HEADS_OF_ROPE = 4
+
 
 @dataclass(frozen=True)
 class Source:
     """The tensors of one call that the kernels read; None where nothing is wanted.
 
-    q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k are rotated by q_rope and k_rope first.
+    q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k go through `norms` and are rotated by q_rope and
+        k_rope first.
     softmax_scale_log2: the factor of q.
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
@@ -34,6 +38,7 @@ class Source:
     k_rope: Rope | None = None
     key_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
+    norms: Norms | None = None
 
     @property
     def lengths(self) -> tuple[int, int, int | None]:
@@ -85,6 +90,11 @@ def _tables(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, ..
     return [cos, sin], cos.stride()
 
 
+def of_norms(norms: Norms | None) -> list[Any]:
+    """The arguments by which kernels know the norms: weights of q and of k, eps, and the number of first tokens."""
+    return [None] * 6 if norms is None else [*norms.tensors, norms.eps, norms.first]
+
+
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
@@ -108,10 +118,11 @@ def statistics_of(
     rope: Rope | None = None,
     key_mask: torch.Tensor | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
+    norms: Norms | None = None,
 ) -> Statistics:
     """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
 
-    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k is rotated by `rope` first.
+    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
     """
     x = v if k is None else k
@@ -129,9 +140,10 @@ def statistics_of(
     programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *tables, None if key_mask is None else key_mask.view(torch.uint8),
-        of_all, heads, length, max(1, length // SAMPLED_TOKENS),
-        *_strides(k), *_strides(v), *rope_strides, *((0, 0) if key_mask is None else key_mask.stride()),
+        k, v, partials, finished, mean, v_scale, *tables, *of_norms(None if k is None else norms)[2:],
+        None if key_mask is None else key_mask.view(torch.uint8),
+        of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v), *rope_strides,
+        *((0, 0) if key_mask is None else key_mask.stride()),
         CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)
@@ -163,7 +175,9 @@ def encode(
     q_operands, k_operands = (
         [
             None
-            if x is None or stored is None or (stored.format.name == "bf16" and rope is None and stays)
+            if x is None
+            or stored is None
+            or (stored.format.name == "bf16" and rope is None and source.norms is None and stays)
             else Operand.empty(launcher, stored, x, length, x_amax, is_key)
             for stored in classes
         ]
@@ -190,23 +204,28 @@ def encode(
         k=k if any(k_operands) else None,
         v=v if values else None,
     )
-    of_keys = kv_heads * tiles(k_length)
-    of_each = (heads * tiles(q_length), of_keys, of_keys)
-    programs = batch * sum(
-        0 if x is None else n for x, n in zip((read.q, read.k, read.v), of_each, strict=True)
+    has_rope = source.q_rope is not None or source.k_rope is not None
+    heads_each = HEADS_OF_ROPE if has_rope else 1
+    in_all, kv_in_all = batch * heads, batch * kv_heads
+    of_each = (
+        -(-in_all // heads_each) * tiles(q_length),
+        -(-kv_in_all // heads_each) * tiles(k_length),
+        kv_in_all * tiles(k_length),
     )
+    programs = sum(0 if x is None else n for x, n in zip((read.q, read.k, read.v), of_each, strict=True))
     if programs == 0:
         return encoded
     tables, rope_strides = source.rope_tables
     pointers = [operand.pointers if operand else [None] * 3 for operand in (*q_operands, *k_operands)]
     launcher(
         kernel.encode, (programs,),
-        read.q, read.k, read.v, *known, source.softmax_scale_log2, *tables, source.key_mask, offset,
+        read.q, read.k, read.v, *known, source.softmax_scale_log2, *tables, *of_norms(source.norms),
+        source.key_mask, offset,
         *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL), source.token_order, inexact_rows,
-        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides, *rope_strides,
+        heads, kv_heads, in_all, kv_in_all, q_length, k_length, token_count, *read.strides, *rope_strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
-        HEAD_DIM=head_dim, D=dim,
+        HEADS_EACH=heads_each, HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded

@@ -1,7 +1,9 @@
-"""The quantiser's common steps: finding tokens, loading those of one head, turning them, finding powers of two."""
+"""The quantiser's common steps: finding tokens, loading those of one head, norm and RoPE, finding powers of two."""
 
 import triton
 import triton.language as tl
+
+from dma_diffusers.kernels.device.rounding import to_bf16
 
 E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
@@ -30,6 +32,37 @@ def load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, strid
     """float32 [tokens, columns] of one head, zeros outside."""
     place = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_s
     return tl.load(x + place + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_changed(
+    x, cos, sin, weight, first_weight, eps, first, batch, head, tokens, columns, inside, length,
+    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """float32 [tokens, D] of one head behind RMSNorm, if there is a `weight`, and RoPE, if there is a `cos`."""
+    value = load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, stride_s)
+    if weight is not None:
+        value = normalised(value, weight, first_weight, eps, first, tokens, columns, HEAD_DIM)
+        if x.dtype.element_ty == tl.bfloat16:
+            value = to_bf16(value).to(tl.float32)
+        else:
+            value = value.to(x.dtype.element_ty).to(tl.float32)
+    if cos is not None:
+        value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
+    return value
+
+
+@triton.jit
+def normalised(x, weight, first_weight, eps, first, tokens, columns, HEAD_DIM: tl.constexpr):
+    """float32 [tokens, D] behind RMSNorm; the `first` tokens have the `first_weight`, if there is one."""
+    total = tl.sum(x * x, axis=1)
+    deviation = tl.sqrt_rn(tl.div_rn(total, tl.full(total.shape, HEAD_DIM, tl.float32)) + eps)
+    inside = columns < HEAD_DIM
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if first_weight is not None:
+        of_first = tl.load(first_weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        weights = tl.where(tokens < first, of_first, weights)
+    return x * tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)[:, None] * weights
 
 
 @triton.jit

@@ -18,6 +18,17 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> 
     return torch.view_as_real(turned).flatten(-2)
 
 
+def normalised(x: torch.Tensor, weight: torch.Tensor, first_weight: torch.Tensor, norms) -> torch.Tensor:
+    """x behind torch's own RMSNorm, its first tokens behind another one."""
+    parts = x.split((norms.first, x.shape[-2] - norms.first), dim=-2)
+    weights = (first_weight, weight)
+    normal = (
+        torch.nn.functional.rms_norm(part, part.shape[-1:], own, norms.eps)
+        for part, own in zip(parts, weights, strict=True)
+    )
+    return torch.cat(list(normal), dim=-2)
+
+
 def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
     """x in int8 or fp8, each run of `rows` rows under its amax, by whose inverse it is multiplied."""
     largest = 127.0 if fmt == "int8" else 448.0
@@ -53,7 +64,10 @@ def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
 
 def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
-    q, k, v = (x.cpu().float() for x in (q, k, v))
+    q, k, v = (x.cpu() for x in (q, k, v))
+    if norms := call.norms():
+        q, k = normalised(q, norms.q, norms.q_first, norms), normalised(k, norms.k, norms.k_first, norms)
+    q, k, v = (x.float() for x in (q, k, v))
     ropes = call.ropes()
     q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads

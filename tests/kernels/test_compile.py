@@ -251,7 +251,7 @@ def test_named_calls_compile(call, target):
     launched(
         q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
         token_order=call.token_order,
-        lowering=lowering.lowering, target=target, **call.ropes(),
+        lowering=lowering.lowering, target=target, **call.ropes(), norms=call.norms(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
     for kernel, arguments, options in recorded:
