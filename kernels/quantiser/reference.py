@@ -31,7 +31,10 @@ def normalise(
 ) -> torch.Tensor:
     """x `[B, H, S, D]` behind RMSNorm, in its dtype: computed in float32 and rounded once, as torch.nn.RMSNorm does."""
     y = x.float()
-    y = y * (1 / (y.square().mean(-1, keepdim=True) + norms.eps).sqrt())
+    deviation = (
+        (y.square().mean(-1, keepdim=True) + norms.eps).double().sqrt().float()
+    )  # in float32, MKL's may be off
+    y = y * (1 / deviation)
     weight = weight.float()
     if first_weight is not None:
         is_first = torch.arange(x.shape[-2], device=x.device)[:, None] < norms.first

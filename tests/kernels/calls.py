@@ -346,7 +346,10 @@ NAMED_CALLS = [
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),
     Call(111, 111, 40, has_token_order=True, name="order-111"),
     Call(300, 300, 64, has_token_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
-    Call(384, 384, 128, high="bf16", low="int8", heads=6, dtype=torch.bfloat16, has_norms=True, has_rope=True, name="norms-rope"),
+    Call(
+        384, 384, 128, high="bf16", low="int8", heads=6, dtype=torch.bfloat16, has_norms=True, has_rope=True,
+        name="norms-rope",
+    ),
     Call(300, 200, 40, has_norms=True, heads=4, masks_keys=True, dtype=torch.bfloat16, name="norms-cross"),
     Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),
     Call(
