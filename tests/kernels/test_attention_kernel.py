@@ -323,7 +323,7 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
     )  # fmt: skip
     names = [name for name, _ in recorded]
-    assert names == ["statistics", "encode", "attend"]
+    assert names == ["quantise", "attend"]
     is_low = everywhere == Class.LOW
     assert (recorded[0][1][1] is not None) == (recorded[1][1][2] is not None) == is_low  # V
     elements = recorded[1][1][12:24:3]
@@ -332,9 +332,9 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
 
 @pytest.mark.parametrize("has_token_order", [False, True])
 @pytest.mark.parametrize(("high", "low", "everywhere", "names"), [
-    ("bf16", "int8", None, ["statistics", "encode", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
-    ("bf16", "int8", Class.LOW, ["statistics", "encode", "attend"]),
-    ("bf16", "bf16", Class.LOW, ["statistics", "encode", "attend"]),
+    ("bf16", "int8", None, ["quantise", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
+    ("bf16", "int8", Class.LOW, ["quantise", "attend"]),
+    ("bf16", "bf16", Class.LOW, ["quantise", "attend"]),
 ])  # fmt: skip
 def test_two_launches_before_the_attention_kernel_or_none(
     high, low, everywhere, names, has_token_order, kernel_device
@@ -348,7 +348,7 @@ def test_two_launches_before_the_attention_kernel_or_none(
         q, k, v, whole or call.map(), high, low, token_order=call.token_order_on(kernel_device),
         run=lambda kernel, grid, *arguments, **options: recorded.append(kernel.fn.__name__.removesuffix("_hopper")),
     )  # fmt: skip
-    assert recorded == (["encode", "attend"] if has_token_order and len(names) == 1 else names)
+    assert recorded == (["quantise", "attend"] if has_token_order and len(names) == 1 else names)
 
 
 def test_v_is_read_where_it_lies(kernel_device):
