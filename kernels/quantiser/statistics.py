@@ -22,7 +22,7 @@ from dma_diffusers.kernels.quantiser.tile import (
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
 # enough bytes are on their way; fewer of K's, whose sums in float64 take registers. A chunk has whole runs.
 _RUN_ELEMENTS = tl.constexpr(2048)
-_KEY_RUNS = tl.constexpr(4)
+_KEY_RUNS = tl.constexpr(2)
 _VALUE_RUNS = tl.constexpr(8)
 
 
