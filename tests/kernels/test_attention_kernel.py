@@ -320,13 +320,14 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     q, k, v, _ = call.tensors(kernel_device)
     launched(
         q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout), "mxfp8", "mxfp4",
-        run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
+        run=lambda kernel, grid, *arguments, **options: recorded.append(
+            (kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)))
+        ),
     )  # fmt: skip
-    names = [name for name, _ in recorded]
-    assert names == ["quantise", "attend"]
-    is_low = everywhere == Class.LOW
-    assert (recorded[0][1][1] is not None) == (recorded[1][1][2] is not None) == is_low  # V
-    elements = recorded[1][1][12:24:3]
+    assert [name for name, _ in recorded] == ["quantise", "attend"]
+    given, is_low = recorded[0][1], everywhere == Class.LOW
+    assert (given["ranged_v"] is not None) == (given["v"] is not None) == is_low
+    elements = [given[name] for name in ("q_high", "q_low", "k_high", "k_low")]
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 
@@ -336,7 +337,7 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     ("bf16", "int8", Class.LOW, ["quantise", "attend"]),
     ("bf16", "bf16", Class.LOW, ["quantise", "attend"]),
 ])  # fmt: skip
-def test_two_launches_before_the_attention_kernel_or_none(
+def test_one_launch_before_the_attention_kernel_or_none(
     high, low, everywhere, names, has_token_order, kernel_device
 ):
     """An order adds none, but what was read where the model has it is gathered."""
