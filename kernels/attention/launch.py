@@ -1,4 +1,4 @@
-"""Runs the fused attention: quantiser and kernel."""
+"""Runs the fused attention: statistics, quantiser, kernel."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, arch
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.launch import Encoded, Source, quantise
+from dma_diffusers.kernels.quantiser.launch import Encoded, Source, encode, statistics_of
 from dma_diffusers.kernels.quantiser.operands import (
     Classes,
     Operand,
@@ -98,11 +98,12 @@ class Variant:
 class Inputs:
     """The tensors of a call that the kernels read.
 
-    source: what the quantiser reads.
+    source: what the quantiser reads. key_mask: the call's, in the order of tokens, which the statistics read.
     bf16: q, k and v as TMA reads the model's own numbers; None where nothing does.
     """
 
     source: Source
+    key_mask: torch.Tensor | None
     bf16: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
     @classmethod
@@ -111,9 +112,7 @@ class Inputs:
         q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (call.q, call.k, call.v))
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
-        source = Source(
-            q, k, v, call.softmax_scale_log2, call.q_rope, call.k_rope, mask, order, call.norms, call.key_mask
-        )
+        source = Source(q, k, v, call.softmax_scale_log2, call.q_rope, call.k_rope, mask, order, call.norms)
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
@@ -123,7 +122,7 @@ class Inputs:
             bf16_for_tma(x) if is_read and order is None else None
             for x, is_read in zip((q, k, quantiser.narrowed(v, torch.bfloat16)), read, strict=True)
         )
-        return cls(source, bf16)
+        return cls(source, call.key_mask, bf16)
 
     def are_of(self, call: Call) -> bool:
         """Says whether the kernels read the call's own tensors, none of them copied."""
@@ -136,7 +135,7 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that differ from call to call, each once."""
         source = self.source
-        found = [source.q, source.k, source.v, *_tables(source), source.key_mask, source.seen, *self.bf16]
+        found = [source.q, source.k, source.v, *_tables(source), source.key_mask, self.key_mask, *self.bf16]
         return _each_once(found)
 
 
@@ -269,22 +268,28 @@ def _launch(
 ) -> None:
     """Launch all kernels of a call."""
     source, tuned, dim = inputs.source, variant.tuned, variant.dim
-    changes = call.changes_q or call.changes_k
     smooths, is_channel = variant.smooths, variant.stores_values(Storage.CHANNEL)
+    known = statistics_of(
+        source.k if smooths else None,
+        source.v if is_channel else None,
+        source.k_rope,
+        inputs.key_mask,
+        launcher,
+        source.norms,
+    )
     needs_v = is_channel or source.token_order is not None
-    encoded = quantise(
-        replace(source, v=source.v if needs_v else None), variant.classes, finds=(smooths, is_channel),
+    encoded = encode(
+        replace(source, v=source.v if needs_v else None), variant.classes, known,
         amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
         wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
         inexact_rows=outputs.inexact_rows, launcher=launcher,
-        # On sm_90 two programs share a multiprocessor, unless they turn q and k, which takes more registers. Elsewhere
-        # Triton 3.7 would spill for that, if it were not told.
-        registers=None if dim != 128 else 64 if variant.target == "sm_90" and not changes else 128,
+        # On sm_90 two programs share a multiprocessor. Elsewhere Triton 3.7 would spill for that, if it were not told.
+        registers=None if dim != 128 else 64 if variant.target == "sm_90" else 128,
     )  # fmt: skip
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, variant.in_gluon)
     else:
-        pools = pooled(source, encoded.mean, launcher)
+        pools = pooled(source, known.mean, launcher)
         block_lists = route(pools, plan.routing, variant.in_gluon, launcher)
     _attend(inputs, encoded, block_lists, outputs, call.is_causal, plan, variant, skipped, launcher)
 

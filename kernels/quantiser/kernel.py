@@ -1,7 +1,4 @@
-"""The quantiser on the GPU: one launch writes the elements and scales of every class read later.
-
-Its first programs find the statistics of each head, for which the programs that need them wait.
-"""
+"""The quantiser on the GPU: one pass over Q, K and V writes the elements and scales of every class read later."""
 
 import triton
 import triton.language as tl
@@ -15,7 +12,6 @@ from dma_diffusers.kernels.device.rounding import (
     to_e5m2,
     within,
 )
-from dma_diffusers.kernels.quantiser.statistics import key_statistics, value_statistics
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -24,7 +20,6 @@ from dma_diffusers.kernels.quantiser.tile import (
     magnitude_bits,
     power_of_two,
     token_at,
-    wait_for,
 )
 
 TILE = tl.constexpr(128)
@@ -228,7 +223,7 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, ready, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
+    v, v_scale, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
     stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -244,11 +239,8 @@ def _encode_value(
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
-        if ready is not None:
-            wait_for(ready + head)
-        scale = tl.load(v_scale + channels, cache_modifier=".cg")
         # The inverse of a normal power of two is a power of two.
-        inverse = (254 << 23) - scale.to(tl.int32, bitcast=True)
+        inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
         value *= inverse.to(tl.float32, bitcast=True)[None, :]
         if INTERPRETED:  # the hardware's conversion saturates
             value = _saturated(value, 448.0)
@@ -262,7 +254,7 @@ def _encode_value(
 
 @triton.jit
 def _encode_key(
-    k, mean, ready, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
+    k, mean, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -286,9 +278,7 @@ def _encode_key(
         inside &= (seen != 0)[:, None]
     value = x
     if mean is not None:
-        if ready is not None:
-            wait_for(ready + head)
-        value -= tl.load(mean + head * D + columns, cache_modifier=".cg")[None, :]
+        value -= tl.load(mean + head * D + columns)[None, :]
     value = tl.where(inside, value, 0.0)
     _encode_classes(
         x, value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
@@ -300,7 +290,7 @@ def _encode_key(
 
 @triton.jit
 def _encode_query(
-    q, mean, ready, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
+    q, mean, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -319,9 +309,7 @@ def _encode_query(
     )  # fmt: skip
     place = (head * tiles + tile).to(tl.int64)
     if offset is not None:
-        if ready is not None:
-            wait_for(ready + head // group)
-        own_mean = tl.load(mean + head // group * D + columns, cache_modifier=".cg")
+        own_mean = tl.load(mean + head // group * D + columns)
         product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
         tl.store(offset + place * TILE + rows, tl.sum(product, axis=1) * factor)
     _encode_classes(
@@ -332,80 +320,45 @@ def _encode_query(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[
-    "first", "q_length", "k_length", "token_count", "key_count", "step", "key_readers", "value_readers",
-    "seen_stride_b", "seen_stride_s",
-])  # fmt: skip
-def quantise(
-    q, k, v, sampled_k, ranged_v, partials, counters, seen, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+@triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
+def encode(
+    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
     v_plain, v_channel, token_order, inexact_rows,
     heads, kv_heads, heads_in_all, kv_heads_in_all, q_length, k_length, token_count,
-    key_count, step, key_readers, value_readers, seen_stride_b, seen_stride_s,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS_EACH: tl.constexpr, CHUNKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS_EACH: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
     q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
-    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`.
-    Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns
-    past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is
-    [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if
-    TRANSPOSED. `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which
-    nothing is wanted, or a class of which nothing is.
+    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean` (as
+    statistics.py gives it, and `v_scale`). Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides
+    from formats other than bf16, and columns past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q
+    rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with
+    tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power of two could not bring into
+    e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
     that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
-
-    The first programs find `mean` (float32 [B·Hkv, D]) if there is a `sampled_k`, over every `step`-th of its
-    `key_count` tokens, of finite numbers; and `v_scale` (float32 [B·Hkv, D]), the powers of two that bring the finite
-    numbers of `ranged_v` within e4m3. sampled_k and ranged_v are k and v, or None where what they give is known or not
-    wanted. seen: uint8 [B, key_count], any strides, 0 for keys that count for nothing in them, or None.
-    partials: float32 [4, B·Hkv, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
-    of the chunks; V's range in all of them. counters: int32 [4, B·Hkv], zeros before and after: how many programs of a
-    head of K, and of V, have finished, and how many, of `key_readers` and of `value_readers`, have yet to read the
-    result.
     """
+    # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
     k_tiles = tl.cdiv(k_length, TILE)
-    key_ready, value_ready = None, None
-    # K's statistics come first, then V's, each head by head. When the first programs that wait begin, the first heads
-    # are done, and the L2 cache still has what was read of V.
-    if sampled_k is not None:
-        key_ready = counters + 2 * kv_heads_in_all
-        of_samples = kv_heads_in_all * (CHUNKS // 2)
-        if program < of_samples:
-            key_statistics(
-                program, sampled_k, partials, counters, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, seen,
-                kv_heads_in_all, kv_heads, key_count, step, key_readers, k_stride_b, k_stride_h, k_stride_s,
-                k_rope_stride_s, k_rope_stride_d, seen_stride_b, seen_stride_s, CHUNKS, HEAD_DIM, D,
-            )  # fmt: skip
-        program -= of_samples
-    if ranged_v is not None:
-        value_ready = counters + 3 * kv_heads_in_all
-        of_ranges = kv_heads_in_all * CHUNKS
-        if (program >= 0) & (program < of_ranges):
-            value_statistics(
-                program, ranged_v, partials, counters, v_scale, seen, kv_heads_in_all, kv_heads, key_count,
-                value_readers, v_stride_b, v_stride_h, v_stride_s, seen_stride_b, seen_stride_s, CHUNKS, HEAD_DIM, D,
-            )  # fmt: skip
-        program -= of_ranges
     if v is not None:
         of_values = kv_heads_in_all * k_tiles
-        if (program >= 0) & (program < of_values):
-            head = program // k_tiles
+        if program < of_values:
+            index = of_values - 1 - program
+            head = index // k_tiles
             _encode_value(
-                v, v_scale, value_ready, v_plain, v_channel, token_order, head // kv_heads, head % kv_heads, head,
-                program % k_tiles, k_tiles, k_length, token_count, v_stride_b, v_stride_h, v_stride_s,
-                TRANSPOSED, HEAD_DIM, D,
+                v, v_scale, v_plain, v_channel, token_order, head // kv_heads, head % kv_heads, head, index % k_tiles,
+                k_tiles, k_length, token_count, v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
@@ -416,7 +369,7 @@ def quantise(
                 head = first_head + number
                 if head < kv_heads_in_all:
                     _encode_key(
-                        k, mean, key_ready, k_cos, k_sin, k_weight, k_first_weight, eps, first,
+                        k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first,
                         key_mask, token_order, inexact_rows, k_high, k_high_scales, k_high_tensor_scale,
                         k_low, k_low_scales, k_low_tensor_scale,
                         kv_heads, head, program % k_tiles, k_tiles, k_length, token_count,
@@ -433,7 +386,7 @@ def quantise(
                 head = first_head + number
                 if head < heads_in_all:
                     _encode_query(
-                        q, mean, key_ready, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first,
+                        q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first,
                         offset, token_order, inexact_rows, q_high, q_high_scales, q_high_tensor_scale,
                         q_low, q_low_scales, q_low_tensor_scale,
                         heads, heads // kv_heads, head, program % q_tiles, q_tiles, q_length, token_count,

@@ -9,7 +9,7 @@ import torch
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.quantiser import kernel
+from dma_diffusers.kernels.quantiser import kernel, statistics
 from dma_diffusers.kernels.quantiser.operands import Classes, Operand, padded_dim
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
@@ -26,8 +26,6 @@ class Source:
         k_rope first.
     softmax_scale_log2: the factor of q.
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
-    seen: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides: `key_mask` as the statistics
-        read it.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
         in that order.
     """
@@ -41,7 +39,6 @@ class Source:
     key_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
     norms: Norms | None = None
-    seen: torch.Tensor | None = None
 
     @property
     def lengths(self) -> tuple[int, int, int | None]:
@@ -74,7 +71,6 @@ class Encoded:
     q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
     values: V as each storage has it. PLAIN is bf16 `[B, Hkv, tiles·128, D]`, and absent if V is read where the model
         has it. CHANNEL is e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
-    mean: float32 `[B·Hkv, D]`, the mean of k.
     v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
     """
@@ -82,7 +78,6 @@ class Encoded:
     q: list[Operand | None]
     k: list[Operand | None]
     values: dict[Storage, torch.Tensor]
-    mean: torch.Tensor | None
     v_scale: torch.Tensor | None
     offset: torch.Tensor | None
 
@@ -105,24 +100,60 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """The most chunks into which the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
+    """The number of chunks into which the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
     wanted = 2 * multiprocessors(device) // heads
     return min(max(4, 1 << wanted.bit_length()), 32)
 
 
 class Statistics(NamedTuple):
-    """K's mean and V's scales of each head, float32 `[B·Hkv, D]`; None where they are not known."""
+    """K's mean and V's scales of each head, float32 `[B·Hkv, D]`; None where they are not wanted."""
 
     mean: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
 
-def quantise(
+def statistics_of(
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    rope: Rope | None = None,
+    key_mask: torch.Tensor | None = None,
+    launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
+    norms: Norms | None = None,
+) -> Statistics:
+    """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
+
+    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
+    key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
+    """
+    x = v if k is None else k
+    if x is None:
+        return Statistics()
+    batch, heads, length, head_dim = x.shape
+    dim, of_all, device = padded_dim(head_dim), batch * heads, x.device
+    count = chunks(of_all, device)
+    partials = launcher.empty((4, of_all, count, dim), torch.float32, device)
+    finished = launcher.counters((2, of_all), device)
+    mean, v_scale = (
+        None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
+    )
+    tables, rope_strides = _tables(None if k is None else rope)
+    programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
+    launcher(
+        statistics.statistics, (programs,),
+        k, v, partials, finished, mean, v_scale, *tables, *of_norms(None if k is None else norms)[2:],
+        None if key_mask is None else key_mask.view(torch.uint8),
+        of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v), *rope_strides,
+        *((0, 0) if key_mask is None else key_mask.stride()),
+        CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return Statistics(mean, v_scale)
+
+
+def encode(
     source: Source,
     classes: Classes,
     known: Statistics = Statistics(),  # noqa: B008 (it never changes)
     *,
-    finds: tuple[bool, bool] = (False, False),
     amax: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     wants_offset: bool = False,
     transposed_v: bool = False,
@@ -130,10 +161,9 @@ def quantise(
     registers: int | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> Encoded:
-    """q times its factor and k less its mean for HIGH and LOW, in bf16 q and k as they are; and v: all in one launch.
+    """q times its factor and k less its mean for HIGH and LOW, in bf16 q and k as they are; and v.
 
-    known: K's mean and V's scales, where they are known. Keys without a mean are not smoothed.
-    finds: whether the launch finds K's mean, and V's scales, as quantiser/reference.py defines them.
+    known: `statistics_of` k and v, as far as they are encoded.
     amax: of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`, needed by formats with a tensor scale.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
@@ -159,20 +189,15 @@ def quantise(
     device, (batch, kv_heads, _, head_dim) = first.device, first.shape
     heads = kv_heads if q is None else q.shape[1]
     dim, rows = padded_dim(head_dim), tiles(k_length) * TILE
-    in_all, kv_in_all = batch * heads, batch * kv_heads
-    mean, v_scale = (
-        launcher.empty((kv_in_all, dim), torch.float32, device) if is_found else x
-        for is_found, x in zip(finds, known, strict=True)
-    )
     offset, values = None, {}
     if wants_offset:
         offset = launcher.empty((batch * heads * tiles(q_length) * TILE,), torch.float32, device)
-    if v is not None and v_scale is not None:
+    if v is not None and known.v_scale is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
     if v is not None and not stays and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
-    encoded = Encoded(q_operands, k_operands, values, mean, v_scale, offset)
+    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset)
     read = replace(
         source,
         q=q if wants_offset or any(q_operands) else None,
@@ -181,39 +206,26 @@ def quantise(
     )
     has_rope = source.q_rope is not None or source.k_rope is not None
     heads_each = HEADS_OF_ROPE if has_rope else 1
+    in_all, kv_in_all = batch * heads, batch * kv_heads
     of_each = (
         -(-in_all // heads_each) * tiles(q_length),
         -(-kv_in_all // heads_each) * tiles(k_length),
         kv_in_all * tiles(k_length),
     )
-    count = chunks(kv_in_all, device)
     programs = sum(0 if x is None else n for x, n in zip((read.q, read.k, read.v), of_each, strict=True))
-    programs += kv_in_all * (finds[0] * (count // 2) + finds[1] * count)
     if programs == 0:
         return encoded
-    partials = counters = None
-    if any(finds):
-        partials = launcher.empty((4, kv_in_all, count, dim), torch.float32, device)
-        counters = launcher.counters((4, kv_in_all), device)
-    seen, key_count = source.seen, 1 if k is None and v is None else first.shape[2]
-    key_readers = (0 if read.k is None else tiles(k_length)) + wants_offset * (heads // kv_heads) * tiles(
-        q_length
-    )
-    value_readers = tiles(k_length) if Storage.CHANNEL in values else 0
     tables, rope_strides = source.rope_tables
     pointers = [operand.pointers if operand else [None] * 3 for operand in (*q_operands, *k_operands)]
     launcher(
-        kernel.quantise, (programs,),
-        read.q, read.k, read.v, k if finds[0] else None, v if finds[1] else None, partials, counters,
-        None if seen is None else seen.view(torch.uint8), mean, v_scale, source.softmax_scale_log2,
-        *tables, *of_norms(source.norms), source.key_mask, offset,
+        kernel.encode, (programs,),
+        read.q, read.k, read.v, *known, source.softmax_scale_log2, *tables, *of_norms(source.norms),
+        source.key_mask, offset,
         *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL), source.token_order, inexact_rows,
-        heads, kv_heads, in_all, kv_in_all, q_length, k_length, token_count,
-        key_count, max(1, key_count // SAMPLED_TOKENS), key_readers, value_readers,
-        *((0, 0) if seen is None else seen.stride()), *source.strides, *rope_strides,
+        heads, kv_heads, in_all, kv_in_all, q_length, k_length, token_count, *read.strides, *rope_strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
-        HEADS_EACH=heads_each, CHUNKS=count, HEAD_DIM=head_dim, D=dim,
+        HEADS_EACH=heads_each, HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded

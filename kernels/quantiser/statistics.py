@@ -16,11 +16,10 @@ from dma_diffusers.kernels.quantiser.tile import (
     load_tile,
     magnitude_bits,
     power_of_two,
-    publish,
 )
 
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
-# enough bytes are on their way; fewer of K's, whose sums in float64 take registers. A chunk has whole runs.
+# enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
 _RUN_ELEMENTS = tl.constexpr(2048)
 _KEY_RUNS = tl.constexpr(2)
 _VALUE_RUNS = tl.constexpr(8)
@@ -74,10 +73,10 @@ def _key_sums(
 ):  # fmt: skip
     """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
+    share = tl.cdiv(samples, CHUNKS // 2)
+    last = tl.minimum((chunk + 1) * share, samples)
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
-    share = tl.cdiv(tl.cdiv(samples, CHUNKS // 2), _KEY_RUNS * RUN) * (_KEY_RUNS * RUN)
-    last = tl.minimum((chunk + 1) * share, samples)
     sums, counts = tl.zeros((RUN, D), tl.float64), tl.zeros((RUN, D), tl.int32)
     for first in range(chunk * share, last, _KEY_RUNS * RUN):
         sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
@@ -107,10 +106,10 @@ def _value_range(
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The largest finite magnitude of each channel in one chunk, of keys that are seen."""
+    share = tl.cdiv(length, CHUNKS)
+    last = tl.minimum((chunk + 1) * share, length)
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
-    share = tl.cdiv(tl.cdiv(length, CHUNKS), _VALUE_RUNS * RUN) * (_VALUE_RUNS * RUN)
-    last = tl.minimum((chunk + 1) * share, length)
     largest = tl.zeros((RUN, D), tl.int32)
     for first in range(chunk * share, last, _VALUE_RUNS * RUN):
         tokens = (first + tl.arange(0, _VALUE_RUNS * RUN))[:, None]
@@ -125,41 +124,42 @@ def _value_range(
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
 
-@triton.jit
-def key_statistics(
-    program, k, partials, counters, mean, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
-    heads, heads_in_batch, length, step, readers,
-    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
+@triton.jit(do_not_specialize=["first_tokens", "length", "step", "mask_stride_b", "mask_stride_s"])
+def statistics(
+    k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
+    heads, heads_in_batch, length, step,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
+    mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head of K; the last of a head publishes the `mean` to its `readers`.
+    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, changed as `load_changed` does), or of V.
 
-    Its arguments, and those of `value_statistics`, are as `quantise` has them.
+    mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
+    two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
+    keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
+    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
+    of the chunks; V's range in all of them.
     """
-    head = program // (CHUNKS // 2)
-    _key_sums(
-        k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
-        head % heads_in_batch, head, heads, program % (CHUNKS // 2), length, step,
-        stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
-        CHUNKS, HEAD_DIM, D,
-    )  # fmt: skip
-    if is_last(counters + head, CHUNKS // 2):
-        _whole_mean(partials, mean, head, heads, CHUNKS, D)
-        publish(counters + 2 * heads + head, readers)
-
-
-@triton.jit
-def value_statistics(
-    program, v, partials, counters, v_scale, key_mask, heads, heads_in_batch, length, readers,
-    stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one head of V; the last of a head publishes the `v_scale` to its `readers`."""
-    head = program // CHUNKS
-    _value_range(
-        v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
-        length, stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
-    )  # fmt: skip
-    if is_last(counters + heads + head, CHUNKS):
-        _whole_scale(partials, v_scale, head, heads, CHUNKS, D)
-        publish(counters + 3 * heads + head, readers)
+    program, of_keys = tl.program_id(0), 0
+    if k is not None:
+        of_keys = heads * (CHUNKS // 2)
+        if program < of_keys:
+            head = program // (CHUNKS // 2)
+            _key_sums(
+                k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
+                head % heads_in_batch, head, heads, program % (CHUNKS // 2), length, step,
+                k_stride_b, k_stride_h, k_stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
+                CHUNKS, HEAD_DIM, D,
+            )  # fmt: skip
+            if is_last(finished + head, CHUNKS // 2):
+                _whole_mean(partials, mean, head, heads, CHUNKS, D)
+    if v is not None:
+        program -= of_keys
+        if program >= 0:
+            head = program // CHUNKS
+            _value_range(
+                v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
+                length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
+            )  # fmt: skip
+            if is_last(finished + heads + head, CHUNKS):
+                _whole_scale(partials, v_scale, head, heads, CHUNKS, D)

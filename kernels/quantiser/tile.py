@@ -94,26 +94,6 @@ def power_of_two(code):
 
 
 @triton.jit
-def publish(ready, readers):
-    """Tells so many programs that what this one stored is there to be read; each of them must `wait_for` it once."""
-    tl.debug_barrier()  # the whole program has stored
-    tl.atomic_xchg(ready, readers, sem="release")
-
-
-@triton.jit
-def wait_for(ready):
-    """Waits until a program with a smaller number has published; `ready` is zero before that and after the last reader.
-
-    Programs begin in the order of their numbers, so that the one that is waited for runs or has run. In the interpreter
-    they run one after the other.
-    """
-    readers = tl.atomic_add(ready, 0, sem="acquire")
-    while readers == 0:
-        readers = tl.atomic_add(ready, 0, sem="acquire")
-    tl.atomic_add(ready, -1, sem="relaxed")
-
-
-@triton.jit
 def is_last(finished, programs):
     """Tells whether this program is the last of so many to come here; it then sees what the others stored.
 

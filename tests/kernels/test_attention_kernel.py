@@ -324,20 +324,20 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
             (kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)))
         ),
     )  # fmt: skip
-    assert [name for name, _ in recorded] == ["quantise", "attend"]
-    given, is_low = recorded[0][1], everywhere == Class.LOW
-    assert (given["ranged_v"] is not None) == (given["v"] is not None) == is_low
+    assert [name for name, _ in recorded] == ["statistics", "encode", "attend"]
+    found, given, is_low = recorded[0][1], recorded[1][1], everywhere == Class.LOW
+    assert (found["v"] is not None) == (given["v"] is not None) == is_low
     elements = [given[name] for name in ("q_high", "q_low", "k_high", "k_low")]
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 
 @pytest.mark.parametrize("has_token_order", [False, True])
 @pytest.mark.parametrize(("high", "low", "everywhere", "names"), [
-    ("bf16", "int8", None, ["quantise", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
-    ("bf16", "int8", Class.LOW, ["quantise", "attend"]),
-    ("bf16", "bf16", Class.LOW, ["quantise", "attend"]),
+    ("bf16", "int8", None, ["statistics", "encode", "attend"]), ("bf16", "int8", Class.HIGH, ["attend"]),
+    ("bf16", "int8", Class.LOW, ["statistics", "encode", "attend"]),
+    ("bf16", "bf16", Class.LOW, ["statistics", "encode", "attend"]),
 ])  # fmt: skip
-def test_one_launch_before_the_attention_kernel_or_none(
+def test_two_launches_before_the_attention_kernel_or_none(
     high, low, everywhere, names, has_token_order, kernel_device
 ):
     """An order adds none, but what was read where the model has it is gathered."""
@@ -349,7 +349,7 @@ def test_one_launch_before_the_attention_kernel_or_none(
         q, k, v, whole or call.map(), high, low, token_order=call.token_order_on(kernel_device),
         run=lambda kernel, grid, *arguments, **options: recorded.append(kernel.fn.__name__.removesuffix("_hopper")),
     )  # fmt: skip
-    assert recorded == (["quantise", "attend"] if has_token_order and len(names) == 1 else names)
+    assert recorded == (["encode", "attend"] if has_token_order and len(names) == 1 else names)
 
 
 def test_v_is_read_where_it_lies(kernel_device):

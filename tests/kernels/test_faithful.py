@@ -36,13 +36,13 @@ def scores(q, k, q_scales, k_scales, out, ELEMENT: tl.constexpr, STORAGE: tl.con
 
 def multiplied(q: torch.Tensor, k: torch.Tensor, fmt: str) -> tuple[torch.Tensor, int]:
     """Scores of q and k `[128, D]` in `fmt`, quantised and multiplied by the kernels; inexact rows."""
-    from dma_diffusers.kernels.quantiser.launch import Source, quantise
+    from dma_diffusers.kernels.quantiser.launch import Source, encode
     from dma_diffusers.kernels.quantiser.operands import Stored, row_descriptor
 
     stored, dim = Stored(get_format(fmt), FAITHFUL[fmt], Storage.PLAIN), q.shape[-1]
     inexact = torch.zeros(1, dtype=torch.int32, device=q.device)
     q, k = q[None, None], k[None, None]
-    encoded = quantise(Source(q, k), (stored, None), inexact_rows=inexact)
+    encoded = encode(Source(q, k), (stored, None), inexact_rows=inexact)
     a, b = encoded.q[0], encoded.k[0]
     out = torch.empty(128, 128, dtype=torch.float32, device=q.device)
     scores[(1,)](

@@ -34,59 +34,13 @@ def stored_as(fmt: str, storage: Storage):
 
 
 def encode(q, k, v, classes, factor=1.0, statistics=None, **options):
-    """The quantiser's operands; what it reads is named among its options."""
+    """The quantiser's `encode`; what it reads is named among its options."""
     from dma_diffusers.kernels.quantiser import launch
 
     named = {
         name: options.pop(name) for name in ("q_rope", "k_rope", "key_mask", "token_order") if name in options
     }
-    return launch.quantise(launch.Source(q, k, v, factor, **named), classes, statistics or known(), **options)
-
-
-def statistics_of(k, v, rope=None, key_mask=None, norms=None):
-    """K's mean and V's scales, as one launch finds them."""
-    from dma_diffusers.kernels.quantiser.launch import Source, Statistics, quantise
-
-    source = Source(k=k, v=v, k_rope=rope, seen=key_mask, norms=norms)
-    found = quantise(source, (None, None), finds=(k is not None, v is not None))
-    return Statistics(found.mean, found.v_scale)
-
-
-@pytest.mark.parametrize("wants_offset", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 6)])
-def test_one_launch_finds_and_uses_the_statistics(wants_offset, heads, kv_heads, kernel_device):
-    """As two launches would; its counters are zeros again, so that it can be repeated with the same ones."""
-    from dma_diffusers.kernels.device.launch import Launcher
-    from dma_diffusers.kernels.quantiser.launch import Source, quantise
-    from dma_diffusers.kernels.quantiser.operands import Stored
-
-    class Counting(Launcher):
-        def counters(self, shape, device):
-            counted.append(counted[0] if counted else super().counters(shape, device))
-            return counted[-1]
-
-    counted = []
-    call = Call(
-        300, 300, 64, heads=heads, kv_heads=kv_heads, batch=2, has_rope=True, has_norms=True, masks_keys=True
-    )
-    q, k, v, mask = call.tensors(kernel_device)
-    stored = Stored(get_format("int8"), Storage.ROW, Storage.CHANNEL)
-    source = Source(q, k, v, 0.3, **call.ropes(kernel_device), norms=call.norms(kernel_device), seen=mask)
-    finds, given = (
-        {"finds": (True, True)},
-        {"known": statistics_of(k, v, source.k_rope, mask, source.norms)},
-    )
-    twice = [
-        quantise(source, (None, stored), **own, wants_offset=wants_offset, launcher=Counting())
-        for own in (finds, finds, given)
-    ]
-    assert len(counted) == 2 and not counted[0].any()
-    for found in twice[:2]:
-        assert torch.equal(found.mean, twice[2].mean) and torch.equal(found.v_scale, twice[2].v_scale)
-        for one, other in ((found.q[1], twice[2].q[1]), (found.k[1], twice[2].k[1])):
-            assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
-        assert torch.equal(*(x.values[Storage.CHANNEL].view(torch.uint8) for x in (found, twice[2])))
-        assert not wants_offset or torch.equal(found.offset, twice[2].offset)
+    return launch.encode(launch.Source(q, k, v, factor, **named), classes, statistics or known(), **options)
 
 
 def encoded_q(x, fmt, amax=None, factor=1.0, stores=NATIVE, **options):
@@ -186,6 +140,8 @@ def test_both_classes_in_one_pass(kernel_device):
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
 def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_device):
     """K's mean to the last bit, which K's elements depend on, over the same sample; V's scales exactly."""
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
     call = Call(length, length, head_dim, heads=2, kv_heads=2, batch=2, has_rope=has_rope)
     _, k, v, _ = call.tensors(kernel_device)
     k[..., 1], k[..., length // 2, 3], k[..., length // 3, 5] = torch.nan, torch.inf, -torch.inf
@@ -205,6 +161,8 @@ def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_devic
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
 def test_statistics_of_keys_that_are_seen(length, head_dim, tokens_first, kernel_device):
     """In the second batch entry the mean's sample has none of them, if it is not all keys."""
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
     call = Call(length, length, head_dim, batch=2, masks_keys=True, has_rope=True)
     _, k, v, mask = call.tensors(kernel_device)
     mask[1, :: max(1, length // 1024)] = False
@@ -228,6 +186,8 @@ def in_order(transposed: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_equal_the_reference(transposed, kernel_device):
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
     v = torch.randn(2, 2, 300, 40, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
     v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
     v[..., 21], v[..., 22], v[..., 23] = 0.0, 1e-40, 448.0
@@ -381,6 +341,8 @@ def test_rope_and_offset(fmt, kernel_device):
 @pytest.mark.parametrize("pair", [("mxfp8", "mxfp4"), ("bf16", "int8"), ("bf16", "bf16")])
 def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transposed, kernel_device):
     """Empty slots are zeros."""
+    from dma_diffusers.kernels.quantiser.launch import statistics_of
+
     call = Call(200, 200, 40, heads=4, batch=2, has_rope=True, has_token_order=True, empty_slots=empty_slots)
     q, k, v, _ = call.tensors(kernel_device)
     v[..., 3, 5] = torch.inf
