@@ -45,7 +45,7 @@ class Change:
     def rope(self) -> Rope:
         """The angles as the operator takes them: each once."""
         cos, sin = self.tables
-        return cos[:, ::2], sin[:, ::2]
+        return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
 
     def applied(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k `[B, H, S, D]` as the stock processor would have handed them to its attention."""

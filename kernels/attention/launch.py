@@ -112,7 +112,8 @@ class Inputs:
         q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (call.q, call.k, call.v))
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
-        source = Source(q, k, v, call.softmax_scale_log2, call.q_rope, call.k_rope, mask, order, call.norms)
+        ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
+        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms)
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
@@ -126,9 +127,9 @@ class Inputs:
 
     def are_of(self, call: Call) -> bool:
         """Says whether the kernels read the call's own tensors, none of them copied."""
-        own = (call.q, call.k, call.v)
-        read = (self.source.q, self.source.k, self.source.v)
-        copies = (x is None or x is y for x, y in zip(self.bf16, own, strict=True))
+        own = (call.q, call.k, call.v, *_tables(call))
+        read = (self.source.q, self.source.k, self.source.v, *_tables(self.source))
+        copies = (x is None or x is y for x, y in zip(self.bf16, own[:3], strict=True))
         return all(x is y for x, y in zip(read, own, strict=True)) and all(copies)
 
     @property

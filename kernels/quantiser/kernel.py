@@ -6,7 +6,10 @@ import triton.language as tl
 from dma_diffusers.kernels.device.rounding import (
     BF16_MAX,
     INTERPRETED,
+    bf16_words,
+    e4m3_words,
     rounded,
+    rounded_pairs,
     to_bf16,
     to_e4m3,
     to_e5m2,
@@ -15,7 +18,9 @@ from dma_diffusers.kernels.device.rounding import (
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
-    load_changed,
+    joined,
+    load_changed_pairs,
+    load_pairs,
     load_tile,
     magnitude_bits,
     power_of_two,
@@ -50,9 +55,12 @@ def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def _to_int8(y):
-    """float32 y, which must round to within ±127, as int8: of NaN, anything."""
-    return (y + 1.5 * 2.0**23).to(tl.int32, bitcast=True).to(tl.int8)
+def _int8_words(low, high):
+    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
+    magic: tl.constexpr = 1.5 * 2.0**23
+    low = (low + magic).to(tl.int32, bitcast=True)
+    high = (high + magic).to(tl.int32, bitcast=True)
+    return ((low & 0xFF) | (high << 8)).to(tl.int16)
 
 
 @triton.jit
@@ -115,37 +123,51 @@ def _reencoded(y, code, TOP: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _store_words(elements, words, place, COLUMNS: tl.constexpr):
+    """Store rows of so many words, each of two neighbouring elements."""
+    rows = elements.to(tl.pointer_type(words.dtype), bitcast=True) + place[:, None] * COLUMNS
+    tl.store(rows + tl.arange(0, COLUMNS)[None, :], words)
+
+
+@triton.jit
+def _largest(even, odd):
+    """The largest magnitude of each row of pairs, as bits."""
+    return tl.max(tl.maximum(magnitude_bits(even), magnitude_bits(odd)), axis=1)
+
+
+@triton.jit
 def _encode(
-    x, elements, scales, tile, rows, tensor_scale, inexact_rows,
+    even, odd, elements, scales, tile, rows, tensor_scale, inexact_rows,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STORAGE: tl.constexpr,
     Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr, TOP: tl.constexpr, IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile `x` (float32 [128, D]) in one format, stored as its lowering stores it."""
+    """Write one tile (float32 pairs [128, D/2]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
     ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
     if ELEMENT == "bf16":
-        _store_rows(elements, to_bf16(x), place, D)
+        _store_words(elements, bf16_words(even, odd), place, D // 2)
     elif BLOCK is None:
-        amax_bits = tl.max(magnitude_bits(x), axis=1)
+        amax_bits = _largest(even, odd)
         if ONE_SCALE:
             amax_bits = tl.max(amax_bits, axis=0)
             if ELEMENT == "e4m3" and amax_bits >= NOT_FINITE:  # e4m3 has NaN: other elements need not suffer
-                is_bad = magnitude_bits(x) >= NOT_FINITE
-                amax_bits = tl.max(tl.max(tl.where(is_bad, 0, magnitude_bits(x)), axis=1), axis=0)
-                x = tl.where(is_bad, float("nan"), x)
+                even = tl.where(magnitude_bits(even) >= NOT_FINITE, float("nan"), even)
+                odd = tl.where(magnitude_bits(odd) >= NOT_FINITE, float("nan"), odd)
+                amax_bits = tl.max(
+                    _largest(tl.where(even == even, even, 0.0), tl.where(odd == odd, odd, 0.0)), axis=0
+                )
         bad = amax_bits >= NOT_FINITE
         amax = amax_bits.to(tl.float32, bitcast=True)
         ones = tl.full(amax.shape, 1.0, tl.float32)
         scale = tl.where(amax_bits == 0, 1.0, tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL))
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
-        y = x * (inverse if ONE_SCALE else inverse[:, None])
-        if ELEMENT == "int8":
-            _store_rows(elements, _to_int8(y), place, D)
-        else:
-            _store_rows(elements, to_e4m3(y), place, D)
+        factor = inverse if ONE_SCALE else inverse[:, None]
+        even, odd = even * factor, odd * factor
+        words = _int8_words(even, odd) if ELEMENT == "int8" else e4m3_words(even, odd)
+        _store_words(elements, words, place, D // 2)
         tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
     else:
-        y, code, scale = _in_blocks(x, tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
+        y, code, scale = _in_blocks(joined(even, odd), tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
             _store_rows(elements, to_bf16(tl.reshape(y * scale[:, :, None], (TILE, D))), place, D)
         elif STORAGE == "row":
@@ -188,7 +210,7 @@ def _store_blocks(
 
 @triton.jit
 def _encode_classes(
-    x, value, tile, head, rows, inexact_rows,
+    even, odd, even_value, odd_value, tile, head, rows, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
@@ -196,17 +218,19 @@ def _encode_classes(
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
     IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile in the classes that are wanted: in bf16 `x`, in other formats `value`."""
+    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats their values."""
     if high is not None:
         scale = None if high_tensor_scale is None else tl.load(high_tensor_scale + head)
         _encode(
-            x if HIGH == "bf16" else value, high, high_scales, tile, rows, scale, inexact_rows,
+            even if HIGH == "bf16" else even_value, odd if HIGH == "bf16" else odd_value,
+            high, high_scales, tile, rows, scale, inexact_rows,
             HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP, IS_KEY, D,
         )  # fmt: skip
     if low is not None:
         scale = None if low_tensor_scale is None else tl.load(low_tensor_scale + head)
         _encode(
-            x if LOW == "bf16" else value, low, low_scales, tile, rows, scale, inexact_rows,
+            even if LOW == "bf16" else even_value, odd if LOW == "bf16" else odd_value,
+            low, low_scales, tile, rows, scale, inexact_rows,
             LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, IS_KEY, D,
         )  # fmt: skip
 
@@ -256,32 +280,35 @@ def _encode_value(
 def _encode_key(
     k, mean, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
-    heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of K."""
-    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
+    rows = tl.arange(0, TILE)
     place = tile * TILE + rows
-    tokens = token_at(token_order, place, length, token_count)[:, None]
-    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
+    tokens = token_at(token_order, place, length, token_count)
     batch = head // heads
-    x = load_changed(
-        k, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens, columns, inside, length,
-        stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM, D,
+    even, odd = load_changed_pairs(
+        k, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens[:, None], length,
+        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
     )  # fmt: skip
+    inside = tokens < length
     if key_mask is not None:
-        seen = tl.load(key_mask + batch.to(tl.int64) * (tiles * TILE) + place)
-        inside &= (seen != 0)[:, None]
-    value = x
+        inside &= tl.load(key_mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0
+    even_value, odd_value = even, odd
     if mean is not None:
-        value -= tl.load(mean + head * D + columns)[None, :]
-    value = tl.where(inside, value, 0.0)
+        even_mean, odd_mean = load_pairs(mean, head * D, head >= 0, True, D, D)
+        even_value, odd_value = even - even_mean, odd - odd_mean
+    even_value, odd_value = (
+        tl.where(inside[:, None], even_value, 0.0),
+        tl.where(inside[:, None], odd_value, 0.0),
+    )
     _encode_classes(
-        x, value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
+        even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
         LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
@@ -292,28 +319,28 @@ def _encode_key(
 def _encode_query(
     q, mean, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
-    heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
+    heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of Q. group: how many heads of Q have one of K."""
-    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
-    tokens = token_at(token_order, tile * TILE + rows, length, token_count)[:, None]
-    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
-    x = load_changed(
-        q, cos, sin, weight, first_weight, eps, first, head // heads, head % heads, tokens, columns, inside, length,
-        stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM, D,
+    rows = tl.arange(0, TILE)
+    tokens = token_at(token_order, tile * TILE + rows, length, token_count)
+    even, odd = load_changed_pairs(
+        q, cos, sin, weight, first_weight, eps, first, head // heads, head % heads, tokens[:, None], length,
+        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
     )  # fmt: skip
     place = (head * tiles + tile).to(tl.int64)
     if offset is not None:
-        own_mean = tl.load(mean + head // group * D + columns)
-        product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
-        tl.store(offset + place * TILE + rows, tl.sum(product, axis=1) * factor)
+        even_mean, odd_mean = load_pairs(mean, head // group * D, head >= 0, True, D, D)
+        own_even, own_odd = rounded_pairs(even, odd, tl.bfloat16) if ROUND else (even, odd)
+        scores = tl.sum(own_even * even_mean + own_odd * odd_mean, axis=1)
+        tl.store(offset + place * TILE + rows, scores * factor)
     _encode_classes(
-        x, x * factor, place, head, rows, inexact_rows,
+        even, odd, even * factor, odd * factor, place, head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
         LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
@@ -327,14 +354,14 @@ def encode(
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
     v_plain, v_channel, token_order, inexact_rows,
-    heads, kv_heads, heads_in_all, kv_heads_in_all, q_length, k_length, token_count,
+    heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS_EACH: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
@@ -362,35 +389,25 @@ def encode(
             )  # fmt: skip
         program -= of_values
     if k is not None:
-        of_keys = tl.cdiv(kv_heads_in_all, HEADS_EACH) * k_tiles
+        of_keys = kv_heads_in_all * k_tiles
         if (program >= 0) & (program < of_keys):
-            first_head = program // k_tiles * HEADS_EACH
-            for number in range(HEADS_EACH):
-                head = first_head + number
-                if head < kv_heads_in_all:
-                    _encode_key(
-                        k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first,
-                        key_mask, token_order, inexact_rows, k_high, k_high_scales, k_high_tensor_scale,
-                        k_low, k_low_scales, k_low_tensor_scale,
-                        kv_heads, head, program % k_tiles, k_tiles, k_length, token_count,
-                        k_stride_b, k_stride_h, k_stride_s, k_rope_stride_s, k_rope_stride_d,
-                        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, HEAD_DIM, D,
-                    )  # fmt: skip
+            _encode_key(
+                k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, key_mask, token_order, inexact_rows,
+                k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
+                kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
+                k_stride_b, k_stride_h, k_stride_s,
+                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, PAIRED, HEAD_DIM, D,
+            )  # fmt: skip
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
-            first_head = program // q_tiles * HEADS_EACH
-            for number in range(HEADS_EACH):
-                head = first_head + number
-                if head < heads_in_all:
-                    _encode_query(
-                        q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first,
-                        offset, token_order, inexact_rows, q_high, q_high_scales, q_high_tensor_scale,
-                        q_low, q_low_scales, q_low_tensor_scale,
-                        heads, heads // kv_heads, head, program % q_tiles, q_tiles, q_length, token_count,
-                        q_stride_b, q_stride_h, q_stride_s, q_rope_stride_s, q_rope_stride_d,
-                        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, HEAD_DIM, D,
-                    )  # fmt: skip
+            _encode_query(
+                q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, offset, token_order, inexact_rows,
+                q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
+                heads, heads // kv_heads, program // q_tiles, program % q_tiles, q_tiles, q_length, token_count,
+                q_stride_b, q_stride_h, q_stride_s,
+                HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, PAIRED, HEAD_DIM, D,
+            )  # fmt: skip

@@ -14,16 +14,13 @@ from dma_diffusers.kernels.quantiser.operands import Classes, Operand, padded_di
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
-# A tile's angles are twice its numbers: a program reads them once from the L2 cache for so many heads.
-HEADS_OF_ROPE = 4
-
 
 @dataclass(frozen=True)
 class Source:
     """The tensors of one call that the kernels read; None where nothing is wanted.
 
     q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k go through `norms` and are rotated by q_rope and
-        k_rope first.
+        k_rope first, whose tables are contiguous.
     softmax_scale_log2: the factor of q.
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
@@ -58,10 +55,9 @@ class Source:
         return [stride for x in (self.q, self.k, self.v) for stride in _strides(x)]
 
     @property
-    def rope_tables(self) -> tuple[list[torch.Tensor | None], list[int]]:
-        """Cosines and sines of q and of k; token and channel strides of both."""
-        (q_tables, q_strides), (k_tables, k_strides) = _tables(self.q_rope), _tables(self.k_rope)
-        return [*q_tables, *k_tables], [*q_strides, *k_strides]
+    def rope_tables(self) -> tuple[torch.Tensor | None, ...]:
+        """Cosines and sines of q and of k."""
+        return *(self.q_rope or (None, None)), *(self.k_rope or (None, None))
 
 
 @dataclass(frozen=True)
@@ -82,14 +78,6 @@ class Encoded:
     offset: torch.Tensor | None
 
 
-def _tables(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, ...]]:
-    """Cosines and sines, and the strides that both have."""
-    if rope is None:
-        return [None, None], (0, 0)
-    cos, sin = rope if rope[0].stride() == rope[1].stride() else (x.contiguous() for x in rope)
-    return [cos, sin], cos.stride()
-
-
 def of_norms(norms: Norms | None) -> list[Any]:
     """The arguments by which kernels know the norms: weights of q and of k, eps, and the number of first tokens."""
     return [None] * 6 if norms is None else [*norms.tensors, norms.eps, norms.first]
@@ -97,6 +85,18 @@ def of_norms(norms: Norms | None) -> list[Any]:
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def are_paired(*tensors: torch.Tensor | None) -> bool:
+    """Says whether two neighbouring channels of each tensor, from the first on, lie in one aligned word."""
+    return all(
+        x is None
+        or (
+            x.data_ptr() % (2 * x.element_size()) == 0
+            and all(n % 2 == 0 for n in (x.shape[-1], *x.stride()[:-1]))
+        )
+        for x in tensors
+    )
 
 
 def chunks(heads: int, device: torch.device) -> int:
@@ -136,15 +136,14 @@ def statistics_of(
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )
-    tables, rope_strides = _tables(None if k is None else rope)
     programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *tables, *of_norms(None if k is None else norms)[2:],
+        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *of_norms(None if k is None else norms)[2:],
         None if key_mask is None else key_mask.view(torch.uint8),
-        of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v), *rope_strides,
+        of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
-        CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+        CHUNKS=count, PAIRED=are_paired(k, *of_norms(norms)[2:4]), HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)
 
@@ -204,28 +203,23 @@ def encode(
         k=k if any(k_operands) else None,
         v=v if values else None,
     )
-    has_rope = source.q_rope is not None or source.k_rope is not None
-    heads_each = HEADS_OF_ROPE if has_rope else 1
-    in_all, kv_in_all = batch * heads, batch * kv_heads
-    of_each = (
-        -(-in_all // heads_each) * tiles(q_length),
-        -(-kv_in_all // heads_each) * tiles(k_length),
-        kv_in_all * tiles(k_length),
+    of_keys = kv_heads * tiles(k_length)
+    of_each = (heads * tiles(q_length), of_keys, of_keys)
+    programs = batch * sum(
+        0 if x is None else n for x, n in zip((read.q, read.k, read.v), of_each, strict=True)
     )
-    programs = sum(0 if x is None else n for x, n in zip((read.q, read.k, read.v), of_each, strict=True))
     if programs == 0:
         return encoded
-    tables, rope_strides = source.rope_tables
     pointers = [operand.pointers if operand else [None] * 3 for operand in (*q_operands, *k_operands)]
     launcher(
         kernel.encode, (programs,),
-        read.q, read.k, read.v, *known, source.softmax_scale_log2, *tables, *of_norms(source.norms),
+        read.q, read.k, read.v, *known, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
         source.key_mask, offset,
         *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL), source.token_order, inexact_rows,
-        heads, kv_heads, in_all, kv_in_all, q_length, k_length, token_count, *read.strides, *rope_strides,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
-        HEADS_EACH=heads_each, HEAD_DIM=head_dim, D=dim,
+        PAIRED=are_paired(read.q, read.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded

@@ -12,7 +12,8 @@ from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
     is_last,
-    load_changed,
+    joined,
+    load_changed_pairs,
     load_tile,
     magnitude_bits,
     power_of_two,
@@ -68,8 +69,8 @@ def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
 def _key_sums(
     k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
     batch, head_in_batch, head, heads, chunk, length, step,
-    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
+    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
@@ -82,10 +83,12 @@ def _key_sums(
         sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
         inside = (sample < last) & (columns < HEAD_DIM)[None, :]
         inside = _seen(key_mask, sample * step, inside, batch, mask_stride_b, mask_stride_s)
-        x = load_changed(
-            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch, sample * step, columns, inside,
-            length, stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, HEAD_DIM, D,
+        even, odd = load_changed_pairs(
+            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch,
+            tl.where(sample < last, sample * step, length), length,
+            stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
+        x = tl.where(inside, joined(even, odd), 0.0)
         is_finite = magnitude_bits(x) < NOT_FINITE
         sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
         counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32), _KEY_RUNS), axis=0)
@@ -128,11 +131,11 @@ def _value_range(
 def statistics(
     k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
     heads, heads_in_batch, length, step,
-    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, changed as `load_changed` does), or of V.
+    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, changed as `load_changed_pairs` does), or of V.
 
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
     two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
@@ -148,8 +151,8 @@ def statistics(
             _key_sums(
                 k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
                 head % heads_in_batch, head, heads, program % (CHUNKS // 2), length, step,
-                k_stride_b, k_stride_h, k_stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
-                CHUNKS, HEAD_DIM, D,
+                k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
+                CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
             if is_last(finished + head, CHUNKS // 2):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
