@@ -100,9 +100,12 @@ def are_paired(*tensors: torch.Tensor | None) -> bool:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """The number of chunks into which the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
-    wanted = 2 * multiprocessors(device) // heads
-    return min(max(4, 1 << wanted.bit_length()), 32)
+    """The number of chunks into which the statistics divide each of B·Hkv heads of V; K's have a quarter of them.
+
+    All programs run at once, if they can: of 256 threads with 64 registers a multiprocessor has four.
+    """
+    fitting = 4 * multiprocessors(device) * 4 // 5 // heads
+    return min(max(4, 1 << fitting.bit_length() >> 1), 32)
 
 
 class Statistics(NamedTuple):
@@ -136,14 +139,16 @@ def statistics_of(
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )
-    programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
+    *weights, eps, first = of_norms(None if k is None else norms)[2:]
+    programs = of_all * ((0 if k is None else count // 4) + (0 if v is None else count))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *of_norms(None if k is None else norms)[2:],
+        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *weights, eps, first,
         None if key_mask is None else key_mask.view(torch.uint8),
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
-        CHUNKS=count, PAIRED=are_paired(k, *of_norms(norms)[2:4]), HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+        CHUNKS=count, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
+        num_warps=8, maxnreg=64, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)
 

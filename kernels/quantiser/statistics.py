@@ -12,7 +12,6 @@ from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
     is_last,
-    joined,
     load_changed_pairs,
     load_tile,
     magnitude_bits,
@@ -30,7 +29,7 @@ _VALUE_RUNS = tl.constexpr(8)
 def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
     """K's mean in one head, of its partial results."""
     columns = tl.arange(0, D)
-    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + columns[None, :]
+    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 4))[:, None] * D + columns[None, :]
     plane = heads * CHUNKS * D
     leading = tl.load(place, cache_modifier=".cg").to(tl.float64)
     rest = tl.load(place + plane, cache_modifier=".cg").to(tl.float64)
@@ -74,29 +73,42 @@ def _key_sums(
 ):  # fmt: skip
     """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
-    share = tl.cdiv(samples, CHUNKS // 2)
+    share = tl.cdiv(samples, CHUNKS // 4)
     last = tl.minimum((chunk + 1) * share, samples)
-    columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
-    sums, counts = tl.zeros((RUN, D), tl.float64), tl.zeros((RUN, D), tl.int32)
+    even_sums, odd_sums = tl.zeros((RUN, D // 2), tl.float64), tl.zeros((RUN, D // 2), tl.float64)
+    even_counts, odd_counts = tl.zeros((RUN, D // 2), tl.int32), tl.zeros((RUN, D // 2), tl.int32)
     for first in range(chunk * share, last, _KEY_RUNS * RUN):
         sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
-        inside = (sample < last) & (columns < HEAD_DIM)[None, :]
-        inside = _seen(key_mask, sample * step, inside, batch, mask_stride_b, mask_stride_s)
+        tokens = tl.where(sample < last, sample * step, length)
+        inside = _seen(key_mask, tokens, tokens < length, batch, mask_stride_b, mask_stride_s)
         even, odd = load_changed_pairs(
-            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch,
-            tl.where(sample < last, sample * step, length), length,
+            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch, tokens, length,
             stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        x = tl.where(inside, joined(even, odd), 0.0)
-        is_finite = magnitude_bits(x) < NOT_FINITE
-        sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
-        counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32), _KEY_RUNS), axis=0)
-    # In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
+        even_sums, even_counts = _added(even_sums, even_counts, even, inside)
+        odd_sums, odd_counts = _added(odd_sums, odd_counts, odd, inside)
+    place = partials + (head * CHUNKS + chunk) * D + 2 * tl.arange(0, D // 2)
+    _store_sums(place, even_sums, even_counts, heads * CHUNKS * D)
+    _store_sums(place + 1, odd_sums, odd_counts, heads * CHUNKS * D)
+
+
+@triton.jit
+def _added(sums, counts, x, inside):
+    """Sums and counts with the finite numbers of some runs of tokens that are `inside`."""
+    counts_too = inside & (magnitude_bits(x) < NOT_FINITE)
+    sums += tl.sum(_in_runs(tl.where(counts_too, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
+    return sums, counts + tl.sum(_in_runs(counts_too.to(tl.int32), _KEY_RUNS), axis=0)
+
+
+@triton.jit
+def _store_sums(place, sums, counts, plane):
+    """Store the sums and the counts of a chunk.
+
+    In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
+    """
     total = tl.sum(sums, axis=0)
     leading = total.to(tl.float32)
-    place = partials + (head * CHUNKS + chunk) * D + columns
-    plane = heads * CHUNKS * D
     tl.store(place, leading)
     tl.store(place + plane, (total - leading.to(tl.float64)).to(tl.float32))
     tl.store(place + 2 * plane, tl.sum(counts, axis=0).to(tl.float32))
@@ -135,26 +147,26 @@ def statistics(
     mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, changed as `load_changed_pairs` does), or of V.
+    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, behind its norm and its RoPE), or of V.
 
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
     two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
     keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
-    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
+    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first quarter
     of the chunks; V's range in all of them.
     """
     program, of_keys = tl.program_id(0), 0
     if k is not None:
-        of_keys = heads * (CHUNKS // 2)
+        of_keys = heads * (CHUNKS // 4)
         if program < of_keys:
-            head = program // (CHUNKS // 2)
+            head = program // (CHUNKS // 4)
             _key_sums(
                 k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
-                head % heads_in_batch, head, heads, program % (CHUNKS // 2), length, step,
+                head % heads_in_batch, head, heads, program % (CHUNKS // 4), length, step,
                 k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
                 CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
-            if is_last(finished + head, CHUNKS // 2):
+            if is_last(finished + head, CHUNKS // 4):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys

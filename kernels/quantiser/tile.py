@@ -83,7 +83,7 @@ def normalised(
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Pairs [tokens, D/2] behind RMSNorm; the `first` tokens have the `first_weight`, if there is one."""
-    total = tl.sum(even * even + odd * odd, axis=1)
+    total = tl.sum(tl.fma(even, even, odd * odd), axis=1)
     if HEAD_DIM & (HEAD_DIM - 1) == 0:
         mean = total * (1.0 / HEAD_DIM)  # exactly
     else:
