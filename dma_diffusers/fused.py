@@ -43,7 +43,7 @@ class Change:
 
     @property
     def rope(self) -> Rope:
-        """The angles as the operator takes them: each once."""
+        """The angles as the operator takes them: each once, and close together, as its kernels read them."""
         cos, sin = self.tables
         return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
 

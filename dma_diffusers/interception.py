@@ -160,7 +160,8 @@ class Interception:
         if spread is not None:
             arguments = spread.arguments(arguments, query.shape[1])
         if change is not None:
-            arguments |= {"norms": change.norms, "q_rope": change.rope, "k_rope": change.rope}
+            rope = change.rope
+            arguments |= {"norms": change.norms, "q_rope": rope, "k_rope": rope}
             if not torch.compiler.is_compiling():
                 self.fuses = True
         mask = masks_of_keys(attn_mask, key)

@@ -16,7 +16,7 @@ class Norms:
     q, k: the weights, each `[D]`, in a float dtype.
     eps: what is added to the mean of the squares.
     first: the number of tokens that come first and have weights of their own, as the text has in joint attention.
-    q_first, k_first: the weights of these tokens, each `[D]`; None if they have those of the others.
+    q_first, k_first: the weights of these tokens, each `[D]` like the others; None if these tokens have the same.
     """
 
     q: torch.Tensor

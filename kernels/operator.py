@@ -180,6 +180,11 @@ def _check_norms(call: Call) -> None:
             )
         if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"norms: weights must be bf16, fp16 or fp32, got {weight.dtype}")
+    for weight, first_weight in ((norms.q, norms.q_first), (norms.k, norms.k_first)):
+        if first_weight is not None and first_weight.dtype != weight.dtype:
+            raise ValueError(
+                f"norms: the first tokens' weights must be {weight.dtype} like the others', got {first_weight.dtype}"
+            )
 
 
 def _check_memory(q, k, v) -> None:

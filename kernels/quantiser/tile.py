@@ -38,9 +38,8 @@ def load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, strid
 def load_pairs(x, offset, inside, PAIRED: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
     """float32 [rows, D/2] twice, the even columns of rows and the odd ones, zeros outside.
 
-    x: where the rows lie, and `offset` by so many elements, [rows, 1] or a number. inside: the rows to be read,
-    [rows, 1]; their COLUMNS first elements are. If PAIRED, two neighbouring elements are read as one aligned word:
-    no element then moves between threads.
+    The rows begin at x + offset, each [rows, 1] or a number. Of those that are `inside`, COLUMNS elements are read. If
+    PAIRED, two neighbouring elements are read as one aligned word, so that no element moves between threads.
     """
     pairs = tl.arange(0, D // 2)[None, :]
     if PAIRED:
@@ -89,9 +88,8 @@ def normalised(
     else:
         mean = tl.div_rn(total, tl.full(total.shape, HEAD_DIM, tl.float32))
     inverse = tl.rsqrt(mean + eps)[:, None]
-    if (
-        first_weight is not None
-    ):  # read from the L1 cache for each token: two rows of weights would fill registers
+    # Each token's weights are read from the L1 cache: two rows of weights would fill the registers.
+    if first_weight is not None:
         weight = tl.where(tokens < first, first_weight, weight)
     even_weight, odd_weight = load_pairs(weight, 0, tokens >= 0, PAIRED, HEAD_DIM, D)
     return even * inverse * even_weight, odd * inverse * odd_weight

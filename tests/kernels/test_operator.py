@@ -245,6 +245,8 @@ Q = torch.randn(1, 4, 64, 64)
     ({"norms": Norms(torch.ones(64), torch.ones(64).double(), 1e-6)}, "must be bf16, fp16 or fp32, got torch.float64"),
     ({"norms": Norms(torch.ones(64), torch.ones(64), -1.0)}, "eps must be finite and not negative, got -1.0"),
     ({"norms": Norms(torch.ones(64), torch.ones(64), 1e-6, 5, torch.ones(64))}, "got 5 tokens with 1 weights"),
+    ({"norms": Norms(*[torch.ones(64)] * 2, 1e-6, 5, *[torch.ones(64).half()] * 2)},
+     "must be torch.float32 like the others', got torch.float16"),
     ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
      "head_dim 300 is more than 256"),
     ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),
