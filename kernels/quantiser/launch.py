@@ -100,11 +100,11 @@ def are_paired(*tensors: torch.Tensor | None) -> bool:
 
 
 def chunks(heads: int, device: torch.device) -> int:
-    """The number of chunks into which the statistics divide each of B·Hkv heads of V; K's have a quarter of them.
+    """The number of chunks into which the statistics divide each of B·Hkv heads of K and of V.
 
-    All programs run at once, if they can: of 256 threads with 64 registers a multiprocessor has four.
+    All programs run at once, if they can: of 256 threads with up to 80 registers a multiprocessor has three.
     """
-    fitting = 4 * multiprocessors(device) * 4 // 5 // heads
+    fitting = 3 * multiprocessors(device) // (2 * heads)
     return min(max(4, 1 << fitting.bit_length() >> 1), 32)
 
 
@@ -140,7 +140,7 @@ def statistics_of(
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )
     *weights, eps, first = of_norms(None if k is None else norms)[2:]
-    programs = of_all * ((0 if k is None else count // 4) + (0 if v is None else count))
+    programs = of_all * count * ((k is not None) + (v is not None))
     launcher(
         statistics.statistics, (programs,),
         k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *weights, eps, first,
@@ -148,7 +148,7 @@ def statistics_of(
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
         CHUNKS=count, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
-        num_warps=8, maxnreg=64, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)
 

@@ -29,7 +29,7 @@ _VALUE_RUNS = tl.constexpr(8)
 def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
     """K's mean in one head, of its partial results."""
     columns = tl.arange(0, D)
-    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 4))[:, None] * D + columns[None, :]
+    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + columns[None, :]
     plane = heads * CHUNKS * D
     leading = tl.load(place, cache_modifier=".cg").to(tl.float64)
     rest = tl.load(place + plane, cache_modifier=".cg").to(tl.float64)
@@ -73,7 +73,7 @@ def _key_sums(
 ):  # fmt: skip
     """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
-    share = tl.cdiv(samples, CHUNKS // 4)
+    share = tl.cdiv(samples, CHUNKS)
     last = tl.minimum((chunk + 1) * share, samples)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
     even_sums, odd_sums = tl.zeros((RUN, D // 2), tl.float64), tl.zeros((RUN, D // 2), tl.float64)
@@ -152,21 +152,20 @@ def statistics(
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
     two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
     keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
-    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first quarter
-    of the chunks; V's range in all of them.
+    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count; V's range.
     """
     program, of_keys = tl.program_id(0), 0
     if k is not None:
-        of_keys = heads * (CHUNKS // 4)
+        of_keys = heads * CHUNKS
         if program < of_keys:
-            head = program // (CHUNKS // 4)
+            head = program // CHUNKS
             _key_sums(
                 k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
-                head % heads_in_batch, head, heads, program % (CHUNKS // 4), length, step,
+                head % heads_in_batch, head, heads, program % CHUNKS, length, step,
                 k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
                 CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
-            if is_last(finished + head, CHUNKS // 4):
+            if is_last(finished + head, CHUNKS):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys
