@@ -74,7 +74,8 @@ def test_the_size_of_flux():
     scales = q / 32
     both = 2 * (1 + 0.5) * q + 2 * 2 * scales + q
     assert said(FLUX, "mxfp8", "mxfp4", target="sm_100") == pytest.approx(both, rel=0.02)
-    assert said(FLUX, "bf16", "int8", policy=Dense(Class.HIGH)) == pytest.approx(0, abs=0.1)
+    pieces = 2 * 48 * 192 * (128 + 2) * 4 / MIB  # sums of the last 48 programs, which are split in two
+    assert said(FLUX, "bf16", "int8", policy=Dense(Class.HIGH)) == pytest.approx(pieces, abs=0.1)
     assert said((2, *FLUX[1:]), "bf16", "int8") == pytest.approx(2 * said(FLUX, "bf16", "int8"), rel=0.01)
     copies = said(FLUX, "bf16", "int8", dtype=torch.float32) - said(FLUX, "bf16", "int8")
     assert copies == pytest.approx(3 * 2 * q, rel=0.01)  # bf16 copies of q, k and v

@@ -46,7 +46,7 @@ def test_a_captured_call_sees_the_next_key_mask(high, low, gpu):
 
 @pytest.mark.parametrize("tokens", [1024, 4173, 4608])
 def test_pieces_of_a_split_round_are_added_in_one_order(tokens, gpu):
-    """Whichever piece of a block of queries comes last, the bits are the same; and they are near those of whole ones."""
+    """Whichever piece of a block of queries comes last, the bits are the same, and near those of float64."""
     q, k, v = (torch.randn(1, 24, tokens, 128, device=gpu, dtype=torch.bfloat16) for _ in range(3))
     arguments = {"high": "bf16", "low": "int8", "policy": "dense(everywhere=low)", "return_lse": True}
     out, lse, _ = operator.attention(q, k, v, **arguments)
