@@ -87,6 +87,11 @@ class Calibration:
         first = self.readers[layer]
         return next(iter(first)) if len(first) == 1 else layer
 
+    def is_read_again(self, layer: str) -> bool:
+        """Tells whether another layer reads the same tensor after this one; layers are in the order of their calls."""
+        together = [name for name in self.readers if self.shared(name) == self.shared(layer)]
+        return layer != together[-1]
+
     def statistics(self, layer: str) -> InputStatistics:
         """The statistics of a layer's input. Raises KeyError for a layer that was not seen."""
         found, *others = (self.inputs[first] for first in sorted(self.readers[layer]))

@@ -121,7 +121,8 @@ def save_linears(pipe_or_model: Any, path: str | PathLike[str]) -> None:
                 "widths": layer.groups.widths,
                 "input_scale": None if scale is None else float(scale),
                 "sample": record.samples[name].tolist(),
-                "shared": record.shared[name],
+                "shared": record.plans[name].shared,
+                "keeps": record.plans[name].keeps,
             }
             for part, tensor in layer.quantised.packed().items():
                 tensors[f"{prefix}{name}:{part}"] = tensor.detach().cpu().contiguous()
@@ -167,7 +168,7 @@ def load_linears(
                 groups = Groups(tuple(of["formats"]), tuple(of["widths"]))
                 full = prefix + name
                 packed = {part: file.get_tensor(f"{full}:{part}") for part in parts[full]}
-                plan = Plan(groups, packed.get("permutation"), of["input_scale"], of["shared"])
+                plan = Plan(groups, packed.get("permutation"), of["input_scale"], of["shared"], of["keeps"])
                 attach(name, choice, plan, lowering, LinearWeight.from_packed(groups, packed))
 
 

@@ -18,26 +18,23 @@ _NAMES = ("narrow", "narrow_scales", "wide", "wide_scales", "row_scales", "permu
 class LastInput:
     """The last tensor that a layer of one block quantised, for the layers of that block that read the same tensor.
 
-    It is the very same tensor that is meant, not an equal one. A hook empties it where the block ends, so that a
-    compiled block returns nothing for it, and the tensor is freed. One attribute holds everything: threads that run
-    the block at the same time may lose what they share, but never mix it up.
+    It is the very same tensor that is meant, not an equal one. A layer after which nobody reads the same tensor empties
+    it, so that the tensors are freed, and a compiled block has no outputs for them. One attribute holds everything:
+    threads that run the block at the same time may lose what they share, but never mix it up.
     """
 
     def __init__(self) -> None:
         self.entry: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
-
-    def forget(self, block: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Frees the tensors; a forward hook of the block."""
-        self.entry = None
 
 
 class QuantisedLinear(torch.nn.Linear):
     """A linear layer whose weight, and in each call its input, are in the formats of `groups`.
 
     groups: the formats of its input channels. bias: as the stock layer's. dtype, training: the stock layer's.
-    input_scale: of the whole input, for fp8 with fixed scales. last, share: the place where the layers of a block keep
-    what they quantised, and a number that layers have in common if they quantise an input the same way.
-    lowering: "auto", or the name of a lowering that is asked for.
+    input_scale: of the whole input, for fp8 with fixed scales. lowering: "auto", or the one that is asked for.
+    last: the place where the layers of a block keep what they quantised. share: a number that layers have in common if
+    they quantise an input the same way. keeps: whether another layer is to read the same tensor next. The three are
+    set where a layer is put into its block.
 
     It has buffers, and no `weight` that could be read: of that there is a stand-in with the shape, the dtype and the
     device. LoRA layers go on top. Casting a model leaves the formats as they are, and casts the bias.
@@ -48,8 +45,6 @@ class QuantisedLinear(torch.nn.Linear):
         stock: torch.nn.Linear,
         weight: LinearWeight,
         input_scale: Tensor | None,
-        last: LastInput,
-        share: int,
         lowering: str = "auto",
     ):
         torch.nn.Module.__init__(self)
@@ -64,7 +59,8 @@ class QuantisedLinear(torch.nn.Linear):
         self.register_buffer("like", torch.empty(0, dtype=stock.weight.dtype, device=device))
         bias = None if stock.bias is None else stock.bias.detach().to(device, copy=True)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-        self.last, self.share, self.lowering = last, share, lowering
+        self.lowering = lowering
+        self.last, self.share, self.keeps = LastInput(), 0, False
         # Looked up in a call by the device's type: a compiled graph can't ask for the architecture.
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         self.lowerings = {device: self._lowering_on(torch.device(device)) for device in devices}
@@ -101,7 +97,7 @@ class QuantisedLinear(torch.nn.Linear):
             inputs = entry[2]
         else:
             inputs = quantise_input(x, self.permutation, self.groups, lowering, self.input_scale)
-            self.last.entry = (x, self.share, inputs)
+        self.last.entry = (x, self.share, inputs) if self.keeps else None
         return multiply(inputs, self.quantised, lowering, self.bias, x.dtype).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:

@@ -18,6 +18,10 @@ HEADROOM = 4.0
 """Fixed input scales of fp8 leave so much room over the largest |x| of calibration. As e4m3 is a float, that costs
 nothing but the smallest numbers."""
 _KEPT = "mxfp8"
+# Where calibration has not seen who reads what: layers of these names are followed by others with the same input.
+_READ_FIRST = {
+    "to_q", "to_k", "add_q_proj", "add_k_proj", "to_query", "to_key", "q_proj", "k_proj", "gate_proj", "proj_mlp"
+}  # fmt: skip
 
 
 @dataclass
@@ -25,12 +29,14 @@ class Plan:
     """The way in which one layer is to be quantised.
 
     shared: the name under which layers with the same input go; empty if only a call will tell.
+    keeps: whether another layer is to read the same tensor next.
     """
 
     groups: Groups
     permutation: torch.Tensor | None = None
     input_scale: float | None = None
     shared: str = ""
+    keeps: bool = False
 
 
 @dataclass
@@ -96,12 +102,13 @@ def make_plans(targets: Sequence[Target], method: str, bits: float | None, own: 
 def _plan(groups: Groups, name: str, seen: Calibration | None) -> Plan:
     """The plan of a layer with these groups: channels are sorted where formats differ, fp8 gets its fixed scale."""
     if seen is None or name not in seen.readers:
-        return Plan(groups)
+        return Plan(groups, keeps=name.rpartition(".")[2] in _READ_FIRST)
+    shared, keeps = seen.shared(name), seen.is_read_again(name)
     if len(groups.formats) > 1:
-        return Plan(groups, permutation_of(seen.statistics(name).mean_abs), shared=seen.shared(name))
+        return Plan(groups, permutation_of(seen.statistics(name).mean_abs), None, shared, keeps)
     if groups.formats == ("fp8",):
-        return Plan(groups, input_scale=_input_scale(seen.statistics(name).amax), shared=seen.shared(name))
-    return Plan(groups)
+        return Plan(groups, None, _input_scale(seen.statistics(name).amax), shared, keeps)
+    return Plan(groups, keeps=keeps)
 
 
 def _input_scale(amax: float) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.components import device_of, transformers_of
 from dma_diffusers.kernels.linears.groups import Groups
@@ -33,9 +32,9 @@ class Attachment:
     """A record of the quantised linear layers of one model, kept on the model.
 
     method: one of `METHODS`, or the file that they were loaded from. stock: the stock layers by name; empty if they
-    were not kept. kept, left: as in `exclusions.Choice`. over_time: the shares of bits at each noise level, as
-    `Calibration.over_time` gives them; None without thresholds. samples: some numbers of each stock weight. shared: as
-    in `Plan`, by layer.
+    were not kept. kept, left: as in `exclusions.Choice`. plans: the plan of each layer. samples: some numbers of each
+    stock weight. over_time: the shares of bits at each noise level, as `Calibration.over_time` gives them; None without
+    thresholds.
     """
 
     method: str
@@ -45,9 +44,8 @@ class Attachment:
     keeps_original: bool
     stock: dict[str, torch.nn.Linear] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     over_time: dict[str, Any] | None = None
-    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def quantize_linears(
@@ -221,13 +219,13 @@ def attaching(
         home = torch.device("cpu") if home.type == "meta" else home
         weight = LinearWeight.from_tensors(plan.groups, {n: x.to(home) for n, x in weight.tensors().items()})
         scale = None if plan.input_scale is None else torch.tensor(plan.input_scale, device=home)
-        of_block = last.setdefault(block, LastInput())
-        record.shared[name] = plan.shared
-        layer = QuantisedLinear(stock, weight, scale, of_block, 0, lowering)
+        layer = QuantisedLinear(stock, weight, scale, lowering)
         # Numbers are small and alike in all blocks, for blocks that are compiled once.
         alike = (block, plan.shared, plan.groups, tuple(layer.lowerings.items()))
         in_block = sum(1 for taken in shares if taken[0] == block)
+        layer.last, layer.keeps = last.setdefault(block, LastInput()), plan.keeps
         layer.share = shares.setdefault(alike, in_block)
+        record.plans[name] = plan
         set_layer(model, name, layer)
         if record.keeps_original:
             record.stock[name] = stock.to("cpu") if stock.weight.device.type != "meta" else stock
@@ -238,8 +236,6 @@ def attaching(
     except BaseException:
         _put_back(model, record)
         raise
-    for block, inputs in last.items():
-        record.hooks.append(model.get_submodule(block).register_forward_hook(inputs.forget, always_call=True))
 
 
 def set_layer(model: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
@@ -340,8 +336,6 @@ def _quantised(weight: torch.Tensor, plan: Plan, device: torch.device) -> Linear
 
 
 def _put_back(model: torch.nn.Module, record: Attachment) -> None:
-    for hook in record.hooks:
-        hook.remove()
     for name, stock in record.stock.items():
         now = layer_of(model, name)
         if isinstance(now, QuantisedLinear):
