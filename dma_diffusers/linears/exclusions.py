@@ -9,14 +9,14 @@ import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MULTIPLE = 32
-# Parts of a block that see one vector for each picture, or that route tokens. NVIDIA's Model Optimizer
+# Parts of a block that see one vector for each picture, or some of the tokens. NVIDIA's Model Optimizer
 # (examples/diffusers/quantization/utils.py), SGLang and vLLM-Omni keep all of these in full precision; vLLM-Omni's
 # pictures turned to noise where it did not (vllm-project/vllm-omni #2728, #2795).
 _NO_TOKENS = re.compile(
-    r"(norm\w*|\w*mod|\w*modulation\w*|ada\w*|\w*embed\w*|time\w*|\w*scale_shift\w*|router|gate|\w*gate_logits)"
+    r"(norm\w*|\w*mod|\w*modulation\w*|ada\w*|\w*embed\w*|time\w*|\w*scale_shift\w*|router|gate|\w*gate_logits|experts)"
 )
 _OF_LORA = re.compile(r"\.lora_\w+\.")
-_REFINERS = re.compile(r"\w*(refiner|embed|extractor)\w*")
+_REFINERS = re.compile(r"\w*(refiner|embed|extractor|projection|perceiver)\w*")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _why_left(model: torch.nn.Module, name: str, layer: torch.nn.Linear) -> str:
     if not block:
         return "outside the blocks: embedders, refiners, and the final projection"
     if any(_NO_TOKENS.fullmatch(part) for part in name.removeprefix(f"{block}.").split(".")):
-        return "modulation, norm or embedding: one vector for each picture"
+        return "modulation, norm, embedding or expert: not every token passes it"
     weight = layer._parameters.get("weight")
     kind = type(weight if weight is None else weight.data).__name__
     if type(layer) is not torch.nn.Linear or kind != "Tensor" or type(weight) is not torch.nn.Parameter:

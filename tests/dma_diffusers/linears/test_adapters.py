@@ -165,7 +165,7 @@ def test_training_on_quantised_layers_is_refused():
     model = tiny_pipelines.flux().transformer
     quantize_linears(model, "int8")
     layer = model.transformer_blocks[0].attn.to_q.train()
-    with pytest.raises(ValueError, match="don't train: call dma_diffusers.restore first"):
+    with pytest.raises(ValueError, match=r"don't train: call dma_diffusers.restore first"):
         layer(torch.ones(1, layer.in_features))
 
 

@@ -135,5 +135,5 @@ def test_an_average_that_cannot_be_had_is_refused(bits):
 
 
 def test_kept_layers_bound_the_average_from_below():
-    with pytest.raises(ValueError, match="take 8.25 to 8.25 bits"):
+    with pytest.raises(ValueError, match=r"take 8.25 to 8.25 bits"):
         factor_for(5, {"a": 1}, lambda name, factor: Groups.whole("mxfp8", 256))
