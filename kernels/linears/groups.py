@@ -9,13 +9,16 @@ ALONE = ("bf16", "fp8", "int8", "nvfp4")
 MIXABLE = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8")
 """The formats that share a layer, in this order: all have a power of two as the scale of 32 channels."""
 
+STEP = 32
+"""The width of a group in a block format is a multiple of it: 16 bytes of 4-bit numbers, which TMA wants of a row."""
+
 
 @dataclass(frozen=True)
 class Groups:
     """The formats of a layer's input channels, after its permutation if it has one.
 
     formats: of each group, by name: one of `ALONE`, or some of `MIXABLE` in ascending bits.
-    widths: the channels of each group, multiples of the format's block.
+    widths: the channels of each group, in block formats multiples of 32.
     Raises ValueError, in one line, for anything else.
     """
 
@@ -37,9 +40,9 @@ class Groups:
             if bits != sorted(set(bits)):
                 raise ValueError(f"groups go from few bits to many, each number of bits once: got {words}")
         for name, width in zip(self.formats, self.widths, strict=True):
-            block = get_format(name).block or 1
-            if width < 1 or width % block:
-                raise ValueError(f"a group in {name} must be a multiple of {block} wide, got {width}")
+            step = 1 if get_format(name).block is None else STEP
+            if width < 1 or width % step:
+                raise ValueError(f"the width of a group in {name} must be a multiple of {step}, got {width}")
 
     @classmethod
     def whole(cls, format: str, in_features: int) -> "Groups":

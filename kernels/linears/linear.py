@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dma_diffusers.kernels.formats import E4M3, INT8
-from dma_diffusers.kernels.linears import reference
+from dma_diffusers.kernels.linears import operator, reference
 from dma_diffusers.kernels.linears.groups import Groups
+from dma_diffusers.kernels.linears.operands import Operand
 from dma_diffusers.kernels.linears.prologue import NOTHING, Prologue
 from dma_diffusers.kernels.linears.weight import LinearWeight
 
@@ -50,6 +51,10 @@ def quantise_input(
     """
     if lowering == "reference":
         return (reference.quantised_input(prologue(x), groups, permutation, input_scale).flatten(0, -2),)
+    if groups.block is not None:
+        return tuple(
+            operator.quantise(x.flatten(0, -2), permutation, groups, prologue, lowering == "scaled_mm")
+        )
     x = (x if prologue is NOTHING else prologue(x)).flatten(0, -2)
     if permutation is not None:
         x = x[:, permutation]
@@ -75,12 +80,19 @@ def multiply(
     """
     if lowering == "reference":
         return reference.product(inputs[0], weight, bias).to(dtype)
+    if lowering == "native":
+        return operator.multiply(list(inputs), Operand.of_weight(weight).present, bias, weight.groups, dtype)
     if lowering == "int_mm":
         rows, scale = inputs
         padded = F.pad(rows, (0, 0, 0, max(0, _FEWEST_ROWS - len(rows))))
         y = torch._int_mm(padded, weight.wide.T)[: len(rows)] * scale * weight.row_scales
         return (y if bias is None else y + bias).to(dtype)
-    return _scaled_mm(*inputs, weight.wide, weight.row_scales, bias, dtype)
+    rows, scale = inputs
+    wide, weight_scale = weight.wide, weight.row_scales
+    if weight.groups.block is not None:
+        scale = scale[:, None]
+        wide, weight_scale = operator.reencode(Operand.of_weight(weight).present, weight.groups)
+    return _scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
 
 
 def _row_scales(x: Tensor, q_max: float) -> Tensor:
