@@ -362,7 +362,7 @@ def _left(name: str, reason: str) -> LinearReceipt:
 
 @contextmanager
 def _steps(progress: bool | OnStep) -> Iterator[OnStep]:
-    """What moves a bar on a terminal, or what was given for that."""
+    """Yields the function that was given for progress, or one that moves a bar on a terminal."""
     if callable(progress):
         yield progress
         return
