@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from dma_diffusers.eval.bench.block_linears import linears_of_blocks
+
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_MULTIPLE = 16  # torch._scaled_mm takes sides of such lengths alone
 
 
 class Fp8Linear(nn.Module):
@@ -30,22 +31,11 @@ class Fp8Linear(nn.Module):
 
 
 def use_fp8_linears(model: nn.Module) -> int:
-    """Replace the linear layers of a model's repeated blocks that see every token; return how many they are.
-
-    Layers inside norms, which make shifts and scales of the timestep, have one row of input and stay as they are.
-    """
-    replaced = 0
-    for block in [module for module in model.modules() if type(module).__name__ in model._repeated_blocks]:
-        for name, module in list(block.named_modules()):
-            in_norm = any(part.startswith("norm") for part in name.split("."))
-            if (
-                isinstance(module, nn.Linear)
-                and not in_norm
-                and not any(n % _MULTIPLE for n in module.weight.shape)
-            ):
-                block.set_submodule(name, Fp8Linear(module))
-                replaced += 1
-    return replaced
+    """Replace the layers that `linears_of_blocks` names; return how many they are."""
+    linears = linears_of_blocks(model)
+    for name, linear in linears.items():
+        model.set_submodule(name, Fp8Linear(linear))
+    return len(linears)
 
 
 def _quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
