@@ -100,10 +100,10 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one model: `{"model", "size", "grid", "parameters", "backends", "stock", …, "entries"}`.
 
-    Every way has a model of its own. The first ones stay in memory as graphs while the next fit beside them; if all do,
-    their graphs are timed once more, in turns, and these times count: `interleaved` says so. An entry is one of
-    `_Bench.entries`, with what `breakdown.compared` adds. best_stock, best_ours: the fastest entries of each kind, and
-    best_over_stock the speed of the second in units of the first's.
+    Every way has a model of its own. The first ones stay in memory as graphs while the next fit beside them; in the end
+    these graphs are timed once more, in turns, and these times count. An entry is one of `_Bench.entries`, with what
+    `breakdown.compared` adds. best_stock, best_ours: the fastest entries of each kind, and best_over_stock the speed of
+    the second in units of the first's.
     """
     model = workload.build(device, settings.seed)
     inputs = workload.inputs(model, settings.seed)
@@ -123,13 +123,13 @@ def measure(
     for index, way in enumerate(chosen):
         on_step(name, index, len(chosen))
         entries += bench.entries(way)
-    interleaved = bench.in_turns(entries)
+    bench.in_turns(entries)
     on_step(name, len(chosen), len(chosen))
     entries = compared(entries, chosen)
     stock, ours = best(entries, STOCK), best(entries, OURS)
     return {
         "model": workload.kind, "size": workload.size, "grid": list(workload.grid), "parameters": parameters,
-        "attention": list(shape.size), "backends": backends, "stock": backend.peer.name, "interleaved": interleaved,
+        "attention": list(shape.size), "backends": backends, "stock": backend.peer.name,
         "entries": entries, "best_stock": stock, "best_ours": ours,
         "best_over_stock": stock and ours and stock["step_ms"] / ours["step_ms"],
     }  # fmt: skip
@@ -164,8 +164,8 @@ class _Bench:
         ours, it also says what memory a call of it takes.
         """
         _free()
-        if self._held and _room() < 1.2 * self._most_bytes:
-            self._held.clear()
+        while self._held and _room() < 1.2 * self._most_bytes:
+            self._held.popitem()  # the last one, so that stock stays
             _free()
         before = torch.cuda.memory_allocated()
         modes = self._settings.modes_of(way, self._workload)
@@ -204,26 +204,24 @@ class _Bench:
         error = relative_l2(out, self._reference)
         return values | {"relative_l2": error if math.isfinite(error) else None}
 
-    def in_turns(self, entries: Sequence[dict[str, Any]]) -> bool:
-        """Time all graphs once more, in turns, if all are still held; tell if they were."""
+    def in_turns(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Time the graphs that are still held once more, in turns; `interleaved` says so in an entry."""
         graphs = {
-            entry["name"]: entry for entry in entries if entry["mode"] == GRAPH and "absent" not in entry
+            entry["name"]: entry
+            for entry in entries
+            if entry["mode"] == GRAPH and entry["name"] in self._held and len(self._held) > 1
         }
-        steps, self._held = self._held, {}
-        if graphs.keys() != steps.keys() or len(graphs) < 2:
-            return False
         for entry in graphs.values():
-            entry["rounds_ms"] = []
+            entry |= {"interleaved": True, "rounds_ms": []}
         for _ in range(_TURNS):
             for name, entry in graphs.items():
+                step = self._held[name]
                 count, _ = step_time.counts(entry["step_ms"], self._settings.seconds / _TURNS)
-                step_time.wall_ms(
-                    steps[name], 1
-                )  # so that the clock is the one that this step leaves the GPU
-                entry["rounds_ms"].append(step_time.wall_ms(steps[name], count))
+                step_time.wall_ms(step, 1)  # so that the clock is the one that this step leaves the GPU
+                entry["rounds_ms"].append(step_time.wall_ms(step, count))
         for entry in graphs.values():
             entry["step_ms"] = median(entry["rounds_ms"])
-        return True
+        self._held.clear()
 
 
 def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """This module lists the ways to compute a step that `bench pipeline` compares: stock, torchao's, and ours."""
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,19 +10,21 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dma_diffusers import apply
+from dma_diffusers import apply, load_linears, quantize_linears
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.bench.block_linears import linears_of_blocks
-from dma_diffusers.eval.bench.fp8_linears import use_fp8_linears
 from dma_diffusers.eval.bench.models import Workload
 from dma_diffusers.eval.quality import configurations
 from dma_diffusers.families import family_of
 from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
 from dma_diffusers.kernels.tiling.policies import Dense
 from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.linears.exclusions import choose
+from dma_diffusers.linears.methods import is_file
 
 STOCK, PEER, OURS = "stock", "peer", "ours"
 PLAIN, TORCHAO = "stock", "stock, torchao fp8"
+CALIBRATED_FP8 = "fp8-calibrated"  # fp8 with a fixed scale for each input
+_NEAR_FROM = 10_000  # tokens, from which a neighbourhood that was published for more of them is measured
 # No step and no layer is dense; without these fields a model's family may ask for some.
 _UNGATED = {"dense_above_sigma": 1, "dense_layers": ()}
 _LINEARS = re.compile(r"(?:^|,)\s*linears=([^,]+)")
@@ -30,7 +33,10 @@ PutOn = Callable[[nn.Module, dict[str, Any]], None]
 
 
 class Asked(NamedTuple):
-    """A configuration asks for attention, None for stock's, under a name, and for linears, empty for bf16."""
+    """A configuration asks for attention, None for stock's, under a name, and for linears, empty for bf16.
+
+    linears: a method of `quantize_linears`, a file of `save_linears`, or `CALIBRATED_FP8`.
+    """
 
     name: str
     attention: DMAConfig | None
@@ -63,10 +69,8 @@ def parse(texts: Sequence[str]) -> list[Asked]:
         name = _LINEARS.sub("", text).lstrip(",").strip()
         if len(methods) > 1:
             raise ValueError(f"config {text!r}: give linears once")
-        if methods and methods[0] not in METHODS:
-            raise ValueError(
-                f"config {text!r}: unknown linears {methods[0]!r}, choose from {', '.join(METHODS)}"
-            )
+        if methods and methods[0] != CALIBRATED_FP8:
+            is_file(methods[0])  # raises for a word that is no method
         attention = configurations.parse(name) if name or not methods else None
         found.append(Asked(name, attention, *methods))
     return found
@@ -75,18 +79,20 @@ def parse(texts: Sequence[str]) -> list[Asked]:
 def default_configs(workload: Workload, model: nn.Module, architecture: str) -> list[Asked]:
     """Return attention that is LOW everywhere, and that of a neighbourhood if there is one, each with fp8 linears.
 
-    The neighbourhood is the workload's own, or the one that was published for the model's family. No step is dense.
-    Formats are those that the GPU multiplies.
+    The neighbourhood is the workload's own, or, for many tokens, the one that was published for the model's family. No
+    step is dense. Formats are those that the GPU multiplies.
     """
     preset = DMAConfig.preset("b200" if architecture in BLOCK_SCALED_ARCHITECTURES else "hopper")
     formats = {"high": preset.high, "low": preset.low} | _UNGATED
-    found = {f"LOW {preset.low}": DMAConfig(policy=str(Dense(Class.LOW)), **formats)}
+    low = DMAConfig(policy=str(Dense(Class.LOW)), **formats)
+    found = [Asked(f"LOW {preset.low}", low, method) for method in ("fp8", CALIBRATED_FP8)]
     if workload.neighborhood is not None:
-        found[f"neighbourhood, LOW {preset.low}"] = DMAConfig(policy=str(workload.neighborhood), **formats)
-    elif workload.grid and family_of(model).published:
+        near = DMAConfig(policy=str(workload.neighborhood), **formats)
+        found.append(Asked(f"neighbourhood, LOW {preset.low}", near, CALIBRATED_FP8))
+    elif math.prod(workload.grid) >= _NEAR_FROM and family_of(model).published:
         near = DMAConfig.published(model, workload.grid, **formats)
-        found[f"published neighbourhood, LOW {preset.low}"] = near
-    return [Asked(name, config, "fp8") for name, config in found.items()]
+        found.append(Asked(f"published neighbourhood, LOW {preset.low}", near, CALIBRATED_FP8))
+    return found
 
 
 def ways(configs: Sequence[Asked], only: Sequence[str] = ()) -> list[Way]:
@@ -118,18 +124,27 @@ def _ours(asked: Asked) -> Way:
 
 def _put_ours_on(asked: Asked, model: nn.Module, inputs: dict[str, Any]) -> None:
     if asked.linears:
-        METHODS[asked.linears](model, inputs)
+        _quantise(asked.linears, model, inputs)
     if asked.attention:
         apply(model, asked.attention)
 
 
-METHODS: dict[str, PutOn] = {"fp8": lambda model, inputs: use_fp8_linears(model)}
+def _quantise(linears: str, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Quantise linear layers; what needs calibration is calibrated on the step that is timed."""
+    if linears == CALIBRATED_FP8:
+        quantize_linears(model, "fp8", calibration=[inputs], keep_original=False, progress=False)
+    elif is_file(linears):
+        load_linears(model, linears)
+    else:
+        calibration = [inputs] if linears == "micromix" else None
+        quantize_linears(model, linears, calibration=calibration, keep_original=False, progress=False)
 
 
 def _put_torchao_on(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Quantise the layers that ours quantises."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    names = linears_of_blocks(model)
+    names = choose(model).layers
     quantize_(
         model,
         Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
