@@ -97,7 +97,8 @@ def test_a_way_is_measured_in_its_modes(gpu):
     modes = [("stock", mode) for mode in (EAGER, COMPILED, GRAPH)] + [(both, COMPILED), (both, GRAPH)]
     assert [(entry["name"], entry["mode"]) for entry in found] == modes
     assert all(entry["interleaved"] for entry in found if entry["mode"] == GRAPH)
-    assert 1e-3 < found[-1]["relative_l2"] == pytest.approx(found[-2]["relative_l2"]) < 0.2
+    assert 1e-3 < found[-1]["relative_l2"] < 0.2
+    assert found[-1]["relative_l2"] == pytest.approx(found[-2]["relative_l2"])
 
 
 def test_a_peer_runs_stock_attention_and_ours_runs_our_own(gpu, monkeypatch):
