@@ -8,6 +8,7 @@ import typer
 from dma_diffusers.cli.batch import batch
 from dma_diffusers.cli.bench import (
     bench_attention,
+    bench_linear,
     bench_neighborhood,
     bench_parallel,
     bench_pipeline,
@@ -42,6 +43,7 @@ app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)
 bench.command("neighborhood")(bench_neighborhood)
+bench.command("linear")(bench_linear)
 bench.command("pipeline")(bench_pipeline)
 bench.command("parallel")(bench_parallel)
 

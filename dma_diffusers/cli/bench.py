@@ -190,6 +190,52 @@ def bench_pipeline(
     print(pipeline.NOTE)
 
 
+def bench_linear(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model's: flux-dev, qwen-image, wan-14b, hunyuan; or rows x inputs x outputs, such as "
+            "4608x3072x9216. flux-dev if left out."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One of ours: fp8, 'fp8, fixed input scale', int8, mxfp8, mxfp4, nvfp4, micromix; all if left out."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    seconds: Seconds = 0.2,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Time linear layers in low precision beside bf16 and torchao's, with and without quantising their input."""
+    from dma_diffusers.eval.bench.timing import require_gpu
+
+    require_gpu()
+    require(("triton",), "pip install triton")
+    from dma_diffusers.eval.bench import linear, linear_shapes
+    from dma_diffusers.pipelines.files import check_writable
+
+    chosen = linear_shapes.parse(shape or ["flux-dev"])
+    if output:
+        check_writable(output)
+    command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    with quiet(), progress(not as_json) as on_step:
+        result = linear.bench_linear(
+            chosen, method or linear.METHODS, seed, seconds, output, command, on_step
+        )
+    if as_json:
+        print_json(result)
+        return
+    for label, measured in result["shapes"].items():
+        print(f"\n{label}, {result['settings']['gpu']['name']}")
+        print_table(
+            linear.HEADER, ([escape(text) for text in line] for line in linear.cells(measured["entries"]))
+        )
+    print(linear.NOTE)
+
+
 def bench_parallel(
     shape: Annotated[str, typer.Option(help="A model's, such as flux-1k, or BxHxNxD.")] = "hunyuan-720p",
     rounds: Annotated[int, typer.Option(min=1, max=20, help="In which each kind of call has its turn.")] = 3,
