@@ -17,6 +17,19 @@ CPU = torch.device("cpu")
 SHAPE = LinearShape("", 256, 512, 384)
 
 
+BY_ROW = ("torch._scaled_mm, rows", "fp8")
+
+
+def scales_rows() -> bool:
+    """Tell if torch._scaled_mm takes a scale for each row on the CPU; that of PyTorch 2.11 does not."""
+    x, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that isn't there, where functions run as they are and every call takes a millisecond."""
@@ -65,20 +78,23 @@ def test_every_entry_computes_the_layer(gpu):
     error = {name: entry["relative_l2"] for name, entry in found.items() if "absent" not in entry}
     assert 1e-4 < error["bf16"] < 0.005 < error["int8"] < 0.02
     for name in ("torch._scaled_mm, rows", "torch._scaled_mm, tensors", "fp8", FIXED):
-        assert 0.02 < error[name] < 0.06, name
+        if name in BY_ROW and not scales_rows():
+            assert "per-tensor scaling" in found[name]["absent"]
+        else:
+            assert 0.02 < error[name] < 0.06, name
     for name in ("torchao fp8", "torchao int8"):
         assert name not in error or error[name] < 0.06
     assert found["nvfp4"]["absent"].startswith("only the reference runs it here")
     assert {"absent", "name", "kind"} == found["nvfp4"].keys()
-    assert (found["fp8"]["bits"], found[FIXED]["bits"], found["bf16"]["bits"]) == (
+    assert (found["int8"]["bits"], found[FIXED]["bits"], found["bf16"]["bits"]) == (
         pytest.approx(8 + 32 / 512), pytest.approx(8, abs=1e-3), 16.0,
     )  # fmt: skip
-    assert found["fp8"]["quantising_share"] == 0 and "whole" not in found["torch._scaled_mm, rows"]
+    assert found["int8"]["quantising_share"] == 0 and "whole" not in found["torch._scaled_mm, rows"]
 
 
 def test_parts_of_ours_make_the_whole(gpu):
     copies = draw(SHAPE, 0, 2**17, CPU)
-    for method in ("fp8", FIXED, "int8"):
+    for method in (*["fp8"] * scales_rows(), FIXED, "int8"):
         (entry,) = (each for each in linear_entries.entries([method]) if each.name == method)
         prepared = entry.prepare(copies, "sm_90")
         for number in range(len(copies) + 1):
@@ -92,7 +108,7 @@ def test_block_formats_run_in_the_interpreter(monkeypatch):
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs Triton's interpreter")
     monkeypatch.setattr(linear_entries, "compiled", lambda function: function)
-    copies = draw(LinearShape("", 16, 384, 64), 0, 1, CPU)
+    copies = draw(LinearShape("", 16, 384, 128), 0, 1, CPU)
     exact = copies[0].x.double() @ copies[0].weight.double().T + copies[0].bias.double()
     for method, most, bits in (("mxfp4", 0.25, 4.25), ("micromix", 0.25, None)):
         (entry,) = (each for each in linear_entries.entries([method]) if each.name == method)
