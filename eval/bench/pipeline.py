@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ NOTE = (
     "which takes the host almost nothing. Parts are sums of the times of kernels, by PyTorch's profiler, in a step of "
     "their own; host is the rest of the step's time."
 )
-_PACKAGES = ("dma_diffusers", "torch", "diffusers", "torchao")
+_PACKAGES = ("dma_diffusers", "torch", "diffusers", *(["torchao"] if find_spec("torchao") else []))
 _TURNS = 3
 OnStep = Callable[[str, int, int], None]
 
