@@ -37,6 +37,6 @@ def prepare_linears(pipe_or_model: Any, linears: str | None) -> Callable[[], Non
         if is_file(linears):
             load_linears(pipe_or_model, linears)
         else:
-            quantize_linears(pipe_or_model, linears)
+            quantize_linears(pipe_or_model, linears, progress=False)
 
     return quantise
