@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_diffusers.kernels.formats import E4M3, INT8
+from dma_diffusers.kernels.formats import E4M3, INT8, Element
+from dma_diffusers.kernels.formats.scale import fp32_scale
 from dma_diffusers.kernels.linears import operator, reference
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.operands import Operand
@@ -59,11 +60,11 @@ def quantise_input(
     if permutation is not None:
         x = x[:, permutation]
     if groups.formats == ("int8",):
-        scale = _row_scales(x, INT8.max)
+        scale = _row_scales(x, INT8)
         return (x / scale).round().to(torch.int8), scale
     if input_scale is not None:
         return (x / input_scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn), input_scale
-    scale = _row_scales(x, E4M3.max)
+    scale = _row_scales(x, E4M3)
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -95,9 +96,9 @@ def multiply(
     return _scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
 
 
-def _row_scales(x: Tensor, q_max: float) -> Tensor:
-    """The scale of each row of x `[rows, K]`, float32 `[rows, 1]`."""
-    return (x.abs().amax(1, keepdim=True).float() / q_max).clamp(min=_SMALLEST_NORMAL)
+def _row_scales(x: Tensor, element: Element) -> Tensor:
+    """The scale of each row of x `[rows, K]`, float32 `[rows, 1]`; NaN for a row that isn't finite."""
+    return fp32_scale(x.abs().amax(1, keepdim=True).float(), element).clamp(min=_SMALLEST_NORMAL)
 
 
 def _scaled_mm(

@@ -7,10 +7,17 @@ from dma_diffusers.kernels.linears import reference
 from dma_diffusers.kernels.linears.linear import linear, multiply, quantise_input
 from dma_diffusers.kernels.linears.prologue import Prologue
 from dma_diffusers.kernels.linears.weight import quantise
-from tests.kernels.linears.cases import GROUPS, permutation_of, relative_l2, rows_of, weight_of
+from tests.kernels.linears.cases import GROUPS, permutation_of, relative_l2, rows_of, torch_device, weight_of
 
 LOWERING = {"fp8": "scaled_mm", "int8": "int_mm"}
 IN_BF16 = 4e-3  # torch._scaled_mm gives bf16
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Tensors are made here, unless they come from a generator."""
+    with torch_device() as device:
+        yield device
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -108,7 +108,9 @@ def test_the_prologue_comes_first(name, permuted, kind, kernel_device):
     expected = quantised_input(prologue(x), groups, permutation).flatten(0, 1)
     found = numbers(encoded(x, groups, permutation, prologue), groups)
     assert relative_l2(found, expected) < 0.01
-    assert (found != expected).float().mean() < 0.01
+    # The scale of an nvfp4 row is a float32 number itself.
+    moved = (found - expected).abs() > 1e-5 * expected.abs()
+    assert moved.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", MX)
