@@ -1,10 +1,10 @@
 """Stock attention runs in the fastest full-precision kernel that is there, eager as well as inside compiled graphs."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -144,6 +144,14 @@ def _standing_in(peer: str) -> Iterator[None]:
         module for name, module in list(sys.modules.items())
         if name.startswith("diffusers.models.") and hasattr(module, _DISPATCHER)
     ]  # fmt: skip
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(patch.object(module, _DISPATCHER, _dispatcher(peer)))
+        yield
+
+
+@cache  # graphs that were compiled with it go on with the very same function
+def _dispatcher(peer: str) -> Callable[..., torch.Tensor]:
     stock = attention_dispatch.dispatch_attention_fn
 
     def dispatch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *args, **kwargs):
@@ -153,7 +161,4 @@ def _standing_in(peer: str) -> Iterator[None]:
             return _attention(query, key, value, peer)
         return stock(query, key, value, attn_mask, dropout_p, is_causal, *args, **kwargs)
 
-    with ExitStack() as patches:
-        for module in modules:
-            patches.enter_context(patch.object(module, _DISPATCHER, dispatch))
-        yield
+    return dispatch

@@ -164,17 +164,17 @@ class _Bench:
         and `relative_l2`, how far its result is from the first entry's, None where it isn't finite. If attention is
         ours, it also says what memory a call of it takes.
         """
-        _free()
+        _clear()
         while self._held and _room() < 1.2 * self._most_bytes:
             self._held.popitem()  # the last one, so that stock stays
-            _free()
+            _clear()
         before = torch.cuda.memory_allocated()
         modes = self._settings.modes_of(way, self._workload)
         found = []
         try:
             model = self._workload.build(self._device, self._settings.seed)
             way.put_on(model, self._inputs)
-            _free()
+            _clear()
             weights = torch.cuda.memory_allocated() - before
             memory = _call_memory(model, self._inputs) if way.attends else {}
         except Exception as error:  # a peer may fail in whatever way it likes
@@ -202,8 +202,13 @@ class _Bench:
             self._held[way.name] = step
         if self._reference is None:
             self._reference = out.clone()
-        error = relative_l2(out, self._reference)
-        return values | {"relative_l2": error if math.isfinite(error) else None}
+        return values | {"relative_l2": self._error(out)}
+
+    def _error(self, out: torch.Tensor) -> float | None:
+        """Return the relative L2 of a step's result to the first entry's; None where it isn't finite."""
+        out, exact = out.double(), self._reference.double()
+        error = ((out - exact).norm() / exact.norm()).item()
+        return error if math.isfinite(error) else None
 
     def in_turns(self, entries: Sequence[dict[str, Any]]) -> None:
         """Time the graphs that are still held once more, in turns; `interleaved` says so in an entry."""
@@ -220,15 +225,10 @@ class _Bench:
                 count, _ = step_time.counts(entry["step_ms"], self._settings.seconds / _TURNS)
                 step_time.wall_ms(step, 1)  # so that the clock is the one that this step leaves the GPU
                 entry["rounds_ms"].append(step_time.wall_ms(step, count))
-        for entry in graphs.values():
+        for name, entry in graphs.items():
             entry["step_ms"] = median(entry["rounds_ms"])
+            entry["relative_l2"] = self._error(self._held[name]())  # it still computes the same
         self._held.clear()
-
-
-def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return ‖out − exact‖ / ‖exact‖."""
-    out, exact = out.double(), exact.double()
-    return ((out - exact).norm() / exact.norm()).item()
 
 
 def _entry(way: Way, mode: str) -> dict[str, Any]:
@@ -252,6 +252,8 @@ def _room() -> int:
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _free() -> None:
+def _clear() -> None:
+    """Free what models that are gone left: their compiled code, and their memory."""
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()

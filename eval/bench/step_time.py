@@ -37,12 +37,11 @@ def prepare(model: torch.nn.Module, inputs: dict[str, Any], mode: str) -> Step:
         return forward(model, inputs)
 
     if mode != EAGER and not is_compiled(model):
-        torch.compiler.reset()
         model.compile_repeated_blocks(fullgraph=True)
     with shortened(model):
         for _ in range(2):
             step()
-    return captured(step) if mode == GRAPH else step
+    return Captured(step) if mode == GRAPH else step
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -50,20 +49,23 @@ def is_compiled(model: torch.nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
-def captured(step: Step) -> Step:
-    """Return the step as one CUDA graph, which writes the same result anew each time."""
-    # A capture that fails would leave its own stream current.
-    with torch.cuda.stream(torch.cuda.current_stream()):
-        graph = torch.cuda.CUDAGraph()
-        step()
-        with torch.cuda.graph(graph):
-            out = step()
+class Captured:
+    """A step as one CUDA graph, which writes the same result anew each time.
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out
+    It holds the step as it was, and with it the model, whose memory the graph reads.
+    """
 
-    return replay
+    def __init__(self, step: Step):
+        self._step, self._graph = step, torch.cuda.CUDAGraph()
+        # A capture that fails would leave its own stream current.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            step()
+            with torch.cuda.graph(self._graph):
+                self._out = step()
+
+    def __call__(self) -> torch.Tensor:
+        self._graph.replay()
+        return self._out
 
 
 def timed(step: Step, seconds: float) -> tuple[dict[str, Any], torch.Tensor]:

@@ -188,7 +188,7 @@ def test_a_peer_stands_in_for_stock_attention(monkeypatch, name, compiled):
         return 2 * plain(None, *qkv)
 
     calls = []
-    peer = Peer("doubles", FULL, "H", "H", ("torch",), "torch", doubled)
+    peer = Peer(f"doubles {name}, compiled {compiled}", FULL, "H", "H", ("torch",), "torch", doubled)
     monkeypatch.setattr(backends, "PEERS", (peer,))
     model = TINY[name].build(CPU, 0)
     inputs = TINY[name].inputs(model, 0)

@@ -1,6 +1,8 @@
 """`bench pipeline`: steps of tiny models timed where there is no GPU, ways and modes, and the command."""
 
+import gc
 import json
+import weakref
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from types import SimpleNamespace
@@ -61,7 +63,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(pipeline, "fastest_backend", lambda *_: ({"SDPA": {"ms": 1.0}}, backend))
     monkeypatch.setattr(backends, "PEERS", (backend.peer,))
     monkeypatch.setattr(step_time, "profile", partial(Profile, []))
-    monkeypatch.setattr(step_time, "captured", lambda step: step)
+    monkeypatch.setattr(step_time, "Captured", lambda step: step)
     for kind in (FluxTransformer2DModel, WanTransformer3DModel):
         monkeypatch.setattr(
             kind, "compile_repeated_blocks", partialmethod(kind.compile_repeated_blocks, backend="eager")
@@ -152,11 +154,32 @@ def test_graphs_that_fit_beside_each_other_are_interleaved(gpu, monkeypatch):
     assert found == {"stock": True, "LOW int8": True, "linears=fp8": False, "LOW int8,linears=fp8": True}
 
 
+def test_a_graph_holds_the_model_whose_memory_it_reads(monkeypatch):
+    """Without its model, a graph would read memory that others have by then."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            Graph.replays += 1
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    model = nn.Linear(2, 2)
+    alive = weakref.ref(model)
+    step = step_time.Captured(partial(model, torch.ones(2)))
+    del model
+    gc.collect()
+    assert alive() is not None and torch.equal(step(), alive()(torch.ones(2))) and Graph.replays == 1
+
+
 def test_what_fails_is_absent_with_the_reason(gpu, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(step_time, "captured", fails)
+    monkeypatch.setattr(step_time, "Captured", fails)
     monkeypatch.setattr(ways, "quantize_linears", fails)
     entries = measure(only=("stock", "linears=fp8"), modes=(COMPILED, GRAPH))["entries"]
     assert [entry.get("absent") for entry in entries] == [None, *["no such kernel"] * 3]
