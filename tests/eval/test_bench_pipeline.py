@@ -285,6 +285,11 @@ def test_the_step_that_amdahl_promises():
     """Attention saves 5 of stock's 130 ms, linears and what stands between them 30."""
     *_, both = compared(ENTRIES, WAYS)
     assert (both["amdahl_ms"], both["of_amdahl"]) == (95.0, 0.95)
+    fused = [each | {"parts_ms": each["parts_ms"] | {"norms and pointwise": 12.0}} for each in ENTRIES[3:4]]
+    *_, both = compared(
+        [*ENTRIES[:3], *fused, *ENTRIES[4:]], WAYS
+    )  # attention's quantiser does the norms as well
+    assert both["amdahl_ms"] == 91.0
     without = compared([each for each in ENTRIES if each["name"] != "A"], WAYS)
     assert without[-1]["amdahl_ms"] is None is without[-1]["of_amdahl"]
 
