@@ -49,7 +49,9 @@ def quantise_input(
     input_scale: float32 `[]`, the scale of all of x in fp8, for weights with one scale; what lies beyond it saturates.
         None for a scale for each row, measured now.
     prologue: what happens to x first.
+    Raises ValueError, in one line, for an x or a prologue of other sizes, or an x that wants a gradient.
     """
+    _check(x, groups, prologue)
     if lowering == "reference":
         return (reference.quantised_input(prologue(x), groups, permutation, input_scale).flatten(0, -2),)
     if groups.block is not None:
@@ -94,6 +96,23 @@ def multiply(
         scale = scale[:, None]
         wide, weight_scale = operator.reencode(Operand.of_weight(weight).present, weight.groups)
     return _scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
+
+
+def _check(x: Tensor, groups: Groups, prologue: Prologue) -> None:
+    if x.ndim < 2 or x.shape[-1] != groups.in_features:
+        raise ValueError(f"x must be [..., {groups.in_features}], as wide as its groups, got {list(x.shape)}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "low-bit linear layers have no backward: call them under torch.no_grad(), or detach x"
+        )
+    if (prologue.scale is None) != (prologue.shift is None):
+        raise ValueError("a prologue has both a scale and a shift, or neither")
+    for table in (prologue.scale, prologue.shift):
+        if table is not None and (table.shape[0] not in (1, x.shape[0]) or table.shape[1:] != x.shape[-1:]):
+            batches = f"{x.shape[0]} or 1"
+            raise ValueError(
+                f"scale and shift must be [{batches}, {x.shape[-1]}] for x {list(x.shape)}, got {list(table.shape)}"
+            )
 
 
 def _row_scales(x: Tensor, element: Element) -> Tensor:
