@@ -322,6 +322,27 @@ def test_configurations_name_attention_and_linears():
     ]
 
 
+@pytest.mark.parametrize(("name", "near"), [
+    ("flux-dev-1k", []), ("flux-dev-4k", ["published neighbourhood, LOW int8"]), ("qwen-image-1k", []),
+    ("wan-14b-720p", ["neighbourhood, LOW int8"]),
+])  # fmt: skip
+def test_a_neighbourhood_is_measured_where_there_are_tokens_enough(name, near):
+    model = MODELS[name].build(torch.device("meta"), 0)
+    found = ways.default_configs(MODELS[name], model, "sm_90")
+    assert [(asked.name, asked.linears) for asked in found] == [
+        ("LOW int8", "fp8"), ("LOW int8", "fp8-calibrated"), *((each, "fp8") for each in near),
+    ]  # fmt: skip
+    assert ways.default_configs(MODELS[name], model, "sm_100")[0].name == "LOW mxfp4"
+    assert all(asked.attention.dense_above_sigma == 1 for asked in found)
+
+
+def test_what_needs_calibration_is_calibrated_on_the_step(gpu):
+    asked = parse(["linears=micromix", "linears=int8"])
+    entries = measure(configs=asked, only=("stock", "linears=*"), modes=(EAGER,))["entries"]
+    assert [entry["name"] for entry in entries] == ["stock", "linears=micromix", "linears=int8"]
+    assert all(0 < entry["relative_l2"] < 0.2 for entry in entries[1:])
+
+
 @pytest.fixture
 def stored(monkeypatch, gpu):
     found = {"stock": "SDPA", "entries": compared(ENTRIES, WAYS), "best_over_stock": 1.3}
