@@ -17,7 +17,7 @@ _PATTERNS = (
     (LINEARS, r"^triton_tem_"),
     (QUANTISING, r"^triton_.*(scaled_mm|int_mm|_amax_|float8)"),
     (POINTWISE, r"^triton_"),
-    (ATTENTION_QUANTISER, r"^(encode|statistics|pool|score|write_block_lists|count_steps|rotated)$"),
+    (ATTENTION_QUANTISER, r"^(quantise|encode|statistics|pool|score|write_block_lists|count_steps|rotated)$"),
     (ATTENTION, r"^attend|flash|fmha|sdpa|sage|qk_int_sv"),
     (QUANTISING, r"quanti[sz]e|float8_copy|reencode"),
     (LINEARS, r"nvjet|gemm|cutlass|cublas|xmma|splitK|multiply|linear|scaled_mm"),
@@ -47,9 +47,9 @@ def compared(entries: Sequence[dict[str, Any]], ways: Sequence[Way]) -> list[dic
     over_stock: the speed in units of stock's. host_ms: the time in which no kernel runs. quantising_share: the part of
     the linears' time, quantising included, that quantising takes: how much longer the kernels between the matrix
     products take than stock's, since most of them do norms and activations as well. amdahl_ms: what a step with both
-    should take by the kernels of the two with one alone, which is stock's time less what attention saves and less what
-    linears and the kernels between them save; of_amdahl: that over the time it takes. Each is None where what it needs
-    was not measured.
+    should take by the kernels of the two with one alone: stock's time less what attention saves and less what linears
+    save, each with the norms and activations around it; of_amdahl: that over the time it takes. Each is None where what
+    it needs was not measured.
     """
     found = {(entry["name"], entry["mode"]): entry for entry in entries if "absent" not in entry}
     named = {way.name: way for way in ways}
@@ -93,7 +93,8 @@ def _amdahl_ms(
 ) -> float | None:
     if not all(entry and entry["busy_ms"] for entry in (stock, attention, linears)):
         return None
-    of_attention, of_linears = (ATTENTION, ATTENTION_QUANTISER), (LINEARS, QUANTISING, POINTWISE)
+    # Norms and activations may move into either's kernels.
+    of_attention, of_linears = (ATTENTION, ATTENTION_QUANTISER, POINTWISE), (LINEARS, QUANTISING, POINTWISE)
     saved = _sum(stock, *of_attention) - _sum(attention, *of_attention)
     saved += _sum(stock, *of_linears) - _sum(linears, *of_linears)
     return stock["step_ms"] - saved

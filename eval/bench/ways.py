@@ -77,7 +77,7 @@ def parse(texts: Sequence[str]) -> list[Asked]:
 
 
 def default_configs(workload: Workload, model: nn.Module, architecture: str) -> list[Asked]:
-    """Return attention that is LOW everywhere, and that of a neighbourhood if there is one, each with fp8 linears.
+    """Return attention that is LOW everywhere, and that of a neighbourhood if there is one, with fp8 linears.
 
     The neighbourhood is the workload's own, or, for many tokens, the one that was published for the model's family. No
     step is dense. Formats are those that the GPU multiplies.
@@ -88,10 +88,10 @@ def default_configs(workload: Workload, model: nn.Module, architecture: str) -> 
     found = [Asked(f"LOW {preset.low}", low, method) for method in ("fp8", CALIBRATED_FP8)]
     if workload.neighborhood is not None:
         near = DMAConfig(policy=str(workload.neighborhood), **formats)
-        found.append(Asked(f"neighbourhood, LOW {preset.low}", near, CALIBRATED_FP8))
+        found.append(Asked(f"neighbourhood, LOW {preset.low}", near, "fp8"))
     elif math.prod(workload.grid) >= _NEAR_FROM and family_of(model).published:
         near = DMAConfig.published(model, workload.grid, **formats)
-        found.append(Asked(f"published neighbourhood, LOW {preset.low}", near, CALIBRATED_FP8))
+        found.append(Asked(f"published neighbourhood, LOW {preset.low}", near, "fp8"))
     return found
 
 

@@ -285,6 +285,11 @@ def test_the_step_that_amdahl_promises():
     """Attention saves 5 of stock's 130 ms, linears and what stands between them 30."""
     *_, both = compared(ENTRIES, WAYS)
     assert (both["amdahl_ms"], both["of_amdahl"]) == (95.0, 0.95)
+    fused = [each | {"parts_ms": each["parts_ms"] | {"norms and pointwise": 12.0}} for each in ENTRIES[3:4]]
+    *_, both = compared(
+        [*ENTRIES[:3], *fused, *ENTRIES[4:]], WAYS
+    )  # attention's quantiser does the norms as well
+    assert both["amdahl_ms"] == 91.0
     without = compared([each for each in ENTRIES if each["name"] != "A"], WAYS)
     assert without[-1]["amdahl_ms"] is None is without[-1]["of_amdahl"]
 
@@ -315,6 +320,27 @@ def test_configurations_name_attention_and_linears():
         "linears=fp8",
         texts[0],
     ]
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("flux-dev-1k", []), ("flux-dev-4k", ["published neighbourhood, LOW int8"]), ("qwen-image-1k", []),
+    ("wan-14b-720p", ["neighbourhood, LOW int8"]),
+])  # fmt: skip
+def test_a_neighbourhood_is_measured_where_there_are_tokens_enough(name, near):
+    model = MODELS[name].build(torch.device("meta"), 0)
+    found = ways.default_configs(MODELS[name], model, "sm_90")
+    assert [(asked.name, asked.linears) for asked in found] == [
+        ("LOW int8", "fp8"), ("LOW int8", "fp8-calibrated"), *((each, "fp8") for each in near),
+    ]  # fmt: skip
+    assert ways.default_configs(MODELS[name], model, "sm_100")[0].name == "LOW mxfp4"
+    assert all(asked.attention.dense_above_sigma == 1 for asked in found)
+
+
+def test_what_needs_calibration_is_calibrated_on_the_step(gpu):
+    asked = parse(["linears=micromix", "linears=int8"])
+    entries = measure(configs=asked, only=("stock", "linears=*"), modes=(EAGER,))["entries"]
+    assert [entry["name"] for entry in entries] == ["stock", "linears=micromix", "linears=int8"]
+    assert all(0 < entry["relative_l2"] < 0.2 for entry in entries[1:])
 
 
 @pytest.fixture
