@@ -1,4 +1,4 @@
-"""Spend attention's precision where a diffusion transformer needs it."""
+"""Spend precision where a diffusion transformer needs it: in attention, and in linear layers."""
 
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +13,12 @@ _EXPORTS = {
     "DMAAttnProcessor": "processor",
     "DMAConfig": "config",
     "apply": "attach",
+    "calibrate_linears": "linears.quantise",
+    "load_linears": "linears.files",
+    "quantize_linears": "linears.quantise",
     "report": "attach",
     "restore": "attach",
+    "save_linears": "linears.files",
     "warmup": "warming",
 }
 __all__ = list(_EXPORTS)

@@ -22,6 +22,9 @@ from dma_diffusers.dense import dense_parts
 from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
+from dma_diffusers.linears.apply import prepare_linears
+from dma_diffusers.linears.quantise import linear_receipts, restore_linears
+from dma_diffusers.linears.receipt import LinearReceipt
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
 from dma_diffusers.unmet import reason_in_graphs
@@ -52,7 +55,8 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     """Intercepts the attention of a transformer, or of every transformer and ControlNet of a pipeline.
 
     pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, nothing else changes.
-    config: a `DMAConfig` (None: the default), with `fields` of one changed.
+    config: a `DMAConfig` (None: the default), with `fields` of one changed. Its `linears` quantise the linear layers
+        of transformers, too; without them, linear layers stay as they are.
     Applying again replaces what was applied. Attention operations that DMA does not take run on PyTorch's own
     attention; an attention backend that was chosen before runs only where whole calls of a module fall back. Components
     of a pipeline that are not called `transformer…`, such as ControlNets, stay as they are where the configuration
@@ -61,9 +65,13 @@ def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None
     Raises ValueError for a pipeline without a transformer, a model that can't have DMA, or of no known family without
     `text`, for `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a
     configuration for another model, a policy that needs a grid which is not known, or is spread over a ring of GPUs, or
-    a processor that is none. Nothing is changed then.
+    a processor that is none, or `linears` that can't be had (as `quantize_linears` and `load_linears` do). Nothing is
+    changed then.
     """
-    for attach in _prepare_all(pipe_or_model, DMAConfig.of(config, **fields)):
+    config = DMAConfig.of(config, **fields)
+    attaching, quantise = _prepare_all(pipe_or_model, config), prepare_linears(pipe_or_model, config.linears)
+    quantise()
+    for attach in attaching:
         attach()
 
 
@@ -72,23 +80,35 @@ def check(pipe_or_model: Any, configurations: Mapping[str, DMAConfig]) -> None:
     for name, config in configurations.items():
         try:
             _prepare_all(pipe_or_model, config)
+            prepare_linears(pipe_or_model, config.linears)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
 
 def restore(pipe_or_model: Any) -> None:
-    """Puts the very same stock processors back; it does nothing where nothing is applied."""
+    """Puts the very same stock processors and linear layers back; it does nothing where nothing is applied.
+
+    Raises ValueError where linear layers were not kept.
+    """
+    restore_linears(pipe_or_model)
+    restore_attention(pipe_or_model)
+
+
+def restore_attention(pipe_or_model: Any) -> None:
+    """Puts the very same stock processors back, and leaves linear layers as they are."""
     for _, model in transformers_of(pipe_or_model):
         _detach(model)
 
 
 def report(pipe_or_model: Any) -> Receipt:
-    """The receipt: what each attention module runs, and why; it has no modules where nothing is applied."""
+    """The receipt: what each attention module and linear layer runs, and why; it is empty where nothing is applied."""
     receipts: list[ModuleReceipt] = []
+    linears: list[LinearReceipt] = []
     for prefix, model in transformers_of(pipe_or_model):
         if _attachment(model) or interceptions(model):
             receipts.extend(_with_unseen(list(_receipts(prefix, model, _attachment(model)))))
-    return Receipt(tuple(receipts))
+        linears.extend(linear_receipts(prefix, model))
+    return Receipt(tuple(receipts), tuple(linears))
 
 
 def interceptions(model: torch.nn.Module) -> dict[str, Interception]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ import torch
 from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
-from dma_diffusers.kernels.defaults import default_formats
+from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import DIMENSIONS
-from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.linears.methods import is_file
 
 _B200, _HOPPER = (
     dict(zip(("high", "low"), default_formats(architecture), strict=True))
@@ -34,7 +36,7 @@ MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense")  # one atte
 
 @dataclass(frozen=True, kw_only=True)
 class DMAConfig:
-    """The way attention runs. Raises ValueError for a value that is not allowed.
+    """The way attention runs, and linear layers if asked. Raises ValueError for a value that is not allowed.
 
     high, low: the precisions of HIGH and LOW tiles: a format of Q·K, such as "int8", or the formats of Q·K and P·V,
         such as "int8/bf16". Without the second, P·V is in bf16 in HIGH tiles and in fp8 in LOW ones. Kept as the
@@ -69,6 +71,9 @@ class DMAConfig:
         high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
         dense=True for every tile HIGH. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled
         anew for other formats, but not for other policies, nor for every tile HIGH.
+    linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8", "mxfp4",
+        "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of `save_linears`. None
+        leaves linear layers as they are.
     model: the class of the only models that this is for; `modules` then names each of their modules.
     """
 
@@ -86,6 +91,7 @@ class DMAConfig:
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
     modules: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] | Mapping[str, Mapping[str, Any]] = ()
+    linears: str | None = None
     model: str | None = None
 
     def __post_init__(self):
@@ -120,6 +126,8 @@ class DMAConfig:
             raise ValueError(f"text must be one of {', '.join(TEXT_PLACES)}, or None, got {self.text!r}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _sides(self.grid))
+        if self.linears is not None:
+            self._check_linears()
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
         object.__setattr__(self, "modules", _frozen(self.modules))
@@ -150,17 +158,20 @@ class DMAConfig:
 
         "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": the
         formats that this process's GPU multiplies fastest (`kernels.defaults`), where they are faster than stock
-        attention, which runs elsewhere. "exact": stock attention everywhere; it takes no changes.
+        attention, which runs elsewhere; on Hopper every tile is LOW, unless a window, a sink or a policy is given.
+        "exact": stock attention everywhere; it takes no changes but `linears`.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-        if name == "exact" and changes:
-            raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(changes)}")
+        if name == "exact" and (refused := [change for change in changes if change != "linears"]):
+            raise ValueError(f"preset 'exact' quantises nothing, so it takes no {', '.join(refused)}")
         formats: dict[str, Any] = {}
         if name == "auto":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            own = default_formats(lowerings.architecture(device))
-            formats = dict(zip(("high", "low"), own, strict=True))
+            architecture = lowerings.architecture(device)
+            formats = dict(zip(("high", "low"), default_formats(architecture), strict=True))
+            if not changes.keys() & {"policy", *_DIAGONAL}:
+                formats["policy"] = DEFAULT_POLICIES.get(architecture)
         return cls.of(None, **PRESETS[name] | formats | changes)
 
     @classmethod
@@ -262,7 +273,7 @@ class DMAConfig:
         """The fewest keys of a call that does not fall back to stock attention for its length."""
         if self.lowering != "fastest":
             return self.min_length
-        return max(self.min_length, gains_from(device, head_dim))
+        return max(self.min_length, gains_from(device, head_dim, self.asked == Dense(Class.LOW)))
 
     @property
     def operator_lowering(self) -> str:
@@ -293,6 +304,12 @@ class DMAConfig:
         return tuple(
             (key, getattr(own, key) if key in ("high", "low") else value) for key, value in changes.items()
         )
+
+    def _check_linears(self) -> None:
+        if not isinstance(self.linears, str | PathLike):
+            raise ValueError(f"linears must be a method, a file, or None, got {self.linears!r}")
+        object.__setattr__(self, "linears", fspath(self.linears))
+        is_file(fspath(self.linears))
 
     def _check_policy(self) -> None:
         if not isinstance(self.policy, str | Policy):

@@ -1,10 +1,12 @@
-"""Receipts: what was chosen for each attention module, and why."""
+"""Receipts: what was chosen for each attention module and each linear layer, and why."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import Any
+
+from dma_diffusers.linears.receipt import LinearReceipt, lines
 
 _FORMER_NAMES = {"diverted": "intercepted", "left": "fallbacks"}
 
@@ -49,13 +51,20 @@ class ModuleReceipt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The receipts of a model's or a pipeline's attention modules, in module order."""
+    """The receipts of a model's or a pipeline's attention modules, in module order, and of its linear layers.
+
+    linears: those that are quantised, and those that were left alone beside them; empty where none is quantised.
+    """
 
     modules: tuple[ModuleReceipt, ...]
+    linears: tuple[LinearReceipt, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for JSON."""
-        return {"modules": [asdict(module) for module in self.modules]}
+        return {
+            "modules": [asdict(module) for module in self.modules],
+            "linears": [asdict(layer) for layer in self.linears],
+        }
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Receipt":
@@ -65,26 +74,34 @@ class Receipt:
             {_FORMER_NAMES.get(name, name): value for name, value in module.items()}
             for module in stored["modules"]
         )
+        layers: Iterator[dict[str, Any]] = (
+            {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
+            for layer in stored.get("linears", ())
+        )
         return cls(
-            tuple(ModuleReceipt(**{n: v for n, v in module.items() if n in known}) for module in modules)
+            tuple(ModuleReceipt(**{n: v for n, v in module.items() if n in known}) for module in modules),
+            tuple(LinearReceipt(**layer) for layer in layers),
         )
 
     def __str__(self) -> str:
+        return "\n".join([*self._of_attention(), *lines(self.linears)])
+
+    def _of_attention(self) -> list[str]:
         if not self.modules:
-            return "stock attention: nothing is applied"
-        lines = []
+            return ["stock attention: nothing is applied"]
+        found = []
         for choice, group in groupby(sorted(self.modules, key=str), key=str):
             members = list(group)
-            lines.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
+            found.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
             fallbacks = sum((Counter(member.fallbacks) for member in members), Counter())
-            lines.append(f"  {sum(member.intercepted for member in members)} calls intercepted")
+            found.append(f"  {sum(member.intercepted for member in members)} calls intercepted")
             if calls := sum(member.in_dense_steps for member in members):
-                lines[-1] += f", {calls} of them with every tile HIGH for their noise level"
-            lines.extend(f"  {calls} calls fell back to stock: {why}" for why, calls in fallbacks.items())
-            lines.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
+                found[-1] += f", {calls} of them with every tile HIGH for their noise level"
+            found.extend(f"  {calls} calls fell back to stock: {why}" for why, calls in fallbacks.items())
+            found.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
             if inexact := sum(member.inexact_rows for member in members):
-                lines.append(
+                found.append(
                     f"  {inexact} rows of q and k lost small numbers that {members[0].high}|{members[0].low} "
                     "would keep: the scales of their blocks are too far apart for FP8"
                 )
-        return "\n".join(lines)
+        return found

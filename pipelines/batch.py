@@ -15,13 +15,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 
-from dma_diffusers.attach import apply, report
+from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import encode_clip
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.jobs import Failure, Job
+from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import load_pipeline
 from dma_diffusers.pipelines.picture import encode
 from dma_diffusers.pipelines.results import Results
@@ -98,10 +99,11 @@ def _request(task: Task) -> dict[str, Any]:
 
 
 def _describe(config: DMAConfig) -> str:
+    linears = f", linears {config.linears}" if config.linears else ""
     if config.lowering == "stock":
-        return "stock attention"
+        return f"stock attention{linears}"
     own = f", {len(config.modules)} modules of their own" if config.modules else ""
-    return f"{config.high}|{config.low} {config.words}{own}"
+    return f"{config.high}|{config.low} {config.words}{own}{linears}"
 
 
 def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:
@@ -121,10 +123,13 @@ def _draw_with_model(
     except Exception as error:
         yield from ((task, {"error": first_line(error)}) for task in tasks)
         return
-    for config, group in groupby(tasks, attrgetter("job.config")):
+    for config, members in groupby(tasks, attrgetter("job.config")):
+        group = list(members)
         try:
+            restore(pipe)  # linear layers of the jobs before would stay
+            calibrate_where_needed(pipe, config, group[0].call, on_step)
             apply(pipe, config)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield from ((task, {"error": first_line(error)}) for task in group)
             continue
         for task in group:

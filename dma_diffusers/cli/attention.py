@@ -1,4 +1,4 @@
-"""The options that choose how attention runs, and the configuration that they choose."""
+"""The options that choose how attention and linear layers run, and the configuration that they choose."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +14,13 @@ Words = Annotated[
         help="Format of these tiles' Q·K, such as mxfp8, or of Q·K and P·V, as in int8/bf16; replaces the preset's."
     ),
 ]
+Linears = Annotated[
+    str | None,
+    typer.Option(
+        help="Low-bit linear layers: fp8, int8, mxfp8, mxfp4 or nvfp4; micromix, which calibrates on eight "
+        "built-in prompts first; or a file of save_linears. Full precision if left out."
+    ),
+]
 Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
 
 
@@ -25,7 +32,11 @@ class Attention:
     file: Path | None
 
     def label(self, receipt: Any) -> str:
-        """A few words for the attention that drew, as the receipt has it."""
+        """A few words for the attention and the linear layers that drew, as the receipt has it."""
+        linears = f", linears {Path(self.config.linears).name}" if self.config.linears else ""
+        return self._of_attention(receipt) + linears
+
+    def _of_attention(self, receipt: Any) -> str:
         if not any(module.intercepted for module in receipt.modules):
             return "stock attention"
         if self.file:
@@ -63,6 +74,7 @@ class AttentionOptions:
     quality_first: Annotated[
         bool, typer.Option("--quality-first", help="More of the noisy steps and outer layers all HIGH.")
     ] = False
+    linears: Linears = None
 
     @property
     def given(self) -> dict[str, Any]:

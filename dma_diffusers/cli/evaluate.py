@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from dma_diffusers.cli.attention import Linears
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     given,
@@ -92,6 +93,7 @@ def evaluate(
         typer.Option(help="A preset or fields, such as preset=b200,window=384; six of DMA's if left out."),
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="YAML: names and what --config takes.")] = None,
+    linears: Linears = None,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
     ] = None,
@@ -109,6 +111,8 @@ def evaluate(
 
     if config and configs:
         raise ValueError("give configurations by --config or by --configs, not by both")
+    if linears and recording.attention:
+        raise ValueError("--attention measures attention alone: leave --linears out")
     if recording.given and not recording.attention:
         raise ValueError("--modules, --recorded and --limit are for --attention: give that too")
     with quiet():
@@ -121,6 +125,8 @@ def evaluate(
         configurations = known.DEFAULT
         if config or configs:
             configurations = known.read(configs) if configs else known.named(config)
+        if linears:
+            configurations = known.with_linears(configurations, linears)
         path = named_model(model)
         check_model(path)
         chosen, repeated = read_prompts(samples.prompts or built_in(path), samples.count)

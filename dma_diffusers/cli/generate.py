@@ -49,6 +49,7 @@ def generate(
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
         from dma_diffusers.pipelines.generate import Drawing, draw
+        from dma_diffusers.pipelines.linears import calibrate_where_needed
         from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
 
         flags = {"num_inference_steps": steps, "height": size, "width": size}
@@ -62,6 +63,7 @@ def generate(
             def drawn(title: str) -> Drawing:
                 return draw(pipe, [prompt], [seed], call, partial(on_step, title))
 
+            calibrate_where_needed(pipe, chosen.config, call, on_step)
             apply(pipe, chosen.config)
             drawing = drawn("DMA")
             receipt = report(pipe)

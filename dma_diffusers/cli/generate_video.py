@@ -58,6 +58,7 @@ def generate_video(
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
         from dma_diffusers.pipelines.generate import Drawing, draw
+        from dma_diffusers.pipelines.linears import calibrate_where_needed
         from dma_diffusers.pipelines.load import check_model, load_pipeline, named_model, outline
         from dma_diffusers.pipelines.video import clip_call, read_image
 
@@ -67,7 +68,7 @@ def generate_video(
         call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
         check_clip(kind, call.size, call.fps)
         # A request that the model can't take is refused before its weights are loaded.
-        apply(outline(path), chosen.config)
+        apply(outline(path), chosen.config, linears=None)
         notes: list[str] = []
         pipe = load_pipeline(path, True, image is not None, [call.arguments], notes.append)
 
@@ -76,6 +77,7 @@ def generate_video(
             def drawn(title: str) -> Drawing:
                 return draw(pipe, [prompt], [seed], call.arguments, partial(on_step, title))
 
+            calibrate_where_needed(pipe, chosen.config, call.arguments, on_step)
             apply(pipe, chosen.config)
             drawing = drawn("DMA")
             receipt = report(pipe)

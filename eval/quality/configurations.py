@@ -99,6 +99,14 @@ def named(texts: Sequence[str]) -> dict[str, DMAConfig]:
     return {text: parse(text) for text in texts}
 
 
+def with_linears(configurations: dict[str, DMAConfig], linears: str) -> dict[str, DMAConfig]:
+    """Return the configurations with these linear layers, but for those that say which."""
+    return {
+        name: config if config.linears else DMAConfig.of(config, linears=linears)
+        for name, config in configurations.items()
+    }
+
+
 def read(path: Path) -> dict[str, DMAConfig]:
     """Read configurations by name from a YAML file that maps names to fields or to text as `parse` takes it.
 

@@ -32,6 +32,7 @@ from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 
 _STEPPED = 8  # at most so many samples have their steps measured one by one
@@ -71,6 +72,8 @@ def evaluate(
     compared = rows(request.configurations)
     chunks = batches(request.prompts, request.seeds, request.batch)
     pipe = load_pipeline(request.model, calls=[request.call])
+    for config in request.configurations.values():
+        calibrate_where_needed(pipe, config, request.call, on_step)
     check(pipe, request.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)

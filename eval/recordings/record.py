@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
-from dma_diffusers.attach import apply, interceptions, restore
+from dma_diffusers.attach import apply, interceptions, restore_attention
 from dma_diffusers.components import transformers_of
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
@@ -124,7 +124,7 @@ def _recorder_on(
     finally:
         for hook in hooks:
             hook.remove()
-        restore(pipe)
+        restore_attention(pipe)
 
 
 class _Recorder:

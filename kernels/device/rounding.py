@@ -15,13 +15,19 @@ FP16_MAX, BF16_MAX = (tl.constexpr(torch.finfo(dtype).max) for dtype in (torch.f
 
 @triton.jit
 def rounded(x, MANTISSA_BITS: tl.constexpr, SMALLEST_NORMAL: tl.constexpr):
-    """float32 x to nearest even at the given precision.
+    """float32 x to nearest even at the given precision."""
+    return rounded_beside(x, SMALLEST_NORMAL, 1.5 * 2.0 ** (23 - MANTISSA_BITS))
+
+
+@triton.jit
+def rounded_beside(x, smallest_normal, anchor):
+    """float32 x to nearest even; `anchor` is 1.5·2^(23 − mantissa bits), and may differ from element to element.
 
     Added to 1.5·2^23 steps, a number loses what lies below one step.
     """
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    anchor = tl.maximum(power, SMALLEST_NORMAL) * (1.5 * 2.0 ** (23 - MANTISSA_BITS))
-    return (x + anchor) - anchor
+    beside = tl.maximum(power, smallest_normal) * anchor
+    return (x + beside) - beside
 
 
 @triton.jit
@@ -163,5 +169,5 @@ def decoded_nvfp4(packed, scales, D: tl.constexpr):
     half = mantissa.to(tl.float32) * 0.5
     value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
     value = tl.where(codes >= 8, -value, value)
-    value = tl.reshape(value, (packed.shape[0], D // 16, 16)) * scales.to(tl.float32)[:, :, None]
+    value = tl.reshape(value, (packed.shape[0], D // 16, 16)) * loaded_e4m3(scales).to(tl.float32)[:, :, None]
     return bf16_operand(tl.reshape(value, (packed.shape[0], D)))

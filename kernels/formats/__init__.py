@@ -8,6 +8,7 @@ from .codec import Packed, fake_quantize, pack, unpack
 from .element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT6, INT8, Element, FloatElement, IntElement
 from .format import FORMATS, Format, get_format
 from .scale import Scale, ScaleRounding
+from .six_bits import join_six_bits, split_six_bits
 
 __all__ = [
     "E2M1",
@@ -28,6 +29,8 @@ __all__ = [
     "ScaleRounding",
     "fake_quantize",
     "get_format",
+    "join_six_bits",
     "pack",
+    "split_six_bits",
     "unpack",
 ]

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .element import Element
+from .element import E4M3, Element
 from .format import Format, get_format
 from .scale import (
+    FOUR_OVER_SIX_MAX,
     Scale,
     ScaleRounding,
     decode_scales,
@@ -43,7 +44,12 @@ class Packed:
 
 
 def fake_quantize(
-    x: Tensor, format: str | Format, rounding: str = "ceil", *, tensor_amax: Tensor | None = None
+    x: Tensor,
+    format: str | Format,
+    rounding: str = "ceil",
+    *,
+    tensor_amax: Tensor | None = None,
+    four_over_six: bool = False,
 ) -> Tensor:
     """`x` rounded to what `format` can store, along its last dimension (OCP MX v1.0, section 6.3).
 
@@ -56,28 +62,37 @@ def fake_quantize(
     rounding: a `ScaleRounding`; it matters to E8M0 scales only.
     tensor_amax: the finite amax from which the tensor scale is made, instead of x's own: `[..., 1]`, broadcastable
         against x. Formats without a tensor scale ignore it.
+    four_over_six: gives each block the better of two scales, by squared error: one that brings its amax to the
+        element's maximum, and one that is half as large again (arXiv 2512.02010, 2601.22813). It is for `nvfp4`.
     The result has the shape and dtype of x. Raises ValueError for an unknown format or rounding, an empty x or one of
     too few dimensions; raises TypeError for a dtype that is no float.
     """
-    format, rounding = _checked(x, format, rounding)
+    format, rounding = _checked(x, format, rounding, four_over_six)
     if format.element is None:
         return x
-    scaled, factor, _, _ = _scale_down(x, format, format.element, rounding, tensor_amax)
+    scaled, factor, _, _ = _scale_down(x, format, format.element, rounding, tensor_amax, four_over_six)
     return _join(format.element.round(scaled) * factor, x.shape, x.dtype)
 
 
 def pack(
-    x: Tensor, format: str | Format, rounding: str = "ceil", *, tensor_amax: Tensor | None = None
+    x: Tensor,
+    format: str | Format,
+    rounding: str = "ceil",
+    *,
+    tensor_amax: Tensor | None = None,
+    four_over_six: bool = False,
 ) -> Packed:
     """`x` as codes and scales; `unpack(pack(x, …), x.dtype)` equals `fake_quantize(x, …)` bit for bit.
 
     Arguments and errors are those of `fake_quantize`. A block with NaN or ±inf stores NaN as its scale (E8M0 255,
     E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of that row store it.
     """
-    format, rounding = _checked(x, format, rounding)
+    format, rounding = _checked(x, format, rounding, four_over_six)
     if format.element is None:
         return Packed(x, None, None, format, x.shape)
-    scaled, _, scales, tensor_scale = _scale_down(x, format, format.element, rounding, tensor_amax)
+    scaled, _, scales, tensor_scale = _scale_down(
+        x, format, format.element, rounding, tensor_amax, four_over_six
+    )
     codes = format.element.encode(scaled).flatten(-2)
     if format.bits == 4:
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
@@ -96,8 +111,12 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return _join(format.element.decode(blocks) * factor, packed.shape, dtype)
 
 
-def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, ScaleRounding]:
+def _checked(
+    x: Tensor, format: str | Format, rounding: str, four_over_six: bool
+) -> tuple[Format, ScaleRounding]:
     format = format if isinstance(format, Format) else get_format(format)
+    if four_over_six and format.name != "nvfp4":
+        raise ValueError(f"four-over-six scales are those of nvfp4, not of {format.name}")
     if not x.is_floating_point():
         raise TypeError(f"{format.name} stores floats: got {x.dtype}")
     if x.numel() == 0 or x.dim() < (2 if format.block_rows > 1 else 1):
@@ -106,7 +125,12 @@ def _checked(x: Tensor, format: str | Format, rounding: str) -> tuple[Format, Sc
 
 
 def _scale_down(
-    x: Tensor, format: Format, element: Element, rounding: ScaleRounding, tensor_amax: Tensor | None
+    x: Tensor,
+    format: Format,
+    element: Element,
+    rounding: ScaleRounding,
+    tensor_amax: Tensor | None,
+    four_over_six: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x divided by its scales `[..., blocks, block]`, the factor that undoes this, stored scales, the tensor scale."""
     x = x.to(torch.float32)
@@ -119,15 +143,34 @@ def _scale_down(
             scales = encode_e8m0(amax, element, rounding)
         case Scale.E4M3:
             tensor_amax = _finite_abs(x).amax() if tensor_amax is None else tensor_amax.to(torch.float32)
-            tensor_scale = fp32_tensor_scale(tensor_amax, element)
+            tensor_scale = fp32_tensor_scale(
+                tensor_amax, element, FOUR_OVER_SIX_MAX if four_over_six else E4M3.max
+            )
             scales = encode_e4m3(amax, element, tensor_scale)
+            if four_over_six:
+                larger = encode_e4m3(1.5 * amax, element, tensor_scale)
+                errors = [_squared_error(blocks, s, tensor_scale, format, element) for s in (scales, larger)]
+                scales = torch.where(errors[1] < errors[0], larger, scales)
         case Scale.FP32:
             shared = amax if format.block_rows == 1 else _amax_of_rows(blocks, format.block_rows)
             scales = fp32_scale(shared, element)
     factor = _factor(scales, tensor_scale, format, x.shape)
-    # A block whose scale is zero becomes zero; one with NaN or ±inf becomes NaN, even where other rows share its scale.
-    divisor = factor.masked_fill(factor == 0, math.inf).masked_fill(~amax.isfinite().unsqueeze(-1), math.nan)
+    # A block with NaN or ±inf becomes NaN, even where other rows share its scale.
+    divisor = _divisor(factor).masked_fill(~amax.isfinite().unsqueeze(-1), math.nan)
     return blocks / divisor, factor, scales, tensor_scale
+
+
+def _divisor(factor: Tensor) -> Tensor:
+    """The number by which elements are divided: a block whose scale is zero becomes zero."""
+    return factor.masked_fill(factor == 0, math.inf)
+
+
+def _squared_error(
+    blocks: Tensor, scales: Tensor, tensor_scale: Tensor, format: Format, element: Element
+) -> Tensor:
+    """The squared error of each block `[..., blocks, block]` under these scales."""
+    factor = _factor(scales, tensor_scale, format, blocks.shape)
+    return (element.round(blocks / _divisor(factor)) * factor - blocks).square().sum(-1)
 
 
 def _amax_of_rows(blocks: Tensor, rows: int) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .element import E4M3, Element
 
+FOUR_OVER_SIX_MAX = 256.0
+"""The largest E4M3 scale where a block may take one that is half as large again: both are E4M3 numbers then."""
+
 
 class Scale(StrEnum):
     """The number that is stored as the scale of a block."""
@@ -86,9 +89,9 @@ def fp32_scale(amax: Tensor, element: Element) -> Tensor:
     return _divided(amax, element.max).masked_fill(~amax.isfinite(), math.nan)
 
 
-def fp32_tensor_scale(amax: Tensor, element: Element) -> Tensor:
-    """The scale amax / (448 · q_max) (float32), with which the largest block scale becomes 448; it is never zero."""
-    return _divided(amax, E4M3.max * element.max).clamp_min(torch.finfo(torch.float32).smallest_normal)
+def fp32_tensor_scale(amax: Tensor, element: Element, largest: float = E4M3.max) -> Tensor:
+    """The scale amax / (largest · q_max) (float32), which makes the largest block scale `largest`; it is never zero."""
+    return _divided(amax, largest * element.max).clamp_min(torch.finfo(torch.float32).smallest_normal)
 
 
 def _divided(x: Tensor, divisor: float) -> Tensor:

@@ -18,6 +18,7 @@ from dma_diffusers.kernels.device.rounding import (
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
+    inverse_of,
     joined,
     load_changed_pairs,
     load_pairs,
@@ -64,7 +65,7 @@ def _int8_words(low, high):
 
 
 @triton.jit
-def _e2m1_code(y):
+def e2m1_code(y):
     """The codes of float32 numbers that e2m1 has."""
     bits = magnitude_bits(y)
     code = tl.where(
@@ -74,28 +75,38 @@ def _e2m1_code(y):
 
 
 @triton.jit
+def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
+    """Blocks [rows, blocks, BLOCK] that e4m3 scales bring to Q_MAX at this amax: elements, codes, values of the scales.
+
+    Values are as stored, without the tensor scale.
+    """
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    ratio = tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32))
+    ratio = tl.div_rn(ratio, tl.full(amax.shape, 1.0, tl.float32) * tensor_scale)
+    bad = amax_bits >= 0x7F800000
+    block_scale = to_e4m3(tl.where(bad, 0.0, tl.minimum(ratio, 448.0)))
+    code = tl.where(bad, 0x7F, block_scale.to(tl.uint8, bitcast=True).to(tl.int32))
+    scale = tl.where(bad, float("nan"), block_scale.to(tl.float32))
+    divisor = block_scale.to(tl.float32) * tensor_scale
+    empty = divisor == 0.0
+    y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
+    y = tl.where(empty[:, :, None], 0.0, y)
+    return _to_element(y, ELEMENT, Q_MAX), code, scale
+
+
+@triton.jit
 def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MAX: tl.constexpr,
                Q_MAX_BITS: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """A tile [128, D] in a block format: elements [128, blocks, BLOCK], codes and values of the scales."""
     blocks = tl.reshape(x, (TILE, D // BLOCK, BLOCK))
     amax_bits = tl.max(magnitude_bits(blocks), axis=2)
     if tensor_scale is not None:  # block scales are E4M3
-        amax = amax_bits.to(tl.float32, bitcast=True)
-        ratio = tl.div_rn(amax, tl.full(amax.shape, Q_MAX, tl.float32))
-        ratio = tl.div_rn(ratio, tl.full(amax.shape, 1.0, tl.float32) * tensor_scale)
-        bad = amax_bits >= 0x7F800000
-        block_scale = to_e4m3(tl.where(bad, 0.0, tl.minimum(ratio, 448.0)))
-        code = tl.where(bad, 0x7F, block_scale.to(tl.uint8, bitcast=True).to(tl.int32))
-        scale = tl.where(bad, float("nan"), block_scale.to(tl.float32))
-        divisor = block_scale.to(tl.float32) * tensor_scale
-        empty = divisor == 0.0
-        y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
-        y = tl.where(empty[:, :, None], 0.0, y)
+        y, code, scale = under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT, Q_MAX)
     else:
         code = e8m0_ceil(amax_bits, Q_MAX_BITS)
         scale = power_of_two(code)
-        y = blocks * ((254 - tl.minimum(code, 254)) << 23).to(tl.float32, bitcast=True)[:, :, None]
-    return _to_element(y, ELEMENT, Q_MAX), code, scale
+        y = _to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
+    return y, code, scale
 
 
 @triton.jit
@@ -104,20 +115,22 @@ def _store_rows(elements, y, place, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _reencoded(y, code, TOP: tl.constexpr, D: tl.constexpr):
-    """Blocks with E8M0 scales as e4m3 numbers under one power of two for each row: [128, D], its code, exactness.
+def reencoded(y, code, top, D: tl.constexpr):
+    """Blocks with E8M0 scales as e4m3 numbers under one power of two for each row: [rows, D], its code, exactness.
 
-    A row's largest scale becomes 2^TOP, the largest that e4m3 has room for; smaller blocks go under it.
+    top: the exponent of the largest scale for which e4m3 has room, of the element or of each block's element. The
+    block of a row that comes nearest to it gets it; others go under it.
     """
+    ROWS: tl.constexpr = y.shape[0]
     is_number = (code != 255) & (tl.max(magnitude_bits(y), axis=2) != 0)
-    row_code = tl.maximum(tl.max(tl.where(is_number, code, 0), axis=1) - TOP, 1)
+    row_code = tl.maximum(tl.max(tl.where(is_number, code - top, 0), axis=1), 1)
     exponent = tl.where(code == 255, 0, tl.maximum(code - row_code[:, None], -127)) + 127
     factor = tl.where(is_number, (exponent << 23).to(tl.float32, bitcast=True), 0.0)
     factor = tl.where(code == 255, float("nan"), factor)
-    z = tl.reshape(y * factor[:, :, None], (TILE, D))
+    z = tl.reshape(y * factor[:, :, None], (ROWS, D))
     stored = rounded(z, 3, 2.0**-6)
     inexact = tl.max(
-        (((stored != z) & (z == z)) | ((z == 0) & (tl.reshape(y, (TILE, D)) != 0))).to(tl.int32), 1
+        (((stored != z) & (z == z)) | ((z == 0) & (tl.reshape(y, (ROWS, D)) != 0))).to(tl.int32), 1
     )
     return stored, row_code, inexact
 
@@ -171,7 +184,7 @@ def _encode(
         if STORAGE == "plain":
             _store_rows(elements, to_bf16(tl.reshape(y * scale[:, :, None], (TILE, D))), place, D)
         elif STORAGE == "row":
-            stored, row_code, inexact = _reencoded(y, code, TOP, D)
+            stored, row_code, inexact = reencoded(y, code, TOP, D)
             _store_rows(elements, to_e4m3(stored), place, D)
             tl.store(scales + place, power_of_two(row_code))
             tl.atomic_add(inexact_rows, tl.sum(inexact))
@@ -198,7 +211,7 @@ def _store_blocks(
     place = tile * TILE + rows
     y = tl.reshape(y, (TILE, D))
     if ELEMENT == "e2m1":
-        low, high = tl.split(tl.reshape(_e2m1_code(y), (TILE, D // 2, 2)))
+        low, high = tl.split(tl.reshape(e2m1_code(y), (TILE, D // 2, 2)))
         _store_rows(elements, (low | (high << 4)).to(tl.uint8), place, D // 2)
     elif ELEMENT == "e5m2":
         _store_rows(elements, to_e5m2(y).to(tl.uint8, bitcast=True), place, D)

@@ -107,11 +107,17 @@ def rotated(even, odd, cos, sin, tokens, length, HEAD_DIM: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def e8m0_ceil(amax_bits, Q_MAX_BITS: tl.constexpr):
+def e8m0_ceil(amax_bits, q_max_bits):
     """The E8M0 code of 2^ceil(log2(amax / q_max)), which never clips; 255 (NaN) where amax is not finite."""
     # float32 bits count exponents in steps of 2^23; the distance to q_max, rounded up, is the exponent
-    code = tl.maximum(((amax_bits - Q_MAX_BITS + 0x7FFFFF) >> 23) + 127, 0)
+    code = tl.maximum(((amax_bits - q_max_bits + 0x7FFFFF) >> 23) + 127, 0)
     return tl.where(amax_bits >= 0x7F800000, 255, code)
+
+
+@triton.jit
+def inverse_of(code):
+    """The factor that divides by the number of an E8M0 code; 0 for NaN, of which anything makes NaN or 0."""
+    return ((254 - tl.minimum(code, 254)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Low-bit linear layers in a Diffusers transformer: choosing, calibrating, quantising, files, receipts."""

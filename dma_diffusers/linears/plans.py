@@ -1,0 +1,116 @@
+"""The plan of each linear layer: its groups, the order of its channels, its input scale."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dma_diffusers.kernels.formats import E4M3
+from dma_diffusers.kernels.linears.groups import Groups
+from dma_diffusers.linears.allocation import factor_for, groups_of, permutation_of
+from dma_diffusers.linears.calibration import Calibration
+from dma_diffusers.linears.exclusions import Choice
+from dma_diffusers.linears.methods import KEEPS_EIGHT
+
+HEADROOM = 4.0
+"""Fixed input scales of fp8 leave so much room over the largest |x| of calibration. As e4m3 is a float, that costs
+nothing but the smallest numbers."""
+_KEPT = "mxfp8"
+# Where calibration has not seen who reads what: layers of these names are followed by others with the same input.
+_READ_FIRST = {
+    "to_q", "to_k", "add_q_proj", "add_k_proj", "to_query", "to_key", "q_proj", "k_proj", "gate_proj", "proj_mlp"
+}  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """The way in which one layer is to be quantised.
+
+    shared: the name under which layers with the same input go; empty if only a call will tell.
+    keeps: whether another layer is to read the same tensor next.
+    """
+
+    groups: Groups
+    permutation: torch.Tensor | None = None
+    input_scale: float | None = None
+    shared: str = ""
+    keeps: bool = False
+
+
+@dataclass
+class Target:
+    """A transformer that is to be quantised.
+
+    prefix: of its module names in a pipeline. seen: what calibration saw of it; None if that is not asked for.
+    plans, over_time: what `make_plans` found: by the name of the layer, and `Calibration.over_time`.
+    """
+
+    prefix: str
+    model: torch.nn.Module
+    choice: Choice
+    seen: Calibration | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
+    over_time: dict[str, Any] | None = None
+
+
+def make_plans(targets: Sequence[Target], method: str, bits: float | None, own: Mapping[str, Groups]) -> None:
+    """Plans every layer; those that calibration should have seen and did not are left alone.
+
+    own: groups that single layers are given, by name, with or without the prefix.
+    Raises ValueError where `bits` can't be had, or `own` names no layer, or groups do not fit one.
+    """
+    for target in targets:
+        if method == "micromix" and target.seen:
+            for name in target.choice.layers.keys() - target.seen.readers.keys() - own.keys():
+                target.choice.left[name] = "calibration never ran it"
+                del target.choice.layers[name]
+    layers = {target.prefix + name: (target, name) for target in targets for name in target.choice.layers}
+    if absent := own.keys() - layers.keys() - {name for _, name in layers.values()}:
+        raise ValueError(f"groups: there is no layer {min(absent)} to quantise")
+
+    def groups_at(layer: str, factor: float) -> Groups:
+        target, name = layers[layer]
+        width = target.choice.layers[name].in_features
+        given = own.get(layer, own.get(name))
+        if given and given.in_features != width:
+            raise ValueError(f"groups: {name} has {width} channels, not {given.in_features}")
+        if given:
+            return given
+        if name in target.choice.kept and method in KEEPS_EIGHT:
+            return Groups.whole(_KEPT, width)
+        if method != "micromix" or target.seen is None:
+            return Groups.whole(method, width)
+        return groups_of(width, target.seen.statistics(name).shares().at(factor))
+
+    factor = 1.0
+    if bits is not None:
+        weights = {
+            layer: target.choice.layers[name].weight.numel() for layer, (target, name) in layers.items()
+        }
+        factor = factor_for(bits, weights, groups_at)
+    for target in targets:
+        target.plans = {
+            name: _plan(groups_at(target.prefix + name, factor), name, target.seen)
+            for name in target.choice.layers
+        }
+        if target.seen and method == "micromix":
+            target.over_time = target.seen.over_time(factor)
+
+
+def _plan(groups: Groups, name: str, seen: Calibration | None) -> Plan:
+    """The plan of a layer with these groups: channels are sorted where formats differ, fp8 gets its fixed scale."""
+    if seen is None or name not in seen.readers:
+        return Plan(groups, keeps=name.rpartition(".")[2] in _READ_FIRST)
+    shared, keeps = seen.shared(name), seen.is_read_again(name)
+    if len(groups.formats) > 1:
+        return Plan(groups, permutation_of(seen.statistics(name).mean_abs), None, shared, keeps)
+    if groups.formats == ("fp8",):
+        return Plan(groups, None, _input_scale(seen.statistics(name).amax), shared, keeps)
+    return Plan(groups, keeps=keeps)
+
+
+def _input_scale(amax: float) -> float:
+    """A power of two under which e4m3 holds the largest |x| with room to spare."""
+    return 2.0 ** math.ceil(math.log2(max(amax, 2.0**-100) * HEADROOM / E4M3.max))
