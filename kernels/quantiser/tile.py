@@ -91,6 +91,8 @@ def normalised(
     # Each token's weights are read from the L1 cache: two rows of weights would fill the registers.
     if first_weight is not None:
         weight = tl.where(tokens < first, first_weight, weight)
+        if PAIRED:  # which the compiler has forgotten from Triton 3.7 on
+            weight = tl.multiple_of(weight, [16, 16])
     even_weight, odd_weight = load_pairs(weight, 0, tokens >= 0, PAIRED, HEAD_DIM, D)
     return even * inverse * even_weight, odd * inverse * odd_weight
 
