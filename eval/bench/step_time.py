@@ -29,7 +29,7 @@ def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def prepare(model: torch.nn.Module, inputs: dict[str, Any], mode: str) -> Step:
     """Return a step in one of `MODES`, warmed up; the model is compiled for the second and the third.
 
-    Warm-up runs one block of each kind, and for a graph, which needs every block's memory, then the whole step. Raises
+    Warm-up runs two blocks of each kind, and for a graph, which needs every block's memory, then the whole step. Raises
     whatever compiling and capturing raise.
     """
 

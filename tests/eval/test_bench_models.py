@@ -1,5 +1,6 @@
 """Models of true size with random weights, a user's own, and the backend that stock attention gets."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -133,7 +134,7 @@ def test_a_mask_that_hides_nothing_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_shortened_model_has_a_block_of_each_kind(name):
+def test_a_shortened_model_has_two_blocks_of_each_kind(name):
     model = TINY[name].build(CPU, 0)
     kinds = {
         "flux-dev-1k": ("transformer_blocks", "single_transformer_blocks"),
@@ -141,9 +142,12 @@ def test_a_shortened_model_has_a_block_of_each_kind(name):
         "wan-14b-720p": ("blocks",),
         "hunyuan-720p": ("transformer_blocks", "single_transformer_blocks"),
     }[name]
+    for kind in kinds:
+        blocks = getattr(model, kind)
+        blocks.append(copy.deepcopy(blocks[-1]))
     with shortened(model):
-        assert [len(getattr(model, kind)) for kind in kinds] == [1] * len(kinds)
-    assert [len(getattr(model, kind)) for kind in kinds] == [2] * len(kinds)
+        assert [len(getattr(model, kind)) for kind in kinds] == [2] * len(kinds)
+    assert [len(getattr(model, kind)) for kind in kinds] == [3] * len(kinds)
 
 
 SDPA = F.scaled_dot_product_attention
