@@ -17,6 +17,8 @@ class Norms:
     eps: what is added to the mean of the squares.
     first: the number of tokens that come first and have weights of their own, as the text has in joint attention.
     q_first, k_first: the weights of these tokens, each `[D]` like the others; None if these tokens have the same.
+    rounds_twice: whether x is rounded to its dtype before it is multiplied by the weight, as Diffusers' RMSNorm does,
+        and not only afterwards, as PyTorch's does.
     """
 
     q: torch.Tensor
@@ -25,6 +27,7 @@ class Norms:
     first: int = 0
     q_first: torch.Tensor | None = None
     k_first: torch.Tensor | None = None
+    rounds_twice: bool = False
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

@@ -100,7 +100,8 @@ def attention(
     policies = [str(policy)] if isinstance(policy, Policy | str) else policy
     out, lse, inexact_rows = _OPERATOR(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
-        *((None,) * 4 if norms is None else norms.tensors), *((0.0, 0) if norms is None else (norms.eps, norms.first)),
+        *((None,) * 4 if norms is None else norms.tensors),
+        *((0.0, 0, False) if norms is None else (norms.eps, norms.first, norms.rounds_twice)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
         text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
     )  # fmt: skip
@@ -205,7 +206,7 @@ _PLANS = PlanCache()
 
 def _attention(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
-    scale, is_causal, high, low, policies, which, grid,
+    rounds_twice, scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
@@ -218,14 +219,14 @@ def _attention(
     tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, *weights)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
-        eps, first, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
+        eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
         q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
     )  # fmt: skip
     q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
     norms = (
         q_weight
         if q_weight is None
-        else Norms(q_weight, k_weight, eps, first, q_first_weight, k_first_weight)
+        else Norms(q_weight, k_weight, eps, first, q_first_weight, k_first_weight, rounds_twice)
     )
     call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope, norms)
     attend = size.prepared.get(key)
@@ -273,7 +274,7 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fake(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
-    scale, is_causal, high, low, policies, which, grid,
+    rounds_twice, scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -293,8 +294,9 @@ _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
     "Tensor? k_sin, Tensor? q_weight, Tensor? q_first_weight, Tensor? k_weight, Tensor? k_first_weight, float eps, "
-    "SymInt first, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, SymInt[] grid, "
-    "SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, bool return_lse) "
+    "SymInt first, bool rounds_twice, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, "
+    "SymInt[] grid, SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, "
+    "bool return_lse) "
     "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )

@@ -291,7 +291,8 @@ def _encode_value(
 
 @triton.jit
 def _encode_key(
-    k, mean, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
+    k, mean, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
+    key_mask, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -306,7 +307,7 @@ def _encode_key(
     tokens = token_at(token_order, place, length, token_count)
     batch = head // heads
     even, odd = load_changed_pairs(
-        k, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens[:, None], length,
+        k, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE, batch, head % heads, tokens[:, None], length,
         stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
     )  # fmt: skip
     inside = tokens < length
@@ -330,7 +331,8 @@ def _encode_key(
 
 @triton.jit
 def _encode_query(
-    q, mean, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
+    q, mean, factor, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
+    offset, token_order, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -343,8 +345,8 @@ def _encode_query(
     rows = tl.arange(0, TILE)
     tokens = token_at(token_order, tile * TILE + rows, length, token_count)
     even, odd = load_changed_pairs(
-        q, cos, sin, weight, first_weight, eps, first, head // heads, head % heads, tokens[:, None], length,
-        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
+        q, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE, head // heads, head % heads, tokens[:, None],
+        length, stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
     )  # fmt: skip
     place = (head * tiles + tile).to(tl.int64)
     if offset is not None:
@@ -363,7 +365,7 @@ def _encode_query(
 @triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
     q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
-    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, offset,
+    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
     v_plain, v_channel, token_order, inexact_rows,
@@ -405,7 +407,8 @@ def encode(
         of_keys = kv_heads_in_all * k_tiles
         if (program >= 0) & (program < of_keys):
             _encode_key(
-                k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, key_mask, token_order, inexact_rows,
+                k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
+                key_mask, token_order, inexact_rows,
                 k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
                 kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
                 k_stride_b, k_stride_h, k_stride_s,
@@ -417,7 +420,8 @@ def encode(
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
             _encode_query(
-                q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, offset, token_order, inexact_rows,
+                q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
+                offset, token_order, inexact_rows,
                 q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
                 heads, heads // kv_heads, program // q_tiles, program % q_tiles, q_tiles, q_length, token_count,
                 q_stride_b, q_stride_h, q_stride_s,

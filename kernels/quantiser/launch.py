@@ -79,8 +79,10 @@ class Encoded:
 
 
 def of_norms(norms: Norms | None) -> list[Any]:
-    """The arguments by which kernels know the norms: weights of q and of k, eps, and the number of first tokens."""
-    return [None] * 6 if norms is None else [*norms.tensors, norms.eps, norms.first]
+    """The arguments by which kernels know the norms: weights of q and of k, and the numbers of `Norms`."""
+    if norms is None:
+        return [*[None] * 6, False]
+    return [*norms.tensors, norms.eps, norms.first, norms.rounds_twice]
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
@@ -135,12 +137,12 @@ def statistics_of(
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )
-    *weights, eps, first = of_norms(None if k is None else norms)[2:]
+    *weights, eps, first, rounds_twice = of_norms(None if k is None else norms)[2:]
     programs = of_all * count * ((k is not None) + (v is not None))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *weights, eps, first,
-        None if key_mask is None else key_mask.view(torch.uint8),
+        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)),
+        *weights, eps, first, rounds_twice, None if key_mask is None else key_mask.view(torch.uint8),
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
         CHUNKS=count, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,

@@ -29,12 +29,14 @@ def changed_k(call: Call) -> torch.Tensor:
 def normalise(
     x: torch.Tensor, norms: Norms, weight: torch.Tensor, first_weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x `[B, H, S, D]` behind RMSNorm, in its dtype: computed in float32 and rounded once, as torch.nn.RMSNorm does."""
+    """x `[B, H, S, D]` behind RMSNorm, in its dtype: computed in float32 and rounded once, or twice (see `Norms`)."""
     y = x.float()
     deviation = (
         (y.square().mean(-1, keepdim=True) + norms.eps).double().sqrt().float()
     )  # in float32, MKL's may be off
     y = y * (1 / deviation)
+    if norms.rounds_twice:
+        y = y.to(x.dtype).float()
     weight = weight.float()
     if first_weight is not None:
         is_first = torch.arange(x.shape[-2], device=x.device)[:, None] < norms.first

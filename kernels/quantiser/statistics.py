@@ -66,7 +66,7 @@ def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
 
 @triton.jit
 def _key_sums(
-    k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
+    k, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE: tl.constexpr, key_mask,
     batch, head_in_batch, head, heads, chunk, length, step,
     stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
@@ -83,7 +83,7 @@ def _key_sums(
         tokens = tl.where(sample < last, sample * step, length)
         inside = _seen(key_mask, tokens, tokens < length, batch, mask_stride_b, mask_stride_s)
         even, odd = load_changed_pairs(
-            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch, tokens, length,
+            k, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, batch, head_in_batch, tokens, length,
             stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         even_sums, even_counts = _added(even_sums, even_counts, even, inside)
@@ -141,8 +141,8 @@ def _value_range(
 
 @triton.jit(do_not_specialize=["first_tokens", "length", "step", "mask_stride_b", "mask_stride_s"])
 def statistics(
-    k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
-    heads, heads_in_batch, length, step,
+    k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens,
+    ROUNDS_TWICE: tl.constexpr, key_mask, heads, heads_in_batch, length, step,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
@@ -160,8 +160,8 @@ def statistics(
         if program < of_keys:
             head = program // CHUNKS
             _key_sums(
-                k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
-                head % heads_in_batch, head, heads, program % CHUNKS, length, step,
+                k, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, key_mask,
+                head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length, step,
                 k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
                 CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip

@@ -56,15 +56,16 @@ def load_pairs(x, offset, inside, PAIRED: tl.constexpr, COLUMNS: tl.constexpr, D
 
 @triton.jit
 def load_changed_pairs(
-    x, cos, sin, weight, first_weight, eps, first, batch, head, tokens, length,
+    x, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, batch, head, tokens, length,
     stride_b, stride_h, stride_s, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Pairs behind RMSNorm, if there is a `weight`, and RoPE, if there is a `cos`."""
     place = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_s
     even, odd = load_pairs(x, place, tokens < length, PAIRED, HEAD_DIM, D)
     if weight is not None:
-        even, odd = normalised(even, odd, weight, first_weight, eps, first, tokens, PAIRED, HEAD_DIM, D)
-        even, odd = rounded_pairs(even, odd, x.dtype.element_ty)
+        even, odd = normalised(
+            even, odd, weight, first_weight, eps, first, tokens, ROUNDS_TWICE, x.dtype.element_ty, PAIRED, HEAD_DIM, D
+        )  # fmt: skip
     if cos is not None:
         even, odd = rotated(even, odd, cos, sin, tokens, length, HEAD_DIM, D)
     return even, odd
@@ -78,10 +79,13 @@ def joined(even, odd):
 
 @triton.jit
 def normalised(
-    even, odd, weight, first_weight, eps, first, tokens,
+    even, odd, weight, first_weight, eps, first, tokens, ROUNDS_TWICE: tl.constexpr, DTYPE: tl.constexpr,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Pairs [tokens, D/2] behind RMSNorm; the `first` tokens have the `first_weight`, if there is one."""
+    """Pairs [tokens, D/2] behind RMSNorm, rounded to DTYPE; if ROUNDS_TWICE, before the multiplication by weights too.
+
+    The `first` tokens have the `first_weight`, if there is one.
+    """
     total = tl.sum(tl.fma(even, even, odd * odd), axis=1)
     if HEAD_DIM & (HEAD_DIM - 1) == 0:
         mean = total * (1.0 / HEAD_DIM)  # exactly
@@ -94,7 +98,10 @@ def normalised(
         if PAIRED:  # which the compiler has forgotten from Triton 3.7 on
             weight = tl.multiple_of(weight, [16, 16])
     even_weight, odd_weight = load_pairs(weight, 0, tokens >= 0, PAIRED, HEAD_DIM, D)
-    return even * inverse * even_weight, odd * inverse * odd_weight
+    even, odd = even * inverse, odd * inverse
+    if ROUNDS_TWICE:
+        even, odd = rounded_pairs(even, odd, DTYPE)
+    return rounded_pairs(even * even_weight, odd * odd_weight, DTYPE)
 
 
 @triton.jit

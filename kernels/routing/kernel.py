@@ -26,7 +26,8 @@ SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
 
 @triton.jit
 def _mean_and_variance(
-    x, mean, factor, cos, sin, weight, first_weight, eps, first, mask, token_order, index, heads, length, token_count,
+    x, mean, factor, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
+    mask, token_order, index, heads, length, token_count,
     stride_b, stride_h, stride_s,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +45,7 @@ def _mean_and_variance(
     count = tl.sum((tokens < length).to(tl.float32), axis=0)
     tokens = tokens[:, None]
     even, odd = load_changed_pairs(
-        x, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens, length,
+        x, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE, batch, head % heads, tokens, length,
         stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
     )  # fmt: skip
     value = joined(even, odd)
@@ -67,7 +68,8 @@ def _store_pool(pools, index, mean, variance, D: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def pool(
     q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin,
-    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, token_order, q_pools, k_pools, v_pools,
+    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
+    key_mask, token_order, q_pools, k_pools, v_pools,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
@@ -82,23 +84,23 @@ def pool(
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, None, None, None, None, key_mask, token_order, index, kv_heads,
+            v, None, 1.0, None, None, None, None, None, None, False, key_mask, token_order, index, kv_heads,
             k_length, token_count, v_stride_b, v_stride_h, v_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))
     elif index < 2 * of_keys:
         index -= of_keys
         middle, variance = _mean_and_variance(
-            k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, key_mask, token_order, index, kv_heads,
-            k_length, token_count,
+            k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
+            key_mask, token_order, index, kv_heads, k_length, token_count,
             k_stride_b, k_stride_h, k_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(k_pools, index, middle, variance, D)
     else:
         index -= 2 * of_keys
         middle, variance = _mean_and_variance(
-            q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, None, token_order, index, heads,
-            q_length, token_count,
+            q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
+            None, token_order, index, heads, q_length, token_count,
             q_stride_b, q_stride_h, q_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(q_pools, index, middle, variance, D)

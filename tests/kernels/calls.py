@@ -25,6 +25,7 @@ class Call:
     """One attention call: shapes, formats, policy, masks.
 
     has_norms: whether q and k go through RMSNorm, with weights of their own for the first 50 tokens.
+    rounds_twice: whether these norms do.
     has_token_order: whether its tokens stand in a random order, with `empty_slots` among them.
     parts: of the sequence, each of which has its text at `text`, as of a `Layout`.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
@@ -49,6 +50,7 @@ class Call:
     masks_keys: bool = False
     has_rope: bool = False
     has_norms: bool = False
+    rounds_twice: bool = False
     has_token_order: bool = False
     empty_slots: int = 0
     policy: str = ""
@@ -166,7 +168,7 @@ class Call:
         q, k, q_first, k_first = (
             (0.5 + torch.rand(self.head_dim, generator=generator)).to(self.dtype).to(device) for _ in range(4)
         )
-        return Norms(q, k, 1e-6, 50, q_first, k_first)
+        return Norms(q, k, 1e-6, 50, q_first, k_first, self.rounds_twice)
 
     def __str__(self) -> str:
         return self.name or (
@@ -317,6 +319,10 @@ NAMED_CALLS = [
     Call(
         384, 384, 128, high="bf16", low="int8", heads=6, dtype=torch.bfloat16, has_norms=True, has_rope=True,
         name="norms-rope",
+    ),
+    Call(
+        300, 300, 64, high="bf16", low="int8", dtype=torch.bfloat16, has_norms=True, rounds_twice=True, has_rope=True,
+        name="norms-twice-rounded",
     ),
     Call(300, 200, 40, has_norms=True, heads=4, masks_keys=True, dtype=torch.bfloat16, name="norms-cross"),
     Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),

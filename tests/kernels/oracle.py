@@ -19,14 +19,22 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> 
 
 
 def normalised(x: torch.Tensor, weight: torch.Tensor, first_weight: torch.Tensor, norms) -> torch.Tensor:
-    """x behind torch's own RMSNorm, its first tokens behind another one."""
+    """x behind torch's own RMSNorm, or one that rounds twice; its first tokens behind another one."""
     parts = x.split((norms.first, x.shape[-2] - norms.first), dim=-2)
     weights = (first_weight, weight)
     normal = (
-        torch.nn.functional.rms_norm(part, part.shape[-1:], own, norms.eps)
+        _normalised_twice_rounded(part, own, norms.eps)
+        if norms.rounds_twice
+        else torch.nn.functional.rms_norm(part, part.shape[-1:], own, norms.eps)
         for part, own in zip(parts, weights, strict=True)
     )
     return torch.cat(list(normal), dim=-2)
+
+
+def _normalised_twice_rounded(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x behind RMSNorm, step by step as Diffusers' own takes them."""
+    deviation = x.double().square().mean(-1, keepdim=True).add(eps).sqrt().float()
+    return (x.float() * (1 / deviation)).to(weight.dtype) * weight
 
 
 def is_high(call: Call) -> torch.Tensor:

@@ -264,10 +264,13 @@ def test_named_calls_compile(call, target):
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norm_and_rope_move_nothing_between_threads(target, dtype):
+@pytest.mark.parametrize("rounds_twice", [False, True])
+def test_norm_and_rope_move_nothing_between_threads(target, dtype, rounds_twice):
     """From the load to LOW's store each thread keeps its words of two channels, and reads 16 bytes at a time."""
     recorded = {}
-    call = Call(256, 256, 128, high="bf16", low="int8", has_norms=True, has_rope=True, dtype=dtype)
+    call = Call(
+        256, 256, 128, high="bf16", low="int8", has_norms=True, rounds_twice=rounds_twice, has_rope=True, dtype=dtype
+    )  # fmt: skip
     q, k, v, _ = call.tensors()
     launched(
         q, k, v, build_map(Dense(Class.LOW).classes(call.layout), call.layout), call.high, call.low, key_mask=None,

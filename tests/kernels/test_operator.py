@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_registration(low, policy, grid, keys):
     mask = torch.rand(1, k.shape[2]) > 0.5
     for return_lse in (False, True):
         ropes = (torch.randn(200, 20), torch.randn(200, 20), None, None)
-        norms = (torch.randn(40), None, torch.randn(40), None, 1e-6, 0)
+        norms = (torch.randn(40), None, torch.randn(40), None, 1e-6, 0, False)
         arguments = (
             q,
             k,
@@ -190,14 +191,20 @@ def test_near_tiles_of_a_grid_are_the_nearest_boxes():
     assert [column for row, column in high if row == 2] == [0, 2, 3, 4, 6]
 
 
-def test_norms_and_ropes_are_as_if_applied_before():
-    """The operator's norm is torch's, to the last bit, and its RoPE comes next."""
-    call = Call(200, 200, 64, heads=4, has_norms=True, has_rope=True, dtype=torch.bfloat16)
+@pytest.mark.parametrize("rounds_twice", [False, True])
+def test_norms_and_ropes_are_as_if_applied_before(rounds_twice):
+    """The operator's norm is torch's or Diffusers', to the last bit, and its RoPE comes next."""
+    call = Call(
+        200, 200, 64, heads=4, has_norms=True, rounds_twice=rounds_twice, has_rope=True, dtype=torch.bfloat16
+    )
     (q, k, v, _), ropes, norms = call.tensors(), call.ropes(), call.norms()
     found = operator.attention(q, k, v, norms=norms, **ropes, high="bf16", low="int8", return_lse=True)
     q, k = normalised(q, norms.q, norms.q_first, norms), normalised(k, norms.k, norms.k_first, norms)
     expected = operator.attention(q, k, v, **ropes, high="bf16", low="int8", return_lse=True)
     assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
+    other = replace(norms, rounds_twice=not rounds_twice)
+    again = operator.attention(*call.tensors()[:3], norms=other, **ropes, high="bf16", low="int8")
+    assert not torch.equal(again.out, expected.out)
 
 
 def test_output_lies_as_models_go_on_with_it():

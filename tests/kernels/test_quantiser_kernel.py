@@ -395,15 +395,17 @@ def test_ties_go_to_even(fmt, kernel_device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 41])
-@pytest.mark.parametrize("changes", [False, True])
-def test_rows_may_begin_at_any_element(dtype, head_dim, changes, kernel_device):
+@pytest.mark.parametrize(("changes", "rounds_twice"), [(False, False), (True, False), (True, True)])
+def test_rows_may_begin_at_any_element(dtype, head_dim, changes, rounds_twice, kernel_device):
     """Where two channels lie in one aligned word, they are read together; elsewhere one by one."""
     from dma_diffusers.kernels.quantiser.launch import Source, are_paired, statistics_of
     from dma_diffusers.kernels.quantiser.launch import encode as launch
     from dma_diffusers.kernels.quantiser.operands import Stored
 
     has_rope = changes and head_dim % 2 == 0
-    call = Call(200, 200, head_dim, dtype=dtype, has_rope=has_rope, has_norms=changes)
+    call = Call(
+        200, 200, head_dim, dtype=dtype, has_rope=has_rope, has_norms=changes, rounds_twice=rounds_twice
+    )
     q, k, v, _ = call.tensors(kernel_device)
     shifted = [torch.nn.functional.pad(x, (1, head_dim % 2))[..., 1 : 1 + head_dim] for x in (q, k)]
     assert are_paired(q, k) == (head_dim == 64) and not are_paired(shifted[0])
