@@ -18,7 +18,12 @@ try:
         _templated_context_parallel_attention as context_parallel_attention,
     )
     from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxPosEmbed
+    from diffusers.models.transformers.transformer_qwenimage import (
+        QwenDoubleStreamAttnProcessor2_0,
+        apply_rotary_emb_qwen,
+    )
 
     # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
     from torch._C._nn import scaled_dot_product_attention
@@ -41,10 +46,13 @@ __all__ = [
     "AttentionBackendName",
     "AttentionProcessorRegistry",
     "AttentionScoreSkipFunctionMode",
+    "DiffusersRMSNorm",
     "FluxAttnProcessor",
     "FluxPosEmbed",
+    "QwenDoubleStreamAttnProcessor2_0",
     "active_backend",
     "apply_rotary_emb",
+    "apply_rotary_emb_qwen",
     "context_parallel_attention",
     "dispatch_attention_fn",
     "function_modes",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dma_diffusers import unmet
-from dma_diffusers.fused import can_fuse, without_change
+from dma_diffusers.fused import KINDS, Kind, without_change
 from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.internals import AttentionBackendName, AttentionProcessorRegistry
 from dma_diffusers.mode import InterceptionMode
@@ -118,10 +118,11 @@ def _call(kind: type, stock_call: Any):
         passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
     self = parameters[0].name
     stock, find_change = f"stock_call({', '.join(passed)})", "change = None"
-    if can_fuse(kind):
+    fused = KINDS.get(kind)
+    if fused:
         stock = f"stock_call({self}, *arguments)"
         find_change = (
-            f"change, arguments = without_change({self}.interception, stock_call, {', '.join(passed[1:])})\n"
+            f"change, arguments = without_change(fused, {self}.interception, stock_call, {', '.join(passed[1:])})\n"
             "    if spread is not None:\n"
             f"        change, arguments = None, ({', '.join(passed[1:])})"
         )
@@ -145,10 +146,10 @@ def __call__({", ".join(declared)}):
         met_none_in_graph(forward.number, forward.model, processor_name)
     return result
 """
-    run = partial(_run, stock_call, can_rebind(stock_call), can_fuse(kind))
+    run = partial(_run, stock_call, can_rebind(stock_call), fused)
     namespace = {
         "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "tokens": _tokens,
-        "run": run, "stock_call": stock_call, "without_change": without_change, "spread_of": _spread_of,
+        "run": run, "stock_call": stock_call, "fused": fused, "without_change": without_change, "spread_of": _spread_of,
         "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
         "met_none_in_graph": unmet.met_none_in_graph, "processor_name": unmet.name_of(kind),
     }  # fmt: skip
@@ -183,12 +184,12 @@ def _tokens(encoder: torch.Tensor | None, hidden: torch.Tensor) -> int:
 
 
 def _run(
-    stock_call: Any, by_name: bool, fuses: bool, hidden: torch.Tensor, encoder: int, wrapped: WrappedProcessor,
+    stock_call: Any, by_name: bool, fused: Kind | None, hidden: torch.Tensor, encoder: int, wrapped: WrappedProcessor,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Calls a wrapped processor in eager mode.
 
-    by_name: its attention can be intercepted by name. fuses: the operator can take over its norm and its RoPE.
+    by_name: its attention can be intercepted by name. fused: how it norms and turns q and k, if the operator can do so.
     """
     interception, spread = wrapped.interception, _spread_of(wrapped)
     if interception.all_fall_back(hidden.device):
@@ -204,8 +205,8 @@ def _run(
     if by_name and not interception.family.squares_masks:
         backend = getattr(wrapped.stock, "_attention_backend", None)
         change = None
-        if fuses and spread is None:
-            change, args = without_change(interception, stock_call, *args)
+        if fused and spread is None:
+            change, args = without_change(fused, interception, stock_call, *args)
         call = rebound = Rebound(interception, hidden.shape[1], encoder, backend, change)
         result = rebound.run(stock_call, wrapped, *args, **kwargs)
     elif spread is not None and spread.ring > 1:
