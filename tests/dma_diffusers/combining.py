@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers import apply, report, restore
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.quantiser import reference
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
 
@@ -27,7 +29,9 @@ def nothing(pipe: Any) -> None:
 def exact_operator() -> Iterator[None]:
     """Run the operator's calls in full precision, whatever processors they come from."""
 
-    def attend(query, key, value, key_mask, scale, is_causal, **_) -> operator.Result:
+    def attend(query, key, value, key_mask, scale, is_causal, norms=None, q_rope=None, k_rope=None, **_):
+        call = Call(query, key, value, q_rope=q_rope, k_rope=k_rope, norms=norms)
+        query, key = reference.changed_q(call).to(query.dtype), reference.changed_k(call).to(key.dtype)
         mask = None if key_mask is None else key_mask[:, None, None]
         gqa = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(

@@ -228,7 +228,7 @@ def test_fused_projections_and_stand_ins(calls):
     ("flux", False, 3), ("flux", True, 3),  # the second single block reads a view, for which it has a graph of its own
     ("qwen", False, 2), ("qwen", True, 1), ("qwen without a mask", True, 1), ("controlnet of qwen", False, 2),
 ])  # fmt: skip
-def test_compiled_in_one_graph_as_eager(name, per_block, attentions, calls):
+def test_compiled_in_one_graph_as_eager(name, per_block, attentions):
     torch.compiler.reset()
     model, call = prepared(name=name)
     dma_diffusers.apply(model, min_length=0, **EXACT)
