@@ -120,7 +120,7 @@ def without_change(
     return Change(kind, attention, tables, text), (_WithoutNorms(attention), hidden, encoder, *masks, None)
 
 
-def _is_plain(norm: Any, cls: type, hidden: torch.Tensor) -> bool:
+def _is_plain(norm: Any, cls: Any, hidden: torch.Tensor) -> bool:
     """Tells whether `norm` is of this class, that nothing hooks, with weights like the hidden states."""
     return (
         type(norm) is cls
