@@ -1,0 +1,34 @@
+"""Errors of quantised linear layers on sampled rows of their inputs."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dma_diffusers.kernels.linears import reference
+from dma_diffusers.kernels.linears.weight import quantise
+from dma_diffusers.linears.plans import Plan
+
+
+@torch.no_grad()
+def squared_errors(layer: torch.nn.Linear, plan: Plan | None, inputs: Sequence[Tensor]) -> list[float]:
+    """Return ‖y − exact‖² / ‖exact‖² of a layer's output for each of `inputs` `[n, K]`, on the weight's device.
+
+    plan: how weight and inputs are rounded, by the reference; None for the layer as it is, which errs by its dtype's
+    rounding. exact: the output in float32, of weights and inputs as they are stored.
+    """
+    weight, bias = layer.weight, layer.bias
+    rounded = None
+    if plan is not None:
+        one_scale = plan.input_scale is not None
+        permutation = None if plan.permutation is None else plan.permutation.to(weight.device)
+        rounded = quantise(weight, plan.groups, permutation, one_scale=one_scale)
+        scale = torch.tensor(plan.input_scale, device=weight.device) if one_scale else None
+    errors = []
+    for x in inputs:
+        x = x.to(weight.device)
+        exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        y = layer(x) if rounded is None else reference.linear(x, rounded, bias, scale)
+        errors.append(float((y.double() - exact).square().sum() / exact.double().square().sum()))
+    return errors
