@@ -1,7 +1,7 @@
 """Receipts: what was chosen for each attention module and each linear layer, and why."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import Any
@@ -74,7 +74,7 @@ class Receipt:
             {_FORMER_NAMES.get(name, name): value for name, value in module.items()}
             for module in stored["modules"]
         )
-        layers = (
+        layers: Iterator[dict[str, Any]] = (
             {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
             for layer in stored.get("linears", ())
         )

@@ -50,14 +50,22 @@ def compile_kernels(
     target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120 or sm_90.")],
     high: Words = None,
     low: Words = None,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="The kernels of linear layers, not those of attention.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile every kernel variant for an architecture, ahead of time, on any machine."""
     require(("triton",), "it is there for Linux alone")
-    from dma_diffusers.kernels.ahead_of_time.compile import compile_all
+    from dma_diffusers.kernels.ahead_of_time import compile as attention
+    from dma_diffusers.kernels.ahead_of_time import linears as layers
 
+    if linears and (high or low):
+        raise ValueError("--high and --low name the formats of attention: leave them out with --linears")
     with quiet():
-        variants = compile_all(target, high=high, low=low)
+        variants = (
+            layers.compile_all(target) if linears else attention.compile_all(target, high=high, low=low)
+        )
     if as_json:
         print_json(variants)
         return

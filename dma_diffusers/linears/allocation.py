@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.formats import FloatElement, get_format
 from dma_diffusers.kernels.linears.groups import Groups
 
 FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp8")
@@ -50,6 +50,7 @@ class Shares:
 def threshold(format: str) -> float:
     """T(n) / max|X| of one of `FORMATS`: .0105 for E2M1, .0336 for E2M3, .0360 for E3M2."""
     element = get_format(format).element
+    assert isinstance(element, FloatElement)
     bias = 2 ** (element.exponent_bits - 1) - 1
     return 2.0**bias * (2.0 ** (element.bits - 1) / element.max) / 254
 

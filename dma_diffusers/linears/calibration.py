@@ -71,7 +71,7 @@ class InputStatistics:
 
 @dataclass
 class Calibration:
-    """What calibration saw of one model.
+    """The observations of calibration on one model.
 
     inputs: the statistics of each input that was quantised, by the name of the first layer that read it.
     readers: of each layer, the names of the layers that first read its inputs: its own, or that of a layer that read

@@ -40,6 +40,15 @@ class QuantisedLinear(torch.nn.Linear):
     device. LoRA layers go on top. Casting a model leaves the formats as they are, and casts the bias.
     """
 
+    narrow: Tensor | None
+    narrow_scales: Tensor | None
+    wide: Tensor | None
+    wide_scales: Tensor | None
+    row_scales: Tensor | None
+    permutation: Tensor | None
+    input_scale: Tensor | None
+    like: Tensor
+
     def __init__(
         self,
         stock: torch.nn.Linear,
@@ -139,11 +148,11 @@ class _StandIn(torch.Tensor):
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
         pass
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<the weight of a quantised linear layer, {list(self.shape)}>"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise ValueError(

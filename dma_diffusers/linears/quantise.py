@@ -117,7 +117,7 @@ def quantize_linears(
             )
             with attaching(target.model, record) as attach:
                 for name in choice.layers:
-                    attach(name, choice, target.plans[name], lowering)
+                    attach(name, choice, target.plans[name], lowering, None)
                     done += 1
                     on_step("quantising linear layers", done, total)
 
@@ -199,17 +199,16 @@ def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
 @contextmanager
 def attaching(
     model: torch.nn.Module, record: Attachment
-) -> Iterator[Callable[[str, Choice, Plan, str], None]]:
-    """Yields a function that quantises one layer; where something fails, all stock layers are put back.
+) -> Iterator[Callable[[str, Choice, Plan, str, LinearWeight | None], None]]:
+    """Yields a function that puts one quantised layer into its place; where something fails, all are put back.
 
+    It takes the name of the layer, the choice that has it, its plan, a lowering, and the weight if a file has that.
     The weight is quantised on the device where the layer will run, and stays where the layer is.
     """
     last: dict[str, LastInput] = {}
     shares: dict[tuple, int] = {}
 
-    def attach(
-        name: str, choice: Choice, plan: Plan, lowering: str, weight: LinearWeight | None = None
-    ) -> None:
+    def attach(name: str, choice: Choice, plan: Plan, lowering: str, weight: LinearWeight | None) -> None:
         stock, block = choice.layers[name], choice.blocks[name]
         home = stock.weight.device
         if weight is None:
@@ -281,7 +280,7 @@ def check_not_quantised(model: torch.nn.Module) -> None:
 
 
 def _is_offloaded(module: torch.nn.Module) -> bool:
-    hooks = getattr(module, "_diffusers_hook", None)
+    hooks: Any = getattr(module, "_diffusers_hook", None)
     return hooks is not None and hooks.get_hook("group_offloading") is not None
 
 
@@ -363,7 +362,7 @@ def _left(name: str, reason: str) -> LinearReceipt:
 
 @contextmanager
 def _steps(progress: bool | OnStep) -> Iterator[OnStep]:
-    """What moves a bar on a terminal, or what was given for that."""
+    """Yields the function that was given for progress, or one that moves a bar on a terminal."""
     if callable(progress):
         yield progress
         return

@@ -1,6 +1,7 @@
 """Runs the kernels of linear layers: inputs and weights as `LinearWeight` has them, whatever their sizes."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.layout import COLUMNS, ROWS
 from dma_diffusers.kernels.linears.operands import Operand
 from dma_diffusers.kernels.linears.prologue import Prologue
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,12 @@ class Tiles:
     beside: int = 8
 
 
-TILES = {"sm_120": Tiles(stages=2)}
-"""The variants for architectures that want another than the default, from what the compiler makes of each."""
+@cache
+def tiles_for(target: str, groups: Groups) -> Tiles:
+    """The variant for an architecture, from what the compiler makes of each: none of these spills."""
+    if target in TCGEN05_ARCHITECTURES and not groups.has_row_scales:
+        return Tiles(columns=256)
+    return Tiles() if target in TCGEN05_ARCHITECTURES else Tiles(stages=3)
 
 
 def quantise(
@@ -93,7 +99,7 @@ def multiply(
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> Tensor:
     """x times weight plus bias, `[rows, N]` in `dtype`. target: the architecture."""
-    tiles = TILES.get(target, Tiles())
+    tiles = tiles_for(target, groups)
     rows, out_features = len(x.elements), len(weight.elements)
     out = launcher.empty((rows, out_features), dtype, x.elements.device)
     if rows == 0:
@@ -144,4 +150,4 @@ def _padded(groups: Groups) -> int:
 
 
 def _warps(columns: int) -> int:
-    return min(max(1, columns // 512), 16)
+    return min(max(1, columns // 512), 32)

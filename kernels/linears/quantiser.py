@@ -93,14 +93,21 @@ def _in_nvfp4(blocks, amax_bits):
     finite = tl.where(bits < NOT_FINITE, bits, 0)
     amax = tl.max(tl.max(finite, axis=2), axis=1).to(tl.float32, bitcast=True)
     row_scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST_ROW, tl.float32)), SMALLEST_NORMAL)
-    tensor_scale = row_scale[:, None]
-    at_six, code_six, scale_six = under_e4m3_scales(blocks, amax_bits, tensor_scale, "e2m1", E2M1_MAX)
     larger = (amax_bits.to(tl.float32, bitcast=True) * 1.5).to(tl.int32, bitcast=True)
-    at_four, code_four, scale_four = under_e4m3_scales(blocks, larger, tensor_scale, "e2m1", E2M1_MAX)
-    error_six = at_six * (scale_six * tensor_scale)[:, :, None] - blocks
-    error_four = at_four * (scale_four * tensor_scale)[:, :, None] - blocks
-    better = tl.sum(error_four * error_four, axis=2) < tl.sum(error_six * error_six, axis=2)
-    return tl.where(better[:, :, None], at_four, at_six), tl.where(better, code_four, code_six), row_scale
+    better = _squared_error(blocks, larger, row_scale) < _squared_error(blocks, amax_bits, row_scale)
+    # A third division: keeping what the first two gave takes registers that a long row doesn't have.
+    y, code, _ = under_e4m3_scales(
+        blocks, tl.where(better, larger, amax_bits), row_scale[:, None], "e2m1", E2M1_MAX
+    )
+    return y, code, row_scale
+
+
+@triton.jit
+def _squared_error(blocks, amax_bits, row_scale):
+    """The squared error of each block under the scale that brings this amax to the element's maximum."""
+    y, _, scale = under_e4m3_scales(blocks, amax_bits, row_scale[:, None], "e2m1", E2M1_MAX)
+    error = y * (scale * row_scale[:, None])[:, :, None] - blocks
+    return tl.sum(error * error, axis=2)
 
 
 @triton.jit
