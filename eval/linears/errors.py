@@ -12,23 +12,28 @@ from dma_diffusers.linears.plans import Plan
 
 
 @torch.no_grad()
-def squared_errors(layer: torch.nn.Linear, plan: Plan | None, inputs: Sequence[Tensor]) -> list[float]:
-    """Return ‖y − exact‖² / ‖exact‖² of a layer's output for each of `inputs` `[n, K]`, on the weight's device.
+def squared_errors(
+    layer: torch.nn.Linear,
+    plan: Plan | None,
+    inputs: Sequence[Tensor],
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """Return ‖y − exact‖² / ‖exact‖² of a layer's output for each of `inputs` `[n, K]`, on a device.
 
     plan: how weight and inputs are rounded, by the reference; None for the layer as it is, which errs by its dtype's
     rounding. exact: the output in float32, of weights and inputs as they are stored.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias = (None if x is None else x.to(device) for x in (layer.weight, layer.bias))
     rounded = None
     if plan is not None:
         one_scale = plan.input_scale is not None
-        permutation = None if plan.permutation is None else plan.permutation.to(weight.device)
+        permutation = None if plan.permutation is None else plan.permutation.to(device)
         rounded = quantise(weight, plan.groups, permutation, one_scale=one_scale)
-        scale = torch.tensor(plan.input_scale, device=weight.device) if one_scale else None
+        scale = torch.tensor(plan.input_scale, device=device) if one_scale else None
     errors = []
     for x in inputs:
-        x = x.to(weight.device)
+        x = x.to(device)
         exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        y = layer(x) if rounded is None else reference.linear(x, rounded, bias, scale)
+        y = F.linear(x, weight, bias) if rounded is None else reference.linear(x, rounded, bias, scale)
         errors.append(float((y.double() - exact).square().sum() / exact.double().square().sum()))
     return errors

@@ -16,6 +16,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from dma_diffusers.components import device_of
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.intervals import bootstrap
 from dma_diffusers.eval.linears import synthetic
@@ -175,8 +176,8 @@ def _errors(
     errors, taken, weights = {}, 0.0, 0
     for target in targets:
         for name, layer in target.choice.layers.items():
-            plan, full = target.plans[name], target.prefix + name
-            errors[full] = [float(f"{x:.4g}") for x in squared_errors(layer, plan, rows.inputs(full))]
+            plan, full, device = target.plans[name], target.prefix + name, device_of(target.model, layer)
+            errors[full] = [float(f"{x:.4g}") for x in squared_errors(layer, plan, rows.inputs(full), device)]
             taken += plan.groups.average_bits * layer.weight.numel()
             weights += layer.weight.numel()
     return {"bits": taken / weights, "errors": errors}

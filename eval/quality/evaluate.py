@@ -82,7 +82,7 @@ def evaluate(
     settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
-        row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
+        row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
     corrupt = []
@@ -179,7 +179,7 @@ def _named(row: Row) -> Iterator[None]:
         raise ValueError(f"{row.name}: {error}") from error
 
 
-def _of_row(row: Row) -> dict[str, Any]:
+def identity_of_row(row: Row) -> dict[str, Any]:
     """Return what makes the pictures of a row its own; our sources belong to it only where they have a say."""
     own: dict[str, Any] = {"role": row.role}
     if row.config is None:

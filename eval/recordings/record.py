@@ -249,7 +249,7 @@ def draw_observed(
 ) -> int:
     """Draw one prompt down to its latents, and return the number of steps.
 
-    observer: is told of each denoising step before it begins. on_step: is called after each, with steps done and in all.
+    observer: is told of each denoising step before it begins. on_step: is called after each, with steps done, in all.
     """
 
     def step_ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
