@@ -113,9 +113,14 @@ def recordings(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def items(demo, recordings):
+def observed(demo, recordings):
     pipe, call = demo
-    return observe(pipe, recordings, call, "sm_100")[1]
+    return observe(pipe, recordings, call, "sm_100")
+
+
+@pytest.fixture(scope="module")
+def items(observed):
+    return observed[1]
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +168,9 @@ def test_one_budget_for_attention_and_linears(policy, items, recordings):
     assert [row[-1] for row in rows][-1] == "44 of 44" and rows[0][0] == "0"
 
 
-def test_the_file_quantises_as_chosen(policy, demo, tmp_path):
+def test_the_file_quantises_as_chosen(policy, demo, observed, tmp_path):
     pipe, call = demo
+    seen = observed[0]["transformer."]
     path = tmp_path / "policy.json"
     choice = policy.chosen
     save_choice(pipe, choice.linears, tmp_path / choice.file_of_linears(path.name))
@@ -185,6 +191,12 @@ def test_the_file_quantises_as_chosen(policy, demo, tmp_path):
     try:
         drawn = draw(pipe, ["a red apple"], [0], call).latents
         receipts = {receipt.module: receipt for receipt in report(pipe).linears if receipt.formats}
+        mixed = [name for name, receipt in receipts.items() if len(receipt.formats) > 1]
+        assert mixed
+        for name in mixed:
+            own = name.removeprefix("transformer.")
+            order = seen.statistics(own).mean_abs.argsort(stable=True)
+            assert layer_of(pipe.transformer, own).permutation.equal(order.int())
     finally:
         restore(pipe)
     groups = {name: of for name, of in choice.linears.groups.items() if of}
