@@ -31,7 +31,8 @@ test: .venv/test.stamp
 test-tritons: $(TRITONS:%=test-compiled-by-%) $(INTERPRETING_TRITONS:%=test-interpreted-by-%)
 
 test-compiled-by-%: .venv/test.stamp .venv/triton-%
-	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/kernels/test_compile.py tests/kernels/test_sass.py | $(SOME_PASSED)
+	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/kernels/test_compile.py tests/kernels/test_sass.py \
+		tests/kernels/linears/test_compile.py | $(SOME_PASSED)
 
 test-interpreted-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)

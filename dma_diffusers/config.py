@@ -12,10 +12,11 @@ import torch
 from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
-from dma_diffusers.kernels.defaults import default_formats
+from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import DIMENSIONS
-from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
+from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.linears.methods import is_file
 
 _B200, _HOPPER = (
@@ -157,7 +158,8 @@ class DMAConfig:
 
         "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": the
         formats that this process's GPU multiplies fastest (`kernels.defaults`), where they are faster than stock
-        attention, which runs elsewhere. "exact": stock attention everywhere; it takes no changes but `linears`.
+        attention, which runs elsewhere; on Hopper every tile is LOW, unless a window, a sink or a policy is given.
+        "exact": stock attention everywhere; it takes no changes but `linears`.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
@@ -166,8 +168,10 @@ class DMAConfig:
         formats: dict[str, Any] = {}
         if name == "auto":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            own = default_formats(lowerings.architecture(device))
-            formats = dict(zip(("high", "low"), own, strict=True))
+            architecture = lowerings.architecture(device)
+            formats = dict(zip(("high", "low"), default_formats(architecture), strict=True))
+            if not changes.keys() & {"policy", *_DIAGONAL}:
+                formats["policy"] = DEFAULT_POLICIES.get(architecture)
         return cls.of(None, **PRESETS[name] | formats | changes)
 
     @classmethod
@@ -269,7 +273,7 @@ class DMAConfig:
         """The fewest keys of a call that does not fall back to stock attention for its length."""
         if self.lowering != "fastest":
             return self.min_length
-        return max(self.min_length, gains_from(device, head_dim))
+        return max(self.min_length, gains_from(device, head_dim, self.asked == Dense(Class.LOW)))
 
     @property
     def operator_lowering(self) -> str:

@@ -8,6 +8,8 @@ from dma_diffusers.kernels.defaults import default_formats
 # The shortest calls, in keys, that were faster than stock attention when they were measured, quantisation included, in
 # the default formats of the architecture (eval/results/h200_bench.json). Shorter ones were not, or were not measured.
 GAINS_FROM: dict[tuple[str, int | None], int] = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
+# The same where every tile is LOW (eval/results/h200_flux_attention.json).
+LOW_GAINS_FROM: dict[tuple[str, int | None], int] = {("sm_90", 128): 4_608}
 # Where that holds for calls with keys of the text masked, too (eval/results/h200_masked.txt).
 GAINS_WITH_MASKED_TEXT = {("sm_90", 128)}
 
@@ -38,9 +40,14 @@ def why_not_faster(device: torch.device, head_dim: int, high: str, low: str, mas
 
 
 @torch.compiler.assume_constant_result
-def gains_from(device: torch.device, head_dim: int) -> int:
-    """The number of keys from which calls on `device` are faster; 0 if no length is known to be too short."""
-    return GAINS_FROM.get((lowerings.architecture(device), _measured_head_dim(head_dim)), 0)
+def gains_from(device: torch.device, head_dim: int, is_low: bool = False) -> int:
+    """The number of keys from which calls on `device` are faster; 0 if no length is known to be too short.
+
+    is_low: whether every tile is LOW.
+    """
+    measured = (lowerings.architecture(device), _measured_head_dim(head_dim))
+    lengths = GAINS_FROM | LOW_GAINS_FROM if is_low else GAINS_FROM
+    return lengths.get(measured, 0)
 
 
 def _measured_head_dim(head_dim: int) -> int | None:

@@ -16,3 +16,7 @@ FORMAT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 def default_formats(architecture: str) -> tuple[str, str]:
     """The words of HIGH and LOW to take on `architecture`; those of a B200 where it is not in the table."""
     return FORMAT_PAIRS.get(architecture, _BLOCK_SCALED)[0]
+
+
+DEFAULT_POLICIES: dict[str, str] = {"sm_90": "dense(everywhere=low)"}
+"""The policy's words where LOW is as good as exact (int8: eval/results/quality.md), so that HIGH tiles only cost time."""

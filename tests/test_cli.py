@@ -361,7 +361,19 @@ def test_compile_in_words(monkeypatch, capsys):
     assert "bf16, int8" in output and "matrix" not in output
 
 
-@pytest.mark.parametrize("flags", [("--target", "sm_1"), ("--target", "sm_100", "--high", "fp3")])
+def test_compile_lists_the_kernels_of_linear_layers(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    code, output, _ = run(monkeypatch, capsys, "compile", "--target", "sm_90", "--linears", "--json")
+    variants = json.loads(output)
+    assert code == 0
+    assert {variant["kernel"] for variant in variants} == {"quantise_rows", "reencode_rows"}
+    assert {variant["size"] for variant in variants} == {"3072×9216", "12288×3072"}
+
+
+@pytest.mark.parametrize("flags", [
+    ("--target", "sm_1"), ("--target", "sm_100", "--high", "fp3"), ("--target", "sm_1", "--linears"),
+    ("--target", "sm_100", "--linears", "--high", "mxfp8"),
+])  # fmt: skip
 def test_compile_refuses_in_one_line(monkeypatch, capsys, flags):
     pytest.importorskip("triton")
     code, output, error = run(monkeypatch, capsys, "compile", *flags)

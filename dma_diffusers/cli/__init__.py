@@ -8,10 +8,10 @@ import typer
 from dma_diffusers.cli.batch import batch
 from dma_diffusers.cli.bench import (
     bench_attention,
-    bench_image,
+    bench_linear,
     bench_neighborhood,
     bench_parallel,
-    bench_video,
+    bench_pipeline,
 )
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
@@ -43,8 +43,8 @@ app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)
 bench.command("neighborhood")(bench_neighborhood)
-bench.command("image")(bench_image)
-bench.command("video")(bench_video)
+bench.command("linear")(bench_linear)
+bench.command("pipeline")(bench_pipeline)
 bench.command("parallel")(bench_parallel)
 
 

@@ -122,90 +122,118 @@ def bench_neighborhood(
         print_table(neighborhood.HEADER, ([escape(text) for text in line] for line in lines))
 
 
-def bench_video(
+def bench_pipeline(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="wan-14b-720p, hunyuan-720p, wan-1.3b-480p, hunyuan-720p-5-layers; the first two if left out."
+            help="flux-dev-1k, flux-dev-2k, flux-dev-4k, qwen-image-1k, wan-14b-720p, hunyuan-720p, or, to try things "
+            "out, wan-1.3b-480p, hunyuan-720p-5-layers; or the folder of a pipeline or a transformer. flux-dev-1k if "
+            "left out."
         ),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, max=20, help="Timed steps of each configuration, in turns.")
-    ] = 2,
+    size: Annotated[str | None, typer.Option(help="Width x height in pixels, for a folder.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the clip, for a folder.")] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="One of ours, such as preset=hopper,window=384,linears=fp8.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Time this way alone, such as stock or '*linears=fp8'; more than once for more."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="eager, compiled or graph; by default stock is timed eager too, and pictures as graphs too."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=600, help="For the timed steps of each way and mode; one at least.")
+    ] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
     output: Output = None,
+    plot: Annotated[Path | None, typer.Option(help="A chart to draw, as SVG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time whole denoising steps of video transformers at their true size, with random weights: speed alone."""
+    """Time whole denoising steps of transformers at true size, and tell what attention, linears and the rest take."""
     from dma_diffusers.eval.bench.timing import require_gpu
 
     require_gpu()
     require(("triton",), "pip install triton")
-    from dma_diffusers.eval.bench import video
+    from dma_diffusers.eval.bench import pipeline, pipeline_table, ways
     from dma_diffusers.eval.bench.memory import memory_lines
-    from dma_diffusers.eval.bench.video_models import FULL_SIZE, named
-    from dma_diffusers.pipelines.files import check_writable
+    from dma_diffusers.eval.bench.own_model import named
+    from dma_diffusers.eval.bench.plot import check_plot
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
 
-    chosen = {name: named(name) for name in model or FULL_SIZE}
-    if output:
-        check_writable(output)
+    if plot:
+        check_plot(plot)
+    for path in filter(None, (output, plot)):
+        check_writable(path)
+    settings = pipeline.Settings(
+        ways.parse(config) if config else None, tuple(only or ()), tuple(mode or ()), seconds, seed
+    )
+    sides = sizes_of("--size", size) if size else None
     command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
     with quiet(), progress(not as_json) as on_step:
-        result = video.bench_video(chosen, rounds, seed, output, command, on_step)
+        chosen = {name: named(name, sides, frames) for name in model or ("flux-dev-1k",)}
+        result = pipeline.bench_pipeline(chosen, settings, output, command, on_step)
+    if plot:
+        write_atomically(plot, pipeline_table.plot(result["shapes"]))
     if as_json:
         print_json(result)
         return
-    for name, measured in result["shapes"].items():
-        gpu = result["settings"]["gpu"]["name"]
-        print(f"\n{name}, {measured['clip']}, {gpu}; stock attention: {measured['stock']}")
-        print_table(
-            video.HEADER, ([escape(text) for text in line] for line in video.cells(measured["entries"]))
-        )
-        print("\n".join(memory_lines(measured["entries"])))
-    print(video.NOTE)
+    for label, measured in result["shapes"].items():
+        print(f"\n{label}, {result['settings']['gpu']['name']}; stock attention: {measured['stock']}")
+        lines = pipeline_table.cells(measured["entries"])
+        print_table(pipeline_table.HEADER, ([escape(text) for text in line] for line in lines))
+        print("\n".join([*memory_lines(measured["entries"]), *pipeline_table.verdict(measured)]))
+    print(pipeline.NOTE)
 
 
-def bench_image(
-    model: Annotated[
-        list[str] | None, typer.Option(help="flux-1k, flux-2k, flux-4k or qwen-1k; flux-1k if left out.")
+def bench_linear(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model's: flux-dev, qwen-image, wan-14b, hunyuan; or rows x inputs x outputs, such as "
+            "4608x3072x9216. flux-dev if left out."
+        ),
     ] = None,
-    config: Annotated[
-        list[str] | None, typer.Option(help="One of ours, such as preset=hopper,window=384.")
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One of ours: fp8, 'fp8, fixed input scale', int8, mxfp8, mxfp4, nvfp4, micromix; all if left out."
+        ),
     ] = None,
-    linears: Annotated[str, typer.Option(help="bf16, or fp8, a prototype.")] = "bf16",
-    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps in each of 3 timed rounds.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of weights and inputs.")] = 0,
+    seed: Seed = 0,
+    seconds: Seconds = 0.2,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Time whole denoising steps of FLUX.1-dev or Qwen-Image at true size, with random weights: speed alone."""
+    """Time linear layers in low precision beside bf16 and torchao's, with and without quantising their input."""
     from dma_diffusers.eval.bench.timing import require_gpu
 
     require_gpu()
     require(("triton",), "pip install triton")
-    from dma_diffusers.eval.bench import image
-    from dma_diffusers.eval.bench.image_models import named
-    from dma_diffusers.eval.bench.memory import memory_lines
-    from dma_diffusers.eval.quality import configurations
+    from dma_diffusers.eval.bench import linear, linear_shapes
     from dma_diffusers.pipelines.files import check_writable
 
-    chosen = {name: named(name) for name in model or ("flux-1k",)}
-    ours = configurations.named(config) if config else None
+    chosen = linear_shapes.parse(shape or ["flux-dev"])
     if output:
         check_writable(output)
     command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
     with quiet(), progress(not as_json) as on_step:
-        result = image.bench_image(chosen, ours, linears, steps, seed, output, command, on_step)
+        result = linear.bench_linear(
+            chosen, method or linear.METHODS, seed, seconds, output, command, on_step
+        )
     if as_json:
         print_json(result)
         return
     for label, measured in result["shapes"].items():
         print(f"\n{label}, {result['settings']['gpu']['name']}")
         print_table(
-            image.HEADER, ([escape(text) for text in line] for line in image.cells(measured["entries"]))
+            linear.HEADER, ([escape(text) for text in line] for line in linear.cells(measured["entries"]))
         )
-        print("\n".join(memory_lines(measured["entries"])))
-    print(image.NOTE)
+    print(linear.NOTE)
 
 
 def bench_parallel(

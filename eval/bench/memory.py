@@ -1,6 +1,7 @@
 """This module compares the memory that attention calls take with what `doctor` says of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,29 +18,32 @@ from dma_diffusers.kernels.tiling.precision_map import Class
 class CallMemory:
     """It measures the calls of the operator that a model makes, beside their tensors.
 
-    peak: the most bytes that were allocated in or between calls. extra: the most that a call took. said: what `doctor`
-    says of that call; None for the reference.
+    extra: the most bytes that a call took. said: what `doctor` says of that call; None for the reference.
     """
 
     def __init__(self):
-        self.peak = self.extra = 0
+        self.extra = 0
         self.said: int | None = None
 
-    def watch(self, model: torch.nn.Module) -> None:
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator["CallMemory"]:
         """Take the operator's place in a model to which DMA was applied."""
-        for interception in interceptions(model).values():
+        found = interceptions(model).values()
+        for interception in found:
             interception.stand_in = self.attend
+        try:
+            yield self
+        finally:
+            for interception in found:
+                interception.stand_in = None
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **call: Any
     ) -> operator.Result:
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = operator.attention(query, key, value, **call)
-        most = torch.cuda.max_memory_allocated()
-        self.peak = max(self.peak, most)
-        extra = most - before - result.out.nbytes
+        extra = torch.cuda.max_memory_allocated() - before - result.out.nbytes
         if extra > self.extra:
             self.extra, self.said = extra, said_bytes(query, key, **call)
         return result

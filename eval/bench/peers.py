@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dma_diffusers.errors import first_line
+from dma_diffusers.eval.bench import flash_fp8
 from dma_diffusers.eval.bench.bound import Products
 from dma_diffusers.eval.bench.cudnn_fp8 import cudnn_fp8
 from dma_diffusers.eval.bench.entries import FULL, LOW_BIT, Entry, Prepared, Tensors
@@ -24,7 +26,8 @@ class Peer:
     call: takes its module and q, k, v `[B, H, S, D]` in bf16; a low-bit peer quantises them in the call. qk, pv:
     letters of MATRIX_RATES. modules: the names under which it may be installed. fits: says if a module of such a name
     is this peer; two versions of one package can't share a name. writes_inputs: says if it changes its inputs, and so
-    gets copies of its own. distribution: the package that tells its version.
+    gets copies of its own. distribution: the package that tells its version. quantise, kernel: the parts of its call,
+    for one whose kernel takes what was quantised before; it is timed alone as well.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Peer:
     call: Callable[[ModuleType, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     fits: Callable[[ModuleType], bool] = lambda module: True
     writes_inputs: bool = False
+    quantise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any] | None = None
+    kernel: Callable[[ModuleType, Any], torch.Tensor] | None = None
 
     def load(self) -> ModuleType:
         """Return its module; raises ImportError, in one line, that says why there is none."""
@@ -75,7 +80,20 @@ class Peer:
         call = partial(self.call, self.load())
         if self.writes_inputs:
             copies = [tuple(x.clone() for x in copy) for copy in copies]
-        return Prepared([Products(1.0, self.qk, self.pv)], lambda number: call(*copies[number % len(copies)]))
+        products, quantise = [Products(1.0, self.qk, self.pv)], self.quantise
+
+        def whole(number: int) -> torch.Tensor:
+            return call(*copies[number % len(copies)])
+
+        if quantise is None or self.kernel is None:
+            return Prepared(products, whole)
+        attend, quantised = partial(self.kernel, self.load()), [quantise(*copy) for copy in copies]
+        return Prepared(
+            products,
+            whole,
+            lambda number: attend(quantised[number % len(copies)]),
+            lambda number: quantise(*copies[number % len(copies)]),
+        )
 
 
 def _cudnn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -96,8 +114,7 @@ def _flash_attention_3(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: 
 def _flash_attention_3_fp8(
     module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    # Plain casts are as cheap as quantising gets.
-    return _flash_attention_3(module, *(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
+    return flash_fp8.attend(module, flash_fp8.quantise(q, k, v))
 
 
 def _sage_1(module: ModuleType, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -133,7 +150,8 @@ PEERS = (
         _is_sage_2,
     ),
     Peer(
-        "FlashAttention-3 FP8", LOW_BIT, "Q", "Q", _FLASH_ATTENTION_3, "fa3-fwd", _flash_attention_3_fp8
+        "FlashAttention-3 FP8", LOW_BIT, "Q", "Q", _FLASH_ATTENTION_3, "fa3-fwd", _flash_attention_3_fp8,
+        quantise=flash_fp8.quantise, kernel=flash_fp8.attend,
     ),
     Peer("cuDNN SDPA FP8", LOW_BIT, "Q", "Q", ("cudnn",), "nvidia-cudnn-frontend", cudnn_fp8),
 )  # fmt: skip

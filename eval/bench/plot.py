@@ -1,5 +1,6 @@
 """This module draws a result as a bar chart: TFLOP/s of each entry at each shape, and its bound as a thin line."""
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,11 @@ def _svg(drawn: dict[str, list[dict[str, Any]]], fills: dict[str, str]) -> str:
     def y(tflops: float) -> float:
         return _TOP + _HEIGHT * (1 - tflops / top)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-    ]
+    parts = []
     for tflops in range(0, int(top) + 1, _STEP):
         parts.append(f'<path d="M{_LEFT} {y(tflops):.1f}H{width}" stroke="#e6e6e6"/>')
-        parts.append(_text(_LEFT - 6, y(tflops) + 4, str(tflops), "end"))
-    parts.append(_text(4, _TOP - 16, "TFLOP/s, quantisation included"))
+        parts.append(text(_LEFT - 6, y(tflops) + 4, str(tflops), "end"))
+    parts.append(text(4, _TOP - 16, "TFLOP/s, quantisation included"))
     left = _LEFT + _GAP / 2
     for label, entries in drawn.items():
         for index, entry in enumerate(entries):
@@ -71,19 +68,38 @@ def _svg(drawn: dict[str, list[dict[str, Any]]], fills: dict[str, str]) -> str:
             if bound:
                 parts.append(f'<path d="M{x:.1f} {y(bound):.1f}h{_BAR - 3}" stroke="#222" class="bound"/>')
         model, _, size = label.rpartition(" ")
-        parts.append(_text(left, _TOP + _HEIGHT + 16, model))
-        parts.append(_text(left, _TOP + _HEIGHT + 30, size))
+        parts.append(text(left, _TOP + _HEIGHT + 16, model))
+        parts.append(text(left, _TOP + _HEIGHT + 30, size))
         left += widths[label]
-    for line, (name, fill) in enumerate([*fills.items(), ("bound: matrix products or exponentials", "")]):
-        baseline = _TOP + _HEIGHT + _LABELS + _LEGEND_LINE * (line + 0.7)
+    parts += legend(fills | {"bound: matrix products or exponentials": ""}, _LEFT, _TOP + _HEIGHT + _LABELS)
+    return document(width, height, parts)
+
+
+def document(width: float, height: float, parts: Sequence[str]) -> str:
+    """Return an SVG of this size with a white ground and these parts on it."""
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#333">',
+        f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
+        *parts,
+        "</svg>\n",
+    ])  # fmt: skip
+
+
+def legend(fills: Mapping[str, str], left: float, top: float) -> list[str]:
+    """Draw a line for each name with its fill; an empty one is drawn as a thin line."""
+    parts = []
+    for line, (name, fill) in enumerate(fills.items()):
+        baseline = top + _LEGEND_LINE * (line + 0.7)
         parts.append(
-            f'<rect x="{_LEFT}" y="{baseline - 9:.1f}" width="10" height="10" fill="{fill}"/>'
+            f'<rect x="{left}" y="{baseline - 9:.1f}" width="10" height="10" fill="{fill}"/>'
             if fill
-            else f'<path d="M{_LEFT} {baseline - 4:.1f}h10" stroke="#222"/>'
+            else f'<path d="M{left} {baseline - 4:.1f}h10" stroke="#222"/>'
         )
-        parts.append(_text(_LEFT + 16, baseline, name))
-    return "\n".join([*parts, "</svg>\n"])
+        parts.append(text(left + 16, baseline, name))
+    return parts
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    """Draw words at a place, from there on or, with the anchor "end", up to there."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

@@ -25,6 +25,7 @@ from dma_diffusers.kernels.attention.hopper_phases import (
     token_at,
     view,
 )
+from dma_diffusers.kernels.attention.hopper_split import joined, own_share, place_of
 from dma_diffusers.kernels.attention.kernel import LN_2, LOWEST
 from dma_diffusers.kernels.device.rounding import to_output
 from dma_diffusers.kernels.tiling import precision_map
@@ -50,7 +51,7 @@ def _load(
     q_high, k_high, v_high, q_low, k_low, v_low = sources
     q_high_smem, q_low_smem, ring, barriers = smem
     batch, head_in_batch, kv_head, start = place
-    indices, own_entries, bounds, own_ends = block_list
+    indices, own_entries, bounds, own_ends, piece, pieces = block_list
     size: gl.constexpr = (2 if HIGH is not None else 0) + (1 if LOW is not None else 0)
     for warpgroup in gl.static_range(WARPGROUPS):
         own_ready = barriers.index(2 * SLOTS + warpgroup)
@@ -60,11 +61,11 @@ def _load(
             copy(q_high, rows, own_ready, q_high_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
         if LOW is not None:
             copy(q_low, rows, own_ready, q_low_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
-    high_end, low_end, end = ends_of(bounds + own_ends, HIGH is not None)
+    first, high_end, low_end, end = own_share(*ends_of(bounds + own_ends, HIGH is not None), piece, pieces)
     n = 0
     if HIGH is not None:
         n = load_phase(
-            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, 0, high_end, False, D, SLOTS
+            ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, first, high_end, False, D, SLOTS
         )  # fmt: skip
     if LOW is not None:
         n = load_phase(
@@ -95,12 +96,12 @@ def _attend(
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
-    indices, own_entries, bounds, own_ends = block_list
-    high_end, low_end, end = ends_of(bounds + own_ends, HIGH is not None)
+    indices, own_entries, bounds, own_ends, piece, pieces = block_list
+    first, high_end, low_end, end = own_share(*ends_of(bounds + own_ends, HIGH is not None), piece, pieces)
     q_tokens = start + warpgroup * ROWS + gl.arange(0, ROWS, layout=row)
     # The last program's last warpgroups may lie past the whole tiles that the quantiser wrote.
     q_rows = head * (gl.cdiv(q_length, TILE) * TILE) + q_tokens
@@ -119,7 +120,7 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
             accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, n,
-            indices, own_entries, 0, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
+            indices, own_entries, first, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
             skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
@@ -134,16 +135,16 @@ def _attend(
         )
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m, kept = low_phase(
-            low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers, 2 * high_end,
-            k_scales, own_scales, indices, own_entries, high_end, low_end, warpgroup, wide_mask, None, None,
-            k_length, low_tokens,
+            low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers,
+            2 * (high_end - first), k_scales, own_scales, indices, own_entries, high_end, low_end, warpgroup,
+            wide_mask, None, None, k_length, low_tokens,
             skip_below, counter, False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
             low_sums, low_l, low_m, kept = low_phase(
-                low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers, low_end,
-                k_scales, own_scales, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
-                k_length, low_tokens,
+                low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers,
+                low_end - first, k_scales, own_scales, indices, own_entries, low_end, end, warpgroup,
+                key_mask, fine_mask, guards, k_length, low_tokens,
                 skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
         # volatile: read anew, not kept in registers throughout the loop
@@ -153,10 +154,14 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
             accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers,
-            high_end + low_end, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
+            high_end + low_end - 2 * first, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
             k_length, q_tokens, q_rows, known, skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
+    is_whole = True
+    if split is not None:  # noqa: SIM102 (the compiler decides this, and the GPU the next)
+        if piece >= 0:
+            accumulator, l, m, is_whole = joined(accumulator, l, m, split, warpgroup, pieces, D)
     nothing_seen = l == 0.0
     l = gl.where(nothing_seen, 1.0, l)
     result = accumulator * gl.convert_layout(1.0 / l, out_row)[:, None]
@@ -164,25 +169,25 @@ def _attend(
     q_tokens = token_at(token_order, q_tokens, q_length, tokens)
     out_tokens = gl.convert_layout(q_tokens, out_row)
     slots = out_tokens[:, None].to(gl.int64) * out_stride_s + channels[None, :]
-    inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :]
+    inside = (out_tokens < q_length)[:, None] & (channels < head_dim)[None, :] & is_whole
     gl.store(out + slots, to_output(result, out.dtype.element_ty), mask=inside)
     if lse is not None:
         log_sum = m + gl.log2(l)
         if offset is not None:
             log_sum += gl.load(offset + q_rows, mask=known, other=0.0)
         log_sum = gl.where(nothing_seen, float("-inf"), log_sum * LN_2)
-        gl.store(lse + head.to(gl.int64) * tokens + q_tokens, log_sum, mask=q_tokens < q_length)
+        gl.store(lse + head.to(gl.int64) * tokens + q_tokens, log_sum, mask=(q_tokens < q_length) & is_whole)
 
 
 @gluon.jit(do_not_specialize=[
-    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "whole", "pieces"
 ])  # fmt: skip
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
-    out_stride_b, out_stride_h, out_stride_s, skip_below, skipped,
+    out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, records, finished, whole, pieces,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr, HIGH_VALUES: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr, LOW_VALUES: gl.constexpr,
     CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -192,10 +197,16 @@ def attend_hopper(
     `indices` and `bounds` are a map's `shared` block lists (precision_map.py). HIGH is read as bf16 numbers without
     tensor scales, its V in bf16 ("plain"); LOW as e4m3 or int8 ones under scales of K's tiles or tokens, its V in e4m3
     ("channel"). Other scales and block sizes are not looked at.
-    Each warpgroup skips tiles by itself.
+    Each warpgroup skips tiles by itself. With `records`, programs from `whole` on are pieces (hopper_split.py).
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)
-    head, block = gl.program_id(0) // blocks, gl.program_id(0) % blocks
+    program, piece = gl.program_id(0), -1
+    if records is not None:
+        program, piece = place_of(program, whole, pieces)
+        split = (records, finished, whole)
+    else:
+        split: gl.constexpr = None
+    head, block = program // blocks, program % blocks
     if CAUSAL:
         block = blocks - 1 - block  # the longest block lists first
     batch, head_in_batch = head // heads, head % heads
@@ -230,7 +241,7 @@ def attend_hopper(
     # A partition keeps what it is given in registers: as few and as far computed as can be.
     smem = (q_high_smem, q_low_smem, ring, barriers)
     start = block * (WARPGROUPS * ROWS)
-    block_list = (indices, row * map_length, bounds, row * 3)
+    block_list = (indices, row * map_length, bounds, row * 3, piece, pieces)
     kv_row = batch * kv_heads + kv_head
     scales = (q_low_scales, k_low_scales, v_scale)
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
@@ -238,7 +249,7 @@ def attend_hopper(
         skipped += head
     given = (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
     )  # fmt: skip
     sources = (q_high, k_high, v_high, q_low, k_low, v_low)
     place = (batch, head_in_batch, kv_head, start)

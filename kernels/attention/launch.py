@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 
 from dma_diffusers.kernels.attention import hopper
+from dma_diffusers.kernels.attention.hopper_split import Split
 from dma_diffusers.kernels.attention.kernel import attend
 from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
@@ -32,7 +33,7 @@ from dma_diffusers.kernels.quantiser.operands import (
 )
 from dma_diffusers.kernels.routing.launch import pooled, route
 from dma_diffusers.kernels.tiling.layout import TILE
-from dma_diffusers.kernels.tiling.precision_map import PrecisionMap
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, PrecisionMap
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,10 @@ def _attend(
     )  # fmt: skip
     multiplied = chain(*(stored.multiplied if stored else [None] * 4 for stored in variant.classes))
     if variant.in_gluon:
+        device, blocks = source.q.device, -(-q_length // hopper.QUERIES) * batch * heads
+        split = _split(block_lists, blocks, is_causal, plan, variant, device)
         launcher(
-            hopper.attend_hopper, (-(-q_length // hopper.QUERIES) * batch * heads,), *arguments, *multiplied,
+            hopper.attend_hopper, (split.programs,), *arguments, *_pieces(split, dim, device, launcher), *multiplied,
             CAUSAL=is_causal, MASKS_ALL=plan.masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -342,6 +345,26 @@ def _attend(
         enable_fp_fusion=True,
         maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
     )  # fmt: skip
+
+
+def _split(
+    lists: PrecisionMap, blocks: int, is_causal: bool, plan: Plan, variant: Variant, device: torch.device
+) -> Split:
+    """Splits the last round where that gains (hopper.md), and no list of another length or order would suffer."""
+    gains = variant.dim == 128 and None in variant.classes
+    if not gains or is_causal or plan.skip_below is not None:
+        return Split(blocks, 0, 1)
+    return Split.of(blocks, lists.indices.shape[-1] - 1, multiprocessors(device))
+
+
+def _pieces(split: Split, dim: int, device: torch.device, launcher: Launcher) -> tuple:
+    """The kernel's arguments: room for the sums of pieces, counters of those that finished, `whole` and `pieces`."""
+    if split.pieces == 1:
+        return None, None, 0, 0
+    queries = split.rest * hopper.QUERIES
+    records = launcher.empty((queries * split.pieces, dim + 2), torch.float32, device)
+    finished = launcher.counters((queries // SHARED_ROWS,), device)
+    return records, finished, split.whole, split.pieces
 
 
 def _operands(

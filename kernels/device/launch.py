@@ -11,8 +11,16 @@ from dma_diffusers.kernels.device.tritons import warn_of_untested
 Run = Callable[..., Any]
 
 
+_OF_AN_H200 = 132
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Counts multiprocessors; the interpreter has a few, so that programs have more than one block."""
+    """Counts multiprocessors; the interpreter has a few, so that programs have more than one block.
+
+    Tensors without numbers, on which memory is counted, are taken for an H200's.
+    """
+    if device.type == "meta":
+        return _OF_AN_H200
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

@@ -117,5 +117,5 @@ def decoded_nvfp4(packed, scales, D: tl.constexpr):
     half = mantissa.to(tl.float32) * 0.5
     value = tl.where(exponent == 0, half, (1.0 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
     value = tl.where(codes >= 8, -value, value)
-    value = tl.reshape(value, (packed.shape[0], D // 16, 16)) * scales.to(tl.float32)[:, :, None]
+    value = tl.reshape(value, (packed.shape[0], D // 16, 16)) * loaded_e4m3(scales).to(tl.float32)[:, :, None]
     return bf16_operand(tl.reshape(value, (packed.shape[0], D)))

@@ -19,4 +19,4 @@ def tiled_scales(scales: Tensor) -> Tensor:
 def plain_scales(tiled: Tensor, rows: int, blocks: int) -> Tensor:
     """Block scales `[rows, blocks]`, from what `tiled_scales` made of them."""
     tiles = tiled.reshape(tiled.shape[1], tiled.shape[2], 32, ROWS // 32, COLUMNS)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(tiled.shape[1] * ROWS, -1)[:rows, :blocks]
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1, tiled.shape[2] * COLUMNS)[:rows, :blocks]

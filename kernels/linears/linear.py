@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dma_diffusers.kernels.formats import E4M3, INT8
+from dma_diffusers.kernels.formats import E4M3, INT8, Element
+from dma_diffusers.kernels.formats.scale import fp32_scale
 from dma_diffusers.kernels.linears import operator, reference
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.operands import Operand
@@ -48,7 +49,9 @@ def quantise_input(
     input_scale: float32 `[]`, the scale of all of x in fp8, for weights with one scale; what lies beyond it saturates.
         None for a scale for each row, measured now.
     prologue: what happens to x first.
+    Raises ValueError, in one line, for an x or a prologue of other sizes, or an x that wants a gradient.
     """
+    _check(x, groups, prologue)
     if lowering == "reference":
         return (reference.quantised_input(prologue(x), groups, permutation, input_scale).flatten(0, -2),)
     if groups.block is not None:
@@ -59,11 +62,11 @@ def quantise_input(
     if permutation is not None:
         x = x[:, permutation]
     if groups.formats == ("int8",):
-        scale = _row_scales(x, INT8.max)
+        scale = _row_scales(x, INT8)
         return (x / scale).round().to(torch.int8), scale
     if input_scale is not None:
         return (x / input_scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn), input_scale
-    scale = _row_scales(x, E4M3.max)
+    scale = _row_scales(x, E4M3)
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -95,9 +98,26 @@ def multiply(
     return _scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
 
 
-def _row_scales(x: Tensor, q_max: float) -> Tensor:
-    """The scale of each row of x `[rows, K]`, float32 `[rows, 1]`."""
-    return (x.abs().amax(1, keepdim=True).float() / q_max).clamp(min=_SMALLEST_NORMAL)
+def _check(x: Tensor, groups: Groups, prologue: Prologue) -> None:
+    if x.ndim < 2 or x.shape[-1] != groups.in_features:
+        raise ValueError(f"x must be [..., {groups.in_features}], as wide as its groups, got {list(x.shape)}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "low-bit linear layers have no backward: call them under torch.no_grad(), or detach x"
+        )
+    if (prologue.scale is None) != (prologue.shift is None):
+        raise ValueError("a prologue has both a scale and a shift, or neither")
+    for table in (prologue.scale, prologue.shift):
+        if table is not None and (table.shape[0] not in (1, x.shape[0]) or table.shape[1:] != x.shape[-1:]):
+            batches = f"{x.shape[0]} or 1"
+            raise ValueError(
+                f"scale and shift must be [{batches}, {x.shape[-1]}] for x {list(x.shape)}, got {list(table.shape)}"
+            )
+
+
+def _row_scales(x: Tensor, element: Element) -> Tensor:
+    """The scale of each row of x `[rows, K]`, float32 `[rows, 1]`; NaN for a row that isn't finite."""
+    return fp32_scale(x.abs().amax(1, keepdim=True).float(), element).clamp(min=_SMALLEST_NORMAL)
 
 
 def _scaled_mm(

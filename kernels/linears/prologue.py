@@ -13,7 +13,7 @@ class Prologue:
     """LayerNorm, then (1 + scale)·x + shift, then GELU; each of them only where it is asked for.
 
     norm_eps: the eps of a LayerNorm over channels without weights; None for no LayerNorm.
-    scale, shift: both `[B, K]`, of any float dtype, for x `[B, ..., K]`; or None.
+    scale, shift: both `[B, K]` or `[1, K]`, of any float dtype, for x `[B, ..., K]`; or both None.
     gelu: whether x goes through GELU (its approximation by tanh).
     """
 

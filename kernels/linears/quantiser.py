@@ -82,7 +82,7 @@ def _after_prologue(row, permutation, columns, inside, scale, shift, eps, in_fea
         factor = 1.0 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
         value = value * factor + tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        value = value / (1.0 + tl.exp(-GELU_TWICE * (value + GELU_CUBE * value * value * value)))
+        value = value / (1.0 + tl.exp((value + value * value * value * GELU_CUBE) * -GELU_TWICE))
     return value
 
 

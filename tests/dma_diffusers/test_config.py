@@ -127,7 +127,7 @@ def test_only_what_is_faster_is_taken(monkeypatch, architecture, formats, reason
     [
         ("sm_90", 64, 17_664),
         ("sm_90", 40, 17_664),
-        ("sm_90", 96, 16_384),
+        ("sm_90", 96, 4608),
         ("sm_100", 128, 2048),
         ("cpu", 64, 2048),
     ],
@@ -139,6 +139,21 @@ def test_auto_leaves_calls_shorter_than_those_measured_to_gain(monkeypatch, arch
     assert auto.least_keys(CPU, head_dim) == least
     assert DMAConfig.preset("auto", min_length=20_000).least_keys(CPU, head_dim) == 20_000
     assert DMAConfig.preset("hopper").least_keys(CPU, head_dim) == 256
+
+
+def test_auto_takes_every_tile_low_on_hopper_unless_a_map_is_asked_for(monkeypatch):
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_90")
+    assert DMAConfig.preset("auto", min_length=512).words == "dense(everywhere=low)"
+    for asked, words in (
+        ({"window": 384}, "diagonal(window=384, sink=128)"),
+        ({"sink": 0}, "diagonal(window=128, sink=0)"),
+        ({"policy": "importance(budget=0.05)"}, "importance(budget=0.05)"),
+    ):
+        config = DMAConfig.preset("auto", **asked)
+        assert config.words == words
+        assert config.least_keys(CPU, 128) == 16_384
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: "sm_100")
+    assert DMAConfig.preset("auto").words == DMAConfig().words
 
 
 def test_auto_leaves_what_was_not_measured(monkeypatch):

@@ -67,20 +67,44 @@ def test_peers_are_called_in_their_layout(monkeypatch, capability):
     assert torch.equal(peer("FlashAttention-4 bf16").entry.prepare([(Q, K, V)]).whole(0), V)
 
 
+def flash_attention_3(calls):
+    """FlashAttention-3's interface, computed in float64 of what it is given."""
+
+    def attend(q, k, v, **descales):
+        assert q.shape == (1, 300, 2, 64)
+        calls.append(q.dtype)
+        scales = [descales.get(f"{name}_descale", torch.ones(1, 2)) for name in "qkv"]
+        assert all(scale.shape == (1, 2) and scale.dtype == torch.float32 for scale in scales)
+        q, k, v = (
+            (x.double() * scale[:, None, :, None]).transpose(1, 2)
+            for x, scale in zip((q, k, v), scales, strict=True)
+        )
+        return F.scaled_dot_product_attention(q, k, v).bfloat16().transpose(1, 2)
+
+    return attend
+
+
 @pytest.mark.parametrize("module", ["fa3_fwd_interface", "flash_attn_interface"])
 def test_flash_attention_3_takes_bf16_and_e4m3(monkeypatch, module):
-    dtypes = []
-
-    def attend(q, k, v):
-        assert q.shape == (1, 5, 2, 4)
-        dtypes.append({q.dtype, k.dtype, v.dtype})
-        return v.float()
-
+    """Heads of very different sizes: one scale for all of them would lose the smaller's numbers."""
+    calls = []
+    fake = SimpleNamespace(__name__=module, flash_attn_func=flash_attention_3(calls))
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(__name__=module, flash_attn_func=attend))
-    for name in ("FlashAttention-3 bf16", "FlashAttention-3 FP8"):
-        assert torch.equal(peer(name).entry.prepare([(Q, K, V)]).whole(0), V)
-    assert dtypes == [{torch.float32}, {torch.float8_e4m3fn}]
+    monkeypatch.setitem(sys.modules, module, fake)
+    q, k, v = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0))
+    v = v * torch.tensor([1.0, 1e-5])[:, None, None]
+    copies = [tuple(x.bfloat16() for x in (q, k, v)), tuple(x.bfloat16() for x in (k, q, v))]
+    for name, most in (("FlashAttention-3 bf16", 1e-2), ("FlashAttention-3 FP8", 0.08)):
+        prepared = peer(name).entry.prepare(copies)
+        for number in range(3):
+            exact = F.scaled_dot_product_attention(*(x.double() for x in copies[number % 2]))
+            found = prepared.whole(number)
+            error = (found - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+            assert found.dtype == torch.bfloat16 and (error < most).all()
+            if prepared.kernel:
+                assert torch.equal(prepared.kernel(number), found)
+    assert (prepared.kernel, prepared.quantise) != (None, None)
+    assert calls == [torch.bfloat16] * 3 + [torch.float8_e4m3fn] * 6
 
 
 class Graph:

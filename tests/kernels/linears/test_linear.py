@@ -7,10 +7,17 @@ from dma_diffusers.kernels.linears import reference
 from dma_diffusers.kernels.linears.linear import linear, multiply, quantise_input
 from dma_diffusers.kernels.linears.prologue import Prologue
 from dma_diffusers.kernels.linears.weight import quantise
-from tests.kernels.linears.cases import GROUPS, permutation_of, relative_l2, rows_of, weight_of
+from tests.kernels.linears.cases import GROUPS, permutation_of, relative_l2, rows_of, torch_device, weight_of
 
 LOWERING = {"fp8": "scaled_mm", "int8": "int_mm"}
 IN_BF16 = 4e-3  # torch._scaled_mm gives bf16
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Tensors are made here, unless they come from a generator."""
+    with torch_device() as device:
+        yield device
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -98,3 +105,25 @@ def test_it_compiles_whole_and_for_any_number_of_rows(name, one_scale):
         expected = linear(x, weight, LOWERING[name], bias, scale, Prologue(gelu=True))
         assert torch.equal(layer(x, bias), expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("shape", "prologue", "message"), [
+    ((2, 9, 161), Prologue(), r"x must be \[..., 160\], as wide as its groups, got \[2, 9, 161\]"),
+    ((160,), Prologue(), r"x must be \[..., 160\]"),
+    ((2, 9, 160), Prologue(scale=torch.zeros(2, 160)), "both a scale and a shift, or neither"),
+    ((2, 9, 160), Prologue(None, torch.zeros(3, 160), torch.zeros(3, 160)),
+     r"scale and shift must be \[2 or 1, 160\] for x \[2, 9, 160\], got \[3, 160\]"),
+])  # fmt: skip
+@pytest.mark.parametrize("lowering", ["reference", "scaled_mm"])
+def test_what_does_not_fit_is_refused(shape, prologue, message, lowering):
+    with pytest.raises(ValueError, match=message) as caught:
+        quantise_input(torch.zeros(shape), None, GROUPS["fp8"], lowering, prologue=prologue)
+    assert "\n" not in str(caught.value)
+
+
+def test_there_is_no_backward():
+    x = torch.zeros(2, 160, requires_grad=True)
+    with pytest.raises(ValueError, match=r"no backward: call them under torch.no_grad\(\), or detach x"):
+        quantise_input(x, None, GROUPS["fp8"], "scaled_mm")
+    with torch.no_grad():
+        quantise_input(x, None, GROUPS["fp8"], "scaled_mm")

@@ -91,7 +91,7 @@ def test_a_bad_block_is_nan_and_no_other(name, bad, kernel_device):
 
 @pytest.mark.parametrize("name", ["uneven", "nvfp4"])
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("kind", ["norm", "modulated norm", "modulation", "gelu"])
+@pytest.mark.parametrize("kind", ["norm", "modulated norm", "modulation", "one modulation", "gelu"])
 def test_the_prologue_comes_first(name, permuted, kind, kernel_device):
     """Its sums and exponentials may differ in the last bit, which moves few numbers by a step."""
     groups = BLOCK_GROUPS[name]
@@ -102,13 +102,16 @@ def test_the_prologue_comes_first(name, permuted, kind, kernel_device):
     )
     prologue = {
         "norm": Prologue(1e-6), "modulated norm": Prologue(1e-6, scale, shift),
-        "modulation": Prologue(None, scale, shift), "gelu": Prologue(gelu=True),
+        "modulation": Prologue(None, scale, shift), "one modulation": Prologue(None, scale[:1], shift[:1]),
+        "gelu": Prologue(gelu=True),
     }[kind]  # fmt: skip
     x, permutation = x.to(kernel_device), permutation_of(groups).to(kernel_device) if permuted else None
     expected = quantised_input(prologue(x), groups, permutation).flatten(0, 1)
     found = numbers(encoded(x, groups, permutation, prologue), groups)
     assert relative_l2(found, expected) < 0.01
-    assert (found != expected).float().mean() < 0.01
+    # The scale of an nvfp4 row is a float32 number itself.
+    moved = (found - expected).abs() > 1e-5 * expected.abs()
+    assert moved.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", MX)
