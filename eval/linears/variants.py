@@ -36,6 +36,7 @@ ORDERS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "random": lambda total, generator: torch.rand(total.shape, generator=generator, dtype=total.dtype),
     "unsorted": lambda total, generator: torch.arange(1.0, len(total) + 1, dtype=total.dtype),
 }
+OURS = "micromix"
 METHODS = ("mxfp4", "mxfp8", "nvfp4", "fp8", "int8")
 MUST_BEAT = ("random", "unsorted", "mxfp4")
 
@@ -91,10 +92,10 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
 
     relative_l2: the root of the mean of squared errors over layers and prompts. Intervals are 95 %, over prompts.
     """
-    ours = np.array(list(found["micromix"]["errors"].values()))
+    ours = np.array(list(found[OURS]["errors"].values()))
     rows = {}
     for name, method in found.items():
-        errors = np.array([method["errors"][layer] for layer in found["micromix"]["errors"]])
+        errors = np.array([method["errors"][layer] for layer in found[OURS]["errors"]])
         pair = [errors.mean(0), ours.mean(0)]
         rows[name] = {
             "bits": method["bits"],
@@ -129,7 +130,7 @@ def table(rows: Mapping[str, Any]) -> str:
             for key in ("relative_l2", "over_micromix")
         )
         fewer, layers = row["layers_where_micromix_errs_less"], row["layers"]
-        of_layers = f"{fewer} of {layers}" if layers > 1 and name != "micromix" else "–"
+        of_layers = f"{fewer} of {layers}" if layers > 1 and name != OURS else "–"
         lines.append(f"| {name} | {row['bits']:.2f} | {error} | {ratio} | {of_layers} |")
     return "\n".join(lines)
 
@@ -162,7 +163,7 @@ def main(
     (folder / "errors.json").write_text(
         json.dumps({"settings": about, "summary": summed, "methods": found, "synthetic": wide}) + "\n"
     )
-    for name, compared in (("rows", (*ORDERS, *METHODS)), ("core", ("micromix", *MUST_BEAT))):
+    for name, compared in (("rows", (*ORDERS, *METHODS)), ("core", (OURS, *MUST_BEAT))):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(rows_of(folder, compared), sort_keys=False))
     for words, rows_of_table in {"the demo": summed, **wide}.items():
         print(f"{words}\n\n{table(rows_of_table)}\n")
