@@ -30,10 +30,13 @@ def squared_errors(
         permutation = None if plan.permutation is None else plan.permutation.to(device)
         rounded = quantise(weight, plan.groups, permutation, one_scale=one_scale)
         scale = torch.tensor(plan.input_scale, device=device) if one_scale else None
-    errors = []
-    for x in inputs:
-        x = x.to(device)
-        exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        y = F.linear(x, weight, bias) if rounded is None else reference.linear(x, rounded, bias, scale)
-        errors.append(float((y.double() - exact).square().sum() / exact.double().square().sum()))
-    return errors
+    # Every format scales rows by themselves, so those of all inputs can go together.
+    x = torch.cat(list(inputs)).to(device)
+    exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).double()
+    y = F.linear(x, weight, bias) if rounded is None else reference.linear(x, rounded, bias, scale)
+    sizes = [len(each) for each in inputs]
+    error, norm = (
+        [float(part.sum()) for part in each.square().sum(1).cpu().split(sizes)]
+        for each in (y.double() - exact, exact)
+    )
+    return [own / whole for own, whole in zip(error, norm, strict=True)]

@@ -41,6 +41,7 @@ def measure(
     bits: the average that MicroMix is to have; None for its thresholds as they are. method: a format of all channels,
     or one of `variants.ORDERS`. Each layer is calibrated on other rows than it is measured on.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     errors, taken = [], 0.0
     for seed in range(_DRAWS):
         generator = torch.Generator().manual_seed(seed)
@@ -52,7 +53,7 @@ def measure(
             plan = Plan(Groups.whole(method, WIDTH))
         else:
             plan = _micromix(rows[:_ROWS], bits, lambda total, g=generator: method(total, g))
-        errors += squared_errors(layer, plan, [rows[_ROWS:]])
+        errors += squared_errors(layer, plan, [rows[_ROWS:]], device)
         taken += plan.groups.average_bits / _DRAWS
     return {"bits": taken, "errors": {"layer": [float(f"{x:.4g}") for x in errors]}}
 
