@@ -98,7 +98,8 @@ def measure(
 
     On Hopper the ways are fp8 and int8; on Blackwell mxfp8, MicroMix at `FACTORS`, nvfp4 and mxfp4. Those that the GPU
     has no fast product for are left out, and those with fewer than eight bits where published work wants eight. Several
-    transformers of a pipeline have the same formats, and permutations of their own.
+    transformers of a pipeline have the same ways, and groups and permutations of their own. Raises ValueError where no
+    layer was sampled.
     """
     choices = {prefix: (model, choose(model)) for prefix, model in quantisable(pipe)}
     first = next(iter(choices))
@@ -106,6 +107,10 @@ def measure(
     for name in choices[first][1].layers:
         if all(name in seen[prefix].readers and rows.inputs(prefix + name) for prefix in choices):
             found.setdefault(seen[first].shared(name), []).append(name)
+    if not found:
+        raise ValueError(
+            "no linear layer ran in the recorded steps of every transformer: record more of them"
+        )
     items = []
     for done, layers in enumerate(found.values(), 1):
         targets = [

@@ -21,7 +21,9 @@ from dma_diffusers.linears.plans import Plan
 from dma_diffusers.linears.quantise import layer_of
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline, recommended_call
+from tests import tiny_pipelines
 from tests.eval.recordings.test_calibrate import every_choice, tables
+from tests.tiny_pipelines import CALLS
 
 MIXED = Groups(("mxfp4", "mxfp6_e2m3", "mxfp8"), (128, 64, 64))
 
@@ -207,6 +209,31 @@ def test_the_file_quantises_as_chosen(policy, demo, observed, tmp_path):
     for name, layer in stock.items():
         assert layer_of(pipe.transformer, name) is layer
     assert draw(pipe, ["a red apple"], [0], call).latents.equal(exact)
+
+
+def test_two_transformers_go_the_same_way_with_groups_of_their_own(tmp_path):
+    """Published work wants eight bits for the first and last blocks of Wan, which are all that these have."""
+    pipe = tiny_pipelines.wan22()
+    call = {"num_inference_steps": 4} | CALLS[type(pipe)]
+    recorded = record(pipe, ["a cat"], tmp_path / "recordings", call, steps=4)
+    _, items = observe(pipe, recorded, call, "sm_100")
+    assert {item.layers[0].rpartition(".")[2] for item in items} == {"proj", "2"}  # of ffn.net
+    for item in items:
+        assert [set(way.values()) for way in item.ways] == [{None}, {Groups.whole("mxfp8", 32)}]
+        assert len(item.ways[0]) == 2 * len(item.layers)
+    save_choice(pipe, choice_of(items, [1] * len(items)), tmp_path / "linears.safetensors")
+    apply(pipe, linears=str(tmp_path / "linears.safetensors"))
+    quantised = [receipt.module for receipt in report(pipe).linears if receipt.formats]
+    assert {name.partition(".")[0] for name in quantised} == {"transformer", "transformer_2"}
+    assert len(quantised) == 8
+
+
+def test_a_transformer_that_no_recorded_step_ran(tmp_path):
+    pipe = tiny_pipelines.wan22()
+    call = {"num_inference_steps": 4} | CALLS[type(pipe)]
+    recorded = record(pipe, ["a cat"], tmp_path, call, steps=1)
+    with pytest.raises(ValueError, match="no linear layer ran in the recorded steps of every transformer"):
+        observe(pipe, recorded, call, "sm_100")
 
 
 def test_hopper_chooses_among_whole_formats(demo, recordings):
