@@ -173,14 +173,11 @@ def load_linears(
                 full = prefix + name
                 packed = {part: file.get_tensor(f"{full}:{part}") for part in parts[full]}
                 plan = Plan(groups, packed.get("permutation"), of["input_scale"], of["shared"], of["keeps"])
-                if "codes.0" in packed:
-                    weight = LinearWeight.from_packed(groups, packed)
-                elif present[name].weight.device.type == "meta":
+                weight = LinearWeight.from_packed(groups, packed) if "codes.0" in packed else None
+                if weight is None and present[name].weight.device.type == "meta":
                     raise ValueError(
                         f"neither {header.path} nor the model has the weight of {name}: load the model"
                     )
-                else:
-                    weight = None
                 attach(name, choice, plan, lowering, weight)
 
 
