@@ -38,6 +38,7 @@ ORDERS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 OURS = "micromix"
 METHODS = ("mxfp4", "mxfp8", "nvfp4", "fp8", "int8")
+AS_THEY_ARE = "micromix, thresholds as they are"
 MUST_BEAT = ("random", "unsorted", "mxfp4")
 
 
@@ -82,7 +83,7 @@ def measure_synthetic(bits: float) -> dict[str, dict[str, Any]]:
     found = {}
     for words, scales in synthetic.SCALES.items():
         methods = {name: synthetic.measure(scales, bits, way) for name, way in ways.items()}
-        methods["micromix, thresholds as they are"] = synthetic.measure(scales, None, ORDERS["micromix"])
+        methods[AS_THEY_ARE] = synthetic.measure(scales, None, ORDERS["micromix"])
         found[words] = summary(methods)
     return found
 
@@ -129,9 +130,27 @@ def table(rows: Mapping[str, Any]) -> str:
             "{estimate:.4f} [{low:.4f}, {high:.4f}]".format(**row[key])
             for key in ("relative_l2", "over_micromix")
         )
-        fewer, layers = row["layers_where_micromix_errs_less"], row["layers"]
-        of_layers = f"{fewer} of {layers}" if layers > 1 and name != OURS else "–"
-        lines.append(f"| {name} | {row['bits']:.2f} | {error} | {ratio} | {of_layers} |")
+        fewer = f"{row['layers_where_micromix_errs_less']} of {row['layers']}" if name != OURS else "–"
+        lines.append(f"| {name} | {row['bits']:.2f} | {error} | {ratio} | {fewer} |")
+    return "\n".join(lines)
+
+
+def table_of_wide(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the relative L2 of wide layers as Markdown: a row for each kind of scales, a column for each method."""
+    names = [OURS, *MUST_BEAT, *(name for name in METHODS if name not in MUST_BEAT)]
+    lines = [
+        f"| Scales of channels | {' | '.join(names)} | MicroMix, thresholds as they are |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for words, rows in found.items():
+        cells = [f"{rows[name]['relative_l2']['estimate']:.4f}" for name in names]
+        cells[: len(MUST_BEAT) + 1] = [
+            "{estimate:.4f} [{low:.4f}, {high:.4f}]".format(**rows[name]["relative_l2"])
+            for name in names[: len(MUST_BEAT) + 1]
+        ]
+        as_they_are = rows[AS_THEY_ARE]
+        last = f"{as_they_are['relative_l2']['estimate']:.4f} ({as_they_are['bits']:.2f} bits)"
+        lines.append(f"| {words} | {' | '.join(cells)} | {last} |")
     return "\n".join(lines)
 
 
@@ -165,8 +184,7 @@ def main(
     )
     for name, compared in (("rows", (*ORDERS, *METHODS)), ("core", (OURS, *MUST_BEAT))):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(rows_of(folder, compared), sort_keys=False))
-    for words, rows_of_table in {"the demo": summed, **wide}.items():
-        print(f"{words}\n\n{table(rows_of_table)}\n")
+    print(f"The demo\n\n{table(summed)}\n\nWide layers\n\n{table_of_wide(wide)}")
 
 
 def _errors(
