@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
+from dma_diffusers.internals import FluxPosEmbed
 from dma_diffusers.parallel import splits_text
 
 logger = logging.getLogger("dma_diffusers")
@@ -29,12 +30,14 @@ class ForwardCall:
 
     is_running: whether the model's own call has begun and not ended. mapped: whether tiles have the policy's classes in
     this step; else every tile is HIGH. trains: whether a backward pass will follow, perhaps through checkpoints.
+    pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
     """
 
     def __init__(self) -> None:
         self.is_running = False
         self.mapped = True
         self.trains = False
+        self.pairs_angles = False
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self.text: torch.Tensor | None = None
         self.grid: torch.Tensor | None = None
@@ -124,6 +127,7 @@ class ForwardContext:
         call.trains = torch.is_grad_enabled() and (
             model.training or bool(getattr(model, "gradient_checkpointing", False))
         )
+        call.pairs_angles = type(getattr(model, "pos_embed", None)) is FluxPosEmbed
         call.is_running = True
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own

@@ -16,6 +16,7 @@ from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.kernels.tiling.policies import Dense
 from dma_diffusers.kernels.tiling.precision_map import Class
@@ -25,9 +26,22 @@ from dma_diffusers.receipt import ModuleReceipt
 logger = logging.getLogger("dma_diffusers")
 
 
+FUSES = "norm and RoPE of q and k are in the operator"
 _MOST_KINDS = 1024
 _CONSTANT = 2
 _DENSE = str(Dense(Class.HIGH))
+
+
+class Change(Protocol):
+    """Norm and RoPE that the operator applies to q and k, in the stock processor's place."""
+
+    @property
+    def norms(self) -> Norms: ...
+
+    @property
+    def rope(self) -> Rope: ...
+
+    def applied(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class ProcessorCall(Protocol):
@@ -35,11 +49,13 @@ class ProcessorCall(Protocol):
 
     hidden, encoder: numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     reasons: for each operation the reason for which it fell back, empty if the operator took it.
+    change: what the operator is to do to q and k first, in the stock processor's place; None for nothing.
     spread: the GPUs that exchange heads around a `scaled_dot_product_attention` of the call, which then has all parts
         of the sequence; None for one GPU. backend: the module's own, for calls over several GPUs that fall back.
     """
 
     backend: Any
+    change: Change | None
     spread: Spread | None
     hidden: int
     encoder: int
@@ -73,6 +89,7 @@ class Interception:
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
+        self.fuses = False  # whether the operator took over the norm and the RoPE of a call
         self.device: torch.device | None = None
         self.spread: Spread | None = None  # of the last call that the operator took
         self.head_dim = head_dim
@@ -130,8 +147,11 @@ class Interception:
         text = self._text_range(call, query, key, spread, 1 if spread is None else spread.ulysses)
         reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
         call.reasons.append(reason)
+        change = call.change
         if reason:
             self.fall_back(reason)
+            if change is not None:
+                query, key = change.applied(query, key)
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -139,6 +159,11 @@ class Interception:
         arguments = self._arguments(text, spread)
         if spread is not None:
             arguments = spread.arguments(arguments, query.shape[1])
+        if change is not None:
+            rope = change.rope
+            arguments |= {"norms": change.norms, "q_rope": rope, "k_rope": rope}
+            if not torch.compiler.is_compiling():
+                self.fuses = True
         mask = masks_of_keys(attn_mask, key)
         return self._attend(
             query, key, value, key_mask=mask, scale=scale, is_causal=is_causal, **arguments
@@ -196,7 +221,12 @@ class Interception:
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
             sum(int(rows) for rows in self.inexact_rows),
-            tuple(filter(None, (self.forward.note, *self.notes(self.forward.grid), self._spread_note()))),
+            tuple(
+                filter(
+                    None,
+                    (self.forward.note, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses),
+                )
+            ),
             self.in_dense_steps,
         )  # fmt: skip
 

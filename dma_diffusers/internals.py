@@ -17,6 +17,8 @@ try:
     from diffusers.models.attention_dispatch import (
         _templated_context_parallel_attention as context_parallel_attention,
     )
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxPosEmbed
 
     # PyTorch's own, whatever another package has put into `torch.nn.functional` in its place.
     from torch._C._nn import scaled_dot_product_attention
@@ -39,7 +41,10 @@ __all__ = [
     "AttentionBackendName",
     "AttentionProcessorRegistry",
     "AttentionScoreSkipFunctionMode",
+    "FluxAttnProcessor",
+    "FluxPosEmbed",
     "active_backend",
+    "apply_rotary_emb",
     "context_parallel_attention",
     "dispatch_attention_fn",
     "function_modes",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dma_diffusers.interception import Interception
+from dma_diffusers.interception import Change, Interception
 from dma_diffusers.internals import scaled_dot_product_attention
 from dma_diffusers.parallel import Spread
 
@@ -16,6 +16,7 @@ class InterceptionMode(TorchFunctionMode):
 
     hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     spread: the GPUs that exchange heads around such calls. reasons: a list that takes the call's.
+    change: what the operator is to do to q and k first.
     """
 
     backend: Any = None  # what falls back here is inside Diffusers' native backend
@@ -27,8 +28,10 @@ class InterceptionMode(TorchFunctionMode):
         encoder: int,
         spread: Spread | None = None,
         reasons: list[str] | None = None,
+        change: Change | None = None,
     ):
         super().__init__()
+        self.change = change
         self.interception = interception
         self.spread = spread
         self.hidden = hidden

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from dma_diffusers.code_names import names_in
-from dma_diffusers.interception import Interception
+from dma_diffusers.interception import Change, Interception
 from dma_diffusers.internals import AttentionBackendName, dispatch_attention_fn
 from dma_diffusers.parallel import Spread
 
@@ -23,13 +23,22 @@ class Rebound:
 
     hidden, encoder: the numbers of tokens of the `hidden_states` and `encoder_hidden_states` that the module was given.
     backend: its own backend, for calls that stock attention runs in another way than PyTorch's.
+    change: what the operator is to do to q and k first.
     """
 
     spread: Spread | None = None  # no `scaled_dot_product_attention` is inside Diffusers' context parallelism
 
-    def __init__(self, interception: Interception, hidden: int, encoder: int, backend: Any = None):
+    def __init__(
+        self,
+        interception: Interception,
+        hidden: int,
+        encoder: int,
+        backend: Any = None,
+        change: Change | None = None,
+    ):
         self.interception = interception
         self.backend = backend
+        self.change = change
         self.hidden = hidden
         self.encoder = encoder
         self.reasons: list[str] = []

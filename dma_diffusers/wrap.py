@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dma_diffusers import unmet
+from dma_diffusers.fused import can_fuse, without_change
 from dma_diffusers.interception import Interception, ProcessorCall
 from dma_diffusers.internals import AttentionBackendName, AttentionProcessorRegistry
 from dma_diffusers.mode import InterceptionMode
@@ -116,6 +117,14 @@ def _call(kind: type, stock_call: Any):
         declared.append(f"{star}{p.name}" + (f"=default_{p.name}" if p.default is not p.empty else ""))
         passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{star}{p.name}")
     self = parameters[0].name
+    stock, find_change = f"stock_call({', '.join(passed)})", "change = None"
+    if can_fuse(kind):
+        stock = f"stock_call({self}, *arguments)"
+        find_change = (
+            f"change, arguments = without_change({self}.interception, stock_call, {', '.join(passed[1:])})\n"
+            "    if spread is not None:\n"
+            f"        change, arguments = None, ({', '.join(passed[1:])})"
+        )
     source = f"""
 def __call__({", ".join(declared)}):
     hidden = {hidden}
@@ -128,17 +137,18 @@ def __call__({", ".join(declared)}):
     if {self}.interception.all_fall_back(hidden.device):
         return {self}.stock({", ".join(passed[1:])})
     reasons = []
-    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread, reasons):
-        result = stock_call({", ".join(passed)})
+    {find_change}
+    with InterceptionMode({self}.interception, hidden.shape[1], encoder, spread, reasons, change):
+        result = {stock}
     if not reasons:
         forward = {self}.interception.forward
         met_none_in_graph(forward.number, forward.model, processor_name)
     return result
 """
-    run = partial(_run, stock_call, can_rebind(stock_call))
+    run = partial(_run, stock_call, can_rebind(stock_call), can_fuse(kind))
     namespace = {
         "InterceptionMode": InterceptionMode, "is_compiling": torch.compiler.is_compiling, "tokens": _tokens,
-        "run": run, "stock_call": stock_call, "spread_of": _spread_of,
+        "run": run, "stock_call": stock_call, "without_change": without_change, "spread_of": _spread_of,
         "uncompiled_run": torch.compiler.disable(run, reason=NO_COMPILED_RING),
         "met_none_in_graph": unmet.met_none_in_graph, "processor_name": unmet.name_of(kind),
     }  # fmt: skip
@@ -173,10 +183,13 @@ def _tokens(encoder: torch.Tensor | None, hidden: torch.Tensor) -> int:
 
 
 def _run(
-    stock_call: Any, by_name: bool, hidden: torch.Tensor, encoder: int, wrapped: WrappedProcessor,
+    stock_call: Any, by_name: bool, fuses: bool, hidden: torch.Tensor, encoder: int, wrapped: WrappedProcessor,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Calls a wrapped processor in eager mode. by_name: its attention can be intercepted by name."""
+    """Calls a wrapped processor in eager mode.
+
+    by_name: its attention can be intercepted by name. fuses: the operator can take over its norm and its RoPE.
+    """
     interception, spread = wrapped.interception, _spread_of(wrapped)
     if interception.all_fall_back(hidden.device):
         return _run_stock(wrapped, spread, args, kwargs)
@@ -190,7 +203,10 @@ def _run(
     call: ProcessorCall
     if by_name and not interception.family.squares_masks:
         backend = getattr(wrapped.stock, "_attention_backend", None)
-        call = rebound = Rebound(interception, hidden.shape[1], encoder, backend)
+        change = None
+        if fuses and spread is None:
+            change, args = without_change(interception, stock_call, *args)
+        call = rebound = Rebound(interception, hidden.shape[1], encoder, backend, change)
         result = rebound.run(stock_call, wrapped, *args, **kwargs)
     elif spread is not None and spread.ring > 1:
         interception.fall_back(NO_RING_HERE)

@@ -10,6 +10,29 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Norms:
+    """RMSNorm over the channels of every head of q and of k, which comes before RoPE (arXiv 1910.07467).
+
+    q, k: the weights, each `[D]`, in a float dtype.
+    eps: what is added to the mean of the squares.
+    first: the number of tokens that come first and have weights of their own, as the text has in joint attention.
+    q_first, k_first: the weights of these tokens, each `[D]` like the others; None if these tokens have the same.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
+    first: int = 0
+    q_first: torch.Tensor | None = None
+    k_first: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The weights of q and of k, each followed by those of its first tokens."""
+        return self.q, self.q_first, self.k, self.k_first
+
+
+@dataclass(frozen=True)
 class Call:
     """One attention call, in the model's own order of tokens.
 
@@ -17,7 +40,8 @@ class Call:
     key_mask: bool `[B, Sk]`, True where a key is seen; None where all are.
     scale: the factor of the scores; None is D^-½.
     is_causal: query i sees the keys 0 … i.
-    q_rope, k_rope: the angles by which q and k are rotated first; None where they are not.
+    norms: the RMSNorm that q and k go through first; None for none.
+    q_rope, k_rope: the angles by which q and k are rotated next; None where they are not.
     """
 
     q: torch.Tensor
@@ -28,10 +52,21 @@ class Call:
     is_causal: bool = False
     q_rope: Rope | None = None
     k_rope: Rope | None = None
+    norms: Norms | None = None
 
     def __post_init__(self):
         if self.scale is None:
             object.__setattr__(self, "scale", self.q.shape[-1] ** -0.5)
+
+    @property
+    def changes_q(self) -> bool:
+        """Says whether q is not multiplied as it is given."""
+        return self.norms is not None or self.q_rope is not None
+
+    @property
+    def changes_k(self) -> bool:
+        """Says whether k is not multiplied as it is given."""
+        return self.norms is not None or self.k_rope is not None
 
     @property
     def softmax_scale_log2(self) -> float:

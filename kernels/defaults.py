@@ -19,4 +19,4 @@ def default_formats(architecture: str) -> tuple[str, str]:
 
 
 DEFAULT_POLICIES: dict[str, str] = {"sm_90": "dense(everywhere=low)"}
-"""The policy's words where LOW is as good as exact (int8: eval/results/quality.md), so that HIGH tiles only cost time."""
+"""The policy's words where LOW is nearly exact (int8: eval/results/quality.md), so that HIGH tiles gain little."""

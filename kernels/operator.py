@@ -13,7 +13,7 @@ import torch
 
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.call import Call, Rope
+from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.lowerings import Choice
 from dma_diffusers.kernels.plan_cache import PlanCache
 from dma_diffusers.kernels.precision import Precisions
@@ -52,6 +52,7 @@ def attention(
     *,
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
+    norms: Norms | None = None,
     high: str = "mxfp8",
     low: str = "mxfp4",
     policy: Policy | str | Sequence[str] = DIAGONAL,
@@ -71,7 +72,8 @@ def attention(
         two elements share memory.
     key_mask: bool `[B, Sk]`, True where a key is seen; a query that sees none gives zeros and −inf.
     scale: the factor of the scores, more than 0; D^-½ by default.
-    q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned first.
+    norms: the RMSNorm that q and k go through first.
+    q_rope, k_rope: cosines and sines, each float32 `[S, D/2]`, by which channels 2i and 2i+1 are turned next.
     high, low: the precisions of the classes: the format of Q·K, `"int8"`, or the formats of Q·K and P·V, `"int8/bf16"`.
     policy: one of `tiling.policies`, or its words; DMA by default (arXiv 2604.03950). Or the words of several, of which
         the one with the number `which` counts: graphs of calls that differ in nothing else are then the same.
@@ -98,6 +100,7 @@ def attention(
     policies = [str(policy)] if isinstance(policy, Policy | str) else policy
     out, lse, inexact_rows = _OPERATOR(
         q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
+        *((None,) * 4 if norms is None else norms.tensors), *((0.0, 0) if norms is None else (norms.eps, norms.first)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
         text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
     )  # fmt: skip
@@ -138,6 +141,7 @@ def _check_call(call: Call) -> None:
     _check(call.q, call.k, call.v, call.key_mask)
     _check_rope("q", call.q, call.q_rope)
     _check_rope("k", call.k, call.k_rope)
+    _check_norms(call)
     _check_memory(call.q, call.k, call.v)
     if not 0 < call.scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {call.scale}")
@@ -152,6 +156,34 @@ def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
             raise ValueError(
                 f"{name}_rope must be two float32 tables [S, D/2] for {name} {list(x.shape)} on {x.device}, "
                 f"got {table.dtype} {list(table.shape)} on {table.device}"
+            )
+
+
+def _check_norms(call: Call) -> None:
+    norms = call.norms
+    if norms is None:
+        return
+    if not 0 <= norms.eps < math.inf:
+        raise ValueError(f"norms: eps must be finite and not negative, got {norms.eps}")
+    if norms.first < 0 or (norms.q_first is None) != (norms.k_first is None):
+        raise ValueError(
+            "norms: the first tokens, 0 or more, have weights of their own for q and for k or for neither, got "
+            f"{norms.first} tokens with {sum(x is not None for x in (norms.q_first, norms.k_first))} weights"
+        )
+    for weight in norms.tensors:
+        if weight is None:
+            continue
+        if weight.shape != call.q.shape[-1:] or weight.stride() != (1,) or weight.device != call.q.device:
+            raise ValueError(
+                f"norms: weights must be contiguous [{call.q.shape[-1]}] on {call.q.device}, "
+                f"got {list(weight.shape)} on {weight.device}"
+            )
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"norms: weights must be bf16, fp16 or fp32, got {weight.dtype}")
+    for weight, first_weight in ((norms.q, norms.q_first), (norms.k, norms.k_first)):
+        if first_weight is not None and first_weight.dtype != weight.dtype:
+            raise ValueError(
+                f"norms: the first tokens' weights must be {weight.dtype} like the others', got {first_weight.dtype}"
             )
 
 
@@ -172,7 +204,8 @@ _PLANS = PlanCache()
 
 
 def _attention(
-    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policies, which, grid,
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
+    scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
@@ -181,14 +214,20 @@ def _attention(
     policy = policies[which]
     grid = tuple(grid or ())  # AOTInductor hands an empty one over as None
     size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), grid, q.device, parts)
-    tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin)
+    weights = (q_weight, q_first_weight, k_weight, k_first_weight)
+    tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, *weights)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
-        scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
+        eps, first, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
         q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
     )  # fmt: skip
     q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
-    call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope)
+    norms = (
+        q_weight
+        if q_weight is None
+        else Norms(q_weight, k_weight, eps, first, q_first_weight, k_first_weight)
+    )
+    call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope, norms)
     attend = size.prepared.get(key)
     if attend is None:
         _check_call(call)
@@ -233,7 +272,8 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fake(
-    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, scale, is_causal, high, low, policies, which, grid,
+    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
+    scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -252,7 +292,8 @@ def _empty_output(q: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
-    "Tensor? k_sin, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, SymInt[] grid, "
+    "Tensor? k_sin, Tensor? q_weight, Tensor? q_first_weight, Tensor? k_weight, Tensor? k_first_weight, float eps, "
+    "SymInt first, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, SymInt[] grid, "
     "SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, bool return_lse) "
     "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),

@@ -113,10 +113,11 @@ class Inputs:
         q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (call.q, call.k, call.v))
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
-        source = Source(q, k, v, call.softmax_scale_log2, call.q_rope, call.k_rope, mask, order)
+        ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
+        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms)
         read = (
-            variant.has_bf16 and call.q_rope is None,
-            variant.has_bf16 and call.k_rope is None,
+            variant.has_bf16 and not call.changes_q,
+            variant.has_bf16 and not call.changes_k,
             variant.stores_values(Storage.PLAIN),
         )
         bf16 = tuple(
@@ -127,9 +128,9 @@ class Inputs:
 
     def are_of(self, call: Call) -> bool:
         """Says whether the kernels read the call's own tensors, none of them copied."""
-        own = (call.q, call.k, call.v)
-        read = (self.source.q, self.source.k, self.source.v)
-        copies = (x is None or x is y for x, y in zip(self.bf16, own, strict=True))
+        own = (call.q, call.k, call.v, *_tables(call))
+        read = (self.source.q, self.source.k, self.source.v, *_tables(self.source))
+        copies = (x is None or x is y for x, y in zip(self.bf16, own[:3], strict=True))
         return all(x is y for x, y in zip(read, own, strict=True)) and all(copies)
 
     @property
@@ -243,9 +244,9 @@ def _own_tensors(call: Call, plan: Plan) -> list[torch.Tensor]:
     return _each_once([call.q, call.k, call.v, *_tables(call), mask, call.key_mask])
 
 
-def _tables(call: Call | Source) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines of q and of k, which may be the same tensors."""
-    return (*(call.q_rope or ()), *(call.k_rope or ()))
+def _tables(call: Call | Source) -> tuple[torch.Tensor | None, ...]:
+    """Cosines and sines of q and of k, which may be the same tensors, and the weights of their norms."""
+    return (*(call.q_rope or ()), *(call.k_rope or ()), *(() if call.norms is None else call.norms.tensors))
 
 
 def _each_once(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -276,6 +277,7 @@ def _launch(
         source.k_rope,
         inputs.key_mask,
         launcher,
+        source.norms,
     )
     needs_v = is_channel or source.token_order is not None
     encoded = encode(
@@ -406,10 +408,11 @@ def _row_major(x: torch.Tensor) -> torch.Tensor:
 
 def _tensor_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    smoothed = quantiser.rotate(call.k, call.k_rope) - quantiser.key_mean(call.k, call.k_rope, call.key_mask)
+    keys = quantiser.changed_k(call)
+    smoothed = keys - quantiser.key_mean(keys, key_mask=call.key_mask)
     if call.key_mask is not None:
         smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
-    folded = quantiser.rotate(call.q, call.q_rope) * call.softmax_scale_log2
+    folded = quantiser.changed_q(call) * call.softmax_scale_log2
     return quantiser.finite_amax(folded, (-2, -1)), quantiser.finite_amax(smoothed, (-2, -1))
 
 

@@ -148,7 +148,8 @@ class _Operands:
 class _Slots:
     """A call's tensors in the order of slots, `[B, H or Hkv, slots, D]`, zeros in empty ones.
 
-    q, k: rotated, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is hidden.
+    q, k: behind norm and RoPE, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is
+    hidden.
     offset: `[B, H, slots]`, what smoothing takes from the scores. taken: bool `[slots]`, where a token stands.
     """
 
@@ -169,7 +170,7 @@ class _Slots:
     @classmethod
     def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "_Slots":
         """Raises ValueError unless each token has one slot."""
-        q, k = quantiser.rotate(call.q, call.q_rope), quantiser.rotate(call.k, call.k_rope)
+        q, k = quantiser.changed_q(call), quantiser.changed_k(call)
         v, key_mask, order = call.v, call.key_mask, plan.token_order
         used = plan.precision_map.used(*(precision.qk for precision in precisions))
         mean = torch.zeros_like(k[:, :, :1])

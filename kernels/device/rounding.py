@@ -64,6 +64,58 @@ def to_bf16(x):
 
 
 @triton.jit
+def halves(words, dtype: tl.constexpr):
+    """The two numbers of each word as float32, the one at the lower address first."""
+    if dtype == tl.bfloat16:
+        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        low = words.to(tl.int32).to(tl.float32, bitcast=True)
+        high = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def bf16_words(low, high):
+    """float32 numbers rounded to bfloat16, two in an int32 word."""
+    if INTERPRETED:
+        low = _rounded_to_bf16(low).to(tl.int32, bitcast=True)
+        high = _rounded_to_bf16(high).to(tl.int32, bitcast=True)
+        words = ((low >> 16) & 0xFFFF) | (high & -65536)
+    else:
+        words = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
+        )
+    return words
+
+
+@triton.jit
+def e4m3_words(low, high):
+    """float32 numbers within ±448 (or NaN) rounded to e4m3, two in an int16 word."""
+    if INTERPRETED:
+        low = to_e4m3(low).to(tl.uint8, bitcast=True).to(tl.int32)
+        high = to_e4m3(high).to(tl.uint8, bitcast=True).to(tl.int32)
+        words = (low | (high << 8)).to(tl.int16)
+    else:
+        words = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [low, high], tl.int16, is_pure=True, pack=1
+        )
+    return words
+
+
+@triton.jit
+def rounded_pairs(low, high, dtype: tl.constexpr):
+    """float32 numbers rounded to `dtype`, again as float32."""
+    if dtype == tl.bfloat16:
+        low, high = halves(bf16_words(low, high), dtype)
+    else:
+        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def within(x, LARGEST: tl.constexpr):
     """float32 x with its finite numbers brought within ±LARGEST; infinities and NaN stay."""
     inf: tl.constexpr = float("inf")

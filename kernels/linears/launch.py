@@ -84,7 +84,7 @@ def reencode(
     launcher(
         quantiser.reencode_rows, (rows,),
         *weight[:4], out, row_scales, groups.in_features, *_ends(groups),
-        SIX=_six(groups), K=padded, num_warps=_warps(padded),
+        SIX=_six(groups), K=padded, num_warps=_warps(padded), enable_fp_fusion=False,
     )  # fmt: skip
     return out, row_scales
 
@@ -109,7 +109,7 @@ def multiply(
         *_loaded(x, tiles.rows, tiles, groups), *_loaded(weight, tiles.columns, tiles, groups),
         bias, out, rows, out_features, groups.narrow, groups.wide, 0.0,
         BLOCK=groups.block, M=tiles.rows, N=tiles.columns, NARROW_K=tiles.narrow, WIDE_K=tiles.wide,
-        BESIDE=tiles.beside, STAGES=tiles.stages, num_warps=tiles.warps,
+        BESIDE=tiles.beside, STAGES=tiles.stages, num_warps=tiles.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -1,5 +1,7 @@
 """The kernels of linear layers as registered torch operators, of which `torch.compile` sees one node each."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,10 @@ def _fake_reencode(weight, formats, widths):
 
 
 def _groups(formats, widths) -> Groups:
-    return Groups(tuple(formats), tuple(widths))
+    return _checked_once(tuple(formats), tuple(widths))
+
+
+_checked_once = cache(Groups)
 
 
 _LIBRARY = torch.library.Library("dma_diffusers", "FRAGMENT")

@@ -6,7 +6,10 @@ import triton.language as tl
 from dma_diffusers.kernels.device.rounding import (
     BF16_MAX,
     INTERPRETED,
+    bf16_words,
+    e4m3_words,
     rounded,
+    rounded_pairs,
     to_bf16,
     to_e4m3,
     to_e5m2,
@@ -16,10 +19,12 @@ from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
     inverse_of,
+    joined,
+    load_changed_pairs,
+    load_pairs,
     load_tile,
     magnitude_bits,
     power_of_two,
-    rotated,
     token_at,
 )
 
@@ -51,9 +56,12 @@ def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def _to_int8(y):
-    """float32 y, which must round to within ±127, as int8: of NaN, anything."""
-    return (y + 1.5 * 2.0**23).to(tl.int32, bitcast=True).to(tl.int8)
+def _int8_words(low, high):
+    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
+    magic: tl.constexpr = 1.5 * 2.0**23
+    low = (low + magic).to(tl.int32, bitcast=True)
+    high = (high + magic).to(tl.int32, bitcast=True)
+    return ((low & 0xFF) | (high << 8)).to(tl.int16)
 
 
 @triton.jit
@@ -128,37 +136,51 @@ def reencoded(y, code, top, D: tl.constexpr):
 
 
 @triton.jit
+def _store_words(elements, words, place, COLUMNS: tl.constexpr):
+    """Store rows of so many words, each of two neighbouring elements."""
+    rows = elements.to(tl.pointer_type(words.dtype), bitcast=True) + place[:, None] * COLUMNS
+    tl.store(rows + tl.arange(0, COLUMNS)[None, :], words)
+
+
+@triton.jit
+def _largest(even, odd):
+    """The largest magnitude of each row of pairs, as bits."""
+    return tl.max(tl.maximum(magnitude_bits(even), magnitude_bits(odd)), axis=1)
+
+
+@triton.jit
 def _encode(
-    x, elements, scales, tile, rows, tensor_scale, inexact_rows,
+    even, odd, elements, scales, tile, rows, tensor_scale, inexact_rows,
     ELEMENT: tl.constexpr, BLOCK: tl.constexpr, STORAGE: tl.constexpr,
     Q_MAX: tl.constexpr, Q_MAX_BITS: tl.constexpr, TOP: tl.constexpr, IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile `x` (float32 [128, D]) in one format, stored as its lowering stores it."""
+    """Write one tile (float32 pairs [128, D/2]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
     ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
     if ELEMENT == "bf16":
-        _store_rows(elements, to_bf16(x), place, D)
+        _store_words(elements, bf16_words(even, odd), place, D // 2)
     elif BLOCK is None:
-        amax_bits = tl.max(magnitude_bits(x), axis=1)
+        amax_bits = _largest(even, odd)
         if ONE_SCALE:
             amax_bits = tl.max(amax_bits, axis=0)
             if ELEMENT == "e4m3" and amax_bits >= NOT_FINITE:  # e4m3 has NaN: other elements need not suffer
-                is_bad = magnitude_bits(x) >= NOT_FINITE
-                amax_bits = tl.max(tl.max(tl.where(is_bad, 0, magnitude_bits(x)), axis=1), axis=0)
-                x = tl.where(is_bad, float("nan"), x)
+                even = tl.where(magnitude_bits(even) >= NOT_FINITE, float("nan"), even)
+                odd = tl.where(magnitude_bits(odd) >= NOT_FINITE, float("nan"), odd)
+                amax_bits = tl.max(
+                    _largest(tl.where(even == even, even, 0.0), tl.where(odd == odd, odd, 0.0)), axis=0
+                )
         bad = amax_bits >= NOT_FINITE
         amax = amax_bits.to(tl.float32, bitcast=True)
         ones = tl.full(amax.shape, 1.0, tl.float32)
         scale = tl.where(amax_bits == 0, 1.0, tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL))
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
-        y = x * (inverse if ONE_SCALE else inverse[:, None])
-        if ELEMENT == "int8":
-            _store_rows(elements, _to_int8(y), place, D)
-        else:
-            _store_rows(elements, to_e4m3(y), place, D)
+        factor = inverse if ONE_SCALE else inverse[:, None]
+        even, odd = even * factor, odd * factor
+        words = _int8_words(even, odd) if ELEMENT == "int8" else e4m3_words(even, odd)
+        _store_words(elements, words, place, D // 2)
         tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
     else:
-        y, code, scale = _in_blocks(x, tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
+        y, code, scale = _in_blocks(joined(even, odd), tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
             _store_rows(elements, to_bf16(tl.reshape(y * scale[:, :, None], (TILE, D))), place, D)
         elif STORAGE == "row":
@@ -201,7 +223,7 @@ def _store_blocks(
 
 @triton.jit
 def _encode_classes(
-    x, value, tile, head, rows, inexact_rows,
+    even, odd, even_value, odd_value, tile, head, rows, inexact_rows,
     high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
@@ -209,17 +231,19 @@ def _encode_classes(
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
     IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile in the classes that are wanted: in bf16 `x`, in other formats `value`."""
+    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats their values."""
     if high is not None:
         scale = None if high_tensor_scale is None else tl.load(high_tensor_scale + head)
         _encode(
-            x if HIGH == "bf16" else value, high, high_scales, tile, rows, scale, inexact_rows,
+            even if HIGH == "bf16" else even_value, odd if HIGH == "bf16" else odd_value,
+            high, high_scales, tile, rows, scale, inexact_rows,
             HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP, IS_KEY, D,
         )  # fmt: skip
     if low is not None:
         scale = None if low_tensor_scale is None else tl.load(low_tensor_scale + head)
         _encode(
-            x if LOW == "bf16" else value, low, low_scales, tile, rows, scale, inexact_rows,
+            even if LOW == "bf16" else even_value, odd if LOW == "bf16" else odd_value,
+            low, low_scales, tile, rows, scale, inexact_rows,
             LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, IS_KEY, D,
         )  # fmt: skip
 
@@ -265,36 +289,107 @@ def _encode_value(
             _store_rows(channel, encoded, head.to(tl.int64) * (tiles * TILE) + place, D)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
+@triton.jit
+def _encode_key(
+    k, mean, cos, sin, weight, first_weight, eps, first, key_mask, token_order, inexact_rows,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+    heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
+    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
+    HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
+    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
+    LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile of K."""
+    rows = tl.arange(0, TILE)
+    place = tile * TILE + rows
+    tokens = token_at(token_order, place, length, token_count)
+    batch = head // heads
+    even, odd = load_changed_pairs(
+        k, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens[:, None], length,
+        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
+    )  # fmt: skip
+    inside = tokens < length
+    if key_mask is not None:
+        inside &= tl.load(key_mask + batch.to(tl.int64) * (tiles * TILE) + place) != 0
+    even_value, odd_value = even, odd
+    if mean is not None:
+        even_mean, odd_mean = load_pairs(mean, head * D, head >= 0, True, D, D)
+        even_value, odd_value = even - even_mean, odd - odd_mean
+    even_value, odd_value = (
+        tl.where(inside[:, None], even_value, 0.0),
+        tl.where(inside[:, None], odd_value, 0.0),
+    )
+    _encode_classes(
+        even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
+        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _encode_query(
+    q, mean, factor, cos, sin, weight, first_weight, eps, first, offset, token_order, inexact_rows,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+    heads, group, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
+    HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
+    HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
+    LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
+    LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
+    ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile of Q. group: how many heads of Q have one of K."""
+    rows = tl.arange(0, TILE)
+    tokens = token_at(token_order, tile * TILE + rows, length, token_count)
+    even, odd = load_changed_pairs(
+        q, cos, sin, weight, first_weight, eps, first, head // heads, head % heads, tokens[:, None], length,
+        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
+    )  # fmt: skip
+    place = (head * tiles + tile).to(tl.int64)
+    if offset is not None:
+        even_mean, odd_mean = load_pairs(mean, head // group * D, head >= 0, True, D, D)
+        own_even, own_odd = rounded_pairs(even, odd, tl.bfloat16) if ROUND else (even, odd)
+        scores = tl.sum(own_even * even_mean + own_odd * odd_mean, axis=1)
+        tl.store(offset + place * TILE + rows, scores * factor)
+    _encode_classes(
+        even, odd, even * factor, odd * factor, place, head, rows, inexact_rows,
+        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
-    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin, key_mask, offset,
+    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
     v_plain, v_channel, token_order, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Encode one tile of 128 tokens of one head of V, K or Q ([B, heads, length, HEAD_DIM], any strides).
+    """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
-    q and k are rotated by their `cos` and `sin`, if they are given. In bf16 they are then written as they are; other
-    formats encode q·factor, and k less its `mean` (as statistics.py gives it, and `v_scale`). Tokens past the length,
-    keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past HEAD_DIM are
-    written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v
-    is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts
-    rows that one power of two could not bring into e4m3. None: a tensor of which nothing is wanted, or a class of which
-    nothing is.
+    q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
+    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean` (as
+    statistics.py gives it, and `v_scale`). Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides
+    from formats other than bf16, and columns past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q
+    rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with
+    tokens as `_stored_at` says if TRANSPOSED. `inexact_rows` counts rows that one power of two could not bring into
+    e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
     that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
     # V comes first, its last head first: that is what the statistics read last, and the L2 cache may still have.
     program = tl.program_id(0)
-    rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     k_tiles = tl.cdiv(k_length, TILE)
     if v is not None:
         of_values = kv_heads_in_all * k_tiles
@@ -309,50 +404,23 @@ def encode(
     if k is not None:
         of_keys = kv_heads_in_all * k_tiles
         if (program >= 0) & (program < of_keys):
-            head = program // k_tiles
-            place = program % k_tiles * TILE + rows
-            tokens = token_at(token_order, place, k_length, token_count)[:, None]
-            inside = (tokens < k_length) & (columns < HEAD_DIM)[None, :]
-            batch, head_in_batch = head // kv_heads, head % kv_heads
-            x = load_tile(
-                k, batch, head_in_batch, tokens, columns, inside, k_stride_b, k_stride_h, k_stride_s
-            )
-            if k_cos is not None:
-                x = rotated(x, k_cos, k_sin, tokens, k_length, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D)
-            if key_mask is not None:
-                seen = tl.load(key_mask + batch.to(tl.int64) * (k_tiles * TILE) + place)
-                inside &= (seen != 0)[:, None]
-            value = x
-            if mean is not None:
-                value -= tl.load(mean + head * D + columns)[None, :]
-            value = tl.where(inside, value, 0.0)
-            _encode_classes(
-                x, value, program.to(tl.int64), head, rows, inexact_rows,
+            _encode_key(
+                k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, key_mask, token_order, inexact_rows,
                 k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
+                kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
+                k_stride_b, k_stride_h, k_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
         if program >= 0:
             q_tiles = tl.cdiv(q_length, TILE)
-            head = program // q_tiles
-            tokens = token_at(token_order, program % q_tiles * TILE + rows, q_length, token_count)[:, None]
-            inside = (tokens < q_length) & (columns < HEAD_DIM)[None, :]
-            batch, head_in_batch = head // heads, head % heads
-            x = load_tile(
-                q, batch, head_in_batch, tokens, columns, inside, q_stride_b, q_stride_h, q_stride_s
-            )
-            if q_cos is not None:
-                x = rotated(x, q_cos, q_sin, tokens, q_length, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D)
-            tile = program.to(tl.int64)
-            if offset is not None:
-                own_mean = tl.load(mean + head // (heads // kv_heads) * D + columns)
-                product = (to_bf16(x).to(tl.float32) if ROUND else x) * own_mean[None, :]
-                tl.store(offset + tile * TILE + rows, tl.sum(product, axis=1) * factor)
-            _encode_classes(
-                x, x * factor, tile, head, rows, inexact_rows,
+            _encode_query(
+                q, mean, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, offset, token_order, inexact_rows,
                 q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
+                heads, heads // kv_heads, program // q_tiles, program % q_tiles, q_tiles, q_length, token_count,
+                q_stride_b, q_stride_h, q_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, PAIRED, HEAD_DIM, D,
             )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dma_diffusers.kernels.call import Rope
+from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.quantiser import kernel, statistics
@@ -19,7 +19,8 @@ from dma_diffusers.kernels.tiling.layout import TILE, tiles
 class Source:
     """The tensors of one call that the kernels read; None where nothing is wanted.
 
-    q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k are rotated by q_rope and k_rope first.
+    q, k, v: `[B, H or Hkv, S, D]`, last dimension contiguous; q and k go through `norms` and are rotated by q_rope and
+        k_rope first, whose tables are contiguous.
     softmax_scale_log2: the factor of q.
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
@@ -34,6 +35,7 @@ class Source:
     k_rope: Rope | None = None
     key_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
+    norms: Norms | None = None
 
     @property
     def lengths(self) -> tuple[int, int, int | None]:
@@ -53,10 +55,9 @@ class Source:
         return [stride for x in (self.q, self.k, self.v) for stride in _strides(x)]
 
     @property
-    def rope_tables(self) -> tuple[list[torch.Tensor | None], list[int]]:
-        """Cosines and sines of q and of k; token and channel strides of both."""
-        (q_tables, q_strides), (k_tables, k_strides) = _tables(self.q_rope), _tables(self.k_rope)
-        return [*q_tables, *k_tables], [*q_strides, *k_strides]
+    def rope_tables(self) -> tuple[torch.Tensor | None, ...]:
+        """Cosines and sines of q and of k."""
+        return *(self.q_rope or (None, None)), *(self.k_rope or (None, None))
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,30 @@ class Encoded:
     offset: torch.Tensor | None
 
 
-def _tables(rope: Rope | None) -> tuple[list[torch.Tensor | None], tuple[int, ...]]:
-    """Cosines and sines, and the strides that both have."""
-    if rope is None:
-        return [None, None], (0, 0)
-    cos, sin = rope if rope[0].stride() == rope[1].stride() else (x.contiguous() for x in rope)
-    return [cos, sin], cos.stride()
+def of_norms(norms: Norms | None) -> list[Any]:
+    """The arguments by which kernels know the norms: weights of q and of k, eps, and the number of first tokens."""
+    return [None] * 6 if norms is None else [*norms.tensors, norms.eps, norms.first]
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
+def are_paired(*tensors: torch.Tensor | None) -> bool:
+    """Says whether two neighbouring channels of each tensor, which begins at 16 bytes, always lie in one word."""
+    return all(
+        x is None or (x.data_ptr() % 16 == 0 and all(n % 2 == 0 for n in (x.shape[-1], *x.stride()[:-1])))
+        for x in tensors
+    )
+
+
 def chunks(heads: int, device: torch.device) -> int:
-    """The number of chunks into which the statistics divide each of B·Hkv heads: enough for every multiprocessor."""
-    wanted = 2 * multiprocessors(device) // heads
-    return min(max(4, 1 << wanted.bit_length()), 32)
+    """The number of chunks into which the statistics divide each of B·Hkv heads of K and of V.
+
+    All programs run at once, if they can: of 256 threads with up to 80 registers a multiprocessor has three.
+    """
+    fitting = 3 * multiprocessors(device) // (2 * heads)
+    return min(max(4, 1 << fitting.bit_length() >> 1), 32)
 
 
 class Statistics(NamedTuple):
@@ -108,10 +117,11 @@ def statistics_of(
     rope: Rope | None = None,
     key_mask: torch.Tensor | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
+    norms: Norms | None = None,
 ) -> Statistics:
     """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
 
-    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k is rotated by `rope` first.
+    k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
     """
     x = v if k is None else k
@@ -125,14 +135,16 @@ def statistics_of(
     mean, v_scale = (
         None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
     )
-    tables, rope_strides = _tables(None if k is None else rope)
-    programs = of_all * ((0 if k is None else count // 2) + (0 if v is None else count))
+    *weights, eps, first = of_norms(None if k is None else norms)[2:]
+    programs = of_all * count * ((k is not None) + (v is not None))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *tables, None if key_mask is None else key_mask.view(torch.uint8),
-        of_all, heads, length, max(1, length // SAMPLED_TOKENS),
-        *_strides(k), *_strides(v), *rope_strides, *((0, 0) if key_mask is None else key_mask.stride()),
-        CHUNKS=count, HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)), *weights, eps, first,
+        None if key_mask is None else key_mask.view(torch.uint8),
+        of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
+        *((0, 0) if key_mask is None else key_mask.stride()),
+        CHUNKS=count, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_scale)
 
@@ -163,7 +175,9 @@ def encode(
     q_operands, k_operands = (
         [
             None
-            if x is None or stored is None or (stored.format.name == "bf16" and rope is None and stays)
+            if x is None
+            or stored is None
+            or (stored.format.name == "bf16" and rope is None and source.norms is None and stays)
             else Operand.empty(launcher, stored, x, length, x_amax, is_key)
             for stored in classes
         ]
@@ -197,16 +211,16 @@ def encode(
     )
     if programs == 0:
         return encoded
-    tables, rope_strides = source.rope_tables
     pointers = [operand.pointers if operand else [None] * 3 for operand in (*q_operands, *k_operands)]
     launcher(
         kernel.encode, (programs,),
-        read.q, read.k, read.v, *known, source.softmax_scale_log2, *tables, source.key_mask, offset,
+        read.q, read.k, read.v, *known, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
+        source.key_mask, offset,
         *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL), source.token_order, inexact_rows,
-        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides, *rope_strides,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
-        HEAD_DIM=head_dim, D=dim,
+        PAIRED=are_paired(read.q, read.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded

@@ -5,13 +5,41 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.call import Rope
+from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import TILE
 
 SAMPLED_TOKENS = 1024
+
+
+def changed_q(call: Call) -> torch.Tensor:
+    """q of a call behind its norm and its RoPE, float32 `[B, H, Sq, D]`."""
+    norms = call.norms
+    return rotate(call.q if norms is None else normalise(call.q, norms, norms.q, norms.q_first), call.q_rope)
+
+
+def changed_k(call: Call) -> torch.Tensor:
+    """k of a call behind its norm and its RoPE, float32 `[B, Hkv, Sk, D]`."""
+    norms = call.norms
+    return rotate(call.k if norms is None else normalise(call.k, norms, norms.k, norms.k_first), call.k_rope)
+
+
+def normalise(
+    x: torch.Tensor, norms: Norms, weight: torch.Tensor, first_weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x `[B, H, S, D]` behind RMSNorm, in its dtype: computed in float32 and rounded once, as torch.nn.RMSNorm does."""
+    y = x.float()
+    deviation = (
+        (y.square().mean(-1, keepdim=True) + norms.eps).double().sqrt().float()
+    )  # in float32, MKL's may be off
+    y = y * (1 / deviation)
+    weight = weight.float()
+    if first_weight is not None:
+        is_first = torch.arange(x.shape[-2], device=x.device)[:, None] < norms.first
+        weight = torch.where(is_first, first_weight.float(), weight)
+    return (y * weight).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, rope: Rope | None) -> torch.Tensor:

@@ -12,16 +12,16 @@ from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
     is_last,
+    load_changed_pairs,
     load_tile,
     magnitude_bits,
     power_of_two,
-    rotated,
 )
 
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
 # enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
 _RUN_ELEMENTS = tl.constexpr(2048)
-_KEY_RUNS = tl.constexpr(4)
+_KEY_RUNS = tl.constexpr(2)
 _VALUE_RUNS = tl.constexpr(8)
 
 
@@ -29,7 +29,7 @@ _VALUE_RUNS = tl.constexpr(8)
 def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
     """K's mean in one head, of its partial results."""
     columns = tl.arange(0, D)
-    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS // 2))[:, None] * D + columns[None, :]
+    place = partials + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + columns[None, :]
     plane = heads * CHUNKS * D
     leading = tl.load(place, cache_modifier=".cg").to(tl.float64)
     rest = tl.load(place + plane, cache_modifier=".cg").to(tl.float64)
@@ -66,32 +66,49 @@ def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
 
 @triton.jit
 def _key_sums(
-    k, partials, cos, sin, key_mask, batch, head_in_batch, head, heads, chunk, length, step,
-    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
+    batch, head_in_batch, head, heads, chunk, length, step,
+    stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
+    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
-    share = tl.cdiv(samples, CHUNKS // 2)
+    share = tl.cdiv(samples, CHUNKS)
     last = tl.minimum((chunk + 1) * share, samples)
-    columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
-    sums, counts = tl.zeros((RUN, D), tl.float64), tl.zeros((RUN, D), tl.int32)
+    even_sums, odd_sums = tl.zeros((RUN, D // 2), tl.float64), tl.zeros((RUN, D // 2), tl.float64)
+    even_counts, odd_counts = tl.zeros((RUN, D // 2), tl.int32), tl.zeros((RUN, D // 2), tl.int32)
     for first in range(chunk * share, last, _KEY_RUNS * RUN):
         sample = (first + tl.arange(0, _KEY_RUNS * RUN))[:, None]
-        inside = (sample < last) & (columns < HEAD_DIM)[None, :]
-        inside = _seen(key_mask, sample * step, inside, batch, mask_stride_b, mask_stride_s)
-        x = load_tile(k, batch, head_in_batch, sample * step, columns, inside, stride_b, stride_h, stride_s)
-        if cos is not None:
-            x = rotated(x, cos, sin, sample * step, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
-        is_finite = magnitude_bits(x) < NOT_FINITE
-        sums += tl.sum(_in_runs(tl.where(is_finite, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
-        counts += tl.sum(_in_runs((is_finite & inside).to(tl.int32), _KEY_RUNS), axis=0)
-    # In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
+        tokens = tl.where(sample < last, sample * step, length)
+        inside = _seen(key_mask, tokens, tokens < length, batch, mask_stride_b, mask_stride_s)
+        even, odd = load_changed_pairs(
+            k, cos, sin, weight, first_weight, eps, first_tokens, batch, head_in_batch, tokens, length,
+            stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
+        )  # fmt: skip
+        even_sums, even_counts = _added(even_sums, even_counts, even, inside)
+        odd_sums, odd_counts = _added(odd_sums, odd_counts, odd, inside)
+    place = partials + (head * CHUNKS + chunk) * D + 2 * tl.arange(0, D // 2)
+    _store_sums(place, even_sums, even_counts, heads * CHUNKS * D)
+    _store_sums(place + 1, odd_sums, odd_counts, heads * CHUNKS * D)
+
+
+@triton.jit
+def _added(sums, counts, x, inside):
+    """Sums and counts with the finite numbers of some runs of tokens that are `inside`."""
+    counts_too = inside & (magnitude_bits(x) < NOT_FINITE)
+    sums += tl.sum(_in_runs(tl.where(counts_too, x, 0.0), _KEY_RUNS).to(tl.float64), axis=0)
+    return sums, counts + tl.sum(_in_runs(counts_too.to(tl.int32), _KEY_RUNS), axis=0)
+
+
+@triton.jit
+def _store_sums(place, sums, counts, plane):
+    """Store the sums and the counts of a chunk.
+
+    In float64, kept as two float32 numbers, a sum hardly depends on its order, which the reference does not share.
+    """
     total = tl.sum(sums, axis=0)
     leading = total.to(tl.float32)
-    place = partials + (head * CHUNKS + chunk) * D + columns
-    plane = heads * CHUNKS * D
     tl.store(place, leading)
     tl.store(place + plane, (total - leading.to(tl.float64)).to(tl.float32))
     tl.store(place + 2 * plane, tl.sum(counts, axis=0).to(tl.float32))
@@ -122,32 +139,33 @@ def _value_range(
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["length", "step", "mask_stride_b", "mask_stride_s"])
+@triton.jit(do_not_specialize=["first_tokens", "length", "step", "mask_stride_b", "mask_stride_s"])
 def statistics(
-    k, v, partials, finished, mean, v_scale, cos, sin, key_mask, heads, heads_in_batch, length, step,
-    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, rope_stride_s, rope_stride_d,
+    k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens, key_mask,
+    heads, heads_in_batch, length, step,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, rotated first if `cos`), or of V.
+    """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, behind its norm and its RoPE), or of V.
 
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
     two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
     keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
-    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count, in the first half
-    of the chunks; V's range in all of them.
+    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count; V's range.
     """
     program, of_keys = tl.program_id(0), 0
     if k is not None:
-        of_keys = heads * (CHUNKS // 2)
+        of_keys = heads * CHUNKS
         if program < of_keys:
-            head = program // (CHUNKS // 2)
+            head = program // CHUNKS
             _key_sums(
-                k, partials, cos, sin, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads,
-                program % (CHUNKS // 2), length, step, k_stride_b, k_stride_h, k_stride_s,
-                rope_stride_s, rope_stride_d, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
+                k, partials, cos, sin, weight, first_weight, eps, first_tokens, key_mask, head // heads_in_batch,
+                head % heads_in_batch, head, heads, program % CHUNKS, length, step,
+                k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
+                CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
-            if is_last(finished + head, CHUNKS // 2):
+            if is_last(finished + head, CHUNKS):
                 _whole_mean(partials, mean, head, heads, CHUNKS, D)
     if v is not None:
         program -= of_keys

@@ -1,7 +1,9 @@
-"""The quantiser's common steps: finding tokens, loading those of one head, turning them, finding powers of two."""
+"""The quantiser's common steps: finding tokens, loading those of one head, norm and RoPE, finding powers of two."""
 
 import triton
 import triton.language as tl
+
+from dma_diffusers.kernels.device.rounding import halves, rounded_pairs
 
 E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
@@ -33,16 +35,77 @@ def load_tile(x, batch, head, tokens, columns, inside, stride_b, stride_h, strid
 
 
 @triton.jit
-def rotated(x, cos, sin, tokens, length, stride_s, stride_d, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """float32 [tokens, D], channels 2i and 2i+1 turned by the angle i of their token."""
-    ROWS: tl.constexpr = x.shape[0]
+def load_pairs(x, offset, inside, PAIRED: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """float32 [rows, D/2] twice, the even columns of rows and the odd ones, zeros outside.
+
+    The rows begin at x + offset, each [rows, 1] or a number. Of those that are `inside`, COLUMNS elements are read. If
+    PAIRED, two neighbouring elements are read as one aligned word, so that no element moves between threads.
+    """
     pairs = tl.arange(0, D // 2)[None, :]
-    inside = (tokens < length) & (2 * pairs < HEAD_DIM)
-    place = tokens.to(tl.int64) * stride_s + pairs * stride_d
+    if PAIRED:
+        WORD: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float32 else tl.int32
+        words = x.to(tl.pointer_type(WORD), bitcast=True) + (offset >> 1) + pairs
+        words = tl.load(words, mask=inside & (pairs < COLUMNS // 2), other=0)
+        even, odd = halves(words, x.dtype.element_ty)
+    else:
+        x += offset + 2 * pairs
+        even = tl.load(x, mask=inside & (pairs < (COLUMNS + 1) // 2), other=0.0).to(tl.float32)
+        odd = tl.load(x + 1, mask=inside & (pairs < COLUMNS // 2), other=0.0).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+def load_changed_pairs(
+    x, cos, sin, weight, first_weight, eps, first, batch, head, tokens, length,
+    stride_b, stride_h, stride_s, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Pairs behind RMSNorm, if there is a `weight`, and RoPE, if there is a `cos`."""
+    place = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_s
+    even, odd = load_pairs(x, place, tokens < length, PAIRED, HEAD_DIM, D)
+    if weight is not None:
+        even, odd = normalised(even, odd, weight, first_weight, eps, first, tokens, PAIRED, HEAD_DIM, D)
+        even, odd = rounded_pairs(even, odd, x.dtype.element_ty)
+    if cos is not None:
+        even, odd = rotated(even, odd, cos, sin, tokens, length, HEAD_DIM, D)
+    return even, odd
+
+
+@triton.jit
+def joined(even, odd):
+    """[rows, D] of its even and its odd columns."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+
+
+@triton.jit
+def normalised(
+    even, odd, weight, first_weight, eps, first, tokens,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Pairs [tokens, D/2] behind RMSNorm; the `first` tokens have the `first_weight`, if there is one."""
+    total = tl.sum(tl.fma(even, even, odd * odd), axis=1)
+    if HEAD_DIM & (HEAD_DIM - 1) == 0:
+        mean = total * (1.0 / HEAD_DIM)  # exactly
+    else:
+        mean = tl.div_rn(total, tl.full(total.shape, HEAD_DIM, tl.float32))
+    inverse = tl.rsqrt(mean + eps)[:, None]
+    # Each token's weights are read from the L1 cache: two rows of weights would fill the registers.
+    if first_weight is not None:
+        weight = tl.where(tokens < first, first_weight, weight)
+        if PAIRED:  # which the compiler has forgotten from Triton 3.7 on
+            weight = tl.multiple_of(weight, [16, 16])
+    even_weight, odd_weight = load_pairs(weight, 0, tokens >= 0, PAIRED, HEAD_DIM, D)
+    return even * inverse * even_weight, odd * inverse * odd_weight
+
+
+@triton.jit
+def rotated(even, odd, cos, sin, tokens, length, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Pairs [tokens, D/2], channels 2i and 2i+1, turned by the angle i of their token."""
+    pairs = tl.arange(0, D // 2)[None, :]
+    inside = (tokens < length) & (pairs < HEAD_DIM // 2)
+    place = tokens * (HEAD_DIM // 2) + pairs
     c = tl.load(cos + place, mask=inside, other=0.0)
     s = tl.load(sin + place, mask=inside, other=0.0)
-    even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, D))
+    return even * c - odd * s, even * s + odd * c
 
 
 @triton.jit

@@ -7,7 +7,7 @@ as fine as the levels.
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.quantiser.tile import is_last, load_tile, rotated, token_at
+from dma_diffusers.kernels.quantiser.tile import is_last, joined, load_changed_pairs, token_at
 from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.tiling import layout, precision_map
 
@@ -26,13 +26,13 @@ SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
 
 @triton.jit
 def _mean_and_variance(
-    x, mean, factor, cos, sin, mask, token_order, index, heads, length, token_count,
-    stride_b, stride_h, stride_s, rope_stride_s, rope_stride_d,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    x, mean, factor, cos, sin, weight, first_weight, eps, first, mask, token_order, index, heads, length, token_count,
+    stride_b, stride_h, stride_s,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The mean and the variance of each channel of (x − mean)·factor over the sample of a tile, float32 [D] each.
 
-    Both are NaN if no token of the sample counts. x is rotated first.
+    Both are NaN if no token of the sample counts. x goes through norm and RoPE first.
     index: the number of the tile among those of all heads. mask: uint8 [B, tiles·128], 0 for slots that don't count.
     """
     tiles = tl.cdiv(length, TILE)
@@ -43,10 +43,11 @@ def _mean_and_variance(
         tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + slots) != 0, tokens, length)
     count = tl.sum((tokens < length).to(tl.float32), axis=0)
     tokens = tokens[:, None]
-    inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
-    value = load_tile(x, batch, head % heads, tokens, columns, inside, stride_b, stride_h, stride_s)
-    if cos is not None:
-        value = rotated(value, cos, sin, tokens, length, rope_stride_s, rope_stride_d, HEAD_DIM, D)
+    even, odd = load_changed_pairs(
+        x, cos, sin, weight, first_weight, eps, first, batch, head % heads, tokens, length,
+        stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
+    )  # fmt: skip
+    value = joined(even, odd)
     # Two sums take two instructions a number; a spread that survived rounding to bf16 comes out right to .1 %.
     middle = tl.sum(value, axis=0) / count
     variance = tl.sum(value * value, axis=0) / count - middle * middle
@@ -63,13 +64,13 @@ def _store_pool(pools, index, mean, variance, D: tl.constexpr):
     tl.store(pools + offsets + D, variance)
 
 
-@triton.jit(do_not_specialize=["q_length", "k_length", "token_count"])
+@triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def pool(
-    q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin, key_mask, token_order, q_pools, k_pools, v_pools,
+    q, k, v, mean, factor, q_cos, q_sin, k_cos, k_sin,
+    q_weight, q_first_weight, k_weight, k_first_weight, eps, first, key_mask, token_order, q_pools, k_pools, v_pools,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    q_rope_stride_s, q_rope_stride_d, k_rope_stride_s, k_rope_stride_d,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Pool one tile of one head of V, K or Q; the arguments are those of the quantiser's `encode`.
 
@@ -81,22 +82,24 @@ def pool(
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
         _, variance = _mean_and_variance(
-            v, None, 1.0, None, None, key_mask, token_order, index, kv_heads, k_length, token_count,
-            v_stride_b, v_stride_h, v_stride_s, 0, 0, HEAD_DIM, D,
+            v, None, 1.0, None, None, None, None, None, None, key_mask, token_order, index, kv_heads,
+            k_length, token_count, v_stride_b, v_stride_h, v_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(variance, axis=0))
     elif index < 2 * of_keys:
         index -= of_keys
         middle, variance = _mean_and_variance(
-            k, mean, 1.0, k_cos, k_sin, key_mask, token_order, index, kv_heads, k_length, token_count,
-            k_stride_b, k_stride_h, k_stride_s, k_rope_stride_s, k_rope_stride_d, HEAD_DIM, D,
+            k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, key_mask, token_order, index, kv_heads,
+            k_length, token_count,
+            k_stride_b, k_stride_h, k_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(k_pools, index, middle, variance, D)
     else:
         index -= 2 * of_keys
         middle, variance = _mean_and_variance(
-            q, None, factor, q_cos, q_sin, None, token_order, index, heads, q_length, token_count,
-            q_stride_b, q_stride_h, q_stride_s, q_rope_stride_s, q_rope_stride_d, HEAD_DIM, D,
+            q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, None, token_order, index, heads,
+            q_length, token_count,
+            q_stride_b, q_stride_h, q_stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         _store_pool(q_pools, index, middle, variance, D)
 

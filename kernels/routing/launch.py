@@ -6,7 +6,7 @@ import torch
 
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.device.tritons import TRITON
-from dma_diffusers.kernels.quantiser.launch import Source
+from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel
 from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
@@ -29,13 +29,14 @@ def pooled(
     of_q, of_k = (batch, heads, tiles(q_length)), (batch, kv_heads, tiles(k_length))
     shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
     pools = Pools(*(launcher.empty(shape, torch.float32, source.q.device) for shape in shapes))
-    tables, rope_strides = source.rope_tables
     # One warp spills if it rotates, and is still faster than two.
     launcher(
         kernel.pool, (math.prod(of_q) + 2 * math.prod(of_k),),
-        source.q, source.k, source.v, mean, source.softmax_scale_log2, *tables, source.key_mask, source.token_order,
-        *pools, heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *source.strides, *rope_strides,
-        HEAD_DIM=head_dim, D=dim, num_warps=max(dim // 128, 1), enable_fp_fusion=True,
+        source.q, source.k, source.v, mean, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
+        source.key_mask, source.token_order, *pools, heads, kv_heads, batch * kv_heads, q_length, k_length, token_count,
+        *source.strides,
+        PAIRED=are_paired(source.q, source.k, source.v, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
+        num_warps=max(dim // 128, 1), enable_fp_fusion=True,
     )  # fmt: skip
     return pools
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.call import Call as KernelCall
+from dma_diffusers.kernels.call import Norms
 from dma_diffusers.kernels.plan import Plan, make
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, hide_empty_slots
@@ -23,6 +24,7 @@ GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 
 class Call:
     """One attention call: shapes, formats, policy, masks.
 
+    has_norms: whether q and k go through RMSNorm, with weights of their own for the first 50 tokens.
     has_token_order: whether its tokens stand in a random order, with `empty_slots` among them.
     parts: of the sequence, each of which has its text at `text`, as of a `Layout`.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
@@ -46,6 +48,7 @@ class Call:
     is_causal: bool = False
     masks_keys: bool = False
     has_rope: bool = False
+    has_norms: bool = False
     has_token_order: bool = False
     empty_slots: int = 0
     policy: str = ""
@@ -111,7 +114,10 @@ class Call:
         return build_map(classes, self.layout, self.is_causal, self.token_order)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
-        """q, k, v and the key mask (or None). Rows differ in size, and keys have a mean, as real ones do."""
+        """q, k, v and the key mask (or None). Rows differ in size, and keys have a mean, as real ones do.
+
+        Before a norm, the squares of q and of k add up to the same sum in any order.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(heads: int, length: int) -> torch.Tensor:
@@ -128,6 +134,8 @@ class Call:
             size = torch.where(is_weak, 0.1, 4.0)[:, None]
             k = k * self.of_tokens(size).to(self.dtype).to(device)
         k = k + torch.randn(self.head_dim, generator=generator).to(self.dtype).to(device)
+        if self.has_norms:
+            q, k = (x.mul(4).round().clamp(-24, 24).div(4) for x in (q, k))
         v = random(self.kv_heads, self.k_length)
         mask = None
         if self.masks_keys:
@@ -150,6 +158,16 @@ class Call:
 
         return {"q_rope": tables(self.q_length, 7.0), "k_rope": tables(self.k_length, 0.0)}
 
+    def norms(self, device: torch.device | str = "cpu") -> Norms | None:
+        """The norms of q and of k, whose weights differ."""
+        if not self.has_norms:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        q, k, q_first, k_first = (
+            (0.5 + torch.rand(self.head_dim, generator=generator)).to(self.dtype).to(device) for _ in range(4)
+        )
+        return Norms(q, k, 1e-6, 50, q_first, k_first)
+
     def __str__(self) -> str:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
@@ -167,43 +185,11 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
     return visible & call.in_slots(mask[:, None, :, None]).mT
 
 
-def is_high(call: Call) -> torch.Tensor:
-    """Says which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
-    q_length, k_length = call.layout.q_length, call.layout.k_length
-    high = torch.zeros(q_length, k_length, dtype=torch.bool)
-    cut = high.clone()
-    text = [token for token in range(k_length) if token % (k_length // call.parts) in range(*call.text)]
-    omits_text = text and q_length == k_length - len(text) and not call.is_causal
-    places = (
-        [token for token in range(k_length) if token not in text] if omits_text else list(range(q_length))
-    )
-    k_text = {token // 128 for token in text}
-    q_text = {i // 128 for i, place in enumerate(places) if place in text}
-    own_tiles = [{place // 128 for place in places[i : i + 128]} for i in range(0, q_length, 128)]
-    last_whole_tile = k_length // 128
-    for i in range(0, q_length, 128):
-        for j in range(0, k_length, 128):
-            q_tile, k_tile = i // 128, j // 128
-            pair = slice(i, i + 128), slice(j, j + 128)
-            distance = min(abs(own - k_tile) for own in own_tiles[q_tile])
-            sides = 1 if call.is_causal else 2
-            in_band = call.window > 0 and 128 * (1 + sides * (distance - 1)) < call.window
-            in_band = in_band or (call.window > 0 and distance == 0)
-            is_sink = j < call.sink
-            is_text = q_tile in q_text or k_tile in k_text
-            if call.is_causal and k_tile > q_tile:
-                continue
-            high[pair] = in_band or is_sink or is_text
-            has_empty = call.has_token_order and -1 in call.token_order[j : j + 128].tolist()
-            cut[pair] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
-    return high | cut if high.any() else high
-
-
 def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
     """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
     of_call = {
         name: given.pop(name)
-        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope")
+        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope", "norms")
         if name in given
     }
     of_plan = {
@@ -328,6 +314,11 @@ NAMED_CALLS = [
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),
     Call(111, 111, 40, has_token_order=True, name="order-111"),
     Call(300, 300, 64, has_token_order=True, masks_keys=True, has_rope=True, name="order-key-mask-rope"),
+    Call(
+        384, 384, 128, high="bf16", low="int8", heads=6, dtype=torch.bfloat16, has_norms=True, has_rope=True,
+        name="norms-rope",
+    ),
+    Call(300, 200, 40, has_norms=True, heads=4, masks_keys=True, dtype=torch.bfloat16, name="norms-cross"),
     Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),
     Call(
         300, 300, 72, high="bf16", low="fp8", window=300, has_token_order=True, has_rope=True,

@@ -7,7 +7,7 @@ import torch
 
 from dma_diffusers.kernels.formats import fake_quantize
 from dma_diffusers.kernels.precision import Precisions
-from tests.kernels.calls import Call, is_high, seen
+from tests.kernels.calls import Call, seen
 
 
 def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -16,6 +16,49 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> 
         return x
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
     return torch.view_as_real(turned).flatten(-2)
+
+
+def normalised(x: torch.Tensor, weight: torch.Tensor, first_weight: torch.Tensor, norms) -> torch.Tensor:
+    """x behind torch's own RMSNorm, its first tokens behind another one."""
+    parts = x.split((norms.first, x.shape[-2] - norms.first), dim=-2)
+    weights = (first_weight, weight)
+    normal = (
+        torch.nn.functional.rms_norm(part, part.shape[-1:], own, norms.eps)
+        for part, own in zip(parts, weights, strict=True)
+    )
+    return torch.cat(list(normal), dim=-2)
+
+
+def is_high(call: Call) -> torch.Tensor:
+    """Says which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    q_length, k_length = call.layout.q_length, call.layout.k_length
+    high = torch.zeros(q_length, k_length, dtype=torch.bool)
+    cut = high.clone()
+    text = [token for token in range(k_length) if token % (k_length // call.parts) in range(*call.text)]
+    omits_text = text and q_length == k_length - len(text) and not call.is_causal
+    places = (
+        [token for token in range(k_length) if token not in text] if omits_text else list(range(q_length))
+    )
+    k_text = {token // 128 for token in text}
+    q_text = {i // 128 for i, place in enumerate(places) if place in text}
+    own_tiles = [{place // 128 for place in places[i : i + 128]} for i in range(0, q_length, 128)]
+    last_whole_tile = k_length // 128
+    for i in range(0, q_length, 128):
+        for j in range(0, k_length, 128):
+            q_tile, k_tile = i // 128, j // 128
+            pair = slice(i, i + 128), slice(j, j + 128)
+            distance = min(abs(own - k_tile) for own in own_tiles[q_tile])
+            sides = 1 if call.is_causal else 2
+            in_band = call.window > 0 and 128 * (1 + sides * (distance - 1)) < call.window
+            in_band = in_band or (call.window > 0 and distance == 0)
+            is_sink = j < call.sink
+            is_text = q_tile in q_text or k_tile in k_text
+            if call.is_causal and k_tile > q_tile:
+                continue
+            high[pair] = in_band or is_sink or is_text
+            has_empty = call.has_token_order and -1 in call.token_order[j : j + 128].tolist()
+            cut[pair] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
+    return high | cut if high.any() else high
 
 
 def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
@@ -53,7 +96,10 @@ def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
 
 def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp in float64 from quantised scores; probabilities and values are not rounded."""
-    q, k, v = (x.cpu().float() for x in (q, k, v))
+    q, k, v = (x.cpu() for x in (q, k, v))
+    if norms := call.norms():
+        q, k = normalised(q, norms.q, norms.q_first, norms), normalised(k, norms.k, norms.k_first, norms)
+    q, k, v = (x.float() for x in (q, k, v))
     ropes = call.ropes()
     q, k = rotated(q, ropes["q_rope"]), rotated(k, ropes["k_rope"])
     groups = call.heads // call.kv_heads

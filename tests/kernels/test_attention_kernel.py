@@ -36,7 +36,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
         q, k, v, call.map(), call.high, call.low, lowering=lowering,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        masks_all=not call.masks_text, **call.ropes(device),
+        masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device),
         skip_below=call.skip_below, skipped=skipped,
     )[:2]  # fmt: skip
 
@@ -47,7 +47,7 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        **call.ropes(device),
+        **call.ropes(device), norms=call.norms(device),
         **as_the_kernel(call, lowering, device),
         skip_below=call.skip_below, skipped=skipped,
     )  # fmt: skip
@@ -320,13 +320,14 @@ def test_only_what_the_map_reads_is_encoded(everywhere, kernel_device):
     q, k, v, _ = call.tensors(kernel_device)
     launched(
         q, k, v, build_map(Dense(everywhere).classes(call.layout), call.layout), "mxfp8", "mxfp4",
-        run=lambda kernel, grid, *arguments, **options: recorded.append((kernel.fn.__name__, arguments)),
+        run=lambda kernel, grid, *arguments, **options: recorded.append(
+            (kernel.fn.__name__, dict(zip(kernel.arg_names, arguments, strict=False)))
+        ),
     )  # fmt: skip
-    names = [name for name, _ in recorded]
-    assert names == ["statistics", "encode", "attend"]
-    is_low = everywhere == Class.LOW
-    assert (recorded[0][1][1] is not None) == (recorded[1][1][2] is not None) == is_low  # V
-    elements = recorded[1][1][12:24:3]
+    assert [name for name, _ in recorded] == ["statistics", "encode", "attend"]
+    found, given, is_low = recorded[0][1], recorded[1][1], everywhere == Class.LOW
+    assert (found["v"] is not None) == (given["v"] is not None) == is_low
+    elements = [given[name] for name in ("q_high", "q_low", "k_high", "k_low")]
     assert [x is None for x in elements] == [is_low, not is_low, is_low, not is_low]
 
 

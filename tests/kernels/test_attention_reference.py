@@ -26,7 +26,8 @@ def run(call: Call, tensors=None):
     q, k, v, mask = call.tensors() if tensors is None else tensors
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
-        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask, **call.ropes(),
+        key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask,
+        **call.ropes(), norms=call.norms(),
         skip_below=call.skip_below,
     )  # fmt: skip
 

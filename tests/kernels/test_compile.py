@@ -13,6 +13,8 @@ if triton.knobs.runtime.interpret:
 from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
 from dma_diffusers.kernels.device.tritons import TRITON  # noqa: E402
+from dma_diffusers.kernels.tiling.policies import Dense  # noqa: E402
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call, launched  # noqa: E402
 
 KIND_OF_QK = {
@@ -251,13 +253,32 @@ def test_named_calls_compile(call, target):
     launched(
         q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
         token_order=call.token_order,
-        lowering=lowering.lowering, target=target, **call.ropes(),
+        lowering=lowering.lowering, target=target, **call.ropes(), norms=call.norms(),
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
     for kernel, arguments, options in recorded:
         compiled = ahead.compile_launch(kernel, arguments, options, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         assert ahead.resources(compiled.asm["cubin"])[0] > 10
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_and_rope_move_nothing_between_threads(target, dtype):
+    """From the load to LOW's store each thread keeps its words of two channels, and reads 16 bytes at a time."""
+    recorded = {}
+    call = Call(256, 256, 128, high="bf16", low="int8", has_norms=True, has_rope=True, dtype=dtype)
+    q, k, v, _ = call.tensors()
+    launched(
+        q, k, v, build_map(Dense(Class.LOW).classes(call.layout), call.layout), call.high, call.low, key_mask=None,
+        scale=1.0, is_causal=False, lowering="native", target=target, **call.ropes(), norms=call.norms(),
+        run=lambda kernel, grid, *rest, **options: recorded.update({kernel.__name__: (kernel, rest, options)}),
+    )  # fmt: skip
+    compiled = ahead.compile_launch(*recorded["encode"], target)
+    assert "tensor<128x64xi32" in compiled.asm["ttgir"]
+    assert re.findall(r"convert_layout .*tensor<128x64x", compiled.asm["ttgir"]) == []
+    widths = re.findall(r"ld\.global\S*?(\.v\d)?\.b\d+", compiled.asm["ptx"])
+    assert widths.count(".v4") > 20 and widths.count("") < 5
 
 
 def test_one_pair_can_be_asked_for():

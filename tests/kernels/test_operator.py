@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.call import Norms
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
@@ -16,7 +17,7 @@ from dma_diffusers.kernels.tiling.policies import Diagonal, Neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests.kernels.calls import Call, by_reference, relative_l2
-from tests.kernels.oracle import oracle, rotated
+from tests.kernels.oracle import normalised, oracle, rotated
 
 
 def test_it_is_the_reference_on_this_machine():
@@ -73,12 +74,14 @@ def test_registration(low, policy, grid, keys):
     mask = torch.rand(1, k.shape[2]) > 0.5
     for return_lse in (False, True):
         ropes = (torch.randn(200, 20), torch.randn(200, 20), None, None)
+        norms = (torch.randn(40), None, torch.randn(40), None, 1e-6, 0)
         arguments = (
             q,
             k,
             k,
             mask,
             *ropes,
+            *norms,
             0.1,
             False,
             "mxfp8",
@@ -187,6 +190,16 @@ def test_near_tiles_of_a_grid_are_the_nearest_boxes():
     assert [column for row, column in high if row == 2] == [0, 2, 3, 4, 6]
 
 
+def test_norms_and_ropes_are_as_if_applied_before():
+    """The operator's norm is torch's, to the last bit, and its RoPE comes next."""
+    call = Call(200, 200, 64, heads=4, has_norms=True, has_rope=True, dtype=torch.bfloat16)
+    (q, k, v, _), ropes, norms = call.tensors(), call.ropes(), call.norms()
+    found = operator.attention(q, k, v, norms=norms, **ropes, high="bf16", low="int8", return_lse=True)
+    q, k = normalised(q, norms.q, norms.q_first, norms), normalised(k, norms.k, norms.k_first, norms)
+    expected = operator.attention(q, k, v, **ropes, high="bf16", low="int8", return_lse=True)
+    assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
+
+
 def test_output_lies_as_models_go_on_with_it():
     q = torch.randn(2, 3, 100, 64)
     out = operator.attention(q, q, q).out
@@ -228,6 +241,12 @@ Q = torch.randn(1, 4, 64, 64)
     ({"q_rope": (torch.ones(63, 32), torch.ones(63, 32))}, r"q_rope must be two float32 tables \[S, D/2\] for q"),
     ({"k_rope": (torch.ones(64, 64), torch.ones(64, 64))}, r"k_rope must be .* got torch.float32 \[64, 64\]"),
     ({"k_rope": (torch.ones(64, 32).double(),) * 2}, "got torch.float64"),
+    ({"norms": Norms(torch.ones(63), torch.ones(64), 1e-6)}, r"weights must be contiguous \[64\] on cpu, got \[63\]"),
+    ({"norms": Norms(torch.ones(64), torch.ones(64).double(), 1e-6)}, "must be bf16, fp16 or fp32, got torch.float64"),
+    ({"norms": Norms(torch.ones(64), torch.ones(64), -1.0)}, "eps must be finite and not negative, got -1.0"),
+    ({"norms": Norms(torch.ones(64), torch.ones(64), 1e-6, 5, torch.ones(64))}, "got 5 tokens with 1 weights"),
+    ({"norms": Norms(*[torch.ones(64)] * 2, 1e-6, 5, *[torch.ones(64).half()] * 2)},
+     "must be torch.float32 like the others', got torch.float16"),
     ({"q": torch.zeros(1, 1, 8, 300), "k": torch.zeros(1, 1, 8, 300), "v": torch.zeros(1, 1, 8, 300)},
      "head_dim 300 is more than 256"),
     ({"k": Q[:, :, :0], "v": Q[:, :, :0]}, "lengths must be at least 1"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map
-from tests.kernels.calls import Call, is_high
+from tests.kernels.calls import Call
+from tests.kernels.oracle import is_high
 
 HIGH, LOW, SKIP = Class.HIGH, Class.LOW, Class.SKIP
 

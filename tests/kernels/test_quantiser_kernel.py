@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dma_diffusers.kernels.call import Call as AttentionCall
 from dma_diffusers.kernels.formats import fake_quantize, get_format, pack
 from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
 from dma_diffusers.kernels.quantiser import reference
@@ -390,3 +391,34 @@ def test_ties_go_to_even(fmt, kernel_device):
     operand = encoded_q(x.to(kernel_device), fmt, amax.to(kernel_device))
     expected = pack(x[0, 0], fmt, tensor_amax=amax[0, 0])
     assert torch.equal(decoded(operand.elements[0, 0, : len(blocks)].cpu(), fmt), decoded(expected.data, fmt))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 41])
+@pytest.mark.parametrize("changes", [False, True])
+def test_rows_may_begin_at_any_element(dtype, head_dim, changes, kernel_device):
+    """Where two channels lie in one aligned word, they are read together; elsewhere one by one."""
+    from dma_diffusers.kernels.quantiser.launch import Source, are_paired, statistics_of
+    from dma_diffusers.kernels.quantiser.launch import encode as launch
+    from dma_diffusers.kernels.quantiser.operands import Stored
+
+    has_rope = changes and head_dim % 2 == 0
+    call = Call(200, 200, head_dim, dtype=dtype, has_rope=has_rope, has_norms=changes)
+    q, k, v, _ = call.tensors(kernel_device)
+    shifted = [torch.nn.functional.pad(x, (1, head_dim % 2))[..., 1 : 1 + head_dim] for x in (q, k)]
+    assert are_paired(q, k) == (head_dim == 64) and not are_paired(shifted[0])
+    ropes, norms = call.ropes(kernel_device), call.norms(kernel_device)
+    stored = [Stored(get_format(name), Storage.ROW, Storage.PLAIN) for name in ("bf16", "int8")]
+    stored[0] = replace(stored[0], storage=Storage.PLAIN)
+    found = []
+    for one, other in ((q, k), shifted):
+        known = statistics_of(other, None, ropes["k_rope"], norms=norms)
+        found.append(launch(Source(one, other, None, 0.3, **ropes, norms=norms), stored, known))
+    for one, other in zip(*(x.q + x.k for x in found), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one.elements.view(torch.uint8), other.elements.view(torch.uint8))
+            assert one.scales is None or torch.equal(one.scales, other.scales)
+    changed = reference.changed_q(AttentionCall(q, k, v, **ropes, norms=norms))
+    expected = reference.quantised_q(changed * 0.3, "int8")
+    assert torch.equal(numbers_of(found[0].q[1], head_dim), tiles_of(expected, head_dim))

@@ -19,7 +19,8 @@ from dma_diffusers.pipelines.load import load_pipeline, recommended_call
 from tests import tiny_pipelines
 from tests.command_line import run
 from tests.eval.recordings.folders import random_tensors, saved
-from tests.kernels.calls import Call, is_high
+from tests.kernels.calls import Call
+from tests.kernels.oracle import is_high
 from tests.pipelines.saved_flux import save_flux
 from tests.tiny_pipelines import CALLS
 

@@ -20,7 +20,8 @@ from dma_diffusers.kernels.tiling.policies import parse as parse_policy
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests import tiny_pipelines
 from tests.eval.recordings.folders import random_tensors, saved
-from tests.kernels.calls import Call, is_high
+from tests.kernels.calls import Call
+from tests.kernels.oracle import is_high
 from tests.tiny_pipelines import CALLS
 
 MODULES = ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")

@@ -44,15 +44,12 @@ def test_groups_multiply_natively(target):
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_quantisers_do_not_spill(target):
-    """That of nvfp4 may, over rows as long as 12,288 numbers: it divides three times."""
     quantisers = [v for v in everything(target) if v["kernel"] != "multiply"]
-    assert {v["kernel"] for v in quantisers} == {
-        "quantise_rows",
-        *({"reencode_rows"} if target == "sm_90" else ()),
-    }
-    assert ["mxfp4", "mxfp6_e2m3", "mxfp8"] in [v["formats"] for v in quantisers]
-    spilling = [v for v in quantisers if v["spills"]]
-    assert all(v["formats"] == ["nvfp4"] and v["size"] == "12288×3072" for v in spilling), spilling
+    names = {"quantise_rows", "reencode_rows"} if target == "sm_90" else {"quantise_rows"}
+    assert {v["kernel"] for v in quantisers} == names
+    sizes = {v["size"] for v in quantisers if v["formats"] == MICROMIX}
+    assert sizes == {"3072×9216", "12288×3072"}
+    assert [v for v in quantisers if v["spills"]] == []
     assert all(v["shared_bytes"] <= MOST_SHARED_BYTES[target] and v["registers"] > 10 for v in quantisers)
 
 
