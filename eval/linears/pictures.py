@@ -3,6 +3,7 @@
 `python -m dma_diffusers.eval.linears.pictures RUN/evaluation.json …` prints a table for each run.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,10 @@ def table(evaluation: dict[str, Any]) -> str:
         cells = [name]
         for metric, decimals in _DECIMALS.items():
             cells.append(
-                _words(Interval(**{k: row["summary"][metric][k] for k in Interval._fields}), decimals)
+                _words(
+                    Interval(*(_finite_or_not(row["summary"][metric].get(k)) for k in Interval._fields)),
+                    decimals,
+                )
             )
             cells.append("–" if name == OURS else _words(difference(evaluation, metric, name), decimals))
         lines.append(f"| {' | '.join(cells)} |")
@@ -47,13 +51,20 @@ def difference(evaluation: dict[str, Any], metric: str, name: str) -> Interval:
 
 def _of_prompts(evaluation: dict[str, Any], metric: str, name: str) -> Sequence[float]:
     """A row's metric of each prompt, a mean over its seeds."""
-    values = np.array(evaluation["rows"][name]["pictures"][metric], dtype=float)
-    return values.reshape(-1, evaluation["settings"]["seeds"]).mean(1)
+    values = [_finite_or_not(value) for value in evaluation["rows"][name]["pictures"][metric]]
+    return np.reshape(values, (-1, evaluation["settings"]["seeds"])).mean(1)
+
+
+def _finite_or_not(value: float | None) -> float:
+    """A stored number; None is infinite, the PSNR of identical pictures."""
+    return math.inf if value is None else value
 
 
 def _words(interval: Interval, decimals: int) -> str:
-    estimate, low, high = (f"{value:.{decimals}f}".replace("-", "−") for value in interval)
-    return f"{estimate} [{low}, {high}]"
+    estimate, low, high = (
+        "∞" if value == math.inf else f"{value:.{decimals}f}".replace("-", "−") for value in interval
+    )
+    return estimate if low == high == estimate == "∞" else f"{estimate} [{low}, {high}]"
 
 
 def main(files: Annotated[list[Path], typer.Argument(help="evaluation.json of each run.")]) -> None:

@@ -37,6 +37,13 @@ def test_a_difference_has_no_more_spread_than_its_own():
     assert difference(evaluation(-1.5), "lpips", "random").low > 0
 
 
+def test_identical_pictures_are_infinitely_near():
+    contents = evaluation(-1.5)
+    floor = contents["rows"]["noise floor"]
+    floor["pictures"]["psnr_db"], floor["summary"]["psnr_db"] = [None] * 40, {"estimate": None, "n": 40}
+    assert "| noise floor | ∞ | ∞ |" in table(contents)
+
+
 def test_the_table_has_each_row_but_full_precision():
     lines = table(evaluation(-1.5)).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| noise floor", "| micromix", "| random"]
