@@ -101,8 +101,11 @@ def choose(
 
     modules, skip: names of layers to take alone, or to leave alone, with `*` for any text.
     sensitive: whether `SENSITIVE` parts keep more bits.
-    Raises ValueError for a name in `modules` or `skip` that no layer has.
+    Raises ValueError for a name in `modules` or `skip` that no layer has, or a name alone in the place of several.
     """
+    for option, given in (("modules", modules), ("skip", skip)):
+        if isinstance(given, str):
+            raise ValueError(f"{option} must be a list of names, got {given!r}: give [{given!r}]")
     choice = Choice()
     named = linear_layers(model)
     for pattern in [*(modules or ()), *skip]:

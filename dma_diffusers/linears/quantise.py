@@ -200,7 +200,9 @@ def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
 def attaching(
     model: torch.nn.Module, record: Attachment
 ) -> Iterator[Callable[[str, Choice, Plan, str, LinearWeight | None], None]]:
-    """Yields a function that puts one quantised layer into its place; where something fails, all are put back.
+    """Yields a function that puts one quantised layer into its place.
+
+    Where something fails, all are put back; without the stock ones, the record has those that were quantised.
 
     It takes the name of the layer, the choice that has it, its plan, a lowering, and the weight if a file has that.
     The weight is quantised on the device where the layer will run, and stays where the layer is.
@@ -233,7 +235,10 @@ def attaching(
     try:
         yield attach
     except BaseException:
-        _put_back(model, record)
+        if record.keeps_original or not record.plans:
+            _put_back(model, record)
+        else:
+            record.layers = tuple(record.plans)
         raise
 
 
