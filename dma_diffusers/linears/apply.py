@@ -8,6 +8,7 @@ from dma_diffusers.linears.methods import is_file
 from dma_diffusers.linears.quantise import (
     NEEDS_CALIBRATION,
     attachment_of,
+    check_restorable,
     is_calibrated,
     quantisable,
     quantize_linears,
@@ -19,14 +20,15 @@ def prepare_linears(pipe_or_model: Any, linears: str | None) -> Callable[[], Non
     """Checks that `linears` (as in `DMAConfig`) can be had; the function that it gives quantises the layers.
 
     Layers that are as asked for already stay as they are; others are put back first.
-    Raises ValueError for a file that is none, or for another model, and for "micromix" without calibration; OSError
-    where a file can't be read.
+    Raises ValueError for a file that is none, or for another model, for "micromix" without calibration, and where
+    others can't be put back; OSError where a file can't be read.
     """
     if linears is None:
         return lambda: None
     records = [attachment_of(model) for _, model in quantisable(pipe_or_model)]
     if all(record and record.method == linears for record in records):
         return lambda: None
+    check_restorable(pipe_or_model)
     if is_file(linears):
         read_header(linears).check(pipe_or_model)
     elif linears == "micromix" and not is_calibrated(pipe_or_model):

@@ -150,15 +150,20 @@ def restore_linears(pipe_or_model: Any) -> None:
 
     Raises ValueError where they were not kept.
     """
-    quantised = [(model, attachment_of(model)) for _, model in transformers_of(pipe_or_model)]
-    for model, record in quantised:
+    check_restorable(pipe_or_model)
+    for _, model in quantisable(pipe_or_model):
+        if record := attachment_of(model):
+            _put_back(model, record)
+
+
+def check_restorable(pipe_or_model: Any) -> None:
+    """Raises ValueError where linear layers are quantised and the stock ones were not kept."""
+    for _, model in quantisable(pipe_or_model):
+        record = attachment_of(model)
         if record and not record.keeps_original:
             raise ValueError(
                 f"the stock linear layers of {type(model).__name__} were not kept (keep_original=False): load the model"
             )
-    for model, record in quantised:
-        if record:
-            _put_back(model, record)
 
 
 def attachment_of(model: torch.nn.Module) -> Attachment | None:
