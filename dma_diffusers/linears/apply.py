@@ -26,11 +26,15 @@ def prepare_linears(pipe_or_model: Any, linears: str | None) -> Callable[[], Non
     if linears is None:
         return lambda: None
     records = [attachment_of(model) for _, model in quantisable(pipe_or_model)]
-    if all(record and record.method == linears for record in records):
+    header = read_header(linears) if is_file(linears) else None
+    # A file may have been written anew since it was loaded.
+    in_file = list(header.models.values()) if header else [None] * len(records)
+    present = [record and (record.method, record.of_file) for record in records]
+    if present == [(linears, stored) for stored in in_file]:
         return lambda: None
     check_restorable(pipe_or_model)
-    if is_file(linears):
-        read_header(linears).check(pipe_or_model)
+    if header:
+        header.check(pipe_or_model)
     elif linears == "micromix" and not is_calibrated(pipe_or_model):
         raise ValueError(NEEDS_CALIBRATION)
 

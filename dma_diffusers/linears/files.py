@@ -165,7 +165,7 @@ def load_linears(
         record = Attachment(
             header.path, tuple(choice.layers), stored["kept"], stored["left"], keep_original,
             samples={name: torch.tensor(of["sample"]) for name, of in stored["layers"].items()},
-            over_time=stored["over_time"],
+            over_time=stored["over_time"], of_file=stored,
         )  # fmt: skip
         with safe_open(header.path, "pt") as file, attaching(model, record) as attach:
             parts = defaultdict(list)

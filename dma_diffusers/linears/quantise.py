@@ -34,7 +34,7 @@ class Attachment:
     method: one of `METHODS`, or the file that they were loaded from. stock: the stock layers by name; empty if they
     were not kept. kept, left: as in `exclusions.Choice`. plans: the plan of each layer. samples: some numbers of each
     stock weight. over_time: the shares of bits at each noise level, as `Calibration.over_time` gives them; None without
-    thresholds.
+    thresholds. of_file: what the header of the file says of the model; None without a file.
     """
 
     method: str
@@ -46,6 +46,7 @@ class Attachment:
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     over_time: dict[str, Any] | None = None
+    of_file: dict[str, Any] | None = None
 
 
 def quantize_linears(
@@ -129,7 +130,7 @@ def calibrate_linears(
     call: Mapping[str, Any] | None = None,
     progress: bool | OnStep = True,
 ) -> dict[str, Calibration]:
-    """Observes the inputs of linear layers and keeps that on the models, for any number of `quantize_linears`.
+    """Observes the inputs of linear layers and keeps that on the models, for each `quantize_linears` with "micromix".
 
     The arguments are those of `quantize_linears`. Returns what was observed, by the prefix of module names.
     Raises ValueError as it does.

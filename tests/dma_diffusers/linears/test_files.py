@@ -112,6 +112,16 @@ def test_a_config_names_a_file(tmp_path):
     assert all(tensor is layers[name] for name, tensor in buffers(pipe.transformer).items())
 
 
+def test_a_file_that_was_written_anew_is_loaded_anew(tmp_path, saved):
+    pipe, other = tiny_pipelines.flux(), tiny_pipelines.flux()
+    apply(pipe, DMAConfig(linears=saved))
+    quantize_linears(other, "mxfp4")
+    save_linears(other, saved)
+    apply(pipe, DMAConfig(linears=saved))
+    found = {m.groups.formats for m in pipe.transformer.modules() if isinstance(m, QuantisedLinear)}
+    assert found == {("mxfp4",)}
+
+
 def test_two_transformers_are_saved_in_one_file(tmp_path):
     def two():
         pipe = tiny_pipelines.wan()
