@@ -140,7 +140,7 @@ class DMAConfig:
         """The configuration that `dma-diffusers calibrate` chose, from its policy file, with some fields changed.
 
         quality: from 0, the cheapest, to 1, closest to full precision: the file's choice at or above it; None
-            for the one that the file was made for.
+            for the one that the file was made for. Its `linears`, if it has any, is a file in the same folder.
         Raises OSError where the file cannot be read, ValueError where it is no such file, or for another quality.
         """
         from dma_diffusers.policy_file import read_choice

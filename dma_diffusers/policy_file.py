@@ -7,6 +7,7 @@
                   "evidence": {what it costs and errs}}, …],
      "evidence": {what it was chosen from, and for}}
 
+`config` may have `linears`, a file of linear layers (`linears.files`) in the folder of the policy file.
 `modules` has only those that differ from `config`, and of them the fields that do (`config.MODULE_FIELDS`).
 """
 
@@ -39,7 +40,10 @@ def read_choice(path: str | PathLike[str], quality: float | None = None) -> dict
         choice = next((choice for choice in choices if choice["quality"] >= wanted), None)
         if choice:
             modules = {name: dict(choice["modules"].get(name, {})) for name in names} | choice["modules"]
-            return {**choice["config"], "modules": modules, "model": kind}
+            config = dict(choice["config"])
+            if config.get("linears"):
+                config["linears"] = str(Path(path).parent / config["linears"])
+            return {**config, "modules": modules, "model": kind}
         best = choices[-1]["quality"]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} ({error})") from None

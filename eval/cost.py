@@ -7,6 +7,9 @@ import torch
 from dma_diffusers.eval.bench.bound import letters
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.linears import lowering as linear_lowerings
+from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.lowerings import Lowering
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import TILE, Layout
@@ -72,6 +75,29 @@ def clocks_of(target: str, head_dim: int, qk: str, pv: str) -> tuple[float, floa
     rates = MATRIX_RATES[target]
     product = 2 * head_dim * TILE * TILE
     return product / rates[qk] + product / rates[pv], TILE * TILE / RATES[target]["mufu"]
+
+
+def linear_clocks(
+    target: str, rows: float, out_features: int, in_features: int, groups: Groups | None
+) -> float:
+    """Predict the clocks of an SM for a linear layer's product with so many rows; None is bf16, as it is.
+
+    Products run at the peak rates of their formats, as `tile_clocks` has them for attention; quantising is left out.
+    Raises ValueError for a target without rates, or groups that it has no fast product for.
+    """
+    check_target(target)
+    rates = MATRIX_RATES[target]
+    if groups is None:
+        return 2 * rows * out_features * in_features / rates["H"]
+    lowering = linear_lowerings.choose(target, groups, out_features=out_features).lowering
+    if lowering == "reference":
+        raise ValueError(f"{' | '.join(groups.formats)} has no fast product on {target}")
+    clocks = 0.0
+    for name, width in zip(groups.formats, groups.widths, strict=True):
+        narrow = lowering == "native" and get_format(name).bits == 4
+        letter = "I" if lowering == "int_mm" else "O" if narrow else "Q"
+        clocks += 2 * rows * out_features * width / rates[letter]
+    return clocks
 
 
 def lowering_of(target: str, head_dim: int, high: str, low: str) -> Lowering:

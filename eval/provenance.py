@@ -35,12 +35,15 @@ def weights_fingerprint(*models: torch.nn.Module) -> str:
 
 
 def sources() -> dict[str, str]:
-    """Return fingerprints of the code that decides what attention computes."""
+    """Return fingerprints of the code that decides what attention and linear layers compute."""
     package = Path(dma_diffusers.__file__).parent
     kernels = next(
         Path(root) / "kernels" for root in dma_diffusers.__path__ if (Path(root) / "kernels").is_dir()
     )
-    return {"dma_diffusers": fingerprint(package, "*.py"), "kernels": fingerprint(kernels, "**/*.py")}
+    return {
+        "dma_diffusers": fingerprint(package, "*.py", "linears/*.py"),
+        "kernels": fingerprint(kernels, "**/*.py"),
+    }
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

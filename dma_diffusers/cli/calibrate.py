@@ -55,22 +55,40 @@ def calibrate(
     formats: Annotated[
         list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
     ] = None,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="Choose the bits of linear layers, too, within the same error.")
+    ] = False,
+    bits_plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="SVG to write with --linears: shares of 4, 6, 8 bits over noise levels; and a .json."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Record MODEL's attention on PROMPTS, and choose formats and windows of each layer and head by their error.
 
-    The file holds a ladder of qualities: `DMAConfig.from_file(path, quality=0.7)` takes the next at or above.
+    The file holds a ladder of qualities: `DMAConfig.from_file(path, quality=0.7)` takes the next at or above. With
+    --linears it has files of linear layers beside it, which must stay there.
     """
     require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.eval.bench.plot import check_plot
     from dma_diffusers.pipelines.files import check_writable
     from dma_diffusers.policy_file import check_quality
 
     check_quality(quality)
     check_writable(output)
+    if bits_plot:
+        if not linears:
+            raise ValueError("--bits-plot shows what linear layers need: give --linears too")
+        check_plot(bits_plot)
+        check_writable(bits_plot)
     pairs = [_pair(text) for text in formats or ()]
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost
+        from dma_diffusers.eval.linears import over_time
+        from dma_diffusers.eval.linears.options import observe, save_choice
         from dma_diffusers.eval.quality.prompts import read_prompts
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
@@ -92,12 +110,24 @@ def calibrate(
                 pipe, texts, folder, call,
                 seeds=seeds, steps=recording.recorded, limit=int(recording.limit * 1e9), on_step=on_step,
             )  # fmt: skip
-            policy = chosen(recorded_calls, quality, target=target, formats=pairs or None, on_step=on_step)
+            items = []
+            if linears:
+                seen, items = observe(pipe, recorded_calls, call, target or cost.current_target(), on_step)
+            policy = chosen(
+                recorded_calls, quality, target=target, formats=pairs or None, linears=items, on_step=on_step
+            )
+        for choice in policy.choices:
+            if file := choice.file_of_linears(output.name):
+                save_choice(pipe, choice.linears, output.with_name(file))
         policy.save(output)
+        if bits_plot:
+            over_time.save(over_time.bits_over_time(seen), bits_plot)
     if as_json:
-        print_json(policy.to_dict())
+        print_json(policy.to_dict(output.name))
         return
     print_table(tables.LADDER_HEADER, tables.ladder(policy))
+    if linears:
+        print_table(tables.LINEARS_HEADER, tables.linears(policy))
     print_table(tables.MODULES_HEADER, ([escape(cell) for cell in row] for row in tables.modules(policy)))
     notes = [f"{repeated} repeated prompts were left out"] if repeated else []
     for note in [*notes, *recorded_calls.notes]:

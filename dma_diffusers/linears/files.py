@@ -1,6 +1,7 @@
 """Files of quantised linear layers: safetensors, as small as the bits say.
 
-A tensor is called `<layer>:<part>`, with the parts of `LinearWeight.packed`. The metadata has, as JSON under
+A tensor is called `<layer>:<part>`, with the parts of `LinearWeight.packed`; of files without weights there are the
+permutations alone. The metadata has, as JSON under
 "dma-diffusers linears": the version, the method, and of each model its class, its layers (sides, groups, input scale,
 the layers with the same input, and some numbers of the stock weight, by which another model's is told), the reasons
 for those that were left alone, and the shares of bits over noise levels.
@@ -99,9 +100,11 @@ def read_header(path: str | PathLike[str]) -> Header:
     return Header(path, header["method"], header["models"])
 
 
-def save_linears(pipe_or_model: Any, path: str | PathLike[str]) -> None:
+def save_linears(pipe_or_model: Any, path: str | PathLike[str], *, weights: bool = True) -> None:
     """Writes the quantised linear layers of a model or a pipeline, for `load_linears` and `DMAConfig(linears=path)`.
 
+    weights: False leaves the quantised weights out. The file then has formats, permutations and input scales, and
+        loading it quantises the weights of the model.
     Raises ValueError where nothing is quantised.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -131,7 +134,8 @@ def save_linears(pipe_or_model: Any, path: str | PathLike[str]) -> None:
                 "keeps": record.plans[name].keeps,
             }
             for part, tensor in layer.quantised.packed().items():
-                tensors[f"{prefix}{name}:{part}"] = tensor.detach().cpu().contiguous()
+                if weights or part == "permutation":
+                    tensors[f"{prefix}{name}:{part}"] = tensor.detach().cpu().contiguous()
         models[prefix] = {
             "class": type(model).__name__, "layers": layers, "kept": record.kept, "left": record.left,
             "over_time": record.over_time,
@@ -177,7 +181,12 @@ def load_linears(
                 full = prefix + name
                 packed = {part: file.get_tensor(f"{full}:{part}") for part in parts[full]}
                 plan = Plan(groups, packed.get("permutation"), of["input_scale"], of["shared"], of["keeps"])
-                attach(name, choice, plan, lowering, LinearWeight.from_packed(groups, packed))
+                weight = LinearWeight.from_packed(groups, packed) if "codes.0" in packed else None
+                if weight is None and present[name].weight.device.type == "meta":
+                    raise ValueError(
+                        f"neither {header.path} nor the model has the weight of {name}: load the model"
+                    )
+                attach(name, choice, plan, lowering, weight)
 
 
 def _check_plain(name: str, layer: torch.nn.Linear) -> None:

@@ -111,7 +111,8 @@ class QuantisedLinear(torch.nn.Linear):
         else:
             inputs = quantise_input(x, self.permutation, self.groups, lowering, self.input_scale)
         self.last.entry = (x, self.share, inputs) if self.keeps else None
-        return multiply(inputs, self.quantised, lowering, self.bias, x.dtype).unflatten(0, x.shape[:-1])
+        y = multiply(inputs, self.quantised, lowering, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The sides of the layer, and its groups."""

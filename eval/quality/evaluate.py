@@ -1,5 +1,6 @@
 """An evaluation draws, scores and sums up, from prompts to `evaluation.json`; it does nothing again that is there."""
 
+import glob
 import inspect
 import json
 import statistics
@@ -31,6 +32,7 @@ from dma_diffusers.eval.quality.worst import worst
 from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
+from dma_diffusers.linears.methods import is_file
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
@@ -80,7 +82,7 @@ def evaluate(
     settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
-        row.name: Pictures(folder / "pictures", row.name, settings | machine | _of_row(row))
+        row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
     corrupt = []
@@ -177,10 +179,16 @@ def _named(row: Row) -> Iterator[None]:
         raise ValueError(f"{row.name}: {error}") from error
 
 
-def _of_row(row: Row) -> dict[str, Any]:
+def identity_of_row(row: Row) -> dict[str, Any]:
     """Return what makes the pictures of a row its own; our sources belong to it only where they have a say."""
     own: dict[str, Any] = {"role": row.role}
-    return own | ({"config": asdict(row.config), "sources": provenance.sources()} if row.config else {})
+    if row.config is None:
+        return own
+    own |= {"config": asdict(row.config), "sources": provenance.sources()}
+    if row.config.linears and is_file(row.config.linears):
+        file = Path(row.config.linears)
+        own["linears"] = provenance.fingerprint(file.parent, glob.escape(file.name))
+    return own
 
 
 def _identity(model: str | Path) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import check_target, current_target
+from dma_diffusers.eval.linears.options import Item, choice_of
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
 from dma_diffusers.eval.recordings.policy import EVERY_KEY, Choice, Policy
@@ -29,6 +30,7 @@ def calibrate(
     *,
     target: str | None = None,
     formats: Sequence[tuple[str, str]] | None = None,
+    linears: Sequence[Item] = (),
     device: torch.device | str | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> Policy:
@@ -37,13 +39,15 @@ def calibrate(
     quality: 1 allows no more error than the most precise options make, 0 as much as the cheapest; between them the
     budget's logarithm is linear. target: the GPU to be fast on, by architecture; this machine's if its rates are known,
     else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
+    linears: what linear layers can have on the target (`linears.options.measure`); none leaves them as they are.
 
-    Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules:
-    record steps that stand for all. Costs are predicted (`tile_clocks`). Both add up, so at one price of cost every
-    head takes its best window, every module its best formats and sink, and the model the best noise level above which
-    steps are dense (`Search`). The choice is then measured as it is, all heads of a call together, and made anew with
-    less to spend where it errs by more than the budget (to a thousandth). Raises ValueError for no recordings, an
-    unknown target, or formats that it has no kernel for.
+    Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules,
+    among which each linear layer counts as one: record steps that stand for all. Costs are predicted (`tile_clocks`,
+    `linear_clocks`). Both add up, so at one price of cost every head takes its best window, every module its best
+    formats and sink, every input of linear layers its best way, and the model the best noise level above which steps
+    are dense (`Search`). The choice is then measured as it is, all heads of a call together, and made anew with less to
+    spend where it errs by more than the budget (to a thousandth). Raises ValueError for no recordings, an unknown
+    target, or formats that it has no kernel for.
     """
     check_quality(quality)
     target = target or current_target()
@@ -56,12 +60,17 @@ def calibrate(
     candidates = [
         [DMAConfig(**option, window=window, min_length=0) for window in windows] for option in options
     ]
-    whole = cost.full_precision_clocks(recordings, target)
+    whole = cost.full_precision_clocks(recordings, target) + sum(item.costs[0] for item in linears)
+    parts = len(recordings.modules) + sum(len(item.layers) for item in linears)
+    share = len(recordings.modules) / parts
     costs = np.array([[cost.head_clocks(recordings, config, target) for config in row] for row in candidates])
     named = {f"{i} {j}": config for i, row in enumerate(candidates) for j, config in enumerate(row)}
     measured = measure(recordings, named, device, on_step)
     errors = np.array([_errors(measured[name]) for name in named]).reshape(costs.shape)
-    search = Search([_table(recordings, level, errors, costs / whole) for level in levels])
+    search = Search(
+        [_table(recordings, level, share * errors, costs / whole) for level in levels],
+        [(item.errors / parts, item.costs / whole) for item in linears],
+    )
 
     rungs = sorted({*LADDER, float(quality)})
     budgets = {rung: search.most ** (1 - rung) * search.least**rung for rung in rungs}
@@ -73,7 +82,9 @@ def calibrate(
         }
         runs = {name: DMAConfig.of(config, min_length=0) for name, config in configs.items()}
         for rung, values in zip(waiting, measure(recordings, runs, device, on_step).values(), strict=True):
-            error = float(_errors(values).mean(1).sum())
+            of_attention = float(_errors(values).mean(1).sum())
+            chosen = choice_of(linears, found[rung].ways) if linears else None
+            error = share * of_attention + ((1 - share) * chosen.relative_l2**2 if chosen else 0)
             if error > 1.001 * budgets[rung] and aims[rung] > search.least:
                 aims[rung] = (
                     0.99 * budgets[rung] / error * search.error(found[rung])
@@ -81,11 +92,13 @@ def calibrate(
                 continue
             config = configs[str(rung)]
             clocks = cost.head_clocks(recordings, config, target).mean(1).sum()
+            clocks += chosen.clocks if chosen else 0
             of_modules = mean_of_present(values.of_modules, (0, 2)).tolist()
             choices[rung] = Choice(
                 rung, config, budgets[rung] ** 0.5, error**0.5, float(clocks / whole),
                 float(mean_of_present(values.recall, (0, 1, 2, 3))),
                 dict(zip(recordings.modules, of_modules, strict=True)),
+                of_attention**0.5, chosen,
             )  # fmt: skip
     about = ("pipeline", "prompts", "seeds", "call", "steps", "versions", "hardware")
     evidence = {

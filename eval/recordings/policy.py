@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.linears.options import LinearChoice
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.policy_file import FORMAT, VERSION
 
@@ -14,6 +15,7 @@ LADDER_HEADER = (
     "quality", "relative L2", "at most", "cost", "recall",
     "formats", "mean window", "dense modules", "dense above sigma",
 )  # fmt: skip
+LINEARS_HEADER = ("quality", "cost", "attention's L2", "linears' L2", "linears' bits", "left in bf16")
 MODULES_HEADER = ("module", "formats", "window of each head", "sink", "relative L2")
 _CONFIG = ("high", "low", "window", "sink", "dense_above_sigma")
 
@@ -22,9 +24,11 @@ _CONFIG = ("high", "low", "window", "sink", "dense_above_sigma")
 class Choice:
     """A choice was made for a quality, and has its cost and its error on the recordings.
 
-    relative_l2: of the output, the root mean square over prompts, steps and modules. budget: the most that it was
-    allowed to be. cost: predicted clocks over those of bf16 attention. recall: the share of attention in HIGH tiles.
-    of_modules: relative L2 of each module, means over prompts and steps.
+    relative_l2: of the output, the root mean square over prompts, steps and modules, linear layers among them. budget:
+    the most that it was allowed to be. cost: predicted clocks over those of bf16 attention, and of bf16 linear layers
+    if these were chosen for. recall: the share of attention in HIGH tiles. of_modules: relative L2 of each attention
+    module, means over prompts and steps. attention_l2: `relative_l2` over attention alone. linears: None where linear
+    layers were not chosen for.
     """
 
     quality: float
@@ -34,6 +38,14 @@ class Choice:
     cost: float
     recall: float
     of_modules: dict[str, float]
+    attention_l2: float
+    linears: LinearChoice | None = None
+
+    def file_of_linears(self, policy: str) -> str | None:
+        """Return the name of the file of linear layers that goes with a policy file of this name; None for none."""
+        if self.linears is None or self.linears.is_stock:
+            return None
+        return f"{Path(policy).stem}-{self.quality:g}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,20 +66,20 @@ class Policy:
         return next(choice for choice in self.choices if choice.quality == self.quality)
 
     def save(self, path: Path) -> None:
-        """Write the policy file, which `DMAConfig.from_file` reads."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+        """Write the policy file, which `DMAConfig.from_file` reads; files of linear layers are written apart."""
+        write_atomically(path, json.dumps(self.to_dict(path.name), indent=1, allow_nan=False).encode())
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the policy file's document (`dma_diffusers.policy_file`)."""
+    def to_dict(self, name: str = "policy.json") -> dict[str, Any]:
+        """Return the document (`dma_diffusers.policy_file`) of a policy file of this name."""
         choices = [
             {
                 "quality": choice.quality,
-                "config": {name: getattr(choice.config, name) for name in _CONFIG},
-                "modules": {name: dict(changes) for name, changes in choice.config.modules if changes},
+                "config": {field: getattr(choice.config, field) for field in _CONFIG} | _linears(choice, name),
+                "modules": {module: dict(changes) for module, changes in choice.config.modules if changes},
                 "evidence": {
                     "relative_l2": choice.relative_l2, "budget": choice.budget, "cost": choice.cost,
                     "recall": choice.recall, "relative_l2_of_modules": choice.of_modules,
-                },
+                } | _evidence_of_linears(choice),
             }
             for choice in self.choices
         ]  # fmt: skip
@@ -77,8 +89,27 @@ class Policy:
         }  # fmt: skip
 
 
+def _linears(choice: Choice, policy: str) -> dict[str, str]:
+    """The field of `DMAConfig`, if there is one."""
+    file = choice.file_of_linears(policy)
+    return {"linears": file} if file else {}
+
+
+def _evidence_of_linears(choice: Choice) -> dict[str, Any]:
+    if choice.linears is None:
+        return {}
+    return {
+        "relative_l2_of_attention": choice.attention_l2, "relative_l2_of_linears": choice.linears.relative_l2,
+        "bits_of_linears": choice.linears.bits,
+        "linears": {
+            layer: groups and dict(zip(groups.formats, groups.widths, strict=True))
+            for layer, groups in choice.linears.groups.items()
+        },
+    }  # fmt: skip
+
+
 def ladder(policy: Policy) -> list[list[str]]:
-    """Return the rows under `LADDER_HEADER`, one a quality. The cost is predicted, in units of bf16 attention's."""
+    """Return the rows under `LADDER_HEADER`, one a quality. The cost is predicted, in units of bf16's."""
     rows = []
     for choice in policy.choices:
         config = choice.config
@@ -97,6 +128,22 @@ def ladder(policy: Policy) -> list[list[str]]:
             f"{len(choice.of_modules) - len(own)} of {len(choice.of_modules)}",
             "–" if config.dense_above_sigma is None else f"{config.dense_above_sigma:.2f}",
         ])  # fmt: skip
+    return rows
+
+
+def linears(policy: Policy) -> list[list[str]]:
+    """Return the rows under `LINEARS_HEADER`, one a quality; none where linear layers were not chosen for.
+
+    Relative L2 is the root mean square over attention modules alone, and over linear layers alone.
+    """
+    rows = []
+    for choice in policy.choices:
+        if chosen := choice.linears:
+            stock = sum(groups is None for groups in chosen.groups.values())
+            rows.append([
+                f"{choice.quality:g}", f"{choice.cost:.3f}", f"{choice.attention_l2:.4f}",
+                f"{chosen.relative_l2:.4f}", f"{chosen.bits:.2f}", f"{stock} of {len(chosen.groups)}",
+            ])  # fmt: skip
     return rows
 
 

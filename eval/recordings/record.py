@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,6 +30,13 @@ from dma_diffusers.pipelines.files import write_atomically
 
 LIMIT = 2_000_000_000
 _HEADER = 1024  # at most so many bytes of a file are no tensor's
+
+
+class StepObserver(Protocol):
+    """Something that observes a model while it draws, step by step."""
+
+    def step_begins(self, step: int) -> None:
+        """Take note that this denoising step, counted from 0, is next."""
 
 
 class _Full(ValueError):
@@ -73,7 +80,7 @@ def record(
         raise ValueError(f"give one seed a prompt, got {len(seeds)} for {len(prompts)}")
     with _recorder_on(pipe, text, grid) as recorder:
         chosen = _chosen_modules(modules, recorder.available)
-        draw = partial(_draw, pipe, call)
+        draw = partial(draw_observed, pipe, call)
         bytes_of_step, total = recorder.measure(partial(draw, prompts[0], seeds[0]), chosen)
         which = _chosen_steps(steps, total)
         settings = {
@@ -231,24 +238,27 @@ class _Recorder:
         return Result(out, nothing, nothing.int())
 
 
-def _draw(
+def draw_observed(
     pipe: DiffusionPipeline,
     call: dict[str, Any],
     prompt: str,
     seed: int,
     on_step: Callable[[int, int], None],
-    recorder: _Recorder,
+    observer: StepObserver,
     stops_at_once: bool = False,
 ) -> int:
-    """Draw one prompt down to its latents, and return the number of steps."""
+    """Draw one prompt down to its latents, and return the number of steps.
+
+    observer: is told of each denoising step before it begins. on_step: is called after each, with steps done, in all.
+    """
 
     def step_ended(pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        recorder.step_begins(step + 1)
+        observer.step_begins(step + 1)
         pipe._interrupt = stops_at_once  # Diffusers leaves out the steps to come
         on_step(step + 1, pipe.num_timesteps)
         return tensors
 
-    recorder.step_begins(0)
+    observer.step_begins(0)
     pipe(
         prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
         callback_on_step_end=step_ended, callback_on_step_end_tensor_inputs=["latents"], **call,

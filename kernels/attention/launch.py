@@ -22,7 +22,7 @@ from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, arch
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.launch import Encoded, Source, encode, statistics_of
+from dma_diffusers.kernels.quantiser.launch import Encoded, Source, are_paired, encode, statistics_of
 from dma_diffusers.kernels.quantiser.operands import (
     Classes,
     Operand,
@@ -110,7 +110,7 @@ class Inputs:
     @classmethod
     def of(cls, call: Call, plan: Plan, variant: Variant) -> "Inputs":
         """Copies are made only where the kernels can't read the call's own tensors."""
-        q, k, v = (x if x.stride(-1) == 1 else _row_major(x) for x in (call.q, call.k, call.v))
+        q, k, v = (x if _is_read_as_it_is(x) else _row_major(x) for x in (call.q, call.k, call.v))
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
@@ -399,6 +399,11 @@ def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
     x = x.to(torch.bfloat16)
     aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
     return x if aligned else _row_major(F.pad(x, (0, -x.shape[-1] % 8)))
+
+
+def _is_read_as_it_is(x: torch.Tensor) -> bool:
+    """Says whether rows lie as the kernels read them fastest: otherwise sums had another order, so other bits."""
+    return x.stride(-1) == 1 and (x.shape[-1] % 2 == 1 or are_paired(x))
 
 
 def _row_major(x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def linear(
 ) -> Tensor:
     """The layer's output `[..., N]`, in x's dtype: both steps in one."""
     inputs = quantise_input(x, weight.permutation, weight.groups, lowering, input_scale, prologue)
-    return multiply(inputs, weight, lowering, bias, x.dtype).unflatten(0, x.shape[:-1])
+    return multiply(inputs, weight, lowering, bias, x.dtype).view(*x.shape[:-1], weight.out_features)
 
 
 def quantise_input(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dma_diffusers import DMAConfig
-from dma_diffusers.gains import GAINS_FROM
+from dma_diffusers.gains import GAINS_FROM, LOW_GAINS_FROM
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
@@ -177,6 +177,15 @@ def test_every_length_from_which_a_call_gains_was_measured_to_gain():
                 gains[shape["size"][2]] = own["whole"]["over_full"]
         assert least in gains
         assert all((gain > 1) == (length >= least) for length, gain in gains.items())
+
+
+def test_a_step_whose_tiles_are_all_low_was_measured_to_gain():
+    """Both compiled, stock with its fastest backend; no shorter step was measured."""
+    (measured,) = json.loads((RESULTS.parent / "h200_pipeline_flux_1k.json").read_text())["shapes"].values()
+    _, _, tokens, head_dim = measured["attention"]
+    ours = next(entry for entry in measured["entries"] if entry["name"] == "LOW int8")
+    assert {("sm_90", head_dim): tokens} == LOW_GAINS_FROM
+    assert ours["over_stock"] > 1.05
 
 
 def test_lists_become_tuples_so_that_a_config_can_be_a_key():

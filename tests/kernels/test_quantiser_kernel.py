@@ -420,5 +420,7 @@ def test_rows_may_begin_at_any_element(dtype, head_dim, changes, kernel_device):
             assert torch.equal(one.elements.view(torch.uint8), other.elements.view(torch.uint8))
             assert one.scales is None or torch.equal(one.scales, other.scales)
     changed = reference.changed_q(AttentionCall(q, k, v, **ropes, norms=norms))
-    expected = reference.quantised_q(changed * 0.3, "int8")
-    assert torch.equal(numbers_of(found[0].q[1], head_dim), tiles_of(expected, head_dim))
+    expected = tiles_of(reference.quantised_q(changed * 0.3, "int8"), head_dim)
+    differs = (numbers_of(found[0].q[1], head_dim) - expected).abs() > 1e-6 * expected.abs().max()
+    # A GPU's inverse root is approximate: rounding to 16 bits hides that, and few float32 numbers move by a step.
+    assert differs.float().mean() <= (1e-3 if changes and dtype == torch.float32 else 0)

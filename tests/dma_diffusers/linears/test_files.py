@@ -97,6 +97,38 @@ def test_a_model_without_weights_takes_a_file(tmp_path):
     assert torch.equal(draw(pipe), drawn)
 
 
+@pytest.mark.parametrize("method", ["fp8, fixed", "nvfp4", "micromix"])
+def test_a_file_without_weights_quantises_those_of_the_model(tmp_path, method):
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "linears.safetensors"
+    pipe = tiny_pipelines.flux()
+    quantise(pipe, method)
+    drawn, saved, receipt = draw(pipe), buffers(pipe.transformer), report(pipe)
+    save_linears(pipe, whole)
+    save_linears(pipe, path, weights=False)
+    assert {name.rpartition(":")[2] for name in load_file(path)} <= {"permutation"}
+    assert path.stat().st_size < whole.stat().st_size
+    pipe = tiny_pipelines.flux()
+    load_linears(pipe, path)
+    loaded = buffers(pipe.transformer)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(bytes_of(loaded[name]), bytes_of(saved[name])) for name in saved)
+    assert torch.equal(draw(pipe), drawn)
+    assert report(pipe) == receipt
+
+
+def test_a_weight_that_neither_file_nor_model_has(tmp_path):
+    path = tmp_path / "linears.safetensors"
+    pipe = tiny_pipelines.flux()
+    quantise(pipe, "mxfp4")
+    save_linears(pipe, path, weights=False)
+    pipe = tiny_pipelines.flux()
+    name, layer = "transformer_blocks.0.attn.to_k", pipe.transformer.transformer_blocks[0].attn.to_k
+    layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
+    with pytest.raises(ValueError, match=f"nor the model has the weight of {name}"):
+        load_linears(pipe, path)
+    assert type(pipe.transformer.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+
+
 def test_a_config_names_a_file(tmp_path):
     path = tmp_path / "linears.safetensors"
     pipe = tiny_pipelines.flux()
