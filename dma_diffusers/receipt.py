@@ -70,6 +70,7 @@ class Receipt:
     def from_dict(cls, stored: Mapping[str, Any]) -> "Receipt":
         """The receipt that `to_dict` stored, also under the former names of fields; unknown fields are passed over."""
         known = {field.name for field in fields(ModuleReceipt)}
+        known_of_layers = {field.name for field in fields(LinearReceipt)}
         modules = (
             {_FORMER_NAMES.get(name, name): value for name, value in module.items()}
             for module in stored["modules"]
@@ -80,7 +81,9 @@ class Receipt:
         )
         return cls(
             tuple(ModuleReceipt(**{n: v for n, v in module.items() if n in known}) for module in modules),
-            tuple(LinearReceipt(**layer) for layer in layers),
+            tuple(
+                LinearReceipt(**{n: v for n, v in layer.items() if n in known_of_layers}) for layer in layers
+            ),
         )
 
     def __str__(self) -> str:

@@ -86,6 +86,18 @@ def test_linears_that_do_not_exist_are_refused_in_one_line(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_file_that_is_none_is_refused_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.safetensors").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for command in ("generate", "generate-video"):
+        code, _, error = run(
+            monkeypatch, capsys, command, "a cat", "-o", "out.png" if command == "generate" else "out.mp4",
+            "--model", str(tmp_path / "no_model"), "--linears", "text.safetensors",
+        )  # fmt: skip
+        assert code == 1
+        assert "text.safetensors is no safetensors file" in error.splitlines()[-1]
+
+
 def test_jobs_of_a_batch_have_linears_of_their_own(monkeypatch, capsys, tmp_path, folder):
     jobs = tmp_path / "jobs.jsonl"
     entries = [{"linears": "mxfp4"}, {}, {"linears": "micromix"}, {"linears": "int4"}]

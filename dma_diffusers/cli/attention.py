@@ -84,7 +84,8 @@ class AttentionOptions:
     def choose(self) -> Attention:
         """The attention that they choose.
 
-        Raises ValueError, in one line, for options that do not go together, or a lowering that does not run here.
+        Raises ValueError, in one line, for options that do not go together, a lowering that does not run here, or a
+        file of linear layers that is none; OSError where a file can't be read.
         """
         from dma_diffusers.config import DMAConfig, is_words
 
@@ -100,6 +101,10 @@ class AttentionOptions:
                 raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
             chosen = Attention(DMAConfig.from_file(file, quality, **options), file)
         with quiet():
+            from dma_diffusers.linears.files import read_header
+            from dma_diffusers.linears.methods import is_file
             from dma_diffusers.pipelines.placement import own_device
         chosen.config.check_device(own_device())
+        if chosen.config.linears and is_file(chosen.config.linears):
+            read_header(chosen.config.linears)
         return chosen

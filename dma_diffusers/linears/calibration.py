@@ -1,6 +1,6 @@
 """Calibration: statistics of the inputs of linear layers, over prompts and noise levels."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,9 +87,11 @@ class Calibration:
         first = self.readers[layer]
         return next(iter(first)) if len(first) == 1 else layer
 
-    def is_read_again(self, layer: str) -> bool:
-        """Tells whether another layer reads the same tensor after this one; layers are in the order of their calls."""
-        together = [name for name in self.readers if self.shared(name) == self.shared(layer)]
+    def is_read_again(self, layer: str, layers: Collection[str]) -> bool:
+        """Tells whether one of `layers` reads the same tensor after this one: they are in the order of calls."""
+        together = [
+            name for name in self.readers if name in layers and self.shared(name) == self.shared(layer)
+        ]
         return layer != together[-1]
 
     def statistics(self, layer: str) -> InputStatistics:
@@ -199,13 +201,15 @@ def _under(x: Tensor, largest: Tensor) -> Tensor:
 def run_inputs(model: Any, inputs: Any, says: Callable[[str], None], on_step: OnStep) -> None:
     """Runs a model on inputs: a callable that runs it, or forward inputs, each a dict, a tuple or one argument.
 
+    One dict is one input.
+
     Raises ValueError for none.
     """
     if callable(inputs):
         says("the calibration callable")
         inputs()
         return
-    inputs = list(inputs)
+    inputs = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     _check_some(inputs, "inputs")
     for number, given in enumerate(inputs):
         if isinstance(given, str):

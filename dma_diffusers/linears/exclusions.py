@@ -101,8 +101,11 @@ def choose(
 
     modules, skip: names of layers to take alone, or to leave alone, with `*` for any text.
     sensitive: whether `SENSITIVE` parts keep more bits.
-    Raises ValueError for a name in `modules` or `skip` that no layer has.
+    Raises ValueError for a name in `modules` or `skip` that no layer has, or a name alone in the place of several.
     """
+    for option, given in (("modules", modules), ("skip", skip)):
+        if isinstance(given, str):
+            raise ValueError(f"{option} must be a list of names, got {given!r}: give [{given!r}]")
     choice = Choice()
     named = linear_layers(model)
     for pattern in [*(modules or ()), *skip]:
@@ -154,6 +157,16 @@ def block_of(model: torch.nn.Module, name: str) -> tuple[str, int, int]:
     return f"{of_list}.{number}", int(number), len(blocks)
 
 
+def why_not_plain(layer: torch.nn.Linear) -> str:
+    """The reason for which a layer is none of PyTorch's own with a plain weight; empty if it is one."""
+    weight = layer._parameters.get("weight")
+    kind = type(weight if weight is None else weight.data).__name__
+    if type(layer) is torch.nn.Linear and kind == "Tensor" and type(weight) is torch.nn.Parameter:
+        return ""
+    own = kind if type(weight) in (torch.nn.Parameter, type(None)) else type(weight).__name__
+    return f"quantised already, or of a kind of its own: {type(layer).__name__} with a weight of {own}"
+
+
 def _why_left(model: torch.nn.Module, name: str, layer: torch.nn.Linear) -> str:
     """The reason for which a layer can't be quantised, or had better not be; empty if there is none."""
     block, *_ = block_of(model, name)
@@ -161,11 +174,9 @@ def _why_left(model: torch.nn.Module, name: str, layer: torch.nn.Linear) -> str:
         return "outside the blocks: embedders, refiners, and the final projection"
     if any(_NO_TOKENS.fullmatch(part) for part in name.removeprefix(f"{block}.").split(".")):
         return "modulation, norm, embedding or expert: not every token passes it"
-    weight = layer._parameters.get("weight")
-    kind = type(weight if weight is None else weight.data).__name__
-    if type(layer) is not torch.nn.Linear or kind != "Tensor" or type(weight) is not torch.nn.Parameter:
-        own = kind if type(weight) in (torch.nn.Parameter, type(None)) else type(weight).__name__
-        return f"quantised already, or of a kind of its own: {type(layer).__name__} with a weight of {own}"
+    if reason := why_not_plain(layer):
+        return reason
+    weight = layer.weight
     if weight.dtype not in DTYPES:
         return f"its weight is stored in {str(weight.dtype).removeprefix('torch.')}"
     if layer.in_features % _MULTIPLE or layer.out_features % 16:

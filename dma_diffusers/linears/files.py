@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.weight import LinearWeight
-from dma_diffusers.linears.exclusions import Choice, block_of, linear_layers
+from dma_diffusers.linears.exclusions import Choice, block_of, linear_layers, why_not_plain
 from dma_diffusers.linears.module import QuantisedLinear
 from dma_diffusers.linears.plans import Plan
 from dma_diffusers.linears.quantise import (
@@ -51,7 +51,7 @@ class Header:
     def check(self, pipe_or_model: Any) -> list[tuple[str, torch.nn.Module]]:
         """The models that the file is for, each after its prefix in the file.
 
-        Raises ValueError, naming layers that differ, for other models.
+        Raises ValueError, naming the layers, for other models, and for layers that something else quantised already.
         """
         models = [model for _, model in quantisable(pipe_or_model)]
         if len(models) != len(self.models):
@@ -62,11 +62,17 @@ class Header:
                 raise ValueError(f"{self.path} is for {stored['class']}, not for {kind}")
             record = attachment_of(model)
             samples = record.samples if record else {}
+            for name in stored["layers"]:
+                if name in layers and name not in samples:
+                    _check_plain(name, layers[name])
             differing = [
                 name
                 for name, of in stored["layers"].items()
                 if _differs(layers.get(name), samples.get(name), of)
             ]
+            # A deeper model has the same layers and more; it is blocks that count, since adapters add layers to them.
+            blocks = {block_of(model, name)[0] for name in [*stored["layers"], *stored["left"]]}
+            differing += [name for name in layers if block_of(model, name)[0] not in blocks | {""}]
             if differing:
                 more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise ValueError(
@@ -143,10 +149,12 @@ def load_linears(
 ) -> None:
     """Puts the quantised linear layers of a file into the place of the stock ones; they compute what was saved.
 
-    pipe_or_model: a pipeline or a transformer like the one that was saved. Its weights may be on the meta device.
+    pipe_or_model: a pipeline or a transformer like the one that was saved. Its weights may be on the meta device, and
+        its biases may not.
     keep_original, lowering: as in `quantize_linears`.
     Raises OSError where the file can't be read, ValueError where it is none, where linear layers are quantised already,
-    where the model is another one, naming layers that differ, or where the lowering can't run them.
+    by us or by something else, where the model is another one, naming layers that differ, or where the lowering can't
+    run them.
     """
     header = read_header(path)
     for _, model in quantisable(pipe_or_model):
@@ -161,7 +169,7 @@ def load_linears(
         record = Attachment(
             header.path, tuple(choice.layers), stored["kept"], stored["left"], keep_original,
             samples={name: torch.tensor(of["sample"]) for name, of in stored["layers"].items()},
-            over_time=stored["over_time"],
+            over_time=stored["over_time"], of_file=stored,
         )  # fmt: skip
         with safe_open(header.path, "pt") as file, attaching(model, record) as attach:
             parts = defaultdict(list)
@@ -179,6 +187,14 @@ def load_linears(
                         f"neither {header.path} nor the model has the weight of {name}: load the model"
                     )
                 attach(name, choice, plan, lowering, weight)
+
+
+def _check_plain(name: str, layer: torch.nn.Linear) -> None:
+    """Raises ValueError for a layer that can't be replaced by one of a file."""
+    if reason := why_not_plain(layer):
+        raise ValueError(f"{name} is {reason}: load the file onto the model in full precision")
+    if layer.bias is not None and layer.bias.device.type == "meta":
+        raise ValueError(f"{name} has no bias yet, and files have none: load the model's biases first")
 
 
 def _differs(layer: torch.nn.Linear | None, sample: torch.Tensor | None, stored: dict[str, Any]) -> bool:

@@ -13,6 +13,10 @@ from dma_diffusers.kernels.linears.weight import LinearWeight
 from dma_diffusers.kernels.lowerings import Choice, architecture
 
 _NAMES = ("narrow", "narrow_scales", "wide", "wide_scales", "row_scales", "permutation")
+_NO_WEIGHT = (
+    "this linear layer is quantised, and its weight can't be read or changed: fuse LoRA or projections, and save the "
+    "model, before quantize_linears, or call dma_diffusers.restore first; save_linears saves what is quantised"
+)
 
 
 class LastInput:
@@ -152,11 +156,12 @@ class _StandIn(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<the weight of a quantised linear layer, {list(self.shape)}>"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Refuses: `save_pretrained` looks at the memory, not at numbers."""
+        raise ValueError(_NO_WEIGHT)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise ValueError(
-            "this linear layer is quantised, and its weight can't be read or changed: fuse LoRA or projections, and "
-            "save the model, before quantize_linears, or call dma_diffusers.restore first"
-        )
+        raise ValueError(_NO_WEIGHT)

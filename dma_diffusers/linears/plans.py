@@ -1,7 +1,7 @@
 """The plan of each linear layer: its groups, the order of its channels, its input scale."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,16 @@ HEADROOM = 4.0
 """Fixed input scales of fp8 leave so much room over the largest |x| of calibration. As e4m3 is a float, that costs
 nothing but the smallest numbers."""
 _KEPT = "mxfp8"
-# Where calibration has not seen who reads what: layers of these names are followed by others with the same input.
-_READ_FIRST = {
-    "to_q", "to_k", "add_q_proj", "add_k_proj", "to_query", "to_key", "q_proj", "k_proj", "gate_proj", "proj_mlp"
-}  # fmt: skip
+# Where calibration has not seen who reads what: layers that read the same tensor, by the ends of their names, in the
+# order of their calls.
+_READ_TOGETHER = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("to_query", "to_key", "to_value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),
+)
 
 
 @dataclass
@@ -92,23 +98,35 @@ def make_plans(targets: Sequence[Target], method: str, bits: float | None, own: 
         factor = factor_for(bits, weights, groups_at)
     for target in targets:
         target.plans = {
-            name: _plan(groups_at(target.prefix + name, factor), name, target.seen)
+            name: _plan(groups_at(target.prefix + name, factor), name, target)
             for name in target.choice.layers
         }
         if target.seen and method == "micromix":
             target.over_time = target.seen.over_time(factor)
 
 
-def _plan(groups: Groups, name: str, seen: Calibration | None) -> Plan:
+def _plan(groups: Groups, name: str, target: Target) -> Plan:
     """The plan of a layer with these groups: channels are sorted where formats differ, fp8 gets its fixed scale."""
+    seen, layers = target.seen, target.choice.layers
     if seen is None or name not in seen.readers:
-        return Plan(groups, keeps=name.rpartition(".")[2] in _READ_FIRST)
-    shared, keeps = seen.shared(name), seen.is_read_again(name)
+        return Plan(groups, keeps=_is_read_again(name, layers))
+    shared, keeps = seen.shared(name), seen.is_read_again(name, layers)
     if len(groups.formats) > 1:
         return Plan(groups, permutation_of(seen.statistics(name).mean_abs), None, shared, keeps)
     if groups.formats == ("fp8",):
         return Plan(groups, None, _input_scale(seen.statistics(name).amax), shared, keeps)
     return Plan(groups, keeps=keeps)
+
+
+def _is_read_again(name: str, layers: Collection[str]) -> bool:
+    """Tells by the names whether another one of these layers reads the same tensor after this one."""
+    for together in _READ_TOGETHER:
+        for place, own in enumerate(together):
+            if name.endswith(f".{own}"):
+                parent = name.removesuffix(own)
+                if any(parent + later in layers for later in together[place + 1 :]):
+                    return True
+    return False
 
 
 def _input_scale(amax: float) -> float:

@@ -34,7 +34,7 @@ class Attachment:
     method: one of `METHODS`, or the file that they were loaded from. stock: the stock layers by name; empty if they
     were not kept. kept, left: as in `exclusions.Choice`. plans: the plan of each layer. samples: some numbers of each
     stock weight. over_time: the shares of bits at each noise level, as `Calibration.over_time` gives them; None without
-    thresholds.
+    thresholds. of_file: what the header of the file says of the model; None without a file.
     """
 
     method: str
@@ -46,6 +46,7 @@ class Attachment:
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     over_time: dict[str, Any] | None = None
+    of_file: dict[str, Any] | None = None
 
 
 def quantize_linears(
@@ -129,7 +130,7 @@ def calibrate_linears(
     call: Mapping[str, Any] | None = None,
     progress: bool | OnStep = True,
 ) -> dict[str, Calibration]:
-    """Observes the inputs of linear layers and keeps that on the models, for any number of `quantize_linears`.
+    """Observes the inputs of linear layers and keeps that on the models, for each `quantize_linears` with "micromix".
 
     The arguments are those of `quantize_linears`. Returns what was observed, by the prefix of module names.
     Raises ValueError as it does.
@@ -150,15 +151,20 @@ def restore_linears(pipe_or_model: Any) -> None:
 
     Raises ValueError where they were not kept.
     """
-    quantised = [(model, attachment_of(model)) for _, model in transformers_of(pipe_or_model)]
-    for model, record in quantised:
+    check_restorable(pipe_or_model)
+    for _, model in quantisable(pipe_or_model):
+        if record := attachment_of(model):
+            _put_back(model, record)
+
+
+def check_restorable(pipe_or_model: Any) -> None:
+    """Raises ValueError where linear layers are quantised and the stock ones were not kept."""
+    for _, model in quantisable(pipe_or_model):
+        record = attachment_of(model)
         if record and not record.keeps_original:
             raise ValueError(
                 f"the stock linear layers of {type(model).__name__} were not kept (keep_original=False): load the model"
             )
-    for model, record in quantised:
-        if record:
-            _put_back(model, record)
 
 
 def attachment_of(model: torch.nn.Module) -> Attachment | None:
@@ -200,7 +206,9 @@ def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
 def attaching(
     model: torch.nn.Module, record: Attachment
 ) -> Iterator[Callable[[str, Choice, Plan, str, LinearWeight | None], None]]:
-    """Yields a function that puts one quantised layer into its place; where something fails, all are put back.
+    """Yields a function that puts one quantised layer into its place.
+
+    Where something fails, all are put back; without the stock ones, the record has those that were quantised.
 
     It takes the name of the layer, the choice that has it, its plan, a lowering, and the weight if a file has that.
     The weight is quantised on the device where the layer will run, and stays where the layer is.
@@ -233,7 +241,10 @@ def attaching(
     try:
         yield attach
     except BaseException:
-        _put_back(model, record)
+        if record.keeps_original or not record.plans:
+            _put_back(model, record)
+        else:
+            record.layers = tuple(record.plans)
         raise
 
 

@@ -161,6 +161,15 @@ def test_a_quantised_weight_tells_its_shape_and_refuses_the_rest():
         weight.data += 1
 
 
+def test_a_quantised_model_says_why_it_is_not_saved(tmp_path):
+    model = tiny_pipelines.flux().transformer
+    quantize_linears(model, "fp8")
+    with pytest.raises(
+        ValueError, match=r"this linear layer is quantised.*save_linears saves what is quantised"
+    ):
+        model.save_pretrained(tmp_path / "model")
+
+
 def test_training_on_quantised_layers_is_refused():
     model = tiny_pipelines.flux().transformer
     quantize_linears(model, "int8")

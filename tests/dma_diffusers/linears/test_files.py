@@ -11,6 +11,7 @@ from dma_diffusers.linears.module import QuantisedLinear
 from dma_diffusers.pipelines.generate import draw as draw_prompts
 from dma_diffusers.pipelines.load import load_pipeline
 from tests import tiny_pipelines
+from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
 
 CALL = {"height": 48, "width": 40, "max_sequence_length": 19, "num_inference_steps": 2}
@@ -143,6 +144,16 @@ def test_a_config_names_a_file(tmp_path):
     assert all(tensor is layers[name] for name, tensor in buffers(pipe.transformer).items())
 
 
+def test_a_file_that_was_written_anew_is_loaded_anew(tmp_path, saved):
+    pipe, other = tiny_pipelines.flux(), tiny_pipelines.flux()
+    apply(pipe, DMAConfig(linears=saved))
+    quantize_linears(other, "mxfp4")
+    save_linears(other, saved)
+    apply(pipe, DMAConfig(linears=saved))
+    found = {m.groups.formats for m in pipe.transformer.modules() if isinstance(m, QuantisedLinear)}
+    assert found == {("mxfp4",)}
+
+
 def test_two_transformers_are_saved_in_one_file(tmp_path):
     def two():
         pipe = tiny_pipelines.wan()
@@ -185,6 +196,38 @@ def test_another_model_is_told_by_its_layers(saved):
         assert not report(pipe).linears and not report(pipe).modules
     with pytest.raises(ValueError, match=r"is for FluxTransformer2DModel, not for SD3Transformer2DModel"):
         load_linears(tiny_pipelines.sd3(), saved)
+
+
+def test_a_deeper_model_is_another_one(tmp_path):
+    model, deeper = (tiny_models.flux(num_single_layers=number).model for number in (1, 2))
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    quantize_linears(model, "int8")
+    save_linears(model, tmp_path / "linears.safetensors")
+    with pytest.raises(ValueError, match=r"other sides or weights: single_transformer_blocks\.1\."):
+        load_linears(deeper, tmp_path / "linears.safetensors")
+    assert not report(deeper).linears
+
+
+def test_layers_that_something_else_quantised_take_no_file(saved):
+    torchao = pytest.importorskip("torchao.quantization")
+    pipe = tiny_pipelines.flux()
+    torchao.quantize_(pipe.transformer.transformer_blocks[0].ff, torchao.Int8WeightOnlyConfig())
+    message = r"^transformer_blocks\.0\.ff\.net\.\S+ is quantised already, or of a kind of its own: .*Int8Tensor: load"
+    for load in (load_linears, lambda pipe, path: apply(pipe, linears=path)):
+        with pytest.raises(ValueError, match=message):
+            load(pipe, saved)
+        assert not report(pipe).linears and not report(pipe).modules
+
+
+def test_a_model_without_biases_takes_no_file(saved):
+    pipe = tiny_pipelines.flux()
+    layer = pipe.transformer.transformer_blocks[0].attn.to_k
+    layer.bias = torch.nn.Parameter(layer.bias.to("meta"))
+    with pytest.raises(
+        ValueError, match=r"^transformer_blocks\.0\.attn\.to_k has no bias yet, and files have none"
+    ):
+        load_linears(pipe, saved)
+    assert not report(pipe).linears
 
 
 def test_a_model_of_another_dtype_is_the_same(saved):

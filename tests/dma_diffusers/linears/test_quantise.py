@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dma_diffusers import DMAConfig, apply, calibrate_linears, quantize_linears, report, restore
+from dma_diffusers.attach import check
 from dma_diffusers.kernels.linears import reference
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.linears import quantise
@@ -144,6 +145,13 @@ def test_modules_and_skip_take_names_with_stars(pipe):
         quantize_linears(pipe, "int8", modules=["x_embedder"])
 
 
+@pytest.mark.parametrize("option", ["modules", "skip"])
+def test_a_name_alone_is_not_taken_for_its_letters(pipe, option):
+    with pytest.raises(ValueError, match=rf"^{option} must be a list of names, got '\*': give \['\*'\]$"):
+        quantize_linears(pipe, "fp8", **{option: "*"})
+    assert not quantised(pipe.transformer)
+
+
 def test_widths_that_blocks_of_scales_do_not_divide_are_left_alone(pipe):
     ff = pipe.transformer.transformer_blocks[0].ff
     ff.net[0].proj = torch.nn.Linear(32, 72)
@@ -248,6 +256,17 @@ def test_a_model_is_calibrated_by_a_function_or_by_its_inputs():
     assert outputs[0] == outputs[1]
 
 
+def test_one_dict_is_one_calibration_input():
+    case = tiny_models.flux(num_attention_heads=4)
+    case.model.eval()
+    one, listed = (copy.deepcopy(case.model) for _ in range(2))
+    inputs = case.call(case.texts(1)[0])
+    quantize_linears(one, "fp8", calibration=inputs)
+    quantize_linears(listed, "fp8", calibration=[inputs])
+    scales = [[m.input_scale for m in quantised(model).values()] for model in (one, listed)]
+    assert scales[0] == scales[1] and None not in scales[0]
+
+
 def test_a_layer_that_calibration_never_ran_is_left_alone(pipe):
     pipe.transformer.transformer_blocks[0].ff.unused = torch.nn.Linear(32, 32)
     calibrated(pipe)
@@ -321,9 +340,30 @@ def test_an_error_in_the_middle_puts_all_layers_back(pipe, monkeypatch):
 def test_without_the_stock_layers_there_is_no_way_back(pipe):
     apply(pipe)
     quantize_linears(pipe, "int8", keep_original=False)
+    for refused in (restore, lambda pipe: check(pipe, {"": DMAConfig(linears="fp8")})):
+        with pytest.raises(ValueError, match="were not kept"):
+            refused(pipe)
+    assert quantised(pipe.transformer) and report(pipe).modules
+
+
+def test_an_error_in_the_middle_without_the_stock_layers_is_told(pipe, monkeypatch):
+    real, calls = quantise.quantise, []
+
+    def failing(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args, **options)
+
+    monkeypatch.setattr(quantise, "quantise", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize_linears(pipe, "int8", keep_original=False)
+    names = list(quantised(pipe.transformer))
+    assert len(names) == 3
+    told = [each.module for each in report(pipe).linears if each.formats]
+    assert told == [f"transformer.{name}" for name in names]
     with pytest.raises(ValueError, match="were not kept"):
         restore(pipe)
-    assert quantised(pipe.transformer) and report(pipe).modules
 
 
 def test_the_receipt_counts_bytes_and_survives_a_file(pipe):
@@ -343,7 +383,10 @@ def test_the_receipt_counts_bytes_and_survives_a_file(pipe):
     assert f"{len(layers)} linear layers (transformer.transformer_blocks.0.attn.to_q, …): int8" in str(
         receipt
     )
-    assert Receipt.from_dict(json.loads(json.dumps(receipt.to_dict()))) == receipt
+    stored = json.loads(json.dumps(receipt.to_dict()))
+    for layer in stored["linears"]:
+        layer["of_tomorrow"] = 1
+    assert Receipt.from_dict(stored) == receipt
 
 
 def test_a_layer_that_was_exchanged_afterwards_is_reported(pipe):

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dma_diffusers import quantize_linears
+from dma_diffusers import calibrate_linears, quantize_linears
 from dma_diffusers.linears import module
 from dma_diffusers.linears.module import QuantisedLinear
 from tests.dma_diffusers import tiny_models
@@ -87,6 +87,28 @@ def test_an_equal_tensor_is_not_taken_for_the_same():
         with counted_inputs() as spy:
             assert torch.equal(v(y), expected)
         assert spy.call_count == 1
+
+
+@pytest.mark.parametrize("chosen", [["to_k"], ["to_q", "to_k"]])
+@pytest.mark.parametrize("when", ["never", "before", "at once"])
+def test_a_tensor_that_nobody_reads_again_is_not_held(chosen, when):
+    case = tiny_models.flux(num_attention_heads=4, num_single_layers=0)
+    case.model.eval()
+    inputs = [case.call(case.texts(1)[0])]
+    if when == "before":
+        calibrate_linears(case.model, inputs)
+    names = [f"*.attn.{name}" for name in chosen]
+    method = "micromix" if when == "before" else "fp8"
+    quantize_linears(case.model, method, modules=names, calibration=inputs if when == "at once" else None)
+    layers = [m for m in case.model.modules() if isinstance(m, QuantisedLinear)]
+    assert len(layers) == len(chosen)
+    run(case, case.texts(1)[0])
+    assert all(layer.last.entry is None for layer in layers)
+    x = torch.randn(4, layers[-1].in_features)
+    with torch.no_grad():
+        layers[-1](x)
+        x *= 2
+        assert torch.equal(layers[-1](x), layers[-1](x.clone()))  # a buffer that is filled anew in each step
 
 
 def graphs_of(case, text, whole: bool) -> tuple[list, torch.Tensor]:
