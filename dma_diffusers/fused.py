@@ -59,12 +59,12 @@ class Change:
     @property
     def norms(self) -> Norms:
         """The norms as the operator takes them."""
-        own, rounds_twice = self.attention, self.kind.rounds_twice
-        if not self.text:
-            return Norms(own.norm_q.weight, own.norm_k.weight, own.norm_q.eps, rounds_twice=rounds_twice)
+        own = self.attention
+        # Tokens that are all alike have the weights of the others, so that one kernel is compiled for all modules.
+        first = (own.norm_added_q, own.norm_added_k) if self.text else (own.norm_q, own.norm_k)
         return Norms(
             own.norm_q.weight, own.norm_k.weight, own.norm_q.eps,
-            self.text, own.norm_added_q.weight, own.norm_added_k.weight, rounds_twice,
+            self.text, *(norm.weight for norm in first), self.kind.rounds_twice,
         )  # fmt: skip
 
     @property
@@ -112,12 +112,27 @@ def without_change(
         or stock_call.__globals__[kind.turn.__name__] is not kind.turn
         or (encoder is None) != (attention.added_kv_proj_dim is None)
         or not kind.are_tables(interception, tables, attention.inner_dim // attention.heads)
+        or any(x.device != hidden.device for x in tables)
     ):
         return None, arguments
-    norms = [getattr(attention, name) for name in (_NORMS if text else _NORMS[:2])]
-    if not all(_is_plain(norm, kind.norm, hidden) for norm in norms) or len({norm.eps for norm in norms}) > 1:
+    if not _are_plain(kind, attention, text, hidden):
         return None, arguments
     return Change(kind, attention, tables, text), (_WithoutNorms(attention), hidden, encoder, *masks, None)
+
+
+def usually_changes(processor: Any, attention: Any, like: torch.Tensor) -> Kind | None:
+    """Says how the operator changes q and k in usual calls of a module with hidden states `like` these, if at all."""
+    kind = KINDS.get(type(processor))
+    text = kind is not None and attention.added_kv_proj_dim is not None
+    return kind if kind is not None and _are_plain(kind, attention, text, like) else None
+
+
+def _are_plain(kind: Kind, attention: Any, text: int, hidden: torch.Tensor) -> bool:
+    """Tells whether the norms of a module, and of its text if it has any, are all alike and as stock has them."""
+    norms = [getattr(attention, name) for name in (_NORMS if text else _NORMS[:2])]
+    return (
+        all(_is_plain(norm, kind.norm, hidden) for norm in norms) and len({norm.eps for norm in norms}) == 1
+    )
 
 
 def _is_plain(norm: Any, cls: Any, hidden: torch.Tensor) -> bool:

@@ -15,8 +15,10 @@ from rich.progress import track
 from dma_diffusers.attach import interceptions
 from dma_diffusers.components import device_of, transformers_of
 from dma_diffusers.decision import DTYPES
+from dma_diffusers.fused import usually_changes
 from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.call import Norms
 from dma_diffusers.kernels.lowerings import has_triton
 from dma_diffusers.lengths import grid_of, text_length_of
 
@@ -30,7 +32,8 @@ class KindOfCall:
     """Calls of the operator for which the same kernels are compiled, and the same plan is made.
 
     shape: of q, k and v, `[batch, heads, tokens, head_dim]`. masks_keys: whether they have a mask over keys.
-    options: keyword arguments of the operator, as sorted pairs.
+    options: keyword arguments of the operator, as sorted pairs. rounds_twice: as in `Norms`, where the operator does
+    norm and RoPE of q and k; None where it doesn't.
     """
 
     shape: tuple[int, int, int, int]
@@ -38,6 +41,7 @@ class KindOfCall:
     device: torch.device
     masks_keys: bool
     options: tuple[tuple[str, Any], ...]
+    rounds_twice: bool | None = None
 
     def run(self) -> None:
         """Calls the operator on zeros, laid out as most models have their heads: `[batch, tokens, heads, head_dim]`."""
@@ -47,7 +51,14 @@ class KindOfCall:
             for _ in range(3)
         )
         mask = torch.ones(batch, tokens, dtype=torch.bool, device=self.device) if self.masks_keys else None
-        operator.attention(q, k, v, mask, **dict(self.options))
+        change: dict[str, Any] = {}
+        if self.rounds_twice is not None:
+            weight = torch.ones(head_dim, dtype=self.dtype, device=self.device)
+            norms = Norms(weight, weight.clone(), 1e-6, 0, weight.clone(), weight.clone(), self.rounds_twice)
+            angles = torch.ones(2, tokens, head_dim // 2, device=self.device)
+            rope = (angles[0], angles[1])
+            change = {"norms": norms, "q_rope": rope, "k_rope": rope}
+        operator.attention(q, k, v, mask, **dict(self.options), **change)
 
     def __str__(self) -> str:
         options = dict(self.options)
@@ -147,7 +158,10 @@ def _kinds(
         if config.asked.on_grid and not grid:
             raise ValueError(f"{config.words} needs a grid: give sizes in pixels, not a number of tokens")
         heads, head_dim = _heads(model, name)
-        device = device_of(model, model.get_submodule(name))
+        module = model.get_submodule(name)
+        device = device_of(model, module)
+        like = torch.empty(0, dtype=dtype, device=device)
+        kind = usually_changes(module.processor.stock, module, like)
         length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
         start = tokens if family.text == "last" and length else 0
         if tokens + length < config.least_keys(device, head_dim):
@@ -159,7 +173,7 @@ def _kinds(
             for mapped in _modes(interception):
                 options = tuple(sorted((arguments | {"mapped": mapped}).items()))
                 shape = (batch, heads, tokens + length, head_dim)
-                yield KindOfCall(shape, dtype, device, masks_keys, options)
+                yield KindOfCall(shape, dtype, device, masks_keys, options, kind and kind.rounds_twice)
 
 
 def _modes(interception: Interception) -> tuple[bool, ...]:

@@ -75,7 +75,8 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize(("fields", "most"), [({}, 3), (STEPS, 4), (OWN, 5), (ON_GRID | STEPS, 6)])
+# In dense steps, too, q and k are normed and turned while they are encoded.
+@pytest.mark.parametrize(("fields", "most"), [({}, 3), (STEPS, 5), (OWN, 5), (ON_GRID | STEPS, 6)])
 def test_kernels_of_flux(fields, most, variants):
     pipe = tiny_pipelines.flux(head_dim=64)
     apply(pipe, **HOPPER | fields)
