@@ -114,7 +114,7 @@ def _plan(groups: Groups, name: str, target: Target) -> Plan:
     if len(groups.formats) > 1:
         return Plan(groups, permutation_of(seen.statistics(name).mean_abs), None, shared, keeps)
     if groups.formats == ("fp8",):
-        return Plan(groups, None, _input_scale(seen.statistics(name).amax), shared, keeps)
+        return Plan(groups, None, input_scale_of(seen.statistics(name).amax), shared, keeps)
     return Plan(groups, keeps=keeps)
 
 
@@ -129,6 +129,6 @@ def _is_read_again(name: str, layers: Collection[str]) -> bool:
     return False
 
 
-def _input_scale(amax: float) -> float:
-    """A power of two under which e4m3 holds the largest |x| with room to spare."""
+def input_scale_of(amax: float) -> float:
+    """The fixed scale of an input whose largest |x| is `amax`: a power of two that leaves `HEADROOM` in e4m3."""
     return 2.0 ** math.ceil(math.log2(max(amax, 2.0**-100) * HEADROOM / E4M3.max))

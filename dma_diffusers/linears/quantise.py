@@ -69,8 +69,9 @@ def quantize_linears(
     method: "fp8", "int8", "mxfp8", "mxfp4", "nvfp4": the format of every channel. "micromix": 4, 6 or 8 bits for each
         channel by calibration (arXiv 2508.02343).
     calibration: for a pipeline, prompts like those to be drawn; for a model, forward inputs (each a dict, a tuple, or
-        one argument), or a function without arguments that runs it. "micromix" needs it, unless `calibrate_linears` ran
-        before. "fp8" gets one fixed scale for each input from it, which is faster; without it each row is measured.
+        one argument), or a function without arguments that runs it; None for that of `calibrate_linears`, if it ran
+        before. "micromix" needs one. "fp8" gets one fixed scale for each input from it, which is faster; without it,
+        each row is measured.
     bits: the average bits of a weight for "micromix", scales of blocks included (4.25 to 8.25): thresholds are
         multiplied by what meets it.
     groups: the groups of single layers by name, in the place of the method's.
@@ -97,7 +98,7 @@ def quantize_linears(
     with _steps(progress) as on_step:
         if calibration is not None:
             _calibrate(pipe_or_model, targets, calibration, call or {}, on_step)
-        elif method == "micromix":
+        elif method in CALIBRATED:
             for target in targets:
                 target.seen = _stored_calibration(target.model)
         if method == "micromix" and not all(target.seen for target in targets):

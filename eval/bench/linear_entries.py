@@ -20,12 +20,11 @@ from dma_diffusers.kernels.linears.linear import linear, multiply, quantise_inpu
 from dma_diffusers.kernels.linears.lowering import choose
 from dma_diffusers.kernels.linears.weight import LinearWeight, quantise
 from dma_diffusers.linears.allocation import groups_of
+from dma_diffusers.linears.plans import input_scale_of
 
 FIXED = "fp8, fixed input scale"
 METHODS = ("fp8", FIXED, "int8", "mxfp8", "mxfp4", "nvfp4", "micromix")
 MICROMIX_SHARES = (0.6, 0.3, 0.1)  # of the channels that get 4, 6 and 8 bits
-_HEADROOM = 4.0  # a fixed scale is so many times what these inputs need
-_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Tensors(NamedTuple):
@@ -119,7 +118,7 @@ def _scaled_mm(one_scale: bool, copies: Sequence[Tensors], architecture: str) ->
 
     def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         amax = x.abs().amax() if one_scale else x.abs().amax(1, keepdim=True)
-        scale = amax.float() / _E4M3_MAX
+        scale = amax.float() / torch.finfo(torch.float8_e4m3fn).max
         return (x / scale).to(torch.float8_e4m3fn), scale
 
     operands = [(*quantised(each.x), *quantised(each.weight), each.bias) for each in copies]
@@ -176,7 +175,8 @@ def _ours(method: str, copies: Sequence[Tensors], architecture: str) -> Prepared
         raise ValueError(f"only the reference runs it here: {chosen.reason}")
     lowering, input_scale = chosen.lowering, None
     if method == FIXED:
-        input_scale = _HEADROOM * max(each.x.abs().amax().float() for each in copies) / _E4M3_MAX
+        amax = max(float(each.x.abs().amax()) for each in copies)
+        input_scale = torch.tensor(input_scale_of(amax), device=copies[0].x.device)
     weights = [
         quantise(each.weight, groups, permutation, one_scale=method == FIXED).tensors() for each in copies
     ]

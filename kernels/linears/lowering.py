@@ -65,7 +65,7 @@ def _multiples(of: int, groups: Groups, out_features: int | None) -> str | None:
 LOWERINGS = {
     "native": Lowering("one kernel for all groups, block-scaled products", (*MIXABLE, "nvfp4"), _native),
     "scaled_mm": Lowering(
-        "torch._scaled_mm, block formats re-encoded into e4m3 under a power of two for each row",
+        "torch._scaled_mm, which gives bf16; block formats re-encoded into e4m3 under a power of two for each row",
         ("fp8", *MIXABLE),
         _scaled_mm,
     ),

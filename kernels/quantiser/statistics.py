@@ -1,7 +1,7 @@
 """The statistics of a whole head that encoding needs first: K's mean and V's scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
-same token_order: the same inputs give the same bits.
+same order: the same inputs give the same bits.
 """
 
 import triton

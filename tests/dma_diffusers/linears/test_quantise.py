@@ -243,6 +243,9 @@ def test_calibration_is_kept_for_further_quantising(pipe):
     restore(pipe)
     calibrated(pipe, bits=8.25)
     assert torch.equal(draw(pipe), first)
+    restore(pipe)
+    apply(pipe, DMAConfig(linears="fp8"))
+    assert all(layer.input_scale is not None for layer in quantised(pipe.transformer).values())
 
 
 def test_a_model_is_calibrated_by_a_function_or_by_its_inputs():
