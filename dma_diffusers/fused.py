@@ -61,10 +61,10 @@ class Change:
         """The norms as the operator takes them."""
         own = self.attention
         # Tokens that are all alike have the weights of the others, so that one kernel is compiled for all modules.
-        first = (own.norm_added_q, own.norm_added_k) if self.text else (own.norm_q, own.norm_k)
+        q_first, k_first = (own.norm_added_q, own.norm_added_k) if self.text else (own.norm_q, own.norm_k)
         return Norms(
             own.norm_q.weight, own.norm_k.weight, own.norm_q.eps,
-            self.text, *(norm.weight for norm in first), self.kind.rounds_twice,
+            self.text, q_first.weight, k_first.weight, self.kind.rounds_twice,
         )  # fmt: skip
 
     @property

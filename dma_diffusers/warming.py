@@ -173,7 +173,9 @@ def _kinds(
             for mapped in _modes(interception):
                 options = tuple(sorted((arguments | {"mapped": mapped}).items()))
                 shape = (batch, heads, tokens + length, head_dim)
-                yield KindOfCall(shape, dtype, device, masks_keys, options, kind and kind.rounds_twice)
+                yield KindOfCall(
+                    shape, dtype, device, masks_keys, options, kind.rounds_twice if kind else None
+                )
 
 
 def _modes(interception: Interception) -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from dma_diffusers import DMAConfig, apply, report
 from dma_diffusers.families import FAMILIES
 from dma_diffusers.forward import ForwardContext
-from dma_diffusers.interception import Interception
+from dma_diffusers.interception import FUSES, Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
@@ -147,7 +147,7 @@ def test_a_clamped_window_is_noted_once(caplog):
         draw(pipe)
         draw(pipe)
     assert [record.getMessage() for record in caplog.records] == [f"FluxTransformer2DModel: {note}"]
-    assert {module.notes for module in report(pipe).modules} == {(note,)}
+    assert {module.notes for module in report(pipe).modules} == {(note, FUSES)}
     assert f"  note: {note}\n" in f"{report(pipe)}\n"
     draw(pipe, height=60, width=64)
     assert {module.notes for module in report(pipe).modules} == {()}

@@ -285,7 +285,7 @@ def test_a_processor_that_attends_in_its_own_way_is_counted_and_warned_about(cap
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert (
         str(report(pipe))
-        .splitlines()[2]
+        .splitlines()[3]
         .startswith("2 modules (transformer.single_transformer_blocks.0.attn")
     )
     assert "stock attention: " in str(report(pipe))

@@ -320,10 +320,6 @@ NAMED_CALLS = [
         384, 384, 128, high="bf16", low="int8", heads=6, dtype=torch.bfloat16, has_norms=True, has_rope=True,
         name="norms-rope",
     ),
-    Call(
-        300, 300, 64, high="bf16", low="int8", dtype=torch.bfloat16, has_norms=True, rounds_twice=True, has_rope=True,
-        name="norms-twice-rounded",
-    ),
     Call(300, 200, 40, has_norms=True, heads=4, masks_keys=True, dtype=torch.bfloat16, name="norms-cross"),
     Call(384, 384, 128, heads=4, high="bf16", low="int8", text=(0, 77), has_token_order=True, seed=1),
     Call(
@@ -385,6 +381,10 @@ NAMED_CALLS = [
     Call(
         520, 600, 64, batch=2, masks_keys=True, text=(260, 300), parts=2, sink=0, high="bf16", low="int8",
         name="queries-omit-text-in-two-parts",
+    ),
+    Call(
+        300, 300, 64, high="bf16", low="int8", dtype=torch.bfloat16, has_norms=True, rounds_twice=True, has_rope=True,
+        name="norms-twice-rounded",
     ),
 ]  # fmt: skip
 
