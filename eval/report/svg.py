@@ -78,7 +78,7 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
 
 
 def standalone(element: str) -> str:
-    """Return a plot's <svg> element as a file of its own, on white: small, so without line breaks and third decimals."""
+    """Return a plot's <svg> element as a file of its own, on white, without line breaks and third decimals."""
     element = re.sub(r"\s*\n\s*", " ", element)
     element = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", element)
     colours = f"--ink: #1d1d1b; --faint: #6b6b66; --rule: #dfdfd8; background: #fff; font-family: {_FONT}"
