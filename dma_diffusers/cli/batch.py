@@ -12,10 +12,10 @@ from dma_diffusers.cli.console import (
     given,
     hide_loading_bars,
     processes,
-    progress,
     quiet,
     require,
 )
+from dma_diffusers.progress import progress
 
 
 def batch(

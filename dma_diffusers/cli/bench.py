@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from dma_diffusers.cli.console import Json, print_json, print_table, progress, quiet, require, sizes_of
+from dma_diffusers.cli.console import Json, print_json, print_table, quiet, require, sizes_of
+from dma_diffusers.progress import progress
 
 Inputs = Annotated[str, typer.Option(help="normal or outliers.")]
 Seed = Annotated[int, typer.Option(help="Seed of the inputs.")]

@@ -14,10 +14,10 @@ from dma_diffusers.cli.console import (
     hide_loading_bars,
     print_json,
     print_table,
-    progress,
     quiet,
     require,
 )
+from dma_diffusers.progress import progress
 
 
 @dataclass(frozen=True)

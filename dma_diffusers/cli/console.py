@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Annotated, Any
@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
@@ -73,21 +72,6 @@ def processes() -> Any:
 
     # Without a GPU it looks for other processes only if told cpu; who is done waits for a clip of another's.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-
-
-@contextmanager
-def progress(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal; what this yields moves them, called with (title, steps done, steps in all)."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def on_step(title: str, done: int, total: int) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done, total=total)
-
-        yield on_step
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dma_diffusers.cli.console import EVAL_PACKAGES, Json, print_json, print_table, progress, quiet, require
+from dma_diffusers.cli.console import EVAL_PACKAGES, Json, print_json, print_table, quiet, require
+from dma_diffusers.progress import progress
 
 
 def distance(

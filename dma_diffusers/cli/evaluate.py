@@ -16,10 +16,10 @@ from dma_diffusers.cli.console import (
     hide_loading_bars,
     print_table,
     processes,
-    progress,
     quiet,
     require,
 )
+from dma_diffusers.progress import progress
 
 _RECORDED = 4  # prompts whose attention calls are measured, unless --count says otherwise
 

@@ -14,10 +14,10 @@ from dma_diffusers.cli.console import (
     given,
     hide_loading_bars,
     print_json,
-    progress,
     quiet,
     require,
 )
+from dma_diffusers.progress import progress
 
 
 def generate(

@@ -13,11 +13,11 @@ from dma_diffusers.cli.console import (
     Seed,
     hide_loading_bars,
     print_json,
-    progress,
     quiet,
     require,
     sizes_of,
 )
+from dma_diffusers.progress import progress
 
 
 def generate_video(

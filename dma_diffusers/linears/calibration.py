@@ -13,12 +13,11 @@ from dma_diffusers.errors import first_line
 from dma_diffusers.families import known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.linears.allocation import FACTORS, FORMATS, Shares, threshold
+from dma_diffusers.progress import OnStep
 
 STEPS = 8
 """The denoising steps of a prompt, unless the call says otherwise: they spread over all noise levels."""
 _CHUNK = 2**24  # elements that are counted at once
-
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass

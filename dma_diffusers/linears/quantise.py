@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from dma_diffusers.components import device_of, transformers_of
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.lowering import choose as choose_lowering
 from dma_diffusers.kernels.linears.weight import LinearWeight, quantise
 from dma_diffusers.kernels.lowerings import architecture
-from dma_diffusers.linears.calibration import Calibration, OnStep, observe, run_inputs, run_prompts
+from dma_diffusers.linears.calibration import Calibration, observe, run_inputs, run_prompts
 from dma_diffusers.linears.exclusions import Choice, choose
 from dma_diffusers.linears.methods import CALIBRATED, check_method
 from dma_diffusers.linears.module import LastInput, QuantisedLinear
 from dma_diffusers.linears.plans import Plan, Target, make_plans
 from dma_diffusers.linears.receipt import LinearReceipt
+from dma_diffusers.progress import OnStep
+from dma_diffusers.progress import progress as progress_of
 
 NEEDS_CALIBRATION = (
     "micromix needs calibration: give quantize_linears(pipe, calibration=prompts), call "
@@ -95,7 +95,7 @@ def quantize_linears(
     if bits is not None and method != "micromix":
         raise ValueError(f"bits is for micromix, not for {method}: leave it out")
     targets = _targets(pipe_or_model, modules, skip, sensitive)
-    with _steps(progress) as on_step:
+    with progress_of(progress) as on_step:
         if calibration is not None:
             _calibrate(pipe_or_model, targets, calibration, call or {}, on_step)
         elif method in CALIBRATED:
@@ -137,7 +137,7 @@ def calibrate_linears(
     Raises ValueError as it does.
     """
     targets = _targets(pipe_or_model, None, (), sensitive=False)
-    with _steps(progress) as on_step:
+    with progress_of(progress) as on_step:
         _calibrate(pipe_or_model, targets, calibration, call or {}, on_step)
     return {target.prefix: target.seen for target in targets if target.seen}
 
@@ -370,21 +370,3 @@ def _receipt(name: str, layer: QuantisedLinear, device: torch.device, kept: str)
 
 def _left(name: str, reason: str) -> LinearReceipt:
     return LinearReceipt(name, (), (), 0.0, "stock", reason, "")
-
-
-@contextmanager
-def _steps(progress: bool | OnStep) -> Iterator[OnStep]:
-    """Yields the function that was given for progress, or one that moves a bar on a terminal."""
-    if callable(progress):
-        yield progress
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def on_step(title: str, done: int, total: int) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done, total=total)
-
-        yield on_step

@@ -1,7 +1,7 @@
 """`bench linear` measures linear layers: torch's, torchao's, and ours with and without quantising the input."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dma_diffusers.eval.bench.linear_entries import (
 )
 from dma_diffusers.eval.bench.linear_shapes import LinearShape
 from dma_diffusers.eval.bench.timing import Call, require_gpu, take_turns
+from dma_diffusers.progress import OnStep
 
 NOTE = (
     "Inputs and weights are normal random numbers, and nothing of them is in the L2 cache. Ours and torchao's are "
@@ -31,7 +32,6 @@ NOTE = (
 _PACKAGES = ("dma_diffusers", "torch", "torchao")
 _ROWS = 64  # so many rows of a result are compared with float64
 _GRAPHS = 100  # more graphs of one function than torch.compile makes by itself: each entry and shape has one
-OnStep = Callable[[str, int, int], None]
 
 
 def bench_linear(

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from dma_diffusers.eval.bench.models import Workload, shortened
 from dma_diffusers.eval.bench.step_time import COMPILED, EAGER, GRAPH, MODES, Step, forward
 from dma_diffusers.eval.bench.timing import require_gpu
 from dma_diffusers.eval.bench.ways import OURS, STOCK, Asked, Way, default_configs, ways
+from dma_diffusers.progress import OnStep
 
 NOTE = (
     "Models that are named have random weights and inputs: these are speeds, and quality is unknown; what is "
@@ -33,11 +34,10 @@ NOTE = (
 )
 _PACKAGES = ("dma_diffusers", "torch", "diffusers", *(["torchao"] if find_spec("torchao") else []))
 _TURNS = 3
-OnStep = Callable[[str, int, int], None]
 
 
 class Settings(NamedTuple):
-    """What is measured of each model, and how long.
+    """The settings say what is measured of each model, and how long.
 
     configs: ours; None for `default_configs`. only: patterns of the names of the ways that are wanted, all if
     empty. modes: of `MODES`; empty for the default: eager for stock, compiled for all, and for pictures graphs for all.

@@ -84,7 +84,7 @@ def prepared(dtype=torch.bfloat16, name="flux"):
 
 @torch.no_grad()
 def run(model, call) -> torch.Tensor:
-    """What the model draws, or the last of what a ControlNet has to say."""
+    """Returns the picture that the model draws, or the last of a ControlNet's outputs."""
     out = model(**call, return_dict=False)
     return (out[0] if isinstance(out, tuple) else out[-1]).float()
 

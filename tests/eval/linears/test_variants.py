@@ -1,4 +1,4 @@
-"""What MicroMix is compared with: the same widths in another order of channels, and summaries that a hand can check."""
+"""MicroMix is compared with the same widths in another order of channels; summaries are checked by hand."""
 
 import pytest
 import torch

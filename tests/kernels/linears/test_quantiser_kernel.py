@@ -128,7 +128,7 @@ def test_reencoded_rows_are_the_same_numbers_where_e4m3_has_room(name, permuted,
     elements, scale = quantise_input(x.to(kernel_device), order, groups, "scaled_mm")
     assert elements.shape == x.shape and (torch.frexp(scale)[0] == 0.5).all()
     found = (elements.float() * scale[:, None]).cpu()
-    # What lies under the step of e4m3's subnormals is rounded to it; everything else is exact.
+    # Numbers under the step of e4m3's subnormals are rounded to that step; all others are exact.
     step = 2.0**-9 * scale[:, None].cpu()
     assert ((found - expected).abs() <= step / 2).all()
     assert ((found == expected) | (expected.abs() < 2.0**-6 * scale[:, None].cpu())).all()
