@@ -100,7 +100,11 @@ class Recording:
             if value.data_ptr() not in self._places:
                 raise ValueError(f"a launch reads a tensor {list(value.shape)} that was not recorded")
             return self._places[value.data_ptr()]
-        return _Descriptor(value, self._placed(value.base)) if hasattr(value, "base") else value
+        return (
+            _Descriptor(_with_base(value, None), self._placed(value.base))
+            if hasattr(value, "base")
+            else value
+        )
 
 
 class _Launch:
@@ -179,16 +183,14 @@ class _Place(NamedTuple):
 
 
 class _Descriptor(NamedTuple):
-    """A tensor descriptor whose tensor lies at a place, or at an address that stays."""
+    """A tensor descriptor, without its tensor, which lies at a place, or at an address that stays."""
 
     descriptor: Any
     place: _Place | int
 
     def moved(self, address: int) -> Any:
         """The descriptor of a tensor at `address`."""
-        moved = copy.copy(self.descriptor)
-        object.__setattr__(moved, "base", _Tensor(address))
-        return moved
+        return _with_base(self.descriptor, _Tensor(address))
 
 
 class _Tensor:
@@ -199,6 +201,13 @@ class _Tensor:
 
     def data_ptr(self) -> int:
         return self._address
+
+
+def _with_base(descriptor: Any, base: Any) -> Any:
+    """A copy of a descriptor; with None for its tensor, whose memory is not kept then: a CUDA graph may own it."""
+    changed = copy.copy(descriptor)
+    object.__setattr__(changed, "base", base)
+    return changed
 
 
 def _address(place: _Place | int, addresses: tuple[int, ...]) -> int:

@@ -193,7 +193,8 @@ def test_on_a_gpu_a_drawing_compiles_nothing_after_it():
     pipe = tiny_pipelines.flux(head_dim=128).to("cuda", torch.bfloat16)
     apply(pipe, **HOPPER, dense_above_sigma=0.9)
     warmed = warmup(pipe, ["40x48"], text=19)
-    assert sum(len(made.kernels) for made in warmed) <= 4
+    # Statistics once; quantiser (which applies the norms) and attention for mapped steps, and again for dense ones.
+    assert sum(len(made.kernels) for made in warmed) <= 5
     with compiled_kernels() as compiled:
         draw(pipe)
         draw(pipe, height=64, width=56)

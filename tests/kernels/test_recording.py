@@ -1,5 +1,7 @@
 """Recorded launches: what Triton's launcher is given the second time, with other addresses. Nothing is launched."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +99,21 @@ def test_tensors_that_nobody_named_are_refused():
         Recording(recorder, [])
     with pytest.raises(ValueError, match="two tensors of the call begin at one address"):
         Recording(Recorder((x, x.view(2, 2))), [])
+
+
+def test_no_tensor_of_the_recorded_call_is_kept():
+    """A CUDA graph that is warmed up by that call owns their memory."""
+    x = torch.zeros(4, 4)
+    recorder = Recorder((x,))
+    workspace = recorder.empty((4, 4), torch.float32, x.device)
+    descriptors = [TensorDescriptor.from_tensor(y, [1, 4]) for y in (x, workspace)]
+    compiled = SimpleNamespace(run=lambda *given: None, function=1, packed_metadata=None)
+    recorder.launches.append((compiled, (1, 1, 1), [x, workspace, *descriptors]))
+    recording = Recording(recorder, [])
+    there = [weakref.ref(y) for y in (x, workspace)]
+    del x, workspace, recorder, descriptors
+    gc.collect()
+    assert recording.bytes == 256 and [found() for found in there] == [None, None]
 
 
 def test_a_launcher_of_another_kind_is_called_as_it_is():
