@@ -220,7 +220,7 @@ def _attention(
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
         eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
-        q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
+        q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin, *(() if q_weight is None else _sharing(weights)),
     )  # fmt: skip
     q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
     norms = (
@@ -243,6 +243,11 @@ def _attention(
     out, lse, inexact_rows = attend(call)
     nothing = _nothing(q.device)
     return out, nothing[0] if lse is None else lse, nothing[1] if inexact_rows is None else inexact_rows
+
+
+def _sharing(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """For each tensor, the number of the first one that it is."""
+    return [next(n for n, other in enumerate(tensors) if other is x) for x in tensors]
 
 
 def _prepare(

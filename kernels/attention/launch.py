@@ -329,7 +329,8 @@ def _attend(
         device, blocks = source.q.device, -(-q_length // hopper.QUERIES) * batch * heads
         split = _split(block_lists, blocks, is_causal, plan, variant, device)
         launcher(
-            hopper.attend_hopper, (split.programs,), *arguments, *_pieces(split, dim, device, launcher), *multiplied,
+            hopper.attend_hopper, (split.programs if split else blocks,), *arguments,
+            *_pieces(split, dim, device, launcher), *multiplied,
             CAUSAL=is_causal, MASKS_ALL=plan.masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -351,19 +352,25 @@ def _attend(
 
 def _split(
     lists: PrecisionMap, blocks: int, is_causal: bool, plan: Plan, variant: Variant, device: torch.device
-) -> Split:
-    """Splits the last round where that gains (hopper.md), and no list of another length or order would suffer."""
+) -> Split | None:
+    """Splits the last round where that gains; None for kinds of calls that are never split (hopper.md).
+
+    In causal calls, and those that skip tiles, a list of another length or order would suffer.
+    """
     gains = variant.dim == 128 and None in variant.classes
     if not gains or is_causal or plan.skip_below is not None:
-        return Split(blocks, 0, 1)
+        return None
     return Split.of(blocks, lists.indices.shape[-1] - 1, multiprocessors(device))
 
 
-def _pieces(split: Split, dim: int, device: torch.device, launcher: Launcher) -> tuple:
-    """The kernel's arguments: room for the sums of pieces, counters of those that finished, `whole` and `pieces`."""
-    if split.pieces == 1:
+def _pieces(split: Split | None, dim: int, device: torch.device, launcher: Launcher) -> tuple:
+    """The kernel's arguments: room for the sums of pieces, counters of those that finished, `whole` and `pieces`.
+
+    A kind of call that may be split has room even where it isn't, so that all its lengths run one compiled kernel.
+    """
+    if split is None:
         return None, None, 0, 0
-    queries = split.rest * hopper.QUERIES
+    queries = max(split.rest, 1) * hopper.QUERIES
     records = launcher.empty((queries * split.pieces, dim + 2), torch.float32, device)
     finished = launcher.counters((queries // SHARED_ROWS,), device)
     return records, finished, split.whole, split.pieces

@@ -285,6 +285,17 @@ def calls(arch: str) -> st.SearchStrategy[Drawn]:
     return st.randoms(use_true_random=False).map(lambda random: drawn_call(random, arch))
 
 
+def is_split(call: Drawn, device: torch.device) -> bool:
+    """Says whether the kernel may walk the keys of some queries in pieces (hopper_split.py)."""
+    return (
+        architecture(device) == "sm_90"
+        and 64 < call.head_dim <= 128
+        and call.map().has_high != call.map().has_low
+        and not call.is_causal
+        and call.skip_below is None
+    )
+
+
 def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> torch.Tensor:
     """How far a score in base 2 may be off, `[B, H, Sq]`, and so a probability, relatively.
 
@@ -383,6 +394,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
     one_step = 2**-4 if call.map().has_low else 2**-8
     assert (error <= (tolerance + one_step) * size)[~nothing].all()
     if (~nothing).sum() >= 16:
+        if is_split(call, device):  # probabilities round under the largest so far of a piece of the keys
+            tolerance += one_step / 2
         assert (error <= tolerance * size)[~nothing].float().mean() >= 0.5
 
 

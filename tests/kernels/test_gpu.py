@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.call import Norms
 from dma_diffusers.kernels.lowerings import FAITHFUL, architecture
 from dma_diffusers.kernels.plan_cache import PlanCache
 from tests.kernels.calls import relative_l2
@@ -56,6 +57,21 @@ def test_pieces_of_a_split_round_are_added_in_one_order(tokens, gpu):
     scores = (q.double() @ k.double().mT) / 128**0.5
     assert relative_l2(out, scores.softmax(-1) @ v.double()) < 0.045
     assert (lse - scores.logsumexp(-1)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("copies_first", [False, True])
+def test_a_recorded_call_is_not_taken_for_one_whose_weights_are_other_tensors(copies_first, gpu):
+    """Recordings find tensors by their addresses, each once: where two are one, others follow sooner."""
+    q, k, v = (torch.randn(1, 2, 300, 128, device=gpu, dtype=torch.bfloat16) for _ in range(3))
+    weights = [torch.rand(128, device=gpu, dtype=torch.bfloat16) + 0.5 for _ in range(2)]
+    one = Norms(*weights, 1e-6, 0, *weights)
+    several = Norms(*weights, 1e-6, 0, *(x.clone() for x in weights))
+    outs = [
+        operator.attention(q, k, v, norms=norms, high="bf16", low="int8").out
+        for norms in ([several, one] if copies_first else [one, several])
+        for _ in range(2)
+    ]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("many", ["queries", "keys"])
