@@ -8,6 +8,7 @@ import torch
 
 try:
     from diffusers.hooks._helpers import AttentionProcessorRegistry
+    from diffusers.hooks.hooks import StateManager
     from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
     from diffusers.models.attention_dispatch import (
         AttentionBackendName,
@@ -50,6 +51,7 @@ __all__ = [
     "FluxAttnProcessor",
     "FluxPosEmbed",
     "QwenDoubleStreamAttnProcessor2_0",
+    "StateManager",
     "active_backend",
     "apply_rotary_emb",
     "apply_rotary_emb_qwen",
