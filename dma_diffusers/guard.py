@@ -56,10 +56,10 @@ def interval(queries: int) -> int:
     return math.ceil(_COST / (_SHARE * queries)) | 1
 
 
-def sampled_rows(queries: int, count: int) -> range:
-    """Evenly spread rows among so many queries, others for each `count`."""
+def sampled_rows(queries: int, number: int) -> range:
+    """Evenly spread rows among so many queries, others for each number."""
     step = max(1, queries // ROWS)
-    start = count * 40503 % step  # a multiplier that spreads the first few well
+    start = (number + 1) * 40503 % step  # a multiplier that spreads the first few well
     return range(start, min(queries, start + step * ROWS), step)
 
 
@@ -82,16 +82,14 @@ def relative(sums: torch.Tensor) -> torch.Tensor:
 class _Step(threading.local):
     """Facts about the model's call that runs in this thread.
 
-    errors: for each device the largest relative error of each module's sampled calls, float32 `[modules]`.
+    errors: for each device the largest relative error of the calls that were sampled, float32 `[]`.
     has_run: whether the operator ran in it. is_careful: whether it is made again, with every call looked at.
-    suspects: errors that passed the bound, by module; those modules turn back in the careful call.
     """
 
     def __init__(self) -> None:
         self.errors: dict[torch.device, torch.Tensor] = {}
         self.has_run = False
         self.is_careful = False
-        self.suspects: dict[int, float] = {}
 
     def __reduce__(self):  # a copy of the model runs no call
         return type(self), ()
@@ -124,15 +122,6 @@ class Guard:
             model.register_forward_hook(self.end, with_kwargs=True),
         )
 
-    def on(
-        self, device: torch.device, tensors: dict[torch.device, torch.Tensor], *shape: int
-    ) -> torch.Tensor:
-        """The one of these tensors that is on the device; zeros, which are added to them, if there is none yet."""
-        if device not in tensors:
-            with torch.inference_mode(False):  # what is made in that mode can't be changed outside of it
-                tensors[device] = kept(lambda: torch.zeros(len(self.watches), *shape, device=device), device)
-        return tensors[device]
-
     @torch.compiler.disable
     def begin(self, model: torch.nn.Module, args: tuple) -> None:
         """Forgets the call before; a forward pre-hook."""
@@ -141,54 +130,45 @@ class Guard:
             if not (is_capturing(device) or torch.compiler.is_exporting()):
                 errors.zero_()
 
+    @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run outside of its own
     def end(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Gives the output of the call made again, where the one that ends is bad; a forward hook."""
-        return None if torch.compiler.is_exporting() else self._end(model, args, kwargs, output)
-
-    @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run after its own
-    def _end(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         results = list(_floats(output))
         if self.step.is_careful or not self.step.has_run or not results or is_capturing(results[0].device):
             return None
-        found = self._found(model, results, list(_floats((args, kwargs.get(self.forward.parameters[0])))))
-        *errors, became_bad = found.tolist()  # waits for the device
-        suspects = {index: error for index, error in enumerate(errors) if error > self.bound}
-        return self._again(model, args, kwargs, suspects) if suspects or became_bad else None
-
-    def _found(
-        self, model: torch.nn.Module, results: list[torch.Tensor], inputs: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """The call's largest errors by module, and 1 if its output isn't finite though its inputs are; `[modules + 1]`.
-
-        NaN counts as infinite. GPUs that share the model's attention agree, since they make a call again together.
-        """
-        device = results[0].device
-        self.on(device, self.step.errors)
-        errors = torch.stack([each.to(device) for each in self.step.errors.values()]).amax(0)
-        became_bad = _are_finite(inputs, device) & ~_are_finite(results, device)
-        found = torch.cat((errors, became_bad.float()[None])).nan_to_num(nan=math.inf, posinf=math.inf)
-        spread = Spread.of(getattr(model, "_parallel_config", None))
-        if spread is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=spread.context._flattened_mesh.get_group())
-        return found
-
-    def _again(self, model: torch.nn.Module, args: tuple, kwargs: dict, suspects: dict[int, float]) -> Any:
-        """Makes a call of the model again, carefully, and gives its output."""
-        step = self.step
-        step.is_careful, step.suspects = True, suspects
+        inputs = list(_floats((args, kwargs.get(self.forward.parameters[0]))))
+        if not self._is_bad(model, results, inputs):
+            return None
+        self.step.is_careful = True
         try:
             empty_caches(model)  # which may have kept what was bad
             output = model(*args, **kwargs)
         finally:
-            step.is_careful, step.suspects = False, {}
-        results = list(_floats(output))
-        if not _are_finite(results, results[0].device):
+            self.step.is_careful = False
+        if not _are_finite(list(_floats(output)), results[0].device):
             logger.warning(
                 "%s: guard: its output is not finite, and that is not due to its attention, which is finite for finite "
                 "q, k and v",
                 self.forward.model,
             )
         return output
+
+    def _is_bad(
+        self, model: torch.nn.Module, results: list[torch.Tensor], inputs: list[torch.Tensor]
+    ) -> bool:
+        """Tells whether an error passed the bound, or the output isn't finite though the inputs are. It waits.
+
+        GPUs that share the model's attention agree, since they make a call again together.
+        """
+        device = results[0].device
+        bad = _are_finite(inputs, device) & ~_are_finite(results, device)
+        for error in self.step.errors.values():
+            bad = bad | ~(error <= self.bound).to(device)  # NaN is bad, too
+        spread = Spread.of(getattr(model, "_parallel_config", None))
+        if spread is not None:
+            bad = bad.int()
+            dist.all_reduce(bad, dist.ReduceOp.MAX, group=spread.context._flattened_mesh.get_group())
+        return bool(bad)
 
 
 class Watch:
@@ -228,57 +208,74 @@ class Watch:
         self.guard.step.has_run = True
         if self.guard.step.is_careful:
             return self._carefully(call, policy, return_lse, attend)
-        result = self._run(call, policy, attend)
-        count = self._counts[policy]
+        level = self.level
+        result = self._run(level, call, policy, attend)
+        count, every = self._counts[policy], interval(call.q.shape[2])
         self._counts[policy] += 1
-        if self.level is Level.STOCK or (count and (count + self.index) % interval(call.q.shape[2])):
+        if level is Level.STOCK or (count and (count + self.index) % every):
             return result
         if is_capturing(call.q.device):
             self.replayed = True
             return result
-        rows = sampled_rows(call.q.shape[2], count)
+        rows = self._rows(call, count)
         sums = squares(call, result.out, rows)
-        self.guard.on(call.q.device, self.guard.sums, 2)[self.index] += sums
-        largest = self.guard.on(call.q.device, self.guard.step.errors)[self.index]
+        self._tensor(self.guard.sums, sums.device, len(self.guard.watches), 2)[self.index] += sums
+        largest = self._tensor(self.guard.step.errors, sums.device)
         torch.maximum(largest, relative(sums), out=largest)  # NaN stays
         self.sampled_rows += call.q.shape[0] * call.q.shape[1] * len(rows)
         return result
 
-    def _run(self, call: Call, policy: str, attend: Callable[[str], Result]) -> Result:
-        if self.level is Level.STOCK:
+    def _rows(self, call: Call, count: int) -> range:
+        """The rows that are sampled in a call before which there were `count`: the same from one sample to the next."""
+        queries = call.q.shape[2]
+        return sampled_rows(queries, (count + self.index) // interval(queries))
+
+    def _tensor(
+        self, tensors: dict[torch.device, torch.Tensor], device: torch.device, *shape: int
+    ) -> torch.Tensor:
+        """The one of these tensors that is on the device; zeros, which are added to them, if there is none yet."""
+        if device not in tensors:
+            with torch.inference_mode(False):  # what is made in that mode can't be changed outside of it
+                tensors[device] = kept(lambda: torch.zeros(shape, device=device), device)
+        return tensors[device]
+
+    def _run(self, level: Level, call: Call, policy: str, attend: Callable[[str], Result]) -> Result:
+        if level is Level.STOCK:
             return _stock(call)
-        return attend(policy if self.level is Level.ASKED else DENSE)
+        return attend(policy if level is Level.ASKED else DENSE)
 
     def _carefully(
         self, call: Call, policy: str, return_lse: bool, attend: Callable[[str], Result]
     ) -> Result:
         """Runs a call until its result is good; the module turns back for each that is not."""
-        suspicion = self.guard.step.suspects.pop(self.index, None)
-        if suspicion is not None:
-            self._turn(policy, return_lse, _passed(suspicion, self.guard.bound))
         while True:
-            result = self._run(call, policy, attend)
-            fault = "" if self.level is Level.STOCK else self._fault(call, result.out)
-            if not fault or not self._turn(policy, return_lse, fault):
+            level = self.level
+            result = self._run(level, call, policy, attend)
+            fault = "" if level is Level.STOCK else self._fault(call, result.out, self._counts[policy] - 1)
+            if not fault or not self._turn(level, policy, return_lse, fault):
                 return result
 
-    def _fault(self, call: Call, out: torch.Tensor) -> str:
+    def _fault(self, call: Call, out: torch.Tensor, count: int) -> str:
         """Tells what is wrong with a call's output, in words; empty for nothing. It waits for the device."""
-        error = relative(squares(call, out, sampled_rows(call.q.shape[2], self._counts.total())))
+        error = relative(squares(call, out, self._rows(call, count)))
         became_bad = _are_finite([call.q, call.k, call.v], out.device) & ~_are_finite([out], out.device)
         error, became_bad = torch.stack((error, became_bad.float())).tolist()
-        if became_bad or not error <= self.guard.bound:
-            return _passed(math.inf if became_bad else error, self.guard.bound)
-        return ""
+        if became_bad or not math.isfinite(error):
+            return "its output was not finite"
+        bound = self.guard.bound
+        return f"a call's relative error of {error:.3g} passed {bound:g}" if error > bound else ""
 
-    def _turn(self, policy: str, return_lse: bool, fault: str) -> bool:
-        """Turns the module back, and tells whether that was possible."""
-        was_high = self.level is Level.HIGH or policy == DENSE
+    def _turn(self, level: Level, policy: str, return_lse: bool, fault: str) -> bool:
+        """Turns the module back after a fault at this level; tells whether that was possible."""
+        if self.level is not level:
+            return True  # another thread did
+        was_high = level is Level.HIGH or policy == DENSE
         if was_high and return_lse:
             self._say(f"with every tile HIGH {fault}; over a ring there is no stock attention to turn to")
             return False
         self.level = Level.STOCK if was_high else Level.HIGH
-        ran, runs = ("every tile HIGH", "stock attention") if was_high else (policy, "every tile is HIGH")
+        ran = "every tile HIGH" if was_high else policy
+        runs = "stock attention" if was_high else "every tile is HIGH"
         self._say(f"with {ran} {fault}: {runs} from now on")
         for sums in self.guard.sums.values():
             sums[self.index] = 0
@@ -289,12 +286,6 @@ class Watch:
         if words not in self.turned:
             self.turned.append(words)
             logger.warning("%s: guard: %s: %s", self.guard.forward.model, self.name, words)
-
-
-def _passed(error: float, bound: float) -> str:
-    if not math.isfinite(error):
-        return "its output was not finite"
-    return f"a call's relative error of {error:.3g} passed {bound:g}"
 
 
 def _stock(call: Call) -> Result:
