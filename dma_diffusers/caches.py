@@ -7,20 +7,21 @@ import torch
 from dma_diffusers.internals import StateManager
 
 
-def empty_caches(model: Any) -> None:
+def empty_caches(model: torch.nn.Module) -> None:
     """Empties the caches of a model within a call, which goes on under the same cache context.
 
     Caches that count steps begin to count anew.
     """
-    hooks = [hook for module in _hooked(model) for hook in module._diffusers_hook.hooks.values()]
-    if not any(hook._is_stateful for hook in hooks):
-        return
-    managers = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            if hook._is_stateful:
+                _empty(hook, module)
+
+
+def _empty(hook: Any, module: torch.nn.Module) -> None:
+    managers = [value for value in vars(hook).values() if isinstance(value, StateManager)]
     contexts = [manager._context for manager in managers]
-    model._reset_stateful_cache()
+    hook.reset_state(module)
     for manager, context in zip(managers, contexts, strict=True):
         manager.set_context(context)
-
-
-def _hooked(model: torch.nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "_diffusers_hook")]

@@ -50,8 +50,8 @@ class Level(IntEnum):
 def interval(queries: int) -> int:
     """Every so manieth call of so many queries is sampled, so that sampling costs 1 % of the attention at most.
 
-    A sampled call takes about as long as 2,500 rows of low-bit attention (an H200, head_dim 128): its 8 rows are in
-    float32, and so are all keys and values. The interval is odd: calls with and without guidance often alternate.
+    A sample is counted as 2,500 rows of attention: 8 rows are multiplied in float32 and, which takes longer, all keys
+    and values go through memory as float32. The interval is odd, for calls with and without guidance often alternate.
     """
     return math.ceil(_COST / (_SHARE * queries)) | 1
 
@@ -147,8 +147,8 @@ class Guard:
             self.step.is_careful = False
         if not _are_finite(list(_floats(output)), results[0].device):
             logger.warning(
-                "%s: guard: its output is not finite, and that is not due to its attention, which is finite for finite "
-                "q, k and v",
+                "%s: guard: its output is not finite even so: no attention module that can turn makes bad numbers of "
+                "finite q, k and v",
                 self.forward.model,
             )
         return output

@@ -10,7 +10,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from dma_diffusers import DMAConfig, apply, guard, report
+from dma_diffusers import apply, guard, report
 from dma_diffusers.guard import ROWS, interval, relative, sampled_rows, squares
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.operator import DENSE
@@ -214,7 +214,7 @@ def test_what_is_bad_before_attention_turns_nothing(caplog):
     assert draw(pipe).isnan().all()
     assert levels(pipe) == [0, 0, 0]
     assert [module.intercepted for module in report(pipe).modules] == [3] * 3  # the first step was made again
-    assert caplog.text.count("that is not due to its attention") == 1
+    assert caplog.text.count("its output is not finite even so") == 1
 
 
 def test_fallbacks_are_no_concern_of_it():
@@ -379,9 +379,3 @@ def test_without_a_bound_nothing_waits():
     for bound, hooks in ((None, 1), (math.inf, 1), (0.2, 2)):
         apply(pipe, guard=bound)
         assert len(pipe.transformer._forward_hooks) == hooks
-
-
-@pytest.mark.parametrize("bad", [True, 0, -0.1, math.nan, "0.2", "inf"])
-def test_a_guard_without_a_number_is_refused(bad):
-    with pytest.raises(ValueError, match=r"guard must be a relative error more than 0, such as 0.2"):
-        DMAConfig(guard=bad)
