@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 import threading
 
 import pytest
@@ -331,6 +332,28 @@ def test_compiled_graphs_are_guarded_without_more_of_them(method, spoil):
     assert torch.equal(draw(pipe), expected)
     assert levels(pipe) == [1] * 5
     assert [len(nodes) for nodes in backend.nodes if nodes] == counts[1]
+
+
+@pytest.mark.kernel
+def test_cuda_graphs_of_torch_compile_leave_guarded_calls_out(spoil):
+    """What `mode="reduce-overhead"` replays would neither be sampled nor turn."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.compiler.reset()
+    pipe = tiny_pipelines.flux(head_dim=64).to("cuda", torch.bfloat16)
+    fields = {"min_length": 0, "high": "bf16", "low": "int8"}
+    high = all_high(pipe, **fields)
+    apply(pipe, **fields, guard=0.2)
+    eager = draw(pipe)
+    apply(pipe, **fields, guard=0.2)
+    pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):  # a warm-up, a recording, a replay
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(draw(pipe), eager, rtol=0.05, atol=0.05)
+    assert all(module.sampled_rows and module.relative_error < 0.1 for module in report(pipe).modules)
+    spoil(lambda asked, out: out.fill_(math.nan) if policy(asked) != DENSE else None)
+    torch.testing.assert_close(draw(pipe), high, rtol=0.05, atol=0.05)
+    assert levels(pipe) == [1, 1, 1]
 
 
 @torch.no_grad()
