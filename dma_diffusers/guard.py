@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dma_diffusers.caches import empty_caches
 from dma_diffusers.forward import ForwardContext
+from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels.attention.exact import exact_rows, of_rows
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.memory import kept
@@ -127,7 +128,7 @@ class Guard:
         """Forgets the call before; a forward pre-hook."""
         self.step.has_run = False
         for device, errors in self.step.errors.items():
-            if not (is_capturing(device) or torch.compiler.is_exporting()):
+            if not (is_capturing(device) or is_exporting()):
                 errors.zero_()
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run outside of its own

@@ -16,6 +16,7 @@ from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.guard import REPLAYED, TURNED, Level, Watch
+from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
@@ -266,7 +267,7 @@ class Interception:
         return own | {"mapped": self.mapped}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
-        if self.watch is not None and self.stand_in is None and not torch.compiler.is_exporting():
+        if self.watch is not None and self.stand_in is None and not is_exporting():
             arguments["observer"] = self.watch.handle
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
         self._count_inexact(result.inexact_rows)
