@@ -21,6 +21,7 @@ from dma_diffusers.decision import NOT_RUNNING
 from dma_diffusers.dense import dense_parts
 from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
+from dma_diffusers.guard import Guard
 from dma_diffusers.interception import Interception
 from dma_diffusers.linears.apply import prepare_linears
 from dma_diffusers.linears.quantise import linear_receipts, restore_linears
@@ -173,17 +174,20 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
 
     def attach() -> None:
         forward = ForwardContext(model, family, config, dense.above_sigma, bool(on_grid), dense.note)
+        guard = None if config.guard is None else Guard(config.guard, forward)
         processors = {}
         for name in intercepted:
             module: Any = model.get_submodule(name)
             own = config.of_module(name)
             seen = family.of_module(name)
             interception = Interception(own, seen, forward, name in dense.modules, _head_dim(module))
+            interception.watch = guard.watch(name) if guard else None
             processors[name] = wrap(_stock(module.processor), interception)
         _detach(model)
         for name, processor in processors.items():
             model.get_submodule(name).processor = processor  # type: ignore[assignment]
-        _record(model, Attachment(config, chosen, roles, forward, forward.watch(model)))
+        hooks = (*forward.watch(model), *(guard.hooks(model) if guard else ()))
+        _record(model, Attachment(config, chosen, roles, forward, hooks))
         if dense.note:
             logger.info("%s: %s", type(model).__name__, dense.note)
 

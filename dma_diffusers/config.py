@@ -71,6 +71,10 @@ class DMAConfig:
         high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
         dense=True for every tile HIGH. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled
         anew for other formats, but not for other policies, nor for every tile HIGH.
+    guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module whose
+        error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not help to
+        stock attention, until it is applied again. The step in which that shows is made again; the receipt says so.
+        math.inf is for the estimate in the receipt alone. None samples nothing.
     linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8", "mxfp4",
         "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of `save_linears`. None
         leaves linear layers as they are.
@@ -91,6 +95,7 @@ class DMAConfig:
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
     modules: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] | Mapping[str, Mapping[str, Any]] = ()
+    guard: float | None = None
     linears: str | None = None
     model: str | None = None
 
@@ -126,6 +131,14 @@ class DMAConfig:
             raise ValueError(f"text must be one of {', '.join(TEXT_PLACES)}, or None, got {self.text!r}")
         if self.grid is not None:
             object.__setattr__(self, "grid", _sides(self.grid))
+        guard = self.guard
+        if guard is not None and (
+            isinstance(guard, bool) or not isinstance(guard, int | float) or not guard > 0
+        ):
+            raise ValueError(
+                "guard must be a relative error more than 0, such as 0.2, inf for the estimate alone, or None, "
+                f"got {guard!r}"
+            )
         if self.linears is not None:
             self._check_linears()
         if self.model is not None and not isinstance(self.model, str):

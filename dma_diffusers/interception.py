@@ -15,6 +15,8 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
+from dma_diffusers.guard import REPLAYED, TURNED, Level, Watch
+from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
@@ -68,6 +70,7 @@ class Interception:
     dense: whether the module runs with every tile HIGH in every step.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
+    watch: the guard's watch over the operator's calls; None for none.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Interception:
         # An empty tensor holds the policy's number: torch.compile takes integers for constants, and lengths of 0 and 1.
         self._which = torch.empty(forward.policies.index(words) + _CONSTANT, 0, device="cpu")
         self.stand_in: Callable[..., operator.Result] | None = None
+        self.watch: Watch | None = None
         self.intercepted = 0
         self.in_dense_steps = 0
         self.fallbacks: Counter[str] = Counter()
@@ -217,6 +221,9 @@ class Interception:
         lowering, reason = self._choice(device)
         if self.fallbacks and not self.intercepted:
             lowering, reason = "stock", "; ".join(self.fallbacks)
+        watch = self.watch
+        if watch is not None and watch.level is Level.STOCK:
+            lowering, reason = "stock", TURNED
         return ModuleReceipt(
             module, lowering, self.config.high, self.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
@@ -224,10 +231,14 @@ class Interception:
             tuple(
                 filter(
                     None,
-                    (self.forward.note, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses),
+                    (
+                        self.forward.note, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses,
+                        REPLAYED if watch is not None and watch.replayed else "",
+                    ),
                 )
             ),
             self.in_dense_steps,
+            *((None, 0, ()) if watch is None else (watch.relative_error, watch.sampled_rows, tuple(watch.turned))),
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
@@ -256,6 +267,8 @@ class Interception:
         return own | {"mapped": self.mapped}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
+        if self.watch is not None and self.stand_in is None and not is_exporting():
+            arguments["observer"] = self.watch.handle
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
         self._count_inexact(result.inexact_rows)
         return result
@@ -288,7 +301,7 @@ class Interception:
         return chosen.lowering, chosen.reason
 
     def _policy(self) -> str:
-        if self.dense:
+        if self.dense or (self.watch is not None and self.watch.level is Level.HIGH):
             return "dense"
         words = self.config.words
         words += "" if self.config.protect_text else " without protected text"

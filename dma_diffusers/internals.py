@@ -8,6 +8,7 @@ import torch
 
 try:
     from diffusers.hooks._helpers import AttentionProcessorRegistry
+    from diffusers.hooks.hooks import StateManager
     from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
     from diffusers.models.attention_dispatch import (
         AttentionBackendName,
@@ -29,6 +30,7 @@ try:
     from torch._C._nn import scaled_dot_product_attention
     from torch.overrides import _get_current_function_mode_stack as function_modes
 
+    _ = torch.compiler._is_exporting_flag
     may_overlap = torch._debug_has_internal_overlap
     active_backend = _AttentionBackendRegistry.get_active_backend
     has_context_parallelism = _AttentionBackendRegistry._is_context_parallel_available
@@ -41,6 +43,12 @@ except (ImportError, AttributeError) as error:
 # Modules whose torch function modes leave attention as it is: `with torch.device(...)`, tracing, exporting.
 HARMLESS_MODES = ("torch.utils._device", "torch.export.", "torch._export.", "torch.fx.", "torch._subclasses.")
 
+
+def is_exporting() -> bool:
+    """Says whether torch.export runs; graphs of PyTorch 2.11 take `torch.compiler.is_exporting()` for true."""
+    return torch.compiler._is_exporting_flag
+
+
 __all__ = [
     "HARMLESS_MODES",
     "AttentionBackendName",
@@ -50,6 +58,7 @@ __all__ = [
     "FluxAttnProcessor",
     "FluxPosEmbed",
     "QwenDoubleStreamAttnProcessor2_0",
+    "StateManager",
     "active_backend",
     "apply_rotary_emb",
     "apply_rotary_emb_qwen",
@@ -57,6 +66,7 @@ __all__ = [
     "dispatch_attention_fn",
     "function_modes",
     "has_context_parallelism",
+    "is_exporting",
     "may_overlap",
     "scaled_dot_product_attention",
 ]

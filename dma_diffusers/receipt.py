@@ -25,6 +25,9 @@ class ModuleReceipt:
     fallbacks: the number of calls that stock attention ran, by reason.
     inexact_rows: rows of q and k (one token of one head each), summed over calls, that were not stored as their format
         says, because the scales of their blocks are too far apart for lowering "faithful".
+    relative_error: the guard's estimate of the output's relative error (L2), against exact attention; None for none.
+    sampled_rows: so many rows (one query of one head each) are behind it. turned: why the guard turned the module to
+        HIGH or to stock, in words; these rows were sampled since.
     notes: where dense steps and layers come from if they were not asked for, and what the policy changed for the
         grid of the last call, such as a window that was clamped.
     """
@@ -41,6 +44,9 @@ class ModuleReceipt:
     inexact_rows: int = 0
     notes: tuple[str, ...] = ()
     in_dense_steps: int = 0
+    relative_error: float | None = None
+    sampled_rows: int = 0
+    turned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.lowering == "stock":
@@ -102,9 +108,18 @@ class Receipt:
                 found[-1] += f", {calls} of them with every tile HIGH for their noise level"
             found.extend(f"  {calls} calls fell back to stock: {why}" for why, calls in fallbacks.items())
             found.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
+            found.extend(f"  guard: {m.module}: {words}" for m in members for words in m.turned)
+            if errors := [m.relative_error for m in members if m.relative_error is not None]:
+                rows = sum(member.sampled_rows for member in members)
+                found.append(f"  relative error {_range(errors)}, estimated from {rows:,} rows")
             if inexact := sum(member.inexact_rows for member in members):
                 found.append(
                     f"  {inexact} rows of q and k lost small numbers that {members[0].high}|{members[0].low} "
                     "would keep: the scales of their blocks are too far apart for FP8"
                 )
         return found
+
+
+def _range(errors: list[float]) -> str:
+    low, high = (f"{error:.2g}" for error in (min(errors), max(errors)))
+    return low if low == high else f"{low} to {high}"

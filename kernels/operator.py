@@ -4,10 +4,13 @@ The operator takes tensors, numbers and names; the plan (the precision map on th
 for each length and kept, so `torch.compile` sees one node and a new length compiles nothing.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from itertools import count
+from typing import NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -22,6 +25,7 @@ from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
 from dma_diffusers.kernels.tiling.precision_map import Class
 
 DIAGONAL = str(Diagonal())
+DENSE = str(Dense(Class.HIGH))
 
 
 def choose(device: torch.device, head_dim: int, high: str, low: str, lowering: str = "auto") -> Choice:
@@ -40,6 +44,29 @@ class Result(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
     inexact_rows: torch.Tensor
+
+
+class Observer(Protocol):
+    """It is handed the calls of one place in a model, and may run them otherwise than they ask for.
+
+    It also sees calls inside of compiled graphs, but for those that a CUDA graph replays.
+    """
+
+    def attention(self, call: Call, policy: str, return_lse: bool, attend: Callable[[str], Result]) -> Result:
+        """Gives a call's result. policy: the words of the one that it asks for. attend: runs it by a policy's words."""
+        ...
+
+
+_OBSERVERS: WeakValueDictionary[int, Observer] = WeakValueDictionary()
+_NUMBERS = count()
+
+
+def handle_of(observer: Observer) -> torch.Tensor:
+    """The handle by which `attention` finds an observer, as long as there is one: int64 `[]` on the CPU."""
+    number = next(_NUMBERS)
+    _OBSERVERS[number] = observer
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
 
 
 def attention(
@@ -65,6 +92,7 @@ def attention(
     mapped: bool = True,
     lowering: str = "auto",
     return_lse: bool = False,
+    observer: torch.Tensor | None = None,
 ) -> Result:
     """Mixed-precision attention: a policy says which tiles are HIGH, which LOW, and which are skipped.
 
@@ -85,6 +113,7 @@ def attention(
     masks_text: key_mask hides none but text tokens, so that other tiles need not look at it.
     mapped: False makes every tile HIGH.
     lowering: the name of one, or "auto" for the first that can run the call.
+    observer: the handle of one that is handed the call (`handle_of`); None for none.
 
     The call waits for no device, but the first one with new lengths makes a plan: a CUDA graph can't capture that one.
     Raises ValueError for arguments that it can't take, before anything is launched.
@@ -98,8 +127,9 @@ def attention(
         if rope is not None and len(rope) != 2:
             raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
     policies = [str(policy)] if isinstance(policy, Policy | str) else policy
-    out, lse, inexact_rows = _OPERATOR(
-        q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
+    operator, handle = (_OPERATOR, ()) if observer is None else (_OBSERVED_OPERATOR, (observer,))
+    out, lse, inexact_rows = operator(
+        *handle, q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
         *((None,) * 4 if norms is None else norms.tensors),
         *((0.0, 0, False) if norms is None else (norms.eps, norms.first, norms.rounds_twice)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
@@ -222,13 +252,8 @@ def _attention(
         eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
         q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin, *(() if q_weight is None else _sharing(weights)),
     )  # fmt: skip
-    q_rope, k_rope = q_cos if q_cos is None else (q_cos, q_sin), k_cos if k_cos is None else (k_cos, k_sin)
-    norms = (
-        q_weight
-        if q_weight is None
-        else Norms(q_weight, k_weight, eps, first, q_first_weight, k_first_weight, rounds_twice)
-    )
-    call = Call(q, k, v, key_mask, scale, is_causal, q_rope, k_rope, norms)
+    norms = _norms(weights, eps, first, rounds_twice)
+    call = Call(q, k, v, key_mask, scale, is_causal, _rope(q_cos, q_sin), _rope(k_cos, k_sin), norms)
     attend = size.prepared.get(key)
     if attend is None:
         _check_call(call)
@@ -248,6 +273,39 @@ def _attention(
 def _sharing(tensors: Sequence[torch.Tensor | None]) -> list[int]:
     """For each tensor, the number of the first one that it is."""
     return [next(n for n, other in enumerate(tensors) if other is x) for x in tensors]
+
+
+def _rope(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Rope | None:
+    return None if cos is None or sin is None else (cos, sin)
+
+
+def _norms(
+    weights: tuple[torch.Tensor | None, ...], eps: float, first: int, rounds_twice: bool
+) -> Norms | None:
+    """The norms with these weights, in the order of `Norms.tensors`; None if they are None."""
+    q, q_first, k, k_first = weights
+    return None if q is None or k is None else Norms(q, k, eps, first, q_first, k_first, rounds_twice)
+
+
+def _observed_attention(handle: torch.Tensor, *arguments):
+    """The operator, whose call is handed to an observer."""
+    asked = dict(zip(_PARAMETERS, arguments, strict=True))
+
+    def attend(policy: str) -> Result:
+        return Result(*_attention(**asked | {"policies": [policy], "which": 0, "mapped": True}))
+
+    norms = _norms(
+        tuple(asked[name] for name in ("q_weight", "q_first_weight", "k_weight", "k_first_weight")),
+        asked["eps"], asked["first"], asked["rounds_twice"],
+    )  # fmt: skip
+    q, k, v, key_mask = arguments[:4]
+    q_rope, k_rope = _rope(asked["q_cos"], asked["q_sin"]), _rope(asked["k_cos"], asked["k_sin"])
+    call = Call(q, k, v, key_mask, asked["scale"], asked["is_causal"], q_rope, k_rope, norms)
+    policy = asked["policies"][asked["which"]] if asked["mapped"] else DENSE
+    return _OBSERVERS[int(handle)].attention(call, policy, asked["return_lse"], attend)
+
+
+_PARAMETERS = tuple(inspect.signature(_attention).parameters)
 
 
 def _prepare(
@@ -294,17 +352,26 @@ def _empty_output(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
+def _observed_fake(handle: torch.Tensor, *arguments):
+    return _fake(*arguments)
+
+
 # `torch.library.custom_op` takes more of the host's time at every call than all that is launched.
 _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
-_LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
     "Tensor? k_sin, Tensor? q_weight, Tensor? q_first_weight, Tensor? k_weight, Tensor? k_first_weight, float eps, "
     "SymInt first, bool rounds_twice, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, "
     "SymInt[] grid, SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, "
-    "bool return_lse) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    "bool return_lse) -> (Tensor, Tensor, Tensor)"
 )
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_LIBRARY.define(f"attention({_SCHEMA}", tags=_TAGS)
+# A CUDA graph would replay an observer's launches, and not ask it.
+_LIBRARY.define(f"observed_attention(Tensor observer, {_SCHEMA}", tags=(*_TAGS, torch.Tag.cudagraph_unsafe))
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("observed_attention", _observed_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("dma_diffusers::attention", _fake, lib=_LIBRARY)
+torch.library.register_fake("dma_diffusers::observed_attention", _observed_fake, lib=_LIBRARY)
 _OPERATOR = torch.ops.dma_diffusers.attention.default
+_OBSERVED_OPERATOR = torch.ops.dma_diffusers.observed_attention.default

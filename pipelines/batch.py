@@ -161,8 +161,8 @@ def _draw_task(
 def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:
     """Count the attention calls between two receipts.
 
-    The result says how many calls the plugin took, by which lowerings, and how many went to stock attention for which
-    reason.
+    The result says how many calls the plugin took, by which lowerings, how many went to stock attention for which
+    reason, and what the guard turned.
     """
     fallbacks = sum((Counter(module.fallbacks) for module in after.modules), Counter())
     fallbacks -= sum((Counter(module.fallbacks) for module in before.modules), Counter())
@@ -174,4 +174,9 @@ def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:
         "intercepted": sum(calls for _, calls in intercepted),
         "lowerings": sorted({str(lowering) for lowering, calls in intercepted if calls}),
         "fallbacks": dict(fallbacks),
+        "turned": [
+            f"{module.module}: {words}"
+            for module, then in zip(after.modules, before.modules, strict=True)
+            for words in module.turned[len(then.turned) :]
+        ],
     }

@@ -96,7 +96,7 @@ def test_pictures_and_clips_of_several_models(monkeypatch, capsys, batch, flux, 
     assert (cat["job"], cat["prompt"], cat["seed"], cat["error"]) == ("line 2", "a cat", 7, None)
     assert cat["model"] == flux and cat["config"] == "mxfp8|nvfp4 diagonal(window=384, sink=128)"
     assert (
-        cat["receipt"] == {"intercepted": 2 * 3, "lowerings": ["reference"], "fallbacks": {}}
+        cat["receipt"] == {"intercepted": 2 * 3, "lowerings": ["reference"], "fallbacks": {}, "turned": []}
         and cat["seconds"] > 0
     )
     assert found["0004-a-red-cat-0.png"]["receipt"]["fallbacks"] == {"fewer than 256 keys": 12}

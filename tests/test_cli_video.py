@@ -119,7 +119,7 @@ def test_from_an_image_through_two_transformers(monkeypatch, capsys, folders, ft
     assert results[0] != results[1]
 
 
-def test_quality_first_reaches_the_configuration(monkeypatch, capsys, model, tmp_path):
+def test_quality_first_and_the_guard_reach_the_configuration(monkeypatch, capsys, model, tmp_path):
     asked = []
 
     def preset(name, **changes):
@@ -128,9 +128,9 @@ def test_quality_first_reaches_the_configuration(monkeypatch, capsys, model, tmp
 
     monkeypatch.setattr("dma_diffusers.config.DMAConfig.preset", preset)
     for command in (("generate",), ("generate-video", "--model", model)):
-        for flags in ((), ("--quality-first",)):
+        for flags in ((), ("--quality-first",), ("--guard", "0.2")):
             run(monkeypatch, capsys, *command, *flags, "a cat", "-o", str(tmp_path / "out.webp"))
-    assert asked == [{}, {"quality_first": True}] * 2
+    assert asked == [{}, {"quality_first": True}, {"guard": 0.2}] * 2
 
 
 BAD_INPUT = {

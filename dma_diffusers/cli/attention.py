@@ -74,6 +74,13 @@ class AttentionOptions:
     quality_first: Annotated[
         bool, typer.Option("--quality-first", help="More of the noisy steps and outer layers all HIGH.")
     ] = False
+    guard: Annotated[
+        float | None,
+        typer.Option(
+            help="A relative error, such as 0.2, above which an attention module turns to HIGH, then to stock; with "
+            "inf, the receipt has an estimate of it, and nothing turns."
+        ),
+    ] = None
     linears: Linears = None
 
     @property

@@ -367,6 +367,35 @@ def backends_without_parallelism_are_refused(world: World) -> dict:
     return {"said": ""}
 
 
+def guarded(world: World) -> dict:
+    """The operator fails in the first process alone, first for the asked policy, then also for every tile HIGH."""
+    from dma_diffusers import apply, report
+    from dma_diffusers.kernels import operator
+
+    genuine, found = operator._attention, {}
+    try:
+        for fault in ("asked", "high"):
+
+            def attention(fault=fault, **asked):
+                out, *others = genuine(**asked)
+                if world.rank == 0 and (fault == "high" or asked["policies"] != [operator.DENSE]):
+                    out.fill_(torch.nan)
+                return out, *others
+
+            operator._attention = attention
+            case = tiny("flux")
+            apply(case.model, min_length=0, guard=0.5, lowering="reference")
+            case.model.enable_parallelism(config=world.config())
+            drawn, modules = case.run(case.texts(1)[0]), report(case.model).modules
+            found[fault] = {
+                "finite": bool(drawn.isfinite().all()), "calls": sum(module.intercepted for module in modules),
+                "turned": sorted({words.split(": ")[-1] for module in modules for words in module.turned}),
+            }  # fmt: skip
+    finally:
+        operator._attention = genuine
+    return found
+
+
 MODELS = ("flux", "flux2", "qwen", "wan", "ltx")
 GRIDS = {
     "flux, neighborhood": ("flux", "neighborhood(window=8x10, high=3x3)"),
@@ -380,7 +409,7 @@ CASES: dict[str, Callable[[World], dict]] = {
         keys_have_means_of_their_own, masks_are_each_chunk_s_own, heads_and_chunks_have_their_policies,
         grids_are_refused, restored_models_are_stock, fallbacks_are_stock, lengths_are_all_processes,
         parts_of_different_lengths, heads_must_be_divided, masks_of_all_tokens_are_refused,
-        backends_without_parallelism_are_refused,
+        backends_without_parallelism_are_refused, guarded,
     )
 }  # fmt: skip
 CASES |= {f"stock: {name}": model_is_stock(name, number % 2 == 0) for number, name in enumerate(MODELS)}

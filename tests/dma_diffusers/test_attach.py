@@ -151,6 +151,9 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "inexact_rows": 0,
         "notes": [],
         "in_dense_steps": 0,
+        "relative_error": None,
+        "sampled_rows": 0,
+        "turned": [],
     }
     assert "mxfp8|mxfp4 diagonal(window=128, sink=128), lowering reference on cpu: asked for" in str(receipt)
 

@@ -147,6 +147,22 @@ def test_compiled_models_are_eager_ones():
     )
 
 
+@pytest.mark.parametrize("degrees", [RING, ULYSSES], ids=["ring", "Ulysses"])
+def test_processes_make_a_bad_step_again_together(degrees):
+    """Only those modules turn whose own heads or chunks are bad. Over a ring there is no stock attention."""
+    first, second = found(degrees, "guarded")
+    high, stock = "every tile is HIGH from now on", "stock attention from now on"
+    none = "its output was not finite; over a ring there is no stock attention to turn to"
+    assert first["asked"]["finite"] and second["asked"]["finite"]
+    assert first["asked"]["calls"] == second["asked"]["calls"] == 6  # of three modules
+    assert (first["asked"]["turned"], second["asked"]["turned"]) == ([high], [])
+    assert first["high"]["finite"] == second["high"]["finite"] == (degrees == ULYSSES)
+    assert [words.split(" its ")[-1] for words in first["high"]["turned"]] == (
+        [high, stock] if degrees == ULYSSES else [high, none.removeprefix("its ")]
+    )
+    assert second["high"]["turned"] == []
+
+
 def test_no_case_failed():
     refused = {RING: ("boxes", "compiled", "restored", "stock: ltx"), ULYSSES: (), BOTH: ()}
     for degrees, names in refused.items():

@@ -10,7 +10,7 @@ RECEIPT = Receipt(
     (
         ModuleReceipt(
             "blocks.0.attn1", "native", "bf16", "int8/bf16", "dense(everywhere=low)", "asked for",
-            3, {"fewer than 256 keys": 2}, "sm_90", 1, ("a note",), 1,
+            3, {"fewer than 256 keys": 2}, "sm_90", 1, ("a note",), 1, 0.0123, 1408, ("with int8 it was bad",),
         ),
         ModuleReceipt("blocks.0.attn2", "stock", reason="cross-attention"),
     )
@@ -22,6 +22,8 @@ def test_a_stored_receipt_says_the_same():
     assert str(Receipt.from_dict(stored)) == str(RECEIPT)
     assert "bf16|int8/bf16 dense(everywhere=low), lowering native on sm_90: asked for" in str(RECEIPT)
     assert "  3 calls intercepted, 1 of them with every tile HIGH" in str(RECEIPT)
+    assert "  relative error 0.012, estimated from 1,408 rows" in str(RECEIPT)
+    assert "  guard: blocks.0.attn1: with int8 it was bad" in str(RECEIPT)
     assert "  2 calls fell back to stock: fewer than 256 keys" in str(RECEIPT)
 
 

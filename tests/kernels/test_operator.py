@@ -64,6 +64,60 @@ def test_each_head_has_its_own_window():
         assert not torch.equal(out[:, head], other[:, head])
 
 
+class _Passing:
+    """An observer that lets calls pass, and keeps their policies."""
+
+    def __init__(self):
+        self.seen: set[str] = set()
+
+    def attention(self, call, policy, return_lse, attend):
+        self.seen.add(policy)
+        return attend(policy)
+
+
+class _High(_Passing):
+    """An observer that makes every tile HIGH, and keeps the last call."""
+
+    def attention(self, call, policy, return_lse, attend):
+        self.seen.add(policy)
+        self.call, self.wants_lse = call, return_lse
+        return attend(operator.DENSE)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_an_observer_is_handed_the_call_and_what_it_asks_for(mapped):
+    q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
+    options = {"key_mask": torch.rand(1, 300) > 0.5, "scale": 0.3, "text_stop": 20, "return_lse": True}
+    options["norms"] = Norms(*torch.rand(2, 16), 1e-6, 20, *torch.rand(2, 16), True)
+    options["q_rope"] = tuple(torch.rand(2, 300, 8))
+    words = ["dense(everywhere=low)", "diagonal(window=0, sink=0)"]
+    options |= {"policy": words, "which": 1, "mapped": mapped}
+    passing, high = _Passing(), _High()
+    for expected, found in (
+        (
+            operator.attention(q, k, v, **options),
+            operator.attention(q, k, v, **options, observer=operator.handle_of(passing)),
+        ),
+        (
+            operator.attention(q, k, v, **options | {"mapped": False}),
+            operator.attention(q, k, v, **options, observer=operator.handle_of(high)),
+        ),
+    ):
+        assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
+    assert passing.seen == high.seen == {words[1] if mapped else operator.DENSE}
+    call = high.call
+    assert (call.q is q, call.scale, call.is_causal, call.k_rope, high.wants_lse) == (
+        True,
+        0.3,
+        False,
+        None,
+        True,
+    )
+    assert call.key_mask is options["key_mask"] and call.q_rope[1] is options["q_rope"][1]
+    assert all(a is b for a, b in zip(call.norms.tensors, options["norms"].tensors, strict=True))
+    assert (call.norms.eps, call.norms.first, call.norms.rounds_twice) == (1e-6, 20, True)
+
+
 @pytest.mark.parametrize(("low", "policy", "grid", "keys"), [
     ("mxfp4", "diagonal(window=128)", [], 130),
     ("int8", "diagonal(window=0/128/384/128)", [], 130),
@@ -99,6 +153,9 @@ def test_registration(low, policy, grid, keys):
             return_lse,
         )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
+        handle = operator.handle_of(watch := _Passing())
+        torch.library.opcheck(torch.ops.dma_diffusers.observed_attention.default, (handle, *arguments))
+        assert watch.seen == {policy}
 
 
 def test_of_several_policies_one_counts():

@@ -1,17 +1,20 @@
 """Test the embedded demo model: its files, its prompts, and that it draws what a prompt says."""
 
 import json
+import math
 import re
 from zlib import crc32
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.compare import paired_metrics
+from dma_diffusers.kernels import operator
 from dma_diffusers.pipelines.demo_training.concepts import HELD_OUT, SEEN, plural
 from dma_diffusers.pipelines.demo_training.export import save_pipeline
 from dma_diffusers.pipelines.demo_training.prompts import held_out_scenes
@@ -101,6 +104,40 @@ def test_dma_intercepts_every_call_and_changes_little(pipe, exact):
     (psnr,) = paired_metrics(drawing, exact)["psnr_db"]
     assert psnr is not None, "the same picture as without DMA"
     assert psnr > 15
+
+
+def test_nothing_turns_on_the_demo(pipe):
+    drawn = []
+    for guard in (None, 0.2):
+        apply(pipe, DMAConfig.preset("b200", guard=guard))
+        drawn.append(draw(pipe, [APPLE], [0], SHORT).pictures[0])
+    receipt = report(pipe)
+    restore(pipe)
+    assert np.array_equal(*drawn)
+    assert all(0.01 < module.relative_error < 0.1 and not module.turned for module in receipt.modules)
+
+
+def test_the_guard_keeps_the_demo_from_confetti(pipe, exact, monkeypatch):
+    """Attention gives noise unless every tile is HIGH: the guard then draws what HIGH draws."""
+    genuine, generator = operator._attention, torch.Generator().manual_seed(0)
+
+    def attention(**asked):
+        out, *others = genuine(**asked)
+        if asked["policies"] != [operator.DENSE]:
+            out.normal_(generator=generator)
+        return out, *others
+
+    monkeypatch.setattr(operator, "_attention", attention)
+    drawn = []
+    for fields in ({"policy": operator.DENSE}, {"guard": math.inf}, {"guard": 0.2}):
+        apply(pipe, DMAConfig.preset("b200", **fields))
+        drawn.append(draw(pipe, [APPLE], [0], SHORT))
+    receipt = report(pipe)
+    restore(pipe)
+    assert all(len(module.turned) == 1 and module.policy == "dense" for module in receipt.modules)
+    errors = [paired_metrics(drawing, exact)["latents_relative_l2"][0] for drawing in drawn]
+    assert errors[2] == errors[0] < 0.2 < 1 < errors[1]
+    assert np.array_equal(drawn[2].pictures[0], drawn[0].pictures[0])
 
 
 def test_the_prompt_matters(pipe, exact):
