@@ -18,10 +18,9 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
-from dma_diffusers.kernels.tiling.policies import Dense
-from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
+from dma_diffusers.stages import ModuleStages
 
 logger = logging.getLogger("dma_diffusers")
 
@@ -29,7 +28,6 @@ logger = logging.getLogger("dma_diffusers")
 FUSES = "norm and RoPE of q and k are in the operator"
 _MOST_KINDS = 1024
 _CONSTANT = 2
-_DENSE = str(Dense(Class.HIGH))
 
 
 class Change(Protocol):
@@ -65,27 +63,28 @@ class ProcessorCall(Protocol):
 class Interception:
     """Runs the attention operations of one module, each by the operator or by stock attention, and counts them.
 
-    dense: whether the module runs with every tile HIGH in every step.
+    own: what the module runs at each noise level.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
     """
 
-    def __init__(
-        self, config: DMAConfig, family: Family, forward: ForwardContext, dense: bool, head_dim: int | None
-    ):
-        self.config = config
+    def __init__(self, own: ModuleStages, family: Family, forward: ForwardContext, head_dim: int | None):
+        self.own = own
         self.family = family
         self.forward = forward
-        self.decision = Decision(config, family)
-        self.dense = dense
-        words = _DENSE if dense else config.words
-        if words not in forward.policies:
-            forward.policies.append(words)
-        # An empty tensor holds the policy's number: torch.compile takes integers for constants, and lengths of 0 and 1.
-        self._which = torch.empty(forward.policies.index(words) + _CONSTANT, 0, device="cpu")
+        self._configs = tuple(config for _, config in own.entries)
+        self._has_grid = any(config.asked.on_grid for _, config in own.config.entries)
+        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in self._configs)
+        for config in self._configs:
+            if config.words not in forward.policies:
+                forward.policies.append(config.words)
+        # Empty tensors hold policies' numbers: torch.compile takes integers for constants, and lengths of 0 and 1.
+        self._which = tuple(
+            torch.empty(forward.policies.index(config.words) + _CONSTANT, 0, device="cpu")
+            for config in self._configs
+        )
         self.stand_in: Callable[..., operator.Result] | None = None
-        self.intercepted = 0
-        self.in_dense_steps = 0
+        self.calls = [0] * len(self._configs)  # that were intercepted, by entry
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
@@ -96,9 +95,19 @@ class Interception:
         forward.listeners.append(self)
 
     @property
-    def mapped(self) -> bool:
-        """True where tiles have the policy's classes in this step; False where every tile is HIGH."""
-        return not self.dense and self.forward.call.mapped
+    def intercepted(self) -> int:
+        """The number of calls that the operator took."""
+        return sum(self.calls)
+
+    @property
+    def entry(self) -> int:
+        """The number of the entry that holds at the noise level of this step."""
+        return self.own.of_stage[self.forward.call.stage]
+
+    @property
+    def decision(self) -> Decision:
+        """The decision about operations of this step."""
+        return self.decisions[self.entry]
 
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
@@ -194,10 +203,10 @@ class Interception:
                 reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
             )  # fmt: skip
-        if self.mapped:
-            spread.check([self.config.asked])
+        spread.check([self._configs[self.entry].asked])
         self._take(q, spread)
-        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **self._arguments(text))
+        arguments = self._arguments(text, spread)
+        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **arguments)
         return out.permute(0, 2, 1, 3)
 
     def met_no_attention(self, processor: str) -> None:
@@ -217,22 +226,24 @@ class Interception:
         lowering, reason = self._choice(device)
         if self.fallbacks and not self.intercepted:
             lowering, reason = "stock", "; ".join(self.fallbacks)
+        notes = *self.forward.notes, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses
+        by_entry = dict(zip(self.own.words, self.calls, strict=True)) if len(self.calls) > 1 else {}
         return ModuleReceipt(
-            module, lowering, self.config.high, self.config.low, self._policy(), reason,
+            module, lowering, self.own.config.high, self.own.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
-            sum(int(rows) for rows in self.inexact_rows),
-            tuple(
-                filter(
-                    None,
-                    (self.forward.note, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses),
-                )
-            ),
-            self.in_dense_steps,
+            sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), by_entry,
         )  # fmt: skip
 
+    def arguments(self, config: DMAConfig, text: tuple[int, int], grid: tuple[int, ...]) -> dict[str, Any]:
+        """Keyword arguments of the operator under one of the module's configurations, as `DMAConfig.arguments`."""
+        own = config.arguments(text)
+        # Every entry has the grid: blocks share graphs then, and calls of one size what is kept for it.
+        return own | {"grid": grid if self._has_grid else (), "masks_text": self.family.masks_text}
+
     def notes(self, grid: tuple[int, ...]) -> list[str]:
-        """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
-        return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
+        """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
+        asked = [config.asked for config in self._configs if grid and config.asked.on_grid]
+        return list(dict.fromkeys(note for policy in asked for note in policy.notes(grid)))
 
     def _text_range(
         self, call: ProcessorCall, query, key, spread: Spread | None, parts: int = 1
@@ -247,13 +258,12 @@ class Interception:
 
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
-        own = self.config.arguments(text or (0, 0), self.forward.grid)
-        own |= {"masks_text": self.family.masks_text}
+        entry = self.entry
+        own = self.arguments(self._configs[entry], text or (0, 0), self.forward.grid)
         if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
-            # All modules have the same constants, so that a block has two versions, for dense steps and for others.
-            which = self._which.shape[0] - _CONSTANT
-            return own | {"mapped": self.forward.call.mapped, "policy": self.forward.policies, "which": which}
-        return own | {"mapped": self.mapped}
+            # All modules have the same constants, so that a block has as many versions as there are stages.
+            own |= {"policy": self.forward.policies, "which": self._which[entry].shape[0] - _CONSTANT}
+        return own
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
@@ -272,34 +282,24 @@ class Interception:
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
         now = self.forward.call
-        running = now.is_running, now.trains, self.forward.text_length
+        running = now.is_running, now.trains, now.stage, self.forward.text_length
         return hidden.device, _wants_gradients(hidden), *running, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
-        config = self.config
+        """The lowering on a device, and its reason; those of all entries where they differ."""
         if self.head_dim is None:
             return None, "not called yet"
-        if reason := config.why_stock(device, self.head_dim):
-            return "stock", reason
-        try:
-            chosen = operator.choose(device, self.head_dim, config.high, config.low, config.operator_lowering)
-        except ValueError as refusal:
-            return "none", str(refusal)
-        return chosen.lowering, chosen.reason
+        choices = [_choice(config, device, self.head_dim) for config in self._configs]
+        lowerings, reasons = (dict.fromkeys(parts) for parts in zip(*choices, strict=True))
+        return " or ".join(lowerings), "; ".join(reasons)
 
     def _policy(self) -> str:
-        if self.dense:
-            return "dense"
-        words = self.config.words
-        words += "" if self.config.protect_text else " without protected text"
-        sigma = self.forward.dense_above_sigma
-        return words if sigma is None else f"{words}, dense above sigma {sigma}"
+        return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
-            self.intercepted += 1
+            self.calls[self.entry] += 1
             self.spread = spread
-            self.in_dense_steps += not (self.mapped or self.dense)
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)
 
@@ -321,6 +321,17 @@ class Interception:
         if not self.forward.announced and not torch.compiler.is_compiling():
             self.forward.announced = True
             logger.info("%s: %s", self.forward.model, self.receipt("", device))
+
+
+def _choice(config: DMAConfig, device: torch.device, head_dim: int) -> tuple[str, str]:
+    """The lowering that a configuration takes on a device, and the reason."""
+    if reason := config.why_stock(device, head_dim):
+        return "stock", reason
+    try:
+        chosen = operator.choose(device, head_dim, config.high, config.low, config.operator_lowering)
+    except ValueError as refusal:
+        return "none", str(refusal)
+    return chosen.lowering, chosen.reason
 
 
 def _wants_gradients(hidden: torch.Tensor) -> bool:
