@@ -72,19 +72,24 @@ class Interception:
         self.own = own
         self.family = family
         self.forward = forward
-        self._configs = tuple(config for _, config in own.entries)
-        self._has_grid = any(config.asked.on_grid for _, config in own.config.entries)
-        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in self._configs)
-        for config in self._configs:
+        # Each is a tuple of one for each stage: a graph knows the stage, but not which entries a module has.
+        self.configs = tuple(own.entries[entry].config for entry in own.of_stage)
+        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in self.configs)
+        self._arguments_of = tuple(
+            config.arguments((0, 0)) | {"masks_text": family.masks_text} for config in self.configs
+        )
+        for config in self.configs:
             if config.words not in forward.policies:
                 forward.policies.append(config.words)
         # Empty tensors hold policies' numbers: torch.compile takes integers for constants, and lengths of 0 and 1.
         self._which = tuple(
             torch.empty(forward.policies.index(config.words) + _CONSTANT, 0, device="cpu")
-            for config in self._configs
+            for config in self.configs
         )
+        # Every stage has the grid: blocks share graphs then, and calls of one size what is kept for it.
+        self._has_grid = any(config.asked.on_grid for _, config in own.config.entries)
         self.stand_in: Callable[..., operator.Result] | None = None
-        self.calls = [0] * len(self._configs)  # that were intercepted, by entry
+        self.calls = [0] * len(self.configs)  # that were intercepted, by stage
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
@@ -100,14 +105,14 @@ class Interception:
         return sum(self.calls)
 
     @property
-    def entry(self) -> int:
-        """The number of the entry that holds at the noise level of this step."""
-        return self.own.of_stage[self.forward.call.stage]
+    def stage(self) -> int:
+        """The number of the stage of this step's noise level."""
+        return self.forward.call.stage
 
     @property
     def decision(self) -> Decision:
         """The decision about operations of this step."""
-        return self.decisions[self.entry]
+        return self.decisions[self.stage]
 
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
@@ -203,7 +208,7 @@ class Interception:
                 reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
             )  # fmt: skip
-        spread.check([self._configs[self.entry].asked])
+        spread.check([self.configs[self.stage].asked])
         self._take(q, spread)
         arguments = self._arguments(text, spread)
         out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **arguments)
@@ -227,22 +232,25 @@ class Interception:
         if self.fallbacks and not self.intercepted:
             lowering, reason = "stock", "; ".join(self.fallbacks)
         notes = *self.forward.notes, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses
-        by_entry = dict(zip(self.own.words, self.calls, strict=True)) if len(self.calls) > 1 else {}
+        by_entry = dict.fromkeys(self.own.words if len(self.own.words) > 1 else (), 0)
+        for entry, calls in zip(self.own.of_stage, self.calls, strict=True):
+            if by_entry:
+                by_entry[self.own.words[entry]] += calls
         return ModuleReceipt(
             module, lowering, self.own.config.high, self.own.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
             sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), by_entry,
         )  # fmt: skip
 
-    def arguments(self, config: DMAConfig, text: tuple[int, int], grid: tuple[int, ...]) -> dict[str, Any]:
-        """Keyword arguments of the operator under one of the module's configurations, as `DMAConfig.arguments`."""
-        own = config.arguments(text)
-        # Every entry has the grid: blocks share graphs then, and calls of one size what is kept for it.
-        return own | {"grid": grid if self._has_grid else (), "masks_text": self.family.masks_text}
+    def arguments(self, stage: int, text: tuple[int, int], grid: tuple[int, ...]) -> dict[str, Any]:
+        """Keyword arguments of the operator in the stage of this number, as `DMAConfig.arguments`."""
+        start, stop = self.configs[stage].protected(text)
+        own = {"grid": grid if self._has_grid else (), "text_start": start, "text_stop": stop}
+        return self._arguments_of[stage] | own
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
         """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
-        asked = [config.asked for config in self._configs if grid and config.asked.on_grid]
+        asked = [config.asked for _, config in self.own.entries if grid and config.asked.on_grid]
         return list(dict.fromkeys(note for policy in asked for note in policy.notes(grid)))
 
     def _text_range(
@@ -258,11 +266,11 @@ class Interception:
 
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
-        entry = self.entry
-        own = self.arguments(self._configs[entry], text or (0, 0), self.forward.grid)
+        stage = self.stage
+        own = self.arguments(stage, text or (0, 0), self.forward.grid)
         if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
             # All modules have the same constants, so that a block has as many versions as there are stages.
-            own |= {"policy": self.forward.policies, "which": self._which[entry].shape[0] - _CONSTANT}
+            own |= {"policy": self.forward.policies, "which": self._which[stage].shape[0] - _CONSTANT}
         return own
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
@@ -289,7 +297,7 @@ class Interception:
         """The lowering on a device, and its reason; those of all entries where they differ."""
         if self.head_dim is None:
             return None, "not called yet"
-        choices = [_choice(config, device, self.head_dim) for config in self._configs]
+        choices = [_choice(config, device, self.head_dim) for _, config in self.own.entries]
         lowerings, reasons = (dict.fromkeys(parts) for parts in zip(*choices, strict=True))
         return " or ".join(lowerings), "; ".join(reasons)
 
@@ -298,7 +306,7 @@ class Interception:
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
-            self.calls[self.entry] += 1
+            self.calls[self.stage] += 1
             self.spread = spread
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)

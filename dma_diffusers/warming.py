@@ -164,10 +164,10 @@ def _kinds(
         length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
         start = tokens if family.text == "last" and length else 0
         shape = (batch, heads, tokens + length, head_dim)
-        for _, config in own.entries:
+        for stage, config in enumerate(interception.configs):
             if tokens + length < config.least_keys(device, head_dim):
                 continue
-            arguments = interception.arguments(config, (start, start + length), grid)
+            arguments = interception.arguments(stage, (start, start + length), grid)
             for masks_keys in (False, True) if family.masks_text and length else (False,):
                 if config.why_stock(device, head_dim, "text" if masks_keys and config.protect_text else ""):
                     continue

@@ -362,10 +362,10 @@ def test_noise_levels_are_those_of_the_schedule(name):
     first, second = pipe.scheduler.sigmas[:2].tolist()
     if name == "mochi":
         first, second = 1 - first, 1 - second
-    entries = []
+    stages = []
 
     def spy(interception, *args):
-        entries.append(interception.entry)
+        stages.append(interception.stage)
         return ""
 
     apply(pipe, dense_above_sigma=(first + second) / 2)
@@ -374,8 +374,8 @@ def test_noise_levels_are_those_of_the_schedule(name):
             for decision in interception.decisions:
                 decision.why_stock = partial(spy, interception)
     tiny_pipelines.draw(pipe)
-    half = len(entries) // 2
-    assert entries == [0] * half + [1] * half != []
+    half = len(stages) // 2
+    assert stages == [0] * half + [1] * half != []
 
 
 def test_the_timestep_of_cosmos_does_not_tell_its_noise():

@@ -137,7 +137,8 @@ def test_dense_steps_and_layers_are_high_everywhere_with_every_policy(name, poli
     modules = len([module for module in report(pipe).modules if module.policy])
     asked.clear()
     draw(pipe)
-    assert [call["mapped"] for call in asked[:modules]] == [False, False] + [True] * (modules - 2)
+    words = [str(Dense())] * 2 + [str(policy)] * (modules - 2)
+    assert [call["policy"] for call in asked[:modules]] == words
 
 
 def test_a_clamped_window_is_noted_once(caplog):
