@@ -232,14 +232,10 @@ class Interception:
         if self.fallbacks and not self.intercepted:
             lowering, reason = "stock", "; ".join(self.fallbacks)
         notes = *self.forward.notes, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses
-        by_entry = dict.fromkeys(self.own.words if len(self.own.words) > 1 else (), 0)
-        for entry, calls in zip(self.own.of_stage, self.calls, strict=True):
-            if by_entry:
-                by_entry[self.own.words[entry]] += calls
         return ModuleReceipt(
             module, lowering, self.own.config.high, self.own.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
-            sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), by_entry,
+            sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), self._by_entry(),
         )  # fmt: skip
 
     def arguments(self, stage: int, text: tuple[int, int], grid: tuple[int, ...]) -> dict[str, Any]:
@@ -300,6 +296,14 @@ class Interception:
         choices = [_choice(config, device, self.head_dim) for _, config in self.own.entries]
         lowerings, reasons = (dict.fromkeys(parts) for parts in zip(*choices, strict=True))
         return " or ".join(lowerings), "; ".join(reasons)
+
+    def _by_entry(self) -> dict[str, int]:
+        """The number of calls that the operator took under each entry, by its words; empty for a single one."""
+        words = self.own.words
+        found = dict.fromkeys(words, 0)
+        for entry, calls in zip(self.own.of_stage, self.calls, strict=True):
+            found[words[entry]] += calls
+        return found if len(words) > 1 else {}
 
     def _policy(self) -> str:
         return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
