@@ -60,9 +60,9 @@ class DMAConfig:
         importance(budget=0.05)", or as pairs of a level, falling to 0, and what holds above it: `((0.9, "dense()"),
         (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, high, low, or several
         of these; what it has not is as in the other fields. There are at most four, because torch.compile makes a graph
-        for each. The highest level of a batch counts. Reading it waits for the device once per forward call. It happens
-        before a model's compiled graph, but breaks the graph of whatever else is compiled around the model. Kept as
-        words.
+        for each in precisions of its own. The highest level of a batch counts. Reading it waits for the device once per
+        forward call. It happens before a model's compiled graph, but breaks the graph of whatever else is compiled
+        around the model. Kept as words.
     min_length: calls with fewer keys (tokens) fall back to stock attention.
     dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step: as an
         entry of a schedule, beside which it is not given. None: as published for the model's family where the policy

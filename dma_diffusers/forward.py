@@ -18,6 +18,8 @@ from dma_diffusers.stages import Stages
 logger = logging.getLogger("dma_diffusers")
 
 UNKNOWN_NOISE = "a call did not tell its noise level: it ran as those of the highest levels"
+DIGITS = 4099
+"""The base in which a module's policies are numbered, a digit for each stage. No length is likely to be its power."""
 _NUMBERS = count()
 
 
@@ -30,19 +32,24 @@ class Listener(Protocol):
 class ForwardCall:
     """Facts about one forward call; each thread has one of its own.
 
-    is_running: whether the model's own call has begun and not ended. stage: the number of the stage of its noise level.
-    trains: whether a backward pass will follow, perhaps through checkpoints.
-    pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
+    is_running: whether the model's own call has begun and not ended. stage, kind: the numbers of the stage of its noise
+    level, and of that stage's kind (`Stages`). trains: whether a backward pass will follow, perhaps through
+    checkpoints. pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
     """
 
     def __init__(self) -> None:
         self.is_running = False
-        self.stage = 0
         self.trains = False
         self.pairs_angles = False
+        self.enter(0, 0)
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self.text: torch.Tensor | None = None
         self.grid: torch.Tensor | None = None
+
+    def enter(self, stage: int, kind: int) -> None:
+        """Enters the stage of this number and kind; the length of `digit` tells it to graphs that hold for several."""
+        self.stage, self.kind = stage, kind
+        self.digit = torch.empty(DIGITS ** (stage + 1), 0, device="cpu")
 
 
 class _OfThread(threading.local):
@@ -138,7 +145,8 @@ class ForwardContext:
             sigma = self.noise_level(args, kwargs)
             if sigma is None and UNKNOWN_NOISE not in self.notes:
                 self.notes.append(UNKNOWN_NOISE)
-            self.call.stage = self.stages.number(None if sigma is None else float(sigma))
+            stage = self.stages.number(None if sigma is None else float(sigma))
+            self.call.enter(stage, self.stages.kinds[stage])
 
     def end(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
         """Ends the call, also when the model raises; a forward hook."""

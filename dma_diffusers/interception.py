@@ -14,7 +14,7 @@ from dma_diffusers import unmet
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
-from dma_diffusers.forward import ForwardContext
+from dma_diffusers.forward import DIGITS, ForwardContext
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
@@ -27,7 +27,6 @@ logger = logging.getLogger("dma_diffusers")
 
 FUSES = "norm and RoPE of q and k are in the operator"
 _MOST_KINDS = 1024
-_CONSTANT = 2
 
 
 class Change(Protocol):
@@ -72,22 +71,23 @@ class Interception:
         self.own = own
         self.family = family
         self.forward = forward
-        # Each is a tuple of one for each stage: a graph knows the stage, but not which entries a module has.
-        self.configs = tuple(own.entries[entry].config for entry in own.of_stage)
-        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in self.configs)
+        self.configs = tuple(own.entries[entry].config for entry in own.of_stage)  # of stages
+        kinds = forward.stages.kinds if forward.stages else (0,)
+        of_kinds = [self.configs[kinds.index(kind)] for kind in range(max(kinds) + 1)]
+        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in of_kinds)
         self._arguments_of = tuple(
-            config.arguments((0, 0)) | {"masks_text": family.masks_text} for config in self.configs
+            config.arguments((0, 0)) | {"masks_text": family.masks_text} for config in of_kinds
         )
         for config in self.configs:
             if config.words not in forward.policies:
                 forward.policies.append(config.words)
-        # Empty tensors hold policies' numbers: torch.compile takes integers for constants, and lengths of 0 and 1.
-        self._which = tuple(
-            torch.empty(forward.policies.index(config.words) + _CONSTANT, 0, device="cpu")
-            for config in self.configs
-        )
-        # Every stage has the grid: blocks share graphs then, and calls of one size what is kept for it.
-        self._has_grid = any(config.asked.on_grid for _, config in own.config.entries)
+        # An empty tensor has the numbers of the stages' policies, from 1, as the digits of its length: torch.compile
+        # takes integers for constants, and lengths of 0 and 1.
+        numbers = [forward.policies.index(config.words) + 1 for config in self.configs]
+        digits = sum(number * DIGITS ** (stage + 1) for stage, number in enumerate(numbers))
+        self._numbers = torch.empty(digits, 0, device="cpu")
+        # All stages have the grid, to share graphs, and what is kept for calls of one size.
+        self.has_grid = any(config.asked.on_grid for _, config in own.config.entries)
         self.stand_in: Callable[..., operator.Result] | None = None
         self.calls = [0] * len(self.configs)  # that were intercepted, by stage
         self.fallbacks: Counter[str] = Counter()
@@ -105,14 +105,9 @@ class Interception:
         return sum(self.calls)
 
     @property
-    def stage(self) -> int:
-        """The number of the stage of this step's noise level."""
-        return self.forward.call.stage
-
-    @property
     def decision(self) -> Decision:
         """The decision about operations of this step."""
-        return self.decisions[self.stage]
+        return self.decisions[self.forward.call.kind]
 
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
@@ -208,7 +203,7 @@ class Interception:
                 reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
             )  # fmt: skip
-        spread.check([self.configs[self.stage].asked])
+        spread.check([self.configs[self.forward.call.stage].asked])
         self._take(q, spread)
         arguments = self._arguments(text, spread)
         out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **arguments)
@@ -238,12 +233,6 @@ class Interception:
             sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), self._by_entry(),
         )  # fmt: skip
 
-    def arguments(self, stage: int, text: tuple[int, int], grid: tuple[int, ...]) -> dict[str, Any]:
-        """Keyword arguments of the operator in the stage of this number, as `DMAConfig.arguments`."""
-        start, stop = self.configs[stage].protected(text)
-        own = {"grid": grid if self._has_grid else (), "text_start": start, "text_stop": stop}
-        return self._arguments_of[stage] | own
-
     def notes(self, grid: tuple[int, ...]) -> list[str]:
         """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
         asked = [config.asked for _, config in self.own.entries if grid and config.asked.on_grid]
@@ -262,12 +251,16 @@ class Interception:
 
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
-        stage = self.stage
-        own = self.arguments(stage, text or (0, 0), self.forward.grid)
-        if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
-            # All modules have the same constants, so that a block has as many versions as there are stages.
-            own |= {"policy": self.forward.policies, "which": self._which[stage].shape[0] - _CONSTANT}
-        return own
+        call = self.forward.call
+        start, stop = self.own.config.protected(text or (0, 0))
+        own = self._arguments_of[call.kind] | {
+            "grid": self.forward.grid if self.has_grid else (), "text_start": start, "text_stop": stop
+        }  # fmt: skip
+        if not torch.compiler.is_compiling() or len(self.forward.policies) == 1 or spread is not None:
+            return own | {"policy": self.configs[call.stage].words}
+        # All modules, and stages of one kind, have the same constants, so that their blocks share graphs.
+        number = self._numbers.shape[0] // call.digit.shape[0] % DIGITS
+        return own | {"policy": self.forward.policies, "which": number - 1}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
@@ -286,7 +279,7 @@ class Interception:
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
         now = self.forward.call
-        running = now.is_running, now.trains, now.stage, self.forward.text_length
+        running = now.is_running, now.trains, now.kind, self.forward.text_length
         return hidden.device, _wants_gradients(hidden), *running, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
@@ -310,7 +303,7 @@ class Interception:
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
-            self.calls[self.stage] += 1
+            self.calls[self.forward.call.stage] += 1
             self.spread = spread
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)

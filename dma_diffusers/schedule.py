@@ -15,7 +15,7 @@ from dma_diffusers.kernels.precision import HIGH_PV, LOW_PV, Precisions
 from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
 
 MOST_ENTRIES = 4
-"""For each entry, torch.compile makes a graph of a block, or of a model."""
+"""For each entry with precisions of its own, torch.compile makes a graph of a block, or of a model."""
 
 _ENTRY = re.compile(r"\s*(?:sigma\s*>\s*([^:\s>=]+)\s*:)?\s*(\S.*)", re.DOTALL)
 _CALL = r"\w+\s*\([^()]*\)"
@@ -165,6 +165,6 @@ def _checked(parts: Sequence[Part]) -> tuple[Part, ...]:
         )
     if len(parts) > MOST_ENTRIES:
         raise ValueError(
-            f"schedule: at most {MOST_ENTRIES} entries, for each is compiled apart, got {len(parts)}"
+            f"schedule: at most {MOST_ENTRIES} entries, for some are compiled apart, got {len(parts)}"
         )
     return tuple(parts)

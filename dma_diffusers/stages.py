@@ -60,6 +60,16 @@ class Stages:
     modules: Mapping[str, ModuleStages]
     note: str
 
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """The number of each stage's kind; stages of one kind differ in policies alone, and share compiled graphs."""
+        of_stages = [
+            tuple(_outside_policy(own.entries[own.of_stage[stage]].config) for own in self.modules.values())
+            for stage in range(len(self.above) + 1)
+        ]
+        different = list(dict.fromkeys(of_stages))
+        return tuple(map(different.index, of_stages))
+
     def number(self, sigma: float | None) -> int:
         """The number of the stage at a noise level; that of the highest levels where it is not known."""
         if sigma is None:
@@ -88,13 +98,18 @@ def stages(config: DMAConfig, family: Family, kind: str, modules: tuple[str, ...
     if len(above) >= schedule.MOST_ENTRIES:
         raise ValueError(
             f"the modules' schedules have the noise levels {', '.join(map(str, above))} between them: at most "
-            f"{schedule.MOST_ENTRIES - 1} can be had, for the model is compiled once more for each"
+            f"{schedule.MOST_ENTRIES - 1} can be had, for the model may be compiled once more for each"
         )
     found = {
         name: ModuleStages(own[name], each, tuple(_holding(each, level) for level in (*above, -1.0)))
         for name, each in entries.items()
     }
     return Stages(tuple(above), found, dense.note)
+
+
+def _outside_policy(config: DMAConfig) -> tuple[str, str, bool]:
+    """Everything but the words of the policy that may differ between a module's entries."""
+    return config.high, config.low, config.lowering == "fastest" and config.asked == Dense(Class.LOW)
 
 
 def _holding(entries: tuple[Entry, ...], level: float) -> int:

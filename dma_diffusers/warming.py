@@ -164,10 +164,12 @@ def _kinds(
         length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
         start = tokens if family.text == "last" and length else 0
         shape = (batch, heads, tokens + length, head_dim)
-        for stage, config in enumerate(interception.configs):
+        for config in interception.configs:
             if tokens + length < config.least_keys(device, head_dim):
                 continue
-            arguments = interception.arguments(stage, (start, start + length), grid)
+            arguments = config.arguments((start, start + length)) | {
+                "grid": grid if interception.has_grid else (), "masks_text": family.masks_text
+            }  # fmt: skip
             for masks_keys in (False, True) if family.masks_text and length else (False,):
                 if config.why_stock(device, head_dim, "text" if masks_keys and config.protect_text else ""):
                     continue

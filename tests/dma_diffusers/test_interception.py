@@ -173,14 +173,14 @@ def test_a_guider_that_skips_attention_scores_still_does():
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken, (q, k, v) = interception(dense_above_sigma=0.9), qkv()
     taken.forward.begin_on_device(Model().eval(), (q,), {"timestep": torch.tensor([0.0, timestep])})
-    assert taken.stage == (0 if dense else 1)
+    assert taken.forward.call.stage == (0 if dense else 1)
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
     taken = interception(dense=True, dense_above_sigma=0.9)
     taken.forward.begin_on_device(Model().eval(), (), {"timestep": torch.tensor(1.0)})
-    assert taken.own.words == (DENSE,) and taken.configs[taken.stage].words == DENSE
+    assert taken.own.words == (DENSE,) and taken.configs[taken.forward.call.stage].words == DENSE
 
 
 def test_positional_arguments_of_the_model_are_understood():
@@ -188,7 +188,10 @@ def test_positional_arguments_of_the_model_are_understood():
     taken.forward.begin_on_device(
         Model(), (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {}
     )
-    assert (taken.forward.text_length, taken.own.words[taken.stage]) == (7, f"sigma>0.5: {DENSE}")
+    assert (taken.forward.text_length, taken.own.words[taken.forward.call.stage]) == (
+        7,
+        f"sigma>0.5: {DENSE}",
+    )
 
 
 @pytest.mark.parametrize("protected", [True, False])

@@ -365,7 +365,7 @@ def test_noise_levels_are_those_of_the_schedule(name):
     stages = []
 
     def spy(interception, *args):
-        stages.append(interception.stage)
+        stages.append(interception.forward.call.stage)
         return ""
 
     apply(pipe, dense_above_sigma=(first + second) / 2)

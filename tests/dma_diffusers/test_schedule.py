@@ -112,7 +112,7 @@ def test_what_a_module_says_of_its_own():
     ("dense() window=384", "window and sink are those of a diagonal: leave them out, or dense"),
     (3, "schedule must be words, .* or pairs"), ([0.9, "dense()"], "or pairs of a noise level"), ([[0]], "or pairs"),
     ("sigma>.8: low=int8; sigma>.6: low=fp8; sigma>.4: low=int8; sigma>.2: low=fp8; low=int8",
-     "schedule: at most 4 entries, for each is compiled apart, got 5"),
+     "schedule: at most 4 entries, for some are compiled apart, got 5"),
 ])  # fmt: skip
 def test_bad_schedules_are_one_line(given_, words):
     with pytest.raises(ValueError, match=words) as error:
