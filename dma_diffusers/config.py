@@ -257,10 +257,9 @@ class DMAConfig:
         """The configurations of the schedule, which have none themselves; without a schedule it is this one alone."""
         if self.schedule is None:
             return (Entry(0.0, self),)
+        alone: dict[str, Any] = {"schedule": None, "modules": (), "model": None}
         return tuple(
-            Entry(
-                part.above, replace(self, schedule=None, **(DIAGONAL if part.policy else {}), **part.fields)
-            )
+            Entry(part.above, replace(self, **alone | (DIAGONAL if part.policy else {}) | part.fields))
             for part in schedules.read(self.schedule)
         )
 
@@ -387,7 +386,9 @@ def is_words(policy: str) -> bool:
 
 
 # The values of window and sink where they are not given.
-DIAGONAL = {field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")}
+DIAGONAL: dict[str, Any] = {
+    field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")
+}
 
 
 def _names_every_policy(schedule: Any) -> bool:
