@@ -75,7 +75,7 @@ class Stages:
         if sigma is None:
             return 0
         # A noise level on the device is a float32, so that one at a threshold must be compared as such.
-        level, *above = torch.tensor([sigma, *self.above], dtype=torch.float32).tolist()
+        level, *above = torch.tensor([sigma, *self.above], dtype=torch.float32, device="cpu").tolist()
         return sum(level <= threshold for threshold in above)
 
     def at(self, module: str, sigma: float | None) -> DMAConfig:
