@@ -10,7 +10,6 @@ from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_emp
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
-    UNVISITED,
     Class,
     Phase,
     PrecisionMap,
@@ -64,13 +63,13 @@ class Plan:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors on the device that kernels read of it."""
-        lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds)]
+        lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds, made.means)]
         others = (
             self.routing.phases if self.routing else None,
             self.token_order,
             self.fine_mask.packed if self.fine_mask else None,
         )
-        return [*lists, *(x for x in others if x is not None)]
+        return [x for x in (*lists, *others) if x is not None]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -106,7 +105,7 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
         )
     if masks_text:
         has_text = tiles_with(tile_order.layout.is_text)
-        phases = torch.where(has_text & (phases != UNVISITED), int(Phase.MASKED), phases)
+        phases = torch.where(has_text & (phases < Phase.MEAN), int(Phase.MASKED), phases)
     made = _block_lists(classes, phases, policy)
     return Plan(*made, token_order, packed, policy.skip_below, not masks_text)
 
@@ -117,5 +116,5 @@ def _block_lists(
     """A map, and what of it is routed."""
     if policy.importance and (phases == Phase.LOW).any():
         return map_of(phases, has_high=True), Routing.of(phases, policy.importance)
-    has_high = bool(((classes == Class.HIGH) & (phases != UNVISITED)).any())
+    has_high = bool(((classes == Class.HIGH) & (phases < Phase.MEAN)).any())
     return map_of(phases, has_high), None

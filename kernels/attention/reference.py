@@ -12,7 +12,7 @@ from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import Pools, pooled, route
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
-from dma_diffusers.kernels.tiling.precision_map import Phase, PrecisionMap
+from dma_diffusers.kernels.tiling.precision_map import LOOPS, Phase, PrecisionMap
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
 LOWEST = -1.0e30
@@ -70,7 +70,7 @@ def attention(
     accumulator = torch.zeros(rows, TILE, head_dim, **state)
     kept = torch.zeros(rows, TILE // skip_rows, dtype=torch.int32, device=device)  # tiles in a row
     start = torch.zeros_like(row)
-    for phase in Phase:
+    for phase in LOOPS:
         end = bounds[:, phase]
         length, longest_first = (end - start).sort(descending=True, stable=True)
         operands = of_low if phase in low_phases else of_high

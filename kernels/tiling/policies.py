@@ -119,7 +119,7 @@ class Dense(Policy):
 
     def __post_init__(self):
         if not isinstance(self.everywhere, Class) or self.everywhere is Class.SKIP:
-            raise ValueError(f"everywhere must be high or low, got {write_value(self.everywhere)}")
+            raise ValueError(f"everywhere must be high, low or mean, got {write_value(self.everywhere)}")
 
     def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
         return torch.full_like(super()._of_tiles(layout, is_causal, tile_order), int(self.everywhere))
