@@ -1,6 +1,7 @@
 """The quantiser in torch: it defines what is correct."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
-from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
 SAMPLED_TOKENS = 1024
 
@@ -138,6 +139,31 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
 def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """v / scale in e4m3."""
     return (v.float() / scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+
+
+class Means(NamedTuple):
+    """The means of the sub-tiles, which the kernels read as further keys and values.
+
+    k, v: of the keys that are seen in a sub-tile and of their values, float32 `[B, Hkv, 4·k_tiles, D]`; zero where none
+        is seen. log_counts: log2 of how many are seen, float32 `[B, 4·k_tiles]`; −inf for none.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_counts: torch.Tensor
+
+
+def means_of(k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> Means:
+    """The means of k and v `[B, Hkv, S, D]`; k is smoothed, if any class is. seen: bool `[B, S]`."""
+    seen = F.pad(seen, (0, -seen.shape[-1] % TILE)).unflatten(-1, (-1, SUBTILE))
+    counts = seen.sum(-1).float()
+    inverse = (1 / counts.clamp(min=1))[:, None, :, None, None]
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x.float(), (0, 0, 0, -x.shape[-2] % TILE)).unflatten(-2, (-1, SUBTILE))
+        return torch.where(seen[:, None, ..., None], x * inverse, 0).sum(-2)
+
+    return Means(mean(k), mean(v), counts.log2())
 
 
 def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tensor:
