@@ -132,12 +132,15 @@ def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.cons
 
 @triton.jit
 def _scores_of_means(s, factor, word, log_counts, TCGEN05: tl.constexpr):
-    """The scores of 128 sub-tiles, −inf for those of KV tiles whose bit of the word isn't set, and of hidden keys."""
+    """The scores of 128 sub-tiles: −inf where no key is seen, and for KV tiles whose bit of the word isn't set."""
     columns = tl.arange(0, TILE)
     is_taken = (word >> (columns // (TILE // MEANS_TILES)) & 1) != 0
-    weight = tl.where(is_taken, tl.load(log_counts + columns), float("-inf"))[None, :]
-    s = multiply_add(s.to(tl.float32), factor[:, None], weight, TCGEN05)
-    return tl.where(weight == float("-inf"), float("-inf"), s)  # whatever s is
+    weights = tl.load(log_counts + columns)
+    return tl.where(
+        is_taken[None, :],
+        multiply_add(s.to(tl.float32), factor[:, None], weights[None, :], TCGEN05),
+        float("-inf"),
+    )
 
 
 @triton.jit
@@ -325,7 +328,7 @@ def attend(
     MEAN: tl.constexpr, MEAN_STORAGE: tl.constexpr, MEAN_BLOCK: tl.constexpr, MEAN_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
-    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, MEAN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -454,7 +457,7 @@ def attend(
                     None, 0, mean_tiles, means + own_row * mean_tiles, log_counts + batch * (mean_tiles * TILE),
                     None, None, guards, k_length, start, None, None, zero,
                     MEAN, MEAN_STORAGE, MEAN_BLOCK, MEAN_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, MEAN_STAGES,
                 )  # fmt: skip
                 if MEAN_UNITS:
                     accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]

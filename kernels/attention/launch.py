@@ -294,8 +294,10 @@ def _launch(
         source.norms,
     )
     needs_v = is_channel or source.token_order is not None or variant.means is not None
-    # On sm_90 two programs share a multiprocessor. Elsewhere Triton 3.7 would spill for that, if it were not told.
-    registers = None if dim != 128 else 64 if variant.target == "sm_90" else 128
+    # On sm_90 two programs share a multiprocessor, unless they sum means too, for which they would spill. Elsewhere
+    # Triton 3.7 would spill to let two share it, if it were not told.
+    shares = variant.target == "sm_90" and variant.means is None
+    registers = None if dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
         amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
@@ -387,16 +389,21 @@ def _attend(
             means, log_counts,
             *(means.stride(d) // means.shape[-1] if means.shape[d] > 1 else 0 for d in (0, 1)),
         ]  # fmt: skip
-    loads_mask = source.key_mask is not None or fine_mask is not None
+    loads_mask, is_tcgen05 = (
+        source.key_mask is not None or fine_mask is not None,
+        variant.target in TCGEN05_ARCHITECTURES,
+    )
     blocks = -(-q_length // tuned.rows) * batch * heads
     most = blocks if tuned.programs is None else tuned.programs * multiprocessors(source.q.device)
     launcher(
         attend, (min(blocks, most),), *arguments, blocks, 0.0, *of_means, *multiplied,
         *(variant.means.multiplied if variant.means else [None] * 4),
         CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-        EXP_SHARE=tuned.exp_share, TCGEN05=variant.target in TCGEN05_ARCHITECTURES,
+        EXP_SHARE=tuned.exp_share, TCGEN05=is_tcgen05,
         UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
+        # Where tiles may be skipped as well, sm_120 would spill with more.
+        MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
         num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
         enable_fp_fusion=True,
         maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill

@@ -125,7 +125,7 @@ def attention(
             tile = row_kv_head * words.shape[-1] + number
             s = (operands.q @ operands.k[tile].mT) * operands.factor
             counts = log_counts[row_batch, number * TILE : (number + 1) * TILE]
-            is_taken = (word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1) & (counts > -math.inf)
+            is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             m, l, accumulator = _added(m, l, accumulator, s, operands.v[tile], operands.p_dtype, sums_rounded)
         accumulator = accumulator * unit

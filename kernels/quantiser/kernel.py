@@ -15,6 +15,7 @@ from dma_diffusers.kernels.device.rounding import (
     to_e5m2,
     within,
 )
+from dma_diffusers.kernels.quantiser import reference
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -31,6 +32,7 @@ from dma_diffusers.kernels.tiling import layout
 
 TILE, SUBTILE = tl.constexpr(layout.TILE), tl.constexpr(layout.SUBTILE)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+MEANS_ANCHORED = tl.constexpr(reference.MEANS_ANCHORED)
 
 
 @triton.jit
@@ -268,10 +270,15 @@ def _counts(seen):
 
 @triton.jit
 def _means(x, counts):
-    """The means of sub-tiles: [4, columns] of x [128, columns], which is zero where a token isn't seen."""
+    """The means of sub-tiles: [4, columns] of x [128, columns], which is zero where a token isn't seen.
+
+    The terms are multiples of one number for each column, as in the reference: their sum is exact in any order.
+    """
     inverse = tl.div_rn(tl.full(counts.shape, 1.0, tl.float32), tl.maximum(counts, 1.0))
     in_subtiles = tl.reshape(x, (TILE // SUBTILE, SUBTILE, x.shape[1]))
-    return tl.sum(in_subtiles * inverse[:, None, None], axis=1)
+    power = (tl.max(magnitude_bits(x), axis=0) & 0x7F800000).to(tl.float32, bitcast=True)
+    anchor = tl.where(power > MEANS_ANCHORED, 0.0, 6.0 * power)[None, None, :]
+    return tl.sum((in_subtiles * inverse[:, None, None] + anchor) - anchor, axis=1)
 
 
 @triton.jit
@@ -365,6 +372,12 @@ def _encode_key(
         tl.where(inside[:, None], even_value, 0.0),
         tl.where(inside[:, None], odd_value, 0.0),
     )
+    _encode_classes(
+        even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
+        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
+        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+    )  # fmt: skip
     if k_means is not None:
         counts = _counts(inside)
         means = joined(_means(even_value, counts), _means(odd_value, counts))
@@ -372,12 +385,6 @@ def _encode_key(
         if head % heads == 0:
             subtiles = tl.cdiv(tiles * (TILE // SUBTILE), TILE) * TILE
             _store_log_counts(log_counts + batch.to(tl.int64) * subtiles, counts, tile, tiles)
-    _encode_classes(
-        even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
-        high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
-        HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
-    )  # fmt: skip
 
 
 @triton.jit
