@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dma_diffusers.kernels.device.memory import kept
+from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
-    UNVISITED,
     Class,
     Phase,
     PrecisionMap,
@@ -43,6 +43,12 @@ class Plan:
         default_factory=dict, repr=False, compare=False
     )
 
+    def used(self, precisions: Precisions) -> tuple[Precision | None, Precision | None, Precision | None]:
+        """The precisions of HIGH, LOW and MEAN tiles; None for a class that the map doesn't have."""
+        precision_map = self.precision_map
+        of_means = precisions.of_means(precision_map.has_low) if precision_map.has_mean else None
+        return *precision_map.used(*precisions), of_means
+
     def to(self, device: torch.device) -> "Plan":
         """The same plan on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
@@ -64,13 +70,13 @@ class Plan:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors on the device that kernels read of it."""
-        lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds)]
+        lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds, made.means)]
         others = (
             self.routing.phases if self.routing else None,
             self.token_order,
             self.fine_mask.packed if self.fine_mask else None,
         )
-        return [*lists, *(x for x in others if x is not None)]
+        return [x for x in (*lists, *others) if x is not None]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -106,7 +112,7 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
         )
     if masks_text:
         has_text = tiles_with(tile_order.layout.is_text)
-        phases = torch.where(has_text & (phases != UNVISITED), int(Phase.MASKED), phases)
+        phases = torch.where(has_text & (phases < Phase.MEAN), int(Phase.MASKED), phases)
     made = _block_lists(classes, phases, policy)
     return Plan(*made, token_order, packed, policy.skip_below, not masks_text)
 
@@ -117,5 +123,5 @@ def _block_lists(
     """A map, and what of it is routed."""
     if policy.importance and (phases == Phase.LOW).any():
         return map_of(phases, has_high=True), Routing.of(phases, policy.importance)
-    has_high = bool(((classes == Class.HIGH) & (phases != UNVISITED)).any())
+    has_high = bool(((classes == Class.HIGH) & (phases < Phase.MEAN)).any())
     return map_of(phases, has_high), None

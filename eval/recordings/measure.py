@@ -16,7 +16,7 @@ from dma_diffusers.families import FAMILIES, Family
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Policy, parse
-from dma_diffusers.kernels.tiling.precision_map import Class, Phase
+from dma_diffusers.kernels.tiling.precision_map import LOOPS, MEANS_TILES, Class, Phase
 from dma_diffusers.stages import stages
 
 
@@ -191,12 +191,16 @@ def tile_classes(made: plan.Plan) -> torch.Tensor:
         Phase.LOW: Class.LOW,
         Phase.MASKED: Class(int(not block_lists.has_high)),
     }
-    for phase in Phase:
+    for phase in LOOPS:
         end = block_lists.bounds[..., phase, None]
         tile = torch.where((place >= start) & (place < end), block_lists.indices, q_tiles)
         classes.scatter_(-1, tile.long(), int(of_phase[phase]))
         start = end
-    return classes[..., :-1]
+    classes = classes[..., :-1]
+    if block_lists.means is None:
+        return classes
+    is_mean = (block_lists.means[..., None] >> torch.arange(MEANS_TILES) & 1).flatten(-2)[..., :q_tiles]
+    return torch.where(is_mean == 1, int(Class.MEAN), classes)
 
 
 def _compared(

@@ -12,7 +12,7 @@ from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.tiling import layout, precision_map
 
 TILE = tl.constexpr(layout.TILE)
-HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.Phase)
+HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.LOOPS)
 UNVISITED = tl.constexpr(precision_map.UNVISITED)
 SAMPLE_STRIDE = tl.constexpr(reference.SAMPLE_STRIDE)
 LEVELS = tl.constexpr(reference.LEVELS)

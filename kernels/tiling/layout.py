@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 TILE = 128  # tokens of a map tile
+SUBTILE = 32  # tokens of a KV tile that MEAN takes together by their means
 DIMENSIONS = 3  # of a grid, at most
 
 

@@ -4,6 +4,9 @@ The block list of a Q tile names the KV tiles that it visits, in three contiguou
 HIGH, LOW, and MASKED. In MASKED tiles some query doesn't see some key (the causal diagonal, the end of the keys, empty
 slots); they are HIGH too, or LOW in a map that has nothing HIGH. With one loop for each phase, no loop has to look at
 the class of a tile (DMA, arXiv 2604.03950).
+
+A MEAN tile stands in no list. Its sub-tiles of 32 tokens take part in the softmax through their means, all MEAN tiles
+of a Q tile together: one bit for each KV tile says which these are.
 """
 
 from dataclasses import dataclass, replace
@@ -14,32 +17,38 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, Layout, tiles
 
 T = TypeVar("T")
 
 # Shared block lists serve one program of this many blocks of queries, each of this many rows.
 SHARED_BLOCKS, SHARED_ROWS = 3, 64
 SHARED_TILE_BITS = 24  # the low bits of a shared entry, which hold the KV tile
+MEANS_TILES = (
+    SUBTILE  # so many KV tiles have as many sub-tiles as a tile has tokens, and share a word of bits
+)
 
 
 class Class(IntEnum):
-    """The precision that a policy chooses for one pair of tiles."""
+    """The precision that a policy chooses for one pair of tiles; smaller numbers are more precise."""
 
     HIGH = 0
     LOW = 1
-    SKIP = 2
+    MEAN = 2
+    SKIP = 3
 
 
 class Phase(IntEnum):
-    """The kernels' loops, each over one kind of tile, in the order in which they run."""
+    """How the kernels take a pair of tiles: in one of the loops over block lists, or through its means."""
 
     HIGH = 0
     LOW = 1
     MASKED = 2
+    MEAN = 3
 
 
-UNVISITED = len(Phase)  # stands for the phase of a pair that no loop visits
+LOOPS = (Phase.HIGH, Phase.LOW, Phase.MASKED)  # each over one kind of tile, in the order in which they run
+UNVISITED = len(Phase)  # stands for the phase of a pair that the kernels leave out
 
 
 @dataclass(frozen=True)
@@ -50,16 +59,25 @@ class PrecisionMap:
         the end of a list mean nothing.
     bounds: int32 `[B or 1, H or 1, q_tiles, 3]`, where each phase ends in `indices`.
     has_high, has_low: whether any Q tile visits tiles of that class; masked ones are HIGH if any tile is.
+    means: int32 `[B or 1, H or 1, q_tiles, ceil(k_tiles / 32)]`: bit t of word w is set if the Q tile takes KV tile
+        32·w + t through its means; None if no pair is MEAN.
     """
 
     indices: torch.Tensor
     bounds: torch.Tensor
     has_high: bool
     has_low: bool
+    means: torch.Tensor | None = None
+
+    @property
+    def has_mean(self) -> bool:
+        """True if any Q tile takes a KV tile through its means."""
+        return self.means is not None
 
     def to(self, device: torch.device) -> "PrecisionMap":
         """The same map on `device`."""
-        return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device))
+        means = None if self.means is None else self.means.to(device)
+        return replace(self, indices=self.indices.to(device), bounds=self.bounds.to(device), means=means)
 
     @cached_property
     def shared(self) -> "PrecisionMap":
@@ -68,6 +86,7 @@ class PrecisionMap:
         A shared list names every KV tile that one of the blocks visits, once for each phase: an entry of `indices`
         holds the KV tile in its lowest 24 bits and above them one bit for each block, set if that block's Q tile
         visits it. `indices` is one entry longer than the longest list, because programs may read one entry ahead.
+        `means` stays as it is, a row for each Q tile.
         """
         device = self.indices.device
         both = torch.cat((self.indices.cpu(), self.bounds.cpu()), dim=-1)
@@ -105,9 +124,14 @@ class PrecisionMap:
 
 
 def causal_classes(classes: torch.Tensor) -> torch.Tensor:
-    """A copy of `classes` in which tiles that lie wholly above the diagonal are skipped."""
+    """A copy of `classes` for a causal mask.
+
+    Tiles that lie wholly above the diagonal are skipped. Those on it, of which a query sees a part, are LOW rather than
+    MEAN.
+    """
     q_tile = torch.arange(classes.shape[-2])[:, None]
     k_tile = torch.arange(classes.shape[-1])[None, :]
+    classes = torch.where((k_tile == q_tile) & (classes == Class.MEAN), int(Class.LOW), classes)
     return torch.where(k_tile > q_tile, int(Class.SKIP), classes)
 
 
@@ -134,20 +158,21 @@ def visiting_phases(
     token_order: torch.Tensor | None = None,
     cut: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The phase that visits each pair of tiles, `UNVISITED` if none does: integers of `classes`' shape.
+    """The phase that takes each pair of tiles, `UNVISITED` if none does: integers of `classes`' shape.
 
-    The arguments are those of `build_map`. Raises ValueError if `classes` doesn't have the layout's shape.
+    MEAN tiles are never MASKED: hidden keys count for no mean. The arguments are those of `build_map`. Raises
+    ValueError if `classes` doesn't have the layout's shape.
     """
     expected = (tiles(layout.q_length), tiles(layout.k_length))
     if classes.ndim != 4 or tuple(classes.shape[-2:]) != expected:
         raise ValueError(f"classes must be [B or 1, H or 1, *{expected}], got {list(classes.shape)}")
     if is_causal:
         classes = causal_classes(classes)
-    skipped = classes == Class.SKIP
     masked = cut_tiles(layout, is_causal, token_order)
     masked = masked if cut is None else masked | cut
     phases = torch.where(masked, int(Phase.MASKED), classes)
-    return torch.where(skipped, UNVISITED, phases)
+    phases = torch.where(classes == Class.MEAN, int(Phase.MEAN), phases)
+    return torch.where(classes == Class.SKIP, UNVISITED, phases)
 
 
 def build_map(
@@ -172,9 +197,18 @@ def build_map(
 def map_of(phases: torch.Tensor, has_high: bool) -> PrecisionMap:
     """The map of what `visiting_phases` gives. has_high: whether MASKED tiles are HIGH."""
     in_order = phases.argsort(dim=-1, stable=True)
-    counts = torch.stack([(phases == phase).sum(-1) for phase in Phase], dim=-1)
+    counts = torch.stack([(phases == phase).sum(-1) for phase in LOOPS], dim=-1)
     bounds = counts.cumsum(-1)
     longest = max(int(bounds[..., -1].max()), 1)
     has_low = bool(counts[..., Phase.LOW if has_high else slice(Phase.LOW, None)].any())
     indices = in_order[..., :longest].int().contiguous()
-    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low)
+    is_mean = phases == Phase.MEAN
+    means = means_of(is_mean) if is_mean.any() else None
+    return PrecisionMap(indices, bounds.int().contiguous(), has_high, has_low, means)
+
+
+def means_of(is_mean: torch.Tensor) -> torch.Tensor:
+    """`PrecisionMap.means` of the pairs that are MEAN. is_mean: bool `[B or 1, H or 1, q_tiles, k_tiles]`."""
+    words = F.pad(is_mean, (0, -is_mean.shape[-1] % MEANS_TILES)).unflatten(-1, (-1, MEANS_TILES))
+    bits = 1 << torch.arange(MEANS_TILES, device=is_mean.device)
+    return (words * bits).sum(-1).int().contiguous()  # the 32nd bit is the sign

@@ -20,12 +20,12 @@ from tests.kernels.calls import (
     Call,
     as_the_kernel,
     by_reference,
-    guarded,
     launched,
     random_calls,
     relative_l2,
     with_hidden,
 )
+from tests.kernels.guarded import guarded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
@@ -139,7 +139,9 @@ def test_maps_of_each_head_and_batch(pair, kernel_device):
     call = Call(384, 384, 64, batch=2, heads=2, high=pair[0], low=pair[1])
     q, k, v, _ = call.tensors(kernel_device)
     generator = torch.Generator().manual_seed(0)
-    classes = torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
+    classes = torch.tensor([Class.HIGH, Class.LOW, Class.SKIP])[
+        torch.randint(0, 3, (2, 2, 3, 3), generator=generator)
+    ]
     classes[0, 0, 0] = Class.SKIP
     precision_map = build_map(classes, call.layout)
     out, lse, _ = launched(q, k, v, precision_map, *pair)

@@ -9,18 +9,33 @@ from hypothesis import strategies as st
 
 from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map
+from dma_diffusers.kernels.tiling.precision_map import (
+    LOOPS,
+    UNVISITED,
+    Class,
+    Phase,
+    build_map,
+    visiting_phases,
+)
 from tests.kernels.calls import Call
 from tests.kernels.oracle import is_high
 
-HIGH, LOW, SKIP = Class.HIGH, Class.LOW, Class.SKIP
+HIGH, LOW, MEAN, SKIP = Class
 
 
 def block_list(precision_map, q_tile, batch=0, head=0):
     """The KV tiles of each phase of one Q tile."""
     bounds = [0, *precision_map.bounds[batch, head, q_tile].tolist()]
     indices = precision_map.indices[batch, head, q_tile].tolist()
-    return [indices[bounds[p] : bounds[p + 1]] for p in Phase]
+    return [indices[bounds[p] : bounds[p + 1]] for p in LOOPS]
+
+
+def mean_tiles(precision_map, q_tile, batch=0, head=0):
+    """The KV tiles that one Q tile takes through their means."""
+    if not precision_map.has_mean:
+        return []
+    words = [word % 2**32 for word in precision_map.means[batch, head, q_tile].tolist()]
+    return [32 * place + bit for place, word in enumerate(words) for bit in range(32) if word >> bit & 1]
 
 
 def test_phases_hold_sorted_tiles_of_their_class():
@@ -57,6 +72,59 @@ def test_batches_and_heads_have_lists_of_their_own():
     precision_map = build_map(classes, Layout(256, 256))
     assert block_list(precision_map, 1, head=0) == [[], [0, 1], []]
     assert block_list(precision_map, 1, head=1) == [[0, 1], [], []]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    q_length=st.integers(1, 600), k_length=st.integers(1, 5000), is_causal=st.booleans(), heads=st.integers(1, 2),
+    seed=st.integers(0, 2**31), empties=st.integers(0, 3), cuts=st.booleans(),
+)  # fmt: skip
+def test_classes_become_lists_and_bits(q_length, k_length, is_causal, heads, seed, empties, cuts):
+    """Every pair of tiles stands in one list, in the bits of the means, or nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout(q_length, k_length)
+    q_tiles, k_tiles = tiles(q_length), tiles(k_length)
+    classes = torch.randint(0, len(Class), (1, heads, q_tiles, k_tiles), generator=generator)
+    token_order = torch.arange(k_length) if empties else None
+    for empty in torch.randint(0, k_length, (empties,), generator=generator).tolist():
+        token_order[empty] = -1
+    cut = torch.rand(q_tiles, k_tiles, generator=generator) < 0.2 if cuts else None
+    precision_map = build_map(classes, layout, is_causal, token_order, cut)
+    is_visited_high = False
+    for head, q_tile, k_tile in product(range(heads), range(q_tiles), range(k_tiles)):
+        kind = Class(classes[0, head, q_tile, k_tile].item())
+        is_diagonal = is_causal and k_tile == q_tile
+        if is_causal and k_tile > q_tile:
+            kind = SKIP
+        elif is_diagonal and kind is MEAN:
+            kind = LOW
+        end = min(128 * (k_tile + 1), k_length)
+        is_cut = end < 128 * (k_tile + 1) or is_diagonal or (cuts and cut[q_tile, k_tile].item())
+        if token_order is not None:
+            is_cut |= (token_order[128 * k_tile : end] < 0).any().item()
+        loop = Phase.MASKED if is_cut else Phase(int(kind))
+        expected = {SKIP: UNVISITED, MEAN: Phase.MEAN}.get(kind, loop)
+        is_visited_high |= kind is HIGH
+        lists = [*block_list(precision_map, q_tile, head=head), mean_tiles(precision_map, q_tile, head=head)]
+        assert [phase for phase, found in enumerate(lists) if k_tile in found] == [expected][
+            : expected < UNVISITED
+        ]
+        assert all(found == sorted(set(found)) for found in lists)
+    assert precision_map.has_high == is_visited_high
+    phases = visiting_phases(classes, layout, is_causal, token_order, cut)
+    assert precision_map.has_mean == bool((phases == Phase.MEAN).any())
+    if precision_map.has_mean:
+        assert precision_map.means.dtype == torch.int32 and precision_map.means.shape[-1] == -(-k_tiles // 32)
+        assert precision_map.shared.means is precision_map.means
+        assert torch.equal(precision_map.to(torch.device("cpu")).means, precision_map.means)
+
+
+def test_a_map_of_all_means_has_empty_lists():
+    layout = Layout(300, 33 * 128)
+    precision_map = build_map(Dense(MEAN).classes(layout), layout)
+    assert precision_map.means.tolist() == [[[[-1, 1]] * 3]]
+    assert not precision_map.bounds.any() and not precision_map.has_high and not precision_map.has_low
+    assert not build_map(Dense(LOW).classes(layout), layout).has_mean
 
 
 def test_wrong_shape_is_refused():
@@ -120,7 +188,7 @@ def random_map(seed: int, batch: int, heads: int, q_length: int, k_length: int, 
     generator = torch.Generator().manual_seed(seed)
     layout = Layout(q_length, k_length)
     shape = (batch, heads, tiles(q_length), tiles(k_length))
-    return build_map(torch.randint(0, 3, shape, generator=generator), layout, is_causal)
+    return build_map(torch.randint(0, len(Class), shape, generator=generator), layout, is_causal)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -13,10 +13,11 @@ from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import exact
 from dma_diffusers.eval.recordings.cost import head_clocks, predicted_cost
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
-from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, to_json
+from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, tile_classes, to_json
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import parse as parse_policy
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 from dma_diffusers.kernels.tiling.tile_order import TileOrder
 from tests import tiny_pipelines
 from tests.eval.recordings.folders import random_tensors, saved
@@ -360,3 +361,10 @@ def test_evaluate_attention_of_a_pipeline(tmp_path):
     assert [row[0] for row in rows] == list(configurations) and {len(row) for row in rows} == {len(HEADER)}
     worst = np.array(document["layers"]["relative_l2"]["far"]).mean(1).argmax()
     assert document["modules"][worst] in rows[1][4]
+
+
+def test_classes_of_tiles_are_found_again_in_a_plan():
+    """Block lists and bits of means give back the classes from which they were made."""
+    layout = Layout(35 * 128, 35 * 128)
+    classes = torch.randint(0, len(Class), (1, 2, 35, 35), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(tile_classes(plan.Plan(build_map(classes, layout))), classes)
