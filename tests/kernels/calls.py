@@ -464,6 +464,14 @@ GRID_CALLS = [
         300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),
         name="nearest",
     ),
+    Call(
+        575, 575, 64, **_ONE_HEAD, high="bf16", low="int8", text=(0, 15), grid=(14, 40),
+        policy="neighborhood(window=5x9, beyond=mean)", name="2-D-means-text",
+    ),
+    Call(
+        468, 468, 40, kv_heads=1, batch=2, masks_keys=True, grid=(4, 9, 13),
+        policy="neighborhood(window=1x2x3, high=1x2x2, beyond=mean)", name="3-D-means-key-mask",
+    ),
 ]  # fmt: skip
 
 
