@@ -18,9 +18,9 @@ from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, PrecisionMap, map_of
 
 LN_2 = math.log(2)
-# The standard deviation of scores (base 2) beyond which the largest of 32 scores outweighs the sum of the others
-# (Derrida's random energy model, Phys. Rev. B 24, 2613).
-FARTHEST = math.sqrt(2 * math.log(SUBTILE)) / LN_2
+# The standard deviation of scores (base 2) beyond which the largest of 32 scores outweighs the sum of the others: the
+# largest of 32 Gaussian numbers lies 2.07 standard deviations above their mean, on average.
+FARTHEST = 2.07 / LN_2
 SUBTILES = TILE // SUBTILE  # of a KV tile
 SAMPLE_STRIDE = 4  # a pool takes one of so many neighbouring tokens
 # Importance has levels: 64 binades from 2^-44 to 2^20, with 64 steps each.

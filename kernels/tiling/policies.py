@@ -302,8 +302,8 @@ class Importance(Policy):
 
     def __post_init__(self):
         given = self.budget, self.low
-        if self.beyond not in (None, Class.MEAN, Class.SKIP):
-            raise ValueError(f"beyond must be mean or skip, got {write_value(self.beyond)}")
+        if self.beyond is not None:
+            _check_beyond(self.beyond)
         if self.low is not None:
             if self.beyond is None:
                 raise ValueError(
