@@ -18,7 +18,6 @@ from dma_diffusers.components import (
 )
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING
-from dma_diffusers.dense import dense_parts
 from dma_diffusers.families import family_of, known_family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.guard import Guard
@@ -28,6 +27,7 @@ from dma_diffusers.linears.quantise import linear_receipts, restore_linears
 from dma_diffusers.linears.receipt import LinearReceipt
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
+from dma_diffusers.stages import stages
 from dma_diffusers.unmet import reason_in_graphs
 from dma_diffusers.wrap import WrappedProcessor, wrap
 
@@ -159,10 +159,11 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
     if not intercepted:
         raise ValueError(f"{type(model).__name__} has no attention module to intercept")
     _check_modules(model, config, eligible)
-    dense = dense_parts(config, family, type(model).__name__, tuple(eligible))
-    if dense.above_sigma is not None and family.timestep_scale is None:
-        raise ValueError(f"dense_above_sigma: the scale of {type(model).__name__}'s timestep is not known")
-    policies = [config.of_module(name).asked for name in intercepted if name not in dense.modules]
+    found = stages(config, family, type(model).__name__, tuple(eligible))
+    if found.above and family.timestep_scale is None:
+        field = "schedule" if config.dense_above_sigma is None else "dense_above_sigma"
+        raise ValueError(f"{field}: the scale of {type(model).__name__}'s timestep is not known")
+    policies = [entry.config.asked for name in intercepted for entry in found.modules[name].entries]
     if spread := Spread.of(getattr(model, "_parallel_config", None)):
         spread.check(policies)
     on_grid = [policy for policy in policies if policy.on_grid]
@@ -173,14 +174,13 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         )
 
     def attach() -> None:
-        forward = ForwardContext(model, family, config, dense.above_sigma, bool(on_grid), dense.note)
+        forward = ForwardContext(model, family, config, found, bool(on_grid))
         guard = None if config.guard is None else Guard(config.guard, forward)
         processors = {}
         for name in intercepted:
             module: Any = model.get_submodule(name)
-            own = config.of_module(name)
             seen = family.of_module(name)
-            interception = Interception(own, seen, forward, name in dense.modules, _head_dim(module))
+            interception = Interception(found.modules[name], seen, forward, _head_dim(module))
             interception.watch = guard.watch(name) if guard else None
             processors[name] = wrap(_stock(module.processor), interception)
         _detach(model)
@@ -188,8 +188,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
             model.get_submodule(name).processor = processor  # type: ignore[assignment]
         hooks = (*forward.watch(model), *(guard.hooks(model) if guard else ()))
         _record(model, Attachment(config, chosen, roles, forward, hooks))
-        if dense.note:
-            logger.info("%s: %s", type(model).__name__, dense.note)
+        if found.note:
+            logger.info("%s: %s", type(model).__name__, found.note)
 
     return attach
 
@@ -244,9 +244,11 @@ def _check_modules(model: torch.nn.Module, config: DMAConfig, eligible: list[str
     if absent := named.difference(eligible):
         raise ValueError(f"modules: {kind} has no {min(absent)} to intercept")
     for name in eligible:
-        asked, heads = config.of_module(name).asked.heads, getattr(model.get_submodule(name), "heads", None)
-        if None not in (asked, heads) and asked != heads:
-            raise ValueError(f"{name} has {heads} heads, and this configuration windows for {asked}")
+        heads = getattr(model.get_submodule(name), "heads", None)
+        for entry in config.of_module(name).entries:
+            asked = entry.config.asked.heads
+            if None not in (asked, heads) and asked != heads:
+                raise ValueError(f"{name} has {heads} heads, and this configuration windows for {asked}")
 
 
 def _head_dim(module: Any) -> int | None:

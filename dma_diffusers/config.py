@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from dma_diffusers import schedule as schedules
 from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
@@ -31,7 +32,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 TEXT_PLACES = ("first", "last", "none")
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
-MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense")  # one attention module may have its own
+MODULE_FIELDS = (
+    "high",
+    "low",
+    "window",
+    "sink",
+    "policy",
+    "dense",
+    "schedule",
+)  # one attention module may have its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +56,18 @@ class DMAConfig:
     policy: says which tiles are HIGH, LOW, or skipped: one of `kernels.tiling.policies`, or its words, such as
         "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept as
         words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
+    schedule: what holds at each noise level, in words, "sigma>0.9: dense(); sigma>0.5: importance(budget=0.15);
+        importance(budget=0.05)", or as pairs of a level, falling to 0, and what holds above it: `((0.9, "dense()"),
+        (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, high, low, or several
+        of these; what it has not is as in the other fields. There are at most four, because torch.compile makes a graph
+        for each in precisions of its own. The highest level of a batch counts. Reading it waits for the device once per
+        forward call. It happens before a model's compiled graph, but breaks the graph of whatever else is compiled
+        around the model. Kept as words.
     min_length: calls with fewer keys (tokens) fall back to stock attention.
-    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step. None:
-        as published for the model's family where the policy leaves pairs out (`families.DenseFirst`; the receipt
-        says who by), else none; for the whole model, also where a single module's policy does. It is the level that
-        counts, so of few steps many may be dense. Reading it waits for the device once per forward call. It happens
-        before a model's compiled graph, but breaks the graph of whatever else is compiled around the model.
+    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step: as an
+        entry of a schedule, beside which it is not given. None: as published for the model's family where the policy
+        leaves pairs out (`families.DenseFirst`; the receipt says who by), else none; for the whole model, also where a
+        single module's policy does. It is the level that counts, so of few steps many may be dense.
     dense_layers: attention modules that run with every tile HIGH, as indices into those that can be intercepted, in
         module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
     quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than
@@ -68,8 +83,9 @@ class DMAConfig:
     grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in
         words, "64x64"; for policies that need it, and models of no known family.
     modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
-        high, low, window, sink, policy (in the place of the others' window and sink, or these in a policy's), or
-        dense=True for every tile HIGH. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled
+        high, low, window, sink, policy, schedule, or dense=True for every tile HIGH. A policy, window, sink or schedule
+        stands in the place of all four of the others'; high and low give way to those of a schedule. Kept as sorted
+        pairs. Blocks that torch.compile compiles one by one are compiled
         anew for other formats, but not for other policies, nor for every tile HIGH.
     guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module whose
         error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not help to
@@ -86,6 +102,7 @@ class DMAConfig:
     window: int | tuple[int, ...] = 128
     sink: int = 128
     policy: Policy | str | None = None
+    schedule: str | tuple[tuple[float, Any], ...] | None = None
     min_length: int = 256
     dense_above_sigma: float | None = None
     dense_layers: tuple[int, ...] | None = None
@@ -111,6 +128,8 @@ class DMAConfig:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
         if self.policy is not None:
             self._check_policy()
+        if self.schedule is not None:
+            self._check_schedule()
         sigma = self.dense_above_sigma
         if sigma is not None and not (isinstance(sigma, int | float) and 0 <= sigma <= 1):
             raise ValueError(f"dense_above_sigma must be a number between 0 and 1, or None, got {sigma!r}")
@@ -183,7 +202,7 @@ class DMAConfig:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             architecture = lowerings.architecture(device)
             formats = dict(zip(("high", "low"), default_formats(architecture), strict=True))
-            if not changes.keys() & {"policy", *_DIAGONAL}:
+            if not (changes.keys() & {"policy", *DIAGONAL} or _names_every_policy(changes.get("schedule"))):
                 formats["policy"] = DEFAULT_POLICIES.get(architecture)
         return cls.of(None, **PRESETS[name] | formats | changes)
 
@@ -236,10 +255,10 @@ class DMAConfig:
         """The configuration of one attention module."""
         changes = {field: value for field, value in self._own(name).items() if field != "dense"}
         replaced: dict[str, Any] = {"modules": (), "model": None}
-        if "policy" in changes:
-            replaced |= _DIAGONAL
-        elif changes.keys() & _DIAGONAL:
-            replaced["policy"] = None
+        if "policy" in changes or _names_every_policy(changes.get("schedule")):
+            replaced |= {"policy": None, "schedule": None, **DIAGONAL}
+        elif changes.keys() & DIAGONAL:
+            replaced |= {"policy": None, "schedule": None}
         return replace(self, **replaced | changes)
 
     def is_dense(self, name: str) -> bool:
@@ -247,8 +266,19 @@ class DMAConfig:
         return self._own(name).get("dense", False)
 
     @cached_property
+    def entries(self) -> tuple["Entry", ...]:
+        """The configurations of the schedule, which have none themselves; without a schedule it is this one alone."""
+        if self.schedule is None:
+            return (Entry(0.0, self),)
+        alone: dict[str, Any] = {"schedule": None, "modules": (), "model": None}
+        return tuple(
+            Entry(part.above, replace(self, **alone | (DIAGONAL if part.policy else {}) | part.fields))
+            for part in schedules.read(self.schedule)
+        )
+
+    @cached_property
     def asked(self) -> Policy:
-        """The policy that is given, or the diagonal with `window` and `sink`."""
+        """The policy that is given, or the diagonal with `window` and `sink`; a schedule's entries have their own."""
         return Diagonal(self.window, self.sink) if self.policy is None else parse(self.policy)
 
     @cached_property
@@ -296,7 +326,8 @@ class DMAConfig:
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError, in one line, for a lowering that can't run these formats on `device` at any head_dim."""
         if self.lowering not in ("fastest", "stock"):
-            lowerings.choose(lowerings.architecture(device), 1, self.high, self.low, self.lowering)
+            for _, config in self.entries:
+                lowerings.choose(lowerings.architecture(device), 1, config.high, config.low, self.lowering)
 
     def _own(self, name: str) -> dict[str, Any]:
         """The fields that one of `modules` has of its own."""
@@ -310,12 +341,15 @@ class DMAConfig:
             raise ValueError(f"modules: {name} has no {', '.join(map(str, unknown))}; there are {known}")
         if not isinstance(self.is_dense(name), bool):
             raise ValueError(f"modules: {name}: dense must be true or false, got {self.is_dense(name)!r}")
+        if self.is_dense(name) and "schedule" in changes:
+            raise ValueError(f"modules: {name}: dense and a schedule: give one of them")
         try:
             own = self.of_module(name)
         except (ValueError, TypeError) as error:
             raise ValueError(f"modules: {name}: {error}") from None
         return tuple(
-            (key, getattr(own, key) if key in ("high", "low") else value) for key, value in changes.items()
+            (key, getattr(own, key) if key in ("high", "low", "schedule") else value)
+            for key, value in changes.items()
         )
 
     def _check_linears(self) -> None:
@@ -329,10 +363,34 @@ class DMAConfig:
             raise ValueError(f"policy must be a policy, its words, or None, got {self.policy!r}")
         policy = parse(self.policy) if isinstance(self.policy, str) else self.policy
         object.__setattr__(self, "policy", str(policy))
-        if {"window": self.window, "sink": self.sink} != _DIAGONAL:
+        if {"window": self.window, "sink": self.sink} != DIAGONAL:
             raise ValueError(f"window and sink are those of a diagonal: leave them out, or {policy}")
         if policy.on_grid and not self.protect_text:
             raise ValueError(f"protect_text=False is for policies without a grid, not for {policy}")
+
+    def _check_schedule(self) -> None:
+        parts = schedules.read(self.schedule)
+        object.__setattr__(self, "schedule", schedules.write(parts))
+        if self.dense_above_sigma not in (None, 1):
+            raise ValueError(
+                f"dense_above_sigma={self.dense_above_sigma} and a schedule: make it an entry of that, "
+                f"sigma>{self.dense_above_sigma}: dense()"
+            )
+        if _names_every_policy(self.schedule) and (
+            self.policy is not None or {"window": self.window, "sink": self.sink} != DIAGONAL
+        ):
+            raise ValueError(f"every entry of the schedule has a policy: leave them out, or {self.words}")
+        _ = self.entries  # raises for what a configuration of its own could not have either
+
+
+class Entry(NamedTuple):
+    """One entry of a schedule.
+
+    above: the noise level (0 to 1) above which it holds, up to that of the entry before; the last holds for the rest.
+    """
+
+    above: float
+    config: DMAConfig
 
 
 def is_words(policy: str) -> bool:
@@ -341,7 +399,14 @@ def is_words(policy: str) -> bool:
 
 
 # The values of window and sink where they are not given.
-_DIAGONAL = {field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")}
+DIAGONAL: dict[str, Any] = {
+    field.name: field.default for field in fields(DMAConfig) if field.name in ("window", "sink")
+}
+
+
+def _names_every_policy(schedule: Any) -> bool:
+    """Tells whether there is a schedule, and each of its entries has a policy of its own."""
+    return schedule is not None and all(part.policy for part in schedules.read(schedule))
 
 
 def _is_integer(value) -> bool:

@@ -28,11 +28,15 @@ UNKNOWN_TEXT = "cross-attention, or a model's call that does not tell where text
 
 
 class Decision:
-    """Decides for one attention module, by its configuration and the family of its model."""
+    """Decides for one attention module in one entry of its schedule, by its configuration and its model's family.
 
-    def __init__(self, config: DMAConfig, family: Family):
+    needs_grid: the words of a policy that any entry has, and that needs to know what tokens lie on; empty for none.
+    """
+
+    def __init__(self, config: DMAConfig, family: Family, needs_grid: str):
         self.config = config
         self.family = family
+        self.needs_grid = needs_grid
         self._limits: dict[tuple, tuple[str, int]] = {}
 
     def limits(self, device: torch.device, head_dim: int, masked: str = "") -> tuple[str, int]:
@@ -67,9 +71,9 @@ class Decision:
             return "q, k and v of different batches, or k and v of different heads"
         if text is None:
             return OTHER_TOKENS if _differ(query.shape[-2], key.shape[-2]) else UNKNOWN_TEXT
-        if self.config.asked.on_grid and _differ(query.shape[-2], key.shape[-2]):
+        if self.needs_grid and _differ(query.shape[-2], key.shape[-2]):
             raise ValueError(
-                f"{self.config.words} needs the text among the queries, which in this model are the image's alone: "
+                f"{self.needs_grid} needs the text among the queries, which in this model are the image's alone: "
                 "use a policy that needs no grid, such as diagonal(window=128) or importance(budget=0.05)"
             )
         masked = "" if attn_mask is None else self.family.masked(self.config.protected(text))

@@ -13,9 +13,13 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
 from dma_diffusers.internals import FluxPosEmbed
 from dma_diffusers.parallel import splits_text
+from dma_diffusers.stages import Stages
 
 logger = logging.getLogger("dma_diffusers")
 
+UNKNOWN_NOISE = "a call did not tell its noise level: it ran as those of the highest levels"
+DIGITS = 4099
+"""The base in which a module's policies are numbered, a digit for each stage. No length is likely to be its power."""
 _NUMBERS = count()
 
 
@@ -28,19 +32,24 @@ class Listener(Protocol):
 class ForwardCall:
     """Facts about one forward call; each thread has one of its own.
 
-    is_running: whether the model's own call has begun and not ended. mapped: whether tiles have the policy's classes in
-    this step; else every tile is HIGH. trains: whether a backward pass will follow, perhaps through checkpoints.
-    pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
+    is_running: whether the model's own call has begun and not ended. stage, kind: the numbers of the stage of its noise
+    level, and of that stage's kind (`Stages`). trains: whether a backward pass will follow, perhaps through
+    checkpoints. pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
     """
 
     def __init__(self) -> None:
         self.is_running = False
-        self.mapped = True
         self.trains = False
         self.pairs_angles = False
+        self.enter(0, 0)
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self.text: torch.Tensor | None = None
         self.grid: torch.Tensor | None = None
+
+    def enter(self, stage: int, kind: int) -> None:
+        """Enters the stage of this number and kind; the length of `digit` tells it to graphs that hold for several."""
+        self.stage, self.kind = stage, kind
+        self.digit = torch.empty(DIGITS ** (stage + 1), 0, device="cpu")
 
 
 class _OfThread(threading.local):
@@ -57,9 +66,8 @@ class ForwardContext:
     """The text length, the grid and the noise level of a model's forward call, read by a forward pre-hook.
 
     config: what was asked for the model as a whole.
-    dense_above_sigma: steps with a higher noise level run with every tile HIGH; None for no such step.
+    stages: what its modules run at each noise level; None for a single stage.
     wants_grid: whether a policy needs to know what the tokens lie on; the family must know how to find it.
-    note: where dense steps and layers come from; empty if there are none.
     """
 
     def __init__(
@@ -67,15 +75,14 @@ class ForwardContext:
         model: torch.nn.Module,
         family: Family,
         config: DMAConfig,
-        dense_above_sigma: float | None = None,
+        stages: Stages | None = None,
         wants_grid: bool = False,
-        note: str = "",
     ):
         self.family = family
         self.config = config
-        self.dense_above_sigma = dense_above_sigma
+        self.stages = stages
         self.wants_grid = wants_grid
-        self.note = note
+        self.notes = [stages.note] if stages and stages.note else []
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
         self.splits_text = splits_text(model)  # over several GPUs
@@ -106,7 +113,7 @@ class ForwardContext:
 
     def watch(self, model: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Registers the hooks that begin and end the model's calls."""
-        reads = (self.wants_grid and self.family.grid_on_device) or self.dense_above_sigma is not None
+        reads = (self.wants_grid and self.family.grid_on_device) or (self.stages and self.stages.above)
         begin = self.begin_on_device if reads else self.begin
         return (
             model.register_forward_pre_hook(begin, with_kwargs=True),
@@ -132,11 +139,14 @@ class ForwardContext:
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own
     def begin_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Does what `begin` does, and makes a step dense whose noise level asks for it; a forward pre-hook."""
+        """Does what `begin` does, and finds the stage of the call's noise level; a forward pre-hook."""
         self.begin(model, args, kwargs)
-        if self.dense_above_sigma is not None:
+        if self.stages and self.stages.above:
             sigma = self.noise_level(args, kwargs)
-            self.call.mapped = sigma is None or not bool(sigma > self.dense_above_sigma)
+            if sigma is None and UNKNOWN_NOISE not in self.notes:
+                self.notes.append(UNKNOWN_NOISE)
+            stage = self.stages.number(None if sigma is None else float(sigma))
+            self.call.enter(stage, self.stages.kinds[stage])
 
     def end(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
         """Ends the call, also when the model raises; a forward hook."""
@@ -147,8 +157,9 @@ class ForwardContext:
         return self._find_grid(model, self._named(args, kwargs))
 
     def noise_level(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The highest sigma (0 to 1) of a forward call's batch, on its device; None if the scale is not known."""
-        return self.family.noise_level(self._named(args, kwargs)[self.family.timestep])
+        """The highest sigma (0 to 1) of a forward call's batch, on its device; None if it is not known."""
+        timestep = self._named(args, kwargs).get(self.family.timestep)
+        return None if timestep is None else self.family.noise_level(timestep)
 
     def _find_grid(self, model: torch.nn.Module, call: dict[str, Any]) -> tuple[int, ...]:
         try:

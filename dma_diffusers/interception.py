@@ -14,24 +14,21 @@ from dma_diffusers import unmet
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
 from dma_diffusers.families import Family
-from dma_diffusers.forward import ForwardContext
+from dma_diffusers.forward import DIGITS, ForwardContext
 from dma_diffusers.guard import REPLAYED, TURNED, Level, Watch
 from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
-from dma_diffusers.kernels.tiling.policies import Dense
-from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
+from dma_diffusers.stages import ModuleStages
 
 logger = logging.getLogger("dma_diffusers")
 
 
 FUSES = "norm and RoPE of q and k are in the operator"
 _MOST_KINDS = 1024
-_CONSTANT = 2
-_DENSE = str(Dense(Class.HIGH))
 
 
 class Change(Protocol):
@@ -67,29 +64,36 @@ class ProcessorCall(Protocol):
 class Interception:
     """Runs the attention operations of one module, each by the operator or by stock attention, and counts them.
 
-    dense: whether the module runs with every tile HIGH in every step.
+    own: what the module runs at each noise level.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
     watch: the guard's watch over the operator's calls; None for none.
     """
 
-    def __init__(
-        self, config: DMAConfig, family: Family, forward: ForwardContext, dense: bool, head_dim: int | None
-    ):
-        self.config = config
+    def __init__(self, own: ModuleStages, family: Family, forward: ForwardContext, head_dim: int | None):
+        self.own = own
         self.family = family
         self.forward = forward
-        self.decision = Decision(config, family)
-        self.dense = dense
-        words = _DENSE if dense else config.words
-        if words not in forward.policies:
-            forward.policies.append(words)
-        # An empty tensor holds the policy's number: torch.compile takes integers for constants, and lengths of 0 and 1.
-        self._which = torch.empty(forward.policies.index(words) + _CONSTANT, 0, device="cpu")
+        self.configs = tuple(own.entries[entry].config for entry in own.of_stage)  # of stages
+        kinds = forward.stages.kinds if forward.stages else (0,)
+        of_kinds = [self.configs[kinds.index(kind)] for kind in range(max(kinds) + 1)]
+        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in of_kinds)
+        self._arguments_of = tuple(
+            config.arguments((0, 0)) | {"masks_text": family.masks_text} for config in of_kinds
+        )
+        for config in self.configs:
+            if config.words not in forward.policies:
+                forward.policies.append(config.words)
+        # An empty tensor has the numbers of the stages' policies, from 1, as the digits of its length: torch.compile
+        # takes integers for constants, and lengths of 0 and 1.
+        numbers = [forward.policies.index(config.words) + 1 for config in self.configs]
+        digits = sum(number * DIGITS ** (stage + 1) for stage, number in enumerate(numbers))
+        self._numbers = torch.empty(digits, 0, device="cpu")
+        # All stages have the grid, to share graphs, and what is kept for calls of one size.
+        self.has_grid = any(config.asked.on_grid for _, config in own.config.entries)
         self.stand_in: Callable[..., operator.Result] | None = None
         self.watch: Watch | None = None
-        self.intercepted = 0
-        self.in_dense_steps = 0
+        self.calls = [0] * len(self.configs)  # that were intercepted, by stage
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
         self.inexact_rows: list[torch.Tensor] = []  # a sum for each device that was seen
@@ -100,9 +104,14 @@ class Interception:
         forward.listeners.append(self)
 
     @property
-    def mapped(self) -> bool:
-        """True where tiles have the policy's classes in this step; False where every tile is HIGH."""
-        return not self.dense and self.forward.call.mapped
+    def intercepted(self) -> int:
+        """The number of calls that the operator took."""
+        return sum(self.calls)
+
+    @property
+    def decision(self) -> Decision:
+        """The decision about operations of this step."""
+        return self.decisions[self.forward.call.kind]
 
     def all_fall_back(self, device: torch.device) -> bool:
         """Tells whether every call on `device` falls back, so that the stock processor can run as it is.
@@ -198,10 +207,10 @@ class Interception:
                 reason, call.backend, query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal,
                 scale=scale, enable_gqa=enable_gqa, attention_kwargs=attention_kwargs,
             )  # fmt: skip
-        if self.mapped:
-            spread.check([self.config.asked])
+        spread.check([self.configs[self.forward.call.stage].asked])
         self._take(q, spread)
-        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **self._arguments(text))
+        arguments = self._arguments(text, spread)
+        out = spread.attention(self._attend, q, k, v, masks_of_keys(mask, k), scale, **arguments)
         return out.permute(0, 2, 1, 3)
 
     def met_no_attention(self, processor: str) -> None:
@@ -224,26 +233,21 @@ class Interception:
         watch = self.watch
         if watch is not None and watch.level is Level.STOCK:
             lowering, reason = "stock", TURNED
+        notes = (
+            *self.forward.notes, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses,
+            REPLAYED if watch is not None and watch.replayed else "",
+        )  # fmt: skip
         return ModuleReceipt(
-            module, lowering, self.config.high, self.config.low, self._policy(), reason,
+            module, lowering, self.own.config.high, self.own.config.low, self._policy(), reason,
             self.intercepted, dict(self.fallbacks), architecture(device),
-            sum(int(rows) for rows in self.inexact_rows),
-            tuple(
-                filter(
-                    None,
-                    (
-                        self.forward.note, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses,
-                        REPLAYED if watch is not None and watch.replayed else "",
-                    ),
-                )
-            ),
-            self.in_dense_steps,
+            sum(int(rows) for rows in self.inexact_rows), tuple(filter(None, notes)), self._by_entry(),
             *((None, 0, ()) if watch is None else (watch.relative_error, watch.sampled_rows, tuple(watch.turned))),
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
-        """Sentences about what the policy changes for a grid. Raises ValueError for one that it can't have."""
-        return self.config.asked.notes(grid) if grid and self.config.asked.on_grid and not self.dense else []
+        """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
+        asked = [config.asked for _, config in self.own.entries if grid and config.asked.on_grid]
+        return list(dict.fromkeys(note for policy in asked for note in policy.notes(grid)))
 
     def _text_range(
         self, call: ProcessorCall, query, key, spread: Spread | None, parts: int = 1
@@ -258,13 +262,16 @@ class Interception:
 
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
-        own = self.config.arguments(text or (0, 0), self.forward.grid)
-        own |= {"masks_text": self.family.masks_text}
-        if torch.compiler.is_compiling() and len(self.forward.policies) > 1 and spread is None:
-            # All modules have the same constants, so that a block has two versions, for dense steps and for others.
-            which = self._which.shape[0] - _CONSTANT
-            return own | {"mapped": self.forward.call.mapped, "policy": self.forward.policies, "which": which}
-        return own | {"mapped": self.mapped}
+        call = self.forward.call
+        start, stop = self.own.config.protected(text or (0, 0))
+        own = self._arguments_of[call.kind] | {
+            "grid": self.forward.grid if self.has_grid else (), "text_start": start, "text_stop": stop
+        }  # fmt: skip
+        if not torch.compiler.is_compiling() or len(self.forward.policies) == 1 or spread is not None:
+            return own | {"policy": self.configs[call.stage].words}
+        # All modules, and stages of one kind, have the same constants, so that their blocks share graphs.
+        number = self._numbers.shape[0] // call.digit.shape[0] % DIGITS
+        return own | {"policy": self.forward.policies, "which": number - 1}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         if self.watch is not None and self.stand_in is None and not is_exporting():
@@ -285,34 +292,34 @@ class Interception:
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""
         now = self.forward.call
-        running = now.is_running, now.trains, self.forward.text_length
+        running = now.is_running, now.trains, now.kind, self.forward.text_length
         return hidden.device, _wants_gradients(hidden), *running, *map(_outline, arguments)
 
     def _choice(self, device: torch.device) -> tuple[str | None, str]:
-        config = self.config
+        """The lowering on a device, and its reason; those of all entries where they differ."""
         if self.head_dim is None:
             return None, "not called yet"
-        if reason := config.why_stock(device, self.head_dim):
-            return "stock", reason
-        try:
-            chosen = operator.choose(device, self.head_dim, config.high, config.low, config.operator_lowering)
-        except ValueError as refusal:
-            return "none", str(refusal)
-        return chosen.lowering, chosen.reason
+        choices = [_choice(config, device, self.head_dim) for _, config in self.own.entries]
+        lowerings, reasons = (dict.fromkeys(parts) for parts in zip(*choices, strict=True))
+        return " or ".join(lowerings), "; ".join(reasons)
+
+    def _by_entry(self) -> dict[str, int]:
+        """The number of calls that the operator took under each entry, by its words; empty for a single one."""
+        words = self.own.words
+        found = dict.fromkeys(words, 0)
+        for entry, calls in zip(self.own.of_stage, self.calls, strict=True):
+            found[words[entry]] += calls
+        return found if len(words) > 1 else {}
 
     def _policy(self) -> str:
-        if self.dense or (self.watch is not None and self.watch.level is Level.HIGH):
-            return "dense"
-        words = self.config.words
-        words += "" if self.config.protect_text else " without protected text"
-        sigma = self.forward.dense_above_sigma
-        return words if sigma is None else f"{words}, dense above sigma {sigma}"
+        if self.watch is not None and self.watch.level is Level.HIGH:
+            return operator.DENSE
+        return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():
-            self.intercepted += 1
+            self.calls[self.forward.call.stage] += 1
             self.spread = spread
-            self.in_dense_steps += not (self.mapped or self.dense)
             self.device, self.head_dim = query.device, query.shape[-1]
             self._announce(query.device)
 
@@ -334,6 +341,17 @@ class Interception:
         if not self.forward.announced and not torch.compiler.is_compiling():
             self.forward.announced = True
             logger.info("%s: %s", self.forward.model, self.receipt("", device))
+
+
+def _choice(config: DMAConfig, device: torch.device, head_dim: int) -> tuple[str, str]:
+    """The lowering that a configuration takes on a device, and the reason."""
+    if reason := config.why_stock(device, head_dim):
+        return "stock", reason
+    try:
+        chosen = operator.choose(device, head_dim, config.high, config.low, config.operator_lowering)
+    except ValueError as refusal:
+        return "none", str(refusal)
+    return chosen.lowering, chosen.reason
 
 
 def _wants_gradients(hidden: torch.Tensor) -> bool:

@@ -7,8 +7,9 @@
                   "evidence": {what it costs and errs}}, …],
      "evidence": {what it was chosen from, and for}}
 
-`config` may have `linears`, a file of linear layers (`linears.files`) in the folder of the policy file.
-`modules` has only those that differ from `config`, and of them the fields that do (`config.MODULE_FIELDS`).
+`config` may have `linears`, a file of linear layers (`linears.files`) in the folder of the policy file. `modules` has
+only those that differ from `config`, and of them the fields that do (`config.MODULE_FIELDS`). Either may have a
+`schedule`.
 """
 
 import json

@@ -9,6 +9,7 @@ from typing import Any
 from dma_diffusers.linears.receipt import LinearReceipt, lines
 
 _FORMER_NAMES = {"diverted": "intercepted", "left": "fallbacks"}
+_DENSE_STEPS = "every tile HIGH for its noise level"
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,11 @@ class ModuleReceipt:
 
     architecture: "sm_100", "cpu" and the like; None for a module that keeps its stock processor.
     lowering: "stock" for stock attention, "none" if an explicit lowering cannot run, None if not known yet.
-    high, low: the precisions that were asked for, in words. policy: the policy that was asked for. All three are None
-        for a module that keeps its stock processor.
+    high, low: the precisions that were asked for, in words. policy: the policy that was asked for, or the schedule,
+        dense steps included. All three are None for a module that keeps its stock processor.
     reason: the reason for that lowering.
-    intercepted: the number of calls that the operator ran. in_dense_steps: how many of these had every tile HIGH
-        because of their noise level.
+    intercepted: the number of calls that the operator ran. by_entry: how many of these ran under each entry of the
+        schedule, by its words; empty where there is none.
     fallbacks: the number of calls that stock attention ran, by reason.
     inexact_rows: rows of q and k (one token of one head each), summed over calls, that were not stored as their format
         says, because the scales of their blocks are too far apart for lowering "faithful".
@@ -43,7 +44,7 @@ class ModuleReceipt:
     architecture: str | None = None
     inexact_rows: int = 0
     notes: tuple[str, ...] = ()
-    in_dense_steps: int = 0
+    by_entry: dict[str, int] = field(default_factory=dict)
     relative_error: float | None = None
     sampled_rows: int = 0
     turned: tuple[str, ...] = ()
@@ -74,13 +75,10 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Receipt":
-        """The receipt that `to_dict` stored, also under the former names of fields; unknown fields are passed over."""
+        """The receipt that `to_dict` stored, also with the fields of former versions; unknown ones are passed over."""
         known = {field.name for field in fields(ModuleReceipt)}
         known_of_layers = {field.name for field in fields(LinearReceipt)}
-        modules = (
-            {_FORMER_NAMES.get(name, name): value for name, value in module.items()}
-            for module in stored["modules"]
-        )
+        modules = map(_with_present_fields, stored["modules"])
         layers: Iterator[dict[str, Any]] = (
             {name: tuple(value) if isinstance(value, list) else value for name, value in layer.items()}
             for layer in stored.get("linears", ())
@@ -104,8 +102,9 @@ class Receipt:
             found.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
             fallbacks = sum((Counter(member.fallbacks) for member in members), Counter())
             found.append(f"  {sum(member.intercepted for member in members)} calls intercepted")
-            if calls := sum(member.in_dense_steps for member in members):
-                found[-1] += f", {calls} of them with every tile HIGH for their noise level"
+            if by_entry := sum((Counter(member.by_entry) for member in members), Counter()):
+                calls_of = (f"{by_entry[entry]} of {entry}" for entry in members[0].by_entry)
+                found[-1] += f": {'; '.join(calls_of)}"
             found.extend(f"  {calls} calls fell back to stock: {why}" for why, calls in fallbacks.items())
             found.extend(f"  note: {note}" for note in dict.fromkeys(n for m in members for n in m.notes))
             found.extend(f"  guard: {m.module}: {words}" for m in members for words in m.turned)
@@ -118,6 +117,14 @@ class Receipt:
                     "would keep: the scales of their blocks are too far apart for FP8"
                 )
         return found
+
+
+def _with_present_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored module's fields, under their present names."""
+    fields_of = {_FORMER_NAMES.get(name, name): value for name, value in stored.items()}
+    if dense := fields_of.pop("in_dense_steps", 0):  # receipts from before schedules
+        fields_of["by_entry"] = {_DENSE_STEPS: dense, "the others": fields_of["intercepted"] - dense}
+    return fields_of
 
 
 def _range(errors: list[float]) -> str:

@@ -63,9 +63,8 @@ class KindOfCall:
     def __str__(self) -> str:
         options = dict(self.options)
         formats = f"{options['high']}|{options['low']}"
-        policy = options["policy"] if options["mapped"] else "dense"
         mask = ", with a mask" if self.masks_keys else ""
-        return f"{'×'.join(map(str, self.shape))}, {formats}, {policy}{mask}"
+        return f"{'×'.join(map(str, self.shape))}, {formats}, {options['policy']}{mask}"
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,9 @@ def _kinds(
     tokens = size if isinstance(size, int) else math.prod(grid)
     dtype = model.dtype if model.dtype in DTYPES else torch.bfloat16
     for name, interception in modules.items():
-        config, family = interception.config, interception.family
-        if config.asked.on_grid and not grid:
-            raise ValueError(f"{config.words} needs a grid: give sizes in pixels, not a number of tokens")
+        own, family = interception.own, interception.family
+        if own.needs_grid and not grid:
+            raise ValueError(f"{own.needs_grid} needs a grid: give sizes in pixels, not a number of tokens")
         heads, head_dim = _heads(model, name)
         module = model.get_submodule(name)
         device = device_of(model, module)
@@ -164,26 +163,20 @@ def _kinds(
         kind = usually_changes(module.processor.stock, module, like)
         length = 0 if family.text == "none" else text_length_of(pipe) if text is None else text
         start = tokens if family.text == "last" and length else 0
-        if tokens + length < config.least_keys(device, head_dim):
-            continue
-        arguments = config.arguments((start, start + length), grid) | {"masks_text": family.masks_text}
-        for masks_keys in (False, True) if family.masks_text and length else (False,):
-            if config.why_stock(device, head_dim, "text" if masks_keys and config.protect_text else ""):
+        shape = (batch, heads, tokens + length, head_dim)
+        for config in interception.configs:
+            if tokens + length < config.least_keys(device, head_dim):
                 continue
-            for mapped in _modes(interception):
-                options = tuple(sorted((arguments | {"mapped": mapped}).items()))
-                shape = (batch, heads, tokens + length, head_dim)
+            arguments = config.arguments((start, start + length)) | {
+                "grid": grid if interception.has_grid else (), "masks_text": family.masks_text
+            }  # fmt: skip
+            for masks_keys in (False, True) if family.masks_text and length else (False,):
+                if config.why_stock(device, head_dim, "text" if masks_keys and config.protect_text else ""):
+                    continue
                 yield KindOfCall(
-                    shape, dtype, device, masks_keys, options, kind.rounds_twice if kind else None
-                )
-
-
-def _modes(interception: Interception) -> tuple[bool, ...]:
-    """Says for each kind of step of a module whether tiles have the policy's classes, or all are HIGH."""
-    sigma = interception.forward.dense_above_sigma
-    if interception.dense:
-        return (False,)
-    return (True,) if sigma is None or sigma >= 1 else (True, False)
+                    shape, dtype, device, masks_keys, tuple(sorted(arguments.items())),
+                    kind.rounds_twice if kind else None,
+                )  # fmt: skip
 
 
 def _heads(model: Any, name: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def _describe(config: DMAConfig) -> str:
     if config.lowering == "stock":
         return f"stock attention{linears}"
     own = f", {len(config.modules)} modules of their own" if config.modules else ""
-    return f"{config.high}|{config.low} {config.words}{own}{linears}"
+    return f"{config.high}|{config.low} {config.schedule or config.words}{own}{linears}"
 
 
 def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:

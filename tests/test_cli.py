@@ -62,6 +62,35 @@ def test_a_policy_file_chooses(monkeypatch, capsys, tmp_path):
     assert "give --policy too" in run(monkeypatch, capsys, *arguments[:-2], "--quality", "0.5")[2]
 
 
+def test_a_schedule_in_words(monkeypatch, capsys, model, tmp_path):
+    target, words = (
+        tmp_path / "out.png",
+        "sigma>0.9: dense(everywhere=high); importance(budget=0.1) high=bf16",
+    )
+    arguments = ("generate", "a cat", "--model", model, "-o", str(target), "--steps", "4", "--schedule")
+    code, output, error = run(monkeypatch, capsys, *arguments, words)
+    assert code == 0, error
+    assert f"DMA mxfp8/mxfp4, {words}" in output
+    assert re.search(
+        r"12 calls intercepted: \d of sigma>0\.9: dense\(everywhere=high\); \d+ of importance", output
+    )
+    target.unlink()
+    policy = str(ROOT / "eval" / "results" / "h200_policy.json")
+    for bad, refusal in (
+        (("sigma>0.5: dense(); sigma>0.9: dense(); dense()",), "sigma>0.9 stands after sigma>0.5"),
+        (("sigma>0.5: dense()",), "nothing holds from sigma 0.5 down to 0"),
+        (
+            (words, "--policy", "dense()"),
+            "every entry of the schedule has a policy: leave them out, or dense",
+        ),
+        ((words, "--policy", policy), "--policy chooses schedule itself: give one or the other"),
+        ((words, "--preset", "exact"), "it takes no schedule"),
+    ):
+        code, output, error = run(monkeypatch, capsys, *arguments, *bad)
+        assert (code, output, error.count("\n")) == (1, "", 1) and refusal in error
+    assert not target.exists()
+
+
 def test_a_policy_in_words(monkeypatch, capsys, model, tmp_path):
     target = tmp_path / "out.png"
     arguments = ("generate", "a cat", "--model", model, "-o", str(target), "--low", "nvfp4", "--policy")

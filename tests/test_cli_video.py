@@ -133,6 +133,15 @@ def test_quality_first_and_the_guard_reach_the_configuration(monkeypatch, capsys
     assert asked == [{}, {"quality_first": True}, {"guard": 0.2}] * 2
 
 
+def test_a_schedule_reaches_both_experts(monkeypatch, capsys, folders, tmp_path):
+    arguments = ("--model", folders("wan"), "--json", "-o", str(tmp_path / "out.webp"), "--steps", "4")
+    words = "sigma>0.9: dense(everywhere=high); dense(everywhere=low)"
+    code, output, error = run(monkeypatch, capsys, "generate-video", "a cat", *arguments, "--schedule", words)
+    assert code == 0, error
+    found = [module["by_entry"] for module in json.loads(output)["receipt"]["modules"] if module["policy"]]
+    assert found and all("; ".join(by_entry) == words and min(by_entry.values()) > 0 for by_entry in found)
+
+
 BAD_INPUT = {
     "frames": ("wan", ("--frames", "8"), r"WanPipeline draws 4·k \+ 1 frames, not 8: take 5 or 9$"),
     "frames of CogVideoX": ("cogvideox", ("--frames", "13"), r"8·k \+ 1 frames, not 13: take 9 or 17$"),
@@ -157,6 +166,12 @@ BAD_INPUT = {
         "is for FluxTransformer2DModel, not for Wan",
     ),
     "quality without a file": ("wan", ("--quality", "0.5"), "give --policy too"),
+    "schedule with a gap": ("wan", ("--schedule", "sigma>0.5: dense()"), "from sigma 0.5 down to 0"),
+    "schedule that overlaps": (
+        "wan",
+        ("--schedule", "dense(); sigma>0.5: dense()"),
+        "0.5 stands after sigma>0.0",
+    ),
 }
 
 

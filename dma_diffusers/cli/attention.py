@@ -41,10 +41,10 @@ class Attention:
             return "stock attention"
         if self.file:
             return f"DMA as {self.file.name} chooses"
-        words = self.config.high, self.config.low
-        formats = f"DMA {('|' if '/' in ''.join(words) else '/').join(words)}"
-        if self.config.policy:
-            return f"{formats}, {self.config.policy}"
+        pair = self.config.high, self.config.low
+        formats = f"DMA {('|' if '/' in ''.join(pair) else '/').join(pair)}"
+        if words := self.config.schedule or self.config.policy:
+            return f"{formats}, {words}"
         return f"{formats}, window {self.config.window}, sink {self.config.sink}"
 
 
@@ -62,6 +62,13 @@ class AttentionOptions:
         typer.Option(
             help="A policy in words, such as 'neighborhood(window=8x8)'; or the file that `calibrate` wrote, instead "
             "of preset, formats and tokens."
+        ),
+    ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="What holds at each noise level, such as 'sigma>0.9: dense(); sigma>0.5: importance(budget=0.15); "
+            "importance(budget=0.05)'; an entry may say high= and low= too."
         ),
     ] = None
     quality: Annotated[
@@ -104,7 +111,7 @@ class AttentionOptions:
             chosen = Attention(DMAConfig.preset(preset, **options), None)
         else:
             file, quality = Path(options.pop("policy")), options.pop("quality", None)
-            if tiles := [name for name in ("high", "low", "window", "sink") if name in options]:
+            if tiles := [name for name in ("high", "low", "window", "sink", "schedule") if name in options]:
                 raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
             chosen = Attention(DMAConfig.from_file(file, quality, **options), file)
         with quiet():

@@ -11,8 +11,7 @@ from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import Layout
-from dma_diffusers.kernels.tiling.policies import Dense, parse
-from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.kernels.tiling.policies import parse
 
 
 class CallMemory:
@@ -57,7 +56,7 @@ def said_bytes(query: torch.Tensor, key: torch.Tensor, **call: Any) -> int | Non
         return None
     from dma_diffusers.kernels.attention.memory import workspace_bytes
 
-    policy = parse(call["policy"]) if call["mapped"] else Dense(Class.HIGH)
+    policy = parse(call["policy"])
     text = (call["text_start"], call["text_stop"])
     layout = Layout(query.shape[2], key.shape[2], text, tuple(call["grid"]) if policy.on_grid else ())
     return workspace_bytes(

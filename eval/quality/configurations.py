@@ -72,6 +72,7 @@ def parse(text: str) -> DMAConfig:
     """Read a configuration such as `exact`, `preset=b200`, `low=mxfp4,window=384`, `policy=FILE,quality=0.7`.
 
     A policy in words, `policy=neighborhood(window=8x8)`, is a field; without parentheses it is a file of `calibrate`.
+    So is a schedule, `schedule=sigma>0.9: dense(); low=int8/bf16`.
     Raises ValueError, in one line, for anything else.
     """
     if text in PRESETS:
@@ -84,8 +85,8 @@ def parse(text: str) -> DMAConfig:
 
 
 _TOKENS = re.compile(
-    r"=|\w+\s*\([^()]*\)(\s*\|\s*\w+\s*\([^()]*\))*"
-)  # these are equals signs, and policies in words
+    r"(?<=schedule=)([^,()]|\([^()]*\))+|=|\w+\s*\([^()]*\)(\s*\|\s*\w+\s*\([^()]*\))*"
+)  # these are schedules in words, equals signs, and policies in words
 
 
 def _yaml(token: re.Match) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.cost import check_target, clocks_of, pairs, share_left, tile_clocks
-from dma_diffusers.eval.recordings.measure import is_dense, policy_and_layout
+from dma_diffusers.eval.recordings.measure import at_noise_of, policy_and_layout
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference
@@ -23,11 +23,11 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
     total = np.zeros((len(modules), len(steps), heads))
     known: dict[tuple, np.ndarray] = {}
     for recording in recordings:
-        own, dense = config.of_module(recording.module), is_dense(recordings, recording, config)
+        own = at_noise_of(recordings, recording, config)
         policy, layout = policy_and_layout(
-            own.arguments(recording.text, own.grid or recording.grid) | {"mapped": not dense}, recording
+            own.arguments(recording.text, own.grid or recording.grid), recording
         )
-        key = (own, dense, recording.layout, recording.shape, recording.is_causal)
+        key = (own, recording.layout, recording.shape, recording.is_causal)
         if policy.skip_below:  # the recording's contents decide what is left out
             key = (*key, recording.file)
         if key not in known:

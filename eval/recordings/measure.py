@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.dense import dense_parts
 from dma_diffusers.eval.recordings.exact import exact_attention, in_slots
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
 from dma_diffusers.families import FAMILIES, Family
@@ -18,6 +17,7 @@ from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Policy, parse
 from dma_diffusers.kernels.tiling.precision_map import Class, Phase
+from dma_diffusers.stages import stages
 
 
 @dataclass(frozen=True)
@@ -152,23 +152,21 @@ def _arguments(
 ) -> dict[str, Any] | None:
     """Return the operator's keyword arguments, without those that change nothing; None for stock attention."""
     q, k, _, mask = tensors
-    of_module = config.of_module(recording.module)
+    of_module = at_noise_of(recordings, recording, config)
     masked = "" if mask is None else _family(recordings).masked(of_module.protected(recording.text))
     of_call = q.device, q.shape[-1]
     if of_module.why_stock(*of_call, masked) or k.shape[2] < of_module.least_keys(*of_call):
         return None
     arguments = of_module.arguments(recording.text, of_module.grid or recording.grid)
-    if is_dense(recordings, recording, config):
-        return {"high": arguments["high"], "lowering": arguments["lowering"], "mapped": False}
+    if of_module.asked == Dense(Class.HIGH):
+        return {"high": arguments["high"], "lowering": arguments["lowering"], "policy": arguments["policy"]}
     return arguments
 
 
-def is_dense(recordings: Recordings, recording: Recording, config: DMAConfig) -> bool:
-    """Say if a configuration runs this call with every tile HIGH."""
+def at_noise_of(recordings: Recordings, recording: Recording, config: DMAConfig) -> DMAConfig:
+    """Return what a configuration runs this call with: its module's own, at the noise level of its step."""
     kind, modules = recordings.settings["model"]["class"], tuple(recordings.settings["model"]["modules"])
-    dense = dense_parts(config, _family(recordings), kind, modules)
-    sigma, above = recording.sigma, dense.above_sigma
-    return recording.module in dense.modules or (above is not None and sigma is not None and sigma > above)
+    return stages(config, _family(recordings), kind, modules).at(recording.module, recording.sigma)
 
 
 def _family(recordings: Recordings) -> Family:
@@ -177,11 +175,9 @@ def _family(recordings: Recordings) -> Family:
 
 def policy_and_layout(arguments: Mapping[str, Any], recording: Recording) -> tuple[Policy, Layout]:
     """Return the policy that the operator follows with these arguments, and the layout that it follows it on."""
-    layout = replace(recording.layout, text=(0, 0), grid=())
-    if not arguments.get("mapped", True):
-        return Dense(Class.HIGH), layout
-    text = arguments["text_start"], arguments["text_stop"]
-    return parse(arguments["policy"]), replace(layout, text=text, grid=arguments["grid"])
+    text = arguments.get("text_start", 0), arguments.get("text_stop", 0)
+    layout = replace(recording.layout, text=text, grid=arguments.get("grid", ()))
+    return parse(arguments["policy"]), layout
 
 
 def tile_classes(made: plan.Plan) -> torch.Tensor:

@@ -137,7 +137,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
     refiner = modules["transformer.context_embedder.token_refiner.refiner_blocks.0.attn"]
     assert (refiner["lowering"], refiner["reason"]) == ("stock", "attention among tokens of text")
     double = modules["transformer.transformer_blocks.0.attn"]
-    assert double["policy"] == "dense"
+    assert double["policy"] == "dense(everywhere=high)"
     assert modules["transformer.single_transformer_blocks.0.attn"] == {
         "module": "transformer.single_transformer_blocks.0.attn",
         "lowering": "reference",
@@ -150,7 +150,7 @@ def test_the_report_is_json_and_says_what_ran_and_why():
         "fallbacks": {},
         "inexact_rows": 0,
         "notes": [],
-        "in_dense_steps": 0,
+        "by_entry": {},
         "relative_error": None,
         "sampled_rows": 0,
         "turned": [],
@@ -167,7 +167,7 @@ def test_cross_attention_keeps_its_processor_and_is_no_layer():
     ] == [
         ("blocks.0.attn1", "diagonal(window=128, sink=128)", 4),
         ("blocks.0.attn2", None, 0),
-        ("blocks.1.attn1", "dense", 4),
+        ("blocks.1.attn1", "dense(everywhere=high)", 4),
         ("blocks.1.attn2", None, 0),
     ]
 

@@ -118,7 +118,9 @@ def test_dense_steps_are_those_of_a_distilled_schedule():
     pipe = tiny_pipelines.flux()
     apply(pipe, min_length=0, dense_above_sigma=0.6)
     four_steps(pipe)
-    assert [(module.intercepted, module.in_dense_steps) for module in report(pipe).modules] == [(4, 2)] * 3
+    assert [(module.intercepted, *module.by_entry.values()) for module in report(pipe).modules] == [
+        (4, 2, 2)
+    ] * 3
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.stages import stages
 from tests import tiny_pipelines
 from tests.dma_diffusers.graphs import Graphs
 from tests.tiny_pipelines import draw
@@ -144,7 +145,9 @@ class Call(torch.nn.Module):
         config = DMAConfig(min_length=0)
         forward = ForwardContext(self, family, config)
         forward.begin(self.eval(), (), {})
-        self.interception = Interception(config, family, forward, False, None)
+        self.interception = Interception(
+            stages(config, family, "Call", ("attn",)).modules["attn"], family, forward, None
+        )
         self.fields = fields
 
     def forward(self, q, k, v):

@@ -178,3 +178,25 @@ def test_cuda_graphs_take_new_lengths():
         for _ in range(3):  # a warm-up, a recording, a replay
             torch.compiler.cudagraph_mark_step_begin()
             torch.testing.assert_close(draw(pipe, max_sequence_length=length), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
+def test_cuda_graphs_take_the_entries_of_a_schedule(method):
+    """Steps under different policies replay different recordings of one compiled graph."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    pipe = tiny_pipelines.flux(head_dim=64).to("cuda", torch.bfloat16)
+    entries = ("dense(everywhere=high)", "importance(budget=0.5)", "dense(everywhere=low)")
+    drawn = []
+    for policy in entries:
+        apply(pipe, min_length=0, high="bf16", low="int8", policy=policy)
+        drawn.append(draw(pipe, num_inference_steps=4))
+    schedule = "sigma>0.9: {}; sigma>0.4: {}; {}".format(*entries)
+    apply(pipe, min_length=0, high="bf16", low="int8", schedule=schedule)
+    eager = draw(pipe, num_inference_steps=4)
+    assert not any(torch.equal(eager, other) for other in drawn)
+    getattr(pipe.transformer, method)(mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-ups, recordings, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(draw(pipe, num_inference_steps=4), eager, rtol=0.05, atol=0.05)

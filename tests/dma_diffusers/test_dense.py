@@ -17,6 +17,7 @@ from tests.tiny_pipelines import draw
 FLUX, HUNYUAN = "FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"
 WAN, COGVIDEO = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 NEAR = "neighborhood(window=9x8)"
+DENSE = "dense(everywhere=high)"
 MODULES = tuple(f"blocks.{number}.attn1" for number in range(8))
 
 
@@ -168,16 +169,17 @@ def test_the_receipt_says_how_much_was_dense_and_whose_choice_it_is(caplog):
     source = FAMILIES[WAN].dense_first.source
     assert f"WanTransformer3DModel: dense steps and layers by default: {source}" in caplog.text
     first, second = (module for module in report(pipe).modules if module.policy)
-    assert (first.policy, first.in_dense_steps) == ("dense", 0)
-    assert second.policy == "neighborhood(window=2x7x5), dense above sigma 0.907"
-    assert 0 < steps < 4 and (second.intercepted, second.in_dense_steps) == (8, 2 * steps)  # two calls a step
+    assert (first.policy, first.by_entry) == (DENSE, {})
+    above, rest = f"sigma>0.907: {DENSE}", "neighborhood(window=2x7x5)"
+    assert second.policy == f"{above}; {rest}"
+    assert 0 < steps < 4 and second.by_entry == {above: 2 * steps, rest: 8 - 2 * steps}  # two calls a step
     said = str(report(pipe))
     assert f"  note: dense steps and layers by default: {source}" in said
-    assert f"  8 calls intercepted, {2 * steps} of them with every tile HIGH for their noise level" in said
+    assert f"  8 calls intercepted: {2 * steps} of {above}; {8 - 2 * steps} of {rest}" in said
 
     apply(pipe, policy="neighborhood(window=2x7x5)", dense_above_sigma=1, dense_layers=())
     draw(pipe)
-    assert "HIGH for their noise level" not in str(report(pipe)) and "note" not in str(report(pipe))
+    assert "sigma" not in str(report(pipe)) and "note" not in str(report(pipe))
 
 
 def test_of_two_experts_the_one_for_high_noise_has_the_dense_steps():
@@ -192,9 +194,9 @@ def test_of_two_experts_the_one_for_high_noise_has_the_dense_steps():
     draw(pipe, num_inference_steps=4)
     found = {module.module: module for module in report(pipe).modules}
     high, low = found["transformer.blocks.1.attn1"], found["transformer_2.blocks.1.attn1"]
-    assert (high.intercepted, high.in_dense_steps) == (4, 2)
-    assert (low.intercepted, low.in_dense_steps) == (4, 0)
-    assert found["transformer_2.blocks.0.attn1"].policy == "dense"
+    assert (high.intercepted, *high.by_entry.values()) == (4, 2, 2)
+    assert (low.intercepted, *low.by_entry.values()) == (4, 0, 4)
+    assert found["transformer_2.blocks.0.attn1"].policy == DENSE
 
 
 def test_layers_are_those_of_the_model_whichever_modules_are_chosen():
@@ -208,5 +210,5 @@ def test_layers_are_those_of_the_model_whichever_modules_are_chosen():
     (module,) = (module for module in report(pipe).modules if module.policy)
     assert (module.module, module.policy) == (
         "transformer.blocks.1.attn1",
-        "neighborhood(window=2x7x5), dense above sigma 0.907",
+        f"sigma>0.907: {DENSE}; neighborhood(window=2x7x5)",
     )

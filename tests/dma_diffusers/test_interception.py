@@ -12,8 +12,10 @@ from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.stages import stages
 
 B, H, S, D = 2, 4, 137, 40
+DENSE = "dense(everywhere=high)"
 
 
 class Model(torch.nn.Module):
@@ -24,9 +26,10 @@ class Model(torch.nn.Module):
 def interception(dense=False, **fields) -> Interception:
     config = DMAConfig.of(None, **{"min_length": 0} | fields)
     family = Family("none", timestep_scale=1000)
-    forward = ForwardContext(Model(), family, config, config.dense_above_sigma)
+    found = stages(DMAConfig.of(config, modules={"attn": {"dense": dense}}), family, "Model", ("attn",))
+    forward = ForwardContext(Model(), family, config, found)
     forward.begin(Model().eval(), (), {})
-    return Interception(config, family, forward, dense, None)
+    return Interception(found.modules["attn"], family, forward, None)
 
 
 def qkv(heads=H, kv_heads=H, keys=S, dtype=torch.bfloat16, head_dim=D):
@@ -170,14 +173,14 @@ def test_a_guider_that_skips_attention_scores_still_does():
 def test_sigma_above_the_limit_makes_a_step_dense(timestep, dense):
     taken, (q, k, v) = interception(dense_above_sigma=0.9), qkv()
     taken.forward.begin_on_device(Model().eval(), (q,), {"timestep": torch.tensor([0.0, timestep])})
-    assert taken.mapped is not dense
+    assert taken.forward.call.stage == (0 if dense else 1)
     assert torch.equal(run(taken, q, k, v), operator.attention(q, k, v, mapped=not dense)[0])
 
 
 def test_a_dense_layer_stays_dense_in_every_step():
     taken = interception(dense=True, dense_above_sigma=0.9)
     taken.forward.begin_on_device(Model().eval(), (), {"timestep": torch.tensor(1.0)})
-    assert not taken.mapped
+    assert taken.own.words == (DENSE,) and taken.configs[taken.forward.call.stage].words == DENSE
 
 
 def test_positional_arguments_of_the_model_are_understood():
@@ -185,7 +188,10 @@ def test_positional_arguments_of_the_model_are_understood():
     taken.forward.begin_on_device(
         Model(), (torch.empty(1, 5, 2), torch.empty(1, 7, 2), torch.tensor(700)), {}
     )
-    assert (taken.forward.text_length, taken.mapped) == (7, False)
+    assert (taken.forward.text_length, taken.own.words[taken.forward.call.stage]) == (
+        7,
+        f"sigma>0.5: {DENSE}",
+    )
 
 
 @pytest.mark.parametrize("protected", [True, False])
@@ -194,7 +200,7 @@ def test_text_is_high_unless_that_is_switched_off(protected):
     family = Family("first")
     forward = ForwardContext(Model(), family, config)
     forward.begin(Model().eval(), (), {})
-    taken = Interception(config, family, forward, False, None)
+    taken = Interception(stages(config, family, "Model", ("attn",)).modules["attn"], family, forward, None)
     q, k, v = qkv(keys=384)
     q = k.clone()
     with InterceptionMode(taken, 300, 84):

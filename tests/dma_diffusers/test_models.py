@@ -362,19 +362,20 @@ def test_noise_levels_are_those_of_the_schedule(name):
     first, second = pipe.scheduler.sigmas[:2].tolist()
     if name == "mochi":
         first, second = 1 - first, 1 - second
-    mapped = []
+    stages = []
 
     def spy(interception, *args):
-        mapped.append(interception.mapped)
+        stages.append(interception.forward.call.stage)
         return ""
 
     apply(pipe, dense_above_sigma=(first + second) / 2)
     for _, model in transformers_of(pipe):
         for interception in interceptions(model).values():
-            interception.decision.why_stock = partial(spy, interception)
+            for decision in interception.decisions:
+                decision.why_stock = partial(spy, interception)
     tiny_pipelines.draw(pipe)
-    half = len(mapped) // 2
-    assert mapped == [False] * half + [True] * half != []
+    half = len(stages) // 2
+    assert stages == [0] * half + [1] * half != []
 
 
 def test_the_timestep_of_cosmos_does_not_tell_its_noise():

@@ -16,6 +16,7 @@ from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Importance, Neighborhood
 from dma_diffusers.mode import InterceptionMode
+from dma_diffusers.stages import stages
 from tests import tiny_pipelines
 from tests.dma_diffusers import tiny_models
 from tests.tiny_pipelines import draw
@@ -136,7 +137,8 @@ def test_dense_steps_and_layers_are_high_everywhere_with_every_policy(name, poli
     modules = len([module for module in report(pipe).modules if module.policy])
     asked.clear()
     draw(pipe)
-    assert [call["mapped"] for call in asked[:modules]] == [False, False] + [True] * (modules - 2)
+    words = [str(Dense())] * 2 + [str(policy)] * (modules - 2)
+    assert [call["policy"] for call in asked[:modules]] == words
 
 
 def test_a_clamped_window_is_noted_once(caplog):
@@ -205,7 +207,7 @@ def test_a_text_length_that_the_call_contradicts():
     family = FAMILIES["FluxTransformer2DModel"]
     forward = ForwardContext(case.model, family, DMAConfig(), wants_grid=True)
     config = DMAConfig(policy="neighborhood(window=9x8)", min_length=0)
-    taken = Interception(config, family, forward, False, None)
+    taken = Interception(stages(config, family, "Model", ("attn",)).modules["attn"], family, forward, None)
     forward.begin_on_device(
         case.model, (), case.inputs | {"encoder_hidden_states": torch.empty(1, tiny_models.TEXT, 8)}
     )

@@ -121,7 +121,7 @@ def test_each_module_runs_its_own_and_receipts_say_so(policy):
     mixed = draw(pipe)
     receipts = {receipt.module: receipt for receipt in report(pipe.transformer).modules}
     assert [receipts[name].policy for name in FLUX] == [
-        "diagonal(window=0/384, sink=0)", "dense", "diagonal(window=128, sink=128)"
+        "diagonal(window=0/384, sink=0)", "dense(everywhere=high)", "diagonal(window=128, sink=128)"
     ]  # fmt: skip
     assert {receipt.intercepted for receipt in receipts.values()} == {2}
     restore(pipe)

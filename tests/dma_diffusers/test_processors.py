@@ -136,7 +136,10 @@ def test_processors_that_were_read_are_set_again(removed_by):
         assert report(pipe).modules[0].low == "int8"
     else:
         assert torch.equal(again, right)
-        assert report(pipe).modules[0].policy == "neighborhood(window=3x3x3), dense above sigma 0.907"
+        assert (
+            report(pipe).modules[0].policy
+            == "sigma>0.907: dense(everywhere=high); neighborhood(window=3x3x3)"
+        )
     draw(pipe, height=128)
 
 

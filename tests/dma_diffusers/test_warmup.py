@@ -93,10 +93,11 @@ def test_every_kind_of_call_is_made_once():
     pipe = tiny_pipelines.flux()
     apply(pipe, min_length=0, dense_above_sigma=0.9)
     sizes = [(40, 48), "56x64", 480]
-    shapes = [(call.call.shape, dict(call.call.options)["mapped"]) for call in warmup(pipe, sizes, text=19)]
+    shapes = [(call.call.shape, dict(call.call.options)["policy"]) for call in warmup(pipe, sizes, text=19)]
+    policies = ["dense(everywhere=high)", "diagonal(window=128, sink=128)"]
     lengths = [20 * 24 + 19, 28 * 32 + 19]  # 480 tokens are those of 40×48
-    assert shapes == [((1, 2, length, 16), mapped) for length in lengths for mapped in (True, False)]
-    said = str(warmup(pipe, sizes, text=19)[0])
+    assert shapes == [((1, 2, length, 16), policy) for length in lengths for policy in policies]
+    said = str(warmup(pipe, sizes, text=19)[1])
     assert said.startswith("1×2×499×16, mxfp8|mxfp4, diagonal(window=128, sink=128): no new kernel, ")
 
 

@@ -16,6 +16,7 @@ from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.mode import InterceptionMode
 from dma_diffusers.rebind import Rebound, can_rebind
+from dma_diffusers.stages import stages
 from dma_diffusers.wrap import wrap
 from tests.dma_diffusers import tiny_models
 
@@ -47,7 +48,9 @@ def attach(module, processor=None, text="first", head_dim=DIM, **fields) -> Inte
     config, family = DMAConfig.of(None, **{"min_length": 200} | fields), Family(text, single_stream=True)
     forward = ForwardContext(Model(), family, config)
     begin(forward)
-    interception = Interception(config, family, forward, False, head_dim)
+    interception = Interception(
+        stages(config, family, "Model", ("attn",)).modules["attn"], family, forward, head_dim
+    )
     module.processor = wrap(processor or module.processor, interception)
     return interception
 

@@ -220,3 +220,15 @@ def test_a_bad_file_is_one_line(tmp_path, name, content):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_jobs(tmp_path / "jobs.csv", {})
+
+
+def test_jobs_have_schedules(tmp_path):
+    words = "sigma>0.9: dense(everywhere=high); low=int8/bf16"
+    config = DMAConfig(schedule=words)
+    entry = {"prompt": "a cat", "schedule": [[0.9, "dense()"], [0, {"low": "int8/bf16"}]]}
+    found, failures = jobs_of(tmp_path / "jobs.jsonl", lines(entry, {"prompt": "a dog", "schedule": words}))
+    assert [job.config for job in found] == [config] * 2 and not failures
+    table = b'prompt,schedule\na cat,"sigma>0.9: dense(); low=int8/bf16"\na dog,sigma>0.9: dense()\n'
+    found, failures = jobs_of(tmp_path / "jobs.csv", table)
+    assert [job.config for job in found] == [config]
+    assert "nothing holds from sigma 0.9 down to 0" in str(failures)

@@ -35,13 +35,26 @@ def test_policies_in_words():
     assert parse("text=first,grid=12x25") == DMAConfig(text="first", grid=(12, 25))
 
 
+def test_schedules_in_words():
+    entries = "sigma>0.9: dense(); sigma>0.5: importance(budget=.15) high=bf16 ; low=int8/bf16"
+    expected = DMAConfig.preset(
+        "hopper", policy="neighborhood(window=9x8, high=3x3)", schedule=entries, text="first"
+    )
+    policy = "policy=neighborhood(window=9x8, high=3x3)"
+    assert parse(f"preset=hopper,schedule={entries},{policy}, text=first") == expected
+    assert parse(f"{policy},text=first,preset=hopper, schedule= {entries}") == expected
+
+
 def test_yaml(tmp_path):
     path = tmp_path / "configs.yaml"
     path.write_text(
         "near: low=mxfp4,window=384\nstock: exact\nwide:\n  preset: b200\n  window: 640\n"
         "grid:\n  policy: neighborhood(window=9x8, high=3x3)\n"
+        "words: {schedule: 'sigma>0.9: dense(); low=int8'}\npairs: {schedule: [[0.9, dense()], [0, {low: int8}]]}\n"
     )
     assert read(path) == {
+        "words": DMAConfig(schedule="sigma>0.9: dense(); low=int8"),
+        "pairs": DMAConfig(schedule="sigma>0.9: dense(); low=int8"),
         "grid": DMAConfig(policy="neighborhood(window=9x8, high=3x3)"),
         "near": DMAConfig(low="mxfp4", window=384),
         "stock": DMAConfig.preset("exact"),
@@ -65,6 +78,9 @@ def test_yaml(tmp_path):
         ("policy=absent.json", "there is no policy file absent.json"),
         ("policy=dense(),quality=0.5", "quality chooses from a policy file"),
         ("preset=exact,window=0", "takes no window"),
+        ("schedule=sigma>0.5: dense();sigma>0.9: dense();dense()", "sigma>0.9 stands after sigma>0.5"),
+        ("schedule=sigma>0.5: dense()", "nothing holds from sigma 0.5 down to 0"),
+        ("schedule=dense(),policy=dense()", "every entry of the schedule has a policy"),
     ],
 )
 def test_bad_text_is_one_clear_line(text, message):

@@ -257,6 +257,45 @@ def test_a_familys_dense_steps_and_layers_are_measured_and_cost_what_they_cost(t
     assert costs[0] == costs[1] > costs[2]
 
 
+def test_each_step_is_measured_and_counted_under_its_entry_of_the_schedule(tmp_path):
+    tensors = random_tensors(3, 512)
+    places = [(module, step) for step in range(4) for module in MODULES]
+    calls = [({"module": m, "step": s, "sigma": 1.0 - s / 4}, tensors) for m, s in places]
+    recordings = saved(tmp_path, calls, MODULES, "WanTransformer3DModel")
+    parts = [
+        {"policy": "dense()"},
+        {"policy": "importance(budget=0.3)", "low": "nvfp4"},
+        {"policy": "dense(everywhere=low)"},
+    ]
+    alone = {str(number): DMAConfig(min_length=0, **part) for number, part in enumerate(parts)}
+    schedule = [[above, part] for above, part in zip((0.8, 0.4, 0), parts, strict=True)]
+    own = {
+        MODULES[0]: {"schedule": "sigma>0.4: dense(everywhere=low); dense()"},
+        MODULES[1]: {"policy": "dense()"},
+    }
+    configurations = {
+        **alone, "all": DMAConfig(min_length=0, schedule=schedule),
+        "own": DMAConfig(min_length=0, schedule=schedule, modules=own),
+    }  # fmt: skip
+    found = {
+        name: values.of_modules[0] for name, values in measure(recordings, configurations, "cpu").items()
+    }
+    chosen = ["0", "1", "1", "2"]  # at 1, .75, .5 and .25
+    np.testing.assert_array_equal(
+        found["all"], np.stack([found[name][:, step] for step, name in enumerate(chosen)], 1)
+    )
+    np.testing.assert_array_equal(found["own"][0], [*found["2"][0, :3], found["0"][0, 3]])
+    np.testing.assert_array_equal(found["own"][1], found["0"][1])
+    np.testing.assert_array_equal(found["own"][2], found["all"][2])
+    costs = {name: predicted_cost(recordings, config, "sm_100") for name, config in alone.items()}
+    of_steps = [costs[name] for name in chosen]
+    assert len(set(of_steps)) == 3
+    assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(np.mean(of_steps))
+    unknown = [(fields | {"sigma": None}, tensors) for fields, tensors in calls]
+    recordings = saved(tmp_path / "unknown", unknown, MODULES, "WanTransformer3DModel")
+    assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(costs["0"])
+
+
 def test_what_was_not_recorded_is_null(tmp_path):
     calls = [
         ({}, random_tensors(0, 200, heads=2)),
