@@ -377,7 +377,7 @@ def _attend(
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    of_means = [None] * 9 + [0, 0]
+    of_means = [None] * 11
     if variant.means is not None:
         k_means, v_means, log_counts = encoded.means
         q, means = encoded.q[variant.encoded.index(variant.means)], block_lists.means

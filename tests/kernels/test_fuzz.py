@@ -34,7 +34,8 @@ from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map, means_of
-from tests.kernels.calls import Call, as_the_kernel, by_reference, guarded, launched, seen
+from tests.kernels.calls import Call, as_the_kernel, by_reference, launched, seen
+from tests.kernels.guarded import guarded
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
