@@ -31,9 +31,14 @@ def pairs(policy: Policy, layout: Layout, is_causal: bool = False) -> Pairs:
 
     `Importance` takes its whole budget, and `SkipSoftmax` leaves nothing out. Raises ValueError as `plan.make` does.
     """
-    precision_map = plan.make(policy, layout, is_causal).precision_map
+    made = plan.make(policy, layout, is_causal)
+    precision_map, routing = made.precision_map, made.routing
     ends = precision_map.bounds[0].double().sum(1)
     visited = ends[:, Phase.MASKED]
+    if routing is not None and routing.shares is not None:
+        offered = (routing.phases[0] == Phase.LOW).sum(-1, keepdim=True)
+        high, kept = torch.minimum(routing.shares[0], offered).double().sum(1).unbind(-1)
+        return Pairs(visited + high, kept - high)
     low = ends[:, Phase.LOW] - ends[:, Phase.HIGH] if precision_map.has_high else visited
     routed = torch.minimum(policy.importance * visited, low)
     return Pairs(visited - low + routed, low - routed)

@@ -49,6 +49,16 @@ def test_importance_takes_its_budget():
     assert [number.item() for number in both] == [8 + 16, 56 - 16]
 
 
+def test_importance_with_beyond_takes_each_tiles_shares():
+    layout = Layout(1024, 1024)
+    of = parse("importance(budget=0.125, low=0.25, beyond=mean)")
+    assert [number.item() for number in pairs(of, layout)] == [8, 16]
+    both = pairs(parse("diagonal(window=128, sink=0)") | of, layout)
+    assert [number.item() for number in both] == [8 + 8, 16]
+    skips = pairs(parse("importance(budget=0, low=0.25, beyond=skip)"), Layout(1024 + 128, 1024 + 128, (0, 128)))
+    assert [number.item() for number in skips] == [17, 8 * 2]
+
+
 def test_causal_pairs():
     high, low = pairs(parse("dense(everywhere=low)"), Layout(1024, 1024), is_causal=True)
     assert (high, low) == (0, 36)
