@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dma_diffusers.kernels.device.memory import kept
+from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
@@ -41,6 +42,12 @@ class Plan:
     _block_lists: dict[tuple[torch.device, bool], PrecisionMap] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def used(self, precisions: Precisions) -> tuple[Precision | None, Precision | None, Precision | None]:
+        """The precisions of HIGH, LOW and MEAN tiles; None for a class that the map doesn't have."""
+        precision_map = self.precision_map
+        of_means = precisions.of_means(precision_map.has_low) if precision_map.has_mean else None
+        return *precision_map.used(*precisions), of_means
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan on `device`."""

@@ -10,6 +10,7 @@ from dma_diffusers.kernels.formats import FORMATS, get_format
 
 HIGH_PV, LOW_PV = "bf16", "fp8"
 """The formats of P·V where the words leave them out, of HIGH and of LOW tiles."""
+MEANS_BITS = 8  # of Q·K, at least: the score of a mean stands for those of 32 keys
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Precisions(NamedTuple):
         multiplies a format as P·V is up to the lowering.
         """
         return cls(_parse(high, HIGH_PV), _parse(low, LOW_PV))
+
+    def of_means(self, has_low: bool) -> Precision:
+        """The precision of MEAN tiles: LOW's if the map has LOW tiles and Q·K has 8 bits or more there, else HIGH's."""
+        return self.low if has_low and get_format(self.low.qk).bits >= MEANS_BITS else self.high
 
     @property
     def words(self) -> tuple[str, str]:

@@ -22,8 +22,9 @@ from dma_diffusers.kernels.device.rounding import (
 from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
 from dma_diffusers.kernels.quantiser.tile import token_at
+from dma_diffusers.kernels.tiling import precision_map
 
-TILE = tl.constexpr(128)
+TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
 P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
@@ -130,6 +131,19 @@ def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.cons
 
 
 @triton.jit
+def _scores_of_means(s, factor, word, log_counts, TCGEN05: tl.constexpr):
+    """The scores of 128 sub-tiles: −inf where no key is seen, and for KV tiles whose bit of the word isn't set."""
+    columns = tl.arange(0, TILE)
+    is_taken = (word >> (columns // (TILE // MEANS_TILES)) & 1) != 0
+    weights = tl.load(log_counts + columns)
+    return tl.where(
+        is_taken[None, :],
+        multiply_add(s.to(tl.float32), factor[:, None], weights[None, :], TCGEN05),
+        float("-inf"),
+    )
+
+
+@triton.jit
 def _larger(x, y):
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
@@ -217,13 +231,15 @@ def _add_values(
 def _phase(
     accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v,
     softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last,
-    key_mask, fine_mask,
-    guards, k_length, start, skip_below, skipped, zero,
+    words, log_counts, key_mask, fine_mask, guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on."""
+    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
+
+    Without `indices` they are the tiles of means from `first` to `last`, each with its word of bits in `words`.
+    """
     head = batch * heads + head_in_batch
     q_tokens = start + tl.arange(0, ROWS)
     q = q_elements.load([batch, head_in_batch, start, 0])
@@ -244,7 +260,7 @@ def _phase(
     else:
         shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     for step in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(indices + step)
+        tile = step if indices is None else tl.load(indices + step)
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         k = k_elements.load([batch, kv_head, tile * TILE, 0])
         k = tl.reshape(k, (TILE, k.shape[3]))
@@ -252,6 +268,9 @@ def _phase(
         factor = row_factor
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
+        if log_counts is not None:
+            s = _scores_of_means(s, factor, tl.load(words + tile), log_counts + tile * TILE, TCGEN05)
+            factor = tl.full((ROWS,), 1.0, tl.float32)
         if MASKED or key_mask is not None:
             seen = _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL, TCGEN05)
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
@@ -293,7 +312,8 @@ def _phase(
 
 
 @triton.jit(do_not_specialize=[
-    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "total"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "total", "means_stride_b",
+    "means_stride_h"
 ])  # fmt: skip
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
@@ -301,15 +321,21 @@ def attend(
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, total, zero,
+    mean_q, mean_q_scales, mean_q_tensor_scale, mean_k, mean_k_scales, mean_k_tensor_scale, mean_v,
+    means, log_counts, means_stride_b, means_stride_h,
     HIGH: tl.constexpr, HIGH_STORAGE: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_VALUES: tl.constexpr,
     LOW: tl.constexpr, LOW_STORAGE: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_VALUES: tl.constexpr,
+    MEAN: tl.constexpr, MEAN_STORAGE: tl.constexpr, MEAN_BLOCK: tl.constexpr, MEAN_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
-    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, MEAN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
     The phases are HIGH, LOW and MASKED (precision_map.py); MASKED tiles are HIGH, or LOW in a map without HIGH tiles.
+    MEAN follows: tiles of further keys, `mean_k` and `mean_v` [B, Hkv, 4·tiles of keys, D], each the mean of a sub-tile
+    that stands for 2^`log_counts` ([B, whole tiles]) keys. `means` [.., q_tiles, tiles of means] has a bit for each KV
+    tile that a Q tile takes so (`PrecisionMap.means`). Their keys are smoothed, if any are, in bf16 too.
     A class is None where the map has no tile of it. Each class has its element, storage and block of Q·K, and the
     storage of V: "plain" is bfloat16, "channel" is e4m3 under `v_scale`, a power of two for each channel.
     Products of bf16 numbers are multiplied here by `softmax_scale_log2`, others by the scales of rows, tiles or
@@ -362,14 +388,16 @@ def attend(
             HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
             LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
             v_units = None
-            if HIGH_UNITS or LOW_UNITS:
+            MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES == "channel"
+            if HIGH_UNITS or LOW_UNITS or MEAN_UNITS:
                 v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
             if HIGH is not None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                     k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, 0, high_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
+                    tiles, 0, high_end, None, None, wide_mask, None, guards,
+                    k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
                 )  # fmt: skip
@@ -382,7 +410,8 @@ def attend(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, high_end, low_end, wide_mask, None, guards, k_length, start, skip_below, own_skipped, zero,
+                    tiles, high_end, low_end, None, None, wide_mask, None, guards,
+                    k_length, start, skip_below, own_skipped, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
                 )  # fmt: skip
@@ -391,7 +420,7 @@ def attend(
                         accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                         k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
                         batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                        tiles, low_end, end, own_mask, fine_mask, guards, k_length, start,
+                        tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length, start,
                         skip_below, own_skipped, zero,
                         LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                         EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
@@ -407,12 +436,31 @@ def attend(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                     k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
-                    tiles, low_end, end, own_mask, fine_mask, guards, k_length, start, skip_below, own_skipped, zero,
+                    tiles, low_end, end, None, None, own_mask, fine_mask, guards,
+                    k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                     EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
                 )  # fmt: skip
             if HIGH_UNITS:
                 accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+            if MEAN is not None:
+                if MEAN_UNITS:
+                    accumulator = accumulator * _inverse(tl.load(v_units, volatile=True))[None, :]
+                mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
+                own_row = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(
+                    tl.int64
+                )
+                accumulator, l, m, kept = _phase(
+                    accumulator, l, m, kept, mean_q, mean_q_scales, mean_q_tensor_scale,
+                    mean_k, mean_k_scales, mean_k_tensor_scale, mean_v, softmax_scale_log2, None,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles,
+                    None, 0, mean_tiles, means + own_row * mean_tiles, log_counts + batch * (mean_tiles * TILE),
+                    None, None, guards, k_length, start, None, None, zero,
+                    MEAN, MEAN_STORAGE, MEAN_BLOCK, MEAN_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, MEAN_STAGES,
+                )  # fmt: skip
+                if MEAN_UNITS:
+                    accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
 
             nothing_seen = l == 0.0
             result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]

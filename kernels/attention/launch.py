@@ -22,7 +22,14 @@ from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, arch
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.quantiser.launch import Encoded, Source, are_paired, encode, statistics_of
+from dma_diffusers.kernels.quantiser.launch import (
+    Encoded,
+    Source,
+    Statistics,
+    are_paired,
+    encode,
+    statistics_of,
+)
 from dma_diffusers.kernels.quantiser.operands import (
     Classes,
     Operand,
@@ -40,11 +47,13 @@ from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, PrecisionMap
 class Variant:
     """The way in which the kernels run one kind of call.
 
+    classes: of HIGH and of LOW tiles. means: of MEAN tiles; it has one of the classes' formats, and their q.
     target: the architecture that they are tuned for. dim: the head dimension that they compute with.
     counts_inexact: whether rows are counted that e4m3 can't hold as their format says.
     """
 
     classes: Classes
+    means: Stored | None
     tuned: Tuning
     target: str
     dim: int
@@ -56,19 +65,24 @@ class Variant:
     ) -> "Variant":
         """The variant for a call. target: None for the architecture of the call's device."""
         target, dim = target or architecture(call.q.device), padded_dim(call.q.shape[-1])
-        classes = tuple(
-            precision and Stored.by(named(lowering), precision)
-            for precision in plan.precision_map.used(*precisions)
+        high, low, means = (
+            precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
-        tuned = tuning(target, dim, tuple(c and c.storage for c in classes))
-        return cls(classes, tuned, target, dim, lowering == "faithful")
+        tuned = tuning(target, dim, tuple(c and c.storage for c in _encoded(high, low, means)))
+        return cls((high, low), means, tuned, target, dim, lowering == "faithful")
+
+    @property
+    def encoded(self) -> Classes:
+        """The classes that q, k and v are encoded for: those with tiles, and the one that MEAN shares."""
+        return _encoded(*self.classes, self.means)
 
     @property
     def in_gluon(self) -> bool:
-        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
+        """Says whether hopper.py runs it: it knows no means, no tensor scales, one pair of P·V, and needs a GPU."""
         high, low = self.classes
         return (
             self.tuned.slots is not None
+            and self.means is None
             and not self.has_tensor_scale
             and (high is None or high.values is Storage.PLAIN)
             and (low is None or low.values is Storage.CHANNEL)
@@ -78,21 +92,21 @@ class Variant:
     @property
     def has_tensor_scale(self) -> bool:
         """Says whether a format has a scale for the whole tensor."""
-        return any(c and c.format.has_tensor_scale for c in self.classes)
+        return any(c and c.format.has_tensor_scale for c in self.encoded)
 
     @property
     def has_bf16(self) -> bool:
         """Says whether a class multiplies the model's own numbers."""
-        return any(c and c.format.name == "bf16" for c in self.classes)
+        return any(c and c.format.name == "bf16" for c in self.encoded)
 
     @property
     def smooths(self) -> bool:
         """Says whether K's mean is subtracted for one of the classes."""
-        return quantiser.smooths(*(c and c.format.name for c in self.classes))
+        return quantiser.smooths(*(c and c.format.name for c in self.encoded))
 
     def stores_values(self, storage: Storage) -> bool:
         """Says whether a class has V in this storage."""
-        return any(c and c.values is storage for c in self.classes)
+        return any(c and c.values is storage for c in self.encoded)
 
 
 @dataclass(frozen=True)
@@ -279,26 +293,52 @@ def _launch(
         launcher,
         source.norms,
     )
-    needs_v = is_channel or source.token_order is not None
+    needs_v = is_channel or source.token_order is not None or variant.means is not None
+    # On sm_90 two programs share a multiprocessor, unless they sum means too, for which they would spill. Elsewhere
+    # Triton 3.7 would spill to let two share it, if it were not told.
+    shares = variant.target == "sm_90" and variant.means is None
+    registers = None if dim != 128 else 64 if shares else 128
     encoded = encode(
-        replace(source, v=source.v if needs_v else None), variant.classes, known,
+        replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
         amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
         wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
-        inexact_rows=outputs.inexact_rows, launcher=launcher,
-        # On sm_90 two programs share a multiprocessor. Elsewhere Triton 3.7 would spill for that, if it were not told.
-        registers=None if dim != 128 else 64 if variant.target == "sm_90" else 128,
+        inexact_rows=outputs.inexact_rows, registers=registers, launcher=launcher,
     )  # fmt: skip
+    encoded_means = None
+    if variant.means is not None:
+        encoded_means = _encode_means(encoded, outputs, variant, registers, launcher)
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, variant.in_gluon)
     else:
         pools = pooled(source, known.mean, launcher)
         block_lists = route(pools, plan.routing, variant.in_gluon, launcher)
-    _attend(inputs, encoded, block_lists, outputs, call.is_causal, plan, variant, skipped, launcher)
+        if variant.means is not None:
+            of_map = plan.block_lists(call.q.device, variant.in_gluon)
+            block_lists = replace(block_lists, means=of_map.means)
+    _attend(
+        inputs, encoded, encoded_means, block_lists, outputs, call.is_causal, plan, variant, skipped, launcher
+    )
+
+
+def _encode_means(
+    encoded: Encoded, outputs: Outputs, variant: Variant, registers: int | None, launcher: Launcher
+) -> Encoded:
+    """Encode the means of sub-tiles as MEAN multiplies them; those that are bf16 numbers already stay as they are."""
+    k, v, _ = encoded.means
+    takes_v = variant.means.values is Storage.CHANNEL
+    amax = quantiser.finite_amax(k, (-2, -1)) if variant.means.format.has_tensor_scale else None
+    return encode(
+        Source(k=k, v=v if takes_v else None), (variant.means, None),
+        Statistics(v_scale=encoded.v_scale if takes_v else None), amax=(None, amax),
+        transposed_v=variant.tuned.transposed_v, inexact_rows=outputs.inexact_rows, registers=registers,
+        launcher=launcher,
+    )  # fmt: skip
 
 
 def _attend(
     inputs: Inputs,
     encoded: Encoded,
+    encoded_means: Encoded | None,
     block_lists: PrecisionMap,
     outputs: Outputs,
     is_causal: bool,
@@ -312,10 +352,13 @@ def _attend(
     q_length, k_length, token_count = source.lengths
     (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
     bounds, fine_mask = block_lists.bounds, plan.fine_mask
+    bf16_q, bf16_k, bf16_v = inputs.bf16
     operands = [
         argument
         for stored, q, k in zip(variant.classes, encoded.q, encoded.k, strict=True)
-        for argument in _operands(stored, q, k, inputs, encoded, variant)
+        for argument in _operands(
+            stored, q or Operand(bf16_q), k or Operand(bf16_k), bf16_v, encoded.values, variant
+        )
     ]
     arguments = (
         *operands, encoded.v_scale, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
@@ -334,15 +377,33 @@ def _attend(
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    loads_mask = source.key_mask is not None or fine_mask is not None
+    of_means = [None] * 9 + [0, 0]
+    if variant.means is not None:
+        k_means, v_means, log_counts = encoded.means
+        q, means = encoded.q[variant.encoded.index(variant.means)], block_lists.means
+        of_means = [
+            *_operands(
+                variant.means, q or Operand(bf16_q), encoded_means.k[0] or Operand(k_means), v_means,
+                encoded_means.values, variant,
+            ),
+            means, log_counts,
+            *(means.stride(d) // means.shape[-1] if means.shape[d] > 1 else 0 for d in (0, 1)),
+        ]  # fmt: skip
+    loads_mask, is_tcgen05 = (
+        source.key_mask is not None or fine_mask is not None,
+        variant.target in TCGEN05_ARCHITECTURES,
+    )
     blocks = -(-q_length // tuned.rows) * batch * heads
     most = blocks if tuned.programs is None else tuned.programs * multiprocessors(source.q.device)
     launcher(
-        attend, (min(blocks, most),), *arguments, blocks, 0.0, *multiplied,
+        attend, (min(blocks, most),), *arguments, blocks, 0.0, *of_means, *multiplied,
+        *(variant.means.multiplied if variant.means else [None] * 4),
         CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
-        EXP_SHARE=tuned.exp_share, TCGEN05=variant.target in TCGEN05_ARCHITECTURES,
+        EXP_SHARE=tuned.exp_share, TCGEN05=is_tcgen05,
         UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
+        # Where tiles may be skipped as well, sm_120 would spill with more.
+        MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
         num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
         enable_fp_fusion=True,
         maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
@@ -371,27 +432,32 @@ def _pieces(split: Split, dim: int, device: torch.device, launcher: Launcher) ->
 
 def _operands(
     stored: Stored | None,
-    q: Operand | None,
-    k: Operand | None,
-    inputs: Inputs,
-    encoded: Encoded,
+    q: Operand,
+    k: Operand,
+    bf16_v: torch.Tensor | None,
+    values: dict[Storage, torch.Tensor],
     variant: Variant,
 ) -> list:
-    """Elements, scales and tensor scale of q and of k, and V, as the kernel takes those of one class."""
+    """Elements, scales and tensor scale of q and of k, and V, as the kernel takes those of one class.
+
+    bf16_v: V where it is read in bf16 and `values` has none such.
+    """
     if stored is None:
         return [None] * 7
     descriptor = hopper.descriptor if variant.in_gluon else row_descriptor
-    bf16_q, bf16_k, bf16_v = inputs.bf16
-    q, k = q or Operand(bf16_q), k or Operand(bf16_k)
     columns, dim, tuned = stored.columns(variant.dim), variant.dim, variant.tuned
-    values = encoded.values.get(stored.values, bf16_v)
+    value = values.get(stored.values, bf16_v)
     is_transposed = stored.values is Storage.CHANNEL and tuned.transposed_v
     return [
         descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
         descriptor(k.elements, TILE, columns),
         scale_descriptor(k.scales) if stored.storage is Storage.BLOCK else k.scales, k.tensor_scale,
-        descriptor(values, *((dim, TILE) if is_transposed else (TILE, dim))),
+        descriptor(value, *((dim, TILE) if is_transposed else (TILE, dim))),
     ]  # fmt: skip
+
+
+def _encoded(high: Stored | None, low: Stored | None, means: Stored | None) -> Classes:
+    return (means if high is None and means != low else high), low
 
 
 def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:

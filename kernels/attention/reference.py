@@ -11,7 +11,7 @@ from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import Pools, pooled, route
-from dma_diffusers.kernels.tiling.layout import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import LOOPS, Phase, PrecisionMap
 
 P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; it cancels in the division by l
@@ -36,12 +36,15 @@ def attention(
     whatever
     finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
     what smoothing takes from those of the other class.
+    A MEAN tile adds its four sub-tiles: of n keys that are seen in one, with the mean k̄ and values with the mean v̄, it
+    adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
+    in any precision, if another is.
     sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     skipped: int32 `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
     Raises ValueError unless each token has one slot in the plan's token order, which is for Sq = Sk, not causal.
-    Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087.
+    Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087; means: Sol-Attn, arXiv 2607.24027.
     """
     slots = _Slots.of(call, plan, precisions)
     precision_map = slots.map
@@ -88,18 +91,11 @@ def attention(
             q_tokens, tokens = (x[:, None] * TILE + inner for x in (row_tile[active], tile))
             if phase is Phase.MASKED or slots.key_mask is not None:
                 s = torch.where(slots.seen(row_batch[active], q_tokens, tokens, phase), s, -math.inf)
-            highest = s.amax(-1, keepdim=True) - P_SHIFT
-            m_new = torch.maximum(m[:count], highest)
-            p = torch.exp2(s - m_new)
-            rescale = torch.exp2(m[:count] - m_new)
-            rounded = p.to(operands.p_dtype).float()
-            summed = rounded if sums_rounded and operands.p_dtype is torch.float8_e4m3fn else p
-            updated = (
-                (m, m_new),
-                (l, l[:count] * rescale + summed.sum(-1, keepdim=True)),
-                (accumulator, accumulator[:count] * rescale + rounded @ operands.v[kv_tile]),
-            )
+            state = (m, l, accumulator)
+            old = [x[:count] for x in state]
+            new = _added(*old, s, operands.v[kv_tile], operands.p_dtype, sums_rounded)
             if plan.skip_below is not None:
+                highest = s.amax(-1, keepdim=True) - P_SHIFT
                 is_below = (highest < m[:count] + math.log2(plan.skip_below)) | ~slots.is_query[
                     row_tile[active]
                 ]
@@ -110,9 +106,9 @@ def attention(
                     blocks = (skips & has_block[row_tile[active]]).sum(-1, dtype=torch.int32)
                     skipped.view(-1).index_add_(0, active // q_tiles, blocks * (skip_rows // 64))
                 keeps = ~skips.repeat_interleave(skip_rows, -1)[..., None]
-                updated = tuple((old, torch.where(keeps, new, old[:count])) for old, new in updated)
-            for old, new in updated:
-                old[:count] = new
+                new = [torch.where(keeps, *pair) for pair in zip(new, old, strict=True)]
+            for x, updated in zip(state, new, strict=True):
+                x[:count] = updated
         m, l, accumulator, kept = (
             torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator, kept)
         )
@@ -120,11 +116,43 @@ def attention(
             accumulator = accumulator * unit
         start = end
 
+    if precision_map.means is not None:
+        operands, log_counts = slots.means(plan.used(precisions)[2])
+        unit = 1 if operands.v_unit is None else operands.v_unit[row_kv_head]
+        accumulator = accumulator / unit
+        words = precision_map.means.expand(*shape, -1).reshape(rows, -1).to(device)
+        for number, word in enumerate(words.unbind(-1)):
+            tile = row_kv_head * words.shape[-1] + number
+            s = (operands.q @ operands.k[tile].mT) * operands.factor
+            counts = log_counts[row_batch, number * TILE : (number + 1) * TILE]
+            is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
+            s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
+            m, l, accumulator = _added(m, l, accumulator, s, operands.v[tile], operands.p_dtype, sums_rounded)
+        accumulator = accumulator * unit
+
     out = accumulator / torch.where(l == 0, 1, l)
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length]
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
     lse = (lse + slots.offset) * math.log(2)
     return quantiser.narrowed(slots.of_tokens(out), call.q.dtype), slots.of_tokens(lse)
+
+
+def _added(
+    m: torch.Tensor,
+    l: torch.Tensor,
+    accumulator: torch.Tensor,
+    s: torch.Tensor,
+    v: torch.Tensor,
+    p_dtype: torch.dtype,
+    sums_rounded: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The state of the online softmax, m, l and accumulator, after a tile with scores s `[rows, 128, 128]`."""
+    m_new = torch.maximum(m, s.amax(-1, keepdim=True) - P_SHIFT)
+    p = torch.exp2(s - m_new)
+    rescale = torch.exp2(m - m_new)
+    rounded = p.to(p_dtype).float()
+    summed = rounded if sums_rounded and p_dtype is torch.float8_e4m3fn else p
+    return m_new, l * rescale + summed.sum(-1, keepdim=True), accumulator * rescale + rounded @ v
 
 
 @dataclass(frozen=True)
@@ -172,7 +200,7 @@ class _Slots:
         """Raises ValueError unless each token has one slot."""
         q, k = quantiser.changed_q(call), quantiser.changed_k(call)
         v, key_mask, order = call.v, call.key_mask, plan.token_order
-        used = plan.precision_map.used(*(precision.qk for precision in precisions))
+        used = [precision and precision.qk for precision in plan.used(precisions)]
         mean = torch.zeros_like(k[:, :, :1])
         if quantiser.smooths(*used):
             mean = quantiser.key_mean(k, key_mask=key_mask)
@@ -209,14 +237,28 @@ class _Slots:
 
     def operands(self, precision: Precision) -> _Operands:
         """The numbers that a class of this precision multiplies."""
-        if precision.qk == "bf16":
-            q, k, factor, shift = self.q, self.k, self.softmax_scale_log2, self.offset
-        else:
-            q, k, factor, shift = self.scaled, self.smoothed, 1.0, torch.zeros_like(self.offset)
+        is_bf16 = precision.qk == "bf16"
+        k, shift = (self.k, self.offset) if is_bf16 else (self.smoothed, torch.zeros_like(self.offset))
+        return self._multiplied(precision, k, self.v, shift)
+
+    def means(self, precision: Precision) -> tuple[_Operands, torch.Tensor]:
+        """The same of the sub-tiles' means, and their `log_counts`, −inf up to whole tiles: `[B, tiles·128]`."""
+        seen = (
+            torch.ones_like(self.k[:, 0, :, 0], dtype=torch.bool) if self.key_mask is None else self.key_mask
+        )
+        means = quantiser.means_of(self.smoothed, self.v, seen)
+        log_counts = F.pad(means.log_counts, (0, -means.log_counts.shape[-1] % TILE), value=-math.inf)
+        return self._multiplied(precision, means.k, means.v, torch.zeros_like(self.offset)), log_counts
+
+    def _multiplied(
+        self, precision: Precision, k: torch.Tensor, v: torch.Tensor, shift: torch.Tensor
+    ) -> _Operands:
+        is_bf16 = precision.qk == "bf16"
+        q, factor = (self.q, self.softmax_scale_log2) if is_bf16 else (self.scaled, 1.0)
         if precision.pv == "bf16":
-            v, unit, p_dtype = quantiser.narrowed(self.v, torch.bfloat16), None, torch.bfloat16
+            v, unit, p_dtype = quantiser.narrowed(v, torch.bfloat16), None, torch.bfloat16
         else:
-            v, p_dtype = quantiser.quantised_v(self.v, self.v_scale), torch.float8_e4m3fn
+            v, p_dtype = quantiser.quantised_v(v, self.v_scale), torch.float8_e4m3fn
             unit = self.v_scale.reshape(-1, 1, v.shape[-1])
         q, k = quantiser.quantised_q(q, precision.qk), quantiser.quantised_k(k, precision.qk)
         return _Operands(

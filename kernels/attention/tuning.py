@@ -20,7 +20,7 @@ class Tuning:
     warps: of one program. skipping_warps: of one that may skip tiles, where these are others.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
-        loads that first, and the loop takes `stages`.
+        loads that first, and the loop takes `stages`. The loop over tiles of means, which no list names, has as many.
     registers: the most that a thread may use; None leaves it to the compiler.
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.

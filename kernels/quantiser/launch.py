@@ -10,9 +10,9 @@ from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.quantiser import kernel, statistics
-from dma_diffusers.kernels.quantiser.operands import Classes, Operand, padded_dim
+from dma_diffusers.kernels.quantiser.operands import Classes, Operand, Stored, padded_dim
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
-from dma_diffusers.kernels.tiling.layout import TILE, tiles
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,33 @@ class Source:
         return *(self.q_rope or (None, None)), *(self.k_rope or (None, None))
 
 
+class Means(NamedTuple):
+    """The means of sub-tiles, further keys and values that are still to be encoded, as quantiser/reference.py has them.
+
+    k, v: `[B, Hkv, 4·tiles, D]`, bfloat16 where MEAN multiplies such numbers, else float32. log_counts: float32
+    `[B, tiles(4·tiles)·128]`, −inf past the end.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_counts: torch.Tensor
+
+    @classmethod
+    def empty(cls, launcher: Launcher, stored: Stored, k: torch.Tensor, length: int) -> "Means":
+        """Room for the means of k, and of as many values, at `length` slots. stored: how MEAN stores its operands."""
+        (batch, heads, _, head_dim), subtiles = k.shape, tiles(length) * (TILE // SUBTILE)
+        are_bf16 = stored.format.name == "bf16", stored.values is Storage.PLAIN
+        k_means, v_means = (
+            launcher.empty(
+                (batch, heads, subtiles, padded_dim(head_dim)),
+                torch.bfloat16 if is_bf16 else torch.float32,
+                k.device,
+            )
+            for is_bf16 in are_bf16
+        )
+        return cls(k_means, v_means, launcher.empty((batch, tiles(subtiles) * TILE), torch.float32, k.device))
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The operands that the attention kernel reads; None where nothing is wanted.
@@ -69,6 +96,7 @@ class Encoded:
         has it. CHANNEL is e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
     v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
+    means: of the sub-tiles.
     """
 
     q: list[Operand | None]
@@ -76,6 +104,7 @@ class Encoded:
     values: dict[Storage, torch.Tensor]
     v_scale: torch.Tensor | None
     offset: torch.Tensor | None
+    means: Means | None
 
 
 def of_norms(norms: Norms | None) -> list[Any]:
@@ -156,6 +185,7 @@ def encode(
     classes: Classes,
     known: Statistics = Statistics(),  # noqa: B008 (it never changes)
     *,
+    of_means: Stored | None = None,
     amax: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     wants_offset: bool = False,
     transposed_v: bool = False,
@@ -166,6 +196,7 @@ def encode(
     """q times its factor and k less its mean for HIGH and LOW, in bf16 q and k as they are; and v.
 
     known: `statistics_of` k and v, as far as they are encoded.
+    of_means: how MEAN stores its operands, for which means are wanted of k and v.
     amax: of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`, needed by formats with a tensor scale.
     wants_offset: whether `offset` is, of q rounded to bf16 if one of the classes is in bf16.
     inexact_rows: int32 `[1]`, counts the rows whose blocks' scales span too far for e4m3 and one power of two.
@@ -199,12 +230,13 @@ def encode(
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
     if v is not None and not stays and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
-    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset)
+    means = None if of_means is None else Means.empty(launcher, of_means, k, k_length)
+    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset, means)
     read = replace(
         source,
         q=q if wants_offset or any(q_operands) else None,
-        k=k if any(k_operands) else None,
-        v=v if values else None,
+        k=k if any(k_operands) or means else None,
+        v=v if values or means else None,
     )
     of_keys = kv_heads * tiles(k_length)
     of_each = (heads * tiles(q_length), of_keys, of_keys)
@@ -218,7 +250,8 @@ def encode(
         kernel.encode, (programs,),
         read.q, read.k, read.v, *known, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
         source.key_mask, offset,
-        *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL), source.token_order, inexact_rows,
+        *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL),
+        *(means or [None] * 3), source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,

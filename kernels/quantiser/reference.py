@@ -1,6 +1,7 @@
 """The quantiser in torch: it defines what is correct."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,10 @@ from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
-from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
 SAMPLED_TOKENS = 1024
+MEANS_ANCHORED = 2.0**120  # means of larger numbers are summed as they are
 
 
 def changed_q(call: Call) -> torch.Tensor:
@@ -138,6 +140,39 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
 def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """v / scale in e4m3."""
     return (v.float() / scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+
+
+class Means(NamedTuple):
+    """The means of the sub-tiles, which the kernels read as further keys and values.
+
+    k, v: of the keys that are seen in a sub-tile and of their values, float32 `[B, Hkv, 4·k_tiles, D]`; zero where none
+        is seen. log_counts: log2 of how many are seen, float32 `[B, 4·k_tiles]`; −inf for none.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_counts: torch.Tensor
+
+
+def means_of(k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> Means:
+    """The means of k and v `[B, Hkv, S, D]`; k is smoothed, if any class is. seen: bool `[B, S]`.
+
+    A term, x/n, is first rounded to a multiple of one number for each tile and channel, 2^-22 of the largest x or less:
+    then a float32 sum is exact in any order, and no mean falls to a format's neighbouring number.
+    """
+    seen = F.pad(seen, (0, -seen.shape[-1] % TILE)).unflatten(-1, (-1, TILE // SUBTILE, SUBTILE))
+    counts = seen.sum(-1).float()
+    inverse = (1 / counts.clamp(min=1))[:, None, ..., None, None]
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x.float(), (0, 0, 0, -x.shape[-2] % TILE)).unflatten(-2, seen.shape[1:])
+        x = torch.where(seen[:, None, ..., None], x, 0)
+        mantissa, exponent = torch.frexp(x.abs().amax((-3, -2), keepdim=True))
+        power = torch.where(mantissa == 0, 0, torch.ldexp(torch.ones_like(mantissa), exponent - 1))
+        anchor = torch.where(power <= MEANS_ANCHORED, 6 * power, 0)  # 1.5·2^2 times the power of two
+        return (x * inverse + anchor - anchor).sum(-2).flatten(-3, -2)
+
+    return Means(mean(k), mean(v), counts.flatten(1).log2())
 
 
 def key_offset(q: torch.Tensor, mean: torch.Tensor, scale: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ Policies unite, `a | b`: every pair takes the more precise of their classes. Tex
 for every query and as queries for every key; only `Dense` has no exceptions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -49,7 +50,7 @@ class Policy:
 
     @property
     def leaves_out(self) -> bool:
-        """True if pairs may be left out; False if every pair is computed, in HIGH or LOW."""
+        """True if pairs may be left out, or taken by their means; False if every pair is computed, in HIGH or LOW."""
         return False
 
     @property
@@ -120,6 +121,10 @@ class Dense(Policy):
     def __post_init__(self):
         if not isinstance(self.everywhere, Class) or self.everywhere is Class.SKIP:
             raise ValueError(f"everywhere must be high, low or mean, got {write_value(self.everywhere)}")
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.everywhere is Class.MEAN
 
     def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
         return torch.full_like(super()._of_tiles(layout, is_causal, tile_order), int(self.everywhere))
@@ -192,14 +197,18 @@ class Neighborhood(Policy):
     high: tiles that hold a key within this window are HIGH. None for no such window.
     stride: queries that share one window, a side for each dimension, 1 by default; it holds for `high` as well, but is
         never larger than `high` there.
+    beyond: MEAN takes the tiles beyond the window by their means (Sol-Attn, arXiv 2607.24027) rather than skip them.
+        Tiles that the window reaches are then LOW as a whole, so that no key is left out.
     A window larger than the grid is clamped, and noted.
     """
 
     window: tuple[int, ...] | None = None
     stride: tuple[int, ...] | None = None
     high: tuple[int, ...] | None = None
+    beyond: Class = Class.SKIP
 
     name = "neighborhood"
+    omitted = (None, Class.SKIP)
     on_grid = True
 
     def __post_init__(self):
@@ -213,6 +222,7 @@ class Neighborhood(Policy):
             ):
                 raise ValueError(f"{name} must be sides of at least 1 token, got {sides}")
             object.__setattr__(self, name, sides)
+        _check_beyond(self.beyond)
         if self.window is None and self.high is None:
             raise ValueError("a neighbourhood needs a window, or one that is HIGH")
         given = [sides for sides in (self.window, self.stride, self.high) if sides]
@@ -227,24 +237,35 @@ class Neighborhood(Policy):
         return self.window is not None
 
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:
-        return neighborhood(grid, self.window, self.stride)[0] if self.window else ()
+        return self._window(grid)[0] if self.beyond is Class.SKIP else ()
 
     def notes(self, grid: Sequence[int]) -> list[str]:
-        notes = neighborhood(grid, self.window, self.stride)[1] if self.window else []
-        return notes + [f"high: {note}" for note in self._high(grid)[1]]
+        notes = self._window(grid)[1] + [f"high: {note}" for note in self._high(grid)[1]]
+        if self.beyond is Class.MEAN and self._reached(self._tile_order(grid)).all():
+            notes.append("beyond=mean changes nothing: the window reaches every tile")
+        return notes
 
     def box(self, grid: Sequence[int]) -> tuple[int, ...]:
-        return boxes.fitting(self.axes(grid) or self._high(grid)[0])
+        return boxes.fitting(self._window(grid)[0] or self._high(grid)[0])
 
     def _of_tiles(self, layout: Layout, is_causal: bool, tile_order: TileOrder | None) -> torch.Tensor:
         assert tile_order is not None
         grid = tile_order.tokens.grid
-        low = reached(self.axes(grid), tile_order, "visited")
-        classes = torch.where(low, int(Class.LOW), int(Class.SKIP))
+        classes = torch.where(self._reached(tile_order), int(Class.LOW), int(self.beyond))
         if self.high:
             high = reached(self._high(grid)[0], tile_order, "visited")
             classes = torch.where(high, int(Class.HIGH), classes)
         return classes[None, None]
+
+    def _tile_order(self, grid: Sequence[int]) -> TileOrder:
+        tokens = math.prod(grid)
+        return TileOrder(Layout(tokens, tokens, grid=tuple(grid)), self.box(grid))
+
+    def _reached(self, tile_order: TileOrder) -> torch.Tensor:
+        return reached(self._window(tile_order.tokens.grid)[0], tile_order, "visited")
+
+    def _window(self, grid: Sequence[int]) -> tuple[tuple[Axis, ...], list[str]]:
+        return neighborhood(grid, self.window, self.stride) if self.window else ((), [])
 
     def _high(self, grid: Sequence[int]) -> tuple[tuple[Axis, ...], list[str]]:
         if self.high is None:
@@ -401,6 +422,12 @@ def _ranks(tile_order: TileOrder) -> torch.Tensor:
     of_boxes = torch.cdist(corners, corners).argsort(stable=True).argsort()
     ranks[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
     return ranks
+
+
+def _check_beyond(beyond: Any) -> None:
+    """Raise ValueError unless a policy can take its far tiles so."""
+    if beyond not in (Class.MEAN, Class.SKIP) or not isinstance(beyond, Class):
+        raise ValueError(f"beyond must be mean or skip, got {write_value(beyond)}")
 
 
 def _is_share(value: Any) -> bool:

@@ -15,7 +15,7 @@ from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal, parse
-from dma_diffusers.kernels.tiling.precision_map import PrecisionMap, build_map
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map
 
 GUARD = 1 << 16  # bytes on either side of a tensor: a tile of bf16 at head_dim 256
 
@@ -30,6 +30,7 @@ class Call:
     parts: of the sequence, each of which has its text at `text`, as of a `Layout`.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
     masks_text: whether the mask over keys hides text alone, which only policies on a grid make use of here.
+    means: LOW tiles are MEAN but for every so many-th diagonal; 1 for all of them, 0 for none.
     skip_below: of the softmax; every other tile's keys, or of many tiles the last ones', are then such that it may be
         skipped.
     """
@@ -56,6 +57,7 @@ class Call:
     policy: str = ""
     grid: tuple[int, ...] = ()
     masks_text: bool = False
+    means: int = 0
     skip_below: float | None = None
     dtype: torch.dtype = torch.float32
     tokens_first: bool = False
@@ -113,6 +115,10 @@ class Call:
             return self.plan.precision_map
         policy = Diagonal(self.window, self.sink)
         classes = policy.classes(self.layout, self.is_causal)
+        if self.means:
+            q_tile, k_tile = (torch.arange(count) for count in classes.shape[-2:])
+            is_far = (self.means == 1) | ((q_tile[:, None] + k_tile) % self.means > 0)
+            classes = torch.where(is_far & (classes == Class.LOW), int(Class.MEAN), classes)
         return build_map(classes, self.layout, self.is_causal, self.token_order)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -175,6 +181,7 @@ class Call:
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
             f"{'-ordered' * self.has_token_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
+            f"{f'-means{self.means}' * (self.means > 0)}"
         )
 
 
@@ -386,6 +393,33 @@ NAMED_CALLS = [
         300, 300, 64, high="bf16", low="int8", dtype=torch.bfloat16, has_norms=True, rounds_twice=True, has_rope=True,
         name="norms-twice-rounded",
     ),
+    Call(1, 1, 64, window=0, sink=0, means=1, name="means-one-token"),
+    Call(63, 63, 64, window=0, sink=0, means=1, high="bf16", low="int8", name="means-63"),
+    Call(111, 111, 40, window=0, sink=0, means=1, has_token_order=True, name="means-order-111"),
+    Call(640, 640, 64, means=1, name="means-but-near"),
+    Call(640, 640, 64, means=3, name="means-and-mxfp4"),
+    Call(512, 640, 64, means=2, window=0, sink=0, name="means-lent-by-no-tile"),
+    Call(640, 640, 128, means=3, high="bf16", low="int8", dtype=torch.bfloat16, text=(0, 77), name="means-int8"),
+    Call(640, 600, 128, means=2, window=0, sink=0, high="bf16", low="int8", name="means-int8-no-high"),
+    Call(600, 600, 64, means=1, high="bf16", low="int8", dtype=torch.bfloat16, tokens_first=True, name="means-bf16"),
+    Call(400, 400, 64, means=2, high="bf16", low="mxfp4", dtype=torch.bfloat16, name="means-bf16-smoothed"),
+    Call(600, 600, 72, means=3, high="bf16", low="fp8", is_causal=True, has_rope=True, name="means-causal"),
+    Call(
+        520, 520, 64, batch=2, heads=4, kv_heads=2, masks_keys=True, means=2, window=0, low="int8",
+        name="means-gqa-key-mask",
+    ),
+    Call(
+        500, 500, 64, heads=3, kv_heads=1, has_token_order=True, empty_slots=120, masks_keys=True, means=2,
+        high="bf16", low="int8", has_norms=True, has_rope=True, dtype=torch.float16, name="means-order-empty",
+    ),
+    Call(300, 500, 256, means=2, window=0, low="fp8", name="means-head-dim-256"),
+    Call(384, 384, 160, means=2, high="mxfp8/fp8", low="mxfp8/bf16", name="means-pv-exchanged"),
+    Call(384, 384, 36, means=2, low="mxfp6_e2m3", dtype=torch.bfloat16, name="means-mxfp6"),
+    Call(130, 500, 64, means=1, high="bf16/fp8", low="bf16", batch=2, name="means-bf16-fp8-values"),
+    Call(640, 640, 64, means=2, high="nvfp4", low="mxfp4", name="means-nvfp4"),
+    Call(700, 700, 64, means=2, high="bf16", low="int8", skip_below=0.05, name="means-skips"),
+    Call(4173, 4173, 64, heads=1, kv_heads=1, means=1, high="bf16", low="int8", name="means-4173"),
+    Call(200, 4173, 40, heads=1, kv_heads=1, means=2, window=0, low="int8", name="means-of-two-words"),
 ]  # fmt: skip
 
 _ONE_HEAD = {"heads": 1, "kv_heads": 1}
@@ -430,6 +464,14 @@ GRID_CALLS = [
         300, 300, 64, **_ONE_HEAD, text=(0, 20), policy="diagonal(window=128, sink=0, near=grid)", grid=(14, 20),
         name="nearest",
     ),
+    Call(
+        575, 575, 64, **_ONE_HEAD, high="bf16", low="int8", text=(0, 15), grid=(14, 40),
+        policy="neighborhood(window=5x9, beyond=mean)", name="2-D-means-text",
+    ),
+    Call(
+        468, 468, 40, kv_heads=1, batch=2, masks_keys=True, grid=(4, 9, 13),
+        policy="neighborhood(window=1x2x3, high=1x2x2, beyond=mean)", name="3-D-means-key-mask",
+    ),
 ]  # fmt: skip
 
 
@@ -448,6 +490,8 @@ HIDING_CALLS = [
         Call(300, 300, 64, low="nvfp4", kv_heads=1, dtype=torch.bfloat16, name="hides-nvfp4"),
         Call(130, 300, 72, high="fp8", low="fp8", dtype=torch.float16, name="hides-cross-fp8"),
         Call(300, 300, 64, high="bf16", low="int8", is_causal=True, skip_below=0.05, name="hides-causal-skips"),
+        Call(300, 300, 64, kv_heads=1, window=0, sink=0, means=1, name="hides-means"),
+        Call(500, 500, 64, low="int8", has_token_order=True, empty_slots=40, means=2, name="hides-order-means"),
         Call(
             400, 400, 64, **_ONE_HEAD, text=(252, 400), masks_text=True, high="bf16", low="int8", grid=(4, 7, 9),
             policy="neighborhood(window=4x7x9, stride=4x7x9)", dtype=torch.bfloat16, name="hides-text",

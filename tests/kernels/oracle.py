@@ -38,10 +38,15 @@ def _normalised_twice_rounded(x: torch.Tensor, weight: torch.Tensor, eps: float)
 
 
 def is_high(call: Call) -> torch.Tensor:
-    """Says which pair of slots is HIGH, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
+    """Says which pair of slots is HIGH: bool `[Sq, Sk]`."""
+    return high_and_mean(call)[0]
+
+
+def high_and_mean(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Says which pair of slots is HIGH, and which MEAN, one by one, from the words of `Diagonal`: bool `[Sq, Sk]`."""
     q_length, k_length = call.layout.q_length, call.layout.k_length
     high = torch.zeros(q_length, k_length, dtype=torch.bool)
-    cut = high.clone()
+    cut, mean = high.clone(), high.clone()
     text = [token for token in range(k_length) if token % (k_length // call.parts) in range(*call.text)]
     omits_text = text and q_length == k_length - len(text) and not call.is_causal
     places = (
@@ -65,8 +70,11 @@ def is_high(call: Call) -> torch.Tensor:
                 continue
             high[pair] = in_band or is_sink or is_text
             has_empty = call.has_token_order and -1 in call.token_order[j : j + 128].tolist()
-            cut[pair] = k_tile >= last_whole_tile or (call.is_causal and k_tile == q_tile) or has_empty
-    return high | cut if high.any() else high
+            is_diagonal = call.is_causal and k_tile == q_tile
+            is_far = call.means == 1 or (call.means > 1 and (q_tile + k_tile) % call.means != 0)
+            mean[pair] = is_far and not (in_band or is_sink or is_text or is_diagonal)
+            cut[pair] = k_tile >= last_whole_tile or is_diagonal or has_empty
+    return (high | cut & ~mean if high.any() else high), mean
 
 
 def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
@@ -118,15 +126,21 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
         own = sampled if mask is None else sampled[mask[b, sampled].cpu()]
         means.append(k[b, :, own].double().sum(-2, keepdim=True) / max(1, len(own)))
     mean = torch.stack(means).float()
+    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
+    in_high, in_mean = high_and_mean(call)
+    is_fine = low in ("bf16", "fp8", "int8", "mxfp8", "mxfp8_e5m2")
+    of_means = low if is_fine and call.map().has_low else high
+    used = {*call.map().used(high, low), of_means if call.means else None}
+    if used <= {"bf16", None}:  # nothing is smoothed
+        mean = torch.zeros_like(mean)
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
     q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
 
-    def scores(fmt: str) -> torch.Tensor:
+    def scores(fmt: str, smoothed: torch.Tensor, in_bf16: torch.Tensor) -> torch.Tensor:
         if fmt == "bf16":
-            a, b = q.bfloat16().double(), k.bfloat16().double() - mean.double()
-            return (a @ b.mT) * call.head_dim**-0.5
+            return (q.bfloat16().double() @ in_bf16.mT) * call.head_dim**-0.5
         if fmt in ("int8", "fp8"):
             a, b = under_shared_scales(folded, fmt, 1), under_shared_scales(smoothed, fmt, 128)
         else:
@@ -136,13 +150,25 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
             )
         return (a.double() @ b.double().mT) * math.log(2)
 
-    high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
-    s = torch.where(is_high(call), scores(high), scores(low))
-    takes_bf16 = "bf16" in call.map().used(high, low)
-    s = s + ((q.bfloat16() if takes_bf16 else q).double() @ mean.double().mT) * call.head_dim**-0.5
-    s = s.masked_fill(~seen(call, mask), -math.inf)
+    in_bf16 = k.bfloat16().double() - mean.double()
+    s = torch.where(in_high, scores(high, smoothed, in_bf16), scores(low, smoothed, in_bf16))
+    s = s.masked_fill(~seen(call, mask) | in_mean, -math.inf)
     if call.skip_below is not None:
         s = without_skipped(call, s)
+    if call.means:  # each sub-tile's mean is one further key, which stands after the others
+        shown = call.in_slots(
+            torch.ones(1, 1, call.k_length, 1) if mask is None else mask[:, None, :, None].float()
+        )
+        runs = [slice(i, i + 32) for i in range(0, call.layout.k_length, 32)]
+        counts = torch.stack([shown[..., run, :].sum(-2) for run in runs], -2)
+        k_means, v_means = (
+            torch.stack([(x * shown)[..., run, :].double().sum(-2) for run in runs], -2) / counts.clamp(min=1)
+            for x in (smoothed, v)
+        )
+        of_means = scores(of_means, k_means.float(), k_means.bfloat16().double()) + counts.log().mT
+        of_means = of_means.masked_fill(~in_mean[:, ::32], -math.inf)
+        s, v = torch.cat((s, of_means), -1), torch.cat((v.double(), v_means), -2)
+    s = s + ((q.bfloat16() if "bf16" in used else q).double() @ mean.double().mT) * call.head_dim**-0.5
     lse = s.logsumexp(-1)
     p = torch.where(lse.isinf()[..., None], 0, torch.exp(s - lse[..., None]))
     return call.of_tokens(p @ v.double()), call.of_tokens(lse[..., None])[..., 0]

@@ -1,13 +1,15 @@
 """The reference against float64 oracles: what defines "correct" has to be correct itself."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import Routing
-from dma_diffusers.kernels.tiling.policies import Diagonal
-from dma_diffusers.kernels.tiling.precision_map import build_map, visiting_phases
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map, visiting_phases
 from tests.kernels.calls import (
     HIDDEN,
     HIDING_CALLS,
@@ -102,6 +104,46 @@ def test_smoothing_is_exact_and_helps():
     moved = by_reference(q, shifted, v, call.map(), "mxfp8", "mxfp4")
     assert relative_l2(moved[0], plain[0]) < 1e-3
     torch.testing.assert_close(moved[1], plain[1] + 32.0 * q.sum(-1) * 64**-0.5, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("high", "low"), [("bf16", "bf16"), ("bf16", "int8"), ("mxfp8", "mxfp4")])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_means_of_equal_keys_are_exact(head_dim, high, low, is_alone):
+    """So they are where a single key of each sub-tile is seen: MEAN differs from exact attention by roundings alone."""
+    call = Call(600, 600, head_dim, high=high, low=low, kv_heads=1, window=0, sink=0, means=1)
+    q, k, v, _ = call.tensors()
+    token, mask = torch.arange(600), None
+    if is_alone:
+        mask = (token % 32 == 32 - 1 - token // 128)[None]
+    else:
+        k = k[:, :, token // 32 * 32]
+    exact = F.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), None if mask is None else mask[:, None, None], enable_gqa=True
+    )
+    out, lse = by_reference(q, k, v, call.map(), high, low, key_mask=mask)
+    whole = build_map(Dense(Class.HIGH).classes(call.layout), call.layout)
+    expected, expected_lse = by_reference(q, k, v, whole, high, low, key_mask=mask)
+    assert relative_l2(out, exact) < 1.2 * relative_l2(expected, exact)
+    torch.testing.assert_close(lse, expected_lse, rtol=0.01, atol=0.01)
+
+
+def test_the_means_of_keys_weigh_as_many_as_are_seen():
+    """By hand: 5 keys of a sub-tile of which one is hidden, and a whole one, in float64."""
+    call = Call(1, 37, 64, heads=1, kv_heads=1, high="bf16", low="bf16", window=0, sink=0, means=1)
+    q, k, v, _ = call.tensors()
+    mask = torch.ones(1, 37, dtype=torch.bool)
+    mask[0, 34] = False
+    k[0, 0, 34], v[0, 0, 34] = torch.nan, torch.inf
+    runs = (torch.arange(32), torch.tensor([32, 33, 35, 36]))
+    scores = [(q[0, 0, 0].double() @ k[0, 0, run].double().mean(0)) / 8 + math.log(len(run)) for run in runs]
+    weights = torch.stack(scores).softmax(0)
+    expected = sum(p * v[0, 0, run].double().mean(0) for p, run in zip(weights, runs, strict=True))
+    out, lse = by_reference(q, k, v, call.map(), "bf16", "bf16", key_mask=mask)
+    torch.testing.assert_close(out[0, 0, 0].double(), expected, rtol=0.02, atol=0.002)
+    torch.testing.assert_close(
+        lse[0, 0, 0].double(), torch.stack(scores).logsumexp(0), rtol=0.003, atol=0.003
+    )
 
 
 def test_the_mean_of_keys_of_which_the_sample_has_none_is_zero():

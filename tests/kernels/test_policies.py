@@ -29,6 +29,7 @@ POLICIES = [
     (Diagonal((0, 384), 0, "grid"), "diagonal(window=0/384, sink=0, near=grid)"),
     (Neighborhood((18, 24, 24), (16, 8, 8), (6, 8, 8)), "neighborhood(window=18x24x24, stride=16x8x8, high=6x8x8)"),
     (Neighborhood(high=50), "neighborhood(high=50)"),
+    (Neighborhood((8, 8), beyond=Class.MEAN), "neighborhood(window=8x8, beyond=mean)"),
     (Importance(0.05), "importance(budget=0.05)"),
     (SkipSoftmax(1e-4), "skip_softmax(threshold=0.0001)"),
     (Neighborhood((8, 8)) | Importance(0.1) | SkipSoftmax(0.01),
@@ -61,6 +62,9 @@ def test_words_make_the_policy(policy, words):
     ("neighborhood(window=8x8, stride=8x9)", "stride 9 exceeds window 8"),
     ("neighborhood(window=8x8) | neighborhood(window=4x4)", "two neighbourhoods can't unite"),
     ("diagonal(window=0/128) | diagonal(window=0/128/0)", "policies for different numbers of heads"),
+    ("neighborhood(window=8x8, beyond=low)", "beyond must be mean or skip, got low"),
+    ("neighborhood(window=8x8, beyond=2)", "beyond must be mean or skip, got 2"),
+    ("neighborhood(window=8x8, beyond=far)", "beyond must be mean or skip, got far"),
     ("importance()", "importance needs budget"),
     ("importance(budget=0)", "budget must be over 0 and at most 1, got 0"),
     ("importance(budget=5)", "budget must be over 0 and at most 1, got 5"),
@@ -100,6 +104,39 @@ def test_a_neighborhood_has_three_classes_of_tiles():
             bounds = [0, *planned.bounds[0, 0, q_tile].tolist()]
             masked = planned.indices[0, 0, q_tile, bounds[Phase.MASKED] : bounds[Phase.MASKED + 1]].tolist()
             assert masked == (visited & ~filled)[q_tile].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("text", [0, 20])
+@pytest.mark.parametrize(("grid", "sides"), [((700,), (90,)), ((14, 40), (5, 9)), ((6, 7, 9), (2, 3, 4))])
+def test_beyond_a_window_tiles_are_mean(grid, sides, text):
+    """Tiles that the window reaches are whole: MASKED are those with empty slots alone, and no mask cuts others."""
+    near, far = Neighborhood(sides), Neighborhood(sides, beyond=Class.MEAN)
+    tokens = math.prod(grid) + text
+    layout = Layout(tokens, tokens, (0, text), grid)
+    tile_order = TileOrder(layout, near.box(grid))
+    assert far.box(grid) == near.box(grid) and far.leaves_out
+    classes, others = (
+        policy.classes(tile_order.layout, tile_order=tile_order)[0, 0] for policy in (near, far)
+    )
+    assert torch.equal(others, torch.where(classes == Class.SKIP, int(Class.MEAN), classes))
+    assert (others == Class.MEAN).any()
+    planned, slots = make(far, layout), (tile_order.token_order >= 0).nonzero()[:, 0]
+    if planned.fine_mask is not None:
+        assert planned.fine_mask.seen(slots[:, None], slots[None, :]).all()
+    has_empty = (tile_order.token_order < 0).view(-1, 128).any(-1)
+    bounds, indices = planned.precision_map.bounds[0, 0], planned.precision_map.indices[0, 0]
+    for q_tile, (_, low, masked) in enumerate(bounds.tolist()):
+        expected = (has_empty & (others[q_tile] != Class.MEAN)).nonzero()[:, 0].tolist()
+        assert indices[q_tile, low:masked].tolist() == expected
+
+
+def test_a_neighborhood_without_far_tiles_says_so():
+    note = "beyond=mean changes nothing: the window reaches every tile"
+    assert Neighborhood((8, 8), beyond=Class.MEAN).notes((40, 40)) == []
+    assert Neighborhood((40, 40), beyond=Class.MEAN).notes((40, 40)) == [note]
+    assert Neighborhood(high=(8, 8), beyond=Class.MEAN).notes((40, 40)) == [note]
+    clamped = Neighborhood((50, 40), beyond=Class.MEAN).notes((40, 40))
+    assert clamped == ["window 50 in dimension 1 was clamped to the grid's 40", note]
 
 
 def _visits(grid, window, stride, tile_order: TileOrder) -> tuple[torch.Tensor, torch.Tensor]:
