@@ -51,30 +51,25 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @gluon.jit
 def _load(
-    sources, smem, place, block_list, tiles_of_means,
-    HIGH: gl.constexpr, LOW: gl.constexpr, MEANS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    sources, smem, place, block_list, of_means,
+    HIGH: gl.constexpr, LOW: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: Q, the tiles of means, and K and V of every tile that a warpgroup visits."""
+    """The loading warp: Q, K and V of every tile that a warpgroup visits, and the tiles of means."""
     q_high, k_high, v_high, q_low, k_low, v_low, k_means, v_means = sources
     q_high_smem, q_low_smem, ring, barriers = smem
     batch, head_in_batch, kv_head, start = place
     indices, own_entries, bounds, own_ends, piece, pieces = block_list
-    size: gl.constexpr = (2 if HIGH is not None else 0) + (1 if LOW is not None else 0)
+    size: gl.constexpr = (0 if q_high_smem is None else 2) + (0 if q_low_smem is None else 1)
     for warpgroup in gl.static_range(WARPGROUPS):
         own_ready = barriers.index(2 * SLOTS + warpgroup)
         mbarrier.expect(own_ready, ROWS * D * size)
         rows = [batch, head_in_batch, start + warpgroup * ROWS, 0]
-        if HIGH is not None:
+        if q_high_smem is not None:
             copy(q_high, rows, own_ready, q_high_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
-        if LOW is not None:
+        if q_low_smem is not None:
             copy(q_low, rows, own_ready, q_low_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
     first, high_end, low_end, end = own_share(*ends_of(bounds + own_ends, HIGH is not None), piece, pieces)
     n = 0
-    if MEANS is not None:
-        bits, _, _, below, words = tiles_of_means
-        n = load_means(
-            ring, barriers, k_means, v_means, batch, kv_head, end_of_means(bits, below, words), MEANS == "low", D, SLOTS
-        )
     if HIGH is not None:
         n = load_phase(
             ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, first, high_end, False, D, SLOTS
@@ -84,20 +79,24 @@ def _load(
             ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, high_end, low_end, True, D, SLOTS
         )  # fmt: skip
     if HIGH is not None:
-        load_phase(
+        n = load_phase(
             ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, low_end, end, False, D, SLOTS
         )  # fmt: skip
-    else:
-        load_phase(
+    elif LOW is not None:
+        n = load_phase(
             ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, low_end, end, True, D, SLOTS
         )  # fmt: skip
+    if MEAN is not None:
+        words, _, _, below, count = of_means
+        end = end_of_means(words, below, count)
+        load_means(ring, barriers, n, k_means, v_means, batch, kv_head, end, MEAN_STORAGE != "plain", D, SLOTS)
 
 
 @gluon.jit
 def _attend(
     warpgroup: gl.constexpr, given,
-    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, MEANS: gl.constexpr, CAUSAL: gl.constexpr,
-    MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr,
+    CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of 64 queries."""
     high_sums: gl.constexpr = products_layout(D, 16)
@@ -108,7 +107,8 @@ def _attend(
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, tiles_of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -129,34 +129,6 @@ def _attend(
     counter = None if skipped is None else (skipped, start + warpgroup * ROWS < q_length)
     mbarrier.wait(barriers.index(2 * SLOTS + warpgroup), 0)
     n, kept = 0, 0
-    if LOW is not None:
-        v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
-    if MEANS is not None:
-        bits, log_counts, k_means_scales, below, words = tiles_of_means
-        end_of_all = end_of_means(bits, below, words)
-        if (start + warpgroup * ROWS) // TILE != start // TILE:
-            bits += below
-        # Which keys are seen is not looked at where all are.
-        ALIKE: gl.constexpr = key_mask is None and token_count is None
-        if MEANS == "low":
-            factor = gl.convert_layout(gl.load(q_scales + q_rows, mask=known, other=1.0), low_row)
-            own_scales = kv_row * words * (1 if LOW_STORAGE == "tile" else TILE)
-            low_sums, low_l, low_m = low_means_phase(
-                gl.convert_layout(m, low_row), q_low_smem.index(warpgroup), factor, ones, ring, barriers,
-                k_means_scales, own_scales, bits, log_counts, end_of_all, k_length, ALIKE, LOW, LOW_STORAGE, D, SLOTS,
-            )  # fmt: skip
-            if HIGH is not None:
-                low_sums *= gl.load(v_units)[None, :]
-            accumulator = gl.convert_layout(low_sums, high_sums)
-            l = gl.convert_layout(gl.max(low_l, axis=1), row)
-            m = gl.convert_layout(low_m, row)
-            n = end_of_all
-        else:
-            accumulator, l, m = high_means_phase(
-                accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, ring, barriers,
-                bits, log_counts, end_of_all, k_length, ALIKE, HIGH, D, SLOTS,
-            )  # fmt: skip
-            n = 2 * end_of_all
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
             accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, n,
@@ -164,6 +136,7 @@ def _attend(
             skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
+        v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
         own_scales = kv_row * gl.cdiv(k_length, TILE) * (1 if LOW_STORAGE == "tile" else TILE)
         factor = gl.convert_layout(gl.load(q_scales + q_rows, mask=known, other=1.0), low_row)
         low_sums = gl.convert_layout(accumulator, sums)
@@ -175,14 +148,14 @@ def _attend(
         low_m, low_tokens = gl.convert_layout(m, low_row), gl.convert_layout(q_tokens, low_row)
         low_sums, low_l, low_m, kept = low_phase(
             low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers,
-            n + 2 * (high_end - first), k_scales, own_scales, indices, own_entries, high_end, low_end, warpgroup,
+            2 * (high_end - first), k_scales, own_scales, indices, own_entries, high_end, low_end, warpgroup,
             wide_mask, None, None, k_length, low_tokens,
             skip_below, counter, False, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
         )  # fmt: skip
         if HIGH is None:
             low_sums, low_l, low_m, kept = low_phase(
                 low_sums, low_l, low_m, kept, q_low_smem.index(warpgroup), factor, ones, ring, barriers,
-                n + low_end - first, k_scales, own_scales, indices, own_entries, low_end, end, warpgroup,
+                low_end - first, k_scales, own_scales, indices, own_entries, low_end, end, warpgroup,
                 key_mask, fine_mask, guards, k_length, low_tokens,
                 skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
@@ -193,9 +166,44 @@ def _attend(
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
             accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers,
-            n + high_end + low_end - 2 * first, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
+            high_end + low_end - 2 * first, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
             k_length, q_tokens, q_rows, known, skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
+
+    if MEAN is not None:
+        words, log_counts, k_scales, below, count = of_means
+        last = end_of_means(words, below, count)
+        if (start + warpgroup * ROWS) // TILE != start // TILE:
+            words += below
+        n = end - first
+        if HIGH is not None:  # whose K and V take a slot each
+            n += high_end - first + end - low_end
+        if MEAN_STORAGE == "plain":
+            accumulator, l, m = high_means_phase(
+                accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, ring, barriers, n,
+                words, log_counts, last, MEAN, D, SLOTS,
+            )  # fmt: skip
+        else:
+            v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
+            factor = gl.convert_layout(gl.load(q_scales + q_rows, mask=known, other=1.0, volatile=True), low_row)
+            k_scales += kv_row * count * (1 if MEAN_STORAGE == "tile" else TILE)
+            low_sums = gl.convert_layout(accumulator, sums) * (1.0 / gl.load(v_units, volatile=True))[None, :]
+            low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros((ROWS, 8), gl.float32, counts)
+            low_m = gl.convert_layout(m, low_row)
+            whole = 0
+            if key_mask is None and (token_order is None or (token_count is None and fine_mask is None)):
+                whole = gl.minimum(k_length // (MEANS_TILES * TILE), last)  # all keys of these are seen
+                low_sums, low_l, low_m = low_means_phase(
+                    low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n,
+                    k_scales, words, log_counts, 0, whole, False, MEAN, MEAN_STORAGE, D, SLOTS,
+                )  # fmt: skip
+            low_sums, low_l, low_m = low_means_phase(
+                low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n + whole,
+                k_scales, words, log_counts, whole, last, True, MEAN, MEAN_STORAGE, D, SLOTS,
+            )  # fmt: skip
+            accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
+            l = gl.convert_layout(gl.max(low_l, axis=1), row)
+            m = gl.convert_layout(low_m, row)
 
     is_whole = True
     if split is not None:  # noqa: SIM102 (the compiler decides this, and the GPU the next)
@@ -219,19 +227,21 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=[
-    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "whole", "pieces"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "whole", "pieces",
+    "means_stride_b", "means_stride_h"
 ])  # fmt: skip
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    k_means, k_means_scales, v_means, means, log_counts,
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, records, finished, whole, pieces,
+    mean_q, mean_q_scales, mean_q_tensor_scale, mean_k, mean_k_scales, mean_k_tensor_scale, mean_v,
+    means, log_counts, means_stride_b, means_stride_h,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr, HIGH_VALUES: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr, LOW_VALUES: gl.constexpr,
-    MEANS: gl.constexpr, CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr, MEAN_BLOCK: gl.constexpr, MEAN_VALUES: gl.constexpr,
+    CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
 
@@ -258,7 +268,7 @@ def attend_hopper(
 
     low_element: gl.constexpr = gl.int8 if LOW == "int8" else gl.float8e4nv
     ring = gl.allocate_shared_memory(low_element, [2 * SLOTS, TILE, D], tile_layout(D, 8))
-    if HIGH is not None:
+    if HIGH is not None or MEAN_STORAGE == "plain":
         q_high_smem = gl.allocate_shared_memory(gl.bfloat16, [WARPGROUPS, ROWS, D], tile_layout(D, 16))
     else:
         q_high_smem: gl.constexpr = None
@@ -285,30 +295,30 @@ def attend_hopper(
     block_list = (indices, row * map_length, bounds, row * 3, piece, pieces)
     kv_row = batch * kv_heads + kv_head
     scales = (q_low_scales, k_low_scales, v_scale)
-    if MEANS is not None:
-        q_tiles, words = gl.cdiv(q_length, TILE), gl.cdiv(gl.cdiv(k_length, TILE), MEANS_TILES)
-        first_tile = start // TILE
-        means += ((row - block) // blocks * q_tiles + first_tile).to(gl.int64) * words
-        log_counts += batch.to(gl.int64) * (words * TILE)
-        below = gl.where(first_tile + 1 < q_tiles, words, 0)
-        tiles_of_means = (means, log_counts, k_means_scales, below, words)
+    if MEAN is not None:
+        count = gl.cdiv(gl.cdiv(k_length, TILE), MEANS_TILES)
+        first_tile, q_tiles = start // TILE, gl.cdiv(q_length, TILE)
+        means += (batch * means_stride_b + head_in_batch * means_stride_h + first_tile).to(gl.int64) * count
+        below = gl.where(first_tile + 1 < q_tiles, count, 0)
+        of_means = (means, log_counts + batch * (count * TILE), mean_k_scales, below, count)
     else:
-        tiles_of_means: gl.constexpr = None
+        of_means: gl.constexpr = None
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
     if skipped is not None:
         skipped += head
     given = (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, tiles_of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        skip_below, skipped,
     )  # fmt: skip
-    sources = (q_high, k_high, v_high, q_low, k_low, v_low, k_means, v_means)
+    sources = (mean_q if HIGH is None else q_high, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
     place = (batch, head_in_batch, kv_head, start)
     gl.warp_specialize(
         [
-            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, MEANS, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, MEANS, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, MEANS, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_load, (sources, smem, place, block_list, tiles_of_means, HIGH, LOW, MEANS, D, SLOTS)),
+            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_load, (sources, smem, place, block_list, of_means, HIGH, LOW, MEAN, MEAN_STORAGE, D, SLOTS)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
