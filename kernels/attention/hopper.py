@@ -87,9 +87,11 @@ def _load(
             ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, low_end, end, True, D, SLOTS
         )  # fmt: skip
     if MEAN is not None:
-        words, _, _, below, count = of_means
-        end = end_of_means(words, below, count)
-        load_means(ring, barriers, n, k_means, v_means, batch, kv_head, end, MEAN_STORAGE != "plain", D, SLOTS)
+        words, own_words, _, _, _, below, count = of_means
+        end = end_of_means(words, own_words, below, count)
+        load_means(
+            ring, barriers, n, k_means, v_means, batch, kv_head, end, MEAN_STORAGE != "plain", D, SLOTS
+        )
 
 
 @gluon.jit
@@ -171,35 +173,37 @@ def _attend(
         )  # fmt: skip
 
     if MEAN is not None:
-        words, log_counts, k_scales, below, count = of_means
-        last = end_of_means(words, below, count)
+        words, own_words, log_counts, k_scales, batch, below, count = of_means
+        last = end_of_means(words, own_words, below, count)
         if (start + warpgroup * ROWS) // TILE != start // TILE:
-            words += below
+            own_words += below
+        own_counts = batch * (count * TILE)
         n = end - first
         if HIGH is not None:  # whose K and V take a slot each
             n += high_end - first + end - low_end
+        whole = 0
+        if key_mask is None and (token_order is None or (token_count is None and fine_mask is None)):
+            whole = k_length // (MEANS_TILES * TILE)  # all keys of these are seen
         if MEAN_STORAGE == "plain":
             accumulator, l, m = high_means_phase(
                 accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, ring, barriers, n,
-                words, log_counts, last, MEAN, D, SLOTS,
+                words, own_words, log_counts, own_counts, whole, last, MEAN, D, SLOTS,
             )  # fmt: skip
         else:
             v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
-            factor = gl.convert_layout(gl.load(q_scales + q_rows, mask=known, other=1.0, volatile=True), low_row)
-            k_scales += kv_row * count * (1 if MEAN_STORAGE == "tile" else TILE)
+            factor = gl.convert_layout(
+                gl.load(q_scales + q_rows, mask=known, other=1.0, volatile=True), low_row
+            )
+            own_scales = kv_row * count * (1 if MEAN_STORAGE == "tile" else TILE)
             low_sums = gl.convert_layout(accumulator, sums) * (1.0 / gl.load(v_units, volatile=True))[None, :]
-            low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros((ROWS, 8), gl.float32, counts)
+            low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros(
+                (ROWS, 8), gl.float32, counts
+            )
             low_m = gl.convert_layout(m, low_row)
-            whole = 0
-            if key_mask is None and (token_order is None or (token_count is None and fine_mask is None)):
-                whole = gl.minimum(k_length // (MEANS_TILES * TILE), last)  # all keys of these are seen
-                low_sums, low_l, low_m = low_means_phase(
-                    low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n,
-                    k_scales, words, log_counts, 0, whole, False, MEAN, MEAN_STORAGE, D, SLOTS,
-                )  # fmt: skip
             low_sums, low_l, low_m = low_means_phase(
-                low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n + whole,
-                k_scales, words, log_counts, whole, last, True, MEAN, MEAN_STORAGE, D, SLOTS,
+                low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n,
+                k_scales, own_scales, words, own_words, log_counts, own_counts, whole, last,
+                MEAN, MEAN_STORAGE, D, SLOTS,
             )  # fmt: skip
             accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
             l = gl.convert_layout(gl.max(low_l, axis=1), row)
@@ -298,9 +302,9 @@ def attend_hopper(
     if MEAN is not None:
         count = gl.cdiv(gl.cdiv(k_length, TILE), MEANS_TILES)
         first_tile, q_tiles = start // TILE, gl.cdiv(q_length, TILE)
-        means += (batch * means_stride_b + head_in_batch * means_stride_h + first_tile).to(gl.int64) * count
+        own_words = (batch * means_stride_b + head_in_batch * means_stride_h + first_tile) * count
         below = gl.where(first_tile + 1 < q_tiles, count, 0)
-        of_means = (means, log_counts + batch * (count * TILE), mean_k_scales, below, count)
+        of_means = (means, own_words, log_counts, mean_k_scales, batch, below, count)
     else:
         of_means: gl.constexpr = None
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h

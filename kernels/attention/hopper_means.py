@@ -23,9 +23,8 @@ from dma_diffusers.kernels.tiling import layout, precision_map
 MEANS_TILES = gl.constexpr(precision_map.MEANS_TILES)  # KV tiles of one tile of means
 COLUMNS = gl.constexpr(TILE.value // MEANS_TILES.value)  # of one KV tile
 LOG_SUBTILE = gl.constexpr(float(layout.SUBTILE.bit_length() - 1))
-# Products of int8 numbers are smaller by half than what stands for those of columns that are not taken, times 2^-9.
-# Under the least factor, scores lie within 2^-4, and those of such columns below them by 2^5.
-NOT_TAKEN, LEAST_FACTOR = gl.constexpr(-(2**30)), gl.constexpr(2.0**-25)
+# Products of int8 numbers lie within 2^21: under this factor, scores within 2^-4, and what `_least_of` says below by 2^5.
+LEAST_FACTOR = gl.constexpr(2.0**-25)
 IN_CODES = gl.constexpr(True)  # while measuring: probabilities by their codes, or by exp2
 # Codes of e4m3 count eighths of a binade, if 1 + x/8 is taken for 2^(x/8): on average, they are too large by so many.
 CODE_OF_ONE, EXCESS = gl.constexpr(56.0), gl.constexpr(0.4567)
@@ -42,12 +41,12 @@ _TO_CODES = gl.constexpr("""{
 
 
 @gluon.jit
-def end_of_means(words, below, count):
+def end_of_means(words, own_words, below, count):
     """Finds the end of the tiles of means of which a program's two Q tiles, whose words lie `below` apart, take any."""
     end = count
     taken = count * 0
     while (end > 0) & (taken == 0):
-        taken = gl.load(words + end - 1) | gl.load(words + below + end - 1)
+        taken = gl.load(words + (own_words + end - 1)) | gl.load(words + (own_words + below + end - 1))
         end -= (taken == 0).to(gl.int32)
     return end
 
@@ -61,42 +60,35 @@ def load_means(
         n = load_tile(ring, barriers, n, k, v, batch, kv_head, tile * TILE, LOW, D, SLOTS)
 
 
-@gluon.jit
-def _takes(word, columns):
-    """Says which columns of a tile of means a Q tile takes."""
-    # Threads differ in the lowest bit of the shift. Shifted by that first, they go on with constants.
-    word = word >> ((columns & COLUMNS) // COLUMNS)
-    return (word >> ((columns & ~(2 * COLUMNS - 1)) // COLUMNS)) & 1 != 0
+@gluon.constexpr_function
+def _least_of(dtype):
+    """What stands for the products of columns that are not taken."""
+    return -(2**30) if dtype == gl.int32 else float("-inf")
 
 
 @gluon.jit
-def _scores(s, factor, word, log_counts, COUNTED: gl.constexpr):
-    """Scores of sub-tiles as x, factor and addend: x·factor + addend; of columns that are not taken, no larger one.
-
-    Unless COUNTED, 32 keys are seen in each that is taken.
-    """
+def _taken(s, factor, word, log_counts, own_counts, is_whole):
+    """Products of which s·factor + LOG_SUBTILE is the score. is_whole: whether 32 keys are seen in each sub-tile."""
     columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, s.type.layout))
-    if COUNTED:
-        counts = gl.load(log_counts + columns)
-        s = s.to(gl.float32) * factor[:, None] + counts[None, :]
-        s = gl.where(_takes(word, columns)[None, :], s, float("-inf"))
-        factor, addend = gl.full_like(factor, 1.0), gl.zeros_like(factor)
-    else:
-        LEAST: gl.constexpr = LEAST_FACTOR if s.dtype == gl.int32 else SMALLEST_NORMAL  # 0·−inf is NaN
-        factor = gl.maximum(factor, LEAST, propagate_nan=PROPAGATE_NAN)
-        addend = gl.full_like(factor, LOG_SUBTILE)
-        if word != -1:
-            OTHER: gl.constexpr = NOT_TAKEN if s.dtype == gl.int32 else float("-inf")
-            s = gl.where(_takes(word, columns)[None, :], s, OTHER)
-    return s, factor, addend
+    if not is_whole:
+        counts = gl.load(log_counts + (own_counts + columns))
+        added = (gl.maximum(counts, 0.0) - LOG_SUBTILE)[None, :] * (1.0 / factor)[:, None]
+        s = gl.where((counts >= 0.0)[None, :], s + added.to(s.dtype), _least_of(s.dtype))
+    if word != -1:
+        # Threads differ in the lowest bit of the shift. Shifted by that first, they go on with constants.
+        own = word >> ((columns & COLUMNS) // COLUMNS)
+        takes = (own >> ((columns & ~(2 * COLUMNS - 1)) // COLUMNS)) & 1 != 0
+        s = gl.where(takes[None, :], s, _least_of(s.dtype))
+    return s
 
 
 @gluon.jit
 def low_means_phase(
-    accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, words, log_counts, first, last,
-    COUNTED: gl.constexpr, ELEMENT: gl.constexpr, STORAGE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    accumulator, l, m, q, factor, ones, ring, barriers, n, k_scales, own_scales, words, own_words,
+    log_counts, own_counts, whole, last,
+    ELEMENT: gl.constexpr, STORAGE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Walk tiles of means in e4m3 or int8, as `low_phase` walks others."""
+    """Walk tiles of means in e4m3 or int8, as `low_phase` walks others. whole: so many lack no key."""
     products: gl.constexpr = products_layout(TILE, 32)
     sums: gl.constexpr = products_layout(D, 32)
     total: gl.constexpr = products_layout(8, 32)
@@ -104,30 +96,34 @@ def low_means_phase(
     nothing = gl.zeros((ROWS, TILE), gl.int32 if ELEMENT == "int8" else gl.float32, products)
     no_sums = gl.zeros((ROWS, D), gl.float32, sums)
     no_total = gl.zeros((ROWS, 8), gl.float32, total)
-    for tile in range(first, last):
+    for tile in range(last):
         slot = n % SLOTS
         mbarrier.wait(barriers.index(slot), n // SLOTS & 1)
-        word = gl.load(words + tile)
+        word = gl.load(words + (own_words + tile))
         if word != 0:
             own_factor = factor
             if STORAGE == "tile":
-                own_factor *= gl.load(k_scales + tile)
+                own_factor *= gl.load(k_scales + (own_scales + tile))
             k = low_keys.index(2 * slot).permute((1, 0))
             s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             if STORAGE == "row":
                 columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, products))
-                s = s.to(gl.float32) * gl.load(k_scales + tile * TILE + columns)[None, :]
-            x, own_factor, addend = _scores(s, own_factor, word, log_counts + tile * TILE, COUNTED)
-            m_new = gl.maximum(m, gl.max(x, axis=1).to(gl.float32) * own_factor + (addend - P_SHIFT))
+                s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
+            LEAST: gl.constexpr = LEAST_FACTOR if s.dtype == gl.int32 else SMALLEST_NORMAL  # 0·−inf is NaN
+            own_factor = gl.maximum(own_factor, LEAST, propagate_nan=PROPAGATE_NAN)
+            s = _taken(s, own_factor, word, log_counts, own_counts + tile * TILE, tile < whole)
+            top = gl.max(s, axis=1)
+            m_new = gl.maximum(m, top.to(gl.float32) * own_factor + (LOG_SUBTILE - P_SHIFT))
+            m_new = gl.where(top > _least_of(s.dtype), m_new, m)
             rescale = gl.exp2(m - m_new)
             m = m_new
+            addend = gl.where(top > _least_of(s.dtype), LOG_SUBTILE - m, float("-inf"))
             if IN_CODES:
-                x = x.to(gl.float32) * (8.0 * own_factor)[:, None] + (
-                    8.0 * (addend - m) + (CODE_OF_ONE - EXCESS)
-                )[:, None]
+                addend = 8.0 * addend + (CODE_OF_ONE - EXCESS)
+                x = s.to(gl.float32) * (8.0 * own_factor)[:, None] + addend[:, None]
             else:
-                x = gl.exp2(x.to(gl.float32) * own_factor[:, None] + (addend - m)[:, None]).to(gl.float8e4nv)
+                x = gl.exp2(s.to(gl.float32) * own_factor[:, None] + addend[:, None]).to(gl.float8e4nv)
             x = gl.reshape(x, (ROWS, TILE // 16, 2, 4, 2))
             x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), (ROWS, TILE))
             p = gl.convert_layout(x, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
@@ -148,7 +144,8 @@ def low_means_phase(
 
 @gluon.jit
 def high_means_phase(
-    accumulator, l, m, q, softmax_scale_log2, ring, barriers, n, words, log_counts, last,
+    accumulator, l, m, q, softmax_scale_log2, ring, barriers, n, words, own_words,
+    log_counts, own_counts, whole, last,
     NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Walk tiles of means in bf16, as `high_phase` walks others; but all of them are smoothed."""
@@ -162,13 +159,13 @@ def high_means_phase(
     for tile in range(last):
         keys, values = n % SLOTS, (n + 1) % SLOTS
         mbarrier.wait(barriers.index(keys), n // SLOTS & 1)
-        word = gl.load(words + tile)
+        word = gl.load(words + (own_words + tile))
         s = warpgroup_mma(q, numbers.index(keys).permute((1, 0)), nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(barriers.index(SLOTS + keys), count=1)
-        s, _, _ = _scores(s, factor, word, log_counts + tile * TILE, True)
-        m_new = gl.maximum(m, gl.max(s, axis=1) - P_SHIFT)
-        p = gl.exp2(s - m_new[:, None])
+        s = _taken(s, factor, word, log_counts, own_counts + tile * TILE, tile < whole)
+        m_new = gl.maximum(m, gl.max(s, axis=1) * factor + (LOG_SUBTILE - P_SHIFT))
+        p = gl.exp2(s * factor[:, None] + (LOG_SUBTILE - m_new)[:, None])
         rescale = gl.exp2(m - m_new)
         m = m_new
         l = l * rescale + gl.sum(p, axis=1)
