@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.hopper_phases import (
     PROPAGATE_NAN,
     ROWS,
@@ -26,8 +27,7 @@ LOG_SUBTILE = gl.constexpr(float(layout.SUBTILE.bit_length() - 1))
 # Products of int8 numbers lie within 2^21: under this factor, scores within 2^-4, and what `_least_of` says below by 2^5.
 LEAST_FACTOR = gl.constexpr(2.0**-25)
 IN_CODES = gl.constexpr(True)  # while measuring: probabilities by their codes, or by exp2
-# Codes of e4m3 count eighths of a binade, if 1 + x/8 is taken for 2^(x/8): on average, they are too large by so many.
-CODE_OF_ONE, EXCESS = gl.constexpr(56.0), gl.constexpr(0.4567)
+CODE_OF_ONE = gl.constexpr(reference.CODE_OF_ONE - reference.CODE_EXCESS)
 # 0x6600 is 1536, at which float16 numbers are integers.
 _TO_CODES = gl.constexpr("""{
     .reg .b32 low, high, anchor;
@@ -120,7 +120,7 @@ def low_means_phase(
             m = m_new
             addend = gl.where(top > _least_of(s.dtype), LOG_SUBTILE - m, float("-inf"))
             if IN_CODES:
-                addend = 8.0 * addend + (CODE_OF_ONE - EXCESS)
+                addend = 8.0 * addend + CODE_OF_ONE
                 x = s.to(gl.float32) * (8.0 * own_factor)[:, None] + addend[:, None]
             else:
                 x = gl.exp2(s.to(gl.float32) * own_factor[:, None] + addend[:, None]).to(gl.float8e4nv)
