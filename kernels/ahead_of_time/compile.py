@@ -99,11 +99,13 @@ def launches(
     has_fine_mask: bool = False,
     routes: bool = False,
     skips: bool = False,
+    has_means: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
     slots: how many a token order has, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether
     MASKED tiles have one. routes: whether content upgrades LOW pairs. skips: whether the softmax may skip tiles.
+    has_means: whether the last Q tile takes the first KV tile by its means.
     """
     recorded = []
 
@@ -113,6 +115,8 @@ def launches(
     policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
     high, low, layout = high or low, low or high, Layout(_TOKENS, _TOKENS)
     classes = policy.classes(layout)
+    if has_means:
+        classes[..., -1, 0] = int(Class.MEAN)
     mask = torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None
     q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
     plan = Plan(

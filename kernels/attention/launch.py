@@ -368,7 +368,7 @@ def _attend(
     )  # fmt: skip
     stored = (*variant.classes, variant.means)
     multiplied = chain(*(each.multiplied if each else [None] * 4 for each in stored))
-    of_means = [None] * 9 + [0, 0]
+    of_means = [None] * 11
     if variant.means is not None:
         k_means, v_means, log_counts = encoded.means
         q, means = encoded.q[variant.encoded.index(variant.means)], block_lists.means

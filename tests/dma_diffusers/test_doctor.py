@@ -45,22 +45,24 @@ class Counting(Launcher):
 
 
 @pytest.mark.parametrize(
-    ("high", "low", "lowering", "target"),
+    ("high", "low", "lowering", "target", "policy"),
     [
-        ("bf16", "int8", "native", "sm_90"), ("bf16", "fp8/bf16", "native", "sm_90"),
-        ("mxfp8", "mxfp4", "native", "sm_100"), ("mxfp8", "mxfp4", "faithful", "sm_90"),
+        ("bf16", "int8", "native", "sm_90", Diagonal()), ("bf16", "fp8/bf16", "native", "sm_90", Diagonal()),
+        ("mxfp8", "mxfp4", "native", "sm_100", Diagonal()), ("mxfp8", "mxfp4", "faithful", "sm_90", Diagonal()),
+        ("mxfp8", "mxfp4", "native", "sm_100", Dense(Class.MEAN)),
+        ("bf16", "int8", "native", "sm_90", Dense(Class.MEAN)),
     ],
 )  # fmt: skip
-def test_it_is_what_the_kernels_write(high, low, lowering, target, monkeypatch):
+def test_it_is_what_the_kernels_write(high, low, lowering, target, policy, monkeypatch):
     for module in (launch, quantiser):  # as many as memory is counted for
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     q, k, v = (torch.zeros(2, 300, 3, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    plan, launcher = make(Diagonal(), Layout(300, 300)), Counting()
+    plan, launcher = make(policy, Layout(300, 300)), Counting()
     launch.attention(
         Call(q, k, v), plan, Precisions.parse(high, low),
         lowering=lowering, return_lse=False, target=target, launcher=launcher,
     )  # fmt: skip
-    counted = said((2, 3, 300, 64), high, low, lowering, target) * MIB
+    counted = said((2, 3, 300, 64), high, low, lowering, target, policy=policy) * MIB
     assert launcher.bytes <= counted <= launcher.bytes + 4096  # counters, block lists
 
 
@@ -79,6 +81,18 @@ def test_the_size_of_flux():
     assert said((2, *FLUX[1:]), "bf16", "int8") == pytest.approx(2 * said(FLUX, "bf16", "int8"), rel=0.01)
     copies = said(FLUX, "bf16", "int8", dtype=torch.float32) - said(FLUX, "bf16", "int8")
     assert copies == pytest.approx(3 * 2 * q, rel=0.01)  # bf16 copies of q, k and v
+
+
+def test_means_take_little():
+    """Of k and v together, a 16th as bf16 numbers; as float32 ones twice that, and their encoded numbers."""
+    q, policy = 24 * 4608 * 128 / MIB, Dense(Class.MEAN)
+    assert said(FLUX, "bf16", "int8", policy=policy) == pytest.approx(2 * 2 * q / 32, rel=0.01)
+    low, means = (
+        said(FLUX, "int8/fp8", "int8", target="sm_89", policy=Dense(everywhere))
+        for everywhere in (Class.LOW, Class.MEAN)
+    )
+    encoded = 2 * 24 * 256 * 128 / MIB  # in whole tiles
+    assert means == pytest.approx(low + 2 * 4 * q / 32 + encoded, abs=0.1)
 
 
 def test_a_tensor_scale_takes_float32_copies_on_the_way():

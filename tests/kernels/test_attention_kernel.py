@@ -20,12 +20,12 @@ from tests.kernels.calls import (
     Call,
     as_the_kernel,
     by_reference,
-    guarded,
     launched,
     random_calls,
     relative_l2,
     with_hidden,
 )
+from tests.kernels.guarded import guarded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 

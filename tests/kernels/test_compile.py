@@ -30,8 +30,12 @@ MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
 
 
 @lru_cache
-def attend(target, high, low, head_dim, is_causal=False, masks_keys=False, slots=None, skips=False):
-    variant = ahead.launches(target, high, low, head_dim, is_causal, masks_keys, slots, skips=skips)
+def attend(
+    target, high, low, head_dim, is_causal=False, masks_keys=False, slots=None, skips=False, has_means=False
+):
+    variant = ahead.launches(
+        target, high, low, head_dim, is_causal, masks_keys, slots, skips=skips, has_means=has_means
+    )
     kernel, arguments, options = list(variant)[-1]
     return ahead.compile_launch(kernel, arguments, options, target)
 
@@ -163,6 +167,38 @@ def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, 
     assert skipping.metadata.shared <= MOST_SHARED_BYTES[target]
     assert ahead.mma_kinds(skipping.asm["ptx"]) == ahead.mma_kinds(plain.asm["ptx"])
     assert ahead.resources(skipping.asm["cubin"])[1] == 0
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("target", "high", "low"), [
+    ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_103", "mxfp8", "mxfp4"),
+    ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
+])  # fmt: skip
+@pytest.mark.parametrize("skips", [False, True])
+def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
+    """They launch `encode` once more, for the means, and the attention kernel has one loop more."""
+    plain, found = (
+        list(ahead.launches(target, high, low, head_dim, skips=skips, has_means=has_means))
+        for has_means in (False, True)
+    )
+    assert [kernel.__name__ for kernel, *_ in found] == ["statistics", "encode", "encode", "attend"]
+    for kernel, arguments, options in found:
+        compiled = ahead.compile_launch(kernel, arguments, options, target)
+        assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
+        registers, spills = ahead.resources(compiled.asm["cubin"])
+        assert spills == 0 and registers > 20
+    without = ahead.compile_launch(*plain[-1], target)
+    assert len(loops(compiled.asm["cubin"])) == len(loops(without.asm["cubin"])) + 1
+    if high:  # otherwise HIGH, which MXFP4 leaves the means to, multiplies nothing else
+        assert ahead.mma_kinds(compiled.asm["ptx"]) == ahead.mma_kinds(without.asm["ptx"])
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize("target", ["sm_100", "sm_103"])
+def test_means_arrive_asynchronously_over_two_stages(target, head_dim):
+    compiled = attend(target, "mxfp8", "mxfp4", head_dim, has_means=True)
+    *_, buffers = [loop for loop in buffers_of_each_loop(compiled.asm["ttgir"]) if loop]
+    assert buffers[128, head_dim, "i8"] >= 2 and buffers[128, head_dim, "bf16"] >= 2
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)

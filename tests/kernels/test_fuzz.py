@@ -18,6 +18,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dma_diffusers.kernels.attention.tuning import tuning
+from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
     FAITHFUL,
@@ -27,11 +28,14 @@ from dma_diffusers.kernels.lowerings import (
     architecture,
     choose,
 )
+from dma_diffusers.kernels.plan import Plan
+from dma_diffusers.kernels.precision import MEANS_BITS, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map
-from tests.kernels.calls import Call, as_the_kernel, by_reference, guarded, launched, seen
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map, means_of
+from tests.kernels.calls import Call, as_the_kernel, by_reference, launched, seen
+from tests.kernels.guarded import guarded
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
@@ -78,6 +82,7 @@ CONTENTS_OF_Q_AND_K = [
 ]  # fmt: skip
 MAPS = [
     (), ("HIGH", "LOW", "SKIP"), ("HIGH", "LOW"), ("LOW", "SKIP"), ("HIGH", "SKIP"), ("HIGH",), ("LOW",),
+    ("HIGH", "LOW", "MEAN"), ("LOW", "MEAN", "SKIP"), ("HIGH", "MEAN"), ("MEAN",), ("HIGH", "LOW", "MEAN", "SKIP"),
 ]  # fmt: skip
 
 
@@ -87,7 +92,7 @@ class Drawn(Call):
 
     among: of which classes each pair of tiles gets one at random; empty for the Diagonal policy.
     by_batch, by_head: whether such a map differs between them.
-    used: whether the map claims HIGH and LOW tiles, which kernels are compiled for; None for the truth.
+    used: whether the map claims HIGH, LOW and MEAN tiles, which kernels are compiled for; None for the truth.
     memory: how q, k and v lie in larger tensors of NaN.
     keys: where `masks_keys`, which ones are seen.
     hidden: the hidden ones' k and v, as a share of their dtype's largest number; None for numbers like the others'.
@@ -99,7 +104,7 @@ class Drawn(Call):
     among: tuple[str, ...] = ()
     by_batch: bool = False
     by_head: bool = False
-    used: tuple[bool, bool] | None = None
+    used: tuple[bool, bool, bool] | None = None
     memory: str = "heads first"
     contents: tuple[str, str, str] = ("ordinary", "ordinary", "ordinary")
     keys: str = "random"
@@ -132,7 +137,11 @@ class Drawn(Call):
         precision_map = build_map(self.classes(), self.layout, self.is_causal, self.token_order)
         if self.used is None:
             return precision_map
-        return replace(precision_map, has_high=self.used[0], has_low=self.used[1])
+        high, low, mean = self.used
+        means = precision_map.means
+        if mean and means is None:
+            means = means_of(torch.zeros(*precision_map.bounds.shape[:3], tiles(self.layout.k_length)) > 0)
+        return replace(precision_map, has_high=high, has_low=low, means=means)
 
     def sees_nothing(self, mask: torch.Tensor | None) -> torch.Tensor:
         """Says which rows see no key: bool `[B or 1, H or 1, Sq]`."""
@@ -201,14 +210,16 @@ def constants(random: Random, arch: str) -> dict:
     kv_heads = pick([1, 1, 2])
     has_rope = pick([False, False, True])
     among = pick(MAPS)
-    used = ("HIGH" in among or not among, "LOW" in among or not among)
+    is_causal = pick([False, True])
+    has_low = "LOW" in among or not among or ("MEAN" in among and is_causal)  # on the diagonal
+    used = ("HIGH" in among or not among, has_low, "MEAN" in among)
     drawn = {
         "head_dim": pick(pick([HEAD_DIMS] * 9 + [range(8, 129, 4)] * 4 + [range(132, 257, 4)])),
         "heads": kv_heads * pick([1, 1, 2, 3, 4] if kv_heads == 1 else [1, 2]), "kv_heads": kv_heads,
         "high": pick(list(STORES[lowering])), "low": pick(list(STORES[lowering])), "lowering": lowering,
         "target": None if on_gpu else pick([None, "sm_90", "sm_100", "sm_120"]),
         "among": among, "used": used if on_gpu else None,
-        "is_causal": pick([False, True]),
+        "is_causal": is_causal,
         "masks_keys": pick([False, False, True]),
         "skip_below": pick([None, None, 2.0**-14]),
         "has_rope": has_rope, "interleaves_rope": has_rope and pick([False, True]),
@@ -232,13 +243,15 @@ def triton_gets_it_wrong(drawn: dict, arch: str) -> bool:
     """`skip_what_triton_gets_wrong` of test_attention_kernel.py, of constants."""
     if drawn["lowering"] != "native" or arch in ("cpu", *BLOCK_SCALED_ARCHITECTURES):
         return False
+    high, low, mean = drawn["used"]
+    has_high = high or (mean and not (low and get_format(drawn["low"]).bits >= MEANS_BITS))
     blocks = [
         drawn[name]
-        for name, used in zip(("high", "low"), drawn["used"], strict=True)
+        for name, used in (("high", has_high), ("low", low))
         if used and NATIVE[drawn[name]] is Storage.BLOCK
     ]
     is_128 = 64 < drawn["head_dim"] <= 128
-    return bool(blocks) and ("nvfp4" in blocks or not drawn["used"][0] or is_128)
+    return bool(blocks) and ("nvfp4" in blocks or not high or is_128)
 
 
 @lru_cache
@@ -298,7 +311,8 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
     reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
     reach *= (call.head_dim**-0.5 if call.scale is None else call.scale) * math.log2(math.e)
-    formats = call.map().used(call.high, call.low)
+    precisions = Plan(call.map()).used(Precisions.parse(call.high, call.low))
+    formats = [precision and precision.qk for precision in precisions]
     classes = [name and STORES[call.lowering][name] for name in formats]
     lost, absolute = 2**-21, 2**-19
     if device.type == "cuda":
@@ -315,7 +329,7 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
             absolute = absolute + dim * 33 / 32 * 2**-13 * largest * scale * math.log2(math.e)
     if inexact_rows is not None and inexact_rows.item():
         lost += 2**-17  # elements below e4m3's smallest step, in a row whose largest is near 448
-    tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes))
+    tuned = tuning(call.target or architecture(device), padded_dim(call.head_dim), tuple(classes[:2]))
     if tuned.exp_share:
         absolute += 2e-4  # polynomial_exp2 is within 7.5e-5, in base 2 1.1e-4
     return lost * reach + absolute

@@ -115,6 +115,49 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
     )  # zeros may differ in sign
 
 
+@pytest.mark.parametrize("values", [Storage.PLAIN, Storage.CHANNEL])
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (4173, 128)])
+@pytest.mark.parametrize("case", ["plain", "masked", "ordered"])
+def test_means_are_the_references(length, head_dim, case, fmt, values, kernel_device):
+    """Bit for bit, whatever the hidden keys and values hold; V's transposed tokens have the same means."""
+    generator = torch.Generator().manual_seed(length)
+    k, v = (torch.randn(2, 2, length, head_dim, generator=generator) for _ in range(2))
+    k += torch.randn(head_dim, generator=generator)
+    mean = k.mean(-2, keepdim=True)
+    seen = torch.rand(2, length, generator=generator) > 0.4 if case == "masked" else torch.ones(2, length) > 0
+    smoothed, hidden = k - mean, ~seen[:, None, :, None]
+    k, v = k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf)
+    token_order = key_mask = None
+    if case == "ordered":
+        token_order = torch.randperm(length + 45, generator=generator)
+        token_order = torch.where(token_order < length, token_order, -1).int()
+        smoothed, v_slots = (
+            torch.nn.functional.pad(x, (0, 0, 0, 1))[:, :, token_order] for x in (smoothed, v)
+        )
+        seen = (token_order >= 0).expand(2, -1)
+    expected = reference.means_of(smoothed, v_slots if case == "ordered" else v, seen)
+    if case == "masked":
+        key_mask = torch.nn.functional.pad(seen, (0, -length % 128)).to(torch.uint8).to(kernel_device)
+    statistics = known(mean)._replace(v_scale=torch.ones(4, 64 if head_dim <= 64 else 128))
+    statistics = type(statistics)(*(x.to(kernel_device) for x in statistics))
+    stored = replace(stored_as(fmt, NATIVE[fmt]), values=values)
+    means = encode(
+        None, k.to(kernel_device), v.to(kernel_device), (stored_as("int8", Storage.TILE), None), 1.0, statistics,
+        of_means=stored, key_mask=key_mask, transposed_v=True,
+        token_order=None if token_order is None else token_order.to(kernel_device),
+    ).means  # fmt: skip
+    rows = expected.k.shape[2]
+    for found, own, is_bf16 in (
+        (means.k, expected.k, fmt == "bf16"), (means.v, expected.v, values is Storage.PLAIN),
+    ):  # fmt: skip
+        own = own.bfloat16() if is_bf16 else own
+        assert found.dtype == own.dtype and torch.equal(found[..., :head_dim].cpu(), own)
+        assert (found[..., head_dim:] == 0).all()
+    torch.testing.assert_close(means.log_counts[:, :rows].cpu(), expected.log_counts, rtol=0, atol=1e-6)
+    assert (means.log_counts[:, rows:] == -torch.inf).all() and means.log_counts.shape[1] % 128 == 0
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_block_is_nan_and_no_other(fmt, bad, kernel_device):

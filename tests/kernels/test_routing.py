@@ -22,7 +22,8 @@ from dma_diffusers.kernels.routing.reference import (
 from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.policies import Importance
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, build_map, map_of, visiting_phases
-from tests.kernels.calls import Call, by_reference, guarded, launched, relative_l2
+from tests.kernels.calls import Call, by_reference, launched, relative_l2
+from tests.kernels.guarded import guarded
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
