@@ -52,7 +52,8 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 @gluon.jit
 def _load(
     sources, smem, place, block_list, of_means,
-    HIGH: gl.constexpr, LOW: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    HIGH: gl.constexpr, LOW: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: Q, K and V of every tile that a warpgroup visits, and the tiles of means."""
     q_high, k_high, v_high, q_low, k_low, v_low, k_means, v_means = sources
@@ -315,7 +316,8 @@ def attend_hopper(
         start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
         skip_below, skipped,
     )  # fmt: skip
-    sources = (mean_q if HIGH is None else q_high, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
+    own_q = mean_q if HIGH is None and MEAN_STORAGE == "plain" else q_high
+    sources = (own_q, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
     place = (batch, head_in_batch, kv_head, start)
     gl.warp_specialize(
         [

@@ -24,7 +24,7 @@ from dma_diffusers.kernels.tiling import layout, precision_map
 MEANS_TILES = gl.constexpr(precision_map.MEANS_TILES)  # KV tiles of one tile of means
 COLUMNS = gl.constexpr(TILE.value // MEANS_TILES.value)  # of one KV tile
 LOG_SUBTILE = gl.constexpr(float(layout.SUBTILE.bit_length() - 1))
-# Products of int8 numbers lie within 2^21: under this factor, scores within 2^-4, and what `_least_of` says below by 2^5.
+# Products of int8 numbers lie within 2^21: under this factor, scores within 2^-4, those of `_least_of` below by 2^5.
 LEAST_FACTOR = gl.constexpr(2.0**-25)
 IN_CODES = gl.constexpr(True)  # while measuring: probabilities by their codes, or by exp2
 CODE_OF_ONE = gl.constexpr(reference.CODE_OF_ONE - reference.CODE_EXCESS)

@@ -131,7 +131,9 @@ def attention(
             is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             v = operands.v[tile]
-            m, l, accumulator = _added(m, l, accumulator, s, v, operands.p_dtype, sums_rounded, are_means=True)
+            m, l, accumulator = _added(
+                m, l, accumulator, s, v, operands.p_dtype, sums_rounded, are_means=True
+            )
         accumulator = accumulator * unit
 
     out = accumulator / torch.where(l == 0, 1, l)
