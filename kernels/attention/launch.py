@@ -390,10 +390,8 @@ def _attend(
             num_warps=tuned.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    loads_mask, is_tcgen05 = (
-        source.key_mask is not None or fine_mask is not None,
-        variant.target in TCGEN05_ARCHITECTURES,
-    )
+    is_tcgen05 = variant.target in TCGEN05_ARCHITECTURES
+    loads_mask = source.key_mask is not None or fine_mask is not None
     blocks = -(-q_length // tuned.rows) * batch * heads
     most = blocks if tuned.programs is None else tuned.programs * multiprocessors(source.q.device)
     launcher(
