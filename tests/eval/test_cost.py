@@ -126,7 +126,9 @@ def test_importance_with_beyond_takes_each_tiles_shares():
     assert pairs(of, layout) == (8, 16, 40, 8)
     both = pairs(parse("diagonal(window=128, sink=0)") | of, layout)
     assert both == (8 + 8, 16, 32, 8)
-    skips = pairs(parse("importance(budget=0, low=0.25, beyond=skip)"), Layout(1024 + 128, 1024 + 128, (0, 128)))
+    skips = pairs(
+        parse("importance(budget=0, low=0.25, beyond=skip)"), Layout(1024 + 128, 1024 + 128, (0, 128))
+    )
     assert skips == (17, 8 * 2, 0, 0)
 
 
