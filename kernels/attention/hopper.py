@@ -316,8 +316,9 @@ def attend_hopper(
         start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
         skip_below, skipped,
     )  # fmt: skip
-    own_q = mean_q if HIGH is None and MEAN_STORAGE == "plain" else q_high
-    sources = (own_q, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
+    if HIGH is None and MEAN_STORAGE == "plain":
+        q_high = mean_q
+    sources = (q_high, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
     place = (batch, head_in_batch, kv_head, start)
     gl.warp_specialize(
         [
