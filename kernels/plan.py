@@ -11,6 +11,7 @@ from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_emp
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import (
+    UNVISITED,
     Class,
     Phase,
     PrecisionMap,
@@ -72,7 +73,7 @@ class Plan:
         """All tensors on the device that kernels read of it."""
         lists = [x for made in self._block_lists.values() for x in (made.indices, made.bounds, made.means)]
         others = (
-            self.routing.phases if self.routing else None,
+            *(self.routing.tensors if self.routing else ()),
             self.token_order,
             self.fine_mask.packed if self.fine_mask else None,
         )
@@ -120,8 +121,14 @@ def make(policy: Policy, layout: Layout, is_causal: bool = False, masks_text: bo
 def _block_lists(
     classes: torch.Tensor, phases: torch.Tensor, policy: Policy
 ) -> tuple[PrecisionMap, Routing | None]:
-    """A map, and what of it is routed."""
-    if policy.importance and (phases == Phase.LOW).any():
-        return map_of(phases, has_high=True), Routing.of(phases, policy.importance)
+    """A map, and what of it is routed; where the rest is not LOW, the map has taken no pair more precisely yet."""
+    router = policy.router
+    if router and (phases == Phase.LOW).any():
+        if router.beyond is None:
+            return map_of(phases, has_high=True), Routing.of(phases, router.budget)
+        rest = int(Phase.MEAN) if router.beyond is Class.MEAN else UNVISITED
+        routing = Routing.of(phases, router.budget, router.low or 0.0, rest)
+        beyond = map_of(torch.where(phases == Phase.LOW, rest, phases), has_high=True)
+        return replace(beyond, has_low=router.low is not None), routing
     has_high = bool(((classes == Class.HIGH) & (phases < Phase.MEAN)).any())
     return map_of(phases, has_high), None

@@ -312,7 +312,7 @@ def _launch(
     else:
         pools = pooled(source, known.mean, launcher)
         block_lists = route(pools, plan.routing, variant.in_gluon, launcher)
-        if variant.means is not None:
+        if variant.means is not None and block_lists.means is None:
             of_map = plan.block_lists(call.q.device, variant.in_gluon)
             block_lists = replace(block_lists, means=of_map.means)
     _attend(

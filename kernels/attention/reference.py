@@ -10,7 +10,7 @@ from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.routing.reference import Pools, pooled, route
+from dma_diffusers.kernels.routing.reference import pools, route
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import LOOPS, Phase, PrecisionMap
 
@@ -227,9 +227,7 @@ class _Slots:
         if plan.routing is not None:
             there = None if order is None else taken[None]
             seen = there if key_mask is None else key_mask
-            values = pooled(v.float(), seen)[..., 1, :].sum(-1)
-            pools = Pools(pooled(scaled, there), pooled(smoothed, seen), values)
-            precision_map = route(pools, plan.routing)
+            precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
             q, k, v, scaled, smoothed, v_scale, offset, key_mask, taken,

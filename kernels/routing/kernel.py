@@ -1,4 +1,4 @@
-"""Routing on the GPU: pool every tile, score every pair, find the least level that is upgraded, write the block lists.
+"""Routing on the GPU: pool every tile, score every pair, find the least that is taken, write the block lists.
 
 The kernels compute what reference.py defines, by the same formulas; their products are in TF32, whose rounding is about
 as fine as the levels.
@@ -12,37 +12,41 @@ from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.tiling import layout, precision_map
 
 TILE = tl.constexpr(layout.TILE)
-HIGH, LOW, MASKED = (tl.constexpr(int(phase)) for phase in precision_map.LOOPS)
+HIGH, LOW, MASKED, MEAN = (tl.constexpr(int(phase)) for phase in precision_map.Phase)
 UNVISITED = tl.constexpr(precision_map.UNVISITED)
 SAMPLE_STRIDE = tl.constexpr(reference.SAMPLE_STRIDE)
+SUBTILES = tl.constexpr(reference.SUBTILES)
 LEVELS = tl.constexpr(reference.LEVELS)
 BINS = tl.constexpr(reference.BINS)
 LOWEST = tl.constexpr(reference.LOWEST)
 LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
 MINUS_INFINITY = tl.constexpr(-1.0e30)
+LEAST_EXPONENT = tl.constexpr(-126.0)
 SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
+MEANS_TILES = tl.constexpr(precision_map.MEANS_TILES)
 
 
 @triton.jit
-def _mean_and_variance(
+def _means_and_variances(
     x, mean, factor, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
     mask, token_order, index, heads, length, token_count,
     stride_b, stride_h, stride_s,
-    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    PARTS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The mean and the variance of each channel of (x − mean)·factor over the sample of a tile, float32 [D] each.
+    """The mean and the variance of each channel of (x − mean)·factor over a tile's sample, float32 [PARTS, D] each.
 
-    Both are NaN if no token of the sample counts. x goes through norm and RoPE first.
+    Both are NaN where no token of the sample counts. x goes through norm and RoPE first.
     index: the number of the tile among those of all heads. mask: uint8 [B, tiles·128], 0 for slots that don't count.
     """
     tiles = tl.cdiv(length, TILE)
-    head, slots = index // tiles, index % tiles * TILE + tl.arange(0, TILE // SAMPLE_STRIDE) * SAMPLE_STRIDE
+    head, four = index // tiles, tl.arange(0, TILE // SAMPLE_STRIDE)
+    slots = index % tiles * TILE + four * SAMPLE_STRIDE + (four + four // SAMPLE_STRIDE) % SAMPLE_STRIDE
     batch, columns = head // heads, tl.arange(0, D)
     tokens = token_at(token_order, slots, length, token_count)
     if mask is not None:
         tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + slots) != 0, tokens, length)
-    count = tl.sum((tokens < length).to(tl.float32), axis=0)
+    count = _sums((tokens < length).to(tl.float32)[:, None], PARTS)
     tokens = tokens[:, None]
     even, odd = load_changed_pairs(
         x, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE, batch, head % heads, tokens, length,
@@ -50,17 +54,24 @@ def _mean_and_variance(
     )  # fmt: skip
     value = joined(even, odd)
     # Two sums take two instructions a number; a spread that survived rounding to bf16 comes out right to .1 %.
-    middle = tl.sum(value, axis=0) / count
-    variance = tl.sum(value * value, axis=0) / count - middle * middle
+    middle = _sums(value, PARTS) / count
+    variance = _sums(value * value, PARTS) / count - middle * middle
     variance = tl.where(variance < 0.0, 0.0, variance)
     if mean is not None:
-        middle -= tl.load(mean + head * D + columns)
+        middle -= tl.load(mean + head * D + columns)[None, :]
     return middle * factor, variance * (factor * factor)
 
 
 @triton.jit
-def _store_pool(pools, index, mean, variance, D: tl.constexpr):
-    offsets = index.to(tl.int64) * (2 * D) + tl.arange(0, D)
+def _sums(x, PARTS: tl.constexpr):
+    """The sums of the rows of each of PARTS equal parts of x: [PARTS, columns of x]."""
+    return tl.sum(tl.reshape(x, (PARTS, x.shape[0] // PARTS, x.shape[1])), axis=1)
+
+
+@triton.jit
+def _store_pools(pools, index, mean, variance, PARTS: tl.constexpr, D: tl.constexpr):
+    part = index.to(tl.int64) * PARTS + tl.arange(0, PARTS)
+    offsets = part[:, None] * (2 * D) + tl.arange(0, D)[None, :]
     tl.store(pools + offsets, mean)
     tl.store(pools + offsets + D, variance)
 
@@ -77,33 +88,33 @@ def pool(
     """Pool one tile of one head of V, K or Q; the arguments are those of the quantiser's `encode`.
 
     q_pools: float32 [B·H, q_tiles, 2, D], the mean and the variance of each channel.
-    k_pools: float32 [B·Hkv, k_tiles, 2, D], the same over keys that are seen.
+    k_pools: float32 [B·Hkv, 4·k_tiles, 2, D], the same of each sub-tile over keys that are seen.
     v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances over the same keys.
     """
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
-        _, variance = _mean_and_variance(
+        _, variance = _means_and_variances(
             v, None, 1.0, None, None, None, None, None, None, False, key_mask, token_order, index, kv_heads,
-            k_length, token_count, v_stride_b, v_stride_h, v_stride_s, PAIRED, HEAD_DIM, D,
+            k_length, token_count, v_stride_b, v_stride_h, v_stride_s, 1, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        tl.store(v_pools + index, tl.sum(variance, axis=0))
+        tl.store(v_pools + index, tl.sum(variance))
     elif index < 2 * of_keys:
         index -= of_keys
-        middle, variance = _mean_and_variance(
+        middle, variance = _means_and_variances(
             k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
             key_mask, token_order, index, kv_heads, k_length, token_count,
-            k_stride_b, k_stride_h, k_stride_s, PAIRED, HEAD_DIM, D,
+            k_stride_b, k_stride_h, k_stride_s, SUBTILES, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        _store_pool(k_pools, index, middle, variance, D)
+        _store_pools(k_pools, index, middle, variance, SUBTILES, D)
     else:
         index -= 2 * of_keys
-        middle, variance = _mean_and_variance(
+        middle, variance = _means_and_variances(
             q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
             None, token_order, index, heads, q_length, token_count,
-            q_stride_b, q_stride_h, q_stride_s, PAIRED, HEAD_DIM, D,
+            q_stride_b, q_stride_h, q_stride_s, 1, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        _store_pool(q_pools, index, middle, variance, D)
+        _store_pools(q_pools, index, middle, variance, 1, D)
 
 
 @triton.jit
@@ -113,19 +124,19 @@ def _log_mean_exp(deviation):
 
 
 @triton.jit
-def _pool(pools, tiles, count, D: tl.constexpr):
-    """The means and the variances of some tiles, [tiles, D] each; zeros for numbers that are not below `count`."""
-    offsets = tiles[:, None] * (2 * D) + tl.arange(0, D)[None, :]
-    inside = (tiles < count)[:, None]
+def _pool(pools, index, inside, D: tl.constexpr):
+    """The means and the variances of some pools, [numbers, D] each; zeros where not `inside`."""
+    offsets = index[:, None] * (2 * D) + tl.arange(0, D)[None, :]
+    inside = inside[:, None]
     return tl.load(pools + offsets, mask=inside, other=0.0), tl.load(
         pools + offsets + D, mask=inside, other=0.0
     )
 
 
 @triton.jit
-def _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D: tl.constexpr):
-    """The mean and the standard deviation of the scores of some pairs, [q tiles, k tiles] each."""
-    k_mean, k_variance = _pool(k_pools, k_tile, k_tiles, D)
+def _scores(q_mean, q_variance, k_pools, subtile, inside, D: tl.constexpr):
+    """The mean and the standard deviation of the scores of some pairs, [Q tiles, KV sub-tiles] each."""
+    k_mean, k_variance = _pool(k_pools, subtile, inside, D)
     score = tl.dot(q_mean, k_mean.trans(1, 0))
     variance = tl.dot(q_variance, (k_mean * k_mean + k_variance).trans(1, 0))
     variance = tl.dot(q_mean * q_mean, k_variance.trans(1, 0), variance)
@@ -135,58 +146,72 @@ def _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D: tl.constexpr):
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
 def score(
     q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
+    POWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Score the pairs of ROWS Q tiles of one head: write their levels, and count the LOW pairs in each binade.
 
     q_pools, k_pools, v_pools: what `pool` wrote. phases: uint8 [H or 1, q_tiles, k_tiles].
     levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
-    histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts.
+    histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts. None for no counts.
+    POWER: 1 for importance by mass, else 2.
     """
     blocks = tl.cdiv(q_tiles, ROWS)
     head, q_tile = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     batch, head_in_batch = head // heads, head % heads
     kv_head = batch * kv_heads + head_in_batch // (heads // kv_heads)
     q_pools += head.to(tl.int64) * q_tiles * (2 * D)
-    k_pools += kv_head.to(tl.int64) * k_tiles * (2 * D)
+    k_pools += kv_head.to(tl.int64) * k_tiles * (SUBTILES * 2 * D)
     v_pools += kv_head.to(tl.int64) * k_tiles
     phases += head_in_batch.to(tl.int64) * phases_stride_h
     levels += head.to(tl.int64) * q_tiles * k_tiles
-    histogram += batch * (2 * BINS)
-    q_mean, q_variance = _pool(q_pools, q_tile, q_tiles, D)
+    q_mean, q_variance = _pool(q_pools, q_tile, q_tile < q_tiles, D)
 
     largest = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        pairs = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
-        mean, deviation = _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D)
-        mean_exp = mean + _log_mean_exp(deviation)
-        phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
-        is_visited = (phase != UNVISITED) & (mean_exp == mean_exp)
-        mean_exp = tl.where(is_visited, mean_exp, float("-inf"))
-        larger = tl.maximum(largest, tl.max(mean_exp, axis=1))
-        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(mean_exp - larger[:, None]), axis=1)
-        largest = larger
+        phase = tl.load(phases + q_tile[:, None] * k_tiles + k_tile[None, :], mask=inside, other=UNVISITED)
+        for part in range(SUBTILES):
+            mean, deviation = _scores(
+                q_mean, q_variance, k_pools, k_tile * SUBTILES + part, k_tile < k_tiles, D
+            )
+            mean_exp = mean + _log_mean_exp(deviation)
+            counts = (phase != UNVISITED) & (mean_exp == mean_exp)
+            mean_exp = tl.where(counts, mean_exp, float("-inf"))
+            larger = tl.maximum(largest, tl.max(mean_exp, axis=1))
+            total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(mean_exp - larger[:, None]), axis=1)
+            largest = larger
     # A Q tile that visits nothing has the sum 0, which has no logarithm.
     log_total = tl.where(total == 0.0, 0.0, largest + tl.log2(tl.maximum(total, 1.0)))
 
-    counts = tl.zeros((BINS,), tl.int32)
+    binades = tl.zeros((BINS,), tl.int32)
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         pairs = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
-        mean, deviation = _scores(q_mean, q_variance, k_pools, k_tile, k_tiles, D)
-        spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
-        root_mean_square = mean + 0.5 * _log_mean_exp(2.0 * deviation)
-        importance = root_mean_square - log_total[:, None] + (0.5 * tl.log2(spread))[None, :]
+        summed = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for part in range(SUBTILES):
+            mean, deviation = _scores(
+                q_mean, q_variance, k_pools, k_tile * SUBTILES + part, k_tile < k_tiles, D
+            )
+            share = mean - log_total[:, None]
+            exponent = POWER * share + _log_mean_exp(POWER * deviation)
+            # Least shares stay over 0, so that a sum of 0 says that no sub-tile counts.
+            summed += tl.where(exponent == exponent, tl.exp2(tl.maximum(exponent, LEAST_EXPONENT)), 0.0)
+        importance = tl.log2(summed)
+        if POWER == 2:
+            spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
+            importance = 0.5 * (importance + tl.log2(spread)[None, :])
         phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
-        is_offered = (phase == LOW) & (importance == importance)
+        is_offered = (phase == LOW) & (summed > 0.0) & (importance == importance)
         level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
         tl.store(levels + pairs, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
-        counts += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
-    tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
+        if histogram is not None:
+            binades += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
+    if histogram is not None:
+        bins = histogram + batch * (2 * BINS) + tl.arange(0, BINS)
+        tl.atomic_add(bins, binades, mask=binades != 0, sem="relaxed")
 
 
 @triton.jit
@@ -220,20 +245,93 @@ def _least_level(histogram, allowed):
 
 
 @triton.jit
+def _keys(levels, phase, pair, k_tile, k_tiles, inside):
+    """A number for each LOW pair of a Q tile, larger for more important ones, all different; −1 for other pairs."""
+    level = tl.load(levels + pair, mask=inside, other=-1).to(tl.int32)
+    return tl.where(phase == LOW, (level + 1) * k_tiles + (k_tiles - 1 - k_tile), -1)
+
+
+@triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
+def rank(
+    levels, phases, shares, least, means, heads, q_tiles, k_tiles, phases_stride_h, shares_stride_h,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Find the least `_keys` of one Q tile's pairs that become HIGH, and that become HIGH or stay LOW.
+
+    levels: what `score` wrote. shares: int32 [H or 1, q_tiles, 2], how many pairs these are.
+    least: int32 [B·H, q_tiles, 2]. means: int32 [B·H, q_tiles, ⌈k_tiles / 32⌉], a bit for each pair that is MEAN by its
+    phase, or LOW and left; None where those left are skipped.
+    """
+    head, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
+    phases += (head % heads).to(tl.int64) * phases_stride_h
+    levels += head.to(tl.int64) * q_tiles * k_tiles
+    shares += (head % heads) * shares_stride_h + q_tile * 2
+    highs, kept = tl.load(shares), tl.load(shares + 1)
+    least_high, least_kept = 0, 0
+    for place in range(31):
+        bit = 1 << (30 - place)
+        above_high, above_kept = 0, 0
+        for first in range(0, k_tiles, COLUMNS):
+            k_tile = first + tl.arange(0, COLUMNS)
+            pair, inside = q_tile * k_tiles + k_tile, k_tile < k_tiles
+            phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
+            key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
+            above_high += tl.sum((key >= (least_high | bit)).to(tl.int32), axis=0)
+            above_kept += tl.sum((key >= (least_kept | bit)).to(tl.int32), axis=0)
+        least_high = tl.where(above_high >= highs, least_high | bit, least_high)
+        least_kept = tl.where(above_kept >= kept, least_kept | bit, least_kept)
+    least += tl.program_id(0) * 2
+    tl.store(least, least_high)
+    tl.store(least + 1, least_kept)
+    if means is not None:
+        words = tl.cdiv(k_tiles, MEANS_TILES)
+        means += tl.program_id(0).to(tl.int64) * words
+        for first in range(0, words, COLUMNS // MEANS_TILES):
+            k_tile = first * MEANS_TILES + tl.arange(0, COLUMNS)
+            pair, inside = q_tile * k_tiles + k_tile, k_tile < k_tiles
+            phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
+            key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
+            is_mean = (phase == MEAN) | ((phase == LOW) & (key < least_kept))
+            bits = tl.reshape(
+                is_mean.to(tl.int32) << (k_tile % MEANS_TILES), (COLUMNS // MEANS_TILES, MEANS_TILES)
+            )
+            word = first + tl.arange(0, COLUMNS // MEANS_TILES)
+            tl.store(means + word, tl.sum(bits, axis=1), mask=word < words)
+
+
+@triton.jit
 def _visitors(
-    phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS: tl.constexpr, ROWS: tl.constexpr
+    phases,
+    levels,
+    least,
+    of_tiles,
+    first_row,
+    k_tile,
+    q_tiles,
+    k_tiles,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """The blocks of a program that visit some KV tiles, one int32 [tiles] for each phase, with a bit for each block."""
+    """The blocks of a program that visit some KV tiles, one int32 [tiles] for each phase, with a bit for each block.
+
+    least: the least level that is HIGH; None where `of_tiles` holds what `rank` found.
+    """
     high, low, masked = tl.zeros_like(k_tile), tl.zeros_like(k_tile), tl.zeros_like(k_tile)
     for block in tl.static_range(BLOCKS):
         q_tile = (first_row + block * ROWS) // TILE
         pair = q_tile * k_tiles + k_tile
-        inside = k_tile < tl.where(q_tile < q_tiles, k_tiles, 0)
+        is_there = q_tile < q_tiles
+        inside = k_tile < tl.where(is_there, k_tiles, 0)
         phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
-        level = tl.load(levels + pair, mask=inside, other=-1)
-        is_upgraded = level.to(tl.int32) >= least
+        if of_tiles is None:
+            is_upgraded = tl.load(levels + pair, mask=inside, other=-1).to(tl.int32) >= least
+            is_low = (phase == LOW) & ~is_upgraded
+        else:
+            key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
+            is_upgraded = key >= tl.load(of_tiles + q_tile * 2, mask=is_there, other=0)
+            is_low = (key >= tl.load(of_tiles + q_tile * 2 + 1, mask=is_there, other=0)) & ~is_upgraded
         high |= ((phase == HIGH) | is_upgraded).to(tl.int32) << block
-        low |= ((phase == LOW) & ~is_upgraded).to(tl.int32) << block
+        low |= is_low.to(tl.int32) << block
         masked |= (phase == MASKED).to(tl.int32) << block
     return high, low, masked
 
@@ -249,7 +347,7 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
 def write_block_lists(
-    levels, histogram, finished, allowed, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
+    levels, histogram, finished, allowed, of_tiles, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
     phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -259,6 +357,7 @@ def write_block_lists(
     indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. levels, histogram: what `score` and
     `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
     finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
+    of_tiles: what `rank` found, in place of these three, which are then None.
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     batch, head_in_batch = head // heads, head % heads
@@ -266,20 +365,26 @@ def write_block_lists(
     levels += head.to(tl.int64) * q_tiles * k_tiles
     indices += tl.program_id(0).to(tl.int64) * length
     bounds += tl.program_id(0) * 3
-    least = _least_level(histogram + batch * (2 * BINS), allowed)
+    least = None
+    if of_tiles is None:
+        least = _least_level(histogram + batch * (2 * BINS), allowed)
+    else:
+        of_tiles += head.to(tl.int64) * q_tiles * 2
     first_row = program * BLOCKS * ROWS
 
     high_end, low_entries = 0, 0
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        high, low, _ = _visitors(phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS)
+        high, low, _ = _visitors(
+            phases, levels, least, of_tiles, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
+        )
         high_end += tl.sum((high != 0).to(tl.int32), axis=0)
         low_entries += tl.sum((low != 0).to(tl.int32), axis=0)
     high_next, low_next, masked_next = 0, high_end, high_end + low_entries
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         high, low, masked = _visitors(
-            phases, levels, least, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
+            phases, levels, least, of_tiles, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
         )
         high_next = _write(indices, high_next, k_tile, high, BLOCKS)
         low_next = _write(indices, low_next, k_tile, low, BLOCKS)
@@ -287,6 +392,9 @@ def write_block_lists(
     tl.store(bounds, high_next)
     tl.store(bounds + 1, low_next)
     tl.store(bounds + 2, masked_next)
-    if is_last(finished, tl.num_programs(0)):
-        for entry in range(tl.num_programs(0) // (heads * programs)):
-            tl.store(histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32))
+    if finished is not None:  # noqa: SIM102 (`and` would compile both)
+        if is_last(finished, tl.num_programs(0)):
+            for entry in range(tl.num_programs(0) // (heads * programs)):
+                tl.store(
+                    histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32)
+                )

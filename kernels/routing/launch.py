@@ -9,9 +9,15 @@ from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel
-from dma_diffusers.kernels.routing.reference import BINS, Pools, Routing
+from dma_diffusers.kernels.routing.reference import BINS, SUBTILES, Pools, Routing
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
-from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS, PrecisionMap
+from dma_diffusers.kernels.tiling.precision_map import (
+    MEANS_TILES,
+    SHARED_BLOCKS,
+    SHARED_ROWS,
+    Phase,
+    PrecisionMap,
+)
 
 
 def pooled(
@@ -27,7 +33,7 @@ def pooled(
     q_length, k_length, token_count = source.lengths
     dim = padded_dim(head_dim)
     of_q, of_k = (batch, heads, tiles(q_length)), (batch, kv_heads, tiles(k_length))
-    shapes = (*of_q, 2, dim), (*of_k, 2, dim), of_k
+    shapes = (*of_q, 2, dim), (*of_k[:2], of_k[2] * SUBTILES, 2, dim), of_k
     pools = Pools(*(launcher.empty(shape, torch.float32, source.q.device) for shape in shapes))
     # One warp spills if it rotates, and is still faster than two.
     launcher(
@@ -53,7 +59,7 @@ def route(
     `indices` of the result is as long as the longest possible list, and undefined past the end of each list.
     Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
-    (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.k.shape[1:3]
+    (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.v.shape[1:]
     pairs = heads * q_tiles * k_tiles
     if pairs >= 2**31:
         raise ValueError(
@@ -62,19 +68,34 @@ def route(
     device, phases = pools.q.device, routing.phases
     stride = phases.stride(1) if phases.shape[1] > 1 else 0
     levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
-    histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
-    allowed = routing.allowed(heads)
+    histogram = finished = allowed = of_tiles = means = None
+    if routing.shares is None:
+        histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
+        allowed = routing.allowed(heads)
     rows, columns = 16, 64 if dim <= 128 else 32
     stages = 2 if TRITON == (3, 7) else 1  # which spills with one
     launcher(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        ROWS=rows, COLUMNS=columns, D=dim, num_warps=4, num_stages=stages, enable_fp_fusion=True,
+        POWER=1 if routing.by_mass else 2, ROWS=rows, COLUMNS=columns, D=dim,
+        num_warps=4, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
-    launcher(
-        kernel.count_steps, (-(-pairs // 4096), batch),
-        levels, histogram, allowed, pairs, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    if routing.shares is None:
+        launcher(
+            kernel.count_steps, (-(-pairs // 4096), batch),
+            levels, histogram, allowed, pairs, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        shares = routing.shares
+        of_tiles = launcher.empty((batch, heads, q_tiles, 2), torch.int32, device)
+        if routing.rest == Phase.MEAN:
+            means = launcher.empty((batch, heads, q_tiles, -(-k_tiles // MEANS_TILES)), torch.int32, device)
+        launcher(
+            kernel.rank, (batch * heads * q_tiles,),
+            levels, phases, shares, of_tiles, means, heads, q_tiles, k_tiles, stride,
+            shares.stride(1) if shares.shape[1] > 1 else 0,
+            COLUMNS=256, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
     blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
     programs = -(-q_tiles * TILE // (blocks * rows))
     # A program spans two Q tiles, which may visit a KV tile in different phases, and may read one entry ahead.
@@ -83,8 +104,8 @@ def route(
     bounds = launcher.empty((batch, heads, programs, 3), torch.int32, device)
     launcher(
         kernel.write_block_lists, (batch * heads * programs,),
-        levels, histogram, finished, allowed, phases, indices, bounds,
+        levels, histogram, finished, allowed, of_tiles, phases, indices, bounds,
         heads, q_tiles, k_tiles, programs, length, stride,
         BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return PrecisionMap(indices, bounds, has_high=True, has_low=True)
+    return PrecisionMap(indices, bounds, has_high=True, has_low=True, means=means)

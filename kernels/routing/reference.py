@@ -2,8 +2,9 @@
 
 The error that low precision makes in a pair of tiles depends on its probabilities: the errors of many small ones are
 independent, and add up to less than the error of a large one with the same sum. So the importance of a pair is the root
-mean square of its probabilities times the spread of its values. The probabilities are predicted from the means and
-variances of the tiles, as if scores within a pair were Gaussian.
+mean square of its probabilities times the spread of its values. What a skipped pair takes with it is its probability
+itself, so where pairs are skipped, their importance is its sum. The probabilities are predicted from the means and
+variances of Q tiles and of KV sub-tiles, as if scores within such a pair were Gaussian.
 """
 
 import math
@@ -13,25 +14,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, PrecisionMap, map_of
 
 LN_2 = math.log(2)
-# The standard deviation of scores (base 2) beyond which the largest of 128 scores outweighs the sum of the others
-# (Derrida's random energy model, Phys. Rev. B 24, 2613).
-FARTHEST = math.sqrt(2 * math.log(TILE)) / LN_2
-SAMPLE_STRIDE = 4  # a pool takes every fourth token of its tile
+# The standard deviation of scores (base 2) beyond which the largest of 32 scores outweighs the sum of the others: the
+# largest of 32 Gaussian numbers lies 2.07 standard deviations above their mean, on average.
+FARTHEST = 2.07 / LN_2
+SUBTILES = TILE // SUBTILE  # of a KV tile
+SAMPLE_STRIDE = 4  # a pool takes one of so many neighbouring tokens
 # Importance has levels: 64 binades from 2^-44 to 2^20, with 64 steps each.
 BINS, LOWEST = 64, -44
 LEVELS = BINS * BINS
 
 
 class Pools(NamedTuple):
-    """Statistics of a sample of each tile's tokens; NaN for tiles with no token in the sample.
+    """Statistics of a sample of tokens; NaN where no token of the sample counts.
 
-    q: float32 `[B, H, tiles, 2, D]`, the mean and the variance of each channel of q·softmax_scale_log2.
-    k: float32 `[B, Hkv, tiles, 2, D]`, the same of k less its mean.
-    v: float32 `[B, Hkv, tiles]`, the sum of the variances of v's channels.
+    q: float32 `[B, H, q_tiles, 2, D]`, the mean and the variance of each channel of q·softmax_scale_log2 in a tile.
+    k: float32 `[B, Hkv, 4·k_tiles, 2, D]`, the same of k less its mean in a sub-tile.
+    v: float32 `[B, Hkv, k_tiles]`, the sum of the variances of v's channels in a tile.
     """
 
     q: torch.Tensor
@@ -41,41 +43,82 @@ class Pools(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """The pairs among which a call routes, and how many of them it may upgrade.
+    """The pairs among which a call routes, which are the LOW ones, and how many of them it may take more precisely.
 
-    phases: uint8 `[1, H or 1, q_tiles, k_tiles]`, the phase in which the policy visits each pair; `UNVISITED` for none.
-    visited: the number of pairs of `phases` that are visited.
-    budget: the share of all pairs visited by the heads of a batch entry that may become HIGH.
+    phases: uint8 `[1, H or 1, q_tiles, k_tiles]`, how the policy takes each pair; `UNVISITED` for not at all.
+    visited: the number of pairs of `phases` that are not `UNVISITED`.
+    budget: the share of all pairs visited by the heads of a batch entry that may become HIGH, where `rest` is None.
+    rest: how LOW pairs beyond the shares of their Q tile are taken, `Phase.MEAN` or `UNVISITED`; None for LOW.
+    shares: int32 `[1, H or 1, q_tiles, 2]`, how many LOW pairs of each Q tile become HIGH, and how many become HIGH or
+        stay LOW; None where `rest` is.
     """
 
     phases: torch.Tensor
     visited: int
     budget: float
+    rest: int | None = None
+    shares: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, phases: torch.Tensor, budget: float) -> "Routing":
-        """The routing for the phases that `precision_map.visiting_phases` gives."""
-        return cls(phases.to(torch.uint8).contiguous(), int((phases != UNVISITED).sum()), budget)
+    def of(cls, phases: torch.Tensor, budget: float, low: float = 0.0, rest: int | None = None) -> "Routing":
+        """The routing for the phases that `precision_map.visiting_phases` gives.
+
+        low: with `rest`, the share of the pairs visited by each Q tile that stay LOW after `budget` became HIGH. Shares
+        are rounded to whole pairs, and to at least one that becomes HIGH or stays LOW.
+        """
+        visited = phases != UNVISITED
+        shares = None
+        if rest is not None:
+            count = visited.sum(-1, keepdim=True).double()
+            wanted = torch.tensor([budget, budget + low], dtype=torch.float64)
+            shares = (wanted * count + 0.5).floor().int()
+            # Without `low` nothing stays LOW.
+            shares[..., slice(1, None) if low else slice(None)].clamp_(min=1)
+        return cls(phases.to(torch.uint8).contiguous(), int(visited.sum()), budget, rest, shares)
 
     def to(self, device: torch.device) -> "Routing":
         """The same routing on `device`."""
-        return replace(self, phases=self.phases.to(device))
+        shares = None if self.shares is None else self.shares.to(device)
+        return replace(self, phases=self.phases.to(device), shares=shares)
+
+    @property
+    def by_mass(self) -> bool:
+        """True if importance is the sum of probabilities."""
+        return self.rest == UNVISITED
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that kernels read of it."""
+        return [x for x in (self.phases, self.shares) if x is not None]
 
     def allowed(self, heads: int) -> int:
-        """The number of LOW pairs of a batch entry that may become HIGH, if q has `heads` heads."""
+        """The number of LOW pairs of a batch entry that may become HIGH, if q has `heads` heads; `rest` is None."""
         return int(self.budget * (self.visited * heads // self.phases.shape[1]))
 
 
-def pooled(x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean and the variance of each channel over the sample of each tile, float32 `[B, H, tiles, 2, D]`.
+def sample(device: torch.device | None = None) -> torch.Tensor:
+    """The places of a tile's sample, int64 `[32]`: one of every four tokens, another one from four to four.
+
+    The same one would be of the same few columns of a box again and again.
+    """
+    four = torch.arange(TILE // SAMPLE_STRIDE, device=device)
+    return four * SAMPLE_STRIDE + (four + four // SAMPLE_STRIDE) % SAMPLE_STRIDE
+
+
+def pooled(x: torch.Tensor, counted: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
+    """The mean and the variance of each channel over a sample, float32 `[B, H, parts·tiles, 2, D]`.
 
     x: float32 `[B, H, S, D]`. counted: bool `[B or 1, S]`, True for slots whose tokens count; None for all.
+    parts: into how many equal parts each tile goes.
     """
     if counted is None:
         counted = torch.ones_like(x[:1, 0, :, 0], dtype=torch.bool)
     whole_tiles = (0, 0, 0, -x.shape[-2] % TILE)
     x, counted = (
-        F.pad(y, whole_tiles).unflatten(-2, (-1, TILE))[..., ::SAMPLE_STRIDE, :]
+        F.pad(y, whole_tiles)
+        .unflatten(-2, (-1, TILE))[..., sample(x.device), :]
+        .flatten(-3, -2)
+        .unflatten(-2, (-1, TILE // SAMPLE_STRIDE // parts))
         for y in (x, counted[:, None, :, None])
     )
     count = counted.sum(-2, keepdim=True)
@@ -84,11 +127,20 @@ def pooled(x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor
     return torch.cat((mean, variance), dim=-2)
 
 
-def importance(pools: Pools, phases: torch.Tensor) -> torch.Tensor:
-    """The log2 of the importance of each pair, float32 `[B, H, q_tiles, k_tiles]`; NaN where pools are NaN.
+def pools(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, there=None, seen=None) -> Pools:
+    """The pools of scaled q, of k less its mean, and of v, float32 `[B, H or Hkv, S, D]` each.
 
-    phases: those of a `Routing`. Probabilities are shares of the total over all pairs that a Q tile visits; pairs with
-    NaN are left out of that total.
+    there, seen: bool `[B or 1, S]`, the slots in which queries stand, and those whose keys are seen; None for all.
+    """
+    return Pools(pooled(q, there), pooled(k, seen, SUBTILES), pooled(v, seen)[..., 1, :].sum(-1))
+
+
+def importance(pools: Pools, phases: torch.Tensor, by_mass: bool = False) -> torch.Tensor:
+    """The log2 of the importance of each pair, float32 `[B, H, q_tiles, k_tiles]`.
+
+    Sub-tiles with NaN count for nothing. It is NaN where all sub-tiles of a tile have it, or its values, or the Q tile.
+    phases: those of a `Routing`. Probabilities are shares of the total over all pairs that a Q tile visits.
+    by_mass: importance is the sum of probabilities.
     """
     group = pools.q.shape[1] // pools.k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (pools.k, pools.v))
@@ -96,14 +148,22 @@ def importance(pools: Pools, phases: torch.Tensor) -> torch.Tensor:
     score = q_mean @ k_mean.mT
     k_square = k_mean.square() + k_variance
     deviation = (q_variance @ k_square.mT + q_mean.square() @ k_variance.mT).sqrt()
-    mean_exp = score + log_mean_exp(deviation)
-    visited = torch.where((phases != UNVISITED) & ~mean_exp.isnan(), mean_exp, -math.inf)
-    total = torch.logsumexp(visited * LN_2, dim=-1, keepdim=True) / LN_2
-    return score + log_mean_exp(2 * deviation) / 2 - total + v.log2()[:, :, None] / 2
+    mean_exp, mean_square = score + log_mean_exp(deviation), 2 * score + log_mean_exp(2 * deviation)
+    of_tiles = (x.unflatten(-1, (-1, SUBTILES)) for x in (mean_exp, mean_square))
+    counts = ~mean_exp.isnan().unflatten(-1, (-1, SUBTILES))
+    mean_exp, mean_square = (_log_sum_exp(torch.where(counts, x, -math.inf)) for x in of_tiles)
+    total = _log_sum_exp(torch.where(phases != UNVISITED, mean_exp, -math.inf))[..., None]
+    found = mean_exp - total if by_mass else mean_square / 2 - total + v.log2()[:, :, None] / 2
+    return torch.where(counts.any(-1), found, math.nan)
+
+
+def _log_sum_exp(x: torch.Tensor) -> torch.Tensor:
+    """The log2 of the sum of 2^x over the last dimension."""
+    return torch.logsumexp(x * LN_2, dim=-1) / LN_2
 
 
 def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
-    """The log2 of the mean of 2^x over 128 Gaussian x with mean 0 and this standard deviation."""
+    """The log2 of the mean of 2^x over 32 Gaussian x with mean 0 and this standard deviation."""
     within = deviation.clamp(max=FARTHEST)
     return LN_2 * within * (deviation - within / 2)
 
@@ -115,11 +175,19 @@ def levels(importance: torch.Tensor) -> torch.Tensor:
 
 
 def routed(levels: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The phases after the most important LOW pairs became HIGH: int32 `[B, H, q_tiles, k_tiles]`.
+    """The phases after routing: int32 `[B, H, q_tiles, k_tiles]`.
 
-    Each batch entry upgrades as many pairs as it may, or fewer: pairs of one level are upgraded together or not at all.
+    Where `rest` is None, the most important LOW pairs of a batch entry become HIGH, as many as may, or fewer: pairs of
+    one level become HIGH together or not at all. Else each Q tile has its shares; of equal levels the first come first.
     """
     phases = routing.phases.int().expand(levels.shape)
+    if routing.rest is not None:
+        offered = torch.where(phases == Phase.LOW, levels, -2)
+        rank = offered.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        high, kept = routing.shares[..., None].unbind(-2)
+        taken = torch.where(rank < kept, int(Phase.LOW), routing.rest)
+        taken = torch.where(rank < high, int(Phase.HIGH), taken)
+        return torch.where(phases == Phase.LOW, taken.int(), phases)
     allowed = routing.allowed(levels.shape[1])
     offered = torch.where(phases == Phase.LOW, levels, -1).flatten(1)
     ranked = F.pad(offered.sort(descending=True).values, (0, 1), value=-1)
@@ -130,4 +198,5 @@ def routed(levels: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 def route(pools: Pools, routing: Routing) -> PrecisionMap:
     """The map of a call, with a block list for every batch entry and head. The same inputs give the same map."""
-    return map_of(routed(levels(importance(pools, routing.phases)), routing), has_high=True)
+    found = levels(importance(pools, routing.phases, routing.by_mass))
+    return map_of(routed(found, routing), has_high=True)

@@ -59,9 +59,15 @@ class Policy:
         return True
 
     @property
+    def router(self) -> "Importance | None":
+        """The policy by which the numbers in pairs that are LOW otherwise choose their class; None for none."""
+        return None
+
+    @final
+    @property
     def importance(self) -> float:
         """The share of all pairs visited by a call's heads that becomes HIGH for the numbers in them."""
-        return 0.0
+        return self.router.budget if self.router else 0.0
 
     @property
     def skip_below(self) -> float | None:
@@ -278,21 +284,46 @@ class Neighborhood(Policy):
 class Importance(Policy):
     """The most important pairs of tiles are HIGH, the rest is LOW; each call finds them by their numbers (`routing`).
 
-    budget: the share of all pairs visited by a call's heads that becomes HIGH, over 0 and up to 1. Heads share it.
+    With `beyond`, each Q tile has its own most important pairs: the first ones are HIGH, the next ones LOW, and the
+    rest has the class `beyond`. United with others, it chooses among the pairs that are LOW by their position.
+
+    budget: the share of all pairs visited by a call's heads that becomes HIGH, over 0 and up to 1. Heads share it; with
+        `beyond` it is that of each Q tile's pairs, and may be 0 if `low` isn't.
+    low: the share of each Q tile's pairs that is LOW; it needs `beyond`.
+    beyond: the class of the rest, MEAN or SKIP; None for LOW.
     """
 
     budget: float
+    low: float | None = None
+    beyond: Class | None = None
 
     name = "importance"
     by_content = True
 
     def __post_init__(self):
-        if not _is_share(self.budget) or self.budget > 1:
+        given = self.budget, self.low
+        if self.beyond is not None:
+            _check_beyond(self.beyond)
+        if self.low is not None:
+            if self.beyond is None:
+                raise ValueError(
+                    f"low={self.low!r} needs beyond=mean or beyond=skip: without it all the rest is LOW"
+                )
+            if not _is_share(self.low) or self.low > 1:
+                raise ValueError(f"low must be over 0 and at most 1, got {self.low!r}")
+            given = self.budget or 1, self.low  # 0 is a budget here
+        if isinstance(self.budget, bool) or not _is_share(given[0]) or self.budget > 1:
             raise ValueError(f"budget must be over 0 and at most 1, got {self.budget!r}")
+        if self.budget + (self.low or 0) > 1:
+            raise ValueError(f"budget and low are shares of the same pairs, at most 1 together, got {self}")
 
     @property
-    def importance(self) -> float:
-        return self.budget
+    def leaves_out(self) -> bool:
+        return self.beyond is Class.SKIP
+
+    @property
+    def router(self) -> "Importance | None":
+        return self
 
 
 @dataclass(frozen=True)
@@ -329,6 +360,9 @@ class Union(Policy):
             raise ValueError(f"policies for different numbers of heads can't unite: {self}")
         if len([member for member in self.members if isinstance(member, Neighborhood)]) > 1:
             raise ValueError(f"two neighbourhoods can't unite, give one of them a `high` window: {self}")
+        routers = [member.router for member in self.members if member.router]
+        if len(routers) > 1 and any(router.beyond is not None for router in routers):
+            raise ValueError(f"two importances can't unite if one of them says what is beyond: {self}")
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.members))
@@ -343,15 +377,18 @@ class Union(Policy):
 
     @property
     def leaves_out(self) -> bool:
-        return self.skip_below is not None or all(member.leaves_out for member in self._by_position)
+        if self.skip_below is not None or (self.router and self.router.leaves_out):
+            return True
+        return all(member.leaves_out for member in self._by_position)
 
     @property
     def protects_text(self) -> bool:
         return any(member.protects_text for member in self._by_position)
 
     @property
-    def importance(self) -> float:
-        return max(member.importance for member in self.members)
+    def router(self) -> Importance | None:
+        routers = [member.router for member in self.members if member.router]
+        return max(routers, key=lambda router: router.budget, default=None)
 
     @property
     def skip_below(self) -> float | None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 _CALL = re.compile(r"\s*(\w+)\s*\(([^()]*)\)\s*")
 
@@ -48,8 +48,9 @@ def read_call(text: str, kinds: Mapping[str, type[Any]]) -> Any:
 
 def _read_value(word: str, kind: Any) -> Any:
     """The value of a word: a member of an enumeration, a tuple of integers, a number, or else the word itself."""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind.__members__.get(word.upper(), word)
+    for each in get_args(kind) or (kind,):
+        if isinstance(each, type) and issubclass(each, Enum):
+            return each.__members__.get(word.upper(), word)
     for separator in "x/":
         if re.fullmatch(rf"\d+({separator}\d+)+", word):
             return tuple(map(int, word.split(separator)))

@@ -31,6 +31,9 @@ POLICIES = [
     (Neighborhood(high=50), "neighborhood(high=50)"),
     (Neighborhood((8, 8), beyond=Class.MEAN), "neighborhood(window=8x8, beyond=mean)"),
     (Importance(0.05), "importance(budget=0.05)"),
+    (Importance(1), "importance(budget=1)"),
+    (Importance(0.1, 0.2, Class.MEAN), "importance(budget=0.1, low=0.2, beyond=mean)"),
+    (Importance(0, 0.2, Class.SKIP), "importance(budget=0, low=0.2, beyond=skip)"),
     (SkipSoftmax(1e-4), "skip_softmax(threshold=0.0001)"),
     (Neighborhood((8, 8)) | Importance(0.1) | SkipSoftmax(0.01),
      "neighborhood(window=8x8) | importance(budget=0.1) | skip_softmax(threshold=0.01)"),
@@ -68,6 +71,15 @@ def test_words_make_the_policy(policy, words):
     ("importance()", "importance needs budget"),
     ("importance(budget=0)", "budget must be over 0 and at most 1, got 0"),
     ("importance(budget=5)", "budget must be over 0 and at most 1, got 5"),
+    ("importance(budget=0, beyond=mean)", "budget must be over 0 and at most 1, got 0"),
+    ("importance(budget=-0.1, low=0.2, beyond=mean)", "budget must be over 0 and at most 1, got -0.1"),
+    ("importance(budget=0.1, low=0.2)", "low=0.2 needs beyond=mean or beyond=skip: without it all the rest is LOW"),
+    ("importance(budget=0.1, low=0, beyond=mean)", "low must be over 0 and at most 1, got 0"),
+    ("importance(budget=0.1, low=all, beyond=mean)", "low must be over 0 and at most 1, got 'all'"),
+    ("importance(budget=0.7, low=0.4, beyond=mean)", "shares of the same pairs, at most 1 together"),
+    ("importance(budget=0.1, beyond=low)", "beyond must be mean or skip, got low"),
+    ("importance(budget=0.1, beyond=3)", "beyond must be mean or skip, got 3"),
+    ("importance(budget=0.1, beyond=skip) | importance(budget=0.2)", "two importances can't unite if one"),
     ("skip_softmax(threshold=1)", "threshold must be over 0 and under 1, got 1"),
 ])  # fmt: skip
 def test_bad_words_are_one_line(words, message):
@@ -171,6 +183,11 @@ def test_policies_by_content_set_no_classes_in_a_union():
     )
     assert united.axes(layout.grid) == near.axes(layout.grid)
     assert (united.importance, united.skip_below) == (0.1, 0.01)
+    assert (near | Importance(0.1) | Importance(0.3)).importance == 0.3
+    assert not Importance(0.1, 0.2, Class.MEAN).leaves_out and Importance(0.1, 0.2, Class.SKIP).leaves_out
+    assert (Diagonal() | Importance(0.1, beyond=Class.SKIP)).leaves_out and not (
+        Diagonal() | Importance(0.1)
+    ).leaves_out
     alone = Importance(0.1).classes(layout)
     assert (alone[..., 1:, 1:] == Class.LOW).all() and (alone[..., 0] == Class.HIGH).all()
 
