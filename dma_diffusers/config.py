@@ -223,22 +223,29 @@ class DMAConfig:
         return cls.of(None, **fields)
 
     @classmethod
-    def published(cls, model: torch.nn.Module, grid: tuple[int, ...], **changes) -> "DMAConfig":
+    def published(
+        cls, model: torch.nn.Module, grid: tuple[int, ...], beyond: str = "skip", **changes
+    ) -> "DMAConfig":
         """The neighbourhood that was published for the family of `model`, with some fields changed.
 
         grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its window is
             the same share of it as of the published one (`families.Published`). It was published in full precision;
             here what the window holds is LOW, but for text. Steps above the family's noise level are dense.
+        beyond: "skip" leaves out the tiles beyond the window, as published; "mean" takes them by their means, which
+            costs a little more and keeps what they weigh.
         FLUX's level is that of its schedule at 1024×1024. Diffusers' own schedule shifts with the size: at 2048×2048
         22 of 28 steps lie above it, at 4096×4096 all of them: give the scheduler another shift there, or
         dense_above_sigma=1.
-        Raises ValueError for a family without one.
+        Raises ValueError for a family without one, or another `beyond`.
         """
         family = known_family(model)
         if family is None or family.published is None:
             known = ", ".join(name for name, family in FAMILIES.items() if family.published)
             raise ValueError(f"no neighbourhood was published for {type(model).__name__}; there are {known}")
-        return cls.of(None, **{"policy": family.published.policy(grid)} | changes)
+        classes = {"mean": Class.MEAN, "skip": Class.SKIP}
+        if beyond not in classes:
+            raise ValueError(f"beyond must be mean or skip, got {beyond!r}")
+        return cls.of(None, **{"policy": family.published.policy(grid, classes[beyond])} | changes)
 
     @classmethod
     def of(cls, config: "DMAConfig | None", **changes) -> "DMAConfig":

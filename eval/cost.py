@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from dma_diffusers.eval.bench.bound import letters
+from dma_diffusers.eval.classes import taken_by_means
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.ahead_of_time.sass import MATRIX_RATES, RATES
 from dma_diffusers.kernels.formats import get_format
@@ -20,23 +21,56 @@ TARGETS = tuple(MATRIX_RATES)
 
 
 class Pairs(NamedTuple):
-    """The pairs of tiles that each head visits in HIGH and in LOW are counted here, both float64 `[H or 1]`."""
+    """The pairs of tiles of each head are counted here by how they are taken, all float64 `[H or 1]`.
+
+    high, low, mean: the pairs in each class. walked: the tiles of means that the kernel multiplies for those that are
+    MEAN. One holds the means of 32 KV tiles, and a Q tile with any MEAN tile walks all of them.
+    """
 
     high: torch.Tensor
     low: torch.Tensor
+    mean: torch.Tensor
+    walked: torch.Tensor
 
 
 def pairs(policy: Policy, layout: Layout, is_causal: bool = False) -> Pairs:
-    """Count the pairs that a policy's plan visits.
+    """Count the pairs that a policy's plan takes in each class.
 
     `Importance` takes its whole budget, and `SkipSoftmax` leaves nothing out. Raises ValueError as `plan.make` does.
     """
-    precision_map = plan.make(policy, layout, is_causal).precision_map
-    ends = precision_map.bounds[0].double().sum(1)
-    visited = ends[:, Phase.MASKED]
-    low = ends[:, Phase.LOW] - ends[:, Phase.HIGH] if precision_map.has_high else visited
-    routed = torch.minimum(policy.importance * visited, low)
-    return Pairs(visited - low + routed, low - routed)
+    made = plan.make(policy, layout, is_causal)
+    precision_map, routing = made.precision_map, made.routing
+    ends = precision_map.bounds[0].double()  # of each Q tile, as everything until the end
+    visited = ends[..., Phase.MASKED]
+    low = ends[..., Phase.LOW] - ends[..., Phase.HIGH] if precision_map.has_high else visited
+    high, mean = visited - low, taken_by_means(precision_map)[0].sum(-1).double()
+    if routing is not None and routing.shares is not None:
+        routed = (routing.phases[0] == Phase.LOW).sum(-1)
+        first, kept = torch.minimum(routing.shares[0], routed[..., None]).double().unbind(-1)
+        high, low = high + first, kept - first
+        if routing.rest == Phase.MEAN:  # the map has every routed pair among them
+            mean = mean - kept
+    words = 0 if precision_map.means is None else precision_map.means.shape[-1]
+    walked = words * (mean > 0).sum(-1).double()
+    high, low, mean = (of_rows.sum(-1) for of_rows in (high, low, mean))
+    if routing is not None and routing.shares is None:
+        upgraded = torch.minimum(routing.budget * (high + low + mean), low)
+        high, low = high + upgraded, low - upgraded
+    return Pairs(high, low, mean, walked)
+
+
+def clocks_of_pairs(
+    counted: Pairs, target: str, head_dim: int, high: str, low: str, left_out: float = 0.0
+) -> torch.Tensor:
+    """Predict the clocks of an SM for all pairs of each head, float64 `[H or 1]`.
+
+    left_out: the share of LOW pairs that is left out, as `share_left` takes it. Raises ValueError as `tile_clocks` and
+    `share_left` do.
+    """
+    of_high, of_low = tile_clocks(target, head_dim, high, low)
+    of_low *= share_left(left_out, target, head_dim, high, low)
+    of_means = means_clocks(target, head_dim, high, low, has_low=bool((counted.low > 0).any()))
+    return counted.high * of_high + counted.low * of_low + counted.walked * of_means
 
 
 def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float, float]:
@@ -52,6 +86,19 @@ def tile_clocks(target: str, head_dim: int, high: str, low: str) -> tuple[float,
     lowering = lowering_of(target, head_dim, high, low)
     precisions = Precisions.parse(high, low)
     return tuple(sum(clocks_of(target, head_dim, *letters(each, lowering))) for each in precisions)
+
+
+def means_clocks(target: str, head_dim: int, high: str, low: str, has_low: bool) -> float:
+    """Predict the clocks of an SM for one tile of means, in the precision that lends MEAN its operands.
+
+    The kernel for sm_90 makes fp8 probabilities of means without exponentials, as codes of their numbers. has_low: says
+    if the map has LOW tiles. Raises ValueError as `tile_clocks` does.
+    """
+    lowering = lowering_of(target, head_dim, high, low)
+    precision = Precisions.parse(high, low).of_means(has_low)
+    products, exponentials = clocks_of(target, head_dim, *letters(precision, lowering))
+    in_codes = target == "sm_90" and precision.pv == "fp8"
+    return products + (0 if in_codes else exponentials)
 
 
 def share_left(left_out: float, target: str, head_dim: int, high: str, low: str) -> float:

@@ -52,6 +52,22 @@ class Times:
             help="With --gpu, what any policy costs there: its words, such as 'importance(budget=0.05)'."
         ),
     ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --policy, what a schedule costs over the run's steps: its words, such as "
+            "'sigma>0.9: dense(); importance(budget=0.05)'."
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --schedule, the run's denoising steps.")
+    ] = None
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            help="With --schedule, the shift of their noise levels: FLUX's is exp(mu); 1 if left out."
+        ),
+    ] = None
     left_out: Annotated[
         float, typer.Option(help="With a policy of skip_softmax: the share of LOW pairs that it left out.")
     ] = 0.0
@@ -86,7 +102,10 @@ def simulate(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="A picture of the map, as .svg or .png; of the first proposal with --search."),
+        typer.Option(
+            help="A picture of the map, as .svg or .png: of the window, of the first proposal with --search, or of the "
+            "first head of a --policy."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,14 +113,19 @@ def simulate(
 
     Counts tiles; with --gpu, times are predicted as well, of any --policy too. No GPU is asked.
     """
-    others = (*asdict(boxes).values(), search or None, cost, plot)
-    if times.policy and (times.gpu is None or any(option is not None for option in others)):
+    others = (*asdict(boxes).values(), search or None, cost)
+    says_all = "--policy" if times.policy else "--schedule" if times.schedule else ""
+    if says_all and (times.gpu is None or any(option is not None for option in others)):
         raise ValueError(
-            "--policy says all of the map: give it --grid, --text and --gpu, and no windows or tiles"
+            f"{says_all} says all of the map: give it --grid, --text and --gpu, and no windows or tiles"
         )
+    if times.schedule:
+        _check_schedule(times, dense_steps, plot)
+    elif times.steps is not None or times.shift is not None:
+        raise ValueError("--steps and --shift are for --schedule: add it, or leave them out")
     if times.left_out and not times.policy:
         raise ValueError("--left-out is for --policy, such as 'skip_softmax(threshold=0.001)'")
-    if boxes.window is None and not search and not times.policy:
+    if boxes.window is None and not search and not says_all:
         raise ValueError("give --window, such as 80x80, or --search for proposals")
     if cost is not None and not search:
         raise ValueError("--cost is for --search: add it, or leave --cost out")
@@ -135,9 +159,8 @@ def simulate(
         on_gpu = {"gpu": times.gpu, "heads": times.heads, "head_dim": times.head_dim}
         on_gpu |= {"high": times.high or high, "low": times.low or low}
         predict = partial(predictions.predict, **on_gpu)
-    if times.policy:
-        how = on_gpu | {"left_out": times.left_out}
-        _print_policy(times.policy, sizes, text, how, attention_share, dense, as_json)
+    if says_all:
+        _print_policy(times, on_gpu, sizes, text, attention_share, dense, plot, as_json)
         return
     axes, notes = neighborhood(sizes, widths, strides, dilations, is_causal)
     if search:
@@ -155,7 +178,7 @@ def simulate(
         counts = [Count(axes, q_box or kv_box or box, kv_box or q_box or box, text)]
         notes += summary.box_notes(counts[0])
     if plot:
-        picture.check_plot(plot, counts[0])
+        picture.check_plot(plot, *counts[0].grid_tiles)
         check_writable(plot)
     records = [summary.record(count, attention_share, dense, predict) for count in counts]
     if plot:
@@ -178,29 +201,65 @@ def simulate(
         print(f"Times are {records[0]['prediction']['label']}.")
 
 
+def _check_schedule(times: Times, dense_steps: str | None, plot: Path | None) -> None:
+    """Raise ValueError, in one line, for options that a schedule can't have, or lacks."""
+    if times.policy:
+        raise ValueError("--policy and --schedule: give one of them")
+    if times.steps is None:
+        raise ValueError("--schedule needs --steps, the number of the run's denoising steps")
+    if dense_steps is not None:
+        raise ValueError(
+            "--dense-steps and --schedule: make them an entry of that, such as sigma>0.9: dense()"
+        )
+    if plot:
+        raise ValueError(
+            "--plot draws one map, and a schedule has several: give one of its policies as --policy"
+        )
+
+
 def _print_policy(
-    words: str,
+    times: Times,
+    on_gpu: dict[str, Any],
     grid: tuple[int, ...],
     text: int,
-    how: dict[str, Any],
     attention_share: float | None,
     dense_steps: tuple[int, int],
+    plot: Path | None,
     as_json: bool,
 ) -> None:
+    """Print what a policy or a schedule costs, and draw a policy's map if asked."""
+    from dma_diffusers import schedule as schedules
+    from dma_diffusers.eval.simulator import plot as picture
     from dma_diffusers.eval.simulator import policy as simulator
+    from dma_diffusers.eval.simulator import schedule as of_schedule
     from dma_diffusers.eval.simulator import summary
-    from dma_diffusers.kernels.tiling.layout import Layout
+    from dma_diffusers.kernels.tiling.layout import Layout, tiles
     from dma_diffusers.kernels.tiling.policies import parse
+    from dma_diffusers.pipelines.files import check_writable, write_atomically
 
     tokens = text + math.prod(grid)
-    policy = parse(words)
-    counted = simulator.record(policy, Layout(tokens, tokens, (0, text), grid), **how)
-    counted["notes"] = policy.notes(grid)
+    layout = Layout(tokens, tokens, (0, text), grid)
+    if times.schedule:
+        levels = of_schedule.noise_levels(times.steps or 1, 1.0 if times.shift is None else times.shift)
+        counted = of_schedule.record(times.schedule, levels, layout, **on_gpu)
+        asked = [parse(part.policy) for part in schedules.read(times.schedule) if part.policy]
+        header, rows = of_schedule.lines(counted)
+    else:
+        policy = parse(times.policy or "")
+        if plot:
+            picture.check_plot(plot, tiles(tokens), tiles(tokens))
+            check_writable(plot)
+        counted = simulator.record(policy, layout, **on_gpu, left_out=times.left_out)
+        if plot:
+            write_atomically(plot, picture.plot_policy(policy, layout, plot.suffix[1:]))
+        asked = [policy]
+        header, rows = simulator.lines(counted)
+    counted["notes"] = [note for policy in asked for note in policy.notes(grid)]
     prediction = summary.with_run(counted["prediction"], attention_share, dense_steps)
     if as_json:
         print_json(counted | {"prediction": prediction})
         return
-    print_table(*simulator.lines(counted))
+    print_table(header, rows)
     print_table(*summary.times(prediction))
     for note in counted["notes"]:
         print(f"note: {note}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from dma_diffusers.grids import Grid
 from dma_diffusers.kernels.tiling.neighborhood import check_dimensions
 from dma_diffusers.kernels.tiling.policies import Neighborhood
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,16 @@ class Published:
     stride: tuple[int, ...]
     source: str
 
-    def policy(self, grid: Grid) -> Neighborhood:
+    def policy(self, grid: Grid, beyond: Class = Class.SKIP) -> Neighborhood:
         """A window with the same share of each side of another grid, which nobody has evaluated, and the same stride.
 
-        Raises ValueError for a grid of other dimensions.
+        beyond: the class of tiles beyond the window, SKIP as published, or MEAN. Raises ValueError for another class,
+        or a grid of other dimensions.
         """
         check_dimensions("the published window", self.window, grid)
         sides = zip(grid, self.window, self.grid, strict=True)
         window = [max(round(length * side / of), 1) for length, side, of in sides]
-        return Neighborhood(tuple(window), tuple(map(min, self.stride, window)))
+        return Neighborhood(tuple(window), tuple(map(min, self.stride, window)), beyond=beyond)
 
 
 @dataclass(frozen=True)

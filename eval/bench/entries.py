@@ -201,15 +201,20 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
 
 
 def products(precision_map: PrecisionMap, high: str, low: str, lowering: str) -> list[Products]:
-    """Say how the tiles of a square map are multiplied; skipped ones have no share.
+    """Say how the tiles of a square map are multiplied; skipped ones have no share, and MEAN ones that of their means.
 
     high, low: the words of precisions.
     """
     ends = precision_map.bounds.double().mean((0, 1, 2)) / precision_map.bounds.shape[2]
     of_high, of_low, visited = ends.tolist()  # HIGH, LOW and MASKED end there
     low_share = of_low - of_high if precision_map.has_high else visited
-    precisions = zip((visited - low_share, low_share), Precisions.parse(high, low), strict=True)
-    return [Products(share, *letters(each, lowerings.named(lowering))) for share, each in precisions if share]
+    precisions = Precisions.parse(high, low)
+    shares = [(visited - low_share, precisions.high), (low_share, precisions.low)]
+    if precision_map.means is not None:
+        walks = (precision_map.means != 0).any(-1).double().mean().item()
+        of_means = walks * precision_map.means.shape[-1] / precision_map.means.shape[-2]
+        shares.append((of_means, precisions.of_means(precision_map.has_low)))
+    return [Products(share, *letters(each, lowerings.named(lowering))) for share, each in shares if share]
 
 
 def _seen(axes: Sequence[Axis], text: tuple[int, int], queries: torch.Tensor) -> torch.Tensor:

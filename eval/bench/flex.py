@@ -42,7 +42,12 @@ def prepare(plan: Plan, copies: Sequence[Tensors]) -> Prepared:
 
 
 def block_mask(plan: Plan) -> BlockMask:
-    """Return a plan's map and fine mask in blocks of 128 slots: masked tiles are partial blocks, others full ones."""
+    """Return a plan's map and fine mask in blocks of 128 slots: masked tiles are partial blocks, others full ones.
+
+    Raises ValueError for a map with MEAN tiles.
+    """
+    if plan.precision_map.has_mean:
+        raise ValueError("FlexAttention takes no tiles by their means: give a policy that skips them")
     indices, bounds = plan.precision_map.indices, plan.precision_map.bounds
     q_tiles = indices.shape[-2]
     indices = F.pad(indices, (0, q_tiles - indices.shape[-1]))

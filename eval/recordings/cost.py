@@ -1,10 +1,12 @@
 """This module predicts what attention calls cost on a GPU; it measures nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.cost import check_target, clocks_of, pairs, share_left, tile_clocks
+from dma_diffusers.eval.cost import check_target, clocks_of, clocks_of_pairs, pairs
 from dma_diffusers.eval.recordings.measure import at_noise_of, policy_and_layout
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
@@ -32,14 +34,12 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
             key = (*key, recording.file)
         if key not in known:
             visited = pairs(policy, layout, recording.is_causal)
-            formats = target, recording.shape[3], own.high, own.low
-            per_high, per_low = tile_clocks(*formats)
+            left_out = 0.0
             if policy.skip_below and (of_low := float(visited.low.mean())):
-                left_out = _left_out(recordings, recording, policy, layout, own.high, own.low)
-                per_low *= share_left(
-                    min(left_out / of_low, 1.0), *formats
-                )  # it counts as if LOW alone were left out
-            clocks = visited.high * per_high + visited.low * per_low
+                # It counts as if LOW alone were left out.
+                left_out = _left_out(recordings, recording, policy, layout, own.high, own.low) / of_low
+            formats = target, recording.shape[3], own.high, own.low
+            clocks = clocks_of_pairs(visited, *formats, left_out=min(left_out, 1.0))
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
@@ -49,17 +49,34 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
 def predicted_cost(recordings: Recordings, config: DMAConfig, target: str) -> float | None:
     """Predict attention's clocks in units of bf16 attention's; None for formats that no kernel of `target` multiplies.
 
-    It is 1 where attention is left to stock. Quantisation, gather and routing are left out. Raises ValueError for an
-    unknown target.
+    It is 1 where attention is left to stock. Every step of the drawing counts with what the configuration has at its
+    noise level. Quantisation, gather and routing are left out. Raises ValueError for an unknown target.
     """
     check_target(target)
     if config.lowering == "stock":
         return 1.0
     try:
-        clocks = head_clocks(recordings, config, target).mean(1).sum()
+        clocks = head_clocks(of_every_step(recordings), config, target).mean(1).sum()
     except ValueError:
         return None
     return float(clocks / full_precision_clocks(recordings, target))
+
+
+def of_every_step(recordings: Recordings) -> Recordings:
+    """Return an index with every step that was drawn, at its noise level, with the calls of the nearest recorded step.
+
+    An index without the levels of all steps is returned as it is.
+    """
+    if not recordings.sigmas:
+        return recordings
+    found = [
+        replace(recording, step=step, sigma=sigma)
+        for step, sigma in enumerate(recordings.sigmas)
+        for nearest in [min(recordings.steps, key=lambda recorded: abs(recorded - step))]
+        for recording in recordings
+        if recording.step == nearest
+    ]
+    return replace(recordings, recordings=found)
 
 
 def full_precision_clocks(recordings: Recordings, target: str) -> float:

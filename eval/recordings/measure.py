@@ -10,13 +10,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.classes import tile_classes
 from dma_diffusers.eval.recordings.exact import exact_attention, in_slots
 from dma_diffusers.eval.recordings.store import Recording, Recordings, Tensors
 from dma_diffusers.families import FAMILIES, Family
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Policy, parse
-from dma_diffusers.kernels.tiling.precision_map import LOOPS, MEANS_TILES, Class, Phase
+from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.stages import stages
 
 
@@ -178,29 +179,6 @@ def policy_and_layout(arguments: Mapping[str, Any], recording: Recording) -> tup
     text = arguments.get("text_start", 0), arguments.get("text_stop", 0)
     layout = replace(recording.layout, text=text, grid=arguments.get("grid", ()))
     return parse(arguments["policy"]), layout
-
-
-def tile_classes(made: plan.Plan) -> torch.Tensor:
-    """Return the class in which each pair of tiles is computed: numbers of `Class`, `[1, H or 1, q_tiles, k_tiles]`."""
-    block_lists = made.precision_map
-    q_tiles = block_lists.indices.shape[-2]  # keys have as many, because they are the same tokens
-    classes = torch.full((*block_lists.indices.shape[:-1], q_tiles + 1), int(Class.SKIP))
-    place, start = torch.arange(block_lists.indices.shape[-1]), torch.zeros_like(block_lists.bounds[..., :1])
-    of_phase = {
-        Phase.HIGH: Class.HIGH,
-        Phase.LOW: Class.LOW,
-        Phase.MASKED: Class(int(not block_lists.has_high)),
-    }
-    for phase in LOOPS:
-        end = block_lists.bounds[..., phase, None]
-        tile = torch.where((place >= start) & (place < end), block_lists.indices, q_tiles)
-        classes.scatter_(-1, tile.long(), int(of_phase[phase]))
-        start = end
-    classes = classes[..., :-1]
-    if block_lists.means is None:
-        return classes
-    is_mean = (block_lists.means[..., None] >> torch.arange(MEANS_TILES) & 1).flatten(-2)[..., :q_tiles]
-    return torch.where(is_mean == 1, int(Class.MEAN), classes)
 
 
 def _compared(

@@ -110,6 +110,7 @@ def record(
                     raise
                 break
             recordings.recordings = sorted([*recordings, *recorder.taken], key=lambda taken: taken.prompt)
+            recordings.sigmas = list(recorder.sigmas.values())
             recordings.save()
         recorded = len(recordings.prompts)
         left_out = f"{recorded} of {len(prompts)} prompts fit into {_gigabytes(limit)}"
@@ -160,6 +161,7 @@ class _Recorder:
                 forward = interception.forward
             hooks.append(model.register_forward_pre_hook(partial(self._observe, forward), with_kwargs=True))
         self.take: Callable[..., None] = lambda *_: None
+        self.sigmas: dict[int, float | None] = {}
 
     def measure(self, draw: Callable, chosen: list[str]) -> tuple[int, int]:
         """Return the bytes that one step of a drawing would take, and its number of steps; draws that step alone."""
@@ -178,6 +180,7 @@ class _Recorder:
     def begin(self, recordings: Recordings, prompt: int, chosen: list[str], limit: int) -> None:
         """Save the chosen modules' calls from now on, as those of a prompt."""
         self.taken: list[Recording] = []
+        self.sigmas = {}
         steps, left = recordings.settings["steps"], limit - recordings.bytes
 
         def take(module: str, tensors: Tensors, *values: Any) -> None:
@@ -196,7 +199,7 @@ class _Recorder:
                 "scale",
                 "is_causal",
             )
-            sigma = None if self.sigma is None else float(self.sigma)
+            sigma = self.sigmas[self.step]
             values = (prompt, self.step, self.call, module, sigma, tuple(tensors.q.shape), *values)
             data = serialise(tensors, names, values)
             left -= len(data)
@@ -216,7 +219,8 @@ class _Recorder:
 
     def _observe(self, forward: Any, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call += 1
-        self.sigma = forward.noise_level(args, kwargs)
+        sigma = forward.noise_level(args, kwargs)
+        self.sigmas[self.step] = None if sigma is None else float(sigma)
         self.grid = forward.find_grid(model, args, kwargs)
 
     def _attend(

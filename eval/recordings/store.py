@@ -65,13 +65,15 @@ class Recordings:
 
     settings: what was recorded, and of what; `model` has the transformer's `class`, the `modules` that DMA takes, and
     the `fingerprint` of its weights. notes: what a reader should know, such as prompts that were left out. recordings:
-    those of finished prompts alone, by prompt, step, call and module.
+    those of finished prompts alone, by prompt, step, call and module. sigmas: the noise level (0 to 1; None if not
+    known) of every step that was drawn, recorded or not; empty in an index from before it was kept.
     """
 
     folder: Path
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     recordings: list[Recording] = field(default_factory=list)
+    sigmas: list[float | None] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[int]:
@@ -109,7 +111,7 @@ class Recordings:
         """Write the index."""
         document = {
             "format": FORMAT, "version": VERSION, "settings": self.settings, "notes": self.notes,
-            "recordings": [asdict(recording) for recording in self.recordings],
+            "sigmas": self.sigmas, "recordings": [asdict(recording) for recording in self.recordings],
         }  # fmt: skip
         write_atomically(self.folder / INDEX, json.dumps(document, indent=1, allow_nan=False).encode())
 
@@ -142,6 +144,7 @@ def read_recordings(folder: Path) -> Recordings:
             )
             for entry in document["recordings"]
         ]
-        return Recordings(folder, document["settings"], document["notes"], recordings)
+        sigmas = document.get("sigmas", [])
+        return Recordings(folder, document["settings"], document["notes"], recordings, sigmas)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no index of recordings: {error}") from None

@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dma_diffusers.eval.cost import clocks_of, lowering_of, pairs, share_left, tile_clocks
+from dma_diffusers.eval.cost import clocks_of, lowering_of, means_clocks, pairs, share_left, tile_clocks
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.defaults import default_formats as formats_of
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import TILE, Layout
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
 from dma_diffusers.kernels.tiling.precision_map import SHARED_BLOCKS, SHARED_ROWS
@@ -96,23 +96,31 @@ class Call:
         tiles = -(-self.tokens // TILE)
         return self._rounds(_FULL_ROWS) * tiles * clocks / self.machine.hz + START
 
-    def kernel(self, high_pairs: float, low_pairs: float) -> float:
-        """Predict the seconds of our kernel where each head visits so many pairs of tiles in HIGH and in LOW."""
-        machine = self.machine
-        of_high, of_low = tile_clocks(machine.architecture, self.head_dim, self.high, self.low)
-        rows = self._rows(high_pairs > 0, low_pairs > 0)
-        mean = (high_pairs * of_high + low_pairs * of_low) * rows / TILE / -(-self.tokens // TILE)
-        return self._rounds(rows) * (mean / machine.hz + START)
+    def kernel(self, high_pairs: float, low_pairs: float, walked: float = 0.0) -> float:
+        """Predict the seconds of our kernel where each head visits so many pairs of tiles in HIGH and in LOW.
 
-    def whole(self, high_pairs: float, low_pairs: float, in_boxes: bool = False) -> float:
+        walked: the tiles of means that each head walks beside them.
+        """
+        formats = self.machine.architecture, self.head_dim, self.high, self.low
+        of_high, of_low = tile_clocks(*formats)
+        of_means = means_clocks(*formats, has_low=low_pairs > 0)
+        rows = self._rows(high_pairs > 0, low_pairs > 0)
+        clocks = high_pairs * of_high + low_pairs * of_low + walked * of_means
+        of_program = clocks * rows / TILE / -(-self.tokens // TILE)
+        return self._rounds(rows) * (of_program / self.machine.hz + START)
+
+    def whole(
+        self, high_pairs: float, low_pairs: float, walked: float = 0.0, *, in_boxes: bool = False
+    ) -> float:
         """Predict the seconds of the whole call, quantisation included.
 
-        in_boxes: says if it gathers tokens into tile order.
+        walked: as `kernel` takes it. in_boxes: says if it gathers tokens into tile order.
         """
         elements = self.heads * self.tokens * self.head_dim
-        moved = elements * self._moved_bytes(high_pairs > 0, low_pairs > 0, in_boxes)
-        before = moved / self.machine.bytes_per_second + _STEPS_BEFORE * START
-        return before + self.kernel(high_pairs, low_pairs)
+        moved = elements * self._moved_bytes(high_pairs > 0, low_pairs > 0, walked > 0, in_boxes)
+        steps = _STEPS_BEFORE + (walked > 0)  # means are encoded in a step of their own
+        before = moved / self.machine.bytes_per_second + steps * START
+        return before + self.kernel(high_pairs, low_pairs, walked)
 
     @property
     def _precisions(self) -> Precisions:
@@ -133,7 +141,7 @@ class Call:
         tuned = tuning(self.machine.architecture, padded, classes)
         return tuned.rows if tuned.slots is None else SHARED_BLOCKS * SHARED_ROWS
 
-    def _moved_bytes(self, has_high: bool, has_low: bool, in_boxes: bool) -> float:
+    def _moved_bytes(self, has_high: bool, has_low: bool, has_means: bool, in_boxes: bool) -> float:
         """Return the bytes moved for each element of q, k and v together: read, and written in each class's formats."""
         moved, (high, low) = 3 * 2.0, self._precisions
         if has_low:
@@ -145,6 +153,10 @@ class Call:
             moved += 2 + 1  # V's range is read, and V is written in FP8
         if "bf16" in values and in_boxes:
             moved += 2  # bf16 V is read as it is, unless its tokens are gathered
+        if has_means:  # of k and v, written in float32, read, and encoded
+            lender = self._precisions.of_means(has_low)
+            encoded = (get_format(lender.qk).average_bits + get_format(lender.pv).average_bits) / 8
+            moved += (2 * 2 * 4 + encoded) / SUBTILE
         return moved
 
 
@@ -202,10 +214,13 @@ def predict_policy(
     visited, slots = pairs(policy, layout), layout.q_length
     if policy.on_grid:
         slots = TileOrder(layout, policy.box(layout.grid)).layout.q_length
-    of_high, of_low = (share.mean().item() for share in visited)
+    of_high, of_low, _, walked = (number.mean().item() for number in visited)
     of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
-    ours = replace(dense, tokens=slots).whole(of_high, of_low, in_boxes=policy.on_grid)
-    return _beside_dense(dense, layout.text_length, ours)
+    ours = replace(dense, tokens=slots).whole(of_high, of_low, walked, in_boxes=policy.on_grid)
+    found = _beside_dense(dense, layout.text_length, ours)
+    if walked:
+        found = found._replace(label=f"predicted, not measured on any {gpu.upper()} with MEAN tiles")
+    return found
 
 
 def _beside_dense(dense: Call, text: int, seconds: float) -> Prediction:

@@ -141,6 +141,11 @@ def test_a_published_neighborhood_is_a_share_of_the_grid():
     }
     for (model, grid), expected in words.items():
         assert DMAConfig.published(model, grid, low="nvfp4").words == expected
+        with_means = DMAConfig.published(model, grid, beyond="mean", low="nvfp4")
+        assert with_means.words == expected.replace(")", ", beyond=mean)") and with_means.low == "nvfp4"
+    for beyond in ("high", "nothing"):
+        with pytest.raises(ValueError, match=f"beyond must be mean or skip, got '{beyond}'"):
+            DMAConfig.published(flux, (256, 256), beyond=beyond)
     with pytest.raises(ValueError, match="the published window 80×80 is 2-D, but grid 30×48×80 is 3-D"):
         DMAConfig.published(flux, (30, 48, 80))
     with pytest.raises(

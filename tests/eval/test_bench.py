@@ -34,7 +34,7 @@ from dma_diffusers.eval.bench.summary import HEADER, cells, compared, markdown
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal
-from dma_diffusers.kernels.tiling.precision_map import build_map
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 
 # The clock at which NVIDIA's data sheet gives 989 dense bf16 TFLOP/s; the card's highest is 1.98 GHz.
 H200 = Gpu("H200", "sm_90", 132, 1.83e9, 50 * 2**20)
@@ -110,6 +110,17 @@ def test_products_of_a_map_are_its_tiles(tokens):
     ]
     low = build_map(Diagonal(0, 0).classes(layout), layout)
     assert products(low, "bf16", "int8", "native") == [(1.0, "I", "Q")]
+
+
+def test_products_of_means_are_those_of_their_tiles():
+    """70 KV tiles have 3 tiles of means, which 69 of 70 Q tiles walk."""
+    layout = Layout(8960, 8960)
+    classes = torch.full((1, 1, 70, 70), int(Class.MEAN))
+    classes[..., 0, :] = Class.LOW
+    for low, of_means in (("int8", "IQ"), ("mxfp4", "HH")):
+        parts = products(build_map(classes, layout), "bf16", low, "faithful" if low == "mxfp4" else "native")
+        assert parts[0].share == pytest.approx(1 / 70)
+        assert parts[1:] == [(pytest.approx(69 * 3 / 70**2), *of_means)]
 
 
 def test_a_precision_may_name_the_format_of_its_values():

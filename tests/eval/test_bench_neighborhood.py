@@ -15,6 +15,8 @@ from dma_diffusers.eval.bench.neighborhood import NAMED, Case, bench_neighborhoo
 from dma_diffusers.eval.bench.summary import markdown
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.tiling.neighborhood import mask
+from dma_diffusers.kernels.tiling.policies import Neighborhood
+from dma_diffusers.kernels.tiling.precision_map import Class
 from tests.command_line import run
 from tests.eval.test_bench import H200, SHAPE, entry
 from tests.eval.test_bench import compared as compared_full
@@ -94,6 +96,12 @@ def test_flex_attention_has_a_mask_of_keys_only_where_tiles_are_cut():
         mask = flex.block_mask(plan.make(case.policy, case.layout))
         assert bool(mask.kv_num_blocks.any()) == is_cut == (mask.mask_mod.__name__ == "sees")
         assert all(x.is_contiguous() for x in (mask.kv_num_blocks, mask.full_kv_num_blocks, mask.kv_indices))
+
+
+def test_flex_attention_takes_no_means():
+    policy = Neighborhood(FITTING.window, FITTING.stride, beyond=Class.MEAN)
+    with pytest.raises(ValueError, match="FlexAttention takes no tiles by their means"):
+        flex.block_mask(plan.make(policy, FITTING.layout))
 
 
 def test_what_is_skipped_is_not_in_the_bound():

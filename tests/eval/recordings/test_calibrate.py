@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dma_diffusers import DMAConfig, apply, report, restore
+from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.calibrate import calibrate
 from dma_diffusers.eval.recordings.measure import measure
@@ -77,7 +78,7 @@ def test_no_choice_is_better_than_what_the_search_finds(seed):
     ("sm_103", 128, ("bf16", "nvfp4"), (1024 + 512, 85 + 1 / 3 + 256 + 512)),
 ])  # fmt: skip
 def test_clocks_of_a_tile(target, head_dim, formats, clocks):
-    assert cost.tile_clocks(target, head_dim, *formats) == pytest.approx(clocks)
+    assert tile_clocks(target, head_dim, *formats) == pytest.approx(clocks)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

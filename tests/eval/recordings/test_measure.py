@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_diffusers import DMAConfig
+from dma_diffusers.eval.classes import tile_classes
 from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.recordings import exact
 from dma_diffusers.eval.recordings.cost import head_clocks, predicted_cost
 from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
-from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, tile_classes, to_json
+from dma_diffusers.eval.recordings.measure import _arguments, layers, measure, to_json
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import parse as parse_policy
@@ -168,6 +169,39 @@ def test_skipped_tiles_cost_nothing(tmp_path):
     np.testing.assert_allclose(clocks, 20 * tile_clocks("sm_90", 32, "bf16", "int8")[1])
 
 
+def test_tiles_taken_by_their_means_cost_one_tile_of_means(tmp_path):
+    """Each of 20 Q tiles visits itself, and walks one tile of means for the 19 others."""
+    recordings = saved(tmp_path, [({"grid": (40, 64)}, random_tensors(1, 2560))], MODULES)
+    policy = {
+        "policy": "neighborhood(window=8x16, stride=8x16, beyond=mean)",
+        "high": "mxfp8",
+        "low": "mxfp4",
+    }
+    clocks = head_clocks(recordings, DMAConfig(**policy), "sm_100")
+    of_high, of_low = tile_clocks("sm_100", 32, "mxfp8", "mxfp4")
+    np.testing.assert_allclose(clocks, 20 * (of_low + of_high))
+    routed = DMAConfig(policy="importance(budget=0.1, low=0.2, beyond=mean)", high="mxfp8", low="mxfp4")
+    clocks = head_clocks(recordings, routed, "sm_100")
+    np.testing.assert_allclose(clocks, 20 * (2 * of_high + 4 * of_low + of_high))
+
+
+def test_means_are_measured_as_the_operator_runs_them(tmp_path):
+    tensors = random_tensors(1, 2560)
+    recordings = saved(tmp_path, [({"grid": (40, 64)}, tensors)], MODULES)
+    policies = {
+        name: f"neighborhood(window=8x16, stride=8x16, beyond={name})" for name in ("mean", "skip")
+    } | {"high": "neighborhood(window=8x16, stride=8x16, high=8x16, beyond=mean)"}
+    configurations = {name: DMAConfig(policy=policy, min_length=0) for name, policy in policies.items()}
+    found = measure(recordings, configurations, "cpu")
+    error = {name: values.of_modules[0, 0, 0] for name, values in found.items()}
+    assert error["high"] < error["mean"] < error["skip"]
+    q, k, v, _ = tensors
+    out = operator.attention(q, k, v, policy=policies["mean"], grid=(40, 64)).out.double()
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert error["mean"] == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-9)
+    assert found["mean"].recall.max() == 0 < found["high"].recall.min() < 1
+
+
 def test_errors_are_those_of_the_operator(tmp_path):
     first, second = random_tensors(1, 300), random_tensors(2, 300, batch=2)
     calls = [({"text": (0, 20)}, first), ({"text": (0, 20), "call": 1}, second)]
@@ -292,6 +326,10 @@ def test_each_step_is_measured_and_counted_under_its_entry_of_the_schedule(tmp_p
     of_steps = [costs[name] for name in chosen]
     assert len(set(of_steps)) == 3
     assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(np.mean(of_steps))
+    recordings.sigmas = [1.0, 0.9, 0.81, 0.8, 0.6, 0.41, 0.4, 0.1]  # more steps than were recorded
+    of_steps = [costs[name] for name in "00011122"]
+    assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(np.mean(of_steps))
+    assert predicted_cost(recordings, alone["1"], "sm_100") == pytest.approx(costs["1"])
     unknown = [(fields | {"sigma": None}, tensors) for fields, tensors in calls]
     recordings = saved(tmp_path / "unknown", unknown, MODULES, "WanTransformer3DModel")
     assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(costs["0"])

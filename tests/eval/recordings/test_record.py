@@ -104,6 +104,20 @@ def test_an_index_without_grids_is_read(flux, tmp_path):
     assert {recording.layout.grid for recording in read_recordings(tmp_path)} == {()}
 
 
+def test_the_noise_levels_of_all_steps_are_kept(flux, tmp_path):
+    recordings = record(
+        flux, ["a cat", "a dog"], tmp_path, call_of(flux, num_inference_steps=5), steps=[1, 3]
+    )
+    levels = flux.scheduler.sigmas[:5].tolist()
+    assert recordings.sigmas == pytest.approx(levels) and recordings.steps == [1, 3]
+    assert {(r.step, r.sigma) for r in recordings} == {(step, recordings.sigmas[step]) for step in (1, 3)}
+    assert read_recordings(tmp_path).sigmas == recordings.sigmas
+    document = json.loads((tmp_path / INDEX).read_text())
+    del document["sigmas"]
+    (tmp_path / INDEX).write_text(json.dumps(document))
+    assert read_recordings(tmp_path).sigmas == []
+
+
 def test_guidance_is_recorded_whole(flux, tmp_path):
     call = call_of(flux, true_cfg_scale=2.0, negative_prompt="grey")
     one_after_the_other = record(flux, ["a cat"], tmp_path / "flux", call, steps=1, modules=[0])

@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from dma_diffusers.eval.simulator.count import Count
-from dma_diffusers.eval.simulator.plot import classes
+from dma_diffusers.eval.simulator.plot import classes, classes_of
+from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
+from dma_diffusers.kernels.tiling.policies import parse
+from dma_diffusers.kernels.tiling.precision_map import Class
 from tests.command_line import ROOT, run
 
 FLUX = (
@@ -126,6 +129,73 @@ def test_pairs_that_the_softmax_leaves_out(monkeypatch, capsys):
     assert half["prediction"]["ms"] < none["prediction"]["ms"]
 
 
+def test_the_cost_of_means(monkeypatch, capsys):
+    """FLUX's 512 tiles at 4096²: 50 are visited, and 16 tiles of means are walked for the others."""
+    words = "neighborhood(window=80x80, stride=16x16, beyond=mean)"
+    arguments = ("simulate", "--grid", "256x256", "--gpu", "h200", "--policy", words)
+    found = json.loads(run(monkeypatch, capsys, *arguments, "--json")[1])
+    shares = found["high"], found["low"], found["mean"], found["skip"]
+    assert shares == pytest.approx((0, 50 / 512, 462 / 512, 0))
+    assert found["cost"] == pytest.approx((50 * 2048 + 16 * 1024) / 512 / 3072)
+    _, table, _ = run(monkeypatch, capsys, *arguments)
+    assert re.search(r"pairs of tiles MEAN +90\.2%", table)
+    assert "Times are predicted, not measured on any H200 with MEAN tiles." in table
+    _, skipped, _ = run(monkeypatch, capsys, *arguments[:-1], words.replace(", beyond=mean", ""), "--json")
+    assert 1 < found["prediction"]["ms"] / json.loads(skipped)["prediction"]["ms"] < 1.2
+
+
+def test_the_cost_of_a_schedule_is_its_mean_over_the_steps(monkeypatch, capsys):
+    """HunyuanVideo's schedule, of which 15 of 50 steps lie above .945."""
+    grid, near = ("--grid", "30x48x80", "--gpu", "b200"), "neighborhood(window=18x24x24, stride=16x8x8)"
+    schedule = f"sigma>0.945: dense(); sigma>0.5: {near} low=nvfp4; {near}"
+    arguments = (
+        "simulate", *grid, "--schedule", schedule, "--steps", "50", "--shift", "7", "--attention-share", ".5"
+    )  # fmt: skip
+    code, output, error = run(monkeypatch, capsys, *arguments, "--json")
+    assert (code, error) == (0, "")
+    found = json.loads(output)
+    levels = [7 * t / (1 + 6 * t) for t in (1 - step / 50 for step in range(50))]
+    assert found["levels"] == pytest.approx(levels) and levels[14] > 0.945 > levels[15]
+    of_entries = [sum(a < level <= b for level in levels) for a, b in ((0.945, 1), (0.5, 0.945), (-1, 0.5))]
+    assert [entry["steps"] for entry in found["entries"]] == of_entries and of_entries[0] == 15
+    alone = [
+        json.loads(run(monkeypatch, capsys, "simulate", *grid, "--policy", policy, *low, "--json")[1])
+        for policy, low in (("dense()", ()), (near, ("--low", "nvfp4")), (near, ()))
+    ]
+    for of in (lambda one: one["cost"], lambda one: one["high"], lambda one: one["prediction"]["ms"]):
+        mean = sum(steps * of(one) for steps, one in zip(of_entries, alone, strict=True)) / 50
+        assert of(found) == pytest.approx(mean)
+    prediction = found["prediction"]
+    assert prediction["speedup"] == pytest.approx(prediction["full_precision_ms"] / prediction["ms"])
+    assert prediction["end_to_end"] == pytest.approx(1 / (0.5 + 0.5 / prediction["speedup"]))
+    _, table, _ = run(monkeypatch, capsys, *arguments)
+    assert re.search(r"dense\(everywhere=high\), 15 of 50 steps: cost +0\.875", table)
+    assert re.search(rf"cost, dense bf16 in our kernel being 1 +{found['cost']:.3f}", table)
+
+
+def test_a_schedule_with_means_is_not_called_measured(monkeypatch, capsys):
+    schedule = "sigma>0.5: dense(); importance(budget=0.05, low=0.1, beyond=mean)"
+    arguments = ("simulate", "--grid", "64x64", "--gpu", "h200", "--schedule", schedule, "--steps", "8")
+    _, table, _ = run(monkeypatch, capsys, *arguments)
+    assert "Times are predicted, not measured on any H200 with MEAN tiles." in table
+
+
+def test_the_picture_of_a_policy_shows_its_classes(monkeypatch, capsys, tmp_path):
+    layout = Layout(40 * 128, 40 * 128, (0, 128), (39, 8, 16))
+    near = parse("neighborhood(window=9x8x16, stride=1x8x16, high=3x8x16, beyond=mean)")
+    drawn = classes_of(near, layout)
+    inner, row = drawn[1:, 1:], drawn[20, 1:]
+    assert (drawn[0] == Class.HIGH).all() and (drawn[:, 0] == Class.HIGH).all()
+    assert [(row == one).sum() for one in Class] == [3, 6, 30, 0] and (inner != Class.SKIP).all()
+    by_content = classes_of(parse("importance(budget=0.1, low=0.1, beyond=mean)"), layout)
+    assert (by_content[1:, 1:] == len(Class)).all() and (by_content[0] == Class.HIGH).all()
+    arguments = ("simulate", "--grid", "39x8x16", "--text", "128", "--gpu", "h200", "--policy", str(near))
+    code, _, error = run(monkeypatch, capsys, *arguments, "--plot", str(tmp_path / "map.svg"))
+    assert code == 0, error
+    legend = "".join(ElementTree.parse(tmp_path / "map.svg").getroot().itertext())
+    assert all(word in legend for word in ("HIGH", "LOW", "MEAN", "beyond=mean")) and "SKIP" not in legend
+
+
 def test_without_a_gpu_there_are_no_times(monkeypatch, capsys):
     _, output, _ = run(monkeypatch, capsys, "simulate", *FLUX, "--json")
     assert json.loads(output)["prediction"] is None
@@ -200,6 +270,15 @@ def test_the_picture_shows_what_was_counted():
     (("--grid", "8x8", "--gpu", "h200", "--policy", "sparse()"), "'sparse()' is no policy"),
     ((*FLUX, "--left-out", ".5"), "--left-out is for --policy"),
     (("--grid", "8x8", "--gpu", "h200", "--policy", "dense()", "--left-out", ".5"), "leaves out no pairs"),
+    ((*FLUX, "--steps", "9"), "--steps and --shift are for --schedule"),
+    (("--grid", "8x8", "--schedule", "dense()"), "--schedule says all of the map: give it --grid, --text and --gpu"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "dense()"), "--schedule needs --steps"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "dense()", "--steps", "4", "--shift", "0"), "a shift over 0"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "dense()", "--policy", "dense()"), "give one of them"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "sigma>0.9: dense()", "--steps", "4"), "nothing holds from"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "dense()", "--steps", "4", "--plot", "map.svg"), "draws one map"),
+    (("--grid", "8x8", "--gpu", "h200", "--schedule", "dense()", "--steps", "4", "--attention-share", ".5",
+      "--dense-steps", "1/4"), "make them an entry of that"),
     ((*FLUX, "--low", "int8"), "--high and --low are for predicted times: add --gpu"),
     (("--grid", "64x64", "--search", "--cost", "0"), "cost must be over 0"),
     (("--grid", "64x64", "--search", "--cost", ".00001"), "the cheapest one found costs"),
