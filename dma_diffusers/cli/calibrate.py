@@ -66,8 +66,9 @@ def calibrate(
 ) -> None:
     """Record MODEL's attention on PROMPTS, and choose HIGH, LOW, MEAN or SKIP for each layer and noise level by error.
 
-    Every fourth prompt is held out, to measure the choice on. The file holds a ladder of qualities: `DMAConfig.from_file(path, quality=0.7)` takes the next at or above. With
-    --linears it has files of linear layers beside it, which must stay there.
+    Every fourth prompt is held out, to measure the choice on. The file holds a ladder of qualities, of which
+    `DMAConfig.from_file(path, quality=0.7)` takes the next at or above. With --linears it has files of linear layers
+    beside it, which must stay there.
     """
     require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
     from dma_diffusers.eval.bench.plot import check_plot

@@ -1,8 +1,8 @@
 """Calibration chooses formats and policies, module by module and range by range, within an error budget."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from dma_diffusers.eval.linears.options import Item, choice_of
 from dma_diffusers.eval.recordings import cost
 from dma_diffusers.eval.recordings.configuration import AS_CHOSEN, OfModule, configuration, of_modules
 from dma_diffusers.eval.recordings.measure import Measured, mean_of_present, measure
-from dma_diffusers.eval.recordings.options import Range, policies, ranges
+from dma_diffusers.eval.recordings.options import policies, ranges
 from dma_diffusers.eval.recordings.policy import Choice, EntryFound, Policy
 from dma_diffusers.eval.recordings.search import Search
 from dma_diffusers.eval.recordings.store import Recordings
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS
+from dma_diffusers.kernels.tiling.policies import Policy as TilePolicy
 from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -53,117 +54,164 @@ def calibrate(
     check_quality(quality)
     target = target or current_target()
     check_target(target)
-    pairs = [tuple(pair) for pair in formats or FORMAT_PAIRS[target]]
     if not len(recordings):
         raise ValueError(f"there are no recordings in {recordings.folder}")
-    held_out = recordings.prompts[HELD_OUT - 1 :: HELD_OUT]
-    seen = replace(recordings, recordings=[each for each in recordings if each.prompt not in held_out])
-    groups, levels = policies(seen), ranges(seen)
-    options = [policy for group in groups for policy in group]
-    names = [(*pair, policy) for pair in pairs for policy in options]  # some policies stand in several groups
-    candidates = {
-        str(name): DMAConfig(
-            **dict(zip(("high", "low", "policy"), name, strict=True)), min_length=0, **AS_CHOSEN
-        )
-        for name in names
-    }
-    whole = cost.full_precision_clocks(seen, target) + sum(item.costs[0] for item in linears)
-    parts = len(seen.modules) + sum(len(item.layers) for item in linears)
-    share = len(seen.modules) / parts
-    costs = {name: cost.head_clocks(seen, config, target) / whole for name, config in candidates.items()}
-    measured = measure(seen, candidates, device, partial(_titled, on_step, "measuring options"))
-    errors = {name: share * _errors(values) for name, values in measured.items()}
-    search = Search(
-        *(
-            _of_ranges(seen, [values[str(name)] for name in names], levels, len(options))
-            for values in (errors, costs)
-        ),
-        [len(group) for group in groups],
-        [(item.errors / parts, item.costs / whole) for item in linears],
-    )
-
-    rungs = sorted({*LADDER, float(quality)})
-    budgets = {rung: search.most ** (1 - rung) * search.least**rung for rung in rungs}
-    aims, choices = dict(budgets), {}
-    while waiting := [rung for rung in rungs if rung not in choices]:
-        found = {rung: search.within(aims[rung] * (1 + 1e-9)) for rung in waiting}
-        chosen = {rung: of_modules(seen, found[rung], pairs, options, levels) for rung in waiting}
-        configs = {rung: configuration(seen, chosen[rung]) for rung in waiting}
-        runs = {f"{rung}": DMAConfig.of(config, min_length=0) for rung, config in configs.items()}
-        results = measure(recordings, runs, device, partial(_titled, on_step, "measuring choices"))
-        for rung, values in zip(waiting, results.values(), strict=True):
-            of_linears = choice_of(linears, found[rung].ways) if linears else None
-            by_linears = (1 - share) * of_linears.relative_l2**2 if of_linears else 0.0
-            is_held_out = np.isin(recordings.prompts, held_out)
-            there, elsewhere = values.of_prompts(~is_held_out), values.of_prompts(is_held_out)
-            of_attention = float(_errors(there).mean(1).sum())
-            error = share * of_attention + by_linears
-            if error > 1.001 * budgets[rung] and aims[rung] > search.least:
-                # This choice is not found again.
-                aims[rung] = 0.99 * budgets[rung] / error * search.error(found[rung])
-                continue
-            clocks = cost.head_clocks(seen, configs[rung], target).mean(1).sum()
-            clocks += of_linears.clocks if of_linears else 0
-            error_held_out = share * float(_errors(elsewhere).mean(1).sum()) + by_linears
-            by_module = mean_of_present(there.of_modules, (0, 2)).tolist()
-            choices[rung] = Choice(
-                rung, configs[rung], budgets[rung] ** 0.5, error**0.5,
-                error_held_out**0.5 if held_out else None, float(clocks / whole),
-                float(mean_of_present(there.recall, (0, 1, 2, 3))),
-                dict(zip(seen.modules, by_module, strict=True)),
-                _entries(seen, chosen[rung], configs[rung], there, target), of_attention**0.5, of_linears,
-            )  # fmt: skip
+    pairs = tuple((high, low) for high, low in formats or FORMAT_PAIRS[target])
+    calibration = _Calibration(recordings, target, pairs, linears, device, on_step)
+    choices = calibration.choices(sorted({*LADDER, float(quality)}))
     about = ("pipeline", "prompts", "seeds", "call", "steps", "versions", "hardware")
     evidence = {
-        "target": target, "formats": pairs, "policies": [str(policy) for policy in options],
-        "prompts_recorded": len(recordings.prompts), "prompts_held_out": held_out,
+        "target": target, "formats": pairs, "policies": [str(policy) for policy in calibration.options],
+        "prompts_recorded": len(recordings.prompts), "prompts_held_out": calibration.held_out,
         **{name: recordings.settings[name] for name in about},
     }  # fmt: skip
-    ladder = tuple(choices[rung] for rung in rungs)
-    return Policy(float(quality), recordings.settings["model"], ladder, evidence)
+    return Policy(float(quality), recordings.settings["model"], choices, evidence)
 
 
-def _of_ranges(
-    recordings: Recordings, values: Sequence[np.ndarray], levels: Sequence[Range], options: int
-) -> np.ndarray:
-    """Return what each range adds to the mean over steps, `[formats, options, modules, ranges, heads]`.
+@dataclass(frozen=True)
+class _Calibration:
+    """A calibration chooses from these; they are arguments of `calibrate`."""
 
-    values: `[modules, steps, heads]` of each candidate.
-    """
-    steps = recordings.steps
-    stacked = np.stack(values).reshape(-1, options, *values[0].shape) / len(steps)
-    of_ranges = [stacked[:, :, :, np.isin(steps, level.steps)].sum(3) for level in levels]
-    return np.stack(of_ranges, 3)
+    recordings: Recordings
+    target: str
+    formats: tuple[tuple[str, str], ...]
+    linears: Sequence[Item]
+    device: torch.device | str | None
+    on_step: Callable[[str, int, int], None]
 
+    @property
+    def held_out(self) -> list[int]:
+        """Return the prompts that are not chosen by."""
+        return self.recordings.prompts[HELD_OUT - 1 :: HELD_OUT]
 
-def _entries(
-    recordings: Recordings,
-    chosen: Mapping[str, OfModule],
-    config: DMAConfig,
-    measured: Measured,
-    target: str,
-) -> tuple[EntryFound, ...]:
-    """Return what each module's policies cost and err, in each range of noise levels."""
-    pairs, whole = cost.class_pairs(recordings, config), cost.module_clocks(recordings, target)
-    clocks, square = cost.head_clocks(recordings, config, target).sum(-1), measured.of_modules**2
-    found = []
-    for number, (name, (formats, entries)) in enumerate(chosen.items()):
-        for (above, steps), policy in entries:
-            there = number, np.isin(recordings.steps, steps)
-            error = float(mean_of_present(square[:, *there], (0, 1))) ** 0.5
-            relative_cost = float(clocks[there].sum() / whole[there].sum())
-            of_classes = pairs[there].sum(0).tolist()
-            words = "|".join(formats), str(policy)
-            found.append(EntryFound(name, above, *words, relative_cost, error, of_classes))
-    return tuple(found)
+    @cached_property
+    def seen(self) -> Recordings:
+        """Return the recordings that are chosen by."""
+        chosen_by = [each for each in self.recordings if each.prompt not in self.held_out]
+        return replace(self.recordings, recordings=chosen_by)
+
+    @property
+    def options(self) -> list[TilePolicy]:
+        """Return the policies to choose from, group by group; some stand in several groups."""
+        return [policy for group in policies(self.seen) for policy in group]
+
+    @property
+    def share(self) -> float:
+        """Return the share of attention modules among everything that errs."""
+        return len(self.seen.modules) / self.parts
+
+    @property
+    def parts(self) -> int:
+        """Return the number of everything that errs: attention modules and linear layers."""
+        return len(self.seen.modules) + sum(len(item.layers) for item in self.linears)
+
+    @cached_property
+    def whole(self) -> float:
+        """Return the clocks of everything in bf16."""
+        return cost.full_precision_clocks(self.seen, self.target) + sum(
+            item.costs[0] for item in self.linears
+        )
+
+    def choices(self, rungs: Sequence[float]) -> tuple[Choice, ...]:
+        """Return a choice for each of these qualities."""
+        search = self._search()
+        budgets = {rung: search.most ** (1 - rung) * search.least**rung for rung in rungs}
+        aims, choices = dict(budgets), {}
+        while waiting := [rung for rung in rungs if rung not in choices]:
+            found = {rung: search.within(aims[rung] * (1 + 1e-9)) for rung in waiting}
+            chosen = {
+                rung: of_modules(self.seen, found[rung], self.formats, self.options, ranges(self.seen))
+                for rung in waiting
+            }
+            runs = {
+                f"{rung}": DMAConfig.of(configuration(self.seen, chosen[rung]), min_length=0)
+                for rung in waiting
+            }
+            measured = measure(self.recordings, runs, self.device, self._shown("measuring choices"))
+            for rung in waiting:
+                made = self._choice(rung, budgets[rung], chosen[rung], measured[f"{rung}"], found[rung].ways)
+                error = made.relative_l2**2
+                if error > 1.001 * budgets[rung] and aims[rung] > search.least:
+                    # This choice is not found again.
+                    aims[rung] = 0.99 * budgets[rung] / error * search.error(found[rung])
+                else:
+                    choices[rung] = made
+        return tuple(choices[rung] for rung in rungs)
+
+    def _search(self) -> Search:
+        """Measure every option alone, in all modules at all noise levels."""
+        names = [(*pair, str(policy)) for pair in self.formats for policy in self.options]
+        candidates = {
+            " ".join(name): DMAConfig(high=name[0], low=name[1], policy=name[2], min_length=0, **AS_CHOSEN)
+            for name in names
+        }
+        costs = {
+            name: cost.head_clocks(self.seen, config, self.target) for name, config in candidates.items()
+        }
+        measured = measure(self.seen, candidates, self.device, self._shown("measuring options"))
+        errors = {name: _errors(values) for name, values in measured.items()}
+        return Search(
+            self.share * self._of_ranges([errors[" ".join(name)] for name in names]),
+            self._of_ranges([costs[" ".join(name)] for name in names]) / self.whole,
+            [len(group) for group in policies(self.seen)],
+            [(item.errors / self.parts, item.costs / self.whole) for item in self.linears],
+        )
+
+    def _of_ranges(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return what each range adds to the mean over steps, `[formats, options, modules, ranges, heads]`.
+
+        values: `[modules, steps, heads]` of each option with each of the formats.
+        """
+        steps = self.seen.steps
+        stacked = np.stack(values).reshape(len(self.formats), -1, *values[0].shape) / len(steps)
+        return np.stack(
+            [stacked[:, :, :, np.isin(steps, level.steps)].sum(3) for level in ranges(self.seen)], 3
+        )
+
+    def _choice(
+        self, rung: float, budget: float, chosen: Mapping[str, OfModule], measured: Measured, ways: np.ndarray
+    ) -> Choice:
+        """Return what a choice costs, and what it errs on both kinds of prompts."""
+        config = configuration(self.seen, chosen)
+        of_linears = choice_of(self.linears, ways) if self.linears else None
+        by_linears = (1 - self.share) * of_linears.relative_l2**2 if of_linears else 0.0
+        is_held_out = np.isin(self.recordings.prompts, self.held_out)
+        seen, held_out = measured.of_prompts(~is_held_out), measured.of_prompts(is_held_out)
+        of_attention, of_held_out = (float(_errors(values).mean(1).sum()) for values in (seen, held_out))
+        clocks = cost.head_clocks(self.seen, config, self.target).mean(1).sum()
+        clocks += of_linears.clocks if of_linears else 0
+        by_module = mean_of_present(seen.of_modules, (0, 2)).tolist()
+        return Choice(
+            rung, config, budget**0.5, (self.share * of_attention + by_linears) ** 0.5,
+            (self.share * of_held_out + by_linears) ** 0.5 if self.held_out else None,
+            float(clocks / self.whole), float(mean_of_present(seen.recall, (0, 1, 2, 3))),
+            dict(zip(self.seen.modules, by_module, strict=True)), self._entries(chosen, config, seen),
+            of_attention**0.5, of_linears,
+        )  # fmt: skip
+
+    def _entries(
+        self, chosen: Mapping[str, OfModule], config: DMAConfig, measured: Measured
+    ) -> tuple[EntryFound, ...]:
+        """Return what each module's policies cost and err, in each range of noise levels."""
+        pairs, whole = cost.class_pairs(self.seen, config), cost.module_clocks(self.seen, self.target)
+        clocks = cost.head_clocks(self.seen, config, self.target).sum(-1)
+        found = []
+        for number, (name, (formats, entries)) in enumerate(chosen.items()):
+            for (above, steps), policy in entries:
+                there = number, np.isin(self.seen.steps, steps)
+                error = float(mean_of_present(measured.of_modules[:, *there] ** 2, (0, 1))) ** 0.5
+                relative_cost = float(clocks[there].sum() / whole[there].sum())
+                of_classes = pairs[there].sum(0).tolist()
+                words = "|".join(formats), str(policy)
+                found.append(EntryFound(name, above, *words, relative_cost, error, of_classes))
+        return tuple(found)
+
+    def _shown(self, title: str) -> Callable[[str, int, int], None]:
+        """Return what shows a measurement's progress under this title."""
+        return lambda _, done, total: self.on_step(title, done, total)
 
 
 def _errors(measured: Measured) -> np.ndarray:
     """Return what each head adds to the squared relative error: a mean over prompts, `[modules, steps, heads]`."""
     relative = measured.error / np.nansum(measured.exact, -1, keepdims=True)
     return np.nan_to_num(mean_of_present(relative, 0)) / relative.shape[1]
-
-
-def _titled(on_step: Callable[[str, int, int], None], title: str, _: str, done: int, total: int) -> None:
-    """Show a measurement's progress under this title."""
-    on_step(title, done, total)

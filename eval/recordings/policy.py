@@ -145,7 +145,7 @@ def ladder(policy: Policy) -> list[list[str]]:
     """Return the rows under `LADDER_HEADER`, one a quality. The cost is predicted, in units of bf16's."""
     rows = []
     for choice in policy.choices:
-        kinds = {read.partition("(")[0] for entry in choice.entries for read in entry.policy.split(" | ")}
+        kinds = {entry.policy.partition("(")[0] for entry in choice.entries}
         rows.append([
             f"{choice.quality:g}" + " (asked for)" * (choice.quality == policy.quality),
             f"{choice.relative_l2:.4f}", "–" if choice.held_out is None else f"{choice.held_out:.4f}",
