@@ -26,7 +26,7 @@ from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels.attention.exact import exact_rows, of_rows
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.memory import kept
-from dma_diffusers.kernels.operator import DENSE, Result, handle_of
+from dma_diffusers.kernels.operator import DENSE, Asked, Result, handle_of
 from dma_diffusers.kernels.plan import is_capturing
 from dma_diffusers.kernels.quantiser.reference import changed_k, changed_q
 from dma_diffusers.parallel import Spread
@@ -187,7 +187,7 @@ class Watch:
         self.turned: list[str] = []
         self.sampled_rows = 0
         self.replayed = False
-        self._counts: Counter[str] = Counter()  # calls by policy
+        self._counts: Counter[Asked] = Counter()  # calls, by what they ask for
         self.handle = handle_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy is another observer
@@ -204,15 +204,15 @@ class Watch:
         )
 
     @torch.no_grad()
-    def attention(self, call: Call, policy: str, return_lse: bool, attend: Callable[[str], Result]) -> Result:
+    def attention(self, call: Call, asked: Asked, attend: Callable[[str], Result]) -> Result:
         """Runs a call as the module's level says, and samples some."""
         self.guard.step.has_run = True
         if self.guard.step.is_careful:
-            return self._carefully(call, policy, return_lse, attend)
+            return self._carefully(call, asked, attend)
         level = self.level
-        result = self._run(level, call, policy, attend)
-        count, every = self._counts[policy], interval(call.q.shape[2])
-        self._counts[policy] += 1
+        result = self._run(level, call, asked.policy, attend)
+        count, every = self._counts[asked], interval(call.q.shape[2])
+        self._counts[asked] += 1
         if level is Level.STOCK or (count and (count + self.index) % every):
             return result
         if is_capturing(call.q.device):
@@ -245,15 +245,13 @@ class Watch:
             return _stock(call)
         return attend(policy if level is Level.ASKED else DENSE)
 
-    def _carefully(
-        self, call: Call, policy: str, return_lse: bool, attend: Callable[[str], Result]
-    ) -> Result:
+    def _carefully(self, call: Call, asked: Asked, attend: Callable[[str], Result]) -> Result:
         """Runs a call until its result is good; the module turns back for each that is not."""
         while True:
             level = self.level
-            result = self._run(level, call, policy, attend)
-            fault = "" if level is Level.STOCK else self._fault(call, result.out, self._counts[policy] - 1)
-            if not fault or not self._turn(level, policy, return_lse, fault):
+            result = self._run(level, call, asked.policy, attend)
+            fault = "" if level is Level.STOCK else self._fault(call, result.out, self._counts[asked] - 1)
+            if not fault or not self._turn(level, asked, fault):
                 return result
 
     def _fault(self, call: Call, out: torch.Tensor, count: int) -> str:
@@ -266,16 +264,16 @@ class Watch:
         bound = self.guard.bound
         return f"a call's relative error of {error:.3g} passed {bound:g}" if error > bound else ""
 
-    def _turn(self, level: Level, policy: str, return_lse: bool, fault: str) -> bool:
+    def _turn(self, level: Level, asked: Asked, fault: str) -> bool:
         """Turns the module back after a fault at this level; tells whether that was possible."""
         if self.level is not level:
             return True  # another thread did
-        was_high = level is Level.HIGH or policy == DENSE
-        if was_high and return_lse:
+        was_high = level is Level.HIGH or asked.policy == DENSE
+        if was_high and asked.return_lse:
             self._say(f"with every tile HIGH {fault}; over a ring there is no stock attention to turn to")
             return False
         self.level = Level.STOCK if was_high else Level.HIGH
-        ran = "every tile HIGH" if was_high else policy
+        ran = "every tile HIGH" if was_high else f"{asked.high}|{asked.low} {asked.policy}"
         runs = "stock attention" if was_high else "every tile is HIGH"
         self._say(f"with {ran} {fault}: {runs} from now on")
         for sums in self.guard.sums.values():

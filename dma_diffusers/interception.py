@@ -313,7 +313,7 @@ class Interception:
 
     def _policy(self) -> str:
         if self.watch is not None and self.watch.level is Level.HIGH:
-            return "dense"
+            return operator.DENSE
         return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:

@@ -119,14 +119,14 @@ class Receipt:
         return found
 
 
-def _range(errors: list[float]) -> str:
-    low, high = (f"{error:.2g}" for error in (min(errors), max(errors)))
-    return low if low == high else f"{low} to {high}"
-
-
 def _with_present_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored module's fields, under their present names."""
     fields_of = {_FORMER_NAMES.get(name, name): value for name, value in stored.items()}
     if dense := fields_of.pop("in_dense_steps", 0):  # receipts from before schedules
         fields_of["by_entry"] = {_DENSE_STEPS: dense, "the others": fields_of["intercepted"] - dense}
     return fields_of
+
+
+def _range(errors: list[float]) -> str:
+    low, high = (f"{error:.2g}" for error in (min(errors), max(errors)))
+    return low if low == high else f"{low} to {high}"

@@ -46,14 +46,23 @@ class Result(NamedTuple):
     inexact_rows: torch.Tensor
 
 
+class Asked(NamedTuple):
+    """What a call asks for: the words of its policy and of its precisions; return_lse as in `attention`."""
+
+    policy: str
+    high: str
+    low: str
+    return_lse: bool
+
+
 class Observer(Protocol):
     """It is handed the calls of one place in a model, and may run them otherwise than they ask for.
 
     It also sees calls inside of compiled graphs, but for those that a CUDA graph replays.
     """
 
-    def attention(self, call: Call, policy: str, return_lse: bool, attend: Callable[[str], Result]) -> Result:
-        """Gives a call's result. policy: the words of the one that it asks for. attend: runs it by a policy's words."""
+    def attention(self, call: Call, asked: Asked, attend: Callable[[str], Result]) -> Result:
+        """Gives a call's result. attend: runs it by the words of a policy, else as it asks."""
         ...
 
 
@@ -302,7 +311,8 @@ def _observed_attention(handle: torch.Tensor, *arguments):
     q_rope, k_rope = _rope(asked["q_cos"], asked["q_sin"]), _rope(asked["k_cos"], asked["k_sin"])
     call = Call(q, k, v, key_mask, asked["scale"], asked["is_causal"], q_rope, k_rope, norms)
     policy = asked["policies"][asked["which"]] if asked["mapped"] else DENSE
-    return _OBSERVERS[int(handle)].attention(call, policy, asked["return_lse"], attend)
+    wanted = Asked(policy, asked["high"], asked["low"], asked["return_lse"])
+    return _OBSERVERS[int(handle)].attention(call, wanted, attend)
 
 
 _PARAMETERS = tuple(inspect.signature(_attention).parameters)

@@ -1,5 +1,6 @@
 """The public modules are clean under mypy; pyproject.toml says which ones are public."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,4 +22,4 @@ def checked(tmp_path: Path) -> subprocess.CompletedProcess:
 def test_public_modules_are_clean(tmp_path):
     done = checked(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no issues found in 2" in done.stdout  # more than 200 files
+    assert int(re.search(r"no issues found in (\d+)", done.stdout)[1]) > 200  # files

@@ -32,7 +32,7 @@ from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, build_map, visiting_phases
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
 HEAD_DIMS = (64, 128)
@@ -97,15 +97,15 @@ def launches(
     masks_keys: bool = False,
     slots: int | None = None,
     has_fine_mask: bool = False,
-    routes: bool = False,
+    routing: Routing | None = None,
     skips: bool = False,
     has_means: bool = False,
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
     slots: how many a token order has, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether
-    MASKED tiles have one. routes: whether content upgrades LOW pairs. skips: whether the softmax may skip tiles.
-    has_means: whether the last Q tile takes the first KV tile by its means.
+    MASKED tiles have one. routing: what content decides. skips: whether the softmax may skip tiles. has_means: whether
+    the last Q tile takes the first KV tile by its means.
     """
     recorded = []
 
@@ -121,7 +121,7 @@ def launches(
     q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
     plan = Plan(
         build_map(classes, layout),
-        Routing.of(visiting_phases(classes, layout), 0.05) if routes else None,
+        routing,
         None if slots is None else torch.arange(slots, dtype=torch.int32),
         hide_empty_slots(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
         1e-3 if skips else None,

@@ -12,6 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dma_diffusers.kernels.attention.hopper_means import (
+    MEANS_TILES,
+    end_of_means,
+    high_means_phase,
+    load_means,
+    low_means_phase,
+)
 from dma_diffusers.kernels.attention.hopper_phases import (
     ROWS,
     TILE,
@@ -44,22 +51,23 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @gluon.jit
 def _load(
-    sources, smem, place, block_list,
-    HIGH: gl.constexpr, LOW: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    sources, smem, place, block_list, of_means,
+    HIGH: gl.constexpr, LOW: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: Q, and K and V of every tile that a warpgroup visits."""
-    q_high, k_high, v_high, q_low, k_low, v_low = sources
+    """The loading warp: Q, K and V of every tile that a warpgroup visits, and the tiles of means."""
+    q_high, k_high, v_high, q_low, k_low, v_low, k_means, v_means = sources
     q_high_smem, q_low_smem, ring, barriers = smem
     batch, head_in_batch, kv_head, start = place
     indices, own_entries, bounds, own_ends, piece, pieces = block_list
-    size: gl.constexpr = (2 if HIGH is not None else 0) + (1 if LOW is not None else 0)
+    size: gl.constexpr = (0 if q_high_smem is None else 2) + (0 if q_low_smem is None else 1)
     for warpgroup in gl.static_range(WARPGROUPS):
         own_ready = barriers.index(2 * SLOTS + warpgroup)
         mbarrier.expect(own_ready, ROWS * D * size)
         rows = [batch, head_in_batch, start + warpgroup * ROWS, 0]
-        if HIGH is not None:
+        if q_high_smem is not None:
             copy(q_high, rows, own_ready, q_high_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
-        if LOW is not None:
+        if q_low_smem is not None:
             copy(q_low, rows, own_ready, q_low_smem.index(warpgroup).reshape([1, 1, ROWS, D]))
     first, high_end, low_end, end = own_share(*ends_of(bounds + own_ends, HIGH is not None), piece, pieces)
     n = 0
@@ -72,20 +80,26 @@ def _load(
             ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, high_end, low_end, True, D, SLOTS
         )  # fmt: skip
     if HIGH is not None:
-        load_phase(
+        n = load_phase(
             ring, barriers, n, k_high, v_high, batch, kv_head, indices, own_entries, low_end, end, False, D, SLOTS
         )  # fmt: skip
-    else:
-        load_phase(
+    elif LOW is not None:
+        n = load_phase(
             ring, barriers, n, k_low, v_low, batch, kv_head, indices, own_entries, low_end, end, True, D, SLOTS
         )  # fmt: skip
+    if MEAN is not None:
+        words, own_words, _, _, _, below, count = of_means
+        end = end_of_means(words, own_words, below, count)
+        load_means(
+            ring, barriers, n, k_means, v_means, batch, kv_head, end, MEAN_STORAGE != "plain", D, SLOTS
+        )
 
 
 @gluon.jit
 def _attend(
     warpgroup: gl.constexpr, given,
-    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr,
-    D: gl.constexpr, SLOTS: gl.constexpr,
+    HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr,
+    CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of 64 queries."""
     high_sums: gl.constexpr = products_layout(D, 16)
@@ -96,7 +110,8 @@ def _attend(
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
     q_scales, k_scales, v_scale = scales
@@ -158,6 +173,43 @@ def _attend(
             k_length, q_tokens, q_rows, known, skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
+    if MEAN is not None:
+        words, own_words, log_counts, k_scales, batch, below, count = of_means
+        last = end_of_means(words, own_words, below, count)
+        if (start + warpgroup * ROWS) // TILE != start // TILE:
+            own_words += below
+        own_counts = batch * (count * TILE)
+        n = end - first
+        if HIGH is not None:  # whose K and V take a slot each
+            n += high_end - first + end - low_end
+        whole = 0
+        if key_mask is None and (token_order is None or (token_count is None and fine_mask is None)):
+            whole = k_length // (MEANS_TILES * TILE)  # all keys of these are seen
+        if MEAN_STORAGE == "plain":
+            accumulator, l, m = high_means_phase(
+                accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, ring, barriers, n,
+                words, own_words, log_counts, own_counts, whole, last, MEAN, D, SLOTS,
+            )  # fmt: skip
+        else:
+            v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
+            factor = gl.convert_layout(
+                gl.load(q_scales + q_rows, mask=known, other=1.0, volatile=True), low_row
+            )
+            own_scales = kv_row * count * (1 if MEAN_STORAGE == "tile" else TILE)
+            low_sums = gl.convert_layout(accumulator, sums) * (1.0 / gl.load(v_units, volatile=True))[None, :]
+            low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros(
+                (ROWS, 8), gl.float32, counts
+            )
+            low_m = gl.convert_layout(m, low_row)
+            low_sums, low_l, low_m = low_means_phase(
+                low_sums, low_l, low_m, q_low_smem.index(warpgroup), factor, ones, ring, barriers, n,
+                k_scales, own_scales, words, own_words, log_counts, own_counts, whole, last,
+                MEAN, MEAN_STORAGE, D, SLOTS,
+            )  # fmt: skip
+            accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
+            l = gl.convert_layout(gl.max(low_l, axis=1), row)
+            m = gl.convert_layout(low_m, row)
+
     is_whole = True
     if split is not None:  # noqa: SIM102 (the compiler decides this, and the GPU the next)
         if piece >= 0:
@@ -180,7 +232,8 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=[
-    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "whole", "pieces"
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "whole", "pieces",
+    "means_stride_b", "means_stride_h"
 ])  # fmt: skip
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
@@ -188,8 +241,11 @@ def attend_hopper(
     v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, records, finished, whole, pieces,
+    mean_q, mean_q_scales, mean_q_tensor_scale, mean_k, mean_k_scales, mean_k_tensor_scale, mean_v,
+    means, log_counts, means_stride_b, means_stride_h,
     HIGH: gl.constexpr, HIGH_STORAGE: gl.constexpr, HIGH_BLOCK: gl.constexpr, HIGH_VALUES: gl.constexpr,
     LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, LOW_BLOCK: gl.constexpr, LOW_VALUES: gl.constexpr,
+    MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr, MEAN_BLOCK: gl.constexpr, MEAN_VALUES: gl.constexpr,
     CAUSAL: gl.constexpr, MASKS_ALL: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 192 queries of one head; arguments as in kernel.py's `attend`, but for what follows.
@@ -217,7 +273,7 @@ def attend_hopper(
 
     low_element: gl.constexpr = gl.int8 if LOW == "int8" else gl.float8e4nv
     ring = gl.allocate_shared_memory(low_element, [2 * SLOTS, TILE, D], tile_layout(D, 8))
-    if HIGH is not None:
+    if HIGH is not None or MEAN_STORAGE == "plain":
         q_high_smem = gl.allocate_shared_memory(gl.bfloat16, [WARPGROUPS, ROWS, D], tile_layout(D, 16))
     else:
         q_high_smem: gl.constexpr = None
@@ -244,21 +300,31 @@ def attend_hopper(
     block_list = (indices, row * map_length, bounds, row * 3, piece, pieces)
     kv_row = batch * kv_heads + kv_head
     scales = (q_low_scales, k_low_scales, v_scale)
+    if MEAN is not None:
+        count = gl.cdiv(gl.cdiv(k_length, TILE), MEANS_TILES)
+        first_tile, q_tiles = start // TILE, gl.cdiv(q_length, TILE)
+        own_words = (batch * means_stride_b + head_in_batch * means_stride_h + first_tile) * count
+        below = gl.where(first_tile + 1 < q_tiles, count, 0)
+        of_means = (means, own_words, log_counts, mean_k_scales, batch, below, count)
+    else:
+        of_means: gl.constexpr = None
     out += batch.to(gl.int64) * out_stride_b + head_in_batch.to(gl.int64) * out_stride_h
     if skipped is not None:
         skipped += head
     given = (
         smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, split, q_length, k_length, token_count, guards, head_dim, out_stride_s, skip_below, skipped,
+        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        skip_below, skipped,
     )  # fmt: skip
-    sources = (q_high, k_high, v_high, q_low, k_low, v_low)
+    own_q = mean_q if HIGH is None and MEAN_STORAGE == "plain" else q_high
+    sources = (own_q, k_high, v_high, q_low, k_low, v_low, mean_k, mean_v)
     place = (batch, head_in_batch, kv_head, start)
     gl.warp_specialize(
         [
-            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
-            (_load, (sources, smem, place, block_list, HIGH, LOW, D, SLOTS)),
+            (_attend, (0, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (1, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_attend, (2, given, HIGH, LOW, LOW_STORAGE, MEAN, MEAN_STORAGE, CAUSAL, MASKS_ALL, D, SLOTS)),
+            (_load, (sources, smem, place, block_list, of_means, HIGH, LOW, MEAN, MEAN_STORAGE, D, SLOTS)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],

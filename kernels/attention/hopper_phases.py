@@ -52,35 +52,39 @@ def ends_of(ends, HAS_HIGH: gl.constexpr):
 
 
 @gluon.jit
+def load_tile(
+    ring, barriers, n, k, v, batch, kv_head, token, LOW: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr
+):
+    """Load K and V of the tile that begins at a token into the ring's n-th slot; returns the first slot left."""
+    high, low_keys, low_values = views(ring, SLOTS, D)
+    slot = n % SLOTS
+    mbarrier.wait(barriers.index(SLOTS + slot), (n // SLOTS & 1) ^ 1)
+    mbarrier.expect(barriers.index(slot), 2 * TILE * D)
+    if LOW:
+        keys, values = low_keys.index(2 * slot), low_values.index(2 * slot + 1)
+        copy(k, [batch, kv_head, token, 0], barriers.index(slot), keys.reshape([1, 1, TILE, D]))
+        copy(v, [batch, kv_head, 0, token], barriers.index(slot), values.reshape([1, 1, D, TILE]))
+    else:
+        copy(k, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D]))
+        n += 1
+        slot = n % SLOTS
+        mbarrier.wait(barriers.index(SLOTS + slot), (n // SLOTS & 1) ^ 1)
+        mbarrier.expect(barriers.index(slot), 2 * TILE * D)
+        copy(v, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D]))
+    return n + 1
+
+
+@gluon.jit
 def load_phase(
     ring, barriers, n, k, v, batch, kv_head, indices, entries, first, last,
     LOW: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Load the KV tiles of one phase into the ring, from its n-th slot on; returns the first slot left."""
-    high, low_keys, low_values = views(ring, SLOTS, D)
     next_entry = gl.load(indices + (entries + first))
     for step in range(first, last):
         token = (next_entry & ((1 << VISITORS) - 1)) * TILE
         next_entry = gl.load(indices + (entries + step + 1))
-        slot = n % SLOTS
-        mbarrier.wait(barriers.index(SLOTS + slot), (n // SLOTS & 1) ^ 1)
-        mbarrier.expect(barriers.index(slot), 2 * TILE * D)
-        if LOW:
-            keys, values = low_keys.index(2 * slot), low_values.index(2 * slot + 1)
-            copy(k, [batch, kv_head, token, 0], barriers.index(slot), keys.reshape([1, 1, TILE, D]))
-            copy(v, [batch, kv_head, 0, token], barriers.index(slot), values.reshape([1, 1, D, TILE]))
-        else:
-            copy(
-                k, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D])
-            )
-            n += 1
-            slot = n % SLOTS
-            mbarrier.wait(barriers.index(SLOTS + slot), (n // SLOTS & 1) ^ 1)
-            mbarrier.expect(barriers.index(slot), 2 * TILE * D)
-            copy(
-                v, [batch, kv_head, token, 0], barriers.index(slot), high.index(slot).reshape([1, 1, TILE, D])
-            )
-        n += 1
+        n = load_tile(ring, barriers, n, k, v, batch, kv_head, token, LOW, D, SLOTS)
     return n
 
 

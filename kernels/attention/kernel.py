@@ -131,16 +131,27 @@ def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.cons
 
 
 @triton.jit
+def _taken(word, TCGEN05: tl.constexpr):
+    """Says which of 128 sub-tiles belong to KV tiles whose bit in the word is set: bool [1, 128].
+
+    As in `_below`, the part of a column in which threads differ is taken from the word, and the rest is a constant.
+    """
+    if TCGEN05:
+        words = word >> (tl.arange(0, 2) * (MEANS_TILES // 2))[:, None]
+        taken = words & (1 << tl.arange(0, TILE // 2) // (TILE // MEANS_TILES))[None, :]
+    else:
+        words = word >> (tl.arange(0, 4) // 2)[None, :, None]
+        taken = words & (1 << tl.arange(0, TILE // 8) * 2)[:, None, None]
+        taken, _ = tl.broadcast(taken, tl.zeros((1, 1, 2), tl.int32))
+    return tl.reshape(taken != 0, (1, TILE))
+
+
+@triton.jit
 def _scores_of_means(s, factor, word, log_counts, TCGEN05: tl.constexpr):
     """The scores of 128 sub-tiles: −inf where no key is seen, and for KV tiles whose bit of the word isn't set."""
-    columns = tl.arange(0, TILE)
-    is_taken = (word >> (columns // (TILE // MEANS_TILES)) & 1) != 0
-    weights = tl.load(log_counts + columns)
-    return tl.where(
-        is_taken[None, :],
-        multiply_add(s.to(tl.float32), factor[:, None], weights[None, :], TCGEN05),
-        float("-inf"),
-    )
+    weights = tl.load(log_counts + tl.arange(0, TILE))[None, :]
+    s = multiply_add(s.to(tl.float32), factor[:, None], weights, TCGEN05)
+    return tl.where(_taken(word, TCGEN05), s, float("-inf"))
 
 
 @triton.jit

@@ -78,11 +78,10 @@ class Variant:
 
     @property
     def in_gluon(self) -> bool:
-        """Says whether hopper.py runs it: it knows no means, no tensor scales, one pair of P·V, and needs a GPU."""
-        high, low = self.classes
+        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
+        high, low = self.encoded
         return (
             self.tuned.slots is not None
-            and self.means is None
             and not self.has_tensor_scale
             and (high is None or high.values is Storage.PLAIN)
             and (low is None or low.values is Storage.CHANNEL)
@@ -367,17 +366,8 @@ def _attend(
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), block_lists.indices.shape[-1],
         *outputs.out.stride()[:3], None if plan.skip_below is None else math.log2(plan.skip_below), skipped,
     )  # fmt: skip
-    multiplied = chain(*(stored.multiplied if stored else [None] * 4 for stored in variant.classes))
-    if variant.in_gluon:
-        device, blocks = source.q.device, -(-q_length // hopper.QUERIES) * batch * heads
-        split = _split(block_lists, blocks, is_causal, plan, variant, device)
-        launcher(
-            hopper.attend_hopper, (split.programs if split else blocks,), *arguments,
-            *_pieces(split, dim, device, launcher), *multiplied,
-            CAUSAL=is_causal, MASKS_ALL=plan.masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
-            num_warps=tuned.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        return
+    stored = (*variant.classes, variant.means)
+    multiplied = chain(*(each.multiplied if each else [None] * 4 for each in stored))
     of_means = [None] * 11
     if variant.means is not None:
         k_means, v_means, log_counts = encoded.means
@@ -390,15 +380,22 @@ def _attend(
             means, log_counts,
             *(means.stride(d) // means.shape[-1] if means.shape[d] > 1 else 0 for d in (0, 1)),
         ]  # fmt: skip
-    loads_mask, is_tcgen05 = (
-        source.key_mask is not None or fine_mask is not None,
-        variant.target in TCGEN05_ARCHITECTURES,
-    )
+    if variant.in_gluon:
+        device, blocks = source.q.device, -(-q_length // hopper.QUERIES) * batch * heads
+        split = _split(block_lists, blocks, is_causal, plan, variant, device)
+        launcher(
+            hopper.attend_hopper, (split.programs if split else blocks,), *arguments,
+            *_pieces(split, dim, device, launcher), *of_means, *multiplied,
+            CAUSAL=is_causal, MASKS_ALL=plan.masks_all, D=dim, SLOTS=tuned.slots, REGISTERS=tuned.registers,
+            num_warps=tuned.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        return
+    is_tcgen05 = variant.target in TCGEN05_ARCHITECTURES
+    loads_mask = source.key_mask is not None or fine_mask is not None
     blocks = -(-q_length // tuned.rows) * batch * heads
     most = blocks if tuned.programs is None else tuned.programs * multiprocessors(source.q.device)
     launcher(
         attend, (min(blocks, most),), *arguments, blocks, 0.0, *of_means, *multiplied,
-        *(variant.means.multiplied if variant.means else [None] * 4),
         CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
         EXP_SHARE=tuned.exp_share, TCGEN05=is_tcgen05,
         UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
@@ -407,7 +404,8 @@ def _attend(
         MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
         num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
         enable_fp_fusion=True,
-        maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
+        # Variants that may skip tiles or take means would spill.
+        maxnreg=None if tuned.slots or variant.means or plan.skip_below is not None else tuned.registers,
     )  # fmt: skip
 
 
@@ -418,7 +416,7 @@ def _split(
 
     In causal calls, and those that skip tiles, a list of another length or order would suffer.
     """
-    gains = variant.dim == 128 and None in variant.classes
+    gains = variant.dim == 128 and None in variant.classes and variant.means is None
     if not gains or is_causal or plan.skip_below is not None:
         return None
     return Split.of(blocks, lists.indices.shape[-1] - 1, multiprocessors(device))

@@ -105,7 +105,7 @@ class LinearWeight:
         return _joined(groups, codes, [packed[f"scales.{index}"] for index in range(len(codes))], **common)
 
     def _codes(self) -> list[tuple[Format, Tensor, Tensor]]:
-        """Gives for each group of a block format the format, its codes as `pack` gives them, its scales `[N, blocks]`."""
+        """Gives for each group of a block format: format, codes as `pack` gives them, scales `[N, blocks]`."""
         found = []
         for format, channels in self.groups.slices:
             first, last = channels.start, channels.stop

@@ -94,27 +94,27 @@ def pool(
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
     if index < of_keys:
-        _, variance = _means_and_variances(
+        _, v_variance = _means_and_variances(
             v, None, 1.0, None, None, None, None, None, None, False, key_mask, token_order, index, kv_heads,
             k_length, token_count, v_stride_b, v_stride_h, v_stride_s, 1, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        tl.store(v_pools + index, tl.sum(variance))
+        tl.store(v_pools + index, tl.sum(v_variance))
     elif index < 2 * of_keys:
         index -= of_keys
-        middle, variance = _means_and_variances(
+        k_middle, k_variance = _means_and_variances(
             k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
             key_mask, token_order, index, kv_heads, k_length, token_count,
             k_stride_b, k_stride_h, k_stride_s, SUBTILES, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        _store_pools(k_pools, index, middle, variance, SUBTILES, D)
+        _store_pools(k_pools, index, k_middle, k_variance, SUBTILES, D)
     else:
         index -= 2 * of_keys
-        middle, variance = _means_and_variances(
+        q_middle, q_variance = _means_and_variances(
             q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
             None, token_order, index, heads, q_length, token_count,
             q_stride_b, q_stride_h, q_stride_s, 1, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
-        _store_pools(q_pools, index, middle, variance, 1, D)
+        _store_pools(q_pools, index, q_middle, q_variance, 1, D)
 
 
 @triton.jit

@@ -5,7 +5,6 @@ import math
 import torch
 
 from dma_diffusers.kernels.device.launch import Launcher
-from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel
@@ -72,13 +71,12 @@ def route(
     if routing.shares is None:
         histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
         allowed = routing.allowed(heads)
-    rows, columns = 16, 64 if dim <= 128 else 32
-    stages = 2 if TRITON == (3, 7) else 1  # which spills with one
+    rows = 16
     launcher(
         kernel.score, (batch * heads * -(-q_tiles // rows),),
         *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        POWER=1 if routing.by_mass else 2, ROWS=rows, COLUMNS=columns, D=dim,
-        num_warps=4, num_stages=stages, enable_fp_fusion=True,
+        POWER=1 if routing.by_mass else 2, ROWS=rows, COLUMNS=32, D=dim,
+        num_warps=4, num_stages=1, enable_fp_fusion=True, maxnreg=255,  # with which none spills
     )  # fmt: skip
     if routing.shares is None:
         launcher(

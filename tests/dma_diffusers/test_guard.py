@@ -45,7 +45,7 @@ def policy(asked) -> str:
 def levels(pipe) -> list[int]:
     """Levels by what the receipts say: 0 as asked, 1 HIGH, 2 stock."""
     return [
-        2 if module.lowering == "stock" else 1 if module.policy == "dense" else 0
+        2 if module.lowering == "stock" else 1 if module.policy == DENSE else 0
         for module in report(pipe).modules
         if module.policy
     ]
@@ -111,7 +111,7 @@ def test_non_finite_output_turns_every_module_to_high_in_the_same_step(spoil, ca
     apply(pipe, guard=0.2)
     assert torch.equal(draw(pipe), expected)
     assert levels(pipe) == [1, 1, 1]
-    words = f"with {DIAGONAL} its output was not finite: every tile is HIGH from now on"
+    words = f"with mxfp8|mxfp4 {DIAGONAL} its output was not finite: every tile is HIGH from now on"
     assert {module.turned for module in report(pipe).modules} == {(words,)}
     said = f"guard: transformer.single_transformer_blocks.0.attn: {words}"
     assert said in str(report(pipe)) and said.replace("transformer.", "", 1) in caplog.text
@@ -170,7 +170,7 @@ def test_garbage_in_one_module_turns_that_module(spoil):
     assert torch.equal(draw(pipe), expected)
     assert levels(pipe) == [0, 1, 0]
     (words,) = report(pipe).modules[1].turned
-    assert words.startswith("with diagonal(window=384, sink=128) a call's relative error of ")
+    assert words.startswith("with mxfp8|mxfp4 diagonal(window=384, sink=128) a call's relative error of ")
     assert words.endswith(" passed 0.2: every tile is HIGH from now on")
 
 
@@ -200,9 +200,13 @@ def test_a_dense_module_that_is_bad_turns_to_stock(spoil):
     )
 
 
-def test_dense_steps_and_others_are_both_sampled_at_first(spoil):
+@pytest.mark.parametrize("fields", [
+    {"dense_above_sigma": 0.9},
+    {"schedule": "sigma>0.9: diagonal(window=384) low=int8; diagonal(window=384)"},
+])  # fmt: skip
+def test_the_first_call_of_every_entry_of_a_schedule_is_sampled(fields):
     pipe = tiny_pipelines.flux()
-    apply(pipe, dense_above_sigma=0.9, guard=math.inf)
+    apply(pipe, **fields, guard=math.inf)
     draw(pipe)
     assert {module.sampled_rows for module in report(pipe).modules} == {2 * 2 * ROWS}  # steps, heads, rows
 

@@ -120,6 +120,18 @@ def test_what_90_percent_mean_cost_beside_90_percent_skip_at_720p(gpu, target, f
     assert seconds[0] / seconds[1] == pytest.approx(whole, abs=0.001)
 
 
+def test_importance_with_beyond_takes_each_tiles_shares():
+    layout = Layout(1024, 1024)
+    of = parse("importance(budget=0.125, low=0.25, beyond=mean)")
+    assert pairs(of, layout) == (8, 16, 40, 8)
+    both = pairs(parse("diagonal(window=128, sink=0)") | of, layout)
+    assert both == (8 + 8, 16, 32, 8)
+    skips = pairs(
+        parse("importance(budget=0, low=0.25, beyond=skip)"), Layout(1024 + 128, 1024 + 128, (0, 128))
+    )
+    assert skips == (17, 8 * 2, 0, 0)
+
+
 def test_causal_pairs():
     high, low, *_ = pairs(parse("dense(everywhere=low)"), Layout(1024, 1024), is_causal=True)
     assert (high, low) == (0, 36)

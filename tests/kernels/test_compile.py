@@ -13,8 +13,9 @@ if triton.knobs.runtime.interpret:
 from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
 from dma_diffusers.kernels.device.tritons import TRITON  # noqa: E402
+from dma_diffusers.kernels.routing.reference import Routing  # noqa: E402
 from dma_diffusers.kernels.tiling.policies import Dense  # noqa: E402
-from dma_diffusers.kernels.tiling.precision_map import Class, build_map  # noqa: E402
+from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call, launched  # noqa: E402
 
 KIND_OF_QK = {
@@ -352,18 +353,20 @@ def test_a_new_length_runs_the_same_kernels(lengths):
     assert compiled_in(lengths[0]) == compiled_in(lengths[1])
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_routing_takes_four_kernels_more(target):
+@pytest.mark.parametrize("beyond", [None, int(Phase.MEAN)])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+def test_routing_takes_four_kernels_more(target, beyond):
     pair = ahead.PAIRS[target][0]
+    routing = Routing.of(torch.full((1, 1, 2, 2), Phase.LOW), 0.05, rest=beyond)
     without, launches = (
         {
             kernel.__name__: (kernel, *rest)
-            for kernel, *rest in ahead.launches(target, *pair, 128, routes=routes)
+            for kernel, *rest in ahead.launches(target, *pair, 128, routing=routing)
         }
-        for routes in (False, True)
+        for routing in (None, routing)
     )
     added = [name for name in launches if name not in without]
-    assert added == ["pool", "score", "count_steps", "write_block_lists"]
+    assert added == ["pool", "score", "rank" if beyond is not None else "count_steps", "write_block_lists"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0

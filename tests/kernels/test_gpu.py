@@ -154,7 +154,9 @@ def drawn(gpu: torch.device, seed: int, shift: int = 0) -> tuple[torch.Tensor, .
 @pytest.mark.parametrize("options", [
     {}, {"policy": "dense(everywhere=low)"}, {"policy": "importance(budget=0.2)"}, {"high": "mxfp8", "low": "mxfp4"},
     {"policy": "neighborhood(window=9x12)", "grid": (25, 28)}, {"low": "int8/bf16"}, {"high": "bf16/fp8"},
-    {"low": "nvfp4"}, {"mapped": False},
+    {"low": "nvfp4"}, {"mapped": False}, {"policy": "dense(everywhere=mean)"},
+    {"policy": "neighborhood(window=9x12, beyond=mean)", "grid": (25, 28)},
+    {"policy": "neighborhood(window=9x12, beyond=mean) | importance(budget=0.1)", "grid": (25, 28)},
 ], ids=str)  # fmt: skip
 def test_calls_after_the_first_give_the_bits_of_the_first(options, gpu, monkeypatch):
     """Recorded launches, on other tensors, unaligned ones, on two streams and in a graph."""

@@ -70,17 +70,17 @@ class _Passing:
     def __init__(self):
         self.seen: set[str] = set()
 
-    def attention(self, call, policy, return_lse, attend):
-        self.seen.add(policy)
-        return attend(policy)
+    def attention(self, call, asked, attend):
+        self.seen.add(asked.policy)
+        return attend(asked.policy)
 
 
 class _High(_Passing):
     """An observer that makes every tile HIGH, and keeps the last call."""
 
-    def attention(self, call, policy, return_lse, attend):
-        self.seen.add(policy)
-        self.call, self.wants_lse = call, return_lse
+    def attention(self, call, asked, attend):
+        self.seen.add(asked.policy)
+        self.call, self.asked = call, asked
         return attend(operator.DENSE)
 
 
@@ -91,7 +91,7 @@ def test_an_observer_is_handed_the_call_and_what_it_asks_for(mapped):
     options["norms"] = Norms(*torch.rand(2, 16), 1e-6, 20, *torch.rand(2, 16), True)
     options["q_rope"] = tuple(torch.rand(2, 300, 8))
     words = ["dense(everywhere=low)", "diagonal(window=0, sink=0)"]
-    options |= {"policy": words, "which": 1, "mapped": mapped}
+    options |= {"policy": words, "which": 1, "mapped": mapped, "low": "int8"}
     passing, high = _Passing(), _High()
     for expected, found in (
         (
@@ -106,13 +106,9 @@ def test_an_observer_is_handed_the_call_and_what_it_asks_for(mapped):
         assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
     assert passing.seen == high.seen == {words[1] if mapped else operator.DENSE}
     call = high.call
-    assert (call.q is q, call.scale, call.is_causal, call.k_rope, high.wants_lse) == (
-        True,
-        0.3,
-        False,
-        None,
-        True,
-    )
+    assert (call.q is q, call.scale, call.is_causal, call.k_rope, high.asked[1:]) == (
+        True, 0.3, False, None, ("mxfp8", "int8", True)
+    )  # fmt: skip
     assert call.key_mask is options["key_mask"] and call.q_rope[1] is options["q_rope"][1]
     assert all(a is b for a, b in zip(call.norms.tensors, options["norms"].tensors, strict=True))
     assert (call.norms.eps, call.norms.first, call.norms.rounds_twice) == (1e-6, 20, True)

@@ -28,6 +28,15 @@ def test_the_format_of_pv_is_that_of_the_class():
     assert Precisions.parse("int8", "int8") == (Precision("int8", "bf16"), Precision("int8", "fp8"))
 
 
+@pytest.mark.parametrize(("high", "low", "has_low", "expected"), [
+    ("bf16", "int8", True, "int8/fp8"), ("bf16", "int8", False, "bf16/bf16"), ("mxfp8", "mxfp4", True, "mxfp8/bf16"),
+    ("mxfp8", "mxfp6_e2m3", True, "mxfp8/bf16"), ("bf16", "mxfp4", True, "bf16/bf16"),
+    ("mxfp8", "mxfp8/bf16", True, "mxfp8/bf16"), ("mxfp4", "nvfp4", True, "mxfp4/bf16"),
+])  # fmt: skip
+def test_means_have_the_cheaper_precision_of_8_bits_or_more(high, low, has_low, expected):
+    assert str(Precisions.parse(high, low).of_means(has_low)) == expected
+
+
 @pytest.mark.parametrize("words", ["", "/", "int8/", "/fp8", "int8/fp8/bf16", None, {}])
 @pytest.mark.parametrize("place", [0, 1])
 def test_words_of_another_form_are_refused_in_one_line(words, place):

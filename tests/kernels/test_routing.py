@@ -24,13 +24,7 @@ from dma_diffusers.kernels.routing.reference import (
 from dma_diffusers.kernels.routing.reference import pools as pools_of
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Importance, parse
-from dma_diffusers.kernels.tiling.precision_map import (
-    UNVISITED,
-    Phase,
-    build_map,
-    map_of,
-    visiting_phases,
-)
+from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, build_map, map_of, visiting_phases
 from tests.kernels.calls import Call, by_reference, launched, relative_l2
 from tests.kernels.guarded import guarded
 

@@ -134,7 +134,7 @@ def test_the_guard_keeps_the_demo_from_confetti(pipe, exact, monkeypatch):
         drawn.append(draw(pipe, [APPLE], [0], SHORT))
     receipt = report(pipe)
     restore(pipe)
-    assert all(len(module.turned) == 1 and module.policy == "dense" for module in receipt.modules)
+    assert all(len(module.turned) == 1 and module.policy == operator.DENSE for module in receipt.modules)
     errors = [paired_metrics(drawing, exact)["latents_relative_l2"][0] for drawing in drawn]
     assert errors[2] == errors[0] < 0.2 < 1 < errors[1]
     assert np.array_equal(drawn[2].pictures[0], drawn[0].pictures[0])

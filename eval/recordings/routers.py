@@ -1,0 +1,228 @@
+"""This module compares ways to choose the pairs of tiles that attention computes precisely, on recordings of the demos.
+
+`python -m dma_diffusers.eval.recordings.routers recordings -o routers.json` records both demo models into a folder, and
+measures there, in float32, what eval/results/routing.md tells.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dma_diffusers.eval.intervals import bootstrap
+from dma_diffusers.eval.quality.prompts import built_in, read_prompts
+from dma_diffusers.eval.recordings.exact import in_slots
+from dma_diffusers.eval.recordings.record import record
+from dma_diffusers.eval.recordings.store import Recording, Recordings
+from dma_diffusers.kernels.quantiser import reference as quantiser
+from dma_diffusers.kernels.routing import reference as routing
+from dma_diffusers.kernels.tiling import boxes
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
+from dma_diffusers.kernels.tiling.tile_order import TileOrder
+from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+
+PROMPTS = {"demo": 8, "demo-video": 4}
+STEPS, AGO = (8, 18), (1, 3, 6)  # of 24 steps: those measured, and how many steps earlier a memory is from
+RECORDED = sorted({step - ago for step in STEPS for ago in (0, *AGO)})
+ROWS, REMEMBERED = (2, 4, 8, 16), 16  # exact rows of each Q tile
+SHARES = {"skip": (0.25, 0.5), "mean": (0.25, 0.5), "mxfp4": (0.1, 0.25), "int8": (0.1, 0.25)}
+
+
+class Call(NamedTuple):
+    """One call in tile order, float32 `[H, S, D]` each: q times scale and log2 e, k less its mean, v."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def errors(call: Call, earlier: dict[int, Call], text_tiles: int, seed: int) -> dict[str, float]:
+    """Return the relative L2 error of the output for every "router | use share | who has the share".
+
+    use: what becomes of the pairs that are not computed exactly. A share is that of all heads together, or each Q
+    tile's own. Tiles of text are exact and outside the shares.
+    """
+    exact, others = _parts(call)
+    names, chosen = [], []
+    for router, score in _scores(call, earlier, seed).items():
+        offered = score[:, text_tiles:, text_tiles:]
+        for use, shares in SHARES.items():
+            for share in shares:
+                for who in ("heads", "tile") if use in ("skip", "mean") else ("heads",):
+                    is_exact = torch.ones_like(score, dtype=torch.bool)
+                    is_exact[:, text_tiles:, text_tiles:] = _top(offered, share, who)
+                    names.append((router, use, share, who))
+                    chosen.append(is_exact)
+    whole = exact.sum(2)
+    wanted = whole[..., :-1] / whole[..., -1:]
+    found = {}
+    for use in SHARES:
+        own = [number for number, name in enumerate(names) if name[1] == use]
+        weight = torch.stack([chosen[number] for number in own], 2).float()  # [H, q_tiles, choices, k_tiles]
+        lost = torch.zeros(len(own))
+        for head, q_tile in torch.cartesian_prod(*map(torch.arange, exact.shape[:2])).tolist():
+            mixed = weight[head, q_tile] @ exact[head, q_tile].flatten(1)
+            if use in others:
+                mixed += (1 - weight[head, q_tile]) @ others[use][head, q_tile].flatten(1)
+            mixed = mixed.unflatten(1, exact.shape[3:])
+            total = mixed[..., -1:]
+            out = mixed[..., :-1] / torch.where(total == 0, 1, total)
+            lost += (out - wanted[head, q_tile]).square().sum((1, 2))
+        relative = (lost / wanted.square().sum()).sqrt().tolist()
+        for number, error in zip(own, relative, strict=True):
+            router, use, share, who = names[number]
+            found[f"{router} | {use} {share:g} | {who}"] = error
+    return found
+
+
+def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.Tensor]:
+    """Return the log2 importance of pairs by each router, `[H, q_tiles, k_tiles]`."""
+    every_fourth = torch.arange(0, TILE, routing.SAMPLE_STRIDE)
+    every = torch.arange(TILE)
+    scores = {
+        "oracle": _by_rows(call, every.expand(call.q.shape[1] // TILE, -1)),
+        "pools of 128, every 4th token": _by_pools(call, every_fourth, 1),
+        "pools of 128, staggered": _by_pools(call, routing.sample(), 1),
+        "pools of 32, staggered": _by_pools(call, routing.sample(), routing.SUBTILES),
+        "pools of 32, all tokens": _by_pools(call, every, routing.SUBTILES),
+        "pools of 32, all tokens, no variance": _by_pools(call, every, routing.SUBTILES, has_variance=False),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    scores |= {f"{count} rows": _by_rows(call, _drawn(call, count, generator)) for count in ROWS}
+    for ago, before in earlier.items():
+        scores[f"{REMEMBERED} rows, {ago} steps ago"] = _by_rows(
+            before, _drawn(before, REMEMBERED, generator)
+        )
+    scores[f"all rows, {max(AGO)} steps ago"] = _by_rows(
+        earlier[max(AGO)], every.expand(call.q.shape[1] // TILE, -1)
+    )
+    return scores
+
+
+def _drawn(call: Call, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw rows of each Q tile, int64 `[q_tiles, count]`."""
+    q_tiles = call.q.shape[1] // TILE
+    return torch.rand(q_tiles, TILE, generator=generator).argsort(1)[:, :count]
+
+
+def _by_rows(call: Call, rows: torch.Tensor) -> torch.Tensor:
+    places = (torch.arange(len(rows))[:, None] * TILE + rows).flatten()
+    probability = _softmax(call.q[:, places] @ call.k.mT)
+    square = probability.square().unflatten(-1, (-1, TILE)).sum(-1).unflatten(1, rows.shape).mean(2)
+    return (square.log2() + _spread(call, torch.arange(TILE)).log2()[:, None]) / 2
+
+
+def _by_pools(call: Call, places: torch.Tensor, parts: int, has_variance: bool = True) -> torch.Tensor:
+    q, k = (x.unflatten(1, (-1, TILE))[:, :, places] for x in call[:2])
+    k = k.flatten(1, 2).unflatten(1, (-1, len(places) // parts))
+    (q_mean, k_mean), (q_variance, k_variance) = (
+        [x.mean(2) for x in (q, k)], [x.var(2, unbiased=False) for x in (q, k)],
+    )  # fmt: skip
+    score = q_mean @ k_mean.mT
+    deviation = q_variance @ (k_mean.square() + k_variance).mT + q_mean.square() @ k_variance.mT
+    deviation = deviation.sqrt() if has_variance else torch.zeros_like(score)
+    mean_exp = score + routing.log_mean_exp(deviation)
+    total = torch.logsumexp(mean_exp * routing.LN_2, -1, keepdim=True) / routing.LN_2
+    square = torch.exp2(2 * (score - total) + routing.log_mean_exp(2 * deviation))
+    square = square.unflatten(-1, (-1, parts)).sum(-1)
+    return (square.log2() + _spread(call, places).log2()[:, None]) / 2
+
+
+def _spread(call: Call, places: torch.Tensor) -> torch.Tensor:
+    return call.v.unflatten(1, (-1, TILE))[:, :, places].var(2, unbiased=False).sum(-1)
+
+
+def _top(score: torch.Tensor, share: float, who: str) -> torch.Tensor:
+    """Choose the highest, rounded to whole pairs."""
+    flat = score.flatten() if who == "heads" else score
+    count = max(math.floor(share * flat.shape[-1] + 0.5), 1)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    return chosen.scatter_(-1, flat.topk(count).indices, True).view(score.shape)
+
+
+def _parts(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return what pairs add to the output and, in a last channel, to the sum: `[H, q_tiles, k_tiles, 128, D + 1]`.
+
+    The first is exact; the others are by the means of sub-tiles, and in LOW, with P·V in FP8, by its format of Q·K.
+    """
+    q, k, v = call
+    scores = q @ k.mT
+    largest = scores.amax(-1, keepdim=True)
+    k_means, v_means = (x.unflatten(1, (-1, SUBTILE)).mean(2) for x in (k, v))
+    others = {"mean": _products(q @ k_means.mT + math.log2(SUBTILE) - largest, v_means, TILE // SUBTILE)}
+    scale = quantiser.value_scale(v[None])
+    rounded_v = quantiser.quantised_v(v[None], scale)[0].float() * scale[0].view(len(v), 1, -1)
+    for name in ("mxfp4", "int8"):
+        low = quantiser.quantised_q(q[None], name)[0] @ quantiser.quantised_k(k[None], name)[0].mT
+        others[name] = _products(low - largest, rounded_v, TILE, rounds=True)
+    return _products(scores - largest, v, TILE), others
+
+
+def _products(exponents: torch.Tensor, v: torch.Tensor, width: int, rounds: bool = False) -> torch.Tensor:
+    p = torch.exp2(exponents).unflatten(1, (-1, TILE)).unflatten(3, (-1, width)).transpose(2, 3)
+    values = v.unflatten(1, (-1, width))[:, None]
+    multiplied = (p * 256).to(torch.float8_e4m3fn).float() / 256 if rounds else p
+    return torch.cat((multiplied @ values, p.sum(-1, keepdim=True)), -1)
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(scores * routing.LN_2, -1)
+
+
+def _call(recordings: Recordings, recording: Recording) -> Call:
+    """Read a call in tile order; raises ValueError where slots are empty or there are several batch entries."""
+    order = TileOrder(recording.layout, boxes.plan(recording.grid)[0]).token_order
+    if (order < 0).any() or recording.shape[0] > 1:
+        raise ValueError(
+            f"{recording.file}: it must be one batch entry, whose text and grid fill whole tiles"
+        )
+    q, k, v, _ = (x if x is None else x[0].float() for x in in_slots(recordings.tensors(recording), order))
+    scale = recording.shape[-1] ** -0.5 if recording.scale is None else recording.scale
+    return Call(q * (scale * math.log2(math.e)), k - k.mean(1, keepdim=True), v)
+
+
+def _measured(recordings: Recordings) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the prompt and the errors of each conditional call at one of `STEPS`."""
+    by_place = {(r.prompt, r.module, r.call, r.step): r for r in recordings}
+    for number, recording in enumerate(recordings):
+        if recording.call or recording.step not in STEPS:
+            continue
+        before = {ago: (recording.prompt, recording.module, 0, recording.step - ago) for ago in AGO}
+        earlier = {ago: _call(recordings, by_place[place]) for ago, place in before.items()}
+        text_tiles = recording.layout.text_length // TILE
+        yield recording.prompt, errors(_call(recordings, recording), earlier, text_tiles, number)
+
+
+def compare(recordings: Recordings) -> dict[str, list[float]]:
+    """Return means over prompts, modules and steps of every choice's error, with their 95 % intervals over prompts."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for prompt, of_call in _measured(recordings):
+        for name, error in of_call.items():
+            found.setdefault(name, {}).setdefault(prompt, []).append(error)
+    columns = {name: [sum(x) / len(x) for x in by_prompt.values()] for name, by_prompt in found.items()}
+    return {name: [round(x, 4) for x in bootstrap([column])] for name, column in columns.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where recordings are, or go: 3.3 GB")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = {}
+    for name, count in PROMPTS.items():
+        model = named_model(name)
+        prompts = [prompt.text for prompt in read_prompts(built_in(model))[0]]
+        recordings = record(
+            load_pipeline(model), prompts[:: len(prompts) // count][:count], arguments.folder / name,
+            recommended_call(model), steps=RECORDED, limit=4_000_000_000,
+        )  # fmt: skip
+        results[name] = {"prompts": len(recordings.prompts), "steps": STEPS, "errors": compare(recordings)}
+        arguments.output.write_text(json.dumps(results, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    main()
