@@ -1,9 +1,10 @@
-"""Policy files: for each quality of a ladder, the formats, windows and dense steps that `calibrate` chose for a model.
+"""Policy files: for each quality of a ladder, the formats and policies that `calibrate` chose for a model.
 
     {"format": "dma-diffusers policy", "version": 1, "quality": .7,
      "model": {"class": "FluxTransformer2DModel", "modules": ["transformer_blocks.0.attn", …], "fingerprint": "…"},
      "choices": [{"quality": 0, "config": {fields of DMAConfig},
-                  "modules": {"transformer_blocks.0.attn": {"window": [128, 384, 0, 128]}, …},
+                  "modules": {"transformer_blocks.0.attn": {"window": [128, 384, 0, 128]},
+                              "transformer_blocks.1.attn": {"schedule": "sigma>0.9: dense(); …"}, …},
                   "evidence": {what it costs and errs}}, …],
      "evidence": {what it was chosen from, and for}}
 

@@ -84,7 +84,7 @@ class Stages:
         return own.entries[own.of_stage[self.number(sigma)]].config
 
 
-@lru_cache(64)  # `eval` asks again for each recorded call
+@lru_cache(256)  # `eval` asks again for each recorded call
 def stages(config: DMAConfig, family: Family, kind: str, modules: tuple[str, ...]) -> Stages:
     """The stages that `config` makes of a model of this family.
 

@@ -1,4 +1,4 @@
-"""`dma-diffusers calibrate`: choose formats, windows and dense steps for a model."""
+"""`dma-diffusers calibrate`: choose formats and policies for a model."""
 
 import tempfile
 from dataclasses import dataclass
@@ -46,9 +46,7 @@ def calibrate(
         Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
     ],
     recording: Recording,
-    quality: Annotated[
-        float, typer.Option(help="From 0, the cheapest, to 1, closest to full precision.")
-    ] = 0.5,
+    quality: Annotated[float, typer.Option(help="From 0, the cheapest, to 1, the most precise.")] = 0.5,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
     ] = None,
@@ -66,10 +64,11 @@ def calibrate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Record MODEL's attention on PROMPTS, and choose formats and windows of each layer and head by their error.
+    """Record MODEL's attention on PROMPTS, and choose HIGH, LOW, MEAN or SKIP for each layer and noise level by error.
 
-    The file holds a ladder of qualities: `DMAConfig.from_file(path, quality=0.7)` takes the next at or above. With
-    --linears it has files of linear layers beside it, which must stay there.
+    Every fourth prompt is held out, to measure the choice on. The file holds a ladder of qualities, of which
+    `DMAConfig.from_file(path, quality=0.7)` takes the next at or above. With --linears it has files of linear layers
+    beside it, which must stay there.
     """
     require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
     from dma_diffusers.eval.bench.plot import check_plot
@@ -130,6 +129,9 @@ def calibrate(
         print_table(tables.LINEARS_HEADER, tables.linears(policy))
     print_table(tables.MODULES_HEADER, ([escape(cell) for cell in row] for row in tables.modules(policy)))
     notes = [f"{repeated} repeated prompts were left out"] if repeated else []
+    if not policy.evidence["prompts_held_out"]:
+        recorded = policy.evidence["prompts_recorded"]
+        notes.append(f"no prompt is held out, because {recorded} were recorded: every fourth one would be")
     for note in [*notes, *recorded_calls.notes]:
         print(f"note: {note}")
     print(f"{output}: chosen for {policy.evidence['target']}; costs are predicted, errors are measured")

@@ -15,7 +15,7 @@ from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import Policy
-from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS
+from dma_diffusers.kernels.tiling.precision_map import SHARED_ROWS, Class
 
 
 def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.ndarray:
@@ -25,10 +25,7 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
     total = np.zeros((len(modules), len(steps), heads))
     known: dict[tuple, np.ndarray] = {}
     for recording in recordings:
-        own = at_noise_of(recordings, recording, config)
-        policy, layout = policy_and_layout(
-            own.arguments(recording.text, own.grid or recording.grid), recording
-        )
+        own, policy, layout = _asked(recordings, recording, config)
         key = (own, recording.layout, recording.shape, recording.is_causal)
         if policy.skip_below:  # the recording's contents decide what is left out
             key = (*key, recording.file)
@@ -43,6 +40,26 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
+    return total / len(recordings.prompts)
+
+
+def class_pairs(recordings: Recordings, config: DMAConfig) -> np.ndarray:
+    """Count the pairs of tiles of each class, float64 `[modules, steps, 4]` in the order of `Class`.
+
+    They are sums over heads and batch entries, means over prompts. Softmax leaves out none. In tile order, padding may
+    bring HIGH, LOW and MEAN over all pairs of the tokens' tiles; SKIP is what is left.
+    """
+    modules, steps = recordings.modules, recordings.steps
+    total = np.zeros((len(modules), len(steps), len(Class)))
+    known: dict[tuple, np.ndarray] = {}
+    for recording in recordings:
+        own, policy, layout = _asked(recordings, recording, config)
+        key = (own, recording.layout, recording.shape, recording.is_causal)
+        if key not in known:
+            taken = [number.mean().item() for number in pairs(policy, layout, recording.is_causal)[:3]]
+            skipped = max(_pairs(recording) - sum(taken), 0.0)
+            known[key] = recording.shape[0] * recording.shape[1] * np.array([*taken, skipped])
+        total[modules.index(recording.module), steps.index(recording.step)] += known[key]
     return total / len(recordings.prompts)
 
 
@@ -81,11 +98,26 @@ def of_every_step(recordings: Recordings) -> Recordings:
 
 def full_precision_clocks(recordings: Recordings, target: str) -> float:
     """Predict the clocks of bf16 attention in all recorded modules, a mean over steps and prompts."""
-    total = 0.0
+    return float(module_clocks(recordings, target).mean(1).sum())
+
+
+def module_clocks(recordings: Recordings, target: str) -> np.ndarray:
+    """Predict the clocks of bf16 attention in each module, float64 `[modules, steps]`, means over prompts."""
+    modules, steps = recordings.modules, recordings.steps
+    total = np.zeros((len(modules), len(steps)))
     for recording in recordings:
         batch, heads, _, head_dim = recording.shape
-        total += batch * heads * _pairs(recording) * sum(clocks_of(target, head_dim, "H", "H"))
-    return total / len(recordings.prompts) / len(recordings.steps)
+        place = modules.index(recording.module), steps.index(recording.step)
+        total[place] += batch * heads * _pairs(recording) * sum(clocks_of(target, head_dim, "H", "H"))
+    return total / len(recordings.prompts)
+
+
+def _asked(
+    recordings: Recordings, recording: Recording, config: DMAConfig
+) -> tuple[DMAConfig, Policy, Layout]:
+    """Return what a call runs with: its own configuration, the policy, and the layout that it is followed on."""
+    own = at_noise_of(recordings, recording, config)
+    return own, *policy_and_layout(own.arguments(recording.text, own.grid or recording.grid), recording)
 
 
 def _pairs(recording: Recording) -> int:

@@ -52,6 +52,10 @@ class Measured:
         """Return ‖out − exact‖ / ‖exact‖ over all heads, float64 `[prompts, modules, steps]`."""
         return np.sqrt(np.nansum(self.error, -1) / _no_zero(np.nansum(self.exact, -1)))
 
+    def of_prompts(self, chosen: np.ndarray) -> "Measured":
+        """Return the sums of some of the prompts: bool `[prompts]`."""
+        return Measured(*(values[chosen] for values in vars(self).values()))
+
 
 def measure(
     recordings: Recordings,

@@ -3,21 +3,39 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.linears.options import LinearChoice
+from dma_diffusers.eval.recordings.options import EVERY_KEY
+from dma_diffusers.kernels.tiling.precision_map import Class
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.policy_file import FORMAT, VERSION
 
-EVERY_KEY = 2**20  # a window this wide is HIGH everywhere, at any length
 LADDER_HEADER = (
-    "quality", "relative L2", "at most", "cost", "recall",
-    "formats", "mean window", "dense modules", "dense above sigma",
+    "quality", "relative L2", "held out", "at most", "cost", *(each.name for each in Class), "formats", "policies",
 )  # fmt: skip
 LINEARS_HEADER = ("quality", "cost", "attention's L2", "linears' L2", "linears' bits", "left in bf16")
-MODULES_HEADER = ("module", "formats", "window of each head", "sink", "relative L2")
-_CONFIG = ("high", "low", "window", "sink", "dense_above_sigma")
+MODULES_HEADER = (
+    "module", "noise", "formats", "policy", "relative L2", "cost", *(each.name for each in Class)
+)  # fmt: skip
+_CONFIG = ("high", "low", "window", "sink", "dense_above_sigma", "dense_layers")
+
+
+class EntryFound(NamedTuple):
+    """A module has this policy above a noise level, up to that of its entry before; this is what it costs and buys.
+
+    formats, policy: in words. cost: predicted clocks over those of bf16 attention there. relative_l2: the root mean
+    square over prompts and steps. pairs: how many pairs of tiles are HIGH, LOW, MEAN and SKIP.
+    """
+
+    module: str
+    above: float
+    formats: str
+    policy: str
+    cost: float
+    relative_l2: float
+    pairs: list[float]
 
 
 @dataclass(frozen=True)
@@ -25,21 +43,32 @@ class Choice:
     """A choice was made for a quality, and has its cost and its error on the recordings.
 
     relative_l2: of the output, the root mean square over prompts, steps and modules, linear layers among them. budget:
-    the most that it was allowed to be. cost: predicted clocks over those of bf16 attention, and of bf16 linear layers
-    if these were chosen for. recall: the share of attention in HIGH tiles. of_modules: relative L2 of each attention
-    module, means over prompts and steps. attention_l2: `relative_l2` over attention alone. linears: None where linear
-    layers were not chosen for.
+    the most that it was allowed to be. held_out: `relative_l2` of attention on prompts that it was not chosen by, with
+    linear layers' as it is; None for no such prompts. cost: predicted clocks over those of bf16 attention, and of bf16
+    linear layers if these were chosen for. recall: the share of attention in tiles that are HIGH by their position.
+    of_modules: relative L2 of each attention module, means over prompts and steps. entries: what each module's policies
+    cost and err, module by module, at falling noise levels. attention_l2: `relative_l2` over attention alone. linears:
+    None where linear layers were not chosen for.
     """
 
     quality: float
     config: DMAConfig
     budget: float
     relative_l2: float
+    held_out: float | None
     cost: float
     recall: float
     of_modules: dict[str, float]
+    entries: tuple[EntryFound, ...]
     attention_l2: float
     linears: LinearChoice | None = None
+
+    @property
+    def shares(self) -> list[float]:
+        """Return the shares of all modules' pairs of tiles that are HIGH, LOW, MEAN and SKIP."""
+        return _shares(
+            [sum(of_class) for of_class in zip(*(entry.pairs for entry in self.entries), strict=True)]
+        )
 
     def file_of_linears(self, policy: str) -> str | None:
         """Return the name of the file of linear layers that goes with a policy file of this name; None for none."""
@@ -77,8 +106,12 @@ class Policy:
                 "config": {field: getattr(choice.config, field) for field in _CONFIG} | _linears(choice, name),
                 "modules": {module: dict(changes) for module, changes in choice.config.modules if changes},
                 "evidence": {
-                    "relative_l2": choice.relative_l2, "budget": choice.budget, "cost": choice.cost,
-                    "recall": choice.recall, "relative_l2_of_modules": choice.of_modules,
+                    "relative_l2": choice.relative_l2, "relative_l2_held_out": choice.held_out,
+                    "budget": choice.budget, "cost": choice.cost, "recall": choice.recall,
+                    "shares": _named(choice.shares), "relative_l2_of_modules": choice.of_modules,
+                    "entries": [
+                        entry._asdict() | {"pairs": _named(entry.pairs)} for entry in choice.entries
+                    ],
                 } | _evidence_of_linears(choice),
             }
             for choice in self.choices
@@ -112,21 +145,12 @@ def ladder(policy: Policy) -> list[list[str]]:
     """Return the rows under `LADDER_HEADER`, one a quality. The cost is predicted, in units of bf16's."""
     rows = []
     for choice in policy.choices:
-        config = choice.config
-        own = [config.of_module(name) for name in choice.of_modules if not config.is_dense(name)]
-        used = sorted({f"{module.high}|{module.low}" for module in own}) or [f"{config.high} alone"]
-        widths = [
-            w
-            for module in own
-            for w in (module.window if isinstance(module.window, tuple) else [module.window])
-        ]
-        narrow = [width for width in widths if width < EVERY_KEY]
+        kinds = {entry.policy.partition("(")[0] for entry in choice.entries}
         rows.append([
             f"{choice.quality:g}" + " (asked for)" * (choice.quality == policy.quality),
-            f"{choice.relative_l2:.4f}", f"{choice.budget:.4f}", f"{choice.cost:.3f}", f"{choice.recall:.3f}",
-            ", ".join(used), f"{sum(narrow) / len(narrow):.0f}" if narrow else "–",
-            f"{len(choice.of_modules) - len(own)} of {len(choice.of_modules)}",
-            "–" if config.dense_above_sigma is None else f"{config.dense_above_sigma:.2f}",
+            f"{choice.relative_l2:.4f}", "–" if choice.held_out is None else f"{choice.held_out:.4f}",
+            f"{choice.budget:.4f}", f"{choice.cost:.3f}", *_percent(choice.shares),
+            ", ".join(sorted({entry.formats for entry in choice.entries})), ", ".join(sorted(kinds)),
         ])  # fmt: skip
     return rows
 
@@ -148,15 +172,25 @@ def linears(policy: Policy) -> list[list[str]]:
 
 
 def modules(policy: Policy) -> list[list[str]]:
-    """Return the rows under `MODULES_HEADER`, one a module, for the quality that was asked for."""
-    config, rows = policy.chosen.config, []
-    for name, error in policy.chosen.of_modules.items():
-        own = config.of_module(name)
-        widths = own.window if isinstance(own.window, tuple) else (own.window,)
-        words = ["all" if width == EVERY_KEY else str(width) for width in widths]
-        is_dense = config.is_dense(name)
+    """Return the rows under `MODULES_HEADER`, for the quality that was asked for: one a module and range of noise."""
+    rows = []
+    for entry in policy.chosen.entries:
+        words = entry.policy.replace(str(EVERY_KEY), "all")
+        noise = f"over {entry.above:g}" if entry.above else "rest"
         rows.append([
-            name, own.high if is_dense else f"{own.high}|{own.low}", "dense" if is_dense else " ".join(words),
-            "–" if is_dense else str(own.sink), f"{error:.4f}",
+            entry.module, noise, entry.formats, words, f"{entry.relative_l2:.4f}", f"{entry.cost:.3f}",
+            *_percent(_shares(entry.pairs)),
         ])  # fmt: skip
     return rows
+
+
+def _shares(pairs: list[float]) -> list[float]:
+    return [number / sum(pairs) for number in pairs]
+
+
+def _percent(shares: list[float]) -> list[str]:
+    return [f"{share:.1%}" for share in shares]
+
+
+def _named(of_classes: list[float]) -> dict[str, float]:
+    return {each.name.lower(): value for each, value in zip(Class, of_classes, strict=True)}

@@ -1,4 +1,4 @@
-"""The search finds the cheapest options of every module and head whose errors, summed, keep to a budget."""
+"""The search finds the cheapest options of every module, range and head whose errors, summed, keep to a budget."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,30 +14,34 @@ _SLIGHTEST, _STEPS = (
 class Selection(NamedTuple):
     """The search found this choice.
 
-    level: number of the table. option: of each module, int64 `[modules]`. window: of each head, int64 `[modules,
-    heads]`. ways: of each item beside attention, int64 `[items]`.
+    formats: of each module, int64 `[modules]`. option: of each head, int64 `[modules, ranges, heads]`. ways: of each
+    item beside attention, int64 `[items]`.
     """
 
-    level: int
+    formats: np.ndarray
     option: np.ndarray
-    window: np.ndarray
     ways: np.ndarray
 
 
 class Search:
     """A search knows every option's errors and costs, which add up.
 
-    tables: one (errors, costs) for each level, of which the whole model takes one: float64 `[options, windows, modules,
-    heads]`. A module takes one option for all its heads, each head takes its window. items: what else takes one of its
-    ways, whatever the level: (errors, costs) of each, float64 `[ways]`. All should be near 1 in sum, or less.
+    errors, costs: float64 `[formats, options, modules, ranges, heads]`. A module takes formats for all its ranges of
+    noise levels, and in each range options of one group, each head its own. groups: the number of options in each
+    group, in their order. items: what else takes one of its ways: (errors, costs) of each, float64 `[ways]`. All should
+    be near 1 in sum, or less.
     """
 
     def __init__(
         self,
-        tables: Sequence[tuple[np.ndarray, np.ndarray]],
+        errors: np.ndarray,
+        costs: np.ndarray,
+        groups: Sequence[int],
         items: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     ):
-        self.tables, self.items = tables, items
+        self.tables, self.items = (errors, costs), items
+        self._group_of = np.repeat(np.arange(len(groups)), groups)
+        self._first = np.cumsum([0, *groups[:-1]])
         self.most, self.least = self.error(self._best(1 / _SLIGHTEST)), self.error(self._best(_SLIGHTEST))
 
     def within(self, budget: float) -> Selection:
@@ -63,19 +67,21 @@ class Search:
         return self._sum(found, 1)
 
     def _sum(self, found: Selection, which: int) -> float:
-        modules, heads = np.ogrid[: found.window.shape[0], : found.window.shape[1]]
-        of_attention = self.tables[found.level][which][found.option[:, None], found.window, modules, heads]
+        modules, ranges, heads = np.indices(found.option.shape, sparse=True)
+        formats = found.formats[:, None, None]
+        of_attention = self.tables[which][formats, found.option, modules, ranges, heads]
         of_items = sum(item[which][way] for item, way in zip(self.items, found.ways, strict=True))
         return float(of_attention.sum() + of_items)
 
     def _best(self, price: float) -> Selection:
-        """Minimise error + price · cost (Lagrange): heads, then modules, then the level and items, each by itself."""
+        """Minimise error + price · cost (Lagrange): heads, groups, ranges, modules and items, each by itself."""
+        errors, costs = self.tables
+        value = errors + price * costs
+        of_groups = np.minimum.reduceat(value, self._first, axis=1).sum(-1)
+        formats = of_groups.min(1).sum(-1).argmin(0)
+        module = np.arange(len(formats))
+        group = of_groups[formats, :, module].argmin(1)
+        is_open = self._group_of[:, None] == group[:, None]
+        option = np.where(is_open[..., None], value[formats, :, module], np.inf).argmin(1)
         ways = np.array([(errors + price * costs).argmin() for errors, costs in self.items], dtype=np.int64)
-        choices = []
-        for level, (errors, costs) in enumerate(self.tables):
-            value = errors + price * costs
-            of_modules = value.min(1).sum(-1)
-            option = of_modules.argmin(0)
-            window = value.argmin(1)[option, np.arange(len(option))]
-            choices.append((of_modules.min(0).sum(), level, Selection(level, option, window, ways)))
-        return min(choices, key=lambda choice: choice[:2])[2]
+        return Selection(formats, option, ways)

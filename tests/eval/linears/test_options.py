@@ -22,7 +22,7 @@ from dma_diffusers.linears.quantise import layer_of
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline, recommended_call
 from tests import tiny_pipelines
-from tests.eval.recordings.test_calibrate import every_choice, tables
+from tests.eval.recordings.test_calibrate import GROUPS, every_choice, tables
 from tests.tiny_pipelines import CALLS
 
 MIXED = Groups(("mxfp4", "mxfp6_e2m3", "mxfp8"), (128, 64, 64))
@@ -83,15 +83,15 @@ def test_layers_of_one_input_are_sampled_once():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_choice_is_better_than_what_the_search_finds(seed):
-    levels, generator = tables(seed), np.random.default_rng(seed)
+    of_attention, generator = tables(seed), np.random.default_rng(seed)
     items = [(generator.random(ways) / 10, generator.random(ways) / 10) for ways in (3, 4)]
-    attention = every_choice(levels)
+    attention = every_choice(*of_attention)
     further = np.array([
         sum(np.array([errors[way], costs[way]]) for (errors, costs), way in zip(items, ways, strict=True))
         for ways in itertools.product(range(3), range(4))
     ])  # fmt: skip
     choices = (attention[:, None] + further).reshape(-1, 2)
-    search = Search(levels, items)
+    search = Search(*of_attention, GROUPS, items)
     assert search.least == pytest.approx(choices[:, 0].min())
     costs = set()
     for budget in np.geomspace(search.most, search.least, 12):
