@@ -406,7 +406,8 @@ def _attend(
         MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
         num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
         enable_fp_fusion=True,
-        maxnreg=None if tuned.slots or plan.skip_below is not None else tuned.registers,  # which would spill
+        # Variants that may skip tiles or take means would spill.
+        maxnreg=None if tuned.slots or variant.means or plan.skip_below is not None else tuned.registers,
     )  # fmt: skip
 
 
