@@ -252,7 +252,7 @@ def attend_hopper(
 
     `indices` and `bounds` are a map's `shared` block lists (precision_map.py). HIGH is read as bf16 numbers without
     tensor scales, its V in bf16 ("plain"); LOW as e4m3 or int8 ones under scales of K's tiles or tokens, its V in e4m3
-    ("channel"). Other scales and block sizes are not looked at.
+    ("channel"). Other scales and block sizes are not looked at. MEAN multiplies as the one or the other.
     Each warpgroup skips tiles by itself. With `records`, programs from `whole` on are pieces (hopper_split.py).
     """
     blocks = gl.cdiv(q_length, WARPGROUPS * ROWS)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ def sass_of_means(high: str | None, low: str | None, head_dim: int, has_means: b
     launched = list(ahead.launches("sm_90", high, low, head_dim, has_means=has_means))[-1]
     assert launched[0].__name__ == "attend_hopper"
     cubin = ahead.compile_launch(*launched, "sm_90").asm["cubin"]
-    program = subprocess.run(
-        [knobs.nvidia.nvdisasm.path, "-c", "/dev/stdin"], input=cubin, check=True, capture_output=True
-    )
-    return program.stdout.decode()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = (knobs.nvidia.nvdisasm.path, "-c", file.name)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
