@@ -187,7 +187,8 @@ def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
         compiled = ahead.compile_launch(kernel, arguments, options, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         registers, spills = ahead.resources(compiled.asm["cubin"])
-        assert spills == 0 and registers > 20
+        spills_on = TRITON < (3, 7) and (target, high, head_dim) == ("sm_120", "mxfp8", 128)  # kernels/tritons.md
+        assert spills <= 56 * spills_on and registers > 20
     without = ahead.compile_launch(*plain[-1], target)
     assert len(loops(compiled.asm["cubin"])) == len(loops(without.asm["cubin"])) + 1
     if high:  # otherwise HIGH, which MXFP4 leaves the means to, multiplies nothing else
