@@ -134,9 +134,9 @@ def test_the_noise_level_is_the_schedulers(pipe, monkeypatch):
     gates = []
     genuine = operator.attention
 
-    def spy(*args, mapped, **kwargs):
-        gates.append(mapped)
-        return genuine(*args, mapped=mapped, **kwargs)
+    def spy(*args, policy, **kwargs):
+        gates.append(policy != operator.DENSE)
+        return genuine(*args, policy=policy, **kwargs)
 
     monkeypatch.setattr(operator, "attention", spy)
     apply(pipe, dense_above_sigma=(first + second) / 2)
