@@ -13,8 +13,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def random_phases(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random phases, in most places LOW."""
     drawn = torch.randint(0, 8, shape, generator=torch.Generator().manual_seed(seed))
-    is_low = (drawn > UNVISITED) | (drawn == Phase.MEAN)
-    return torch.where(is_low, int(Phase.LOW), drawn)
+    return torch.where(drawn > UNVISITED, int(Phase.LOW), drawn)
 
 
 def random_levels(*shape: int, seed: int = 0, top: int = LEVELS) -> torch.Tensor:
