@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dma_diffusers.eval.intervals import bootstrap
 from dma_diffusers.eval.quality.prompts import built_in, read_prompts
 from dma_diffusers.eval.recordings.exact import in_slots
 from dma_diffusers.eval.recordings.record import record
@@ -205,17 +206,20 @@ def _measured(recordings: Recordings) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def compare(recordings: Recordings) -> dict[str, Any]:
-    """Return each router's error for each of the `choices`, [choice][prompt]: means over modules and steps."""
+    """Return routers' errors by `choices`, means over prompts, modules and steps with their 95 % intervals."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for prompt, of_call in _measured(recordings):
         for name, error in of_call.items():
             router, _, choice = name.partition(" | ")
             found.setdefault(router, {}).setdefault(choice, {}).setdefault(prompt, []).append(error)
-    of_prompts = {
-        router: [[round(sum(x) / len(x), 4) for x in by_prompt.values()] for by_prompt in by_choice.values()]
+    intervals = {
+        router: [
+            [round(x, 4) for x in bootstrap([[sum(errors) / len(errors) for errors in by_prompt.values()]])]
+            for by_prompt in by_choice.values()
+        ]
         for router, by_choice in found.items()
     }
-    return {"choices": list(next(iter(found.values()))), "errors": of_prompts}
+    return {"choices": list(next(iter(found.values()))), "errors": intervals}
 
 
 def main() -> None:
