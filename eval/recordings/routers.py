@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,10 @@ PROMPTS = {"demo": 8, "demo-video": 4}
 STEPS, AGO = (8, 18), (1, 3, 6)  # of 24 steps: those measured, and how many steps earlier a memory is from
 RECORDED = sorted({step - ago for step in STEPS for ago in (0, *AGO)})
 ROWS, REMEMBERED = (2, 4, 8, 16), 16  # exact rows of each Q tile
-SHARES = {"skip": (0.25, 0.5), "mean": (0.25, 0.5), "mxfp4": (0.1, 0.25), "int8": (0.1, 0.25)}
+SHARES = {"skip": (0.25, 0.5), "mean": (0.25, 0.5), "mxfp4": (0.1, 0.25)}
+FARTHEST_BEFORE = (
+    math.sqrt(2 * math.log(TILE)) / routing.LN_2
+)  # until sub-tiles came, where `routing.FARTHEST` is now
 
 
 class Call(NamedTuple):
@@ -85,11 +88,11 @@ def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.
     every = torch.arange(TILE)
     scores = {
         "oracle": _by_rows(call, every.expand(call.q.shape[1] // TILE, -1)),
-        "pools of 128, every 4th token": _by_pools(call, every_fourth, 1),
+        "pools of 128, every 4th token": _by_pools(call, every_fourth, 1, FARTHEST_BEFORE),
         "pools of 128, staggered": _by_pools(call, routing.sample(), 1),
         "pools of 32, staggered": _by_pools(call, routing.sample(), routing.SUBTILES),
         "pools of 32, all tokens": _by_pools(call, every, routing.SUBTILES),
-        "pools of 32, all tokens, no variance": _by_pools(call, every, routing.SUBTILES, has_variance=False),
+        "pools of 32, all tokens, no variance": _by_pools(call, every, routing.SUBTILES, 0.0),
     }
     generator = torch.Generator().manual_seed(seed)
     scores |= {f"{count} rows": _by_rows(call, _drawn(call, count, generator)) for count in ROWS}
@@ -116,7 +119,13 @@ def _by_rows(call: Call, rows: torch.Tensor) -> torch.Tensor:
     return (square.log2() + _spread(call, torch.arange(TILE)).log2()[:, None]) / 2
 
 
-def _by_pools(call: Call, places: torch.Tensor, parts: int, has_variance: bool = True) -> torch.Tensor:
+def _by_pools(
+    call: Call, places: torch.Tensor, parts: int, farthest: float = routing.FARTHEST
+) -> torch.Tensor:
+    def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
+        within = deviation.clamp(max=farthest)
+        return routing.LN_2 * within * (deviation - within / 2)
+
     q, k = (x.unflatten(1, (-1, TILE))[:, :, places] for x in call[:2])
     k = k.flatten(1, 2).unflatten(1, (-1, len(places) // parts))
     (q_mean, k_mean), (q_variance, k_variance) = (
@@ -124,10 +133,10 @@ def _by_pools(call: Call, places: torch.Tensor, parts: int, has_variance: bool =
     )  # fmt: skip
     score = q_mean @ k_mean.mT
     deviation = q_variance @ (k_mean.square() + k_variance).mT + q_mean.square() @ k_variance.mT
-    deviation = deviation.sqrt() if has_variance else torch.zeros_like(score)
-    mean_exp = score + routing.log_mean_exp(deviation)
+    deviation = deviation.sqrt()
+    mean_exp = score + log_mean_exp(deviation)
     total = torch.logsumexp(mean_exp * routing.LN_2, -1, keepdim=True) / routing.LN_2
-    square = torch.exp2(2 * (score - total) + routing.log_mean_exp(2 * deviation))
+    square = torch.exp2(2 * (score - total) + log_mean_exp(2 * deviation))
     square = square.unflatten(-1, (-1, parts)).sum(-1)
     return (square.log2() + _spread(call, places).log2()[:, None]) / 2
 
@@ -147,7 +156,7 @@ def _top(score: torch.Tensor, share: float, who: str) -> torch.Tensor:
 def _parts(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return what pairs add to the output and, in a last channel, to the sum: `[H, q_tiles, k_tiles, 128, D + 1]`.
 
-    The first is exact; the others are by the means of sub-tiles, and in LOW, with P·V in FP8, by its format of Q·K.
+    The first is exact; the others are by the means of sub-tiles, and in LOW, MXFP4 with P·V in FP8.
     """
     q, k, v = call
     scores = q @ k.mT
@@ -156,9 +165,8 @@ def _parts(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     others = {"mean": _products(q @ k_means.mT + math.log2(SUBTILE) - largest, v_means, TILE // SUBTILE)}
     scale = quantiser.value_scale(v[None])
     rounded_v = quantiser.quantised_v(v[None], scale)[0].float() * scale[0].view(len(v), 1, -1)
-    for name in ("mxfp4", "int8"):
-        low = quantiser.quantised_q(q[None], name)[0] @ quantiser.quantised_k(k[None], name)[0].mT
-        others[name] = _products(low - largest, rounded_v, TILE, rounds=True)
+    low = quantiser.quantised_q(q[None], "mxfp4")[0] @ quantiser.quantised_k(k[None], "mxfp4")[0].mT
+    others["mxfp4"] = _products(low - largest, rounded_v, TILE, rounds=True)
     return _products(scores - largest, v, TILE), others
 
 
@@ -197,14 +205,21 @@ def _measured(recordings: Recordings) -> Iterator[tuple[int, dict[str, float]]]:
         yield recording.prompt, errors(_call(recordings, recording), earlier, text_tiles, number)
 
 
-def compare(recordings: Recordings) -> dict[str, list[float]]:
-    """Return means over prompts, modules and steps of every choice's error, with their 95 % intervals over prompts."""
-    found: dict[str, dict[int, list[float]]] = {}
+def compare(recordings: Recordings) -> dict[str, Any]:
+    """Return routers' errors by `choices`, means over prompts, modules and steps with their 95 % intervals."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for prompt, of_call in _measured(recordings):
         for name, error in of_call.items():
-            found.setdefault(name, {}).setdefault(prompt, []).append(error)
-    columns = {name: [sum(x) / len(x) for x in by_prompt.values()] for name, by_prompt in found.items()}
-    return {name: [round(x, 4) for x in bootstrap([column])] for name, column in columns.items()}
+            router, _, choice = name.partition(" | ")
+            found.setdefault(router, {}).setdefault(choice, {}).setdefault(prompt, []).append(error)
+    intervals = {
+        router: [
+            [round(x, 4) for x in bootstrap([[sum(errors) / len(errors) for errors in by_prompt.values()]])]
+            for by_prompt in by_choice.values()
+        ]
+        for router, by_choice in found.items()
+    }
+    return {"choices": list(next(iter(found.values()))), "errors": intervals}
 
 
 def main() -> None:
@@ -220,7 +235,7 @@ def main() -> None:
             load_pipeline(model), prompts[:: len(prompts) // count][:count], arguments.folder / name,
             recommended_call(model), steps=RECORDED, limit=4_000_000_000,
         )  # fmt: skip
-        results[name] = {"prompts": len(recordings.prompts), "steps": STEPS, "errors": compare(recordings)}
+        results[name] = {"prompts": len(recordings.prompts), "steps": STEPS, **compare(recordings)}
         arguments.output.write_text(json.dumps(results, separators=(",", ":")))
 
 
