@@ -32,15 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 TEXT_PLACES = ("first", "last", "none")
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
-MODULE_FIELDS = (
-    "high",
-    "low",
-    "window",
-    "sink",
-    "policy",
-    "dense",
-    "schedule",
-)  # one attention module may have its own
+# One attention module may have its own.
+MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class ModuleStages:
 
 @dataclass(frozen=True)
 class Stages:
-    """What every attention module of a model runs at every noise level.
+    """The stages of a model say what each of its attention modules runs at every noise level.
 
     above: falling levels (0 to 1); a stage reaches from each of them up to the one before, the last is all the rest.
     modules: by name. note: whose choice dense steps and layers are, as in `DenseParts`.

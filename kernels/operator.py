@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a call asks for: the words of its policy and of its precisions; return_lse as in `attention`."""
+    """A call asks for a policy and two precisions, all in words; return_lse is as in `attention`."""
 
     policy: str
     high: str

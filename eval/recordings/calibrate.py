@@ -23,7 +23,7 @@ from dma_diffusers.policy_file import check_quality
 
 LADDER = (0.0, 0.25, 0.5, 0.75, 1.0)
 HELD_OUT = 4
-"""Of so many recorded prompts, one is kept to measure the choice on."""
+"""Every fourth recorded prompt is held out: the choice is measured on it."""
 
 
 def calibrate(

@@ -14,6 +14,7 @@ from dma_diffusers.kernels.attention.hopper_phases import (
     ROWS,
     TILE,
     load_tile,
+    low_products,
     products_layout,
     views,
 )
@@ -26,7 +27,6 @@ COLUMNS = gl.constexpr(TILE.value // MEANS_TILES.value)  # of one KV tile
 LOG_SUBTILE = gl.constexpr(float(layout.SUBTILE.bit_length() - 1))
 # Products of int8 numbers lie within 2^21: under this factor, scores within 2^-4, those of `_least_of` below by 2^5.
 LEAST_FACTOR = gl.constexpr(2.0**-25)
-IN_CODES = gl.constexpr(True)  # while measuring: probabilities by their codes, or by exp2
 CODE_OF_ONE = gl.constexpr(reference.CODE_OF_ONE - reference.CODE_EXCESS)
 # 0x6600 is 1536, at which float16 numbers are integers.
 _TO_CODES = gl.constexpr("""{
@@ -62,7 +62,7 @@ def load_means(
 
 @gluon.constexpr_function
 def _least_of(dtype):
-    """What stands for the products of columns that are not taken."""
+    """Gives the number that stands for the products of columns that are not taken."""
     return -(2**30) if dtype == gl.int32 else float("-inf")
 
 
@@ -101,15 +101,9 @@ def low_means_phase(
         mbarrier.wait(barriers.index(slot), n // SLOTS & 1)
         word = gl.load(words + (own_words + tile))
         if word != 0:
-            own_factor = factor
-            if STORAGE == "tile":
-                own_factor *= gl.load(k_scales + (own_scales + tile))
-            k = low_keys.index(2 * slot).permute((1, 0))
-            s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            if STORAGE == "row":
-                columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, products))
-                s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
+            s, own_factor = low_products(
+                q, low_keys.index(2 * slot), nothing, factor, k_scales, own_scales, tile, STORAGE
+            )
             LEAST: gl.constexpr = LEAST_FACTOR if s.dtype == gl.int32 else SMALLEST_NORMAL  # 0·−inf is NaN
             own_factor = gl.maximum(own_factor, LEAST, propagate_nan=PROPAGATE_NAN)
             s = _taken(s, own_factor, word, log_counts, own_counts + tile * TILE, tile < whole)
@@ -119,17 +113,12 @@ def low_means_phase(
             rescale = gl.exp2(m - m_new)
             m = m_new
             addend = gl.where(top > _least_of(s.dtype), LOG_SUBTILE - m, float("-inf"))
-            if IN_CODES:
-                addend = 8.0 * addend + CODE_OF_ONE
-                x = s.to(gl.float32) * (8.0 * own_factor)[:, None] + addend[:, None]
-            else:
-                x = gl.exp2(s.to(gl.float32) * own_factor[:, None] + addend[:, None]).to(gl.float8e4nv)
+            x = s.to(gl.float32) * (8.0 * own_factor)[:, None] + (8.0 * addend + CODE_OF_ONE)[:, None]
             x = gl.reshape(x, (ROWS, TILE // 16, 2, 4, 2))
             x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), (ROWS, TILE))
             p = gl.convert_layout(x, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
-            if IN_CODES:
-                p = gl.inline_asm_elementwise(_TO_CODES, "=r,r,r,r,r", [p], gl.int8, is_pure=True, pack=4)
-                p = p.to(gl.float8e4nv, bitcast=True)
+            p = gl.inline_asm_elementwise(_TO_CODES, "=r,r,r,r,r", [p], gl.int8, is_pure=True, pack=4)
+            p = p.to(gl.float8e4nv, bitcast=True)
             p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 4), assert_trivial=True)
             v = low_values.index(2 * slot + 1).permute((1, 0))
             added = warpgroup_mma(p, v, no_sums, use_acc=False, is_async=True)

@@ -221,6 +221,20 @@ def high_phase(
 
 
 @gluon.jit
+def low_products(q, k, nothing, factor, k_scales, own_scales, tile, STORAGE: gl.constexpr):
+    """Returns products of q with the keys of a tile, [64, 128], and the rows' factor by which they become scores."""
+    own_factor = factor
+    if STORAGE == "tile":
+        own_factor *= gl.load(k_scales + (own_scales + tile))
+    s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    if STORAGE == "row":
+        columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, s.type.layout))
+        s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
+    return s, own_factor
+
+
+@gluon.jit
 def low_phase(
     accumulator, l, m, kept, q, factor, ones, ring, barriers, n, k_scales, own_scales,
     indices, entries, first, last, warpgroup,
@@ -248,15 +262,9 @@ def low_phase(
         mbarrier.wait(barriers.index(slot), n // SLOTS & 1)
         if (entry >> (VISITORS + warpgroup)) & 1:
             tile = entry & ((1 << VISITORS) - 1)
-            own_factor = factor
-            if STORAGE == "tile":
-                own_factor *= gl.load(k_scales + (own_scales + tile))
-            k = low_keys.index(2 * slot).permute((1, 0))
-            s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            if STORAGE == "row":
-                columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, products))
-                s = s.to(gl.float32) * gl.load(k_scales + (own_scales + tile * TILE + columns))[None, :]
+            s, own_factor = low_products(
+                q, low_keys.index(2 * slot), nothing, factor, k_scales, own_scales, tile, STORAGE
+            )
             if MASKED or key_mask is not None:
                 s = _seen(
                     s.to(gl.float32), tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL

@@ -319,7 +319,7 @@ class Importance(Policy):
 
     @property
     def leaves_out(self) -> bool:
-        return self.beyond is Class.SKIP
+        return self.beyond is not None
 
     @property
     def router(self) -> "Importance | None":

@@ -108,6 +108,7 @@ def names(*numbers: int) -> set[str]:
     (NEAR, True), ("skip_softmax(threshold=0.01)", True),
     (f"{NEAR} | importance(budget=0.1)", True), ("importance(budget=0.1) | skip_softmax(threshold=0.01)", True),
     ("diagonal(near=grid) | skip_softmax(threshold=0.01)", True),
+    ("importance(budget=0.1, beyond=skip)", True), ("importance(budget=0.1, beyond=mean)", True),
     (f"{NEAR} | diagonal(near=grid)", False), ("neighborhood(high=9x8)", False),
     ("diagonal(window=384)", False), ("importance(budget=0.1)", False), ("dense(everywhere=low)", False),
 ])  # fmt: skip

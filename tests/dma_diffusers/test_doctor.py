@@ -84,7 +84,7 @@ def test_the_size_of_flux():
 
 
 def test_means_take_little():
-    """Of k and v together, a 16th as bf16 numbers; as float32 ones twice that, and their encoded numbers."""
+    """In bf16, means take a 16th of k and v; in float32 twice that, and room for their encoded numbers."""
     q, policy = 24 * 4608 * 128 / MIB, Dense(Class.MEAN)
     assert said(FLUX, "bf16", "int8", policy=policy) == pytest.approx(2 * 2 * q / 32, rel=0.01)
     low, means = (

@@ -340,7 +340,7 @@ def test_compiled_graphs_are_guarded_without_more_of_them(method, spoil):
 
 @pytest.mark.kernel
 def test_cuda_graphs_of_torch_compile_leave_guarded_calls_out(spoil):
-    """What `mode="reduce-overhead"` replays would neither be sampled nor turn."""
+    """A CUDA graph replays its launches without asking the guard, so a guarded call must stay out of it."""
     if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.compiler.reset()
