@@ -27,6 +27,8 @@ FILES = ("h200_quality.json", "h200_quality_of_policy.json")
 _CONFIGURATIONS = {
     "h200_where.json": RESULTS / "h200_where.yaml",
     "h200_video_where.json": RESULTS / "h200_video_where.yaml",
+    "h200_means.json": RESULTS / "h200_means.yaml",
+    "h200_video_means.json": RESULTS / "h200_video_means.yaml",
 }
 
 
@@ -98,10 +100,8 @@ def test_the_table_of_policies(evaluation):
         assert line.replace(" 0.", " .") in QUALITY
 
 
-@pytest.mark.parametrize("file", ["h200_where.json", "h200_video_where.json"])
+@pytest.mark.parametrize("file", _CONFIGURATIONS)
 def test_the_tables_of_where_attention_matters(file):
-    if not (RESULTS / file).is_file():
-        pytest.skip(f"{file} has not been measured")
     evaluation = read(RESULTS / file)
     assert table_by_cost(evaluation) in QUALITY
     assert list(evaluation["rows"])[2:] == list(configurations.read(_CONFIGURATIONS[file]))
