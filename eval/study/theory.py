@@ -55,8 +55,8 @@ def _of_float(element: FloatElement, reach: Tensor, largest_share: Tensor) -> Te
 def crossovers() -> dict[str, float]:
     """Return for each of `CROSSOVERS` the crest factor below which the integer errs less than the float.
 
-    They are published for integers that reach 2^(bits-1), not one less (at 4 bits 1.2 dB better than an integer is), and
-    so they are here.
+    They are published for integers that reach 2^(bits-1), not one less (at 4 bits 1.2 dB better than an integer is),
+    and so they are here.
     """
     return {name: _crossover(*map(get_format, pair)) for name, pair in CROSSOVERS.items()}
 
