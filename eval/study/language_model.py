@@ -51,7 +51,7 @@ def record(
 
     AttentionInterface.register(_NAME, attend)
     model.set_attn_implementation(_NAME)
-    for prompt, text in enumerate(texts):  # noqa: B007  `attend` reads it
+    for prompt, text in enumerate(texts):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
         if ids.shape[1] < tokens:
             raise ValueError(f"text {prompt} has {ids.shape[1]} tokens: {tokens} are asked for")

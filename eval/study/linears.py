@@ -21,7 +21,7 @@ _CREST_BLOCKS = (16, 32)
 
 
 class Sample(NamedTuple):
-    """Rows of the input of one layer at one step of a prompt, `[n, K]`, and the layer's weight, `[N, K]`."""
+    """Rows of the input of one layer at one step of a prompt, float32 `[n, K]`, and the layer's weight `[N, K]`."""
 
     prompt: int
     step: int
@@ -61,7 +61,7 @@ def samples(
     )
     draw_sampled(pipe, prompts, seeds, call, rows, on_step)
     weights = {
-        prefix + name: layer.weight.detach().float().cpu()
+        prefix + name: layer.weight.detach()
         for prefix, model in quantisable(pipe)
         for name, layer in choose(model).layers.items()
     }
@@ -83,7 +83,7 @@ def measure(
     for sample in taken:
         by_layer[sample.layer].append(sample)
     for done, of_layer in enumerate(by_layer.values(), 1):
-        weight = of_layer[0].weight
+        weight = of_layer[0].weight.float().cpu()
         exact = [sample.rows @ weight.mT for sample in of_layer]
         found: list[dict[Variant, Sums]] = [{} for _ in of_layer]
         crests: list[dict] = [{} for _ in of_layer]
