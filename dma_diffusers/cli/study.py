@@ -58,7 +58,8 @@ def study(
 
     if output is None:
         raise ValueError("give --output, a folder for what is found, or --synthetic for the theory alone")
-    check_writable(output)
+    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output / "study.json")
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts

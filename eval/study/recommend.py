@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import DiffusionPipeline
 
+from dma_diffusers.components import transformers_of
 from dma_diffusers.eval.cost import tile_clocks
 from dma_diffusers.eval.study.options import UNSIGNED
 from dma_diffusers.kernels.formats import FORMATS
@@ -78,6 +80,16 @@ def read(path: Path) -> dict[str, Any]:
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is not a file that `dma-diffusers study` wrote: give its study.json")
     return document
+
+
+def check_model(document: Mapping[str, Any], pipe: DiffusionPipeline) -> None:
+    """Raise ValueError, in one line, where a study is of another kind of transformer than the pipeline's."""
+    studied, kinds = (
+        document["settings"]["model"]["class"],
+        {type(m).__name__ for _, m in transformers_of(pipe)},
+    )
+    if studied not in kinds:
+        raise ValueError(f"the study is of a {studied}, the pipeline has a {', '.join(sorted(kinds))}")
 
 
 def pairs(document: Mapping[str, Any], target: str) -> list[tuple[str, str]]:
