@@ -314,7 +314,11 @@ class Interception:
     def _policy(self) -> str:
         if self.watch is not None and self.watch.level is Level.HIGH:
             return operator.DENSE
-        return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
+        config = self.own.config
+        rotation = "" if config.rotation == "none" else f" rotation={config.rotation}"
+        return (
+            "; ".join(self.own.words) + rotation + ("" if config.protect_text else " without protected text")
+        )
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():

@@ -164,7 +164,7 @@ def _arguments(
         return None
     arguments = of_module.arguments(recording.text, of_module.grid or recording.grid)
     if of_module.asked == Dense(Class.HIGH):
-        return {"high": arguments["high"], "lowering": arguments["lowering"], "policy": arguments["policy"]}
+        return {name: arguments[name] for name in ("high", "lowering", "rotation", "policy")}
     return arguments
 
 

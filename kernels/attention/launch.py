@@ -18,6 +18,7 @@ from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.device.recording import Recorder, Recording
+from dma_diffusers.kernels.formats import rotate_blocks
 from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, architecture, named
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
@@ -127,7 +128,7 @@ class Inputs:
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
-        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms)
+        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block)
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
@@ -299,13 +300,13 @@ def _launch(
     registers = None if dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
-        amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
+        amax=quantiser.encoded_amax(call) if variant.has_tensor_scale else (None, None),
         wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
         inexact_rows=outputs.inexact_rows, registers=registers, launcher=launcher,
     )  # fmt: skip
     encoded_means = None
     if variant.means is not None:
-        encoded_means = _encode_means(encoded, outputs, variant, registers, launcher)
+        encoded_means = _encode_means(encoded, source.rotated_block, outputs, variant, registers, launcher)
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, variant.in_gluon)
     else:
@@ -320,14 +321,21 @@ def _launch(
 
 
 def _encode_means(
-    encoded: Encoded, outputs: Outputs, variant: Variant, registers: int | None, launcher: Launcher
+    encoded: Encoded,
+    rotated_block: int,
+    outputs: Outputs,
+    variant: Variant,
+    registers: int | None,
+    launcher: Launcher,
 ) -> Encoded:
     """Encode the means of sub-tiles as MEAN multiplies them; those that are bf16 numbers already stay as they are."""
     k, v, _ = encoded.means
     takes_v = variant.means.values is Storage.CHANNEL
-    amax = quantiser.finite_amax(k, (-2, -1)) if variant.means.format.has_tensor_scale else None
+    amax = None
+    if variant.means.format.has_tensor_scale:
+        amax = quantiser.finite_amax(rotate_blocks(k, rotated_block), (-2, -1))
     return encode(
-        Source(k=k, v=v if takes_v else None), (variant.means, None),
+        Source(k=k, v=v if takes_v else None, rotated_block=rotated_block), (variant.means, None),
         Statistics(v_scale=encoded.v_scale if takes_v else None), amax=(None, amax),
         transposed_v=variant.tuned.transposed_v, inexact_rows=outputs.inexact_rows, registers=registers,
         launcher=launcher,
@@ -480,16 +488,6 @@ def _is_read_as_it_is(x: torch.Tensor) -> bool:
 def _row_major(x: torch.Tensor) -> torch.Tensor:
     """A copy with the strides of its shape; `contiguous` leaves dimensions of size 1 any stride."""
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _tensor_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    keys = quantiser.changed_k(call)
-    smoothed = keys - quantiser.key_mean(keys, key_mask=call.key_mask)
-    if call.key_mask is not None:
-        smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
-    folded = quantiser.changed_q(call) * call.softmax_scale_log2
-    return quantiser.finite_amax(folded, (-2, -1)), quantiser.finite_amax(smoothed, (-2, -1))
 
 
 def _whole_tiles(key_mask: torch.Tensor, token_order: torch.Tensor | None) -> torch.Tensor:

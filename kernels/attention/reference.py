@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.formats import rotate_blocks
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -35,9 +36,9 @@ def attention(
 
     Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no
     key gives zeros and −inf; finite numbers stay finite. A hidden key changes nothing, whatever k holds there, and
-    whatever
-    finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
-    what smoothing takes from those of the other class.
+    whatever finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose
+    afterwards what smoothing takes from those of the other class. Other formats store q and k with their channels
+    rotated, if the call asks for it.
     A MEAN tile adds its four sub-tiles: of n keys that are seen in one, with the mean k̄ and values with the mean v̄, it
     adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
     in any precision, if another is.
@@ -197,6 +198,7 @@ class _Slots:
     q, k: behind norm and RoPE, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is
     hidden.
     offset: `[B, H, slots]`, what smoothing takes from the scores. taken: bool `[slots]`, where a token stands.
+    rotated_block: of `scaled` and `smoothed`, so many channels are mixed before they are stored.
     """
 
     plan: Plan
@@ -212,6 +214,7 @@ class _Slots:
     offset: torch.Tensor
     key_mask: torch.Tensor | None
     taken: torch.Tensor
+    rotated_block: int
 
     @classmethod
     def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "_Slots":
@@ -248,7 +251,7 @@ class _Slots:
             precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
-            q, k, v, scaled, smoothed, v_scale, offset, key_mask, taken,
+            q, k, v, scaled, smoothed, v_scale, offset, key_mask, taken, call.rotated_block,
         )  # fmt: skip
 
     def operands(self, precision: Precision) -> _Operands:
@@ -271,6 +274,8 @@ class _Slots:
     ) -> _Operands:
         is_bf16 = precision.qk == "bf16"
         q, factor = (self.q, self.softmax_scale_log2) if is_bf16 else (self.scaled, 1.0)
+        if not is_bf16:
+            q, k = rotate_blocks(q, self.rotated_block), rotate_blocks(k, self.rotated_block)
         if precision.pv == "bf16":
             v, unit, p_dtype = quantiser.narrowed(v, torch.bfloat16), None, torch.bfloat16
         else:

@@ -41,7 +41,11 @@ def rotate(x: Tensor, rotation: str) -> Tensor:
 
     x: `[..., head_dim]`, any float dtype. Raises ValueError like `block_of`.
     """
-    block = block_of(rotation, x.shape[-1])
+    return rotate_blocks(x, block_of(rotation, x.shape[-1]))
+
+
+def rotate_blocks(x: Tensor, block: int) -> Tensor:
+    """`rotate`, by the number of channels in a block: a power of two that divides x's, 1 for no rotation."""
     x = x.to(torch.float32)
     return x if block == 1 else _hadamard(x * _signs(x), block)
 

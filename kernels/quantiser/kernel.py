@@ -27,6 +27,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     magnitude_bits,
     power_of_two,
     token_at,
+    with_rotated_channels,
 )
 from dma_diffusers.kernels.tiling import layout
 
@@ -232,9 +233,11 @@ def _encode_classes(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    IS_KEY: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats their values."""
+    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats rotated values."""
+    if ROTATED > 1:
+        even_value, odd_value = with_rotated_channels(even_value, odd_value, ROTATED, D)
     if high is not None:
         scale = None if high_tensor_scale is None else tl.load(high_tensor_scale + head)
         _encode(
@@ -350,7 +353,7 @@ def _encode_key(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of K, and the means of its sub-tiles, with the first head's counts."""
     rows = tl.arange(0, TILE)
@@ -376,7 +379,7 @@ def _encode_key(
         even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, True, D,
     )  # fmt: skip
     if k_means is not None:
         counts = _counts(inside)
@@ -397,7 +400,7 @@ def _encode_query(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of Q. group: how many heads of Q have one of K."""
     rows = tl.arange(0, TILE)
@@ -416,7 +419,7 @@ def _encode_query(
         even, odd, even * factor, odd * factor, place, head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, False, D,
     )  # fmt: skip
 
 
@@ -433,20 +436,21 @@ def encode(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROTATED: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
     q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
-    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean` (as
-    statistics.py gives it, and `v_scale`). Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides
-    from formats other than bf16, and columns past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q
-    rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with
-    tokens as `_stored_at` says if TRANSPOSED. k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of
-    each sub-tile that are seen, less `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2
-    of how many these are. `inexact_rows` counts rows that one power of two could not bring into
-    e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
+    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
+    (as statistics.py gives it, and `v_scale`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
+    length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
+    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
+    tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
+    k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of each sub-tile that are seen, less
+    `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2 of how many these are.
+    `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
+    wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
     that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
@@ -474,7 +478,7 @@ def encode(
                 k_means, log_counts, kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
                 k_stride_b, k_stride_h, k_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, PAIRED, HEAD_DIM, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
@@ -487,5 +491,6 @@ def encode(
                 heads, heads // kv_heads, program // q_tiles, program % q_tiles, q_tiles, q_length, token_count,
                 q_stride_b, q_stride_h, q_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, PAIRED, HEAD_DIM, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, ROUND, PAIRED, HEAD_DIM,
+                D,
             )  # fmt: skip

@@ -25,6 +25,7 @@ class Source:
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
         in that order.
+    rotated_block: so many channels of q and of k are mixed in formats other than bf16, 1 for none.
     """
 
     q: torch.Tensor | None = None
@@ -36,6 +37,7 @@ class Source:
     key_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
     norms: Norms | None = None
+    rotated_block: int = 1
 
     @property
     def lengths(self) -> tuple[int, int, int | None]:
@@ -254,7 +256,8 @@ def encode(
         *(means or [None] * 3), source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
-        ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
+        ROTATED=source.rotated_block, ROUND=any(c is not None and c.format.name == "bf16" for c in classes),
+        TRANSPOSED=transposed_v,
         PAIRED=are_paired(read.q, read.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call, Norms, Rope
-from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
+from dma_diffusers.kernels.formats import Format, fake_quantize, get_format, rotate_blocks
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
@@ -92,6 +92,18 @@ def value_scale(v: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     """The largest magnitude among the finite elements, float32, dimensions kept."""
     return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim, keepdim=True)
+
+
+def encoded_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The finite amax of what is encoded of q and of k in formats other than bf16, `[B, H or Hkv, 1, 1]`."""
+    keys = changed_k(call)
+    smoothed = keys - key_mean(keys, key_mask=call.key_mask)
+    if call.key_mask is not None:
+        smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
+    q, k = (
+        rotate_blocks(x, call.rotated_block) for x in (changed_q(call) * call.softmax_scale_log2, smoothed)
+    )
+    return finite_amax(q, (-2, -1)), finite_amax(k, (-2, -1))
 
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

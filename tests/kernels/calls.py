@@ -50,6 +50,7 @@ class Call:
     has_rope: bool = False
     has_norms: bool = False
     rounds_twice: bool = False
+    rotation: str = "none"
     has_token_order: bool = False
     empty_slots: int = 0
     policy: str = ""
@@ -179,7 +180,7 @@ class Call:
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
             f"{'-ordered' * self.has_token_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
-            f"{f'-means{self.means}' * (self.means > 0)}"
+            f"{f'-means{self.means}' * (self.means > 0)}{f'-{self.rotation}' * (self.rotation != 'none')}"
         )
 
 
@@ -196,7 +197,7 @@ def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan,
     """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
     of_call = {
         name: given.pop(name)
-        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope", "norms")
+        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope", "norms", "rotation")
         if name in given
     }
     of_plan = {
@@ -285,6 +286,12 @@ NAMED_CALLS = [
     Call(300, 300, 128, high="bf16", low="mxfp4", dtype=torch.bfloat16, tokens_first=True, name="bf16-mxfp4"),
     Call(300, 300, 64, high="int8", low="fp8", batch=2, masks_keys=True, name="int8-fp8-key-mask"),
     Call(384, 384, 64, low="mxfp6_e2m3", name="mxfp6-e2m3"),
+    Call(384, 384, 64, rotation="hadamard32", has_norms=True, name="rotated-32"),
+    Call(300, 300, 80, rotation="hadamard16", high="int8", low="fp8", masks_keys=True, name="rotated-16-key-mask"),
+    Call(300, 300, 128, rotation="head_dim", high="bf16", low="int8", has_rope=True, heads=4, name="rotated-heads"),
+    Call(257, 257, 256, rotation="head_dim", low="mxfp6_e3m2", is_causal=True, name="rotated-head-dim-256"),
+    Call(640, 640, 64, rotation="head_dim", high="bf16", low="int8", means=3, name="rotated-means-int8"),
+    Call(500, 500, 32, rotation="head_dim", low="mxfp4", means=2, has_token_order=True, name="rotated-means-order"),
     Call(300, 300, 72, low="mxfp6_e3m2", window=0, sink=0, name="mxfp6-e3m2"),
     Call(384, 384, 64, has_rope=True, name="rope"),
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),

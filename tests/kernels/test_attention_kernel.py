@@ -36,7 +36,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
         q, k, v, call.map(), call.high, call.low, lowering=lowering,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device),
+        masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device), rotation=call.rotation,
         skip_below=call.skip_below, skipped=skipped,
     )[:2]  # fmt: skip
 
@@ -47,7 +47,7 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None):
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        **call.ropes(device), norms=call.norms(device),
+        **call.ropes(device), norms=call.norms(device), rotation=call.rotation,
         **as_the_kernel(call, lowering, device),
         skip_below=call.skip_below, skipped=skipped,
     )  # fmt: skip

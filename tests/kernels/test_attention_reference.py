@@ -29,7 +29,7 @@ def run(call: Call, tensors=None):
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask,
-        **call.ropes(), norms=call.norms(),
+        **call.ropes(), norms=call.norms(), rotation=call.rotation,
         skip_below=call.skip_below,
     )  # fmt: skip
 

@@ -7,25 +7,14 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.formats import ROTATIONS, block_of, rotate, rotate_back, sign_is_changed
-
-
-def matrix(rotation: str, head_dim: int) -> torch.Tensor:
-    """The rotation in float64: an element of Sylvester's matrix is −1 where row & column has an odd number of bits."""
-    block = {"none": 1, "hadamard16": 16, "hadamard32": 32, "head_dim": head_dim}[rotation]
-    result = torch.zeros(head_dim, head_dim, dtype=torch.float64)
-    for row in range(head_dim):
-        for column in range(row // block * block, (row // block + 1) * block):
-            is_odd = (row & column & (block - 1)).bit_count() % 2 == 1
-            result[row, column] = (-1.0 if is_odd else 1.0) * block**-0.5
-    signs = [-1.0 if sign_is_changed(channel) and block > 1 else 1.0 for channel in range(head_dim)]
-    return torch.tensor(signs, dtype=torch.float64)[:, None] * result
+from tests.kernels.oracle import hadamard_matrix
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_rotations_are_hadamard_matrices_with_signs(rotation, head_dim):
     x = torch.randn(3, 5, head_dim, generator=torch.Generator().manual_seed(0))
-    expected = x.double() @ matrix(rotation, head_dim)
+    expected = x.double() @ hadamard_matrix(rotation, head_dim)
     torch.testing.assert_close(rotate(x, rotation).double(), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(rotate_back(rotate(x, rotation), rotation), x, rtol=0, atol=2e-6)
 

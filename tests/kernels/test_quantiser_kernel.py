@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.call import Call as AttentionCall
-from dma_diffusers.kernels.formats import fake_quantize, get_format, pack
+from dma_diffusers.kernels.formats import block_of, fake_quantize, get_format, pack, rotate
 from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
 from dma_diffusers.kernels.quantiser import reference
 from tests.kernels.calls import Call, relative_l2
@@ -39,7 +39,9 @@ def encode(q, k, v, classes, factor=1.0, statistics=None, **options):
     from dma_diffusers.kernels.quantiser import launch
 
     named = {
-        name: options.pop(name) for name in ("q_rope", "k_rope", "key_mask", "token_order") if name in options
+        name: options.pop(name)
+        for name in ("q_rope", "k_rope", "key_mask", "token_order", "rotated_block")
+        if name in options
     }
     return launch.encode(launch.Source(q, k, v, factor, **named), classes, statistics or known(), **options)
 
@@ -113,6 +115,41 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
     assert torch.equal(
         decoded(operand.elements.flatten(0, 2), fmt), decoded(expected.data, fmt)
     )  # zeros may differ in sign
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("rotation", "head_dim"),
+    [("hadamard16", 64), ("hadamard16", 80), ("hadamard32", 96), ("hadamard32", 128), ("head_dim", 8),
+     ("head_dim", 64), ("head_dim", 128), ("head_dim", 256)],
+)  # fmt: skip
+@pytest.mark.parametrize("is_key", [False, True])
+def test_rotated_channels_have_the_bits_of_the_definition(fmt, rotation, head_dim, is_key, kernel_device):
+    """What the kernel stores of a tensor is what it stores of the one that torch has rotated."""
+    x = torch.randn(1, 2, 200, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    x[..., 5] *= 100
+    x = x.to(kernel_device)
+    mean = x.mean(-2, keepdim=True) if is_key else None
+    expected = rotate(x - mean if is_key else x * 0.3, rotation)
+    amax = expected.abs().amax((-2, -1), keepdim=True)
+    block = block_of(rotation, head_dim)
+    if is_key:
+        found, plain = encoded_k(x, fmt, amax, mean, rotated_block=block), encoded_k(expected, fmt, amax)
+    else:
+        found, plain = encoded_q(x, fmt, amax, 0.3, rotated_block=block), encoded_q(expected, fmt, amax)
+    assert torch.equal(found.elements.view(torch.uint8), plain.elements.view(torch.uint8))
+    assert torch.equal(found.scales.view(torch.uint8), plain.scales.view(torch.uint8))
+    unrotated = encoded_k(x, fmt, amax, mean) if is_key else encoded_q(x, fmt, amax, 0.3)
+    assert not torch.equal(found.elements.view(torch.uint8), unrotated.elements.view(torch.uint8))
+
+
+def test_bf16_is_not_rotated(kernel_device):
+    x = torch.randn(1, 1, 130, 64, device=kernel_device)
+    order = torch.arange(130, dtype=torch.int32, device=kernel_device)
+    found, expected = (
+        encoded_q(x, "bf16", token_order=order, rotated_block=block).elements for block in (32, 1)
+    )
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("values", [Storage.PLAIN, Storage.CHANNEL])
