@@ -56,7 +56,7 @@ def calibrate(
     study: Annotated[
         Path | None,
         typer.Option(
-            help="study.json of `dma-diffusers study`, which says the formats to choose from instead."
+            help="study.json of `dma-diffusers study`, which says the formats to choose from, and the rotation."
         ),
     ] = None,
     linears: Annotated[
@@ -90,7 +90,7 @@ def calibrate(
         check_writable(bits_plot)
     if formats and study:
         raise ValueError("--study says the formats to choose from: leave --formats out")
-    pairs = [_pair(text) for text in formats or ()]
+    pairs, rotation = [_pair(text) for text in formats or ()], "none"
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost
@@ -107,6 +107,7 @@ def calibrate(
         if study:
             studied = recommend.read(study)
             pairs = recommend.pairs(studied, target or cost.current_target())
+            rotation = recommend.rotation(studied, pairs)
         path = named_model(model)
         chosen_prompts, repeated = read_prompts(prompts, recording.count)
         texts = [prompt.text for prompt in chosen_prompts]
@@ -127,8 +128,9 @@ def calibrate(
             if linears:
                 seen, items = observe(pipe, recorded_calls, call, target or cost.current_target(), on_step)
             policy = chosen(
-                recorded_calls, quality, target=target, formats=pairs or None, linears=items, on_step=on_step
-            )
+                recorded_calls, quality, target=target, formats=pairs or None, rotation=rotation, linears=items,
+                on_step=on_step,
+            )  # fmt: skip
         for choice in policy.choices:
             if file := choice.file_of_linears(output.name):
                 save_choice(pipe, choice.linears, output.with_name(file))

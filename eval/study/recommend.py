@@ -116,6 +116,21 @@ def pairs(document: Mapping[str, Any], target: str) -> list[tuple[str, str]]:
     return list(chosen)
 
 
+def rotation(document: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> str:
+    """Return the rotation with which these precisions' formats of Q·K err least, K smoothed: by the mean logarithm.
+
+    A rotation that not all heads of the model can have, or that was not studied, is none of those.
+    """
+    formats = {words.split("/")[0] for pair in pairs for words in pair}
+    found: dict[str, list[float]] = {}
+    for (_, part, format, rotation, smooth), error in _errors(document["rows"]).items():
+        if part == "qk" and smooth and format in formats:
+            found.setdefault(rotation, []).append(math.log(max(error, 1e-12)))
+    most = max(map(len, found.values()), default=0)
+    whole = {rotation: np.mean(errors) for rotation, errors in found.items() if len(errors) == most}
+    return min(whole, key=whole.__getitem__, default="none")
+
+
 def _errors(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str, str, bool], float]:
     """The mean error over steps by layer, part, format, rotation and smoothing."""
     found: dict[tuple[str, str, str, str, bool], list[float]] = {}

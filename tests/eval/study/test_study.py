@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dma_diffusers import DMAConfig
 from dma_diffusers.eval.recordings.record import record
 from dma_diffusers.eval.recordings.store import Recordings
 from dma_diffusers.eval.study import recommend, write
@@ -128,6 +129,8 @@ def test_calibration_chooses_from_what_no_other_precision_beats(document):
     assert on_hopper == [("bf16/bf16", "int8/bf16"), ("bf16/bf16", "int8/fp8"), ("int8/bf16", "int8/fp8")]
     on_blackwell = recommend.pairs(document, "sm_100")
     assert ("bf16/bf16", "mxfp4/fp8") in on_blackwell
+    assert recommend.rotation(document, on_blackwell) == "hadamard32"
+    assert recommend.rotation(document, [("bf16/bf16", "nothing/fp8")]) == "none"
     assert all("nvint4" not in words for pair in on_blackwell for words in pair)  # no kernel multiplies it
 
 
@@ -153,7 +156,7 @@ def test_the_commands(monkeypatch, capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     drawn = ["--prompts", str(prompts), "--count", "1", "--recorded", "1", "--steps", "1", "--size", "64"]
-    formats = ["--format", "mxfp8", "--format", "mxfp4", "--rotation", "none"]
+    formats = ["--format", "mxfp8", "--format", "mxfp4", "--rotation", "hadamard32", "--rotation", "none"]
     status, output, error = run(
         monkeypatch, capsys, "study", "demo", "-o", str(tmp_path / "out"), *drawn, *formats, "--no-linears"
     )
@@ -164,8 +167,10 @@ def test_the_commands(monkeypatch, capsys, tmp_path):
         "--study", str(tmp_path / "out" / "study.json"), "--target", "sm_100", "--json",
     )  # fmt: skip
     assert (status, error) == (0, "")
-    chosen_from = {tuple(pair) for pair in json.loads(output)["evidence"]["formats"]}
-    assert chosen_from == set(recommend.pairs(recommend.read(tmp_path / "out" / "study.json"), "sm_100"))
+    policy, studied = json.loads(output), recommend.read(tmp_path / "out" / "study.json")
+    assert policy["evidence"]["formats"] == [list(pair) for pair in recommend.pairs(studied, "sm_100")]
+    assert policy["evidence"]["rotation"] == "hadamard32"
+    assert DMAConfig.from_file(tmp_path / "policy.json").rotation == "hadamard32"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
