@@ -64,7 +64,8 @@ def calibrate(
     about = ("pipeline", "prompts", "seeds", "call", "steps", "versions", "hardware")
     evidence = {
         "target": target, "formats": pairs, "rotation": rotation,
-        "policies": [str(policy) for policy in calibration.options], "prompts_recorded": len(recordings.prompts), "prompts_held_out": calibration.held_out,
+        "policies": [str(policy) for policy in calibration.options],
+        "prompts_recorded": len(recordings.prompts), "prompts_held_out": calibration.held_out,
         **{name: recordings.settings[name] for name in about},
     }  # fmt: skip
     return Policy(float(quality), recordings.settings["model"], choices, evidence)
