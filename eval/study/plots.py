@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Paul Tol chose these so that colour-blind readers too can tell them apart.
 _PARTS = {"q": "#4477aa", "k": "#ee6677", "v": "#228833", "p": "#ccbb44", "linear": "#aa3377"}
 _ROTATIONS = {"none": "#4477aa", "hadamard16": "#ccbb44", "hadamard32": "#ee6677", "head_dim": "#aa3377"}
+_ON_MAP = "#1d1d1b"
 _INTEGER, _FLOAT = "#ee6677", "#4477aa"
 _NAMES = {
     "mx8": "MXINT8 / MXFP8",
@@ -43,7 +44,7 @@ def crossover_map(document: Mapping[str, Any]) -> str | None:
                 rows = [r for r in document["rows"] if r["format"] == format and r["qsnr"] is not None]
                 points = [(crests[_tensor(r, block)], r["qsnr"]) for r in rows if _tensor(r, block) in crests]
                 if points:
-                    axes.plot(*zip(*points, strict=True), ".", color=colour, ms=3, alpha=0.35, mew=0)
+                    axes.plot(*zip(*points, strict=True), ".", color=colour, ms=5, alpha=0.5, mew=0)
                 crest = torch.linspace(1.2, min(block**0.5, 5.6), 60, dtype=torch.float64)
                 qsnr = -10 * torch.log10(noise(get_format(format), crest, block))
                 axes.plot(crest, qsnr, color=colour, lw=1.5, label=format)
@@ -64,10 +65,7 @@ def prediction(document: Mapping[str, Any]) -> str:
         for part, colour in _PARTS.items():
             points = [(r["predicted_qsnr"], r["qsnr"]) for r in document["rows"] if _is_measured(r, part)]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), ".", color=colour, ms=3, alpha=0.5, mew=0, label=part,
-                    rasterized=False,
-                )  # fmt: skip
+                axes.plot(*zip(*points, strict=True), ".", color=colour, ms=3, alpha=0.5, mew=0, label=part)
         low, high = axes.get_xlim()
         axes.plot((low, high), (low, high), color=FAINT, lw=0.8, ls="--")
         axes.set(xlabel="predicted QSNR (dB)", ylabel="measured QSNR (dB)")
@@ -197,10 +195,10 @@ def _map(
 
         axes = figure.subplots()
         least, most = np.nanmin(values[values > 0]), np.nanmax(values)
-        axes.imshow(values, cmap="YlOrRd", norm=LogNorm(least, most * 2), aspect="auto", alpha=0.75)
+        axes.imshow(values, cmap="YlOrRd", norm=LogNorm(least, most * 4), aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axes.text(x, y, f"{value:.3f}".lstrip("0"), ha="center", va="center", size=8)
+                axes.text(x, y, f"{value:.3f}".lstrip("0"), ha="center", va="center", size=8, color=_ON_MAP)
         axes.grid(False)
         axes.set_yticks(range(len(lines)), lines)
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
