@@ -14,10 +14,10 @@ from dma_diffusers.eval.study.blocks import Sums, crest_quantiles, sums
 from dma_diffusers.eval.study.options import Options, Variant
 from dma_diffusers.kernels.formats import fake_quantize, get_format, rotate, rotate_back
 
-QUERIES = 256
-"""So many queries of a call, drawn at random, have their probabilities and outputs measured."""
+QUERIES = range(32, 257)
+"""So many queries of a call, drawn at random, have their probabilities and outputs measured: fewer the longer it is."""
 CREST_BLOCKS = (16, 32)
-_PROBABILITIES = 2**24  # so many are in memory at once
+_PROBABILITIES = 2**21  # about so many are rounded at a time
 _SCALED_ROWS = "int8_tile"  # queries that share a scale are no longer together once some of them are drawn
 
 
@@ -44,7 +44,7 @@ def calls(recording: Recording, tensors: Tensors, seed: int) -> Iterator[Call]:
         if tensors.key_mask is not None:
             places = places[tensors.key_mask[entry]]
         if len(places):
-            count = max(min(QUERIES, _PROBABILITIES // (len(q) * len(places))), 1)
+            count = min(max(_PROBABILITIES // (len(q) * len(places)), QUERIES[0]), QUERIES[-1])
             rows = torch.randperm(q.shape[1], generator=generator)[:count].sort().values.to(q.device)
             rows = rows[rows >= places[0]] if recording.is_causal else rows
             hidden = places > rows[:, None] if recording.is_causal else None
