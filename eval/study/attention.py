@@ -18,7 +18,6 @@ QUERIES = range(32, 257)
 """So many queries of a call, drawn at random, have their probabilities and outputs measured: fewer the longer it is."""
 CREST_BLOCKS = (16, 32)
 _PROBABILITIES = 2**21  # about so many are rounded at a time
-_SCALED_ROWS = "int8_tile"  # queries that share a scale are no longer together once some of them are drawn
 
 
 class Call(NamedTuple):
@@ -94,7 +93,8 @@ def measure(call: Call, options: Options) -> dict[Variant, Sums]:
     """
     products, found = _Products(call), {}
     named = [get_format(name) for name in options.formats]
-    of_pv = [format for format in named if format.name != _SCALED_ROWS]
+    # Queries that share a scale are no longer together once some of them are drawn.
+    of_pv = [format for format in named if format.block_rows == 1]
     for format in [*of_pv, *options.unsigned]:
         rounded = fake_quantize(products.p, format)
         lost = products.errors(products.output(rounded, call.v))

@@ -56,8 +56,9 @@ def sums(x: Tensor, format: Format, rounded: Tensor | None = None) -> Sums:
     far its scale reaches beyond its largest magnitude.
     """
     rounded = fake_quantize(x, format) if rounded is None else rounded
-    size = (format.block or x.shape[-1]) * format.block_rows
-    square, amax = _square_and_amax(x, format.block or x.shape[-1], format.block_rows)
+    block = format.block or x.shape[-1]
+    square, amax = _square_and_amax(x, block, format.block_rows)
+    size, _ = _square_and_amax(x.new_ones(()).expand(x.shape[-2:]), block, format.block_rows)
     predicted = noise(format, _crest(square, amax, size), size, _overhead(format, amax)) * square
     error = (rounded - x).double().square().sum()
     return Sums(*torch.stack((error, predicted.sum(), square.sum())).tolist())
@@ -83,7 +84,7 @@ def _square_and_amax(x: Tensor, block: int, block_rows: int = 1) -> tuple[Tensor
     return square.sum(-2), amax.amax(-2)
 
 
-def _crest(square: Tensor, amax: Tensor, size: int) -> Tensor:
+def _crest(square: Tensor, amax: Tensor, size: Tensor | int) -> Tensor:
     """κ of blocks of `size` numbers, 1 where all are zero."""
     return torch.where(square > 0, amax.double() / (square / size).sqrt(), 1.0)
 

@@ -79,6 +79,9 @@ def measure(
     taken: Sequence[Sample], options: Options, on_step: Callable[[str, int, int], None]
 ) -> Iterator[tuple[Sample, dict[Variant, Sums], dict[tuple[str, int, str, bool], list[float]]]]:
     """Yield each sample with the sums of its variants and the quantiles of κ, layer by layer."""
+    named = [
+        format for format in map(get_format, options.formats) if format.block_rows == 1
+    ]  # rows are sampled
     by_layer: dict[str, list[Sample]] = defaultdict(list)
     for sample in taken:
         by_layer[sample.layer].append(sample)
@@ -92,7 +95,7 @@ def measure(
             for number, x in enumerate(inputs):
                 for block in _CREST_BLOCKS:
                     crests[number]["linear", block, rotation, False] = crest_quantiles(x, block)
-            for format in map(get_format, options.formats):
+            for format in named:
                 rounded_weight = fake_quantize(rotated, format).mT
                 for number, x in enumerate(inputs):
                     rounded = fake_quantize(x, format)

@@ -43,8 +43,8 @@ def _figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         (
             "Measured and predicted", plots.prediction(document),
-            "A point for each layer, step, format and rotation. The prediction knows each block's crest factor and "
-            "scale.",
+            "Points are of a layer, a step, a format and a rotation. The prediction knows each block's crest factor "
+            "and scale.",
         ),
         (
             "Q and K", plots.errors(document, "qk"),

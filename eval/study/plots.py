@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Paul Tol chose these so that colour-blind readers too can tell them apart.
 _PARTS = {"q": "#4477aa", "k": "#ee6677", "v": "#228833", "p": "#ccbb44", "linear": "#aa3377"}
 _ROTATIONS = {"none": "#4477aa", "hadamard16": "#ccbb44", "hadamard32": "#ee6677", "head_dim": "#aa3377"}
+_POINTS = 500  # of each part at most
 _ON_MAP = "#1d1d1b"
 _INTEGER, _FLOAT = "#ee6677", "#4477aa"
 _NAMES = {
@@ -45,10 +46,10 @@ def crossover_map(document: Mapping[str, Any]) -> str | None:
                 points = [(crests[_tensor(r, block)], r["qsnr"]) for r in rows if _tensor(r, block) in crests]
                 if points:
                     axes.plot(*zip(*points, strict=True), ".", color=colour, ms=5, alpha=0.5, mew=0)
-                crest = torch.linspace(1.2, min(block**0.5, 5.6), 60, dtype=torch.float64)
+                crest = torch.linspace(1.2, 0.95 * block**0.5, 60, dtype=torch.float64)
                 qsnr = -10 * torch.log10(noise(get_format(format), crest, block))
                 axes.plot(crest, qsnr, color=colour, lw=1.5, label=format)
-            if document["crossovers"][name] < 5.6:
+            if document["crossovers"][name] < block**0.5:
                 axes.axvline(document["crossovers"][name], color=FAINT, lw=0.8, ls=":")
             axes.set(xlabel="crest factor κ", title=_NAMES[name])
             axes.legend(frameon=False, fontsize=8)
@@ -58,12 +59,13 @@ def crossover_map(document: Mapping[str, Any]) -> str | None:
 
 
 def prediction(document: Mapping[str, Any]) -> str:
-    """Draw measured over predicted QSNR, a point for each layer, step and variant."""
+    """Draw measured over predicted QSNR, a point for each layer, step and variant, or for some of them."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for part, colour in _PARTS.items():
             points = [(r["predicted_qsnr"], r["qsnr"]) for r in document["rows"] if _is_measured(r, part)]
+            points = points[:: -(-len(points) // _POINTS) or 1]
             if points:
                 axes.plot(*zip(*points, strict=True), ".", color=colour, ms=3, alpha=0.5, mew=0, label=part)
         low, high = axes.get_xlim()

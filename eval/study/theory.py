@@ -24,7 +24,7 @@ CROSSOVERS = {
 """The integer and the float that share bits and scales."""
 
 
-def noise(format: Format, crest: Tensor, block: int, overhead: Tensor | float = OVERHEAD) -> Tensor:
+def noise(format: Format, crest: Tensor, block: Tensor | int, overhead: Tensor | float = OVERHEAD) -> Tensor:
     """Predict the squared error of blocks over their squared norm, in the shape of `crest` (float64).
 
     crest: κ of each block. block: the elements of a block, which matter where the scale makes the largest one exact.

@@ -100,3 +100,11 @@ def test_the_command(monkeypatch, capsys):
     assert status == 0 and "mx8 7.54, mx6 1.96, mx4 2.04, nv4 2.46" in output
     share = math.floor(1000 * found["int8_bias"]["asymmetric"] + 0.5) / 10
     assert f"stores -128 in {share}%; clipped to ±127, in 0.0%; our formats, in 0.0%" in output
+
+
+def test_blocks_that_are_not_whole_count_what_is_there():
+    """20 rows of a tile of 128, and 40 columns in blocks of 32: nothing is padded with zeros that count."""
+    x = torch.randn(20, 40, generator=torch.Generator().manual_seed(3))
+    for name in ("int8_tile", "mxint8"):
+        found = sums(x, FORMATS[name])
+        assert found.predicted_qsnr == pytest.approx(found.qsnr, abs=0.3)
