@@ -49,7 +49,7 @@ def verdicts(found: Study) -> dict[str, Any]:
     integers over floats of their size, by part and rotation, and of unsigned over signed integers: the ratio of errors,
     and the share of layers and steps in which the first errs less. smoothed, rotated: errors with the mean subtracted
     over those without, and with a rotation over those without. from_theory: the median distance of QSNR in dB. qsnr: of
-    q, k and linear inputs, in dB. crests: quantiles of κ in blocks of 32.
+    q, k, p and linear inputs, in dB. crests: quantiles of κ in blocks of 32.
     """
     named = [*FORMATS, *(name for pair in UNSIGNED for name in pair)]
     every = dict.fromkeys(variant for place in found.sums.values() for variant in place)
@@ -62,7 +62,7 @@ def verdicts(found: Study) -> dict[str, Any]:
             errors.setdefault(variant.part, {})[_name(variant)] = _rounded(
                 bootstrap([values], resamples=2000)
             )
-        if variant.part in ("q", "k", "linear") and variant.rotation in ("none", "hadamard32"):
+        if variant.part in ("q", "k", "p", "linear") and variant.rotation in ("none", "hadamard32"):
             name = _name(variant) + " less its mean" * variant.smooth
             qsnr.setdefault(variant.part, {})[name] = round(np.mean(found.of_prompts(variant, "qsnr")), 2)
     of_errors = [v for v in as_run if v.part in errors and v.part != "pair"]
@@ -150,7 +150,8 @@ def main() -> None:
                 recordings = record(
                     pipe, prompts, folder, call, steps=RECORDED, limit=4_000_000_000, on_step=on_step
                 )
-                taken = linears.samples(pipe, recordings, call, on_step)
+                if name == "demo":  # linear layers are those of pictures alone
+                    taken = linears.samples(pipe, recordings, call, on_step)
             else:
                 topics = pydoc_data.topics.topics
                 texts = sorted(topics.values(), key=len, reverse=True)[:TEXTS]
