@@ -306,11 +306,11 @@ def _store_log_counts(log_counts, counts, tile, tiles):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
+    v, v_units, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
     token_count, stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in bf16, and in e4m3 under a power of two for each channel; the means of its sub-tiles."""
+    """One tile of V in bf16, and in e4m3 in the units of each channel; the means of its sub-tiles."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
     tokens = token_at(token_order, slots, length, token_count)[:, None]
@@ -330,9 +330,10 @@ def _encode_value(
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
+        units = v_units + head.to(tl.int64) * (2 * D) + columns
         # The inverse of a normal power of two is a power of two.
-        inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
-        value *= inverse.to(tl.float32, bitcast=True)[None, :]
+        inverse = ((254 << 23) - tl.load(units).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        value = tl.where(inside, value - tl.load(units + D)[None, :], 0.0) * inverse[None, :]
         if INTERPRETED:  # the hardware's conversion saturates
             value = _saturated(value, 448.0)
         encoded = to_e4m3(value)
@@ -425,7 +426,7 @@ def _encode_query(
 
 @triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
-    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+    q, k, v, mean, v_units, factor, q_cos, q_sin, k_cos, k_sin,
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
@@ -443,7 +444,7 @@ def encode(
 
     q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
     of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
-    (as statistics.py gives it, and `v_scale`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
+    (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
     length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
     HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
     tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
@@ -463,7 +464,7 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_plain, v_channel, v_means, key_mask, token_order,
+                v, v_units, v_plain, v_channel, v_means, key_mask, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
                 v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip

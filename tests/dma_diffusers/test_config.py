@@ -39,6 +39,8 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
         ({"guard": "0.2"}, ["guard must be a relative error more than 0, such as 0.2", "'0.2'"]),
         ({"lowering": "magic"}, ["magic", "auto", "reference"]),
         ({"text": "middle"}, ["middle", "first", "last", "none"]),
+        ({"smooth_k": "no"}, ["smooth_k must be true or false", "'no'"]),
+        ({"smooth_v": 1}, ["smooth_v must be true or false", "got 1"]),
         ({"rotation": "hadamard"}, ["'hadamard'", "none, hadamard16, hadamard32, head_dim"]),
         ({"modules": {"attn": {"rotation": 32}}}, ["modules: attn: ", "32", "hadamard32"]),
     ],

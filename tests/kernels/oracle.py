@@ -143,7 +143,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     is_fine = low in ("bf16", "fp8", "int8", "mxfp8", "mxfp8_e5m2")
     of_means = low if is_fine and call.map().has_low else high
     used = {*call.map().used(high, low), of_means if call.means else None}
-    if used <= {"bf16", None}:  # nothing is smoothed
+    if used <= {"bf16", None} or not call.smooth_k:  # nothing is smoothed
         mean = torch.zeros_like(mean)
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)

@@ -21,6 +21,7 @@ from tests.kernels.calls import (
     seen,
     with_hidden,
 )
+from tests.kernels.format_calls import FORMAT_CALLS
 from tests.kernels.oracle import oracle
 
 
@@ -29,12 +30,12 @@ def run(call: Call, tensors=None):
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask,
-        **call.ropes(), norms=call.norms(), rotation=call.rotation,
+        **call.ropes(), norms=call.norms(), **call.prepared,
         skip_below=call.skip_below,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_scores_equal_the_oracle(call):
     """The log-sum-exp sees every score of every tile, and no rounding of probabilities."""
     out, lse = run(call)
@@ -45,7 +46,7 @@ def test_scores_equal_the_oracle(call):
     torch.testing.assert_close(lse[finite].double(), expected[finite], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_output_is_the_oracles_but_for_p_and_v(call):
     """Left over: P and V in e4m3 (3 mantissa bits each) in LOW tiles, in bf16 in HIGH ones."""
     out, _ = run(call)
