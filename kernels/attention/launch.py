@@ -69,7 +69,7 @@ class Variant:
         high, low, means = (
             precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
-        tuned = tuning(target, dim, tuple(c and c.storage for c in _encoded(high, low, means)))
+        tuned = tuning(target, dim, tuple(c and c.scales for c in _encoded(high, low, means)))
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
     @property

@@ -44,7 +44,7 @@ def attention(
     adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
     in any precision, if another is.
     sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before; those of means
-        are rounded by `e4m3_power`.
+        are rounded by `e4m3_power`. INT8 ones, which are unsigned, always are.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     skipped: int32 `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
@@ -98,7 +98,7 @@ def attention(
                 s = torch.where(slots.seen(row_batch[active], q_tokens, tokens, phase), s, -math.inf)
             state = (m, l, accumulator)
             old = [x[:count] for x in state]
-            new = _added(*old, s, operands.v[kv_tile], operands.p_dtype, sums_rounded)
+            new = _added(*old, s, operands.v[kv_tile], operands.pv, sums_rounded)
             if plan.skip_below is not None:
                 highest = s.amax(-1, keepdim=True) - P_SHIFT
                 is_below = (highest < m[:count] + math.log2(plan.skip_below)) | ~slots.is_query[
@@ -134,9 +134,7 @@ def attention(
             is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             v = operands.v[tile]
-            m, l, accumulator = _added(
-                m, l, accumulator, s, v, operands.p_dtype, sums_rounded, are_means=True
-            )
+            m, l, accumulator = _added(m, l, accumulator, s, v, operands.pv, sums_rounded, are_means=True)
         if units is not None:
             accumulator = accumulator * units.scale + l * units.mean
 
@@ -163,7 +161,7 @@ def _added(
     accumulator: torch.Tensor,
     s: torch.Tensor,
     v: torch.Tensor,
-    p_dtype: torch.dtype,
+    pv: str,
     sums_rounded: bool,
     are_means: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,8 +169,11 @@ def _added(
     m_new = torch.maximum(m, s.amax(-1, keepdim=True) - P_SHIFT)
     p = torch.exp2(s - m_new)
     rescale = torch.exp2(m - m_new)
-    sums_rounded = sums_rounded and p_dtype is torch.float8_e4m3fn
-    rounded = (e4m3_power(s - m_new) if sums_rounded and are_means else p.to(p_dtype)).float()
+    sums_rounded = pv == "int8" or (sums_rounded and pv == "fp8")
+    if sums_rounded and are_means and pv == "fp8":
+        rounded = e4m3_power(s - m_new).float()
+    else:
+        rounded = quantiser.rounded_p(p, pv)
     summed = rounded if sums_rounded else p
     return m_new, l * rescale + summed.sum(-1, keepdim=True), accumulator * rescale + rounded @ v
 
@@ -182,7 +183,7 @@ class _Operands:
     """One class's operands in tiles: q, k and v `[B·H or B·Hkv · tiles, 128, D]`, float32.
 
     factor, shift: products times factor, less shift, are scores in base 2. v_units: `[B·Hkv, 1, D]`, those that v is
-    in; None for none. p_dtype: what probabilities are rounded to.
+    in; None for none. pv: the format of P·V.
     """
 
     q: torch.Tensor
@@ -191,7 +192,7 @@ class _Operands:
     factor: float
     shift: torch.Tensor
     v_units: quantiser.ValueUnits | None
-    p_dtype: torch.dtype
+    pv: str
 
     def units_of(self, kv_heads: torch.Tensor) -> quantiser.ValueUnits | None:
         """The units of v in these heads."""
@@ -217,7 +218,7 @@ class _Slots:
     v: torch.Tensor
     scaled: torch.Tensor
     smoothed: torch.Tensor
-    v_units: quantiser.ValueUnits
+    v_units: dict[str, quantiser.ValueUnits]
     offset: torch.Tensor
     key_mask: torch.Tensor | None
     taken: torch.Tensor
@@ -237,7 +238,10 @@ class _Slots:
         scaled, smoothed = q * call.softmax_scale_log2, k - mean
         if key_mask is not None:  # a hidden key counts for no scale
             smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-        v_units = quantiser.value_units(v, key_mask, call.smooth_v)
+        v_units = {
+            pv: quantiser.value_units(v, key_mask, call.smooth_v, pv)
+            for pv in {precision.pv for precision in precisions} - {"bf16"}
+        }
         taken = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
         if order is not None:
             order = order.to(q.device)
@@ -284,13 +288,14 @@ class _Slots:
         if not is_bf16:
             q, k = rotate_blocks(q, self.rotated_block), rotate_blocks(k, self.rotated_block)
         if precision.pv == "bf16":
-            v, units, p_dtype = quantiser.narrowed(v, torch.bfloat16), None, torch.bfloat16
+            v, units = quantiser.narrowed(v, torch.bfloat16), None
         else:
-            v, p_dtype = quantiser.quantised_v(v, self.v_units), torch.float8_e4m3fn
-            units = quantiser.ValueUnits(*(each.flatten(0, 1) for each in self.v_units))
+            units = self.v_units[precision.pv]
+            v = quantiser.quantised_v(v, units, precision.pv)
+            units = quantiser.ValueUnits(*(each.flatten(0, 1) for each in units))
         q, k = quantiser.quantised_q(q, precision.qk), quantiser.quantised_k(k, precision.qk)
         return _Operands(
-            _tiled(q), _tiled(k), _tiled(v.float()), factor, _tiled(shift[..., None]), units, p_dtype
+            _tiled(q), _tiled(k), _tiled(v.float()), factor, _tiled(shift[..., None]), units, precision.pv
         )
 
     def seen(

@@ -1,6 +1,6 @@
 """The units in which 8-bit values are summed: V less its mean, over a power of two for each channel.
 
-Probabilities that add up to l have summed l times V's mean too little, whatever they are.
+Their probabilities, which add up to a part of l, have summed V's mean too little, so many times.
 """
 
 import triton
@@ -14,15 +14,19 @@ def _inverse(power):
 
 
 @triton.jit
-def in_units(accumulator, l, v_units, D: tl.constexpr):
-    """The accumulator of values that have lost V's mean, in units of their channels' powers of two."""
+def in_units(accumulator, v_units):
+    """The accumulator in units of its channels' powers of two."""
     # volatile, here and below: read anew, not kept in registers throughout the loops
-    rest = accumulator - l[:, None] * tl.load(v_units + D, volatile=True)[None, :]
-    return rest * _inverse(tl.load(v_units, volatile=True))[None, :]
+    return accumulator * _inverse(tl.load(v_units, volatile=True))[None, :]
 
 
 @triton.jit
-def out_of_units(accumulator, l, v_units, D: tl.constexpr):
+def out_of_units(accumulator, v_units):
     """The accumulator of which `in_units` made this one."""
-    rest = accumulator * tl.load(v_units, volatile=True)[None, :]
-    return rest + l[:, None] * tl.load(v_units + D, volatile=True)[None, :]
+    return accumulator * tl.load(v_units, volatile=True)[None, :]
+
+
+@triton.jit
+def counted(own, own_m, l, m, l_before, m_before):
+    """The probabilities `own` under their maximum own_m, with those that l has got since it was l_before; and m."""
+    return own * tl.exp2(own_m - m) + (l - l_before * tl.exp2(m_before - m)), m

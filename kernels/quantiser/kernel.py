@@ -16,6 +16,7 @@ from dma_diffusers.kernels.device.rounding import (
     within,
 )
 from dma_diffusers.kernels.quantiser import reference
+from dma_diffusers.kernels.quantiser.elements import e2m1_code, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -37,48 +38,6 @@ MEANS_ANCHORED = tl.constexpr(reference.MEANS_ANCHORED)
 
 
 @triton.jit
-def _saturated(y, LARGEST: tl.constexpr):
-    """y within ±LARGEST; NaN stays NaN."""
-    return tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
-
-
-@triton.jit
-def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
-    """float32 y as the nearest number that the element has."""
-    y = _saturated(y, Q_MAX)
-    if ELEMENT == "e4m3":
-        y = rounded(y, 3, 2.0**-6)
-    elif ELEMENT == "e5m2":
-        y = rounded(y, 2, 2.0**-14)
-    elif ELEMENT == "e2m3":
-        y = rounded(y, 3, 1.0)
-    elif ELEMENT == "e3m2":
-        y = rounded(y, 2, 0.25)
-    elif ELEMENT == "e2m1":
-        y = rounded(y, 1, 1.0)
-    return y
-
-
-@triton.jit
-def _int8_words(low, high):
-    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
-    magic: tl.constexpr = 1.5 * 2.0**23
-    low = (low + magic).to(tl.int32, bitcast=True)
-    high = (high + magic).to(tl.int32, bitcast=True)
-    return ((low & 0xFF) | (high << 8)).to(tl.int16)
-
-
-@triton.jit
-def e2m1_code(y):
-    """The codes of float32 numbers that e2m1 has."""
-    bits = magnitude_bits(y)
-    code = tl.where(
-        bits >= 0x3F800000, (bits >> 22) - 252, (bits != 0).to(tl.int32)
-    )  # 1.0 is code 2, .5 code 1
-    return ((y.to(tl.int32, bitcast=True) >> 28) & 8) | code
-
-
-@triton.jit
 def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
     """Blocks [rows, blocks, BLOCK] that e4m3 scales bring to Q_MAX at this amax: elements, codes, values of the scales.
 
@@ -95,7 +54,7 @@ def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_
     empty = divisor == 0.0
     y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
     y = tl.where(empty[:, :, None], 0.0, y)
-    return _to_element(y, ELEMENT, Q_MAX), code, scale
+    return to_element(y, ELEMENT, Q_MAX), code, scale
 
 
 @triton.jit
@@ -109,7 +68,7 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
     else:
         code = e8m0_ceil(amax_bits, Q_MAX_BITS)
         scale = power_of_two(code)
-        y = _to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
+        y = to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
     return y, code, scale
 
 
@@ -160,7 +119,7 @@ def _encode(
 ):  # fmt: skip
     """Write one tile (float32 pairs [128, D/2]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
-    ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
+    ONE_SCALE: tl.constexpr = STORAGE == "shared" or (IS_KEY and STORAGE == "tile")
     if ELEMENT == "bf16":
         _store_words(elements, bf16_words(even, odd), place, D // 2)
     elif BLOCK is None:
@@ -180,9 +139,13 @@ def _encode(
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor
-        words = _int8_words(even, odd) if ELEMENT == "int8" else e4m3_words(even, odd)
+        words = e4m3_words(even, odd) if ELEMENT == "e4m3" else int8_words(even, odd)
         _store_words(elements, words, place, D // 2)
-        tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
+        scale = tl.where(bad, float("nan"), scale)
+        if ONE_SCALE and not IS_KEY:
+            tl.store(scales + place, tl.zeros((TILE,), tl.float32) + scale)
+        else:
+            tl.store(scales + (tile if ONE_SCALE else place), scale)
     else:
         y, code, scale = _in_blocks(joined(even, odd), tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
@@ -335,7 +298,7 @@ def _encode_value(
         inverse = ((254 << 23) - tl.load(units).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
         value = tl.where(inside, value - tl.load(units + D)[None, :], 0.0) * inverse[None, :]
         if INTERPRETED:  # the hardware's conversion saturates
-            value = _saturated(value, 448.0)
+            value = saturated(value, 448.0)
         encoded = to_e4m3(value)
         place = tile * TILE + rows
         if TRANSPOSED:

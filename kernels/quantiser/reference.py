@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.formats import Format, fake_quantize, get_format, rotate_blocks
-from dma_diffusers.kernels.formats.element import E4M3
+from dma_diffusers.kernels.formats.element import E4M3, INT8
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
@@ -80,15 +80,17 @@ def key_mean(k: torch.Tensor, rope: Rope | None = None, key_mask: torch.Tensor |
 class ValueUnits(NamedTuple):
     """The numbers v is stored by in 8 bits, as (v − mean) / scale; each float32 `[B, Hkv, 1, D]`.
 
-    scale: normal powers of two, 1 for a channel of zeros. mean: zero where it is not taken.
+    scale: in fp8 normal powers of two, 1 for a channel of zeros. mean: zero where it is not taken.
     """
 
     scale: torch.Tensor
     mean: torch.Tensor
 
 
-def value_units(v: torch.Tensor, key_mask: torch.Tensor | None = None, smooths: bool = True) -> ValueUnits:
-    """The mean of each channel of v, and a power of two that brings what is left within e4m3.
+def value_units(
+    v: torch.Tensor, key_mask: torch.Tensor | None = None, smooths: bool = True, pv: str = "fp8"
+) -> ValueUnits:
+    """The mean of each channel of v, and what brings the rest within the format of P·V: in fp8 a power of two.
 
     Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
     channel where float32 can't add these keeps its mean.
@@ -97,6 +99,10 @@ def value_units(v: torch.Tensor, key_mask: torch.Tensor | None = None, smooths: 
     amax = finite_amax(seen, (-2,))
     mean = key_mean(v, key_mask=key_mask) if smooths else torch.zeros_like(amax)
     mean = torch.where(amax + mean.abs() < math.inf, mean, 0)
+    if pv == "int8":
+        rest = finite_amax(torch.where(seen.isfinite(), seen - mean, 0), (-2,))
+        scale = fp32_scale(rest, INT8).clamp_min(torch.finfo(torch.float32).smallest_normal)
+        return ValueUnits(torch.where(rest == 0, 1, scale), mean)
     amax = amax + mean.abs()
     mantissa, exponent = torch.frexp(amax / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
@@ -164,9 +170,19 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
     return values.masked_fill(spoilt, math.nan).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
-def quantised_v(v: torch.Tensor, units: ValueUnits) -> torch.Tensor:
-    """v in these units, in e4m3."""
-    return ((v.float() - units.mean) / units.scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+def quantised_v(v: torch.Tensor, units: ValueUnits, pv: str = "fp8") -> torch.Tensor:
+    """v in these units: numbers of e4m3, or of int8, as float32."""
+    return (INT8 if pv == "int8" else E4M3).round((v.float() - units.mean) / units.scale)
+
+
+def rounded_p(p: torch.Tensor, pv: str) -> torch.Tensor:
+    """Probabilities p, from 0 to 2^8, as the format of P·V has them, float32; int8's are unsigned, in 255 steps."""
+    match pv:
+        case "fp8":
+            return p.to(torch.float8_e4m3fn).float()
+        case "int8":
+            return (p * (255 / 256)).round() * (256 / 255)
+    return p.bfloat16().float()
 
 
 class Means(NamedTuple):

@@ -114,7 +114,8 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         ("sm_100", {}, ""),
         ("sm_103", {"low": "nvfp4"}, ""),
         ("sm_120", {"high": "bf16", "low": "int8"}, ""),
-        ("sm_100", {"low": "mxint4"}, "nothing is faster than stock: native: the kernel multiplies"),
+        ("sm_100", {"low": "mxint4"}, "mxfp8|mxint4 (faithful) at head_dim 128 is not shown"),
+        ("sm_100", {"low": "mxfp4/int8"}, "nothing is faster than stock: native: the kernel multiplies"),
         ("sm_90", {}, ""),
         (
             "sm_90",

@@ -7,7 +7,7 @@ in the last bits, so that now and then a probability rounds to the neighbouring 
 import pytest
 import torch
 
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture, named
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
@@ -59,7 +59,9 @@ def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device)
     from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     formats = call.map().used(*(precision.qk for precision in Precisions.parse(call.high, call.low)))
-    blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
+    if missing := {name for name in formats if name} - named(lowering).stores.keys():
+        pytest.skip(f"{lowering} multiplies no {', '.join(missing)}")
+    blocks = [name for name in formats if name and NATIVE.get(name) is Storage.BLOCK]
     if lowering != "native" or device.type == "cpu" or not blocks:
         return
     if architecture(device) in BLOCK_SCALED_ARCHITECTURES:

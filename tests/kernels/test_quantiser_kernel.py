@@ -242,7 +242,7 @@ def test_values_equal_the_reference(transposed, kernel_device):
 
 
 @pytest.mark.parametrize("is_key", [False, True])
-@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize("fmt", ["fp8", "int8", "int8_tile", "int4"])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
 def test_shared_scales_equal_the_reference(fmt, length, head_dim, is_key, kernel_device):
     x = torch.randn(2, 3, length, head_dim, generator=torch.Generator().manual_seed(length)).to(kernel_device)
@@ -331,7 +331,7 @@ def test_reencoded_rows_are_the_same_numbers(fmt, span, kernel_device):
         assert relative_l2(numbers[:, :32], expected[:, :32]) == 0
 
 
-@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8_e5m2", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8_e5m2", "nvfp4", "mxint8", "mxint6", "mxint4", "nvint4"])
 def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
     x = torch.randn(2, 1, 200, 72, generator=torch.Generator().manual_seed(3)).to(kernel_device)
     x *= torch.exp2(torch.arange(200.0, device=kernel_device) / 4 - 20)[:, None]
@@ -341,7 +341,7 @@ def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
     if operand.tensor_scale is not None:
         numbers = numbers * operand.tensor_scale[:, None, None, None]
     expected = tiles_of(fake_quantize(x, fmt, tensor_amax=amax), 72).reshape(2, 1, -1, 72)
-    assert relative_l2(numbers, expected) < (1e-6 if fmt == "nvfp4" else 1e-30)
+    assert relative_l2(numbers, expected) < (1e-6 if fmt.startswith("nv") else 1e-30)
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "bf16"])
