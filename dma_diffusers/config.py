@@ -75,6 +75,8 @@ class DMAConfig:
     rotation: of the channels of q and k, before any format but bf16 stores them, by the same Hadamard matrix for both:
         "hadamard16" or "hadamard32" in blocks of so many, "head_dim" in one block, or "none". It spreads outliers in a
         few channels over a block. A call whose head_dim it doesn't divide raises ValueError.
+    smooth_k, smooth_v: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
+        probability, and v before it is stored in 8 bits, which the output gets back.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in
@@ -106,6 +108,8 @@ class DMAConfig:
     quality_first: bool = False
     lowering: str = "auto"
     rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     protect_text: bool = True
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
@@ -141,8 +145,9 @@ class DMAConfig:
                     f"dense_layers must be a tuple of whole numbers, or None, got {self.dense_layers!r}"
                 )
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        if not isinstance(self.quality_first, bool):
-            raise ValueError(f"quality_first must be true or false, got {self.quality_first!r}")
+        for name in ("quality_first", "smooth_k", "smooth_v"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         allowed = [*CHOICES, *(lowering.name for lowering in lowerings.LOWERINGS)]
         if self.lowering not in allowed:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
@@ -302,6 +307,7 @@ class DMAConfig:
         return {
             "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering, "rotation": self.rotation,
+            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v,
         }  # fmt: skip
 
     def protected(self, text: tuple[int, int]) -> tuple[int, int]:

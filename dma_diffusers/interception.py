@@ -315,10 +315,13 @@ class Interception:
         if self.watch is not None and self.watch.level is Level.HIGH:
             return operator.DENSE
         config = self.own.config
-        rotation = "" if config.rotation == "none" else f" rotation={config.rotation}"
-        return (
-            "; ".join(self.own.words) + rotation + ("" if config.protect_text else " without protected text")
-        )
+        said = [
+            f" {name}={value}"
+            for name in ("rotation", "smooth_k", "smooth_v")
+            if (value := getattr(config, name)) not in ("none", True)
+        ]
+        text = "" if config.protect_text else " without protected text"
+        return "; ".join(self.own.words) + "".join(said) + text
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():

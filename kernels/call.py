@@ -48,6 +48,8 @@ class Call:
     norms: the RMSNorm that q and k go through first; None for none.
     q_rope, k_rope: the angles by which q and k are rotated next; None where they are not.
     rotation: of channels, one of `formats.ROTATIONS`: q and k share it in every format but bf16, which gains nothing.
+    smooth_k: whether k loses its mean in every format but bf16. smooth_v: whether v loses its mean where it is stored
+        in 8 bits; the output gets it back.
     """
 
     q: torch.Tensor
@@ -60,6 +62,8 @@ class Call:
     k_rope: Rope | None = None
     norms: Norms | None = None
     rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
 
     def __post_init__(self):
         if self.scale is None:

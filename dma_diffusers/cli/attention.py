@@ -61,6 +61,12 @@ class AttentionOptions:
     rotation: Annotated[
         str | None, typer.Option(help="Of Q's and K's channels: hadamard16, hadamard32, head_dim or none.")
     ] = None
+    smooth_k: Annotated[bool | None, typer.Option(help="Whether K loses its mean; it does if left out.")] = (
+        None
+    )
+    smooth_v: Annotated[
+        bool | None, typer.Option(help="Whether V loses its mean in 8 bits; it does if left out.")
+    ] = None
     window: Tokens = None
     sink: Tokens = None
     policy: Annotated[

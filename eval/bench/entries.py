@@ -81,6 +81,8 @@ class Config:
     mapped: bool = True
     lowering: str = "auto"
     rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     policy: str | None = None
     grid: tuple[int, ...] = ()
 
@@ -117,6 +119,11 @@ class Config:
         return Diagonal(self.window, self.sink) if self.mapped else Dense(Class.HIGH)
 
     @property
+    def prepared(self) -> dict[str, Any]:
+        """Return how q, k and v are prepared, as fields of a call."""
+        return {name: getattr(self, name) for name in ("rotation", "smooth_k", "smooth_v")}
+
+    @property
     def keywords(self) -> dict[str, Any]:
         """Return the operator's keywords."""
         given = asdict(self) | {"policy": self.map_policy}
@@ -132,6 +139,7 @@ class Config:
         text = f", text {self.text_start} to {self.text_stop}" * (self.text_stop > 0)
         lowering = f", {self.lowering}" * (self.lowering != "auto")
         lowering += f", rotation {self.rotation}" * (self.rotation != "none")
+        lowering += ", K's mean" * (not self.smooth_k) + ", V's mean" * (not self.smooth_v)
         if self.policy is not None:
             return f"{self.high}|{self.low}, {self.map_policy}{text}{lowering}"
         if not self.mapped:
@@ -181,7 +189,7 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
             launches[-1]()
 
         out, *_ = launch.attention(
-            AttentionCall(*copy, rotation=config.rotation), planned, Precisions.parse(config.high, config.low),
+            AttentionCall(*copy, **config.prepared), planned, Precisions.parse(config.high, config.low),
             lowering=chosen.lowering, return_lse=False, launcher=Launcher(record),
         )  # fmt: skip
         return launches, out

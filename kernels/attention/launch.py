@@ -69,7 +69,7 @@ class Variant:
         high, low, means = (
             precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
-        tuned = tuning(target, dim, tuple(c and c.storage for c in _encoded(high, low, means)))
+        tuned = tuning(target, dim, tuple(c and c.scales for c in _encoded(high, low, means)))
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
     @property
@@ -284,19 +284,18 @@ def _launch(
 ) -> None:
     """Launch all kernels of a call."""
     source, tuned, dim = inputs.source, variant.tuned, variant.dim
-    smooths, is_channel = variant.smooths, variant.stores_values(Storage.CHANNEL)
+    smooths, is_channel = variant.smooths and call.smooth_k, variant.stores_values(Storage.CHANNEL)
     known = statistics_of(
-        source.k if smooths else None,
-        source.v if is_channel else None,
-        source.k_rope,
-        inputs.key_mask,
-        launcher,
-        source.norms,
-    )
+        source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
+        source.norms, call.smooth_v,
+    )  # fmt: skip
     needs_v = is_channel or source.token_order is not None or variant.means is not None
-    # On sm_90 two programs share a multiprocessor, unless they sum means too, for which they would spill. Elsewhere
-    # Triton 3.7 would spill to let two share it, if it were not told.
-    shares = variant.target == "sm_90" and variant.means is None
+    # On sm_90 two programs share a multiprocessor, unless they sum means too, or re-encode rotated blocks, for which
+    # they would spill. Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
+    reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
+    shares = (
+        variant.target == "sm_90" and variant.means is None and not (call.rotated_block > 1 and reencodes)
+    )
     registers = None if dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
@@ -336,7 +335,7 @@ def _encode_means(
         amax = quantiser.finite_amax(rotate_blocks(k, rotated_block), (-2, -1))
     return encode(
         Source(k=k, v=v if takes_v else None, rotated_block=rotated_block), (variant.means, None),
-        Statistics(v_scale=encoded.v_scale if takes_v else None), amax=(None, amax),
+        Statistics(v_units=encoded.v_units if takes_v else None), amax=(None, amax),
         transposed_v=variant.tuned.transposed_v, inexact_rows=outputs.inexact_rows, registers=registers,
         launcher=launcher,
     )  # fmt: skip
@@ -368,7 +367,7 @@ def _attend(
         )
     ]
     arguments = (
-        *operands, encoded.v_scale, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
+        *operands, encoded.v_units, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
         source.key_mask, fine_mask and fine_mask.packed, source.token_order, outputs.out, outputs.lse,
         heads, kv_heads, q_length, k_length, token_count, fine_mask and fine_mask.guards, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), block_lists.indices.shape[-1],

@@ -16,6 +16,7 @@ from dma_diffusers.kernels.device.rounding import (
     within,
 )
 from dma_diffusers.kernels.quantiser import reference
+from dma_diffusers.kernels.quantiser.elements import e2m1_code, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -37,48 +38,6 @@ MEANS_ANCHORED = tl.constexpr(reference.MEANS_ANCHORED)
 
 
 @triton.jit
-def _saturated(y, LARGEST: tl.constexpr):
-    """y within ±LARGEST; NaN stays NaN."""
-    return tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
-
-
-@triton.jit
-def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
-    """float32 y as the nearest number that the element has."""
-    y = _saturated(y, Q_MAX)
-    if ELEMENT == "e4m3":
-        y = rounded(y, 3, 2.0**-6)
-    elif ELEMENT == "e5m2":
-        y = rounded(y, 2, 2.0**-14)
-    elif ELEMENT == "e2m3":
-        y = rounded(y, 3, 1.0)
-    elif ELEMENT == "e3m2":
-        y = rounded(y, 2, 0.25)
-    elif ELEMENT == "e2m1":
-        y = rounded(y, 1, 1.0)
-    return y
-
-
-@triton.jit
-def _int8_words(low, high):
-    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
-    magic: tl.constexpr = 1.5 * 2.0**23
-    low = (low + magic).to(tl.int32, bitcast=True)
-    high = (high + magic).to(tl.int32, bitcast=True)
-    return ((low & 0xFF) | (high << 8)).to(tl.int16)
-
-
-@triton.jit
-def e2m1_code(y):
-    """The codes of float32 numbers that e2m1 has."""
-    bits = magnitude_bits(y)
-    code = tl.where(
-        bits >= 0x3F800000, (bits >> 22) - 252, (bits != 0).to(tl.int32)
-    )  # 1.0 is code 2, .5 code 1
-    return ((y.to(tl.int32, bitcast=True) >> 28) & 8) | code
-
-
-@triton.jit
 def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
     """Blocks [rows, blocks, BLOCK] that e4m3 scales bring to Q_MAX at this amax: elements, codes, values of the scales.
 
@@ -95,7 +54,7 @@ def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_
     empty = divisor == 0.0
     y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
     y = tl.where(empty[:, :, None], 0.0, y)
-    return _to_element(y, ELEMENT, Q_MAX), code, scale
+    return to_element(y, ELEMENT, Q_MAX), code, scale
 
 
 @triton.jit
@@ -109,7 +68,7 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
     else:
         code = e8m0_ceil(amax_bits, Q_MAX_BITS)
         scale = power_of_two(code)
-        y = _to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
+        y = to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
     return y, code, scale
 
 
@@ -160,7 +119,7 @@ def _encode(
 ):  # fmt: skip
     """Write one tile (float32 pairs [128, D/2]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
-    ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
+    ONE_SCALE: tl.constexpr = STORAGE == "shared" or (IS_KEY and STORAGE == "tile")
     if ELEMENT == "bf16":
         _store_words(elements, bf16_words(even, odd), place, D // 2)
     elif BLOCK is None:
@@ -180,9 +139,13 @@ def _encode(
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor
-        words = _int8_words(even, odd) if ELEMENT == "int8" else e4m3_words(even, odd)
+        words = e4m3_words(even, odd) if ELEMENT == "e4m3" else int8_words(even, odd)
         _store_words(elements, words, place, D // 2)
-        tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
+        scale = tl.where(bad, float("nan"), scale)
+        if ONE_SCALE and not IS_KEY:
+            tl.store(scales + place, tl.zeros((TILE,), tl.float32) + scale)
+        else:
+            tl.store(scales + (tile if ONE_SCALE else place), scale)
     else:
         y, code, scale = _in_blocks(joined(even, odd), tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
@@ -306,11 +269,11 @@ def _store_log_counts(log_counts, counts, tile, tiles):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
+    v, v_units, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
     token_count, stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in bf16, and in e4m3 under a power of two for each channel; the means of its sub-tiles."""
+    """One tile of V in bf16, and in e4m3 in the units of each channel; the means of its sub-tiles."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
     tokens = token_at(token_order, slots, length, token_count)[:, None]
@@ -330,11 +293,12 @@ def _encode_value(
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
+        units = v_units + head.to(tl.int64) * (2 * D) + columns
         # The inverse of a normal power of two is a power of two.
-        inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
-        value *= inverse.to(tl.float32, bitcast=True)[None, :]
+        inverse = ((254 << 23) - tl.load(units).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        value = tl.where(inside, value - tl.load(units + D)[None, :], 0.0) * inverse[None, :]
         if INTERPRETED:  # the hardware's conversion saturates
-            value = _saturated(value, 448.0)
+            value = saturated(value, 448.0)
         encoded = to_e4m3(value)
         place = tile * TILE + rows
         if TRANSPOSED:
@@ -425,7 +389,7 @@ def _encode_query(
 
 @triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
-    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+    q, k, v, mean, v_units, factor, q_cos, q_sin, k_cos, k_sin,
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
@@ -443,7 +407,7 @@ def encode(
 
     q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
     of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
-    (as statistics.py gives it, and `v_scale`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
+    (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
     length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
     HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
     tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
@@ -463,7 +427,7 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_plain, v_channel, v_means, key_mask, token_order,
+                v, v_units, v_plain, v_channel, v_means, key_mask, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
                 v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip

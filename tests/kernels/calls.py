@@ -1,8 +1,9 @@
 """Whole attention calls for tests, run by the reference and by the kernels."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,8 @@ class Call:
     has_norms: bool = False
     rounds_twice: bool = False
     rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     has_token_order: bool = False
     empty_slots: int = 0
     policy: str = ""
@@ -175,12 +178,17 @@ class Call:
         )
         return Norms(q, k, 1e-6, 50, q_first, k_first, self.rounds_twice)
 
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """How q, k and v are prepared, as fields of a call."""
+        return {"rotation": self.rotation, "smooth_k": self.smooth_k, "smooth_v": self.smooth_v}
+
     def __str__(self) -> str:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
             f"-w{self.window}-s{self.sink}{'-causal' * self.is_causal}{'-masked' * self.masks_keys}"
             f"{'-ordered' * self.has_token_order}-{self.policy}{'-skips' * (self.skip_below is not None)}"
-            f"{f'-means{self.means}' * (self.means > 0)}{f'-{self.rotation}' * (self.rotation != 'none')}"
+            f"{f'-means{self.means}' * (self.means > 0)}"
         )
 
 
@@ -195,16 +203,8 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 
 def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
     """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
-    of_call = {
-        name: given.pop(name)
-        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope", "norms", "rotation")
-        if name in given
-    }
-    of_plan = {
-        name: given.pop(name)
-        for name in ("routing", "token_order", "fine_mask", "skip_below", "masks_all")
-        if name in given
-    }
+    of_call = {each.name: given.pop(each.name) for each in fields(KernelCall)[3:] if each.name in given}
+    of_plan = {each.name: given.pop(each.name) for each in fields(Plan)[1:] if each.name in given}
     return KernelCall(q, k, v, **of_call), Plan(precision_map, **of_plan), Precisions.parse(high, low), given
 
 
@@ -286,12 +286,6 @@ NAMED_CALLS = [
     Call(300, 300, 128, high="bf16", low="mxfp4", dtype=torch.bfloat16, tokens_first=True, name="bf16-mxfp4"),
     Call(300, 300, 64, high="int8", low="fp8", batch=2, masks_keys=True, name="int8-fp8-key-mask"),
     Call(384, 384, 64, low="mxfp6_e2m3", name="mxfp6-e2m3"),
-    Call(384, 384, 64, rotation="hadamard32", has_norms=True, name="rotated-32"),
-    Call(300, 300, 80, rotation="hadamard16", high="int8", low="fp8", masks_keys=True, name="rotated-16-key-mask"),
-    Call(300, 300, 128, rotation="head_dim", high="bf16", low="int8", has_rope=True, heads=4, name="rotated-heads"),
-    Call(257, 257, 256, rotation="head_dim", low="mxfp6_e3m2", is_causal=True, name="rotated-head-dim-256"),
-    Call(640, 640, 64, rotation="head_dim", high="bf16", low="int8", means=3, name="rotated-means-int8"),
-    Call(500, 500, 32, rotation="head_dim", low="mxfp4", means=2, has_token_order=True, name="rotated-means-order"),
     Call(300, 300, 72, low="mxfp6_e3m2", window=0, sink=0, name="mxfp6-e3m2"),
     Call(384, 384, 64, has_rope=True, name="rope"),
     Call(300, 200, 72, has_rope=True, high="bf16", low="int8", heads=4, name="rope-cross-bf16-int8"),

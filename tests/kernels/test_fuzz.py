@@ -236,6 +236,7 @@ def constants(random: Random, arch: str) -> dict:
     if not drawn["is_causal"]:
         drawn["has_token_order"] = pick([False, False, True])
         drawn["empty_slots"] = pick([0, 37]) if drawn["has_token_order"] else 0
+    drawn["smooth_k"], drawn["smooth_v"] = pick([True, True, False]), pick([True, True, False])
     drawn["rotation"] = pick(["none", "none", *fitting_rotations(drawn["head_dim"])])
     return drawn
 
@@ -376,7 +377,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         "token_order": call.token_order_on(device),
         "fine_mask": call.fine_mask_on(device),
         "skip_below": call.skip_below,
-        "rotation": call.rotation,
+        **call.prepared,
         **ropes,
     }
     of_kernel = as_the_kernel(call, call.lowering, device, call.target)
@@ -408,7 +409,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         )  # a probability may round to the neighbouring number
         assert (difference <= tolerance[~nothing] + step).all()
         assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
-    error, size = row_errors(out, reference_out, quantiser.value_scale(v, mask))
+    error, size = row_errors(out, reference_out, quantiser.value_units(v, mask, False).scale)
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
     if device.type == "cuda" and call.map().has_low and architecture(device) not in TCGEN05_ARCHITECTURES:

@@ -147,6 +147,8 @@ def test_registration(low, policy, grid, keys):
             True,
             "auto",
             "none",
+            True,
+            False,
             return_lse,
         )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
