@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dma_diffusers.eval.recordings.store import Recording, Tensors
 from dma_diffusers.eval.study.blocks import Sums, crest_quantiles, sums
-from dma_diffusers.eval.study.options import Options, Variant
+from dma_diffusers.eval.study.options import UNSIGNED, Options, Variant
 from dma_diffusers.kernels.formats import fake_quantize, get_format, rotate, rotate_back
 
 QUERIES = range(32, 257)
@@ -121,7 +121,10 @@ def measure(call: Call, options: Options) -> dict[Variant, Sums]:
 
 
 def _pairs(products: _Products, options: Options, qk: str, p: Tensor) -> dict[Variant, Sums]:
-    """The errors of outputs whose probabilities `p` come of rounded q and k, with p and v rounded as well."""
+    """The errors of outputs whose probabilities `p` come of rounded q and k, with p and v rounded as well.
+
+    Where P·V is of integers, p is unsigned.
+    """
     v = products.call.v
     found = {
         Variant("pair", f"{qk}/bf16", smooth=True): products.errors(
@@ -129,7 +132,8 @@ def _pairs(products: _Products, options: Options, qk: str, p: Tensor) -> dict[Va
         )
     }
     for pv in options.paired:
-        output = products.output(fake_quantize(p, pv), fake_quantize(v.mT.contiguous(), pv).mT)
+        rounded = fake_quantize(p, UNSIGNED.get(pv, pv)), fake_quantize(v.mT.contiguous(), pv).mT
+        output = products.output(*rounded)
         found[Variant("pair", f"{qk}/{pv}", smooth=True)] = products.errors(output)
     return found
 

@@ -19,6 +19,7 @@ class UnsignedElement(IntElement):
 
 UNSIGNED = {
     "int8": Format("uint8", UnsignedElement("uint8", 8), Scale.FP32),
+    "int4": Format("uint4", UnsignedElement("uint4", 4), Scale.FP32),
     "mxint8": Format("mxuint8", UnsignedElement("uint8", 8), Scale.E8M0, 32),
     "mxint4": Format("mxuint4", UnsignedElement("uint4", 4), Scale.E8M0, 32),
     "nvint4": Format("nvuint4", UnsignedElement("uint4", 4), Scale.E4M3, 16),

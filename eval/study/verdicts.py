@@ -33,7 +33,7 @@ TEXTS, TOKENS, EVERY = (
 QUANTILES = ("q05", "q25", "q50", "q75", "q95")
 FORMATS = ("int8", "mxint8", "fp8", "mxfp8", "mxfp6_e2m3", "nvint4", "nvfp4", "mxint4", "mxfp4")
 PAIRS = (
-    "int8/bf16", "int8/fp8", "int8/int8", "mxint8/fp8", "mxfp8/bf16", "mxfp8/fp8", "mxfp8/mxfp8", "nvfp4/bf16",
+    "int8/bf16", "int8/fp8", "mxint8/fp8", "mxfp8/bf16", "mxfp8/fp8", "mxfp8/mxfp8", "nvfp4/bf16",
     "nvfp4/fp8", "nvfp4/nvfp4", "mxfp4/bf16", "mxfp4/fp8", "mxfp4/mxfp4",
 )  # fmt: skip
 RIVALS = (("mxint8", "mxfp8"), ("int8", "fp8"), ("nvint4", "nvfp4"), ("mxint4", "mxfp4"))

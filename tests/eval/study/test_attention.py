@@ -127,3 +127,21 @@ def test_rotations_that_fit():
     assert Options().of_head_dim(96) == ["none", "hadamard16", "hadamard32"]
     with pytest.raises(ValueError, match="head_dim is 72"):
         Options(rotations=("hadamard16",)).of_head_dim(72)
+
+
+def test_pairs_round_everything():
+    """Q·K in one format and P·V in another, K less its mean; the probabilities of integers are unsigned."""
+    tensors = random_tensors(4, 90)
+    call = next(calls(recording(tensors), tensors, seed=0))
+    q, k, v = (x[0].double().numpy() for x in tensors[:3])
+    k = k - k.mean(1, keepdims=True)
+    exact = softmax(q, k, 32**-0.5, None) @ v
+    rounded_q = fake_quantize(call.q, "mxfp8").double().numpy()
+    rounded_k = fake_quantize(torch.from_numpy(k), "mxfp8").numpy()
+    p = softmax(rounded_q, rounded_k, math.log(2), None)
+    codes = np.rint(p / p.max(-1, keepdims=True) * 255)
+    scale = np.abs(v).max(1, keepdims=True) / 127
+    out = codes @ (np.rint(v / scale) * scale) / codes.sum(-1, keepdims=True)
+    found = measure(call, Options(("mxfp8", "int8"), ("none",)))
+    expected = np.linalg.norm(out - exact) / np.linalg.norm(exact)
+    assert found[Variant("pair", "mxfp8/int8", smooth=True)].relative_l2 == pytest.approx(expected, rel=2e-3)
