@@ -34,7 +34,7 @@ def _figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "Crossovers", plots.crossover_map(document),
             "QSNR over crest factors. Lines are theory, of Gaussian blocks with scales a factor of 1.5 too large; "
             "points are the tensors of each layer and step, unrotated, at the median of their blocks. Left of the "
-            "dotted line the integer errs less.",
+            "dotted line, as published for integers that reach 2^(bits-1), the integer errs less.",
         ),
         (
             "Crest factors", plots.crests(document),
