@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline
 
 from dma_diffusers import DMAConfig
 from dma_diffusers.eval.recordings.record import record
@@ -185,3 +186,9 @@ def test_what_a_user_got_wrong_is_one_line(arguments, message, monkeypatch, caps
 def test_an_output_is_needed(monkeypatch, capsys):
     status, _, error = run(monkeypatch, capsys, "study")
     assert status == 1 and error.startswith("error: give --output, a folder")
+
+
+def test_a_pipeline_without_a_transformer_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("dma_diffusers.pipelines.load.load_pipeline", lambda *_, **__: DDPMPipeline(None, None))
+    status, output, error = run(monkeypatch, capsys, "study", "-o", str(tmp_path / "out"), "--count", "1")
+    assert (status, output, error) == (1, "", "error: DDPMPipeline has no transformer\n")
