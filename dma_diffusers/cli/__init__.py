@@ -21,6 +21,7 @@ from dma_diffusers.cli.generate_video import generate_video
 from dma_diffusers.cli.machine import compile_kernels, doctor
 from dma_diffusers.cli.options import flat
 from dma_diffusers.cli.simulate import simulate
+from dma_diffusers.cli.study import study
 from dma_diffusers.errors import first_line
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command("eval")(flat(evaluate))
 app.command()(distance)
 app.command()(flat(calibrate))
 app.command()(flat(simulate))
+app.command()(flat(study))
 app.command()(doctor)
 app.command("compile")(compile_kernels)
 bench.command("attention")(bench_attention)

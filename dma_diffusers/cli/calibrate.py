@@ -53,6 +53,12 @@ def calibrate(
     formats: Annotated[
         list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
     ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            help="study.json of `dma-diffusers study`, which says the formats to choose from, and the rotation."
+        ),
+    ] = None,
     linears: Annotated[
         bool, typer.Option("--linears", help="Choose the bits of linear layers, too, within the same error.")
     ] = False,
@@ -82,7 +88,9 @@ def calibrate(
             raise ValueError("--bits-plot shows what linear layers need: give --linears too")
         check_plot(bits_plot)
         check_writable(bits_plot)
-    pairs = [_pair(text) for text in formats or ()]
+    if formats and study:
+        raise ValueError("--study says the formats to choose from: leave --formats out")
+    pairs, rotation = [_pair(text) for text in formats or ()], "none"
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost
@@ -92,9 +100,14 @@ def calibrate(
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
+        from dma_diffusers.eval.study import recommend
         from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
 
         cost.check_target(target or cost.current_target())
+        if study:
+            studied = recommend.read(study)
+            pairs = recommend.pairs(studied, target or cost.current_target())
+            rotation = recommend.rotation(studied, pairs)
         path = named_model(model)
         chosen_prompts, repeated = read_prompts(prompts, recording.count)
         texts = [prompt.text for prompt in chosen_prompts]
@@ -102,6 +115,8 @@ def calibrate(
             {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
         )
         pipe = load_pipeline(path, calls=[call])
+        if study:
+            recommend.check_model(studied, pipe)
         seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recording.recordings or Path(scratch)
@@ -113,8 +128,9 @@ def calibrate(
             if linears:
                 seen, items = observe(pipe, recorded_calls, call, target or cost.current_target(), on_step)
             policy = chosen(
-                recorded_calls, quality, target=target, formats=pairs or None, linears=items, on_step=on_step
-            )
+                recorded_calls, quality, target=target, formats=pairs or None, rotation=rotation, linears=items,
+                on_step=on_step,
+            )  # fmt: skip
         for choice in policy.choices:
             if file := choice.file_of_linears(output.name):
                 save_choice(pipe, choice.linears, output.with_name(file))

@@ -32,6 +32,7 @@ def calibrate(
     *,
     target: str | None = None,
     formats: Sequence[tuple[str, str]] | None = None,
+    rotation: str = "none",
     linears: Sequence[Item] = (),
     device: torch.device | str | None = None,
     on_step: Callable[[str, int, int], None] = lambda title, done, total: None,
@@ -40,7 +41,8 @@ def calibrate(
 
     quality: 1 allows no more error than the most precise options make, 0 as much as the cheapest; between them the
     budget's logarithm is linear. target: the GPU to be fast on, by architecture; this machine's if its rates are known,
-    else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default.
+    else sm_100. formats: the pairs (HIGH, LOW) to choose from, the target's own by default. rotation: of q and k,
+    everywhere.
     linears: what linear layers can have on the target (`linears.options.measure`); none leaves them as they are.
 
     Errors are squared norms over those of the exact output of their module, a mean over prompts, steps and modules,
@@ -57,11 +59,12 @@ def calibrate(
     if not len(recordings):
         raise ValueError(f"there are no recordings in {recordings.folder}")
     pairs = tuple((high, low) for high, low in formats or FORMAT_PAIRS[target])
-    calibration = _Calibration(recordings, target, pairs, linears, device, on_step)
+    calibration = _Calibration(recordings, target, pairs, rotation, linears, device, on_step)
     choices = calibration.choices(sorted({*LADDER, float(quality)}))
     about = ("pipeline", "prompts", "seeds", "call", "steps", "versions", "hardware")
     evidence = {
-        "target": target, "formats": pairs, "policies": [str(policy) for policy in calibration.options],
+        "target": target, "formats": pairs, "rotation": rotation,
+        "policies": [str(policy) for policy in calibration.options],
         "prompts_recorded": len(recordings.prompts), "prompts_held_out": calibration.held_out,
         **{name: recordings.settings[name] for name in about},
     }  # fmt: skip
@@ -75,6 +78,7 @@ class _Calibration:
     recordings: Recordings
     target: str
     formats: tuple[tuple[str, str], ...]
+    rotation: str
     linears: Sequence[Item]
     device: torch.device | str | None
     on_step: Callable[[str, int, int], None]
@@ -124,8 +128,7 @@ class _Calibration:
                 for rung in waiting
             }
             runs = {
-                f"{rung}": DMAConfig.of(configuration(self.seen, chosen[rung]), min_length=0)
-                for rung in waiting
+                f"{rung}": DMAConfig.of(self._configuration(chosen[rung]), min_length=0) for rung in waiting
             }
             measured = measure(self.recordings, runs, self.device, self._shown("measuring choices"))
             for rung in waiting:
@@ -142,7 +145,9 @@ class _Calibration:
         """Measure every option alone, in all modules at all noise levels."""
         names = [(*pair, str(policy)) for pair in self.formats for policy in self.options]
         candidates = {
-            " ".join(name): DMAConfig(high=name[0], low=name[1], policy=name[2], min_length=0, **AS_CHOSEN)
+            " ".join(name): DMAConfig(
+                high=name[0], low=name[1], policy=name[2], rotation=self.rotation, min_length=0, **AS_CHOSEN
+            )
             for name in names
         }
         costs = {
@@ -172,7 +177,7 @@ class _Calibration:
         self, rung: float, budget: float, chosen: Mapping[str, OfModule], measured: Measured, ways: np.ndarray
     ) -> Choice:
         """Return what a choice costs, and what it errs on both kinds of prompts."""
-        config = configuration(self.seen, chosen)
+        config = self._configuration(chosen)
         of_linears = choice_of(self.linears, ways) if self.linears else None
         by_linears = (1 - self.share) * of_linears.relative_l2**2 if of_linears else 0.0
         is_held_out = np.isin(self.recordings.prompts, self.held_out)
@@ -188,6 +193,10 @@ class _Calibration:
             dict(zip(self.seen.modules, by_module, strict=True)), self._entries(chosen, config, seen),
             of_attention**0.5, of_linears,
         )  # fmt: skip
+
+    def _configuration(self, chosen: Mapping[str, OfModule]) -> DMAConfig:
+        """Return the configuration of a choice, with the rotation of all."""
+        return DMAConfig.of(configuration(self.seen, chosen), rotation=self.rotation)
 
     def _entries(
         self, chosen: Mapping[str, OfModule], config: DMAConfig, measured: Measured

@@ -19,7 +19,7 @@ LINEARS_HEADER = ("quality", "cost", "attention's L2", "linears' L2", "linears' 
 MODULES_HEADER = (
     "module", "noise", "formats", "policy", "relative L2", "cost", *(each.name for each in Class)
 )  # fmt: skip
-_CONFIG = ("high", "low", "window", "sink", "dense_above_sigma", "dense_layers")
+_CONFIG = ("high", "low", "rotation", "window", "sink", "dense_above_sigma", "dense_layers")
 
 
 class EntryFound(NamedTuple):
