@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
+from dma_diffusers.fingerprint import OTHER_WEIGHTS
 from dma_diffusers.pipelines.clip import encode_clip
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.generate import draw
@@ -38,11 +39,13 @@ class Outcome:
     """The result of a batch.
 
     drawn: the number of jobs drawn in this run. already_drawn: the number whose output an earlier run had drawn.
+    notes: what a user should know of jobs that were drawn in this run, one line each.
     """
 
     drawn: int
     already_drawn: int
     failures: list[Failure]
+    notes: list[str]
 
 
 def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_step: OnStep) -> Outcome | None:
@@ -61,35 +64,37 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     state, results = PartialState(), Results(folder)
     plan: list[Any] = [None]
     if state.is_main_process:
-        tasks, impossible = tasks_of(jobs)
+        drawn = _drawn(folder, results)
+        tasks, impossible = tasks_of(jobs, drawn)
         impossible += failures
         for failure in impossible:
             results.append({"job": failure.where, "output": None, "error": failure.error})
-        last = results.last()
-        plan = [[task for task in tasks if not _is_already_drawn(task, folder, last)]]
+        plan = [[task for task in tasks if drawn.get(task.output) != task.settings]]
     # Only one process looks for outputs: another one might start drawing before a slow one has looked.
     broadcast_object_list(plan)
     missing: list[Task] = plan[0]
     mine = missing[state.process_index :: state.num_processes]
-    failed = []
+    failed, notes = [], []
     on_step("jobs", 0, len(mine))
     for done, (task, result) in enumerate(_draw(mine, folder, on_step), 1):
         results.append(_request(task) | result)
+        where = f"{task.job.where}, {task.output}"
         if result["error"]:
-            where = f"{task.job.where}, {task.output}"
             failed.append(Failure(task.job.number, where, result["error"]))
+        notes += [(task.job.number, f"{where}: {note}") for note in result.get("notes", ())]
         on_step("jobs", done, len(mine))
-    failed = gather_object(failed)
+    failed, notes = gather_object(failed), gather_object(notes)
     if not state.is_main_process:
         return None
     all_failures = sorted([*impossible, *failed], key=attrgetter("number"))
-    return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures)
+    in_order = [note for _, note in sorted(notes, key=itemgetter(0))]
+    return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures, in_order)
 
 
-def _is_already_drawn(task: Task, folder: Path, results: dict[str, dict[str, Any]]) -> bool:
-    last = results.get(task.output, {})
-    same = last.get("settings") == task.settings and last.get("error") is None
-    return same and (folder / task.output).is_file()
+def _drawn(folder: Path, results: Results) -> dict[str, str]:
+    """Return the outputs that former runs left whole in the folder, with the settings that they were drawn with."""
+    last = {output: result for output, result in results.last().items() if output and not result.get("error")}
+    return {output: result["settings"] for output, result in last.items() if (folder / output).is_file()}
 
 
 def _request(task: Task) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _draw_with_model(
     model: str, tasks: list[Task], folder: Path, on_step: OnStep
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     try:
-        has_image = any(task.image is not None for task in tasks)
+        has_image = any(task.job.image is not None for task in tasks)
         pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks])
     except Exception as error:
         yield from ((task, {"error": first_line(error)}) for task in tasks)
@@ -140,8 +145,10 @@ def _draw_with_model(
                 yield task, {"error": first_line(error)}
                 continue
             write_atomically(folder / task.output, data)  # not caught: a full disk would fail every job
-            used = _attention_used(before, report(pipe))
-            yield task, {"seconds": round(seconds, 3), "receipt": used, "error": None}
+            after = report(pipe)
+            used = _attention_used(before, after)
+            notes = [OTHER_WEIGHTS] if any(OTHER_WEIGHTS in module.notes for module in after.modules) else []
+            yield task, {"seconds": round(seconds, 3), "receipt": used, "notes": notes, "error": None}
 
 
 def _draw_task(

@@ -213,4 +213,4 @@ _FIELDS = {
     "frames": _count, "fps": _rate, "image": _text, "negative_prompt": _text,
 }  # fmt: skip
 _TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size)}
-_CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model"} | {"preset", "quality"}
+_CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model", "weights"} | {"preset", "quality"}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dma_diffusers.fingerprint import OTHER_WEIGHTS, fingerprint
 from dma_diffusers.pipelines.batch import batch as draw_batch
 from dma_diffusers.pipelines.jobs import read_jobs
 from tests.command_line import ROOT, run, start
+from tests.dma_diffusers.test_policy_file import document
 from tests.pipelines.saved_flux import save_flux
+from tests.tiny_pipelines import flux as tiny_flux
 from tests.tiny_pipelines import wan, wan_from_image
 
 CLIP = {"height": 64, "width": 80, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 21}
@@ -204,6 +208,47 @@ def test_what_is_there_is_left_alone_and_what_changed_is_drawn_anew(batch, flux,
     assert [name for name in sorted(before) if after[name] == before[name]] == ["3.png"]
     assert "4 drawn" in batch(entries, "--model", flux, "--size", "32")[1]
     assert Image.open(folder / "3.png").size == (32, 32)
+
+
+def test_other_weights_are_drawn_anew_and_other_paths_are_not(batch, flux, tmp_path):
+    """Of a folder whose transformer is a link, as fine-tunes share what they have in common with their base."""
+    entries = [{"prompt": "a"}, {"prompt": "b"}]
+    model = shutil.copytree(flux, tmp_path / "model")
+    shutil.rmtree(model / "transformer")
+    (model / "transformer").symlink_to(Path(flux) / "transformer")
+    assert "2 drawn" in batch(entries, "--model", flux)[1]
+    before = files(tmp_path / "out")
+    assert "0 drawn, 2 there already" in batch(entries, "--model", str(model))[1]
+    assert "1 drawn, 2 there already" in batch([{"prompt": "c"}, *entries], "--model", str(model))[1]
+    assert before.items() <= files(tmp_path / "out").items()
+
+    (model / "transformer").unlink()
+    tuned = save_tuned(tmp_path / "tuned")
+    (model / "transformer").symlink_to(tuned / "transformer")
+    pictures = [(tmp_path / "out" / name).read_bytes() for name in before]
+    assert "2 drawn, 0 there already" in batch(entries, "--model", str(model))[1]
+    assert [(tmp_path / "out" / name).read_bytes() for name in before] != pictures
+
+
+def save_tuned(folder: Path) -> Path:
+    pipe = tiny_flux()
+    for parameter in pipe.transformer.parameters():
+        parameter.data.mul_(1.2)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_policy_of_other_weights_is_noted(batch, flux, tmp_path):
+    content = document()
+    content["model"]["fingerprint"] = fingerprint(tiny_flux().transformer)
+    (tmp_path / "policy.json").write_text(json.dumps(content))
+    entries = [{"prompt": "a", "policy": str(tmp_path / "policy.json"), "output": "a.png"}]
+    code, output, _ = batch(entries, "--model", flux)
+    assert code == 0 and output.count("\n") == 1 and results(tmp_path / "out")[-1]["notes"] == []
+    tuned = str(save_tuned(tmp_path / "tuned"))
+    code, output, _ = batch(entries, "--model", tuned)
+    assert code == 0 and f"note: line 1, a.png: {OTHER_WEIGHTS}" in output.splitlines()
+    assert results(tmp_path / "out")[-1]["notes"] == [OTHER_WEIGHTS]
 
 
 def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):

@@ -65,6 +65,8 @@ def batch(
     print(
         f"{output}: {outcome.drawn} drawn, {outcome.already_drawn} there already, {len(outcome.failures)} failed"
     )
+    for note in outcome.notes:
+        print(f"note: {note}")
     for failure in outcome.failures:
         print(f"failed: {failure.where}: {failure.error}", file=sys.stderr)
     if outcome.failures:

@@ -1,6 +1,5 @@
 """An evaluation draws, scores and sums up, from prompts to `evaluation.json`; it does nothing again that is there."""
 
-import glob
 import inspect
 import json
 import statistics
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import try_to_load_from_cache
 
 from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
@@ -32,8 +30,8 @@ from dma_diffusers.eval.quality.worst import worst
 from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
-from dma_diffusers.linears.methods import is_file
 from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 
@@ -79,7 +77,11 @@ def evaluate(
     check(pipe, request.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
-    settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
+    settings = {
+        "model": model_fingerprint(request.model),
+        "pipeline": type(pipe).__name__,
+        "call": request.call,
+    }
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
@@ -184,19 +186,7 @@ def identity_of_row(row: Row) -> dict[str, Any]:
     own: dict[str, Any] = {"role": row.role}
     if row.config is None:
         return own
-    own |= {"config": asdict(row.config), "sources": provenance.sources()}
-    if row.config.linears and is_file(row.config.linears):
-        file = Path(row.config.linears)
-        own["linears"] = provenance.fingerprint(file.parent, glob.escape(file.name))
-    return own
-
-
-def _identity(model: str | Path) -> str:
-    """Return a fingerprint of a local model; for a hub's, its id and commit."""
-    if Path(model).is_dir():
-        return provenance.fingerprint(Path(model), "**/*.safetensors", "**/*.json")
-    index = try_to_load_from_cache(str(model), "model_index.json")
-    return f"{model}@{Path(index).parent.name}"
+    return own | {"config": config_identity(row.config), "sources": provenance.sources()}
 
 
 def _seconds(pictures: Pictures, chunks: Batches) -> float:

@@ -170,6 +170,29 @@ def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tm
     assert evaluation(folder)["layers"]["steps"] == [0, 1, 2]
 
 
+def test_other_weights_behind_a_link_are_other_pictures(
+    monkeypatch, capsys, asked, model, finished, tmp_path
+):
+    """Another path to the same files finds their pictures; other files behind the same path do not."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before, of_vae = pictures(folder), tmp_path / "vae"
+    copy = shutil.copytree(model, tmp_path / "model")
+    shutil.move(copy / "vae", of_vae)
+    (copy / "vae").symlink_to(of_vae)
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(folder))
+    assert code == 0, error
+    assert pictures(folder) == before and numbers(folder) == numbers(finished)
+
+    (weights,) = of_vae.glob("*.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights)
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(folder))
+    assert code == 0, error
+    assert len(pictures(folder)) == 2 * len(before)
+    assert numbers(folder)[FAR]["summary"] != numbers(finished)[FAR]["summary"]
+
+
 def test_corrupt_and_missing_files_are_drawn_again_and_named(monkeypatch, capsys, asked, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     corrupt, missing, *_ = sorted(folder.glob("pictures/preset-b200-*/*.png"))
