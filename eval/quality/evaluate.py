@@ -17,8 +17,9 @@ from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.cost import check_target
+from dma_diffusers.eval.quality.calls import remarks_on, share_that_ran, shares_that_ran
 from dma_diffusers.eval.quality.columns import COLUMNS
-from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
+from dma_diffusers.eval.quality.configurations import CONFIGURATION, FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, caveats
 from dma_diffusers.eval.quality.pictures import Pictures, batches
@@ -97,7 +98,8 @@ def evaluate(
     stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
     trajectory = Trajectory(pipe, FULL_PRECISION, stepped, request.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, costs, remarks_on_layers = _layers(pipe, request, folder, on_step)
+    receipts = {row.name: pictures[row.name].receipt() for row in compared}
+    of_layers, costs, remarks_on_layers = _layers(pipe, request, receipts, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
@@ -108,15 +110,21 @@ def evaluate(
             "config": row.config and asdict(row.config),
             "seconds_per_picture": _seconds(pictures[row.name], chunks),
             "predicted_cost": costs.get(row.name),
+            "ran": share_that_ran(receipts[row.name]) if row.role == CONFIGURATION else None,
             "summary": judged[row.name].summary,
             "pictures": {name: _stored(scores) for name, scores in judged[row.name].samples.items()},
             "frames": {name: _stored(scores) for name, scores in (judged[row.name].frames or {}).items()},
             "steps": _stored(steps[row.name]),
-            "receipt": pictures[row.name].receipt(),
+            "receipt": receipts[row.name],
         }
         for row in compared
     }
     remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
+    remarks_on_rows = [
+        remark
+        for name, config in request.configurations.items()
+        for remark in remarks_on(name, receipts[name], config.linears)
+    ]
     scored = results[compared[0].name]["summary"]
     shown = next(iter(request.configurations))
     evaluation = {
@@ -133,7 +141,7 @@ def evaluate(
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in request.prompts],
-        "notes": [*notes, *caveats(judged), *remarks, *remarks_on_layers],
+        "notes": [*remarks_on_rows, *notes, *caveats(judged), *remarks, *remarks_on_layers],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
         "layers": of_layers,
@@ -153,9 +161,15 @@ def evaluate(
 
 
 def _layers(
-    pipe: DiffusionPipeline, request: Request, folder: Path, on_step: OnStep
+    pipe: DiffusionPipeline,
+    request: Request,
+    receipts: dict[str, Any],
+    folder: Path,
+    on_step: OnStep,
 ) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
     """Return each attention module's own error and each configuration's predicted cost on recorded calls, and remarks.
+
+    receipts: what ran, by row: calls that were left to stock attention cost what that does.
 
     Errors and costs are left out where recordings take too much room.
     """
@@ -166,7 +180,7 @@ def _layers(
         except ValueError as error:
             return None, {}, [f"no errors by layer, no predicted costs: {error}"]
         costs = {
-            name: predicted_cost(recordings, config, request.target)
+            name: predicted_cost(recordings, config, request.target, shares_that_ran(receipts[name]))
             for name, config in request.configurations.items()
         }
         errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))

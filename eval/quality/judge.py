@@ -23,7 +23,7 @@ from dma_diffusers.eval.quality.scoring import (
     prompt_scorer,
     row_scores,
 )
-from dma_diffusers.eval.quality.summary import summarise
+from dma_diffusers.eval.quality.summary import summarise, summarise_differing
 from dma_diffusers.pipelines.load import DEMO_MODEL
 
 _NO_DISTANCES = (
@@ -81,7 +81,10 @@ class Judge:
         for name, pictures in compared.items():
             watch = partial(self.on_step, f"scores of {name}")
             samples, frames = row_scores(pictures, exact, batches, self.scorers, self.device, watch)
-            summary = {metric: summarise(values, seeds) for metric, values in samples.items()}
+            summary = {
+                metric: (summarise_differing if metric == "psnr_db" else summarise)(values, seeds)
+                for metric, values in samples.items()
+            }
             if video:
                 of_frames = {
                     metric: aggregate(metric, scores, 0).tolist() for metric, scores in frames.items()

@@ -159,6 +159,20 @@ def test_what_is_there_is_not_drawn_again(monkeypatch, capsys, asked, finished, 
     assert found.pop("low=nvfp4") and found == numbers(finished)
 
 
+def test_a_row_of_which_nothing_ran_says_so(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    code, output, error = run(monkeypatch, capsys, *asked, "--config", "auto", "-o", str(folder))
+    assert code == 0, error
+    found = evaluation(folder)
+    row = found["rows"]["auto"]
+    assert (row["ran"], row["predicted_cost"], row["summary"]["psnr_db"]["identical"]) == (0, 1, 6)
+    assert found["notes"][0].startswith(
+        "auto: no attention calls ran at low precision (nothing is faster than stock"
+    )
+    assert "| auto (no call ran at low precision) |" in output
+    assert found["rows"][NEAR]["ran"] == 1 and found["rows"][AGAIN.name]["ran"] is None
+
+
 def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     before = pictures(folder)
