@@ -6,7 +6,9 @@ import torch
 
 from dma_diffusers.linears.module import QuantisedLinear
 
-OTHER_WEIGHTS = "the policy was chosen for other weights of this class: what it errs here is not known; calibrate anew"
+OTHER_WEIGHTS = (
+    "the policy was chosen for other weights of this class: what it errs here is not known; calibrate anew"
+)
 _SAMPLED = 64  # so many numbers of each parameter tell models apart
 _ADAPTER, _BASE = "lora_", ".base_layer."
 

@@ -1,5 +1,6 @@
 """Write output files so that they are either whole or absent, and read the text files that a user gives."""
 
+import codecs
 import os
 import tempfile
 from collections.abc import Collection
@@ -39,21 +40,25 @@ def _refused(path: Path, error: OSError) -> OSError:
 
 
 def read_text(path: Path, suffixes: Collection[str], what: str) -> str:
-    """Return the text of a UTF-8 file, without its byte order mark if it has one.
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark, as spreadsheets write it.
 
     Args:
-        suffixes: the suffixes that the file's name may have.
+        suffixes: the suffixes that the file's name may have, in any case.
         what: names the contents in messages, as in "jobs".
 
     Raises ValueError for another suffix or another encoding, OSError where the file cannot be read.
     """
-    if path.suffix not in suffixes:
+    if path.suffix.lower() not in suffixes:
         raise ValueError(
             f"{path}: {what} come as {', '.join(suffixes)}, not {path.suffix or 'without a suffix'}"
         )
+    data = path.read_bytes()
+    encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "UTF-8"
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-16" if encoding == "UTF-16" else "utf-8-sig")
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+            f"{path} is not {encoding}: byte {error.start} is {data[error.start]:#04x}, in line {line}: "
+            "save it as UTF-8"
         ) from error

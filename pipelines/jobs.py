@@ -1,21 +1,18 @@
 """Read job files; each job asks for one picture or clip."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS
-from dma_diffusers.pipelines.files import read_text
+from dma_diffusers.pipelines.tables import read_entries
 
+_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
 _MAX_NAME_BYTES = 200  # file systems allow 255, and an unfinished file has a longer name
 
 
@@ -59,10 +56,9 @@ class Failure:
 def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Failure]]:
     """Read the valid jobs of a file, and a failure for each entry that is not a valid job.
 
-    A .jsonl file has one object per line, a .csv file is a table with a header, and a .yaml or .yml file is a list of
-    mappings. A job needs a `prompt`. It may have other fields of `Job`, with size as "WxH" or one number for a square,
-    and the fields that `DMAConfig.from_fields` takes, except `model`. Empty text, empty cells and null count as not
-    given.
+    Files are read as by `read_entries`. A job needs a `prompt`. It may have other fields of `Job`, with size as "WxH"
+    or one number for a square, and the fields that `DMAConfig.from_fields` takes, except `model` and `weights`. Empty
+    text, empty cells and null count as not given, and a number that is whole may be written as 3.0.
 
     Args:
         defaults: values for the fields that a job does not give. A job with a preset ignores the defaults about
@@ -71,12 +67,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     Raises ValueError if the file has another format, holds no jobs, or if the defaults are not valid fields, OSError
     if a file cannot be read.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
-    text = read_text(path, readers, "jobs")
-    try:
-        entries = list(readers[path.suffix](text))
-    except (ValueError, csv.Error, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    entries = read_entries(path, _SUFFIXES, "jobs")
     if not entries:
         raise ValueError(f"{path} holds no jobs")
     parse({"prompt": "any"}, defaults)
@@ -85,6 +76,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
         try:
             if isinstance(entry, Exception):
                 raise entry
+            if path.suffix.lower() == ".csv":
+                entry = {name: _parse_cell(name, cell) for name, cell in entry.items()}
             jobs.append(parse(entry, defaults, where, number))
         except (ValueError, TypeError, OSError) as error:
             failures.append(Failure(number, where, first_line(error)))
@@ -98,7 +91,7 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     """
     if not isinstance(entry, dict):
         raise ValueError('a job maps fields to values, as in {"prompt": "a cat"}')
-    own = {str(name).strip().lower(): value for name, value in entry.items() if value not in (None, "")}
+    own = {name: value for name, value in entry.items() if value not in (None, "")}
     if unknown := own.keys() - _FIELDS.keys() - _CONFIG_FIELDS:
         known = ", ".join([*_FIELDS, *sorted(_CONFIG_FIELDS)])
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}; there are {known}")
@@ -115,52 +108,18 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     return Job(where=where, number=number, config=config, **values)
 
 
-def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
-    # `splitlines` would also split at U+2028.
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                entry = ValueError(f"it is not JSON: {error}")
-            yield f"line {number}", entry
-
-
-def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = [name.strip().lower() for name in next(rows, ())]
-    if twice := {name for name in header if name and header.count(name) > 1}:
-        raise ValueError(f"the header has {', '.join(sorted(twice))} more than once")
-    while True:
-        where = f"line {rows.line_num + 1}"
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield where, ValueError(f"it is not CSV: {error}")
-            continue
-        if row is None:
-            return
-        if any(row[len(header) :]):
-            yield where, ValueError(f"it has {len(row)} cells, the header {len(header)}")
-        elif any(row):
-            yield where, {name: _parse_cell(name, cell) for name, cell in zip(header, row, strict=False)}
-
-
 def _parse_cell(name: str, cell: str) -> Any:
-    """Return the cell as it is if the field is text, else parse it as JSON; spreadsheets write TRUE for true."""
-    if name in _TEXT_FIELDS:
-        return cell
+    """Return the cell as it is if the field is text, else parse it as JSON.
+
+    Spreadsheets write TRUE for true, and where semicolons separate cells a comma for the decimal point.
+    """
+    if name in _TEXT_FIELDS or not cell.strip():
+        return cell.strip()
+    cell = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell.strip())
     try:
         return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
     except (ValueError, RecursionError):
         return cell
-
-
-def _read_yaml(text: str) -> Iterator[tuple[str, Any]]:
-    entries = yaml.safe_load(text)
-    if entries is not None and not isinstance(entries, list):
-        raise ValueError("give a list of jobs, as in `- prompt: a cat`")
-    return ((f"job {number}", entry) for number, entry in enumerate(entries or (), 1))
 
 
 def _text(name: str, value: Any) -> str:
@@ -189,6 +148,8 @@ def _count(name: str, value: Any) -> int:
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.100}")
     return value
@@ -201,7 +162,7 @@ def _rate(name: str, value: Any) -> float:
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:
-    sides = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", str(value))
+    sides = re.fullmatch(r"(\d{1,6})(?:\.0)?(?:\s*[xX×]\s*(\d{1,6}))?", str(value))
     if not sides or isinstance(value, bool):
         raise ValueError(f"{name} must be WIDTHxHEIGHT in pixels, as in 832x480, got {value!r:.100}")
     width, height = (_count(name, int(side)) for side in (sides[1], sides[2] or sides[1]))

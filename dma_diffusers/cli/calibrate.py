@@ -96,7 +96,7 @@ def calibrate(
 
         cost.check_target(target or cost.current_target())
         path = named_model(model)
-        chosen_prompts, repeated = read_prompts(prompts, recording.count)
+        chosen_prompts, repeated = read_prompts(prompts, recording.count, fewest=1)
         texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given(
             {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
