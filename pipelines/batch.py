@@ -21,7 +21,7 @@ from dma_diffusers.errors import first_line
 from dma_diffusers.fingerprint import OTHER_WEIGHTS
 from dma_diffusers.pipelines.clip import encode_clip
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.generate import draw
+from dma_diffusers.pipelines.generate import Drawing, draw
 from dma_diffusers.pipelines.jobs import Failure, Job
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import load_pipeline
@@ -140,29 +140,26 @@ def _draw_with_model(
         for task in group:
             before = report(pipe)
             try:
-                data, seconds = _draw_task(pipe, task, partial(on_step, "steps"))
+                data, drawing = _draw_task(pipe, task, partial(on_step, "steps"))
             except Exception as error:  # an error in one job must not stop the others
                 yield task, {"error": first_line(error)}
                 continue
             write_atomically(folder / task.output, data)  # not caught: a full disk would fail every job
             after = report(pipe)
             used = _attention_used(before, after)
-            notes = [OTHER_WEIGHTS] if any(OTHER_WEIGHTS in module.notes for module in after.modules) else []
-            yield task, {"seconds": round(seconds, 3), "receipt": used, "notes": notes, "error": None}
+            others = any(OTHER_WEIGHTS in module.notes for module in after.modules)
+            notes = [*drawing.notes, *[OTHER_WEIGHTS] * others]
+            yield task, {"seconds": round(drawing.seconds, 3), "receipt": used, "notes": notes, "error": None}
 
 
 def _draw_task(
     pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], None]
-) -> tuple[bytes, float]:
-    """Draw a task; return the bytes of its file, and the seconds that drawing took."""
-    job = task.job
-    drawing = draw(pipe, [job.prompt], [job.seed], task.arguments(), on_step)
+) -> tuple[bytes, Drawing]:
+    """Draw a task; return the bytes of its file, and the drawing."""
+    drawing = draw(pipe, [task.job.prompt], [task.job.seed], task.arguments(), on_step)
     if task.fps:
-        return encode_clip(drawing.frames[0], task.fps, task.kind), drawing.seconds
-    picture = drawing.pictures[0]
-    if job.size and picture.size != job.size:  # Diffusers only warns about this
-        raise ValueError(f"{type(pipe).__name__} drew {'x'.join(map(str, picture.size))}: ask for that size")
-    return encode(picture, task.kind), drawing.seconds
+        return encode_clip(drawing.frames[0], task.fps, task.kind), drawing
+    return encode(drawing.pictures[0], task.kind), drawing
 
 
 def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dma_diffusers.pipelines.clip import KINDS
 from dma_diffusers.pipelines.tables import read_entries
 
 _SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
+CALL_FIELDS = ("negative_prompt", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+"""Fields of a job that go to the pipeline's call as they are."""
 _MAX_NAME_BYTES = 200  # file systems allow 255, and an unfinished file has a longer name
 
 
@@ -23,6 +25,7 @@ class Job:
     where: the job's position in its file, for messages. number: its number among the jobs of the file, from 1.
     output: a file name without a folder. model: a local folder or hub id, "demo" or "demo-video".
     size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from.
+    negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length: arguments of the pipeline's call.
     config: the configuration of attention.
     """
 
@@ -38,6 +41,9 @@ class Job:
     fps: float | None = None
     image: str | None = None
     negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
     config: DMAConfig
 
 
@@ -161,6 +167,12 @@ def _rate(name: str, value: Any) -> float:
     return value
 
 
+def _scale(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
+        raise ValueError(f"{name} must be a number from 0 to 1000, got {value!r:.100}")
+    return value
+
+
 def _size(name: str, value: Any) -> tuple[int, int]:
     sides = re.fullmatch(r"(\d{1,6})(?:\.0)?(?:\s*[xX×]\s*(\d{1,6}))?", str(value))
     if not sides or isinstance(value, bool):
@@ -172,6 +184,7 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 _FIELDS = {
     "prompt": _text, "output": _output, "model": _text, "seed": _seed, "steps": _count, "size": _size,
     "frames": _count, "fps": _rate, "image": _text, "negative_prompt": _text,
+    "guidance_scale": _scale, "true_cfg_scale": _scale, "max_sequence_length": _count,
 }  # fmt: skip
 _TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size)}
 _CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model", "weights"} | {"preset", "quality"}

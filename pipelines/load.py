@@ -129,6 +129,13 @@ def check_model(model: str | Path, video: bool | None = None, image: bool = Fals
         raise ValueError(f"{named}, which needs ftfy: pip install 'dma-diffusers[demo]'")
 
 
+def check_call(model: str | Path, call: Mapping[str, Any]) -> None:
+    """Raise ValueError if the pipeline's call does not take one of these keyword arguments."""
+    kind = pipeline_class(model)
+    if unknown := call.keys() - arguments(kind):
+        raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+
+
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     """Return keyword arguments of the pipeline's call from `generation.json` in the model's folder, if it exists.
 
@@ -143,9 +150,10 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(call, dict):
         raise ValueError(f"{path} holds no JSON object")
-    pipeline = pipeline_class(model)
-    if unknown := call.keys() - arguments(pipeline):
-        raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
+    try:
+        check_call(model, call)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name in _COUNT_ARGUMENTS & call.keys():
         if type(call[name]) is not int or call[name] < 1:
             raise ValueError(f"{path}: {name} must be a whole number from 1, got {call[name]!r:.100}")

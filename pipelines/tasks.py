@@ -14,10 +14,10 @@ from typing import Any
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS, check_clip, clip_format
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
-from dma_diffusers.pipelines.jobs import Failure, Job
+from dma_diffusers.pipelines.jobs import CALL_FIELDS, Failure, Job
 from dma_diffusers.pipelines.load import (
     ability,
-    arguments,
+    check_call,
     check_model,
     named_model,
     pipeline_class,
@@ -110,10 +110,8 @@ def _task(job: Job, cached_call: Callable[..., tuple[Any, Exception | None]]) ->
     else:
         file = picture_format(Path(output))
         call, fps = found(recommended_call, model) | _picture_call(job, kind.__name__), None
-    if job.negative_prompt:
-        call = call | {"negative_prompt": job.negative_prompt}
-    if unknown := call.keys() - arguments(kind):
-        raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+    call = call | {name: value for name in CALL_FIELDS if (value := getattr(job, name)) is not None}
+    check_call(model, call)
     of_model = found(model_fingerprint, model)
     decisive = [job.prompt, job.seed, found(config_identity, job.config), of_model, call, fps, image]
     settings = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

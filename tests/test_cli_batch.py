@@ -251,6 +251,33 @@ def test_a_policy_of_other_weights_is_noted(batch, flux, tmp_path):
     assert results(tmp_path / "out")[-1]["notes"] == [OTHER_WEIGHTS]
 
 
+def test_what_a_pipeline_would_drop_is_said_or_refused(batch, flux, tmp_path):
+    """The tiny FLUX reads 19 bytes of a prompt, and a negative prompt from true_cfg_scale 1 on."""
+    negative = {"negative_prompt": "ugly, text"}
+    entries = [
+        {"prompt": "a cat on a yellow background", "output": "cut.png"},
+        {"prompt": "a cat", "output": "ignored.png", **negative},
+        {"prompt": "a cat", "output": "guided.png", "true_cfg_scale": 3.0, "guidance_scale": 2, **negative},
+        {"prompt": "a cat on a yellow background", "output": "whole.png", "max_sequence_length": 40},
+        {"prompt": "a cat", "output": "plain.png"},
+    ]
+    code, output, error = batch(entries, "--model", flux)
+    cut = "the prompt was truncated: tokenizer_2 read the first 19 of 30 tokens"
+    assert output.splitlines()[1:] == [f"note: line 1, cut.png: {cut}"]
+    words = "FluxPipeline does not read negative_prompt where true_cfg_scale is 1.0"
+    assert code == 1 and len(error) == 1 and error[0].startswith(f"failed: line 2, ignored.png: {words}")
+    notes = {result["output"]: result.get("notes") for result in results(tmp_path / "out")}
+    assert notes == {
+        "cut.png": [cut],
+        "ignored.png": None,
+        "guided.png": [],
+        "whole.png": [],
+        "plain.png": [],
+    }
+    assert (tmp_path / "out" / "guided.png").read_bytes() != (tmp_path / "out" / "plain.png").read_bytes()
+    assert "1 drawn, 3 there already" in batch([*entries[2:], entries[0] | {"steps": 1}], "--model", flux)[1]
+
+
 def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
     monkeypatch.setattr("dma_diffusers.pipelines.load.is_ftfy_available", lambda: True)
     stand_in = SimpleNamespace(fix_text=lambda text: text)  # Wan's pipeline calls it, there or not

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
+from dma_diffusers.cli.call import CallOptions
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     given,
@@ -26,6 +27,7 @@ def batch(
         Path, typer.Option("--output", "-o", help="Folder of pictures, clips and results.jsonl; resumed.")
     ],
     attention: AttentionOptions,
+    call: CallOptions,
     model: Annotated[
         str | None,
         typer.Option(help="Local folder or hub id; `demo`, or `demo-video` for clips, if left out."),
@@ -37,7 +39,6 @@ def batch(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of clips.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="A prompt for what not to draw.")] = None,
 ) -> None:
     """Draw the JOBS of a file; the options are for jobs that don't say otherwise.
 
@@ -45,10 +46,8 @@ def batch(
     under `accelerate launch -m dma_diffusers batch …`. Ends with status 1 if any job failed.
     """
     require((*DEMO_PACKAGES, "accelerate"), "pip install 'dma-diffusers[demo]'")
-    defaults = attention.given | given({
-        "model": model, "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps,
-        "negative_prompt": negative_prompt,
-    })  # fmt: skip
+    flags = {"model": model, "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps}
+    defaults = attention.given | call.given | given(flags)
     with quiet():
         hide_loading_bars()
         from dma_diffusers.pipelines.batch import batch as drawn

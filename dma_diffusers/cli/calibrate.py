@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from dma_diffusers.cli.call import CallOptions
 from dma_diffusers.cli.console import (
     Json,
     given,
@@ -46,6 +47,7 @@ def calibrate(
         Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
     ],
     recording: Recording,
+    further: CallOptions,
     quality: Annotated[float, typer.Option(help="From 0, the cheapest, to 1, the most precise.")] = 0.5,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
@@ -92,7 +94,7 @@ def calibrate(
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
-        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.load import check_call, load_pipeline, named_model, recommended_call
 
         cost.check_target(target or cost.current_target())
         path = named_model(model)
@@ -101,6 +103,8 @@ def calibrate(
         call = recommended_call(path) | given(
             {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
         )
+        call |= further.given
+        check_call(path, call)
         pipe = load_pipeline(path, calls=[call])
         seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:

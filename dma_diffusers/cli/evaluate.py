@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from dma_diffusers.cli.attention import Linears
+from dma_diffusers.cli.call import CallOptions
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     given,
@@ -82,6 +83,7 @@ def evaluate(
     ],
     samples: Samples,
     recording: Recording,
+    further: CallOptions,
     model: Annotated[
         str | None,
         typer.Option(
@@ -120,7 +122,7 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Request
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
-        from dma_diffusers.pipelines.load import check_model, named_model, recommended_call
+        from dma_diffusers.pipelines.load import check_call, check_model, named_model, recommended_call
 
         configurations = known.DEFAULT
         if config or configs:
@@ -133,6 +135,8 @@ def evaluate(
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
         call |= given({"num_inference_steps": samples.steps, "height": samples.size, "width": samples.size})
+        call |= further.given
+        check_call(path, call)
         seeds = range(samples.seed, samples.seed + samples.seeds)
         asked = Request(path, chosen, seeds, samples.batch, call, configurations, target)
         output.mkdir(exist_ok=True)

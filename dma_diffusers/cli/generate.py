@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
+from dma_diffusers.cli.call import CallOptions
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -24,6 +25,7 @@ def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")],
     attention: AttentionOptions,
+    further: CallOptions,
     model: Annotated[
         str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
@@ -50,11 +52,19 @@ def generate(
         from dma_diffusers.eval import compare as comparison
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
-        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            load_pipeline,
+            named_model,
+            recommended_call,
+        )
 
         flags = {"num_inference_steps": steps, "height": size, "width": size}
         path = named_model(model)
-        call = recommended_call(path) | given(flags)
+        check_model(path, video=False)
+        call = recommended_call(path) | given(flags) | further.given
+        check_call(path, call)
         notes: list[str] = []
         pipe = load_pipeline(path, video=False, calls=[call], say=notes.append)
 
@@ -75,10 +85,12 @@ def generate(
         write_atomically(output, encode(picture, kind))
 
     if as_json:
-        result = {"output": str(output), "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict()}
-        print_json(result)
+        about = {"output": str(output), "seconds": drawing.seconds}
+        about |= {"notes": drawing.notes} if drawing.notes else {}
+        print_json({**about, **metrics, "receipt": receipt.to_dict()})
         return
     print(f"{output}: {label}, {drawing.seconds:.1f} s")
     if compare:
         print(comparison.in_words(metrics))
+    notes += [f"note: {note}" for note in drawing.notes]
     print("\n".join([*notes, str(receipt)]))

@@ -104,6 +104,7 @@ def evaluate(
 
     exact = pictures.pop(FULL_PRECISION.name)
     judged, remarks = judge.judge(exact, pictures, chunks, len(request.seeds))
+    remarks += truncated(exact, chunks)
     results = {
         row.name: {
             "role": row.role,
@@ -185,6 +186,17 @@ def _layers(
         }
         errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))
         return errors, costs, recordings.notes
+
+
+def truncated(exact: Pictures, chunks: Batches) -> list[str]:
+    """Say how many prompts the pipeline did not read to their end."""
+    samples = {sample.prompt.text: sample for chunk in chunks for sample in chunk}
+    notes = [note for note in map(exact.notes, samples.values()) if note]
+    return (
+        [f"{len(notes)} of {len(samples)} prompts were not read to the end, the first: {notes[0][0]}"]
+        if notes
+        else []
+    )
 
 
 @contextmanager

@@ -82,13 +82,24 @@ class Pictures:
                 corrupt.append(path)
         return corrupt
 
-    def write(self, sample: Sample, frames: np.ndarray, latents: torch.Tensor, seconds: float) -> None:
-        """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took."""
+    def write(
+        self,
+        sample: Sample,
+        frames: np.ndarray,
+        latents: torch.Tensor,
+        seconds: float,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took.
+
+        notes: what a reader should know of the drawing.
+        """
         strip = Image.fromarray(
             frames.reshape(-1, *frames.shape[2:])
         )  # the frames of a video stand below each other
         metadata = {"seconds": repr(seconds), "frames": str(len(frames))}
         metadata |= {"prompt": sample.prompt.text, "seed": str(sample.seed)}
+        metadata |= {"notes": json.dumps([*notes])}
         metadata |= {"checksum": _checksum(latents)}  # PNG has a checksum of its own
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
         write_atomically(
@@ -109,6 +120,10 @@ class Pictures:
     def seconds(self, sample: Sample) -> float:
         """Return the seconds that the picture took: the time of its batch, shared equally."""
         return float(self._metadata(sample)["seconds"])
+
+    def notes(self, sample: Sample) -> list[str]:
+        """Return what was noted when the picture was drawn."""
+        return json.loads(self._metadata(sample).get("notes", "[]"))
 
     def checksums(self, samples: Sequence[Sample]) -> list[str]:
         """Return what tells these pictures from others: the samples' keys, and checksums of the latents."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dma_diffusers.eval.quality.evaluate import truncated
 from dma_diffusers.eval.quality.pictures import Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 
@@ -35,6 +36,17 @@ def test_what_is_written_is_read(tmp_path, sample, count):
     assert torch.equal(pictures.latents(sample), latents)
     assert pictures.seconds(sample) == 0.1
     assert pictures.remove_corrupt([sample]) == []
+
+
+def test_prompts_that_were_cut_are_counted(tmp_path):
+    pictures, chunks = folder(tmp_path), batches(PROMPTS, [0, 1], 2)
+    for number, chunk in enumerate(chunks):
+        for sample in chunk:
+            notes = [f"cut {number}"] * (number > 0)
+            pictures.write(sample, np.zeros((1, 4, 4, 3), np.uint8), torch.zeros(1), 1.0, notes)
+    assert [pictures.notes(chunk[0]) for chunk in chunks] == [[], ["cut 1"], ["cut 2"]]
+    assert truncated(pictures, chunks) == ["2 of 3 prompts were not read to the end, the first: cut 1"]
+    assert truncated(pictures, chunks[:1]) == []
 
 
 def test_a_long_video_is_no_bomb(tmp_path, sample, monkeypatch):

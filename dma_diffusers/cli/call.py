@@ -1,0 +1,32 @@
+"""The options for arguments of a pipeline's call that commands have in common."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from dma_diffusers.cli.console import given
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options that go to a pipeline's call as they are; None where the command line gives none."""
+
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance, in the pipeline's own way; its default if left out.")
+    ] = None
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance of distilled models; a negative prompt needs more than 1."
+        ),
+    ] = None
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that are read of a prompt; what is cut off is said.")
+    ] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="A prompt for what not to draw.")] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the command line gives, by name."""
+        return given(asdict(self))
