@@ -1,6 +1,7 @@
 """Draw a batch of jobs: each process draws its share of the missing outputs, and failures are reported at the end."""
 
 import gc
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.fingerprint import OTHER_WEIGHTS
 from dma_diffusers.pipelines.clip import encode_clip
-from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.files import remove_leftovers, write_atomically
 from dma_diffusers.pipelines.generate import Drawing, draw
 from dma_diffusers.pipelines.jobs import Failure, Job
 from dma_diffusers.pipelines.linears import calibrate_where_needed
@@ -29,6 +30,8 @@ from dma_diffusers.pipelines.picture import encode
 from dma_diffusers.pipelines.results import Results
 from dma_diffusers.pipelines.tasks import Task, tasks_of
 from dma_diffusers.receipt import Receipt
+
+_DAMAGED = "what was there is not what was written (emptied, cut or changed since), and was drawn anew"
 
 OnStep = Callable[[str, int, int], None]
 """A progress callback, called with (title, number done, total number)."""
@@ -64,7 +67,8 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     state, results = PartialState(), Results(folder)
     plan: list[Any] = [None]
     if state.is_main_process:
-        drawn = _drawn(folder, results)
+        remove_leftovers(folder)
+        drawn, damaged = _drawn(folder, results)
         tasks, impossible = tasks_of(jobs, drawn)
         impossible += failures
         for failure in impossible:
@@ -75,6 +79,9 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     missing: list[Task] = plan[0]
     mine = missing[state.process_index :: state.num_processes]
     failed, notes = [], []
+    if state.is_main_process:
+        anew = [task for task in missing if task.output in damaged]
+        notes = [(t.job.number, f"{t.job.where}, {t.output}: {_DAMAGED}") for t in anew]
     on_step("jobs", 0, len(mine))
     for done, (task, result) in enumerate(_draw(mine, folder, on_step), 1):
         results.append(_request(task) | result)
@@ -91,10 +98,24 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures, in_order)
 
 
-def _drawn(folder: Path, results: Results) -> dict[str, str]:
-    """Return the outputs that former runs left whole in the folder, with the settings that they were drawn with."""
-    last = {output: result for output, result in results.last().items() if output and not result.get("error")}
-    return {output: result["settings"] for output, result in last.items() if (folder / output).is_file()}
+def _drawn(folder: Path, results: Results) -> tuple[dict[str, str], set[str]]:
+    """Return the outputs that former runs left whole, with the settings that they were drawn with, and the others.
+
+    The others are there, but are not what was written: they were emptied, cut or changed since.
+    """
+    whole, damaged = {}, set()
+    for output, result in results.last().items():
+        if not output or result.get("error") or not (folder / output).is_file():
+            continue
+        if _checksum((folder / output).read_bytes()) == result.get("checksum"):
+            whole[output] = result["settings"]
+        else:
+            damaged.add(output)
+    return whole, damaged
+
+
+def _checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def _request(task: Task) -> dict[str, Any]:
@@ -149,7 +170,10 @@ def _draw_with_model(
             used = _attention_used(before, after)
             others = any(OTHER_WEIGHTS in module.notes for module in after.modules)
             notes = [*drawing.notes, *[OTHER_WEIGHTS] * others]
-            yield task, {"seconds": round(drawing.seconds, 3), "receipt": used, "notes": notes, "error": None}
+            yield task, {
+                "seconds": round(drawing.seconds, 3), "checksum": _checksum(data), "receipt": used, "notes": notes,
+                "error": None,
+            }  # fmt: skip
 
 
 def _draw_task(

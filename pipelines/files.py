@@ -1,19 +1,29 @@
 """Write output files so that they are either whole or absent, and read the text files that a user gives."""
 
 import codecs
+import hashlib
 import os
+import platform
+import re
+import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# An unfinished file or folder names the machine and the process that write it, and not its future name, with which it
+# could become too long.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_UNFINISHED = re.compile(r"\.unfinished-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def check_writable(path: Path) -> None:
     """Check that a file can be written at `path`, and leave nothing behind; raises a one-line OSError if not."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
     try:
+        if path.is_dir():  # this raises for a name that is too long
+            raise IsADirectoryError("it is a folder")
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(bytes(2**12))  # a full disk still accepts empty files
     except OSError as error:
@@ -23,16 +33,66 @@ def check_writable(path: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` in one step, so that an interrupted call leaves the former file as it was.
 
-    Raises a one-line OSError where there is no room for it or no file can be written there.
+    The data is on the disk before the file has its name, so that a power cut leaves no empty file either. Raises a
+    one-line OSError where there is no room for it or no file can be written there.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = _unfinished(path)
     try:
         unfinished.write_bytes(data)
+        _flush(unfinished)
         unfinished.replace(path)
+        with suppress(OSError):  # some file systems flush no folders
+            _flush(path.parent)
     except OSError as error:
         raise _refused(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in `parent` that is removed in the end, or by the next run's `remove_leftovers`."""
+    folder = _unfinished(parent / "folder")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files and folders that processes of this machine left in `folder` when they were killed."""
+    for path in folder.iterdir():
+        made_by = _UNFINISHED.fullmatch(path.name)
+        if made_by and made_by[1] == _MACHINE and not _runs(int(made_by[2])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".unfinished-{_MACHINE}-{os.getpid()}-{digest}.tmp")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _refused(path: Path, error: OSError) -> OSError:

@@ -303,6 +303,20 @@ def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
     assert seen[0][1] == seen[1][1] != seen[2][1]
 
 
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:900], lambda data: data[:-1] + b"?"])
+def test_outputs_that_are_not_what_was_written_are_drawn_anew(batch, flux, tmp_path, damage):
+    entries = [{"prompt": prompt, "output": f"{prompt}.png"} for prompt in "ab"]
+    assert batch(entries, "--model", flux)[0] == 0
+    output = tmp_path / "out" / "b.png"
+    whole = output.read_bytes()
+    output.write_bytes(damage(whole))
+    code, said, _ = batch(entries, "--model", flux)
+    assert code == 0 and "1 drawn, 1 there already, 0 failed" in said
+    assert said.splitlines()[1].startswith("note: line 2, b.png: what was there is not what was written")
+    assert output.read_bytes() == whole
+    assert "0 drawn, 2 there already" in batch(entries, "--model", flux)[1]
+
+
 def test_a_job_that_failed_is_tried_again(monkeypatch, batch, flux, tmp_path):
     from dma_diffusers.pipelines import batch as module
 

@@ -79,11 +79,14 @@ def calibrate(
 
     check_quality(quality)
     check_writable(output)
+    if linears:
+        check_writable(output.with_name(f"{output.stem}-{0.25}.safetensors"))
     if bits_plot:
         if not linears:
             raise ValueError("--bits-plot shows what linear layers need: give --linears too")
         check_plot(bits_plot)
         check_writable(bits_plot)
+        check_writable(bits_plot.with_suffix(".json"))
     pairs = [_pair(text) for text in formats or ()]
     with quiet():
         hide_loading_bars()

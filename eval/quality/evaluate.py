@@ -3,7 +3,6 @@
 import inspect
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from dma_diffusers.eval.quality.worst import worst
 from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
-from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.files import remove_leftovers, temporary_folder, write_atomically
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
@@ -88,6 +87,8 @@ def evaluate(
         row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
+    if judge:
+        remove_leftovers(folder)
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):
@@ -175,9 +176,9 @@ def _layers(
     Errors and costs are left out where recordings take too much room.
     """
     texts = [prompt.text for prompt in request.prompts[:_RECORDED]]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
+    with temporary_folder(folder) as scratch:
         try:
-            recordings = record(pipe, texts, Path(scratch), request.call, on_step=on_step)
+            recordings = record(pipe, texts, scratch, request.call, on_step=on_step)
         except ValueError as error:
             return None, {}, [f"no errors by layer, no predicted costs: {error}"]
         costs = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dma_diffusers.eval.quality.prompts import Prompt
-from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.files import remove_leftovers, write_atomically
 from dma_diffusers.pipelines.picture import encode
 
 
@@ -60,6 +60,7 @@ class Pictures:
     def create(self) -> None:
         """Make the folder, and say in it what it is for."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
 
     def __contains__(self, sample: Sample) -> bool:
@@ -133,9 +134,11 @@ class Pictures:
         write_atomically(self.folder / "receipt.json", json.dumps(receipt).encode())
 
     def receipt(self) -> dict[str, Any] | None:
-        """Return the receipt of the attention that drew the pictures; None for full precision."""
-        path = self.folder / "receipt.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """Return the receipt of the attention that drew the pictures; None for full precision, or a damaged one."""
+        try:
+            return json.loads((self.folder / "receipt.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _metadata(self, sample: Sample) -> dict[str, str]:
         with safe_open(self._latents(sample), "pt") as file:
