@@ -99,6 +99,22 @@ def _refused(path: Path, error: OSError) -> OSError:
     return type(error)(f"cannot write {path}: {error.strerror or error}")
 
 
+def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files in a folder and in those below it, behind symbolic links too; links in a circle end.
+
+    Args:
+        above: the real paths of the folders that were entered on the way.
+    """
+    real = os.path.realpath(folder)
+    if real in above or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path, above | {real})
+        elif path.is_file():
+            yield path
+
+
 def read_text(path: Path, suffixes: Collection[str], what: str) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark, as spreadsheets write it.
 

@@ -1,7 +1,6 @@
 """Tell models and files apart by what they hold, wherever they lie."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.linears.methods import is_file
+from dma_diffusers.pipelines.files import files_below
 
 # Weights in these formats are never loaded, and the other files are no part of a model.
 _NOT_LOADED = {".bin", ".ckpt", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth"}
@@ -56,16 +56,5 @@ def _files_of_components(folder: Path) -> Iterator[Path]:
     index = DiffusionPipeline.load_config(folder)
     components = sorted(name for name, value in index.items() if isinstance(value, list | tuple))
     for component in components:
-        yield from sorted(_files(folder / component, frozenset()))
-
-
-def _files(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Find the files in a folder and below it; links to folders are followed, those to a folder above once only."""
-    real = os.path.realpath(folder)
-    if real in above or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path, above | {real})
-        elif path.is_file() and path.suffix not in _NOT_LOADED and not path.name.startswith("."):
-            yield path
+        paths = files_below(folder / component)
+        yield from sorted(p for p in paths if p.suffix not in _NOT_LOADED and not p.name.startswith("."))
