@@ -50,6 +50,7 @@ def generate(
         hide_loading_bars()
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
+        from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
         from dma_diffusers.pipelines.load import (
@@ -92,5 +93,5 @@ def generate(
     print(f"{output}: {label}, {drawing.seconds:.1f} s")
     if compare:
         print(comparison.in_words(metrics))
-    notes += [f"note: {note}" for note in drawing.notes]
+    notes += [f"note: {note}" for note in (*drawing.notes, *without_letters(prompt if compare else ""))]
     print("\n".join([*notes, str(receipt)]))
