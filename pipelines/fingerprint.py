@@ -33,7 +33,7 @@ def model_fingerprint(model: str | Path) -> str:
         index = try_to_load_from_cache(str(model), "model_index.json")
         return f"{model}@{Path(index).parent.name}" if isinstance(index, str) else str(model)
     digest = hashlib.sha256()
-    for path in [folder / "model_index.json", *_files_of_components(folder)]:
+    for path in [folder / "model_index.json", *files_of_components(folder)]:
         digest.update(f"{path.relative_to(folder).as_posix()} {file_fingerprint(path)}\n".encode())
     return digest.hexdigest()
 
@@ -52,7 +52,8 @@ def config_identity(config: DMAConfig) -> dict[str, Any]:
     return fields
 
 
-def _files_of_components(folder: Path) -> Iterator[Path]:
+def files_of_components(folder: Path) -> Iterator[Path]:
+    """Yield the files from which the components of a pipeline's folder are loaded, in a fixed order."""
     index = DiffusionPipeline.load_config(folder)
     components = sorted(name for name, value in index.items() if isinstance(value, list | tuple))
     for component in components:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
+from dma_diffusers.pipelines.damage import check_files, damaged_file
 from dma_diffusers.pipelines.placement import Size, place
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
@@ -66,7 +67,7 @@ def load_pipeline(
         calls: keyword arguments of the coming calls; their height, width and frames decide what fits the GPU.
         say: is called with one line that tells where the weights were placed.
 
-    Raises what `check_model` raises, and ValueError for corrupt weights.
+    Raises what `check_model` raises, and ValueError for corrupt weights and other damaged files, which it names.
     """
     check_model(model, video, image)
     kind = pipeline_class(model)
@@ -75,10 +76,17 @@ def load_pipeline(
         dtype = {"default": torch.bfloat16}
         if kind.__name__.startswith(_FLOAT32_FAMILIES):
             dtype |= dict.fromkeys(_FLOAT32_COMPONENTS, torch.float32)
+    is_local = Path(model).is_dir()
+    if is_local:
+        check_files(Path(model))
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"{model} holds corrupt weights: {error}") from error
+    except Exception as error:  # each library has its own for a file that it can't read
+        if damaged := damaged_file(Path(model)) if is_local else "":
+            raise ValueError(damaged) from error
+        raise
     say(place(pipe, [_size(kind, call) for call in calls] or [_size(kind, {})]))
     pipe.set_progress_bar_config(disable=True)
     return pipe

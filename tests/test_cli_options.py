@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from dma_diffusers.cli import app
+from dma_diffusers.cli.console import seeds_from
 from dma_diffusers.cli.options import flat
 from tests.command_line import run
 
@@ -31,6 +32,15 @@ def test_fields_of_a_group_are_options(capsys):
     assert called == [("a cat", Size(8), 2)]
     assert CliRunner().invoke(single, ["a cat"]).exit_code != 0  # --width is required
     assert CliRunner().invoke(single, ["a cat", "--width", "8", "--height", "0"]).exit_code != 0
+
+
+@pytest.mark.parametrize(("first", "count"), [(2**64, 1), (2**63, 1), (2**63 - 3, 4), (-1, 1)])
+def test_seeds_out_of_range_are_one_line(first, count):
+    with pytest.raises(
+        ValueError, match=f"--seed {first}: {count} seeds from there must be from 0 to {2**63 - 1}$"
+    ):
+        seeds_from(first, count)
+    assert seeds_from(2**63 - 4, 4)[-1] == 2**63 - 1
 
 
 def test_no_command_takes_more_than_twelve_arguments():

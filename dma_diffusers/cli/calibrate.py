@@ -17,6 +17,7 @@ from dma_diffusers.cli.console import (
     print_table,
     quiet,
     require,
+    seeds_from,
 )
 from dma_diffusers.progress import progress
 
@@ -108,8 +109,8 @@ def calibrate(
         )
         call |= further.given
         check_call(path, call)
+        seeds = seeds_from(recording.seed, len(texts))
         pipe = load_pipeline(path, calls=[call])
-        seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recording.recordings or Path(scratch)
             recorded_calls = record(

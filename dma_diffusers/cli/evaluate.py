@@ -19,6 +19,7 @@ from dma_diffusers.cli.console import (
     processes,
     quiet,
     require,
+    seeds_from,
 )
 from dma_diffusers.progress import progress
 
@@ -137,7 +138,7 @@ def evaluate(
         call |= given({"num_inference_steps": samples.steps, "height": samples.size, "width": samples.size})
         call |= further.given
         check_call(path, call)
-        seeds = range(samples.seed, samples.seed + samples.seeds)
+        seeds = seeds_from(samples.seed, samples.seeds)
         asked = Request(path, chosen, seeds, samples.batch, call, configurations, target)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
@@ -175,7 +176,7 @@ def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str
 
         pipe = load_pipeline(asked.model, calls=[asked.call])
         texts = [prompt.text for prompt in asked.prompts[:count]]
-        seeds = range(asked.seeds[0], asked.seeds[0] + len(texts))
+        seeds = seeds_from(asked.seeds[0], len(texts))
         found = evaluate_attention(
             pipe, texts, asked.configurations, output, asked.call, _command(),
             seeds=seeds, on_step=on_step, **recording,
