@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class Job:
 
     where: the job's position in its file, for messages. number: its number among the jobs of the file, from 1.
     output: a file name without a folder. model: a local folder or hub id, "demo" or "demo-video".
-    size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from.
+    size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from, relative to
+    `folder`, that of the job file.
     negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length: arguments of the pipeline's call.
     config: the configuration of attention.
     """
@@ -45,6 +46,7 @@ class Job:
     true_cfg_scale: float | None = None
     max_sequence_length: int | None = None
     config: DMAConfig
+    folder: Path = field(default=Path(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
                 raise entry
             if path.suffix.lower() == ".csv":
                 entry = {name: _parse_cell(name, cell) for name, cell in entry.items()}
-            jobs.append(parse(entry, defaults, where, number))
+            jobs.append(replace(parse(entry, defaults, where, number), folder=path.parent))
         except (ValueError, TypeError, OSError) as error:
             failures.append(Failure(number, where, first_line(error)))
     return jobs, failures

@@ -13,7 +13,7 @@ from typing import Any
 
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS, check_clip, clip_format
-from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
+from dma_diffusers.pipelines.fingerprint import config_identity, file_fingerprint, model_fingerprint
 from dma_diffusers.pipelines.jobs import CALL_FIELDS, Failure, Job
 from dma_diffusers.pipelines.load import (
     ability,
@@ -52,7 +52,7 @@ class Task:
         """Return the keyword arguments of the pipeline's call, including the image."""
         if self.job.image is None:
             return self.call
-        image = read_image(Path(self.job.image))
+        image = read_image(self.job.folder / self.job.image)
         return clip_call(self.model, **_clip_options(self.job), image=image).arguments | self.call
 
 
@@ -99,7 +99,7 @@ def _task(job: Job, cached_call: Callable[..., tuple[Any, Exception | None]]) ->
     job.config.check_device(own_device())
     kind = found(pipeline_class, model)
     found(check_model, model, None, job.image is not None)
-    image = found(_digest, job.image) if job.image else None
+    image = found(_digest, job.folder / job.image) if job.image else None
     clips = ability(kind).video
     output = job.output or _default_name(job, ".mp4" if clips else ".png")
     if clips:
@@ -175,9 +175,9 @@ def _picture_call(job: Job, pipeline: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _digest(image: str) -> str:
-    read_image(Path(image))
-    return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+def _digest(image: Path) -> str:
+    read_image(image)
+    return file_fingerprint(image)
 
 
 def _result_or_error(find: Callable, *about: Any) -> tuple[Any, Exception | None]:

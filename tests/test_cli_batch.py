@@ -292,6 +292,7 @@ def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
     seen = []
     for colour in ("red", "red", "blue"):
         Image.new("RGB", (100, 50), colour).save(picture)
+        entries[-1]["image"] = "cat.png"  # beside the job file
         code, output, error = batch(entries, "--model", model)
         assert code == 1
         for line, words in zip(

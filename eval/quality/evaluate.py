@@ -21,7 +21,7 @@ from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.configurations import CONFIGURATION, FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, caveats
-from dma_diffusers.eval.quality.pictures import Pictures, batches
+from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
@@ -70,7 +70,8 @@ def evaluate(
     """
     check_target(request.target)
     compared = rows(request.configurations)
-    chunks = batches(request.prompts, request.seeds, request.batch)
+    together = KnownBatches(folder / "pictures", request.batch)
+    chunks = batches(request.prompts, request.seeds, request.batch, together.read())
     pipe = load_pipeline(request.model, calls=[request.call])
     for config in request.configurations.values():
         calibrate_where_needed(pipe, config, request.call, on_step)
@@ -89,6 +90,7 @@ def evaluate(
     }
     if judge:
         remove_leftovers(folder)
+        together.write(chunks)
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):

@@ -30,19 +30,71 @@ class Sample:
     key: str
 
 
-def batches(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> list[list[Sample]]:
+Together = list[tuple[str, int]]
+"""The prompts and seeds that are drawn in one batch."""
+
+
+def batches(
+    prompts: Sequence[Prompt], seeds: Sequence[int], size: int, known: Sequence[Together] = ()
+) -> list[list[Sample]]:
     """Return all pairs of prompts and seeds, prompt by prompt, in the batches they are drawn in.
 
-    A sample's key holds what is drawn together with it, because another batch may round otherwise.
+    A sample's key holds what is drawn together with it, because another batch may round otherwise. So batches of a
+    former run are kept wherever their samples still follow each other, and a prompt that is inserted between them
+    leaves their pictures valid.
+
+    Args:
+        size: the most samples of a batch.
+        known: the batches of a former run of this size.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    found = []
-    for start in range(0, len(pairs), size):
-        chunk = pairs[start : start + size]
-        together = json.dumps([(prompt.text, seed) for prompt, seed in chunk])
+    named = [(prompt.text, seed) for prompt, seed in pairs]
+    kept = {chunk[0]: chunk for chunk in known if chunk}
+    found, start = [], 0
+    while start < len(pairs):
+        stop = _stop(named, start, size, kept)
+        chunk = pairs[start:stop]
+        together = json.dumps(named[start:stop])
         keys = [hashlib.sha256(f"{i} {together}".encode()).hexdigest()[:16] for i in range(len(chunk))]
         found.append([Sample(prompt, seed, key) for (prompt, seed), key in zip(chunk, keys, strict=True)])
+        start = stop
     return found
+
+
+def _stop(named: Together, start: int, size: int, kept: dict[tuple[str, int], Together]) -> int:
+    """Return where the batch ends that begins at `start`: a kept one whole, a new one where a kept one begins."""
+
+    def is_kept(at: int) -> bool:
+        chunk = kept.get(named[at], [])
+        return bool(chunk) and named[at : at + len(chunk)] == chunk
+
+    if is_kept(start):
+        return start + len(kept[named[start]])
+    most = min(start + size, len(named))
+    return next((at for at in range(start + 1, most) if is_kept(at)), most)
+
+
+class KnownBatches:
+    """The file of a run's folder that remembers which samples were drawn together, by the size of a batch."""
+
+    def __init__(self, folder: Path, size: int):
+        self.path, self.size = folder / "batches.json", str(size)
+
+    def read(self) -> list[Together]:
+        """Return the batches of the last run; none where there was no run, or the file is damaged."""
+        return [[(text, seed) for text, seed in chunk] for chunk in self._all().get(self.size, ())]
+
+    def write(self, chunks: Sequence[Sequence[Sample]]) -> None:
+        """Remember these batches, with those of other sizes."""
+        together = [[(sample.prompt.text, sample.seed) for sample in chunk] for chunk in chunks]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self._all() | {self.size: together}).encode())
+
+    def _all(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
 
 
 class Pictures:
