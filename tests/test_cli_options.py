@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from dma_diffusers.cli import app
+from dma_diffusers.cli.call import sides_of
 from dma_diffusers.cli.console import seeds_from
 from dma_diffusers.cli.options import flat
 from tests.command_line import run
@@ -65,3 +66,25 @@ def test_words_that_are_no_precision_are_refused_in_one_line(monkeypatch, capsys
     assert words in error or "fp3" in error
     assert "mxfp4" in error
     assert not [path for path in tmp_path.iterdir() if path.name != "jobs.jsonl"]
+
+
+def test_a_size_is_a_square_or_width_and_height():
+    assert sides_of(None) == {} and sides_of("64") == {"width": 64, "height": 64}
+    assert sides_of("832x480") == sides_of("832×480") == {"width": 832, "height": 480}
+    for text in ("0", "9x170x140", "big", "64x", "-1"):
+        with pytest.raises(ValueError, match=f"--size.*{text}") as error:
+            sides_of(text)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["generate", "generate-video", "batch", "eval", "calibrate"])
+def test_every_command_that_draws_takes_the_same_words(command):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
+    for option in (
+        "--size",
+        "--guidance-scale",
+        "--true-cfg-scale",
+        "--max-sequence-length",
+        "--negative-prompt",
+    ):
+        assert option in shown, option

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from dma_diffusers.cli.call import CallOptions
+from dma_diffusers.cli.call import CallOptions, Size, sides_of
 from dma_diffusers.cli.console import (
     Json,
     given,
@@ -32,7 +32,7 @@ class Recording:
     ] = 3
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one has the next.")] = 0
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    size: Size = None
     recordings: Annotated[
         Path | None, typer.Option(help="Folder to keep the recordings in, and to go on with.")
     ] = None
@@ -105,7 +105,7 @@ def calibrate(
         chosen_prompts, repeated = read_prompts(prompts, recording.count, fewest=1)
         texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given(
-            {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
+            {"num_inference_steps": recording.steps, **sides_of(recording.size)}
         )
         call |= further.given
         check_call(path, call)

@@ -5,7 +5,21 @@ from typing import Annotated, Any
 
 import typer
 
-from dma_diffusers.cli.console import given
+from dma_diffusers.cli.console import given, sizes_of
+
+Size = Annotated[
+    str | None, typer.Option(help="Width x height in pixels, such as 832x480, or one number for a square.")
+]
+
+
+def sides_of(size: str | None) -> dict[str, int]:
+    """Width and height of `--size`, by name; nothing where it is left out. ValueError, in one line, for other text."""
+    if size is None:
+        return {}
+    sides = sizes_of("--size", size)
+    if len(sides) > 2:
+        raise ValueError(f"--size {size}: give width and height, as in 832x480, or one number for a square")
+    return {"width": sides[0], "height": sides[-1]}
 
 
 @dataclass(frozen=True)

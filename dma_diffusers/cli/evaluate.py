@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from dma_diffusers.cli.attention import Linears
-from dma_diffusers.cli.call import CallOptions
+from dma_diffusers.cli.call import CallOptions, Size, sides_of
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     given,
@@ -40,7 +40,8 @@ class Samples:
     seeds: Annotated[int, typer.Option(min=1, help="Pictures or clips of each prompt.")] = 4
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    size: Size = None
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None
     batch: Annotated[int, typer.Option(min=1, help="Pictures or clips drawn together.")] = 1
 
 
@@ -135,7 +136,9 @@ def evaluate(
         chosen, repeated = read_prompts(samples.prompts or built_in(path), samples.count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
-        call |= given({"num_inference_steps": samples.steps, "height": samples.size, "width": samples.size})
+        sides = sides_of(samples.size)
+        _check_clip(path, samples.frames, sides)
+        call |= given({"num_inference_steps": samples.steps, "num_frames": samples.frames}) | sides
         call |= further.given
         check_call(path, call)
         seeds = seeds_from(samples.seed, samples.seeds)
@@ -183,6 +186,19 @@ def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str
         )  # fmt: skip
     print_table(HEADER, ([escape(cell) for cell in row] for row in table(found)))
     print("\n".join([*found["notes"], f"More is in {output / 'attention.json'}"]))
+
+
+def _check_clip(model: Any, frames: int | None, sides: dict[str, int]) -> None:
+    """Raise ValueError for frames that no picture has, and for frames and sides that a clip would have rounded."""
+    from dma_diffusers.pipelines.load import ability, pipeline_class
+    from dma_diffusers.pipelines.video import clip_call
+
+    kind = pipeline_class(model)
+    if ability(kind).video:
+        size = (sides["width"], sides["height"]) if sides else None
+        clip_call(model, frames=frames, size=size)
+    elif frames:
+        raise ValueError(f"--frames is for clips: {kind.__name__} draws pictures")
 
 
 def _module(text: str) -> int | str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
-from dma_diffusers.cli.call import CallOptions
+from dma_diffusers.cli.call import CallOptions, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -31,7 +31,7 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    size: Size = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Add full precision and the difference.")
     ] = False,
@@ -61,7 +61,7 @@ def generate(
             recommended_call,
         )
 
-        flags = {"num_inference_steps": steps, "height": size, "width": size}
+        flags = {"num_inference_steps": steps, **sides_of(size)}
         path = named_model(model)
         check_model(path, video=False)
         call = recommended_call(path) | given(flags) | further.given

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
-from dma_diffusers.cli.call import CallOptions
+from dma_diffusers.cli.call import CallOptions, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -17,7 +17,6 @@ from dma_diffusers.cli.console import (
     print_json,
     quiet,
     require,
-    sizes_of,
 )
 from dma_diffusers.progress import progress
 
@@ -28,7 +27,7 @@ class Clip:
 
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the clip.")] = None
     fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None
-    size: Annotated[str | None, typer.Option(help="Width x height in pixels, such as 832x480.")] = None
+    size: Size = None
     image: Annotated[
         Path | None,
         typer.Option(help="First frame, for image-to-video models; cropped to the clip's shape."),
@@ -59,9 +58,7 @@ def generate_video(
     chosen = attention.choose()
     kind = clip_format(output)
     check_writable(output)
-    sides = asked.size and sizes_of("--size", asked.size)
-    if sides and len(sides) != 2:
-        raise ValueError(f"--size {asked.size}: give width and height, as in 832x480")
+    sides = tuple(sides_of(asked.size).values()) or None
 
     with quiet():
         hide_loading_bars()
