@@ -1,6 +1,7 @@
 """Write output files so that they are either whole or absent, and read the text files that a user gives."""
 
 import codecs
+import fcntl
 import hashlib
 import os
 import platform
@@ -47,6 +48,28 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise _refused(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder, on all machines that share it if its file system locks folders.
+
+    Raises a one-line BlockingIOError where another command is in it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise BlockingIOError(
+            f"another command works in {folder}: wait for it, or take another folder"
+        ) from None
+    except OSError:  # NFS locks no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dma_diffusers.fingerprint import OTHER_WEIGHTS, fingerprint
 from dma_diffusers.pipelines.batch import batch as draw_batch
+from dma_diffusers.pipelines.files import exclusive
 from dma_diffusers.pipelines.jobs import read_jobs
 from tests.command_line import ROOT, run, start
 from tests.dma_diffusers.test_policy_file import document
@@ -338,6 +339,31 @@ def test_a_job_that_failed_is_tried_again(monkeypatch, batch, flux, tmp_path):
     }
     monkeypatch.setattr(module, "draw", draw)
     assert "1 drawn, 2 there already, 0 failed" in batch(entries, "--model", flux)[1]
+
+
+def test_after_an_interrupt_it_says_what_is_kept(monkeypatch, batch, flux, tmp_path):
+    from dma_diffusers.pipelines import batch as module
+
+    draw = module.draw
+
+    def interrupted(pipe, prompts, *rest):
+        if prompts == ["b"]:
+            raise KeyboardInterrupt
+        return draw(pipe, prompts, *rest)
+
+    entries = [{"prompt": prompt, "output": f"{prompt}.png"} for prompt in "abc"]
+    monkeypatch.setattr(module, "draw", interrupted)
+    code, output, error = batch(entries, "--model", flux)
+    folder = tmp_path / "out"
+    kept = f"stopped: what was finished is kept in {folder}, and the same command goes on from there"
+    assert (code, output, error) == (130, "", ["", kept]) and set(files(folder)) == {"a.png"}
+    monkeypatch.setattr(module, "draw", draw)
+    with exclusive(folder):
+        code, output, error = batch(entries, "--model", flux)
+        assert code == 1 and error == [
+            f"error: another command works in {folder}: wait for it, or take another folder"
+        ]
+    assert "2 drawn, 1 there already" in batch(entries, "--model", flux)[1]
 
 
 def test_a_full_disk_ends_the_batch(monkeypatch, batch, flux, tmp_path):

@@ -15,6 +15,7 @@ from dma_diffusers.cli.console import (
     processes,
     quiet,
     require,
+    working_in,
 )
 from dma_diffusers.progress import progress
 
@@ -57,7 +58,8 @@ def batch(
         asked, failures = read_jobs(jobs, defaults)
         output.mkdir(exist_ok=True)
         check_writable(output / "results.jsonl")
-        with progress(processes().is_main_process) as on_step:
+        is_main = processes().is_main_process
+        with working_in(output, is_main), progress(is_main) as on_step:
             outcome = drawn(asked, failures, output, on_step)
     if outcome is None:
         return

@@ -7,8 +7,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,24 @@ def seeds_from(first: int, count: int) -> range:
     if not 0 <= first <= _LAST_SEED + 1 - count:
         raise ValueError(f"--seed {first}: {count} seeds from there must be from 0 to {_LAST_SEED}")
     return range(first, first + count)
+
+
+@contextmanager
+def working_in(folder: Path, is_main: bool = True) -> Iterator[None]:
+    """Keep other commands out of the folder; after Ctrl-C, say what is kept there, and end with status 130.
+
+    is_main: whether this is the first of several processes, which does so for all of them.
+    """
+    from dma_diffusers.pipelines.files import exclusive
+
+    try:
+        with exclusive(folder) if is_main else nullcontext():
+            yield
+    except KeyboardInterrupt:
+        if is_main:
+            kept = f"stopped: what was finished is kept in {folder}, and the same command goes on from there"
+            print(f"\n{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from dma_diffusers.cli.console import (
     quiet,
     require,
     seeds_from,
+    working_in,
 )
 from dma_diffusers.progress import progress
 
@@ -161,8 +162,8 @@ def _compare_pictures(
         from dma_diffusers.eval.report.write import write_report
 
         state = processes()
-        with progress(state.is_main_process) as on_step:
-            main = state.is_main_process
+        main = state.is_main_process
+        with working_in(output, main), progress(main) as on_step:
             judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None
             evaluation = measured(asked, judge, output, _command(), notes, on_step)
         if evaluation is None:
@@ -173,7 +174,7 @@ def _compare_pictures(
 
 
 def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str, Any]) -> None:
-    with quiet(), progress() as on_step:
+    with quiet(), working_in(output), progress() as on_step:
         from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
         from dma_diffusers.pipelines.load import load_pipeline
 

@@ -12,6 +12,7 @@ import pytest
 from dma_diffusers.pipelines import files
 from dma_diffusers.pipelines.files import (
     check_writable,
+    exclusive,
     remove_leftovers,
     temporary_folder,
     write_atomically,
@@ -132,3 +133,24 @@ def test_a_command_that_is_terminated_removes_what_it_began(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", begin, str(tmp_path)], check=False, timeout=120)
     assert done.returncode == 128 + 15 and not list(tmp_path.iterdir())
+
+
+def test_two_commands_in_one_folder_refuse_each_other(tmp_path):
+    with exclusive(tmp_path):
+        words = f"^another command works in {tmp_path}: wait for it"
+        with pytest.raises(BlockingIOError, match=words), exclusive(tmp_path):
+            pass
+        (tmp_path / "other").mkdir()
+        with exclusive(tmp_path / "other"):
+            pass
+    with exclusive(tmp_path):
+        assert list(tmp_path.iterdir()) == [tmp_path / "other"]
+
+
+def test_a_file_system_that_locks_no_folders_will_do(tmp_path, monkeypatch):
+    def refuses(opened, how):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with exclusive(tmp_path), exclusive(tmp_path):
+        pass
