@@ -90,11 +90,11 @@ def _read_csv(text: str) -> Iterator[Entry]:
     named = re.match(r"sep=(.)\r?\n", text)  # Excel says so in a line of its own
     first = text[named.end() :] if named else text
     delimiter = named[1] if named else _delimiter(re.split(r"[\r\n]", first, maxsplit=1)[0])
-    return _read_table(text, delimiter, csv.QUOTE_MINIMAL, skip=bool(named))
+    return _read_table(text, delimiter, quotes=True, skip=bool(named))
 
 
 def _read_tsv(text: str) -> Iterator[Entry]:
-    return _read_table(text, "\t", csv.QUOTE_NONE)
+    return _read_table(text, "\t", quotes=False)
 
 
 def _delimiter(header: str) -> str:
@@ -104,8 +104,8 @@ def _delimiter(header: str) -> str:
     return commonest if commonest in unquoted else _NO_DELIMITER
 
 
-def _read_table(text: str, delimiter: str, quoting: int, skip: bool = False) -> Iterator[Entry]:
-    rows = _rows(text, delimiter, quoting, int(skip))
+def _read_table(text: str, delimiter: str, quotes: bool, skip: bool = False) -> Iterator[Entry]:
+    rows = _rows(text, delimiter, quotes, int(skip))
     _, header = next(rows, ("", ()))
     if isinstance(header, Exception):
         raise header
@@ -127,11 +127,12 @@ def _read_table(text: str, delimiter: str, quoting: int, skip: bool = False) -> 
             yield where, dict(zip(names, row, strict=False))
 
 
-def _rows(text: str, delimiter: str, quoting: int, start: int) -> Iterator[tuple[str, Any]]:
+def _rows(text: str, delimiter: str, quotes: bool, start: int) -> Iterator[tuple[str, Any]]:
     """Yield the position and the cells of each row, or the exception that says why it has none.
 
     A quote that is not closed spoils its own line alone, not those that follow.
     """
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", text)
     while start < len(lines):
         rest = (lines[number] for number in range(start, len(lines)))
