@@ -26,6 +26,7 @@ from dma_diffusers.pipelines.generate import Drawing, draw
 from dma_diffusers.pipelines.jobs import Failure, Job
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import load_pipeline
+from dma_diffusers.pipelines.loras import Lora
 from dma_diffusers.pipelines.picture import encode
 from dma_diffusers.pipelines.results import Results
 from dma_diffusers.pipelines.tasks import Task, tasks_of
@@ -134,18 +135,18 @@ def _describe(config: DMAConfig) -> str:
 
 def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Yield each task with its result; no more than one model is in memory at a time."""
-    for model, group in groupby(tasks, attrgetter("model")):
-        yield from _draw_with_model(model, list(group), folder, on_step)
+    for (model, loras), group in groupby(tasks, attrgetter("model", "loras")):
+        yield from _draw_with_model(model, loras, list(group), folder, on_step)
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _draw_with_model(
-    model: str, tasks: list[Task], folder: Path, on_step: OnStep
+    model: str, loras: Sequence[Lora], tasks: list[Task], folder: Path, on_step: OnStep
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     try:
         has_image = any(task.job.image is not None for task in tasks)
-        pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks])
+        pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks], loras=loras)
     except Exception as error:
         yield from ((task, {"error": first_line(error)}) for task in tasks)
         return

@@ -27,6 +27,7 @@ class Job:
     size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from, relative to
     `folder`, that of the job file.
     negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length: arguments of the pipeline's call.
+    lora: LoRA files, each with a weight if need be, as in "style.safetensors:0.8", relative to `folder`.
     config: the configuration of attention.
     """
 
@@ -45,6 +46,7 @@ class Job:
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     max_sequence_length: int | None = None
+    lora: tuple[str, ...] = ()
     config: DMAConfig
     folder: Path = field(default=Path(), compare=False)
 
@@ -147,6 +149,10 @@ def _output(name: str, value: Any) -> str:
     return value
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    return tuple(_text(name, each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _seed(name: str, value: Any) -> int:
     return _integer(name, value, 0, 2**63 - 1)
 
@@ -186,7 +192,7 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 _FIELDS = {
     "prompt": _text, "output": _output, "model": _text, "seed": _seed, "steps": _count, "size": _size,
     "frames": _count, "fps": _rate, "image": _text, "negative_prompt": _text,
-    "guidance_scale": _scale, "true_cfg_scale": _scale, "max_sequence_length": _count,
+    "guidance_scale": _scale, "true_cfg_scale": _scale, "max_sequence_length": _count, "lora": _texts,
 }  # fmt: skip
-_TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size)}
+_TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size, _texts)}
 _CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model", "weights"} | {"preset", "quality"}

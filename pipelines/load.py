@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
 from dma_diffusers.pipelines.damage import check_files, damaged_file
+from dma_diffusers.pipelines.loras import Lora, add
 from dma_diffusers.pipelines.placement import Size, place
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
@@ -55,6 +56,7 @@ def load_pipeline(
     image: bool = False,
     calls: Iterable[Mapping[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
+    loras: Sequence[Lora] = (),
 ) -> DiffusionPipeline:
     """Load the pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 
@@ -66,8 +68,10 @@ def load_pipeline(
         video, image: as for `check_model`.
         calls: keyword arguments of the coming calls; their height, width and frames decide what fits the GPU.
         say: is called with one line that tells where the weights were placed.
+        loras: are put on it.
 
-    Raises what `check_model` raises, and ValueError for corrupt weights and other damaged files, which it names.
+    Raises what `check_model` raises, and ValueError for corrupt weights and other damaged files, which it names, and
+    for LoRAs that the pipeline can't have.
     """
     check_model(model, video, image)
     kind = pipeline_class(model)
@@ -87,6 +91,7 @@ def load_pipeline(
         if damaged := damaged_file(Path(model)) if is_local else "":
             raise ValueError(damaged) from error
         raise
+    add(pipe, loras)
     say(place(pipe, [_size(kind, call) for call in calls] or [_size(kind, {})]))
     pipe.set_progress_bar_config(disable=True)
     return pipe

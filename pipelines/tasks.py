@@ -23,6 +23,9 @@ from dma_diffusers.pipelines.load import (
     pipeline_class,
     recommended_call,
 )
+from dma_diffusers.pipelines.loras import Lora
+from dma_diffusers.pipelines.loras import check as check_loras
+from dma_diffusers.pipelines.loras import parse as parse_lora
 from dma_diffusers.pipelines.picture import picture_format
 from dma_diffusers.pipelines.placement import own_device
 from dma_diffusers.pipelines.video import ClipCall, clip_call, read_image
@@ -37,7 +40,8 @@ class Task:
     kind: the file's format, as `clip_format` names it, or `picture_format` where fps is None.
     model: a local folder or hub id. call: keyword arguments of the pipeline's call, without the image.
     settings: a digest of everything that decides how the picture or clip looks, the model's weights included, and not
-    the path under which the job names the model. fps: frames per second of a clip, None for a picture.
+    the path under which the job names the model. fps: frames per second of a clip, None for a picture. loras: are put
+    on the model.
     """
 
     job: Job
@@ -47,6 +51,7 @@ class Task:
     call: dict[str, Any]
     settings: str
     fps: float | None = None
+    loras: tuple[Lora, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the pipeline's call, including the image."""
@@ -82,9 +87,9 @@ def tasks_of(jobs: Sequence[Job], drawn: Mapping[str, str] | None = None) -> tup
             failures.append(Failure(job.number, job.where, first_line(error)))
     tasks |= _with_own_files(unnamed, drawn or {}, tasks.keys())
     in_order = sorted(tasks.values(), key=lambda task: task.job.number)
-    models = list(dict.fromkeys(task.model for task in in_order))
+    models = list(dict.fromkeys((task.model, task.loras) for task in in_order))
     configs = list(dict.fromkeys(task.job.config for task in in_order))
-    together = sorted(in_order, key=lambda t: (models.index(t.model), configs.index(t.job.config)))
+    together = sorted(in_order, key=lambda t: (models.index((t.model, t.loras)), configs.index(t.job.config)))
     return together, failures
 
 
@@ -114,8 +119,12 @@ def _task(job: Job, cached_call: Callable[..., tuple[Any, Exception | None]]) ->
     check_call(model, call)
     of_model = found(model_fingerprint, model)
     decisive = [job.prompt, job.seed, found(config_identity, job.config), of_model, call, fps, image]
+    loras = tuple(found(parse_lora, text, job.folder) for text in job.lora)
+    check_loras(kind, loras)
+    if loras:
+        decisive.append([lora.identity for lora in loras])
     settings = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-    return Task(job, output, file, model, call, settings, fps)
+    return Task(job, output, file, model, call, settings, fps, loras)
 
 
 def _with_own_files(

@@ -1,5 +1,6 @@
 """`dma-diffusers batch`: many pictures and clips, from a file of jobs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
-from dma_diffusers.cli.call import CallOptions
+from dma_diffusers.cli.call import CallOptions, Loras
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     given,
@@ -39,6 +40,7 @@ def batch(
         str | None, typer.Option(help="Pixels, such as 832x480, or one number for a square.")
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None,
+    lora: Loras = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of clips.")] = None,
 ) -> None:
     """Draw the JOBS of a file; the options are for jobs that don't say otherwise.
@@ -48,6 +50,7 @@ def batch(
     """
     require((*DEMO_PACKAGES, "accelerate"), "pip install 'dma-diffusers[demo]'")
     flags = {"model": model, "steps": steps, "seed": seed, "size": size, "frames": frames, "fps": fps}
+    flags["lora"] = [os.path.abspath(file) for file in lora] if lora else None
     defaults = attention.given | call.given | given(flags)
     with quiet():
         hide_loading_bars()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from dma_diffusers.cli.call import CallOptions, Size, sides_of
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     Json,
     given,
@@ -49,6 +49,7 @@ def calibrate(
     ],
     recording: Recording,
     further: CallOptions,
+    lora: Loras = None,
     quality: Annotated[float, typer.Option(help="From 0, the cheapest, to 1, the most precise.")] = 0.5,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
@@ -99,6 +100,7 @@ def calibrate(
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
         from dma_diffusers.pipelines.load import check_call, load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.loras import parse as parse_lora
 
         cost.check_target(target or cost.current_target())
         path = named_model(model)
@@ -110,7 +112,7 @@ def calibrate(
         call |= further.given
         check_call(path, call)
         seeds = seeds_from(recording.seed, len(texts))
-        pipe = load_pipeline(path, calls=[call])
+        pipe = load_pipeline(path, calls=[call], loras=[parse_lora(file) for file in lora or ()])
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recording.recordings or Path(scratch)
             recorded_calls = record(

@@ -12,6 +12,12 @@ Size = Annotated[
 ]
 
 
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(help="A LoRA file, with a weight if need be, such as style.safetensors:0.8; repeat it."),
+]
+
+
 def sides_of(size: str | None) -> dict[str, int]:
     """Width and height of `--size`, by name; nothing where it is left out. ValueError, in one line, for other text."""
     if size is None:

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from dma_diffusers.cli.attention import Linears
-from dma_diffusers.cli.call import CallOptions, Size, sides_of
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     given,
@@ -93,6 +93,7 @@ def evaluate(
             help="Local folder or hub id; demo-video; `demo`, the embedded model of pictures, if left out."
         ),
     ] = None,
+    lora: Loras = None,
     config: Annotated[
         list[str] | None,
         typer.Option(help="A preset or fields, such as preset=b200,window=384; six of DMA's if left out."),
@@ -126,6 +127,7 @@ def evaluate(
         from dma_diffusers.eval.quality.evaluate import Request
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
         from dma_diffusers.pipelines.load import check_call, check_model, named_model, recommended_call
+        from dma_diffusers.pipelines.loras import parse as parse_lora
 
         configurations = known.DEFAULT
         if config or configs:
@@ -143,7 +145,8 @@ def evaluate(
         call |= further.given
         check_call(path, call)
         seeds = seeds_from(samples.seed, samples.seeds)
-        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target)
+        chosen_loras = [parse_lora(file) for file in lora or ()]
+        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target, chosen_loras)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if recording.attention:
@@ -178,7 +181,7 @@ def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str
         from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
         from dma_diffusers.pipelines.load import load_pipeline
 
-        pipe = load_pipeline(asked.model, calls=[asked.call])
+        pipe = load_pipeline(asked.model, calls=[asked.call], loras=asked.loras)
         texts = [prompt.text for prompt in asked.prompts[:count]]
         seeds = seeds_from(asked.seeds[0], len(texts))
         found = evaluate_attention(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
-from dma_diffusers.cli.call import CallOptions, Size, sides_of
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -29,6 +29,7 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
+    lora: Loras = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
     size: Size = None,
@@ -50,6 +51,7 @@ def generate(
         hide_loading_bars()
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
+        from dma_diffusers.pipelines import loras
         from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
@@ -67,7 +69,13 @@ def generate(
         call = recommended_call(path) | given(flags) | further.given
         check_call(path, call)
         notes: list[str] = []
-        pipe = load_pipeline(path, video=False, calls=[call], say=notes.append)
+        pipe = load_pipeline(
+            path,
+            video=False,
+            calls=[call],
+            say=notes.append,
+            loras=[loras.parse(file) for file in lora or ()],
+        )
 
         with progress(not as_json) as on_step:
 

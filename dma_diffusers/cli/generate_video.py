@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
-from dma_diffusers.cli.call import CallOptions, Size, sides_of
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -43,6 +43,7 @@ def generate_video(
     model: Annotated[
         str, typer.Option(help="Local folder or hub id, or `demo-video`, the embedded model.")
     ] = "demo-video",
+    lora: Loras = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
     compare: Annotated[
@@ -64,6 +65,7 @@ def generate_video(
         hide_loading_bars()
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
+        from dma_diffusers.pipelines import loras
         from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
@@ -81,7 +83,9 @@ def generate_video(
         # A request that the model can't take is refused before its weights are loaded.
         apply(outline(path), chosen.config, linears=None)
         notes: list[str] = []
-        pipe = load_pipeline(path, True, from_image, [arguments], notes.append)
+        pipe = load_pipeline(
+            path, True, from_image, [arguments], notes.append, [loras.parse(file) for file in lora or ()]
+        )
 
         with progress(not as_json) as on_step:
 

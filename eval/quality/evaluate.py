@@ -34,6 +34,7 @@ from dma_diffusers.pipelines.files import remove_leftovers, temporary_folder, wr
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
+from dma_diffusers.pipelines.loras import Lora
 
 _STEPPED = 8  # at most so many samples have their steps measured one by one
 _RECORDED = 2  # so many prompts have their attention calls recorded, for errors by layer
@@ -47,7 +48,7 @@ class Request:
 
     model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
     further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
-    attention's cost is predicted, by architecture.
+    attention's cost is predicted, by architecture. loras: are put on the model.
     """
 
     model: str | Path
@@ -57,6 +58,7 @@ class Request:
     call: dict[str, Any]
     configurations: dict[str, DMAConfig]
     target: str = "sm_100"
+    loras: Sequence[Lora] = ()
 
 
 def evaluate(
@@ -72,7 +74,7 @@ def evaluate(
     compared = rows(request.configurations)
     together = KnownBatches(folder / "pictures", request.batch)
     chunks = batches(request.prompts, request.seeds, request.batch, together.read())
-    pipe = load_pipeline(request.model, calls=[request.call])
+    pipe = load_pipeline(request.model, calls=[request.call], loras=request.loras)
     for config in request.configurations.values():
         calibrate_where_needed(pipe, config, request.call, on_step)
     check(pipe, request.configurations)
@@ -83,6 +85,8 @@ def evaluate(
         "pipeline": type(pipe).__name__,
         "call": request.call,
     }
+    if request.loras:
+        settings["loras"] = [lora.identity for lora in request.loras]
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
