@@ -46,8 +46,10 @@ class Ability:
 
 
 def named_model(name: str | None) -> str | Path:
-    """Return the folder of an embedded model for "demo", None and "demo-video", and any other name unchanged."""
-    return DEMO_MODEL if name is None else _DEMOS.get(name, name)
+    """Return the folder of an embedded model for "demo", None, "demo-video" and any path to it, other names unchanged."""
+    if name is None or name in _DEMOS:
+        return _DEMOS[name or "demo"]
+    return next((folder for folder in _DEMOS.values() if folder.resolve() == Path(name).resolve()), name)
 
 
 def load_pipeline(
@@ -142,11 +144,10 @@ def check_model(model: str | Path, video: bool | None = None, image: bool = Fals
         raise ValueError(f"{named}, which needs ftfy: pip install 'dma-diffusers[demo]'")
 
 
-def check_call(model: str | Path, call: Mapping[str, Any]) -> None:
-    """Raise ValueError if the pipeline's call does not take one of these keyword arguments."""
-    kind = pipeline_class(model)
-    if unknown := call.keys() - arguments(kind):
-        raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+def check_call(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> None:
+    """Raise ValueError if the call of a pipeline of this class does not take one of these keyword arguments."""
+    if unknown := call.keys() - arguments(pipeline):
+        raise ValueError(f"{pipeline.__name__} takes no {', '.join(sorted(unknown))}")
 
 
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise ValueError(f"{path} holds no JSON object")
     try:
-        check_call(model, call)
+        check_call(pipeline_class(model), call)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name in _COUNT_ARGUMENTS & call.keys():

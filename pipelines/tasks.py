@@ -116,13 +116,13 @@ def _task(job: Job, cached_call: Callable[..., tuple[Any, Exception | None]]) ->
         file = picture_format(Path(output))
         call, fps = found(recommended_call, model) | _picture_call(job, kind.__name__), None
     call = call | {name: value for name in CALL_FIELDS if (value := getattr(job, name)) is not None}
-    check_call(model, call)
+    check_call(kind, call)
     of_model = found(model_fingerprint, model)
     decisive = [job.prompt, job.seed, found(config_identity, job.config), of_model, call, fps, image]
     loras = tuple(found(parse_lora, text, job.folder) for text in job.lora)
     check_loras(kind, loras)
     if loras:
-        decisive.append([lora.identity for lora in loras])
+        decisive.append([(found(file_fingerprint, lora.path), lora.weight) for lora in loras])
     settings = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
     return Task(job, output, file, model, call, settings, fps, loras)
 

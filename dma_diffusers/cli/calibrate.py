@@ -99,7 +99,13 @@ def calibrate(
         from dma_diffusers.eval.recordings import policy as tables
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
-        from dma_diffusers.pipelines.load import check_call, load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            load_pipeline,
+            named_model,
+            pipeline_class,
+            recommended_call,
+        )
         from dma_diffusers.pipelines.loras import parse as parse_lora
 
         cost.check_target(target or cost.current_target())
@@ -110,7 +116,7 @@ def calibrate(
             {"num_inference_steps": recording.steps, **sides_of(recording.size)}
         )
         call |= further.given
-        check_call(path, call)
+        check_call(pipeline_class(path), call)
         seeds = seeds_from(recording.seed, len(texts))
         pipe = load_pipeline(path, calls=[call], loras=[parse_lora(file) for file in lora or ()])
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:

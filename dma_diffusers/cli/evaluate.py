@@ -126,7 +126,13 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Request
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
-        from dma_diffusers.pipelines.load import check_call, check_model, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            named_model,
+            pipeline_class,
+            recommended_call,
+        )
         from dma_diffusers.pipelines.loras import parse as parse_lora
 
         configurations = known.DEFAULT
@@ -143,7 +149,7 @@ def evaluate(
         _check_clip(path, samples.frames, sides)
         call |= given({"num_inference_steps": samples.steps, "num_frames": samples.frames}) | sides
         call |= further.given
-        check_call(path, call)
+        check_call(pipeline_class(path), call)
         seeds = seeds_from(samples.seed, samples.seeds)
         chosen_loras = [parse_lora(file) for file in lora or ()]
         asked = Request(path, chosen, seeds, samples.batch, call, configurations, target, chosen_loras)

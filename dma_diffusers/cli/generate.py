@@ -60,6 +60,7 @@ def generate(
             check_model,
             load_pipeline,
             named_model,
+            pipeline_class,
             recommended_call,
         )
 
@@ -67,7 +68,7 @@ def generate(
         path = named_model(model)
         check_model(path, video=False)
         call = recommended_call(path) | given(flags) | further.given
-        check_call(path, call)
+        check_call(pipeline_class(path), call)
         notes: list[str] = []
         pipe = load_pipeline(
             path,

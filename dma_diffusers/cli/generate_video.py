@@ -69,7 +69,14 @@ def generate_video(
         from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
-        from dma_diffusers.pipelines.load import check_call, check_model, load_pipeline, named_model, outline
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            load_pipeline,
+            named_model,
+            outline,
+            pipeline_class,
+        )
         from dma_diffusers.pipelines.video import clip_call, read_image
 
         path = named_model(model)
@@ -79,7 +86,7 @@ def generate_video(
         call = clip_call(path, steps=steps, frames=asked.frames, size=sides, fps=asked.fps, image=first)
         check_clip(kind, call.size, call.fps)
         arguments = call.arguments | further.given
-        check_call(path, arguments)
+        check_call(pipeline_class(path), arguments)
         # A request that the model can't take is refused before its weights are loaded.
         apply(outline(path), chosen.config, linears=None)
         notes: list[str] = []

@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ def batches(
 
     Args:
         size: the most samples of a batch.
-        known: the batches of a former run of this size.
+        known: the batches of former runs of this size.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     named = [(prompt.text, seed) for prompt, seed in pairs]
-    kept = {chunk[0]: chunk for chunk in known if chunk}
+    kept = defaultdict(list)  # by their first sample, the longest first
+    for chunk in sorted(known, key=len, reverse=True):
+        kept[chunk[0]].append(chunk)
     found, start = [], 0
     while start < len(pairs):
         stop = _stop(named, start, size, kept)
@@ -61,17 +64,17 @@ def batches(
     return found
 
 
-def _stop(named: Together, start: int, size: int, kept: dict[tuple[str, int], Together]) -> int:
+def _stop(named: Together, start: int, size: int, kept: Mapping[tuple[str, int], list[Together]]) -> int:
     """Return where the batch ends that begins at `start`: a kept one whole, a new one where a kept one begins."""
 
-    def is_kept(at: int) -> bool:
-        chunk = kept.get(named[at], [])
-        return bool(chunk) and named[at : at + len(chunk)] == chunk
+    def length_of_kept(at: int) -> int:
+        fitting = (len(chunk) for chunk in kept.get(named[at], ()) if named[at : at + len(chunk)] == chunk)
+        return next(fitting, 0)
 
-    if is_kept(start):
-        return start + len(kept[named[start]])
     most = min(start + size, len(named))
-    return next((at for at in range(start + 1, most) if is_kept(at)), most)
+    if length := length_of_kept(start):
+        return start + length
+    return next((at for at in range(start + 1, most) if length_of_kept(at)), most)
 
 
 class KnownBatches:
@@ -81,12 +84,13 @@ class KnownBatches:
         self.path, self.size = folder / "batches.json", str(size)
 
     def read(self) -> list[Together]:
-        """Return the batches of the last run; none where there was no run, or the file is damaged."""
+        """Return the batches of former runs; none where there was no run, or the file is damaged."""
         return [[(text, seed) for text, seed in chunk] for chunk in self._all().get(self.size, ())]
 
     def write(self, chunks: Sequence[Sequence[Sample]]) -> None:
-        """Remember these batches, with those of other sizes."""
+        """Remember these batches beside former ones."""
         together = [[(sample.prompt.text, sample.seed) for sample in chunk] for chunk in chunks]
+        together += [chunk for chunk in self.read() if chunk not in together]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self._all() | {self.size: together}).encode())
 

@@ -65,6 +65,15 @@ def test_an_inserted_prompt_leaves_other_batches_valid(tmp_path):
     assert KnownBatches(tmp_path / "pictures", 2).read() == []
 
 
+def test_a_shorter_run_between_leaves_batches_valid(tmp_path):
+    file = KnownBatches(tmp_path, 4)
+    for prompts in ("abcdef", "abc", "xabcdef"):
+        file.write(batches([Prompt(p) for p in prompts], [0, 1], 4, file.read()))
+    assert keys("abcdef", 4, file.read()) == keys("abcdef", 4)
+    assert keys("abc", 4, file.read()) == keys("abc", 4)
+    assert len(file.read()) == 5  # of these three runs
+
+
 def test_damaged_memory_of_batches_is_none(tmp_path):
     file = KnownBatches(tmp_path, 4)
     file.path.write_text("")
