@@ -46,7 +46,7 @@ class Ability:
 
 
 def named_model(name: str | None) -> str | Path:
-    """Return the folder of an embedded model for "demo", None, "demo-video" and any path to it, other names unchanged."""
+    """Return the folder of an embedded model for "demo", None, "demo-video" and paths to it, other names unchanged."""
     if name is None or name in _DEMOS:
         return _DEMOS[name or "demo"]
     return next((folder for folder in _DEMOS.values() if folder.resolve() == Path(name).resolve()), name)
