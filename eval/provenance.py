@@ -29,6 +29,22 @@ def weights_fingerprint(*models: torch.nn.Module) -> str:
     return "+".join(fingerprint_of(model) or "" for model in models)
 
 
+def adapters_fingerprint(*models: torch.nn.Module) -> str | None:
+    """Return a digest of the LoRA adapters of models, of their weights and of what is active; None for none."""
+    digest, found = hashlib.sha256(), False
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                found = True
+                sample = parameter.detach().flatten()[:64]
+                digest.update(name.encode() + sample.bfloat16().float().cpu().numpy().tobytes())
+        for name, module in model.named_modules():
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                active = getattr(module, "active_adapters", None)
+                digest.update(f"{name} {sorted(scaling.items())} {active}".encode())
+    return digest.hexdigest() if found else None
+
+
 def sources() -> dict[str, str]:
     """Return fingerprints of the code that decides what attention and linear layers compute."""
     package = Path(dma_diffusers.__file__).parent
