@@ -19,6 +19,7 @@ from dma_diffusers.components import (
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING
 from dma_diffusers.families import family_of, known_family
+from dma_diffusers.fingerprint import OTHER_WEIGHTS, are_other_weights
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.guard import Guard
 from dma_diffusers.interception import Interception
@@ -172,9 +173,11 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
             f"{on_grid[0]} needs to know what the tokens of {type(model).__name__} lie on: "
             "say so, with grid=(rows, columns) or (frames, rows, columns)"
         )
+    others = are_other_weights(model, config.weights)
 
     def attach() -> None:
         forward = ForwardContext(model, family, config, found, bool(on_grid))
+        forward.notes += [OTHER_WEIGHTS] * others
         guard = None if config.guard is None else Guard(config.guard, forward)
         processors = {}
         for name in intercepted:
@@ -190,6 +193,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
         _record(model, Attachment(config, chosen, roles, forward, hooks))
         if found.note:
             logger.info("%s: %s", type(model).__name__, found.note)
+        if others:
+            logger.warning("%s: %s", type(model).__name__, OTHER_WEIGHTS)
 
     return attach
 

@@ -94,6 +94,8 @@ class DMAConfig:
         "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of `save_linears`. None
         leaves linear layers as they are.
     model: the class of the only models that this is for; `modules` then names each of their modules.
+    weights: fingerprints of the weights that this was chosen for, joined by "+", one for each transformer. On other
+        weights it is applied all the same, and the receipt says so. None and "" are for any.
     """
 
     high: str = _B200["high"]
@@ -117,6 +119,7 @@ class DMAConfig:
     guard: float | None = None
     linears: str | None = None
     model: str | None = None
+    weights: str | None = None
 
     def __post_init__(self):
         for name, words in zip(("high", "low"), Precisions.parse(self.high, self.low).words, strict=True):
@@ -167,6 +170,8 @@ class DMAConfig:
             self._check_linears()
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model must be the name of a class, or None, got {self.model!r}")
+        if self.weights is not None and not isinstance(self.weights, str):
+            raise ValueError(f"weights must be fingerprints, or None, got {self.weights!r}")
         object.__setattr__(self, "modules", _frozen(self.modules))
         object.__setattr__(self, "modules", tuple((name, self._checked(name)) for name in dict(self.modules)))
 
@@ -266,7 +271,7 @@ class DMAConfig:
     def of_module(self, name: str) -> "DMAConfig":
         """The configuration of one attention module."""
         changes = {field: value for field, value in self._own(name).items() if field != "dense"}
-        replaced: dict[str, Any] = {"modules": (), "model": None}
+        replaced: dict[str, Any] = {"modules": (), "model": None, "weights": None}
         if "policy" in changes or _names_every_policy(changes.get("schedule")):
             replaced |= {"policy": None, "schedule": None, **DIAGONAL}
         elif changes.keys() & DIAGONAL:
@@ -282,7 +287,7 @@ class DMAConfig:
         """The configurations of the schedule, which have none themselves; without a schedule it is this one alone."""
         if self.schedule is None:
             return (Entry(0.0, self),)
-        alone: dict[str, Any] = {"schedule": None, "modules": (), "model": None}
+        alone: dict[str, Any] = {"schedule": None, "modules": (), "model": None, "weights": None}
         return tuple(
             Entry(part.above, replace(self, **alone | (DIAGONAL if part.policy else {}) | part.fields))
             for part in schedules.read(self.schedule)

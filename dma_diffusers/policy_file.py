@@ -38,6 +38,7 @@ def read_choice(path: str | PathLike[str], quality: float | None = None) -> dict
     try:
         wanted = document["quality"] if quality is None else quality
         names, kind = document["model"]["modules"], document["model"]["class"]
+        weights = document["model"].get("fingerprint")
         choices = sorted(document["choices"], key=lambda choice: choice["quality"])
         choice = next((choice for choice in choices if choice["quality"] >= wanted), None)
         if choice:
@@ -45,7 +46,7 @@ def read_choice(path: str | PathLike[str], quality: float | None = None) -> dict
             config = dict(choice["config"])
             if config.get("linears"):
                 config["linears"] = str(Path(path).parent / config["linears"])
-            return {**config, "modules": modules, "model": kind}
+            return {**config, "modules": modules, "model": kind, "weights": weights}
         best = choices[-1]["quality"]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} ({error})") from None

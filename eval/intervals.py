@@ -16,6 +16,22 @@ class Interval(NamedTuple):
     high: float
 
 
+def prompt_means(scores: Sequence[float], seeds: int) -> np.ndarray:
+    """Compute the mean of each prompt's scores, of those that are finite; prompts that have none are left out.
+
+    Args:
+        scores: `[prompts · seeds]`, prompt by prompt.
+
+    Where no score is finite, the only mean is infinite.
+    """
+    table = np.asarray(scores, np.float64).reshape(-1, seeds)
+    differing = ~np.isinf(table)
+    counts = differing.sum(axis=1)
+    if not counts.any():
+        return np.array([np.inf])
+    return np.where(differing, table, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
+
+
 def bootstrap(
     columns: Sequence[Sequence[float]],
     statistic: Callable[..., np.ndarray] = lambda mean: mean,

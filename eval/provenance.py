@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import dma_diffusers
+from dma_diffusers.fingerprint import fingerprint as fingerprint_of
 
 # A picture depends on the versions of these packages.
 PACKAGES = ("dma_diffusers", "torch", "diffusers", "transformers")
@@ -24,14 +25,24 @@ def fingerprint(folder: Path, *patterns: str) -> str:
 
 
 def weights_fingerprint(*models: torch.nn.Module) -> str:
-    """Return the SHA-256 of models' parameters: their names, shapes and first 64 numbers, which tell models apart."""
-    digest = hashlib.sha256()
+    """Return the models' fingerprints as `DMAConfig.weights` has them; that of unknown weights is empty."""
+    return "+".join(fingerprint_of(model) or "" for model in models)
+
+
+def adapters_fingerprint(*models: torch.nn.Module) -> str | None:
+    """Return a digest of the LoRA adapters of models, of their weights and of what is active; None for none."""
+    digest, found = hashlib.sha256(), False
     for model in models:
         for name, parameter in model.named_parameters():
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            if not parameter.is_meta:
-                digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            if "lora_" in name:
+                found = True
+                sample = parameter.detach().flatten()[:64]
+                digest.update(name.encode() + sample.bfloat16().float().cpu().numpy().tobytes())
+        for name, module in model.named_modules():
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                active = getattr(module, "active_adapters", None)
+                digest.update(f"{name} {sorted(scaling.items())} {active}".encode())
+    return digest.hexdigest() if found else None
 
 
 def sources() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Draw a batch of jobs: each process draws its share of the missing outputs, and failures are reported at the end."""
 
 import gc
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from diffusers import DiffusionPipeline
 from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
+from dma_diffusers.fingerprint import OTHER_WEIGHTS
 from dma_diffusers.pipelines.clip import encode_clip
-from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.generate import draw
+from dma_diffusers.pipelines.files import remove_leftovers, write_atomically
+from dma_diffusers.pipelines.generate import Drawing, draw
 from dma_diffusers.pipelines.jobs import Failure, Job
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import load_pipeline
+from dma_diffusers.pipelines.loras import Lora
 from dma_diffusers.pipelines.picture import encode
 from dma_diffusers.pipelines.results import Results
 from dma_diffusers.pipelines.tasks import Task, tasks_of
 from dma_diffusers.receipt import Receipt
+
+_DAMAGED = "what was there is not what was written (emptied, cut or changed since), and was drawn anew"
 
 OnStep = Callable[[str, int, int], None]
 """A progress callback, called with (title, number done, total number)."""
@@ -38,11 +43,13 @@ class Outcome:
     """The result of a batch.
 
     drawn: the number of jobs drawn in this run. already_drawn: the number whose output an earlier run had drawn.
+    notes: what a user should know of jobs that were drawn in this run, one line each.
     """
 
     drawn: int
     already_drawn: int
     failures: list[Failure]
+    notes: list[str]
 
 
 def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_step: OnStep) -> Outcome | None:
@@ -61,35 +68,57 @@ def batch(jobs: Sequence[Job], failures: Sequence[Failure], folder: Path, on_ste
     state, results = PartialState(), Results(folder)
     plan: list[Any] = [None]
     if state.is_main_process:
-        tasks, impossible = tasks_of(jobs)
+        remove_leftovers(folder)
+        drawn, damaged = _drawn(folder, results)
+        tasks, impossible = tasks_of(jobs, drawn)
         impossible += failures
         for failure in impossible:
             results.append({"job": failure.where, "output": None, "error": failure.error})
-        last = results.last()
-        plan = [[task for task in tasks if not _is_already_drawn(task, folder, last)]]
+        plan = [[task for task in tasks if drawn.get(task.output) != task.settings]]
     # Only one process looks for outputs: another one might start drawing before a slow one has looked.
     broadcast_object_list(plan)
     missing: list[Task] = plan[0]
     mine = missing[state.process_index :: state.num_processes]
-    failed = []
+    failed, notes = [], []
+    if state.is_main_process:
+        anew = [task for task in missing if task.output in damaged]
+        notes = [(t.job.number, f"{t.job.where}, {t.output}: {_DAMAGED}") for t in anew]
     on_step("jobs", 0, len(mine))
     for done, (task, result) in enumerate(_draw(mine, folder, on_step), 1):
         results.append(_request(task) | result)
+        where = f"{task.job.where}, {task.output}"
         if result["error"]:
-            where = f"{task.job.where}, {task.output}"
             failed.append(Failure(task.job.number, where, result["error"]))
+        notes += [(task.job.number, f"{where}: {note}") for note in result.get("notes", ())]
         on_step("jobs", done, len(mine))
-    failed = gather_object(failed)
+    failed, notes = gather_object(failed), gather_object(notes)
     if not state.is_main_process:
         return None
     all_failures = sorted([*impossible, *failed], key=attrgetter("number"))
-    return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures)
+    in_order = [note for _, note in sorted(notes, key=itemgetter(0))]
+    return Outcome(len(missing) - len(failed), len(tasks) - len(missing), all_failures, in_order)
 
 
-def _is_already_drawn(task: Task, folder: Path, results: dict[str, dict[str, Any]]) -> bool:
-    last = results.get(task.output, {})
-    same = last.get("settings") == task.settings and last.get("error") is None
-    return same and (folder / task.output).is_file()
+def _drawn(folder: Path, results: Results) -> tuple[dict[str, str], set[str]]:
+    """Return the outputs that former runs left whole, with the settings that they were drawn with, and the others.
+
+    The others are there, but are not what was written: they were emptied, cut or changed since.
+    """
+    whole, damaged = {}, set()
+    for output, result in results.last().items():
+        if not output or result.get("error") or not (folder / output).is_file():
+            continue
+        if "checksum" not in result:
+            continue  # a former version drew it
+        if _checksum((folder / output).read_bytes()) == result["checksum"]:
+            whole[output] = result["settings"]
+        else:
+            damaged.add(output)
+    return whole, damaged
+
+
+def _checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def _request(task: Task) -> dict[str, Any]:
@@ -108,18 +137,18 @@ def _describe(config: DMAConfig) -> str:
 
 def _draw(tasks: Sequence[Task], folder: Path, on_step: OnStep) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Yield each task with its result; no more than one model is in memory at a time."""
-    for model, group in groupby(tasks, attrgetter("model")):
-        yield from _draw_with_model(model, list(group), folder, on_step)
+    for (model, loras), group in groupby(tasks, attrgetter("model", "loras")):
+        yield from _draw_with_model(model, loras, list(group), folder, on_step)
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _draw_with_model(
-    model: str, tasks: list[Task], folder: Path, on_step: OnStep
+    model: str, loras: Sequence[Lora], tasks: list[Task], folder: Path, on_step: OnStep
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     try:
-        has_image = any(task.image is not None for task in tasks)
-        pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks])
+        has_image = any(task.job.image is not None for task in tasks)
+        pipe = load_pipeline(model, image=has_image, calls=[task.call for task in tasks], loras=loras)
     except Exception as error:
         yield from ((task, {"error": first_line(error)}) for task in tasks)
         return
@@ -135,27 +164,29 @@ def _draw_with_model(
         for task in group:
             before = report(pipe)
             try:
-                data, seconds = _draw_task(pipe, task, partial(on_step, "steps"))
+                data, drawing = _draw_task(pipe, task, partial(on_step, "steps"))
             except Exception as error:  # an error in one job must not stop the others
                 yield task, {"error": first_line(error)}
                 continue
             write_atomically(folder / task.output, data)  # not caught: a full disk would fail every job
-            used = _attention_used(before, report(pipe))
-            yield task, {"seconds": round(seconds, 3), "receipt": used, "error": None}
+            after = report(pipe)
+            used = _attention_used(before, after)
+            others = any(OTHER_WEIGHTS in module.notes for module in after.modules)
+            notes = [*drawing.notes, *[OTHER_WEIGHTS] * others]
+            yield task, {
+                "seconds": round(drawing.seconds, 3), "checksum": _checksum(data), "receipt": used, "notes": notes,
+                "error": None,
+            }  # fmt: skip
 
 
 def _draw_task(
     pipe: DiffusionPipeline, task: Task, on_step: Callable[[int, int], None]
-) -> tuple[bytes, float]:
-    """Draw a task; return the bytes of its file, and the seconds that drawing took."""
-    job = task.job
-    drawing = draw(pipe, [job.prompt], [job.seed], task.arguments(), on_step)
+) -> tuple[bytes, Drawing]:
+    """Draw a task; return the bytes of its file, and the drawing."""
+    drawing = draw(pipe, [task.job.prompt], [task.job.seed], task.arguments(), on_step)
     if task.fps:
-        return encode_clip(drawing.frames[0], task.fps, task.kind), drawing.seconds
-    picture = drawing.pictures[0]
-    if job.size and picture.size != job.size:  # Diffusers only warns about this
-        raise ValueError(f"{type(pipe).__name__} drew {'x'.join(map(str, picture.size))}: ask for that size")
-    return encode(picture, task.kind), drawing.seconds
+        return encode_clip(drawing.frames[0], task.fps, task.kind), drawing
+    return encode(drawing.pictures[0], task.kind), drawing
 
 
 def _attention_used(before: Receipt, after: Receipt) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dma_diffusers.pipelines.picture import GAP, GREY, INK, PAPER, caption_font, side_by_side
+from dma_diffusers.pipelines.captions import caption_font
+from dma_diffusers.pipelines.picture import GAP, GREY, INK, PAPER, side_by_side
 
 _MARK = (200, 40, 40)
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dma_diffusers.pipelines.load import arguments
+from dma_diffusers.pipelines.tokens import TokenWatch
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,23 @@ class Drawing:
         frames: uint8 `[prompts, F, height, width, 3]`, RGB; F is 1 for pictures.
         latents: float32 `[prompts, ...]` on the CPU: the result of the last step, in the pipeline's own layout.
         seconds: wall time of the call, including text encoding and decoding.
+        truncated: for each prompt, what was cut off it, one line for each tokenizer that did.
     """
 
     frames: np.ndarray
     latents: torch.Tensor
     seconds: float
+    truncated: Sequence[Sequence[str]] = ()
 
     @property
     def pictures(self) -> list[Image.Image]:
         """Return the picture of each prompt, or the first frame of its video."""
         return [Image.fromarray(frames[0]) for frames in self.frames]
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what was cut off any of the prompts."""
+        return list(dict.fromkeys(note for of_prompt in self.truncated for note in of_prompt))
 
 
 def draw(
@@ -53,21 +61,26 @@ def draw(
         replace_latents: is called after each step with the step's index and its resulting latents, and returns the
             latents from which the next step starts.
 
-    Raises ValueError if latents or pictures contain NaN or infinity.
+    Raises ValueError if latents or pictures contain NaN or infinity, if the pipeline draws another size than the call
+    has, or if it does not read a negative prompt.
     """
     latents: torch.Tensor  # of the last step
+    negative = call.get("negative_prompt")
+    watch = TokenWatch(pipe, prompts, call)
 
     def after_step(step: int, left: torch.Tensor) -> torch.Tensor:
         nonlocal latents
         latents = left
+        if step == 0:
+            watch.check_negative_prompt()
         on_step(step + 1, pipe.num_timesteps)
         return replace_latents(step, left)
 
-    if isinstance(call.get("negative_prompt"), str):
+    if isinstance(negative, str):
         # FluxPipeline does not repeat a single negative prompt over the batch.
-        call = {**call, "negative_prompt": [call["negative_prompt"]] * len(prompts)}
+        call = {**call, "negative_prompt": [negative] * len(prompts)}
     start = time.perf_counter()
-    with _observe_steps(pipe, after_step) as observing:
+    with _observe_steps(pipe, after_step) as observing, watch.watching():
         output = pipe(
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -79,7 +92,16 @@ def draw(
     drawn = output.frames if "frames" in output else output.images[:, None]
     if not (latents.isfinite().all() and np.isfinite(drawn).all()):
         raise ValueError("the pipeline drew NaN or infinity instead of a picture")
-    return Drawing((drawn * 255).round().astype(np.uint8), latents.float().cpu(), seconds)
+    _check_size(pipe, call, *drawn.shape[2:4])
+    frames = (drawn * 255).round().astype(np.uint8)
+    return Drawing(frames, latents.float().cpu(), seconds, watch.cuts)
+
+
+def _check_size(pipe: DiffusionPipeline, call: dict[str, Any], height: int, width: int) -> None:
+    """Raise ValueError if a pipeline drew another size than the call has; Diffusers only warns of that."""
+    if (call.get("height") or height, call.get("width") or width) != (height, width):
+        asked = f"{call.get('width') or width}x{call.get('height') or height}"
+        raise ValueError(f"{type(pipe).__name__} drew {width}x{height}: ask for that size, not for {asked}")
 
 
 @contextmanager

@@ -1,21 +1,20 @@
 """Read job files; each job asks for one picture or clip."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.errors import first_line
 from dma_diffusers.pipelines.clip import KINDS
-from dma_diffusers.pipelines.files import read_text
+from dma_diffusers.pipelines.tables import read_entries
 
+_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
+CALL_FIELDS = ("negative_prompt", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+"""Fields of a job that go to the pipeline's call as they are."""
 _MAX_NAME_BYTES = 200  # file systems allow 255, and an unfinished file has a longer name
 
 
@@ -25,7 +24,10 @@ class Job:
 
     where: the job's position in its file, for messages. number: its number among the jobs of the file, from 1.
     output: a file name without a folder. model: a local folder or hub id, "demo" or "demo-video".
-    size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from.
+    size: (width, height) in pixels. fps: frames per second. image: the path of a picture to start from, relative to
+    `folder`, that of the job file.
+    negative_prompt, guidance_scale, true_cfg_scale, max_sequence_length: arguments of the pipeline's call.
+    lora: LoRA files, each with a weight if need be, as in "style.safetensors:0.8", relative to `folder`.
     config: the configuration of attention.
     """
 
@@ -41,7 +43,12 @@ class Job:
     fps: float | None = None
     image: str | None = None
     negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
+    lora: tuple[str, ...] = ()
     config: DMAConfig
+    folder: Path = field(default=Path(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,9 @@ class Failure:
 def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Failure]]:
     """Read the valid jobs of a file, and a failure for each entry that is not a valid job.
 
-    A .jsonl file has one object per line, a .csv file is a table with a header, and a .yaml or .yml file is a list of
-    mappings. A job needs a `prompt`. It may have other fields of `Job`, with size as "WxH" or one number for a square,
-    and the fields that `DMAConfig.from_fields` takes, except `model`. Empty text, empty cells and null count as not
-    given.
+    Files are read as by `read_entries`. A job needs a `prompt`. It may have other fields of `Job`, with size as "WxH"
+    or one number for a square, and the fields that `DMAConfig.from_fields` takes, except `model` and `weights`. Empty
+    text, empty cells and null count as not given, and a number that is whole may be written as 3.0.
 
     Args:
         defaults: values for the fields that a job does not give. A job with a preset ignores the defaults about
@@ -71,12 +77,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     Raises ValueError if the file has another format, holds no jobs, or if the defaults are not valid fields, OSError
     if a file cannot be read.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
-    text = read_text(path, readers, "jobs")
-    try:
-        entries = list(readers[path.suffix](text))
-    except (ValueError, csv.Error, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    entries = read_entries(path, _SUFFIXES, "jobs")
     if not entries:
         raise ValueError(f"{path} holds no jobs")
     parse({"prompt": "any"}, defaults)
@@ -85,7 +86,9 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
         try:
             if isinstance(entry, Exception):
                 raise entry
-            jobs.append(parse(entry, defaults, where, number))
+            if path.suffix.lower() == ".csv":
+                entry = {name: _parse_cell(name, cell) for name, cell in entry.items()}
+            jobs.append(replace(parse(entry, defaults, where, number), folder=path.parent))
         except (ValueError, TypeError, OSError) as error:
             failures.append(Failure(number, where, first_line(error)))
     return jobs, failures
@@ -98,7 +101,7 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     """
     if not isinstance(entry, dict):
         raise ValueError('a job maps fields to values, as in {"prompt": "a cat"}')
-    own = {str(name).strip().lower(): value for name, value in entry.items() if value not in (None, "")}
+    own = {name: value for name, value in entry.items() if value not in (None, "")}
     if unknown := own.keys() - _FIELDS.keys() - _CONFIG_FIELDS:
         known = ", ".join([*_FIELDS, *sorted(_CONFIG_FIELDS)])
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}; there are {known}")
@@ -115,52 +118,18 @@ def parse(entry: Any, defaults: Mapping[str, Any], where: str = "job 1", number:
     return Job(where=where, number=number, config=config, **values)
 
 
-def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
-    # `splitlines` would also split at U+2028.
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                entry = ValueError(f"it is not JSON: {error}")
-            yield f"line {number}", entry
-
-
-def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = [name.strip().lower() for name in next(rows, ())]
-    if twice := {name for name in header if name and header.count(name) > 1}:
-        raise ValueError(f"the header has {', '.join(sorted(twice))} more than once")
-    while True:
-        where = f"line {rows.line_num + 1}"
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield where, ValueError(f"it is not CSV: {error}")
-            continue
-        if row is None:
-            return
-        if any(row[len(header) :]):
-            yield where, ValueError(f"it has {len(row)} cells, the header {len(header)}")
-        elif any(row):
-            yield where, {name: _parse_cell(name, cell) for name, cell in zip(header, row, strict=False)}
-
-
 def _parse_cell(name: str, cell: str) -> Any:
-    """Return the cell as it is if the field is text, else parse it as JSON; spreadsheets write TRUE for true."""
-    if name in _TEXT_FIELDS:
-        return cell
+    """Return the cell as it is if the field is text, else parse it as JSON.
+
+    Spreadsheets write TRUE for true, and where semicolons separate cells a comma for the decimal point.
+    """
+    if name in _TEXT_FIELDS or not cell.strip():
+        return cell.strip()
+    cell = re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell.strip())
     try:
         return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
     except (ValueError, RecursionError):
         return cell
-
-
-def _read_yaml(text: str) -> Iterator[tuple[str, Any]]:
-    entries = yaml.safe_load(text)
-    if entries is not None and not isinstance(entries, list):
-        raise ValueError("give a list of jobs, as in `- prompt: a cat`")
-    return ((f"job {number}", entry) for number, entry in enumerate(entries or (), 1))
 
 
 def _text(name: str, value: Any) -> str:
@@ -180,6 +149,10 @@ def _output(name: str, value: Any) -> str:
     return value
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    return tuple(_text(name, each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _seed(name: str, value: Any) -> int:
     return _integer(name, value, 0, 2**63 - 1)
 
@@ -189,6 +162,8 @@ def _count(name: str, value: Any) -> int:
 
 
 def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.100}")
     return value
@@ -200,8 +175,14 @@ def _rate(name: str, value: Any) -> float:
     return value
 
 
+def _scale(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
+        raise ValueError(f"{name} must be a number from 0 to 1000, got {value!r:.100}")
+    return value
+
+
 def _size(name: str, value: Any) -> tuple[int, int]:
-    sides = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", str(value))
+    sides = re.fullmatch(r"(\d{1,6})(?:\.0)?(?:\s*[xX×]\s*(\d{1,6}))?", str(value))
     if not sides or isinstance(value, bool):
         raise ValueError(f"{name} must be WIDTHxHEIGHT in pixels, as in 832x480, got {value!r:.100}")
     width, height = (_count(name, int(side)) for side in (sides[1], sides[2] or sides[1]))
@@ -211,6 +192,7 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 _FIELDS = {
     "prompt": _text, "output": _output, "model": _text, "seed": _seed, "steps": _count, "size": _size,
     "frames": _count, "fps": _rate, "image": _text, "negative_prompt": _text,
+    "guidance_scale": _scale, "true_cfg_scale": _scale, "max_sequence_length": _count, "lora": _texts,
 }  # fmt: skip
-_TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size)}
-_CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model"} | {"preset", "quality"}
+_TEXT_FIELDS = {name for name, read in _FIELDS.items() if read in (_text, _output, _size, _texts)}
+_CONFIG_FIELDS = {field.name for field in fields(DMAConfig)} - {"model", "weights"} | {"preset", "quality"}

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import is_ftfy_available
 from safetensors import SafetensorError
 
+from dma_diffusers.pipelines.damage import check_files, damaged_file
+from dma_diffusers.pipelines.loras import Lora, add
 from dma_diffusers.pipelines.placement import Size, place
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "flux"
@@ -44,8 +46,10 @@ class Ability:
 
 
 def named_model(name: str | None) -> str | Path:
-    """Return the folder of an embedded model for "demo", None and "demo-video", and any other name unchanged."""
-    return DEMO_MODEL if name is None else _DEMOS.get(name, name)
+    """Return the folder of an embedded model for "demo", None, "demo-video" and paths to it, other names unchanged."""
+    if name is None or name in _DEMOS:
+        return _DEMOS[name or "demo"]
+    return next((folder for folder in _DEMOS.values() if folder.resolve() == Path(name).resolve()), name)
 
 
 def load_pipeline(
@@ -54,6 +58,7 @@ def load_pipeline(
     image: bool = False,
     calls: Iterable[Mapping[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
+    loras: Sequence[Lora] = (),
 ) -> DiffusionPipeline:
     """Load the pipeline of a local folder or hub id, on the GPU in bfloat16, or on the CPU in float32.
 
@@ -65,8 +70,10 @@ def load_pipeline(
         video, image: as for `check_model`.
         calls: keyword arguments of the coming calls; their height, width and frames decide what fits the GPU.
         say: is called with one line that tells where the weights were placed.
+        loras: are put on it.
 
-    Raises what `check_model` raises, and ValueError for corrupt weights.
+    Raises what `check_model` raises, and ValueError for corrupt weights and other damaged files, which it names, and
+    for LoRAs that the pipeline can't have.
     """
     check_model(model, video, image)
     kind = pipeline_class(model)
@@ -75,10 +82,18 @@ def load_pipeline(
         dtype = {"default": torch.bfloat16}
         if kind.__name__.startswith(_FLOAT32_FAMILIES):
             dtype |= dict.fromkeys(_FLOAT32_COMPONENTS, torch.float32)
+    is_local = Path(model).is_dir()
+    if is_local:
+        check_files(Path(model))
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(f"{model} holds corrupt weights: {error}") from error
+    except Exception as error:  # each library has its own for a file that it can't read
+        if damaged := damaged_file(Path(model)) if is_local else "":
+            raise ValueError(damaged) from error
+        raise
+    add(pipe, loras)
     say(place(pipe, [_size(kind, call) for call in calls] or [_size(kind, {})]))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -129,6 +144,12 @@ def check_model(model: str | Path, video: bool | None = None, image: bool = Fals
         raise ValueError(f"{named}, which needs ftfy: pip install 'dma-diffusers[demo]'")
 
 
+def check_call(pipeline: type[DiffusionPipeline], call: Mapping[str, Any]) -> None:
+    """Raise ValueError if the call of a pipeline of this class does not take one of these keyword arguments."""
+    if unknown := call.keys() - arguments(pipeline):
+        raise ValueError(f"{pipeline.__name__} takes no {', '.join(sorted(unknown))}")
+
+
 def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
     """Return keyword arguments of the pipeline's call from `generation.json` in the model's folder, if it exists.
 
@@ -143,9 +164,10 @@ def recommended_call(model: str | Path = DEMO_MODEL) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(call, dict):
         raise ValueError(f"{path} holds no JSON object")
-    pipeline = pipeline_class(model)
-    if unknown := call.keys() - arguments(pipeline):
-        raise ValueError(f"{path}: {pipeline.__name__} takes no {', '.join(sorted(unknown))}")
+    try:
+        check_call(pipeline_class(model), call)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name in _COUNT_ARGUMENTS & call.keys():
         if type(call[name]) is not int or call[name] < 1:
             raise ValueError(f"{path}: {name} must be a whole number from 1, got {call[name]!r:.100}")

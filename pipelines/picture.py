@@ -1,14 +1,14 @@
 """Write picture files, and show drawings and their difference side by side."""
 
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_lowercase
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dma_diffusers.pipelines.captions import caption_font, wrapped
 
 GAP = 8  # pixels between panels
 PAPER, INK, GREY = (250, 250, 247), (20, 20, 20), (95, 95, 95)
@@ -60,24 +60,17 @@ def amplified(pixels: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, in
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[tuple[str, str]]) -> Image.Image:
     """Show pictures of equal size in a row, unchanged, each over a title and a text of up to two lines."""
     width, height = panels[0].size
-    font = caption_font(width)
-    line, letters = round(font.size * 1.3), max(2, int(26 * width / font.getlength(ascii_lowercase)))
+    line = round(caption_font(width).size * 1.3)
     sheet = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height + 3 * line + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (panel, (title, text)) in enumerate(zip(panels, captions, strict=True)):
         left = i * (width + GAP)
         sheet.paste(panel, (left, 0))
-        rows = [*_wrap(title, letters, 1), *_wrap(text, letters, 2)]
-        for row, words in enumerate(rows):
+        rows = []
+        for words, lines in ((title, 1), (text, 2)):
+            font = caption_font(width, words)
+            rows += [(row, font) for row in wrapped(words, font, width - 4, lines)]
+        for row, (words, font) in enumerate(rows):
             at = (left + 2, height + GAP // 2 + row * line)
             pen.text(at, words, fill=GREY if row else INK, font=font)
     return sheet
-
-
-def caption_font(width: int) -> ImageFont.FreeTypeFont:
-    """Return the font for captions under pictures of this width in pixels."""
-    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(10, width // 20)))
-
-
-def _wrap(text: str, letters: int, lines: int) -> list[str]:
-    return textwrap.wrap(text, letters, max_lines=lines, placeholder="…")

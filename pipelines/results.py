@@ -10,7 +10,7 @@ from typing import Any
 class Results:
     """The file `results.jsonl` in a batch's folder, to which several processes may append.
 
-    A line that was cut off by an interruption is ignored.
+    A line that was cut off by an interruption is ignored. Lines are flushed to the disk as outputs are.
     """
 
     def __init__(self, folder: Path):
@@ -26,6 +26,7 @@ class Results:
                 line = b"\n" + line
             if file.write(line) != len(line):
                 raise OSError(f"cannot write {self.path}: no space is left")
+            os.fsync(file.fileno())
 
     def last(self) -> dict[str, dict[str, Any]]:
         """Return the last result of each output."""

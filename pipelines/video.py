@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from dma_diffusers.components import transformers_of
 from dma_diffusers.lengths import frames_per_latent, pixels_per_latent
 from dma_diffusers.pipelines.load import arguments, outline, recommended_call
+from dma_diffusers.pipelines.reading import UNREADABLE, UnknownRange, to_rgb
 
 _SIDE_MULTIPLE = 16  # sides are multiples of this in all of Diffusers' video pipelines
 # The calls of these families take no frame rate. Their authors show clips at so many frames per second; others get 24.
@@ -80,11 +81,16 @@ def clip_call(
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as an upright RGB picture; raises a one-line OSError if it cannot be read."""
+    """Read a picture to start a clip from: upright, in RGB, over white where it is transparent.
+
+    Raises a one-line OSError if it cannot be read.
+    """
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return to_rgb(ImageOps.exif_transpose(picture))
+    except UnknownRange as error:
+        raise OSError(f"cannot read {path}: {error}") from error
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or "it holds no picture that Pillow can read"
         raise OSError(f"cannot read {path}: {reason}") from error
 

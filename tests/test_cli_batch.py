@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from dma_diffusers.fingerprint import OTHER_WEIGHTS, fingerprint
 from dma_diffusers.pipelines.batch import batch as draw_batch
+from dma_diffusers.pipelines.files import exclusive
 from dma_diffusers.pipelines.jobs import read_jobs
 from tests.command_line import ROOT, run, start
+from tests.dma_diffusers.test_policy_file import document
 from tests.pipelines.saved_flux import save_flux
+from tests.tiny_pipelines import flux as tiny_flux
 from tests.tiny_pipelines import wan, wan_from_image
 
 CLIP = {"height": 64, "width": 80, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 21}
@@ -206,6 +211,74 @@ def test_what_is_there_is_left_alone_and_what_changed_is_drawn_anew(batch, flux,
     assert Image.open(folder / "3.png").size == (32, 32)
 
 
+def test_other_weights_are_drawn_anew_and_other_paths_are_not(batch, flux, tmp_path):
+    """Of a folder whose transformer is a link, as fine-tunes share what they have in common with their base."""
+    entries = [{"prompt": "a"}, {"prompt": "b"}]
+    model = shutil.copytree(flux, tmp_path / "model")
+    shutil.rmtree(model / "transformer")
+    (model / "transformer").symlink_to(Path(flux) / "transformer")
+    assert "2 drawn" in batch(entries, "--model", flux)[1]
+    before = files(tmp_path / "out")
+    assert "0 drawn, 2 there already" in batch(entries, "--model", str(model))[1]
+    assert "1 drawn, 2 there already" in batch([{"prompt": "c"}, *entries], "--model", str(model))[1]
+    assert before.items() <= files(tmp_path / "out").items()
+
+    (model / "transformer").unlink()
+    tuned = save_tuned(tmp_path / "tuned")
+    (model / "transformer").symlink_to(tuned / "transformer")
+    pictures = [(tmp_path / "out" / name).read_bytes() for name in before]
+    assert "2 drawn, 0 there already" in batch(entries, "--model", str(model))[1]
+    assert [(tmp_path / "out" / name).read_bytes() for name in before] != pictures
+
+
+def save_tuned(folder: Path) -> Path:
+    pipe = tiny_flux()
+    for parameter in pipe.transformer.parameters():
+        parameter.data.mul_(1.2)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_policy_of_other_weights_is_noted(batch, flux, tmp_path):
+    content = document()
+    content["model"]["fingerprint"] = fingerprint(tiny_flux().transformer)
+    (tmp_path / "policy.json").write_text(json.dumps(content))
+    entries = [{"prompt": "a", "policy": str(tmp_path / "policy.json"), "output": "a.png"}]
+    code, output, _ = batch(entries, "--model", flux)
+    assert code == 0 and output.count("\n") == 1 and results(tmp_path / "out")[-1]["notes"] == []
+    tuned = str(save_tuned(tmp_path / "tuned"))
+    code, output, _ = batch(entries, "--model", tuned)
+    assert code == 0 and f"note: line 1, a.png: {OTHER_WEIGHTS}" in output.splitlines()
+    assert results(tmp_path / "out")[-1]["notes"] == [OTHER_WEIGHTS]
+
+
+def test_what_a_pipeline_would_drop_is_said_or_refused(batch, flux, tmp_path):
+    """The tiny FLUX reads 19 bytes of a prompt, and a negative prompt from true_cfg_scale 1 on."""
+    negative = {"negative_prompt": "ugly, text"}
+    entries = [
+        {"prompt": "a cat on a yellow background", "output": "cut.png"},
+        {"prompt": "a cat", "output": "ignored.png", **negative},
+        {"prompt": "a cat", "output": "guided.png", "true_cfg_scale": 3.0, "guidance_scale": 2, **negative},
+        {"prompt": "a cat on a yellow background", "output": "whole.png", "max_sequence_length": 40},
+        {"prompt": "a cat", "output": "plain.png"},
+    ]
+    code, output, error = batch(entries, "--model", flux)
+    cut = "the prompt was truncated: tokenizer_2 read the first 19 of 30 tokens"
+    assert output.splitlines()[1:] == [f"note: line 1, cut.png: {cut}"]
+    words = "FluxPipeline does not read negative_prompt where true_cfg_scale is 1.0"
+    assert code == 1 and len(error) == 1 and error[0].startswith(f"failed: line 2, ignored.png: {words}")
+    notes = {result["output"]: result.get("notes") for result in results(tmp_path / "out")}
+    assert notes == {
+        "cut.png": [cut],
+        "ignored.png": None,
+        "guided.png": [],
+        "whole.png": [],
+        "plain.png": [],
+    }
+    assert (tmp_path / "out" / "guided.png").read_bytes() != (tmp_path / "out" / "plain.png").read_bytes()
+    assert "1 drawn, 3 there already" in batch([*entries[2:], entries[0] | {"steps": 1}], "--model", flux)[1]
+
+
 def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
     monkeypatch.setattr("dma_diffusers.pipelines.load.is_ftfy_available", lambda: True)
     stand_in = SimpleNamespace(fix_text=lambda text: text)  # Wan's pipeline calls it, there or not
@@ -220,6 +293,7 @@ def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
     seen = []
     for colour in ("red", "red", "blue"):
         Image.new("RGB", (100, 50), colour).save(picture)
+        entries[-1]["image"] = "cat.png"  # beside the job file
         code, output, error = batch(entries, "--model", model)
         assert code == 1
         for line, words in zip(
@@ -229,6 +303,20 @@ def test_clips_that_start_from_an_image(monkeypatch, batch, tmp_path):
         seen.append((output.split(" drawn")[0][-1], (folder / "cat.gif").read_bytes()))
     assert [drawn for drawn, _ in seen] == ["1", "0", "1"]
     assert seen[0][1] == seen[1][1] != seen[2][1]
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:900], lambda data: data[:-1] + b"?"])
+def test_outputs_that_are_not_what_was_written_are_drawn_anew(batch, flux, tmp_path, damage):
+    entries = [{"prompt": prompt, "output": f"{prompt}.png"} for prompt in "ab"]
+    assert batch(entries, "--model", flux)[0] == 0
+    output = tmp_path / "out" / "b.png"
+    whole = output.read_bytes()
+    output.write_bytes(damage(whole))
+    code, said, _ = batch(entries, "--model", flux)
+    assert code == 0 and "1 drawn, 1 there already, 0 failed" in said
+    assert said.splitlines()[1].startswith("note: line 2, b.png: what was there is not what was written")
+    assert output.read_bytes() == whole
+    assert "0 drawn, 2 there already" in batch(entries, "--model", flux)[1]
 
 
 def test_a_job_that_failed_is_tried_again(monkeypatch, batch, flux, tmp_path):
@@ -251,6 +339,31 @@ def test_a_job_that_failed_is_tried_again(monkeypatch, batch, flux, tmp_path):
     }
     monkeypatch.setattr(module, "draw", draw)
     assert "1 drawn, 2 there already, 0 failed" in batch(entries, "--model", flux)[1]
+
+
+def test_after_an_interrupt_it_says_what_is_kept(monkeypatch, batch, flux, tmp_path):
+    from dma_diffusers.pipelines import batch as module
+
+    draw = module.draw
+
+    def interrupted(pipe, prompts, *rest):
+        if prompts == ["b"]:
+            raise KeyboardInterrupt
+        return draw(pipe, prompts, *rest)
+
+    entries = [{"prompt": prompt, "output": f"{prompt}.png"} for prompt in "abc"]
+    monkeypatch.setattr(module, "draw", interrupted)
+    code, output, error = batch(entries, "--model", flux)
+    folder = tmp_path / "out"
+    kept = f"stopped: what was finished is kept in {folder}, and the same command goes on from there"
+    assert (code, output, error) == (130, "", ["", kept]) and set(files(folder)) == {"a.png"}
+    monkeypatch.setattr(module, "draw", draw)
+    with exclusive(folder):
+        code, output, error = batch(entries, "--model", flux)
+        assert code == 1 and error == [
+            f"error: another command works in {folder}: wait for it, or take another folder"
+        ]
+    assert "2 drawn, 1 there already" in batch(entries, "--model", flux)[1]
 
 
 def test_a_full_disk_ends_the_batch(monkeypatch, batch, flux, tmp_path):

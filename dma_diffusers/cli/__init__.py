@@ -1,6 +1,7 @@
 """The command line: `dma-diffusers`, or `python -m dma_diffusers`. Rooms are imported inside the commands."""
 
 import os
+import signal
 import sys
 
 import typer
@@ -50,10 +51,16 @@ bench.command("pipeline")(bench_pipeline)
 bench.command("parallel")(bench_parallel)
 
 
+def _terminated(number: int, frame: object) -> None:
+    """Leave as after Ctrl-C, so that temporary files and folders are removed."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line; what a user got wrong is one line on standard error and exit status 1."""
     # Threads that spin while they wait made a machine that is busy otherwise too seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:

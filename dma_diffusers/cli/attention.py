@@ -38,10 +38,13 @@ class Attention:
         return self._of_attention(receipt) + linears
 
     def _of_attention(self, receipt: Any) -> str:
+        from dma_diffusers.fingerprint import OTHER_WEIGHTS
+
         if not any(module.intercepted for module in receipt.modules):
             return "stock attention"
         if self.file:
-            return f"DMA as {self.file.name} chooses"
+            others = any(OTHER_WEIGHTS in module.notes for module in receipt.modules)
+            return f"DMA as {self.file.name} chooses{' for other weights' * others}"
         pair = self.config.high, self.config.low
         formats = f"DMA {('|' if '/' in ''.join(pair) else '/').join(pair)}"
         if self.config.rotation != "none":

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     Json,
     given,
@@ -16,6 +17,7 @@ from dma_diffusers.cli.console import (
     print_table,
     quiet,
     require,
+    seeds_from,
 )
 from dma_diffusers.progress import progress
 
@@ -30,7 +32,7 @@ class Recording:
     ] = 3
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one has the next.")] = 0
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    size: Size = None
     recordings: Annotated[
         Path | None, typer.Option(help="Folder to keep the recordings in, and to go on with.")
     ] = None
@@ -46,6 +48,8 @@ def calibrate(
         Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
     ],
     recording: Recording,
+    further: CallOptions,
+    lora: Loras = None,
     quality: Annotated[float, typer.Option(help="From 0, the cheapest, to 1, the most precise.")] = 0.5,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
@@ -83,11 +87,14 @@ def calibrate(
 
     check_quality(quality)
     check_writable(output)
+    if linears:
+        check_writable(output.with_name(f"{output.stem}-{0.25}.safetensors"))
     if bits_plot:
         if not linears:
             raise ValueError("--bits-plot shows what linear layers need: give --linears too")
         check_plot(bits_plot)
         check_writable(bits_plot)
+        check_writable(bits_plot.with_suffix(".json"))
     if formats and study:
         raise ValueError("--study says the formats to choose from: leave --formats out")
     pairs, rotation = [_pair(text) for text in formats or ()], "none"
@@ -101,7 +108,14 @@ def calibrate(
         from dma_diffusers.eval.recordings.calibrate import calibrate as chosen
         from dma_diffusers.eval.recordings.record import record
         from dma_diffusers.eval.study import recommend
-        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            load_pipeline,
+            named_model,
+            pipeline_class,
+            recommended_call,
+        )
+        from dma_diffusers.pipelines.loras import parse as parse_lora
 
         cost.check_target(target or cost.current_target())
         if study:
@@ -109,15 +123,17 @@ def calibrate(
             pairs = recommend.pairs(studied, target or cost.current_target())
             rotation = recommend.rotation(studied, pairs)
         path = named_model(model)
-        chosen_prompts, repeated = read_prompts(prompts, recording.count)
+        chosen_prompts, repeated = read_prompts(prompts, recording.count, fewest=1)
         texts = [prompt.text for prompt in chosen_prompts]
         call = recommended_call(path) | given(
-            {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
+            {"num_inference_steps": recording.steps, **sides_of(recording.size)}
         )
-        pipe = load_pipeline(path, calls=[call])
+        call |= further.given
+        check_call(pipeline_class(path), call)
+        seeds = seeds_from(recording.seed, len(texts))
+        pipe = load_pipeline(path, calls=[call], loras=[parse_lora(file) for file in lora or ()])
         if study:
             recommend.check_model(studied, pipe)
-        seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recording.recordings or Path(scratch)
             recorded_calls = record(

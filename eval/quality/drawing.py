@@ -71,8 +71,9 @@ def draw_missing(
                 row.config is not None and state.is_main_process
             ):  # it comes before the pictures, which say that all is there
                 pictures.write_receipt(report(pipe).to_dict())
-            drawn = zip(chunk, drawing.frames, drawing.latents, strict=True)
-            new = [(*of, drawing.seconds / len(chunk)) for of in drawn if of[0].key in missing]
+            shares = [drawing.seconds / len(chunk)] * len(chunk)
+            drawn = zip(chunk, drawing.frames, drawing.latents, shares, drawing.truncated, strict=True)
+            new = [of for of in drawn if of[0].key in missing]
             list(writers.map(lambda of: pictures.write(*of), new))  # the list raises what a writer raises
     state.wait_for_everyone()
     return corrupt

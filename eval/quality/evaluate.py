@@ -1,10 +1,8 @@
 """An evaluation draws, scores and sums up, from prompts to `evaluation.json`; it does nothing again that is there."""
 
-import glob
 import inspect
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import try_to_load_from_cache
 
 from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.cost import check_target
+from dma_diffusers.eval.quality.calls import remarks_on, share_that_ran, shares_that_ran
 from dma_diffusers.eval.quality.columns import COLUMNS
-from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row, rows
+from dma_diffusers.eval.quality.configurations import CONFIGURATION, FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, caveats
-from dma_diffusers.eval.quality.pictures import Pictures, batches
+from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
@@ -32,10 +30,11 @@ from dma_diffusers.eval.quality.worst import worst
 from dma_diffusers.eval.recordings.cost import predicted_cost
 from dma_diffusers.eval.recordings.measure import layers, measure
 from dma_diffusers.eval.recordings.record import record
-from dma_diffusers.linears.methods import is_file
-from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.files import remove_leftovers, temporary_folder, write_atomically
+from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
+from dma_diffusers.pipelines.loras import Lora
 
 _STEPPED = 8  # at most so many samples have their steps measured one by one
 _RECORDED = 2  # so many prompts have their attention calls recorded, for errors by layer
@@ -49,7 +48,7 @@ class Request:
 
     model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
     further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
-    attention's cost is predicted, by architecture.
+    attention's cost is predicted, by architecture. loras: are put on the model.
     """
 
     model: str | Path
@@ -59,6 +58,7 @@ class Request:
     call: dict[str, Any]
     configurations: dict[str, DMAConfig]
     target: str = "sm_100"
+    loras: Sequence[Lora] = ()
 
 
 def evaluate(
@@ -72,19 +72,29 @@ def evaluate(
     """
     check_target(request.target)
     compared = rows(request.configurations)
-    chunks = batches(request.prompts, request.seeds, request.batch)
-    pipe = load_pipeline(request.model, calls=[request.call])
+    together = KnownBatches(folder / "pictures", request.batch)
+    chunks = batches(request.prompts, request.seeds, request.batch, together.read())
+    pipe = load_pipeline(request.model, calls=[request.call], loras=request.loras)
     for config in request.configurations.values():
         calibrate_where_needed(pipe, config, request.call, on_step)
     check(pipe, request.configurations)
     if judge:
         judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
-    settings = {"model": _identity(request.model), "pipeline": type(pipe).__name__, "call": request.call}
+    settings = {
+        "model": model_fingerprint(request.model),
+        "pipeline": type(pipe).__name__,
+        "call": request.call,
+    }
+    if request.loras:
+        settings["loras"] = [lora.identity for lora in request.loras]
     machine = {"versions": provenance.versions(), "hardware": provenance.hardware()}
     pictures = {
         row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
+    if judge:
+        remove_leftovers(folder)
+        together.write(chunks)
     corrupt = []
     for row in (FULL_PRECISION, *compared):
         with _named(row):
@@ -95,26 +105,34 @@ def evaluate(
     stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
     trajectory = Trajectory(pipe, FULL_PRECISION, stepped, request.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
-    of_layers, costs, remarks_on_layers = _layers(pipe, request, folder, on_step)
+    receipts = {row.name: pictures[row.name].receipt() for row in compared}
+    of_layers, costs, remarks_on_layers = _layers(pipe, request, receipts, folder, on_step)
     del pipe, trajectory
 
     exact = pictures.pop(FULL_PRECISION.name)
     judged, remarks = judge.judge(exact, pictures, chunks, len(request.seeds))
+    remarks += truncated(exact, chunks)
     results = {
         row.name: {
             "role": row.role,
             "config": row.config and asdict(row.config),
             "seconds_per_picture": _seconds(pictures[row.name], chunks),
             "predicted_cost": costs.get(row.name),
+            "ran": share_that_ran(receipts[row.name]) if row.role == CONFIGURATION else None,
             "summary": judged[row.name].summary,
             "pictures": {name: _stored(scores) for name, scores in judged[row.name].samples.items()},
             "frames": {name: _stored(scores) for name, scores in (judged[row.name].frames or {}).items()},
             "steps": _stored(steps[row.name]),
-            "receipt": pictures[row.name].receipt(),
+            "receipt": receipts[row.name],
         }
         for row in compared
     }
     remarks += [f"{path.relative_to(folder)} was corrupt and was drawn anew" for path in corrupt]
+    remarks_on_rows = [
+        remark
+        for name, config in request.configurations.items()
+        for remark in remarks_on(name, receipts[name], config.linears)
+    ]
     scored = results[compared[0].name]["summary"]
     shown = next(iter(request.configurations))
     evaluation = {
@@ -131,7 +149,7 @@ def evaluate(
         **machine,
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in request.prompts],
-        "notes": [*notes, *caveats(judged), *remarks, *remarks_on_layers],
+        "notes": [*remarks_on_rows, *notes, *caveats(judged), *remarks, *remarks_on_layers],
         "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
         "rows": results,
         "layers": of_layers,
@@ -151,24 +169,41 @@ def evaluate(
 
 
 def _layers(
-    pipe: DiffusionPipeline, request: Request, folder: Path, on_step: OnStep
+    pipe: DiffusionPipeline,
+    request: Request,
+    receipts: dict[str, Any],
+    folder: Path,
+    on_step: OnStep,
 ) -> tuple[dict[str, Any] | None, dict[str, float | None], list[str]]:
     """Return each attention module's own error and each configuration's predicted cost on recorded calls, and remarks.
+
+    receipts: what ran, by row: calls that were left to stock attention cost what that does.
 
     Errors and costs are left out where recordings take too much room.
     """
     texts = [prompt.text for prompt in request.prompts[:_RECORDED]]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".recordings-") as scratch:
+    with temporary_folder(folder) as scratch:
         try:
-            recordings = record(pipe, texts, Path(scratch), request.call, on_step=on_step)
+            recordings = record(pipe, texts, scratch, request.call, on_step=on_step)
         except ValueError as error:
             return None, {}, [f"no errors by layer, no predicted costs: {error}"]
         costs = {
-            name: predicted_cost(recordings, config, request.target)
+            name: predicted_cost(recordings, config, request.target, shares_that_ran(receipts[name]))
             for name, config in request.configurations.items()
         }
         errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))
         return errors, costs, recordings.notes
+
+
+def truncated(exact: Pictures, chunks: Batches) -> list[str]:
+    """Say how many prompts the pipeline did not read to their end."""
+    samples = {sample.prompt.text: sample for chunk in chunks for sample in chunk}
+    notes = [note for note in map(exact.notes, samples.values()) if note]
+    return (
+        [f"{len(notes)} of {len(samples)} prompts were not read to the end, the first: {notes[0][0]}"]
+        if notes
+        else []
+    )
 
 
 @contextmanager
@@ -184,19 +219,7 @@ def identity_of_row(row: Row) -> dict[str, Any]:
     own: dict[str, Any] = {"role": row.role}
     if row.config is None:
         return own
-    own |= {"config": asdict(row.config), "sources": provenance.sources()}
-    if row.config.linears and is_file(row.config.linears):
-        file = Path(row.config.linears)
-        own["linears"] = provenance.fingerprint(file.parent, glob.escape(file.name))
-    return own
-
-
-def _identity(model: str | Path) -> str:
-    """Return a fingerprint of a local model; for a hub's, its id and commit."""
-    if Path(model).is_dir():
-        return provenance.fingerprint(Path(model), "**/*.safetensors", "**/*.json")
-    index = try_to_load_from_cache(str(model), "model_index.json")
-    return f"{model}@{Path(index).parent.name}"
+    return own | {"config": config_identity(row.config), "sources": provenance.sources()}
 
 
 def _seconds(pictures: Pictures, chunks: Batches) -> float:

@@ -9,7 +9,7 @@ import torch
 from dma_diffusers.eval.metrics.alignment import AlignmentScorer
 from dma_diffusers.eval.metrics.clip import ClipScorer
 from dma_diffusers.eval.metrics.features import FeatureSet
-from dma_diffusers.eval.metrics.folders import folder_features
+from dma_diffusers.eval.metrics.folders import folder_features, left_out
 from dma_diffusers.eval.metrics.frechet import fid_notes
 from dma_diffusers.eval.quality.configurations import AGAIN, ANOTHER_KERNEL
 from dma_diffusers.eval.quality.drawing import OnStep
@@ -23,7 +23,7 @@ from dma_diffusers.eval.quality.scoring import (
     prompt_scorer,
     row_scores,
 )
-from dma_diffusers.eval.quality.summary import summarise
+from dma_diffusers.eval.quality.summary import summarise, summarise_differing
 from dma_diffusers.pipelines.load import DEMO_MODEL
 
 _NO_DISTANCES = (
@@ -63,6 +63,7 @@ class Judge:
             self.scorers["alignment"] = prompt_scorer(AlignmentScorer(device).score)
         watch = partial(on_step, "reference pictures")
         self.reference = folder_features(reference, device, watch) if reference is not None else None
+        self.left_out = left_out(reference) if reference is not None else []
 
     def check(self, video: bool) -> None:
         """Raise ValueError where the reference folder's pictures would be compared with clips."""
@@ -81,7 +82,10 @@ class Judge:
         for name, pictures in compared.items():
             watch = partial(self.on_step, f"scores of {name}")
             samples, frames = row_scores(pictures, exact, batches, self.scorers, self.device, watch)
-            summary = {metric: summarise(values, seeds) for metric, values in samples.items()}
+            summary = {
+                metric: (summarise_differing if metric == "psnr_db" else summarise)(values, seeds)
+                for metric, values in samples.items()
+            }
             if video:
                 of_frames = {
                     metric: aggregate(metric, scores, 0).tolist() for metric, scores in frames.items()
@@ -94,6 +98,7 @@ class Judge:
                 summary |= distances(found, self.reference, "_reference")
             judged[name] = Scored(samples, summary)
         notes = [_NO_DISTANCES] if video else fid_notes(seen, self.reference or seen)
+        notes += self.left_out
         if self.clip and self.clip.truncated:
             notes.append(
                 f"CLIP read the first {self.clip.length} tokens of {len(self.clip.truncated)} prompts only"

@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dma_diffusers.eval.quality.prompts import Prompt
-from dma_diffusers.pipelines.files import write_atomically
+from dma_diffusers.pipelines.files import remove_leftovers, write_atomically
 from dma_diffusers.pipelines.picture import encode
 
 
@@ -30,19 +31,74 @@ class Sample:
     key: str
 
 
-def batches(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> list[list[Sample]]:
+Together = list[tuple[str, int]]
+"""The prompts and seeds that are drawn in one batch."""
+
+
+def batches(
+    prompts: Sequence[Prompt], seeds: Sequence[int], size: int, known: Sequence[Together] = ()
+) -> list[list[Sample]]:
     """Return all pairs of prompts and seeds, prompt by prompt, in the batches they are drawn in.
 
-    A sample's key holds what is drawn together with it, because another batch may round otherwise.
+    A sample's key holds what is drawn together with it, because another batch may round otherwise. So batches of a
+    former run are kept wherever their samples still follow each other, and a prompt that is inserted between them
+    leaves their pictures valid.
+
+    Args:
+        size: the most samples of a batch.
+        known: the batches of former runs of this size.
     """
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    found = []
-    for start in range(0, len(pairs), size):
-        chunk = pairs[start : start + size]
-        together = json.dumps([(prompt.text, seed) for prompt, seed in chunk])
+    named = [(prompt.text, seed) for prompt, seed in pairs]
+    kept = defaultdict(list)  # by their first sample, the longest first
+    for chunk in sorted(known, key=len, reverse=True):
+        kept[chunk[0]].append(chunk)
+    found, start = [], 0
+    while start < len(pairs):
+        stop = _stop(named, start, size, kept)
+        chunk = pairs[start:stop]
+        together = json.dumps(named[start:stop])
         keys = [hashlib.sha256(f"{i} {together}".encode()).hexdigest()[:16] for i in range(len(chunk))]
         found.append([Sample(prompt, seed, key) for (prompt, seed), key in zip(chunk, keys, strict=True)])
+        start = stop
     return found
+
+
+def _stop(named: Together, start: int, size: int, kept: Mapping[tuple[str, int], list[Together]]) -> int:
+    """Return where the batch ends that begins at `start`: a kept one whole, a new one where a kept one begins."""
+
+    def length_of_kept(at: int) -> int:
+        fitting = (len(chunk) for chunk in kept.get(named[at], ()) if named[at : at + len(chunk)] == chunk)
+        return next(fitting, 0)
+
+    most = min(start + size, len(named))
+    if length := length_of_kept(start):
+        return start + length
+    return next((at for at in range(start + 1, most) if length_of_kept(at)), most)
+
+
+class KnownBatches:
+    """The file of a run's folder that remembers which samples were drawn together, by the size of a batch."""
+
+    def __init__(self, folder: Path, size: int):
+        self.path, self.size = folder / "batches.json", str(size)
+
+    def read(self) -> list[Together]:
+        """Return the batches of former runs; none where there was no run, or the file is damaged."""
+        return [[(text, seed) for text, seed in chunk] for chunk in self._all().get(self.size, ())]
+
+    def write(self, chunks: Sequence[Sequence[Sample]]) -> None:
+        """Remember these batches beside former ones."""
+        together = [[(sample.prompt.text, sample.seed) for sample in chunk] for chunk in chunks]
+        together += [chunk for chunk in self.read() if chunk not in together]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self._all() | {self.size: together}).encode())
+
+    def _all(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
 
 
 class Pictures:
@@ -60,6 +116,7 @@ class Pictures:
     def create(self) -> None:
         """Make the folder, and say in it what it is for."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
 
     def __contains__(self, sample: Sample) -> bool:
@@ -82,13 +139,24 @@ class Pictures:
                 corrupt.append(path)
         return corrupt
 
-    def write(self, sample: Sample, frames: np.ndarray, latents: torch.Tensor, seconds: float) -> None:
-        """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took."""
+    def write(
+        self,
+        sample: Sample,
+        frames: np.ndarray,
+        latents: torch.Tensor,
+        seconds: float,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Store uint8 `[F, H, W, 3]` frames, the last latents (any shape, float32), and the seconds both took.
+
+        notes: what a reader should know of the drawing.
+        """
         strip = Image.fromarray(
             frames.reshape(-1, *frames.shape[2:])
         )  # the frames of a video stand below each other
         metadata = {"seconds": repr(seconds), "frames": str(len(frames))}
         metadata |= {"prompt": sample.prompt.text, "seed": str(sample.seed)}
+        metadata |= {"notes": json.dumps([*notes])}
         metadata |= {"checksum": _checksum(latents)}  # PNG has a checksum of its own
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
         write_atomically(
@@ -110,6 +178,10 @@ class Pictures:
         """Return the seconds that the picture took: the time of its batch, shared equally."""
         return float(self._metadata(sample)["seconds"])
 
+    def notes(self, sample: Sample) -> list[str]:
+        """Return what was noted when the picture was drawn."""
+        return json.loads(self._metadata(sample).get("notes", "[]"))
+
     def checksums(self, samples: Sequence[Sample]) -> list[str]:
         """Return what tells these pictures from others: the samples' keys, and checksums of the latents."""
         return [f"{sample.key} {self._metadata(sample)['checksum']}" for sample in samples]
@@ -118,9 +190,11 @@ class Pictures:
         write_atomically(self.folder / "receipt.json", json.dumps(receipt).encode())
 
     def receipt(self) -> dict[str, Any] | None:
-        """Return the receipt of the attention that drew the pictures; None for full precision."""
-        path = self.folder / "receipt.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """Return the receipt of the attention that drew the pictures; None for full precision, or a damaged one."""
+        try:
+            return json.loads((self.folder / "receipt.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _metadata(self, sample: Sample) -> dict[str, str]:
         with safe_open(self._latents(sample), "pt") as file:

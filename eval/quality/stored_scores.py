@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from dma_diffusers.pipelines.files import write_atomically
 def stored(
     row: Pictures, exact: Pictures, batch: Sequence[Sample], measure: Callable[[], dict[str, list]]
 ) -> dict[str, list]:
-    """Return what `measure` gives for a batch of `row` beside `exact`, from the row's folder where it is there already.
+    """Return what `measure` gives for a batch of `row` beside `exact`, from the row's folder where it is there whole.
 
     Other pictures, other code of the metrics, and other versions or hardware have other files.
     """
     of = [_measured_by(), [pictures.checksums(batch) for pictures in (row, exact)]]
     digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
     path = row.folder / "scores" / f"{digest}.json"
-    if path.is_file():
+    with suppress(FileNotFoundError, ValueError):  # a former machine may have lost power while it wrote
         return json.loads(path.read_bytes())
     scores = measure()
     path.parent.mkdir(exist_ok=True)

@@ -6,12 +6,30 @@ from typing import Any
 
 import numpy as np
 
-from dma_diffusers.eval.intervals import Interval, bootstrap
+from dma_diffusers.eval.intervals import Interval, bootstrap, prompt_means
 
 
 def summarise(scores: Sequence[float], seeds: int) -> dict[str, Any]:
-    """Estimate the mean of `[prompts · seeds]` scores and its interval, prompts drawn whole; None where infinite."""
-    return as_json(bootstrap([np.asarray(scores).reshape(-1, seeds).mean(axis=1)]), len(scores))
+    """Estimate the mean of `[prompts · seeds]` scores and its interval, prompts drawn whole; None where infinite.
+
+    Where scores are infinite, `identical` says how many.
+    """
+    mean = bootstrap([np.asarray(scores).reshape(-1, seeds).mean(axis=1)])
+    return as_json(mean, len(scores)) | _identical(scores)
+
+
+def summarise_differing(scores: Sequence[float], seeds: int) -> dict[str, Any]:
+    """Estimate the mean as `summarise` does, of the pictures that differ from their reference, whose scores are finite.
+
+    One identical picture would make a mean of decibels infinite. `identical` says how many are left out; None stands
+    for a mean only where all are identical.
+    """
+    return as_json(bootstrap([prompt_means(scores, seeds)]), len(scores)) | _identical(scores)
+
+
+def _identical(scores: Sequence[float]) -> dict[str, int]:
+    identical = int(np.isinf(scores).sum())
+    return {"identical": identical} if identical else {}
 
 
 def as_json(interval: Interval, n: int) -> dict[str, Any]:

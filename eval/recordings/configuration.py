@@ -63,7 +63,8 @@ def configuration(recordings: Recordings, chosen: Mapping[str, OfModule]) -> DMA
     }
     model = recordings.settings["model"]
     modules = {name: own.get(name, {}) for name in model["modules"]}
-    return DMAConfig(**common, **AS_CHOSEN, modules=modules, model=model["class"])
+    of_model = {"model": model["class"], "weights": model.get("fingerprint")}
+    return DMAConfig(**common, **AS_CHOSEN, modules=modules, **of_model)
 
 
 def _fields(of_module: OfModule) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """This module predicts what attention calls cost on a GPU; it measures nothing."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -63,20 +64,30 @@ def class_pairs(recordings: Recordings, config: DMAConfig) -> np.ndarray:
     return total / len(recordings.prompts)
 
 
-def predicted_cost(recordings: Recordings, config: DMAConfig, target: str) -> float | None:
+def predicted_cost(
+    recordings: Recordings, config: DMAConfig, target: str, ran: Mapping[str, float] | None = None
+) -> float | None:
     """Predict attention's clocks in units of bf16 attention's; None for formats that no kernel of `target` multiplies.
 
     It is 1 where attention is left to stock. Every step of the drawing counts with what the configuration has at its
-    noise level. Quantisation, gather and routing are left out. Raises ValueError for an unknown target.
+    noise level. Quantisation, gather and routing are left out.
+
+    Args:
+        ran: the share of each module's calls that ran as configured, where that is less than all; the other calls cost
+            what bf16 attention does.
+
+    Raises ValueError for an unknown target.
     """
     check_target(target)
-    if config.lowering == "stock":
+    shares = np.array([(ran or {}).get(name, 1.0) for name in recordings.modules])
+    if config.lowering == "stock" or not shares.any():
         return 1.0
     try:
-        clocks = head_clocks(of_every_step(recordings), config, target).mean(1).sum()
+        clocks = head_clocks(of_every_step(recordings), config, target).mean(1).sum(-1)
     except ValueError:
         return None
-    return float(clocks / full_precision_clocks(recordings, target))
+    full = module_clocks(recordings, target).mean(1)
+    return float((shares * clocks + (1 - shares) * full).sum() / full.sum())
 
 
 def of_every_step(recordings: Recordings) -> Recordings:

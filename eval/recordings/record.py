@@ -86,7 +86,7 @@ def record(
         settings = {
             "pipeline": type(pipe).__name__, "model": recorder.model, "prompts": list(prompts), "seeds": seeds,
             "call": json.loads(json.dumps(call)), "modules": chosen, "steps": which,
-            "versions": provenance.versions(), "hardware": provenance.hardware(),
+            "adapters": recorder.adapters, "versions": provenance.versions(), "hardware": provenance.hardware(),
         }  # fmt: skip
         bytes_of_prompt = bytes_of_step * len(which)
         if bytes_of_prompt > limit:
@@ -138,8 +138,8 @@ def _recorder_on(
 class _Recorder:
     """A recorder stands in for the operator in all modules of a pipeline's transformers.
 
-    It runs stock attention, and saves. model: what an index says of the transformers. available: names of the modules
-    that DMA takes.
+    It runs stock attention, and saves. model: what an index says of the transformers. adapters: a digest of their
+    LoRAs, None without any. available: names of the modules that DMA takes.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module], hooks: list[RemovableHandle]):
@@ -155,6 +155,7 @@ class _Recorder:
             "modules": self.available,
             "fingerprint": provenance.weights_fingerprint(*models),
         }
+        self.adapters = provenance.adapters_fingerprint(*models)
         for model, of_model in zip(models, found, strict=True):
             for name, interception in of_model.items():
                 interception.stand_in = partial(self._attend, name)

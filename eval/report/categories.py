@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dma_diffusers.eval.intervals import bootstrap
+from dma_diffusers.eval.intervals import bootstrap, prompt_means
 from dma_diffusers.eval.report.columns import Cell, interval_cell
 from dma_diffusers.eval.report.evaluation import BASELINE, number
 
@@ -21,25 +21,26 @@ class Category(NamedTuple):
 def by_category(evaluation: dict[str, Any], metric: str) -> list[Category]:
     """Return means of a metric over each category's pictures, with 95 % intervals over its prompts.
 
+    Pictures that are identical to the baseline's have no finite PSNR, and are left out where others have one.
+
     The baseline's row is left out. The list is empty where all prompts share a category, or no row has the pictures'
     values.
     """
     names = [prompt.get("category") or "no category" for prompt in evaluation["prompts"]]
-    # each row has [prompts] means over seeds
-    means = {
-        name: np.reshape([number(value) for value in row["pictures"][metric]], (len(names), -1)).mean(axis=1)
+    scores = {  # `[prompts, seeds]` by row
+        name: np.reshape([number(value) for value in row["pictures"][metric]], (len(names), -1))
         for name, row in evaluation["rows"].items()
         if row["role"] != BASELINE and metric in row.get("pictures", {})
     }
     found = list(dict.fromkeys(names))
-    if len(found) < 2 or not means:
+    if len(found) < 2 or not scores:
         return []
     about = evaluation["metrics"][metric]
     members = {category: np.array([name == category for name in names]) for category in found}
     intervals = {
-        (category, row): bootstrap([values[chosen]])
+        (category, row): bootstrap([prompt_means(values[chosen].ravel(), values.shape[1])])
         for category, chosen in members.items()
-        for row, values in means.items()
+        for row, values in scores.items()
     }
     shades = _shades({key: interval.estimate for key, interval in intervals.items()}, about["better"])
     return [
@@ -48,7 +49,7 @@ def by_category(evaluation: dict[str, Any], metric: str) -> list[Category]:
             int(chosen.sum()),
             {
                 row: (interval_cell(*intervals[category, row], about["digits"]), shades[category, row])
-                for row in means
+                for row in scores
             },
         )
         for category, chosen in members.items()

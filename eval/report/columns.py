@@ -23,11 +23,15 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell is a figure as text. interval: "[low, high]", empty where it has none. n: pictures behind it."""
+    """A cell is a figure as text. interval: "[low, high]", empty where it has none. n: pictures behind it.
+
+    identical: so many pictures are identical to the baseline's and left out of a mean that would be infinite.
+    """
 
     estimate: str
     interval: str = ""
     n: int | None = None
+    identical: int = 0
 
 
 def columns(evaluation: dict[str, Any]) -> list[Column]:
@@ -49,7 +53,8 @@ def cell(row: dict[str, Any], column: Column) -> Cell:
     if figure is None:
         return Cell(MISSING)
     estimate, low, high = (number(figure.get(key)) for key in ("estimate", "low", "high"))
-    return interval_cell(estimate, low, high, column.digits)._replace(n=figure.get("n"))
+    identical = figure.get("identical", 0) if math.isfinite(estimate) else 0
+    return interval_cell(estimate, low, high, column.digits)._replace(n=figure.get("n"), identical=identical)
 
 
 def interval_cell(estimate: float, low: float, high: float, digits: int) -> Cell:
@@ -78,6 +83,20 @@ def seconds_text(row: dict[str, Any]) -> str:
     if seconds is None:
         return MISSING
     return f"{seconds:#.3g}".rstrip(".") if seconds < 999.5 else f"{seconds:.0f}"
+
+
+def share_text(row: dict[str, Any]) -> str:
+    """Write which share of a row's attention calls ran at low precision; empty where all did, or nothing is known."""
+    share = row.get("ran")
+    if share is None or share == 1:
+        return ""
+    return "no call ran at low precision" if not share else f"{share:.0%} of the calls ran at low precision"
+
+
+def ran_by_reference(row: dict[str, Any]) -> bool:
+    """Say if calls of a row ran by the reference in torch, whose seconds say nothing of a kernel's."""
+    modules = (row.get("receipt") or {}).get("modules", ())
+    return any(module["lowering"] == "reference" for module in modules)
 
 
 def cost_text(row: dict[str, Any]) -> str:

@@ -30,7 +30,16 @@ _SHAPE = {
             "config?": ({str: object}, None),
             "seconds_per_picture?": _NUMBER,
             "predicted_cost?": _NUMBER,
-            "summary": {str: {"estimate": _NUMBER, "low?": _NUMBER, "high?": _NUMBER, "n?": (int, None)}},
+            "ran?": _NUMBER,
+            "summary": {
+                str: {
+                    "estimate": _NUMBER,
+                    "low?": _NUMBER,
+                    "high?": _NUMBER,
+                    "n?": (int, None),
+                    "identical?": int,
+                }
+            },
             "pictures?": {str: [_NUMBER]},
             "frames?": {str: [_NUMBER]},
             "steps?": ([_NUMBER], None),

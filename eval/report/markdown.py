@@ -3,7 +3,16 @@
 import re
 from typing import Any
 
-from dma_diffusers.eval.report.columns import Cell, cell, columns, cost_text, has_costs, seconds_text
+from dma_diffusers.eval.report.columns import (
+    Cell,
+    cell,
+    columns,
+    cost_text,
+    has_costs,
+    ran_by_reference,
+    seconds_text,
+    share_text,
+)
 from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, check, noun
 
 _BY_COST = ("psnr_db", "lpips", "flicker")
@@ -22,12 +31,13 @@ def table(evaluation: dict[str, Any]) -> str:
     header = ["Attention", *titles, f"Seconds per {noun(evaluation)}", *costs]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, row in evaluation["rows"].items():
-        role = "" if row["role"] in (CONFIGURATION, name) else f" ({row['role']})"
-        label = escaped(name) + role
+        remark = share_text(row) if row["role"] == CONFIGURATION or row["role"] == name else row["role"]
+        label = escaped(name) + (f" ({remark})" if remark else "")
         figures = [_figure(cell(row, column), column.n is None) for column in shown]
         cost = [cost_text(row) for _ in costs]
         label = label if row["role"] == CONFIGURATION else f"**{label}**"
-        lines.append([label, *figures, seconds_text(row), *cost])
+        seconds = seconds_text(row) + " (reference)" * ran_by_reference(row)
+        lines.append([label, *figures, seconds, *cost])
     lines.append(["n", *(str(column.n or "") for column in shown), "", *("" for _ in costs)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -59,4 +69,5 @@ def escaped(text: str) -> str:
 
 def _figure(figure: Cell, with_n: bool) -> str:
     n = f"(n = {figure.n})" if with_n and figure.n else ""
-    return " ".join(filter(None, (figure.estimate, figure.interval, n)))
+    identical = f"({figure.identical} identical)" if figure.identical else ""
+    return " ".join(filter(None, (figure.estimate, figure.interval, n, identical)))

@@ -12,7 +12,9 @@ from dma_diffusers.eval.report.columns import (
     cost_text,
     has_costs,
     leading_metric,
+    ran_by_reference,
     seconds_text,
+    share_text,
 )
 from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check, noun
 from dma_diffusers.eval.report.frames import frame_plot, frame_scores
@@ -87,6 +89,8 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             "cells": [cell(row, column) for column in shown],
             "seconds": seconds_text(row),
             "cost": cost_text(row),
+            "ran": share_text(row),
+            "by_reference": ran_by_reference(row),
             "times": row["seconds_per_picture"] / reference
             if reference and row.get("seconds_per_picture")
             else None,

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dma_diffusers.eval.report.columns import ran_by_reference
 from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, NOISE_FLOOR, noun
 from dma_diffusers.eval.report.svg import FAINT, INK, label_decades, row_colours, svg
 
@@ -46,11 +47,15 @@ def pareto(evaluation: dict[str, Any], metric: str | None, cost: str = "seconds_
 
 
 def _points(evaluation: dict[str, Any], metric: str, cost: str) -> list[Point]:
-    """Return the configurations that can be drawn: those with a finite figure and a cost."""
+    """Return the configurations that can be drawn: those with a finite figure and a cost.
+
+    Rows of which no attention call ran at low precision show nothing, and the reference's seconds are not a kernel's.
+    """
     points = []
     for name, row in evaluation["rows"].items():
         interval = _finite(row, metric)
-        if row["role"] == CONFIGURATION and interval and row.get(cost):
+        shows_nothing = row.get("ran") == 0 or (cost == "seconds_per_picture" and ran_by_reference(row))
+        if row["role"] == CONFIGURATION and interval and row.get(cost) and not shows_nothing:
             points.append(Point(name, row[cost], *interval))
     return points
 

@@ -1,6 +1,7 @@
 """Test what pipelines can draw, and where their weights are placed."""
 
 import json
+import os
 
 import diffusers
 import pytest
@@ -109,6 +110,7 @@ def test_embedded_models_have_names():
     assert named_model(None) == named_model("demo") == DEMO_MODEL
     assert named_model("demo-video").parts[-3:] == ("pipelines", "demo_video", "wan")
     assert named_model("owner/name") == "owner/name"
+    assert named_model(os.path.relpath(DEMO_MODEL)) == named_model(f"{DEMO_MODEL}/../flux") == DEMO_MODEL
 
 
 GB = 10**9

@@ -1,5 +1,7 @@
 """FID and KID of folders, with the network replaced by a few pixels."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,3 +65,49 @@ def test_a_folder_with_too_little_is_named(tmp_path, count):
     reference.mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=f"b holds {count} pictures .*at least 2"):
         distances(folder, reference, "cpu")
+
+
+def test_pictures_behind_links_and_of_all_suffixes_count(tmp_path):
+    suffixes = (".jfif", ".gif", ".jpe", ".AVIF", ".png")
+    elsewhere = write(tmp_path / "elsewhere", 10, suffixes=suffixes)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "circle").symlink_to(folder)
+    (folder / "one.png").symlink_to(next(elsewhere.rglob("*.png")))
+    found = distances(folder, elsewhere, "cpu")
+    assert (found.pictures, found.reference_pictures) == (11, 10)
+
+
+def test_names_of_any_encoding_count(tmp_path):
+    folder = write(tmp_path / "a", 3)
+    os.rename(folder / "0" / "0.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert distances(folder, folder, "cpu").pictures == 3
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    folder, reference = write(tmp_path / "a", 3), write(tmp_path / "b", 3)
+    for name in ("z.heic", "README"):
+        (folder / name).touch()
+    *_, note = distances(folder, reference, "cpu").notes
+    assert note == f"2 files in {folder} are no pictures and were left out, such as {folder}/README"
+
+
+def test_an_animation_is_no_picture(tmp_path):
+    folder = write(tmp_path, 3)
+    frames = [Image.new("L", (9, 9), grey) for grey in (0, 90, 200)]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(
+        ValueError, match=r"moves\.gif is not a picture that can be read \(it holds 3 pictures\)"
+    ):
+        distances(folder, folder, "cpu")
+
+
+def test_16_bits_are_the_pictures_of_8(tmp_path):
+    """The same pictures in both depths have no distance; clipped ones would be white."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 9, 9)).astype(np.uint8)
+    for name, pictures in (("a", noise), ("b", noise.astype(np.uint16) * 257)):
+        (tmp_path / name).mkdir()
+        for i, values in enumerate(pictures):
+            Image.fromarray(values).save(tmp_path / name / f"{i}.png")
+    assert distances(tmp_path / "a", tmp_path / "b", "cpu").fid.estimate == 0

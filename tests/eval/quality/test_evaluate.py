@@ -159,6 +159,20 @@ def test_what_is_there_is_not_drawn_again(monkeypatch, capsys, asked, finished, 
     assert found.pop("low=nvfp4") and found == numbers(finished)
 
 
+def test_a_row_of_which_nothing_ran_says_so(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    code, output, error = run(monkeypatch, capsys, *asked, "--config", "auto", "-o", str(folder))
+    assert code == 0, error
+    found = evaluation(folder)
+    row = found["rows"]["auto"]
+    assert (row["ran"], row["predicted_cost"], row["summary"]["psnr_db"]["identical"]) == (0, 1, 6)
+    assert found["notes"][0].startswith(
+        "auto: no attention calls ran at low precision (nothing is faster than stock"
+    )
+    assert "| auto (no call ran at low precision) |" in output
+    assert found["rows"][NEAR]["ran"] == 1 and found["rows"][AGAIN.name]["ran"] is None
+
+
 def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     before = pictures(folder)
@@ -168,6 +182,29 @@ def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tm
     assert numbers(folder)[FAR]["pictures"] != numbers(finished)[FAR]["pictures"]
     assert len(numbers(folder)[FAR]["steps"]) == 3
     assert evaluation(folder)["layers"]["steps"] == [0, 1, 2]
+
+
+def test_other_weights_behind_a_link_are_other_pictures(
+    monkeypatch, capsys, asked, model, finished, tmp_path
+):
+    """Another path to the same files finds their pictures; other files behind the same path do not."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before, of_vae = pictures(folder), tmp_path / "vae"
+    copy = shutil.copytree(model, tmp_path / "model")
+    shutil.move(copy / "vae", of_vae)
+    (copy / "vae").symlink_to(of_vae)
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(folder))
+    assert code == 0, error
+    assert pictures(folder) == before and numbers(folder) == numbers(finished)
+
+    (weights,) = of_vae.glob("*.safetensors")
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights)
+    code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(folder))
+    assert code == 0, error
+    assert len(pictures(folder)) == 2 * len(before)
+    assert numbers(folder)[FAR]["summary"] != numbers(finished)[FAR]["summary"]
 
 
 def test_corrupt_and_missing_files_are_drawn_again_and_named(monkeypatch, capsys, asked, finished, tmp_path):
@@ -278,6 +315,9 @@ BAD = {
         ("--config", "policy=/no/such/policy.json"),
         "there is no policy file /no/such/policy.json",
     ),
+    "frames of a picture": (("--frames", "5"), "--frames is for clips: FluxPipeline draws pictures"),
+    "no size": (("--size", "9x9x9"), "give width and height, as in 832x480"),
+    "no seed": (("--seed", str(2**64)), "2 seeds from there must be from 0 to"),
     "no model": (("--model", str(ROOT / "tests")), "no Diffusers pipeline"),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
     "no such dense layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),

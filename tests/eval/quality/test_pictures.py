@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dma_diffusers.eval.quality.pictures import Pictures, batches
+from dma_diffusers.eval.quality.evaluate import truncated
+from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, batches
 from dma_diffusers.eval.quality.prompts import Prompt
 
 PROMPTS = [Prompt(text) for text in ("a", "b", "c")]
@@ -35,6 +36,62 @@ def test_what_is_written_is_read(tmp_path, sample, count):
     assert torch.equal(pictures.latents(sample), latents)
     assert pictures.seconds(sample) == 0.1
     assert pictures.remove_corrupt([sample]) == []
+
+
+def keys(prompts: str, size: int, known=()) -> list[list[str]]:
+    """The keys of samples by batch, of prompts of one letter each."""
+    return [
+        [sample.key for sample in chunk]
+        for chunk in batches([Prompt(p) for p in prompts], [0, 1], size, known)
+    ]
+
+
+def test_an_inserted_prompt_leaves_other_batches_valid(tmp_path):
+    file = KnownBatches(tmp_path / "pictures", 4)
+    assert file.read() == []
+    before = batches([Prompt(p) for p in "abcdef"], [0, 1], 4)
+    file.write(before)
+    of_before = [[sample.key for sample in chunk] for chunk in before]
+    known = KnownBatches(tmp_path / "pictures", 4).read()
+    assert keys("abcdef", 4, known) == of_before == keys("abcdef", 4)
+    assert keys("xabcdef", 4, known)[1:] == of_before
+    assert keys("abcdefx", 4, known)[:3] == of_before
+    between = keys("abxcdef", 4, known)
+    assert [between[0], *between[2:]] == of_before and len(between[1]) == 2
+    inside = keys("abcxdef", 4, known)  # of a batch that no longer holds together
+    assert inside[0] == of_before[0] and inside[-1] == of_before[2] and of_before[1] not in inside
+    assert [len(chunk) for chunk in inside] == [4, 4, 2, 4]
+    assert keys("acdef", 4, known)[-2:] == of_before[1:]
+    assert KnownBatches(tmp_path / "pictures", 2).read() == []
+
+
+def test_a_shorter_run_between_leaves_batches_valid(tmp_path):
+    file = KnownBatches(tmp_path, 4)
+    for prompts in ("abcdef", "abc", "xabcdef"):
+        file.write(batches([Prompt(p) for p in prompts], [0, 1], 4, file.read()))
+    assert keys("abcdef", 4, file.read()) == keys("abcdef", 4)
+    assert keys("abc", 4, file.read()) == keys("abc", 4)
+    assert len(file.read()) == 5  # of these three runs
+
+
+def test_damaged_memory_of_batches_is_none(tmp_path):
+    file = KnownBatches(tmp_path, 4)
+    file.path.write_text("")
+    assert file.read() == []
+    file.write(batches(PROMPTS, [0], 4))
+    KnownBatches(tmp_path, 2).write(batches(PROMPTS, [0], 2))
+    assert [len(chunk) for chunk in file.read()] == [3]
+
+
+def test_prompts_that_were_cut_are_counted(tmp_path):
+    pictures, chunks = folder(tmp_path), batches(PROMPTS, [0, 1], 2)
+    for number, chunk in enumerate(chunks):
+        for sample in chunk:
+            notes = [f"cut {number}"] * (number > 0)
+            pictures.write(sample, np.zeros((1, 4, 4, 3), np.uint8), torch.zeros(1), 1.0, notes)
+    assert [pictures.notes(chunk[0]) for chunk in chunks] == [[], ["cut 1"], ["cut 2"]]
+    assert truncated(pictures, chunks) == ["2 of 3 prompts were not read to the end, the first: cut 1"]
+    assert truncated(pictures, chunks[:1]) == []
 
 
 def test_a_long_video_is_no_bomb(tmp_path, sample, monkeypatch):

@@ -335,6 +335,24 @@ def test_each_step_is_measured_and_counted_under_its_entry_of_the_schedule(tmp_p
     assert predicted_cost(recordings, configurations["all"], "sm_100") == pytest.approx(costs["0"])
 
 
+def test_calls_that_did_not_run_cost_what_full_precision_does(tmp_path):
+    calls = [({"module": module}, random_tensors(3, 2048)) for module in MODULES]
+    recordings = saved(tmp_path, calls, MODULES, "WanTransformer3DModel")
+    config = DMAConfig(window=0, sink=0, min_length=0)
+    whole = predicted_cost(recordings, config, "sm_100")
+
+    def cost(*shares: float) -> float:
+        return predicted_cost(recordings, config, "sm_100", dict(zip(MODULES, shares, strict=True)))
+
+    assert whole < 0.9 and cost(1, 1, 1) == whole and cost(0, 0, 0) == 1
+    assert cost(1, 0, 0.5) == pytest.approx((whole + 1) / 2)
+    assert predicted_cost(recordings, config, "sm_100", {MODULES[0]: 0.0}) == pytest.approx(
+        (2 * whole + 1) / 3
+    )
+    unknown = DMAConfig(high="mxint8", low="nvint4", min_length=0)
+    assert predicted_cost(recordings, unknown, "sm_100", dict.fromkeys(MODULES, 0.0)) == 1
+
+
 def test_what_was_not_recorded_is_null(tmp_path):
     calls = [
         ({}, random_tensors(0, 200, heads=2)),

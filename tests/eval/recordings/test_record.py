@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import WanPipeline
+from peft import LoraConfig
 from safetensors import safe_open
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -269,3 +270,17 @@ def test_damage_is_named(flux, tmp_path):
         read_recordings(tmp_path)
     with pytest.raises(FileNotFoundError, match="there are no recordings in"):
         read_recordings(tmp_path / "absent")
+
+
+def test_recordings_with_another_lora_are_not_completed(tmp_path):
+    """Its factors count too, though the weights of the base are the same."""
+    pipe = tiny_pipelines.flux()
+    record(pipe, ["a cat"], tmp_path / "plain", call_of(pipe), steps=1)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    for folder, weight in (("plain", 1.0), ("style", 1.0), ("style", 0.5)):
+        pipe.transformer.set_adapters("style", weight)
+        if (folder, weight) == ("style", 1.0):
+            record(pipe, ["a cat"], tmp_path / folder, call_of(pipe), steps=1)
+            continue
+        with pytest.raises(ValueError, match="recordings of different adapters: choose another folder"):
+            record(pipe, ["a cat"], tmp_path / folder, call_of(pipe), steps=1)

@@ -72,3 +72,22 @@ def test_counts_that_differ_are_in_the_cells(small):
 def test_seconds_need_no_exponent(small, seconds, text):
     small["rows"]["noise floor"]["seconds_per_picture"] = seconds
     assert table(small).splitlines()[3].endswith(f" {text} |")
+
+
+def test_identical_pictures_are_counted_beside_the_mean_of_the_others(small):
+    small["rows"]["low=int8_tile|<b>"]["summary"]["psnr_db"]["identical"] = 3
+    small["rows"]["full precision"]["summary"]["psnr_db"]["identical"] = 800
+    _, _, exact, _, low, _ = table(small).splitlines()
+    assert "| 33.33 [32.00, 35.00] (3 identical) |" in low and "| ∞ |" in exact
+
+
+def test_rows_say_what_ran(small):
+    row = small["rows"].pop("low=int8_tile|<b>")
+    modules = [{"module": "transformer.a.attn", "lowering": "reference"}]
+    small["rows"] |= {"all": row | {"ran": 1}, "some": row | {"ran": 0.25}, "none": row | {"ran": 0}}
+    small["rows"]["slow"] = row | {"receipt": {"modules": modules}}
+    every, some, none, slow = table(small).splitlines()[4:-1]
+    assert every.startswith("| all |") and every.endswith("| 123 |")
+    assert some.startswith("| some (25% of the calls ran at low precision) |")
+    assert none.startswith("| none (no call ran at low precision) |")
+    assert slow.startswith("| slow |") and slow.endswith("| 123 (reference) |")

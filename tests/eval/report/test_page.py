@@ -233,3 +233,30 @@ def test_psnr_stands_in_for_lpips(run):
     page = Page(html(contents, folder))
     assert "PSNR, dB by category" in page.text
     assert "PSNR, dB ↑" in page.text  # the plot's axis
+
+
+def test_rows_say_what_ran_and_which_pictures_are_identical(run):
+    contents = evaluation()
+    row = contents["rows"]["all MXFP4"]
+    row["ran"] = 0
+    row["summary"]["psnr_db"]["identical"] = 5
+    row["receipt"]["modules"][0]["lowering"] = "reference"
+    shown = {line[0][0]: line for line in Page(html(contents, run[0])).tables["metrics"]}
+    assert "no call ran at low precision" in shown["all MXFP4"][0]
+    assert "5 identical" in shown["all MXFP4"][1]
+    assert "by the reference in torch, not a kernel" in shown["all MXFP4"][-1]
+    assert not any("ran at low precision" in text for text in shown["all NVFP4"][0])
+
+
+def test_a_category_is_not_infinite_by_one_picture(run):
+    contents = evaluation()
+    for row in contents["rows"].values():
+        if row["role"] != "baseline":
+            row["pictures"] = {"psnr_db": [30.0] * (PROMPTS * SEEDS)}
+    del contents["metrics"]["lpips"]
+    for row in contents["rows"].values():
+        row["summary"].pop("lpips")
+        row.get("pictures", {}).pop("lpips", None)
+    contents["rows"]["all MXFP4"]["pictures"]["psnr_db"][0] = None
+    table = Page(html(contents, run[0])).tables["categories"]
+    assert {cell[0] for line in table[1:] for cell in line[2:]} == {"30.00"}

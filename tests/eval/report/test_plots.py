@@ -154,3 +154,23 @@ def test_module_names_do_not_crowd(modules):
     written = [text for text in texts(svg) if text in names]
     assert written[0] == names[0]
     assert len(written) <= 40
+
+
+def test_what_did_not_run_is_not_plotted():
+    contents = evaluation()
+    for number, row in enumerate(contents["rows"].values()):
+        row["predicted_cost"] = number / 10
+    contents["rows"]["all MXFP4"]["ran"] = 0
+    contents["rows"]["all NVFP4"]["ran"] = 0.5
+    for cost in ("seconds_per_picture", "predicted_cost"):
+        written = texts(pareto(contents, "lpips", cost))
+        assert "all NVFP4" in written and "all MXFP4" not in written
+
+
+def test_seconds_of_the_reference_are_not_plotted():
+    contents = evaluation()
+    for row in contents["rows"].values():
+        row["predicted_cost"] = 0.5
+    contents["rows"]["all MXFP4"]["receipt"]["modules"][0]["lowering"] = "reference"
+    assert "all MXFP4" not in texts(pareto(contents, "lpips"))
+    assert "all MXFP4" in texts(pareto(contents, "lpips", "predicted_cost"))

@@ -139,7 +139,9 @@ def test_the_cost_of_means(monkeypatch, capsys):
     assert found["cost"] == pytest.approx((50 * 2048 + 16 * 2048) / 512 / 3072)
     _, table, _ = run(monkeypatch, capsys, *arguments)
     assert re.search(r"pairs of tiles MEAN +90\.2%", table)
-    assert "Times are predicted by a model that is within 4 % of the kernel with MEAN tiles on an H200." in table
+    assert (
+        "Times are predicted by a model that is within 4 % of the kernel with MEAN tiles on an H200." in table
+    )
     _, skipped, _ = run(monkeypatch, capsys, *arguments[:-1], words.replace(", beyond=mean", ""), "--json")
     assert 1 < found["prediction"]["ms"] / json.loads(skipped)["prediction"]["ms"] < 1.3
 
@@ -177,7 +179,9 @@ def test_a_schedule_with_means_says_what_was_measured(monkeypatch, capsys):
     schedule = "sigma>0.5: dense(); importance(budget=0.05, low=0.1, beyond=mean)"
     arguments = ("simulate", "--grid", "64x64", "--gpu", "h200", "--schedule", schedule, "--steps", "8")
     _, table, _ = run(monkeypatch, capsys, *arguments)
-    assert "Times are predicted by a model that is within 4 % of the kernel with MEAN tiles on an H200." in table
+    assert (
+        "Times are predicted by a model that is within 4 % of the kernel with MEAN tiles on an H200." in table
+    )
 
 
 def test_the_picture_of_a_policy_shows_its_classes(monkeypatch, capsys, tmp_path):

@@ -189,6 +189,8 @@ def test_an_output_is_needed(monkeypatch, capsys):
 
 
 def test_a_pipeline_without_a_transformer_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("dma_diffusers.pipelines.load.load_pipeline", lambda *_, **__: DDPMPipeline(None, None))
+    monkeypatch.setattr(
+        "dma_diffusers.pipelines.load.load_pipeline", lambda *_, **__: DDPMPipeline(None, None)
+    )
     status, output, error = run(monkeypatch, capsys, "study", "-o", str(tmp_path / "out"), "--count", "1")
     assert (status, output, error) == (1, "", "error: DDPMPipeline has no transformer\n")
