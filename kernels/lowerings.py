@@ -88,6 +88,9 @@ class Lowering:
         """Why this lowering can't run such calls, in words; None if it can."""
         if head_dim > MAX_HEAD_DIM:
             return f"head_dim {head_dim} is more than {MAX_HEAD_DIM}"
+        is_odd = head_dim % 2 == 1 and head_dim > 1  # 1 stands for any
+        if is_odd and "int4" in {precision.qk for precision in precisions}:
+            return f"int4 stores two channels in a byte, and head_dim {head_dim} is odd"
         formats = tuple(dict.fromkeys(precision.qk for precision in precisions))
         for product, known, asked in (
             ("Q·K", self.stores, formats),

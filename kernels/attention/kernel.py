@@ -476,9 +476,11 @@ def attend(
                     own, own_m = counted(own, own_m, l, m, l_before, m_before)
 
             nothing_seen = l == 0.0
-            if own_units is not None:
-                share = own * tl.exp2(own_m - m)
-                accumulator += share[:, None] * tl.load(own_units + D)[None, :]
+            if own_units is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
+                # This always holds: behind a branch, no mean is loaded before `out_of_units` is done with its units.
+                if k_length > 0:
+                    share = own * tl.exp2(own_m - m)
+                    accumulator += share[:, None] * tl.load(own_units + D)[None, :]
             result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
             out_rows = token_at(token_order, q_tokens, q_length, token_count)
             place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h

@@ -84,9 +84,8 @@ def pack(
 ) -> Packed:
     """`x` as codes and scales; `unpack(pack(x, …), x.dtype)` equals `fake_quantize(x, …)` bit for bit.
 
-    Arguments and errors are those of `fake_quantize`; rows of `int4` need an even number of columns. A block with
-    NaN or ±inf stores NaN as its scale (E8M0 255, E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale,
-    the codes of that row store it.
+    Arguments and errors are those of `fake_quantize`. A block with NaN or ±inf stores NaN as its scale (E8M0 255,
+    E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of that row store it.
     """
     format, rounding = _checked(x, format, rounding, four_over_six)
     if format.element is None:
@@ -96,10 +95,7 @@ def pack(
     )
     codes = format.element.encode(scaled).flatten(-2)
     if format.bits == 4:
-        if codes.shape[-1] % 2:
-            raise ValueError(
-                f"{format.name} stores two numbers in a byte: a row needs an even number of columns, got {x.shape[-1]}"
-            )
+        codes = F.pad(codes, (0, codes.shape[-1] % 2))
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
     return Packed(codes, scales, tensor_scale, format, x.shape)
 
@@ -112,6 +108,8 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     if format.bits == 4:
         codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
     factor = _factor(packed.scales, packed.tensor_scale, format, packed.shape)
+    if format.block is None:
+        codes = codes[..., : packed.shape[-1]]
     blocks = codes.unflatten(-1, (factor.shape[-2], -1))
     return _join(format.element.decode(blocks) * factor, packed.shape, dtype)
 

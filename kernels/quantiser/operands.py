@@ -49,12 +49,12 @@ class Stored:
     def multiplied(self) -> list:
         """The constants of the attention kernel: element of the MMA of Q·K, its storage and block, storage of V.
 
-        The element is "bf16" for the model's own numbers alone, which are not smoothed.
+        The element is "bf16" for the model's own numbers alone, which are not smoothed; others in bf16 are "plain".
         """
         element = self.format.element
         match self.storage:
             case Storage.PLAIN:
-                name, block = element.name if element else "bf16", None
+                name, block = "plain" if element else "bf16", None
             case Storage.ROW | Storage.TILE | Storage.SHARED:
                 name, block = "int8" if isinstance(element, IntElement) else "e4m3", None
             case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms
+from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import FAITHFUL, architecture
 from dma_diffusers.kernels.plan_cache import PlanCache
 from tests.kernels.calls import relative_l2
@@ -131,7 +132,7 @@ def test_errors_at_a_pictures_length(kind, most, gpu):
     assert figures["low"] <= most
 
 
-@pytest.mark.parametrize("fmt", [name for name in FAITHFUL if name not in ("bf16", "fp8", "int8")])
+@pytest.mark.parametrize("fmt", [name for name in FAITHFUL if get_format(name).block])
 def test_an_operator_call_counts_inexact_rows(fmt, gpu):
     if architecture(gpu) != "sm_90":
         pytest.skip("needs a GPU that re-encodes")

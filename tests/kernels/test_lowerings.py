@@ -61,6 +61,14 @@ def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_int4_takes_no_odd_head():
+    with pytest.raises(
+        ValueError, match=r"int4 stores two channels in a byte, and head_dim 33 is odd$"
+    ) as error:
+        choose("sm_90", 33, "bf16", "int4")
+    assert "\n" not in str(error.value)
+
+
 def test_no_lowering_takes_a_wide_head():
     for lowering in LOWERINGS:
         assert (

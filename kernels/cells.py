@@ -1,0 +1,73 @@
+"""The tables of formats.md: which lowering runs each format on each architecture, and how that was shown.
+
+`python -m dma_diffusers.kernels.cells` writes them anew in a checkout.
+"""
+
+import re
+from pathlib import Path
+
+from dma_diffusers.kernels.formats import FORMATS
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
+
+PAGE = Path(__file__).parent / "formats.md"
+_TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of tables -->)", re.DOTALL)
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
+_HEAD_DIM = 128
+
+# The kernel tests ran on an H100 or H200 with these formats; those of the interpreter run with all that a kernel has.
+RUN = {"sm_90": tuple(NATIVE.keys() - {"int4", "int8_tile"})}
+_VALUES = {"bf16": "`bf16`", "fp8": "`fp8`", "int8": "`int8`", "mxfp8": "`mxfp8`, and so all others"}
+COMPILED = ("sm_90", *BLOCK_SCALED_ARCHITECTURES)
+
+
+def cell(architecture: str, qk: str, pv: str = "fp8") -> tuple[str, str]:
+    """How LOW tiles of this precision run, in a word or two, and the reason where no kernel runs them."""
+    try:
+        choice = choose(architecture, _HEAD_DIM, f"{qk}/bf16", f"{qk}/{pv}")
+    except ValueError as error:
+        return "refused", _last(str(error))
+    if choice.lowering == "reference":
+        return "reference", _last(choice.reason)
+    if qk in RUN.get(architecture, ()):
+        shown = "run"
+    elif architecture in COMPILED:
+        shown = "compiled"
+    else:
+        shown = "interpreted"
+    return f"{choice.lowering}: {shown}", ""
+
+
+def tables() -> str:
+    """The tables of Q·K and of P·V, and the reasons that they refer to, in Markdown."""
+    reasons: dict[str, int] = {}
+
+    def row(qk: str, pv: str) -> str:
+        found = []
+        for architecture in ARCHITECTURES:
+            words, reason = cell(architecture, qk, pv)
+            found.append(f"{words} ({reasons.setdefault(reason, len(reasons) + 1)})" if reason else words)
+        return " | ".join(found)
+
+    head = f"{' | '.join(ARCHITECTURES)} |\n|{' --- |' * (len(ARCHITECTURES) + 1)}"
+    of_keys = [f"| `{name}` | {row(name, 'fp8')} |" for name in FORMATS]
+    of_values = [f"| {words} | {row('int8', name)} |" for name, words in _VALUES.items()]
+    listed = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([
+        f"| Q·K, with P·V in bf16 or fp8 | {head}", *of_keys, "", f"| P·V, with Q·K in int8 | {head}", *of_values, "",
+        *listed,
+    ]) + "\n"  # fmt: skip
+
+
+def with_tables(page: str) -> str:
+    """This page with its tables written anew."""
+    return _TABLES.sub(lambda _: tables(), page)
+
+
+def _last(reasons: str) -> str:
+    """The last lowering's reason among those of several: the one that could run most."""
+    *_, last = re.split(r"; (?=\w+: )|: (?=native: )", reasons)
+    return last
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
