@@ -1,15 +1,14 @@
 """The tuning table: how the attention kernel is built for each architecture, head dimension and pair of storages.
 
-sm_100, sm_103 and sm_120: from what the compiler makes of each variant (ahead_of_time/instructions.md). sm_90: from
-times on an H200.
+sm_90: from times on an H200. All others: from what the compiler makes of each variant (ahead_of_time/instructions.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 
 from dma_diffusers.kernels.device.tritons import TRITON, Version
-from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, WITHOUT_TMA, Storage
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Tuning:
     """One variant of the attention kernel.
 
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
+    keys: of a KV tile that are handled together, 64 or all 128; all where tiles may be skipped, and of block formats.
     warps: of one program. skipping_warps: of one that may skip tiles, where these are others.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
@@ -31,6 +31,7 @@ class Tuning:
     """
 
     rows: int = 128
+    keys: int = 128
     warps: int = 8
     skipping_warps: int | None = None
     stages: int = 5
@@ -42,9 +43,15 @@ class Tuning:
     exp_share: int = 0
     slots: int | None = None
 
+    @property
+    def skipping(self) -> "Tuning":
+        """The variant for calls that may skip tiles, which are looked at as a whole."""
+        return replace(self, keys=128, warps=self.skipping_warps or self.warps)
+
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
 _SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
+_AMPERE = {"keys": 64, "transposed_v": True}
 _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
@@ -73,14 +80,8 @@ TABLE = (
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
-    (
-        ("sm_89",),
-        "3.6",
-        256,
-        "*",
-        Tuning(rows=64, warps=4, stages=1, masked_stages=1),
-    ),  # too much memory with eight
-    (("sm_89",), "*", 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
+    (WITHOUT_TMA, "*", 256, "*", Tuning(**_AMPERE | {"rows": 64}, stages=1, masked_stages=1)),
+    (WITHOUT_TMA, "*", "*", "*", Tuning(**_AMPERE, stages=3, masked_stages=3)),
     (("*",), "*", "*", "*", Tuning(stages=1, masked_stages=1)),
 )
 
