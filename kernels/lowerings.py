@@ -124,12 +124,12 @@ def _faithful(
 def _without_fp8(architecture: str, formats: dict[str, Storage], values: dict[str, Storage]) -> str | None:
     """Why an architecture that knows no e4m3 can't multiply these."""
     if Storage.CHANNEL in values.values():
-        return f"{architecture} has no FP8 MMA for P·V: write it in bf16, as in int8/bf16"
+        return f"{architecture} has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
     for name, storage in formats.items():
         if storage is Storage.ROW or (storage is Storage.TILE and name != "int8"):
-            return f"{architecture} has no FP8 MMA for {name}: write int8/bf16"
+            return f"{architecture} has no FP8 MMA, which Q·K in {name} needs: write int8/bf16"
         if get_format(name).has_tensor_scale:
-            return f"{architecture} has no FP8 conversions for the scales of {name}: write int8/bf16"
+            return f"{architecture} has no FP8 conversions, which the scales of {name} need: write int8/bf16"
     return None
 
 

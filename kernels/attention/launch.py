@@ -74,7 +74,8 @@ class Variant:
         high, low, means = (
             precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
-        tuned = tuning(target, dim, tuple(c and c.storage for c in _encoded(high, low, means)))
+        encoded = _encoded(high, low, means)
+        tuned = tuning(target, dim, tuple(c and c.storage for c in encoded), encoded[1] and encoded[1].values)
         tuned = tuned if plan.skip_below is None else tuned.skipping
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 

@@ -56,7 +56,8 @@ _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
-    # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), variant.
+    # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), to which
+    # /plain is added if LOW has bf16 P·V, variant.
     (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
     (("sm_103",), "*", 128, "*", Tuning(registers=190, programs=1)),
     (("sm_100",), "*", 64, "*", Tuning(exp_share=5, programs=1)),
@@ -77,6 +78,7 @@ TABLE = (
         Tuning(stages=1, masked_stages=1),
     ),  # widened by Triton: for tests alone
     *((("sm_90",), "*", dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
+    (("sm_90",), "*", 128, "*/plain", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
@@ -88,13 +90,20 @@ TABLE = (
 
 @cache
 def tuning(
-    architecture: str, dim: int, classes: tuple[Storage | None, Storage | None], triton: Version = TRITON
+    architecture: str,
+    dim: int,
+    classes: tuple[Storage | None, Storage | None],
+    low_values: Storage | None = Storage.CHANNEL,
+    triton: Version = TRITON,
 ) -> Tuning:
     """The first row of the table that fits.
 
-    dim is 64, 128 or 256, classes are the storages of HIGH and LOW, triton is the compiler's version.
+    dim is 64, 128 or 256, classes are the storages of HIGH and LOW, low_values is that of V in LOW, triton is the
+    compiler's version.
     """
     storages = "|".join(storage or "-" for storage in classes)
+    if low_values is Storage.PLAIN:
+        storages += "/plain"
     version = ".".join(map(str, triton))
     return next(
         row
