@@ -226,9 +226,7 @@ def launched(*positional, lowering="native", run=None, **given):
 
 
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums FP8 probabilities as it multiplies them; who skips tiles together; how
-    many keys have one maximum.
-    """
+    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; how many keys have one maximum."""
     from dma_diffusers.kernels.attention.launch import Variant
 
     q = torch.empty(1, 1, 1, call.head_dim, device=device)
