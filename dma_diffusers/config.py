@@ -14,6 +14,7 @@ from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
+from dma_diffusers.kernels.formats import ROTATIONS
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import DIMENSIONS
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
@@ -33,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 TEXT_PLACES = ("first", "last", "none")
 CHOICES = ("auto", "fastest", "stock")  # what `lowering` takes beside the names of lowerings
 # One attention module may have its own.
-MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense", "schedule")
+MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense", "schedule", "rotation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +72,20 @@ class DMAConfig:
         formats and lengths that were measured to gain, on Hopper, and lets other calls fall back to stock; "stock"
         quantises nothing. A lowering that is named and cannot run raises
         ValueError when the model is called.
+    rotation: of the channels of q and k, before any format but bf16 stores them, by the same Hadamard matrix for both:
+        "hadamard16" or "hadamard32" in blocks of so many, "head_dim" in one block, or "none". It spreads outliers in a
+        few channels over a block. A call whose head_dim it doesn't divide raises ValueError.
+    smooth_k, smooth_v: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
+        probability, and v before it is stored in 8 bits, which the output gets back.
     protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
     text: where joint attention has its text, "first", "last" or "none", for models of no known family.
     grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in
         words, "64x64"; for policies that need it, and models of no known family.
     modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
-        high, low, window, sink, policy, schedule, or dense=True for every tile HIGH. A policy, window, sink or schedule
-        stands in the place of all four of the others'; high and low give way to those of a schedule. Kept as sorted
-        pairs. Blocks that torch.compile compiles one by one are compiled
-        anew for other formats, but not for other policies, nor for every tile HIGH.
+        high, low, window, sink, policy, schedule, rotation, or dense=True for every tile HIGH. A policy, window, sink
+        or schedule stands in the place of all four of the others'; high and low give way to those of a schedule. Kept
+        as sorted pairs. Blocks that torch.compile compiles one by one are compiled anew for other formats, but not for
+        other policies, nor for every tile HIGH.
     guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module whose
         error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not help to
         stock attention, until it is applied again. The step in which that shows is made again; the receipt says so.
@@ -101,6 +107,9 @@ class DMAConfig:
     dense_layers: tuple[int, ...] | None = None
     quality_first: bool = False
     lowering: str = "auto"
+    rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     protect_text: bool = True
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
@@ -112,6 +121,8 @@ class DMAConfig:
     def __post_init__(self):
         for name, words in zip(("high", "low"), Precisions.parse(self.high, self.low).words, strict=True):
             object.__setattr__(self, name, words)
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         of_heads = self.window if isinstance(self.window, tuple) and self.window else (self.window,)
@@ -134,8 +145,9 @@ class DMAConfig:
                     f"dense_layers must be a tuple of whole numbers, or None, got {self.dense_layers!r}"
                 )
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        if not isinstance(self.quality_first, bool):
-            raise ValueError(f"quality_first must be true or false, got {self.quality_first!r}")
+        for name in ("quality_first", "smooth_k", "smooth_v"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         allowed = [*CHOICES, *(lowering.name for lowering in lowerings.LOWERINGS)]
         if self.lowering not in allowed:
             raise ValueError(f"unknown lowering {self.lowering!r}; there are {', '.join(allowed)}")
@@ -294,7 +306,8 @@ class DMAConfig:
         start, stop = self.protected(text)
         return {
             "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
-            "text_start": start, "text_stop": stop, "lowering": self.operator_lowering,
+            "text_start": start, "text_stop": stop, "lowering": self.operator_lowering, "rotation": self.rotation,
+            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v,
         }  # fmt: skip
 
     def protected(self, text: tuple[int, int]) -> tuple[int, int]:

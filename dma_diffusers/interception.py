@@ -314,7 +314,14 @@ class Interception:
     def _policy(self) -> str:
         if self.watch is not None and self.watch.level is Level.HIGH:
             return operator.DENSE
-        return "; ".join(self.own.words) + ("" if self.own.config.protect_text else " without protected text")
+        config = self.own.config
+        said = [
+            f" {name}={value}"
+            for name in ("rotation", "smooth_k", "smooth_v")
+            if (value := getattr(config, name)) not in ("none", True)
+        ]
+        text = "" if config.protect_text else " without protected text"
+        return "; ".join(self.own.words) + "".join(said) + text
 
     def _take(self, query: torch.Tensor, spread: Spread | None) -> None:
         if not torch.compiler.is_compiling():

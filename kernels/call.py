@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dma_diffusers.kernels.formats import block_of
+
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
 
@@ -45,6 +47,9 @@ class Call:
     is_causal: query i sees the keys 0 … i.
     norms: the RMSNorm that q and k go through first; None for none.
     q_rope, k_rope: the angles by which q and k are rotated next; None where they are not.
+    rotation: of channels, one of `formats.ROTATIONS`: q and k share it in every format but bf16, which gains nothing.
+    smooth_k: whether k loses its mean in every format but bf16. smooth_v: whether v loses its mean where it is stored
+        in 8 bits; the output gets it back.
     """
 
     q: torch.Tensor
@@ -56,6 +61,9 @@ class Call:
     q_rope: Rope | None = None
     k_rope: Rope | None = None
     norms: Norms | None = None
+    rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
 
     def __post_init__(self):
         if self.scale is None:
@@ -70,6 +78,11 @@ class Call:
     def changes_k(self) -> bool:
         """Says whether k is not multiplied as it is given."""
         return self.norms is not None or self.k_rope is not None
+
+    @property
+    def rotated_block(self) -> int:
+        """The number of channels that the rotation mixes, 1 for none. Raises ValueError as `block_of` does."""
+        return block_of(self.rotation, self.q.shape[-1])
 
     @property
     def softmax_scale_log2(self) -> float:

@@ -27,23 +27,28 @@ class Storage(StrEnum):
     """e4m3 elements, a block format's re-encoded; one float32 scale for each token, of Q and of K: FP8 MMA."""
     TILE = "tile"
     """e4m3 or int8 elements; one float32 scale for each token of Q, for each tile of K: FP8 or INT8 MMA."""
+    SHARED = "shared"
+    """The same, but the tokens of a tile of Q share their scale."""
     PLAIN = "plain"
     """bfloat16 numbers, scales multiplied in (a tensor scale stays outside): bf16 MMA."""
     CHANNEL = "channel"
     """e4m3 elements of V, one power of two for each channel: FP8 MMA."""
 
 
-_EVERYWHERE = {"bf16": Storage.PLAIN, "fp8": Storage.TILE, "int8": Storage.TILE}
+_EVERYWHERE = {"bf16": Storage.PLAIN} | dict.fromkeys(("fp8", "int8", "int4"), Storage.TILE)
+_EVERYWHERE |= {"int8_tile": Storage.SHARED}
 NATIVE = _EVERYWHERE | dict.fromkeys(
     ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"), Storage.BLOCK
 )
 FAITHFUL = (
     _EVERYWHERE
-    | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4"), Storage.PLAIN)
+    | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4", "mxint8", "mxint6", "mxint4", "nvint4"), Storage.PLAIN)
     | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
 )
 VALUES = {"bf16": Storage.PLAIN, "fp8": Storage.CHANNEL}
-"""The storage of V for each format of P·V."""
+"""The storage of V for each format of P·V that a kernel multiplies."""
+UNSIGNED = {"int8": "its probabilities are unsigned, and Triton multiplies int8 by signed numbers alone"}
+"""The formats of P·V that the reference alone multiplies, and why no kernel does."""
 
 
 def architecture(device: torch.device) -> str:
@@ -91,7 +96,8 @@ class Lowering:
             ("P·V", self.stores_values, dict.fromkeys(precision.pv for precision in precisions)),
         ):
             if others := [name for name in asked if name not in known]:
-                return f"the kernel multiplies {product} in {', '.join(known)}, not {', '.join(others)}"
+                why = f": {UNSIGNED[others[0]]}" if product == "P·V" and others[0] in UNSIGNED else ""
+                return f"the kernel multiplies {product} in {', '.join(known)}, not {', '.join(others)}{why}"
             stored.append({name: known[name] for name in asked})
         return self.why_not(architecture, head_dim, *stored)
 
@@ -116,7 +122,7 @@ def _faithful(
         return refusal
     if architecture not in KERNEL_ARCHITECTURES:
         return f"no kernel is built for {architecture} (there are some for {', '.join(KERNEL_ARCHITECTURES)})"
-    if architecture == "sm_103" and "int8" in formats:
+    if architecture == "sm_103" and {"int8", "int8_tile", "int4"} & formats.keys():
         return "sm_103 has no INT8 MMA in tensor memory"
     return None if has_triton() else "Triton is not installed"
 
@@ -137,7 +143,7 @@ LOWERINGS = (
     Lowering("native", "the fused kernel, each format multiplied by its own MMA", NATIVE, VALUES, _native),
     Lowering(
         "faithful",
-        "the fused kernel, block formats re-encoded for FP8 and bf16 MMA: the numbers a B200 would compute",
+        "the fused kernel, block formats re-encoded for FP8 and bf16 MMA: the numbers that their own MMA would compute",
         FAITHFUL,
         VALUES,
         _faithful,
@@ -146,7 +152,7 @@ LOWERINGS = (
         "reference",
         "torch: exact about the formats, slow",
         dict.fromkeys(FORMATS, Storage.PLAIN),
-        VALUES,
+        VALUES | dict.fromkeys(UNSIGNED, Storage.CHANNEL),
         lambda *_: None,
     ),
 )

@@ -17,6 +17,7 @@ import torch
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.call import Call, Norms, Rope
+from dma_diffusers.kernels.formats import block_of
 from dma_diffusers.kernels.lowerings import Choice
 from dma_diffusers.kernels.plan_cache import PlanCache
 from dma_diffusers.kernels.precision import Precisions
@@ -100,6 +101,9 @@ def attention(
     masks_text: bool = False,
     mapped: bool = True,
     lowering: str = "auto",
+    rotation: str = "none",
+    smooth_k: bool = True,
+    smooth_v: bool = True,
     return_lse: bool = False,
     observer: torch.Tensor | None = None,
 ) -> Result:
@@ -122,6 +126,10 @@ def attention(
     masks_text: key_mask hides none but text tokens, so that other tiles need not look at it.
     mapped: False makes every tile HIGH.
     lowering: the name of one, or "auto" for the first that can run the call.
+    rotation: of the channels of q and k, one of `formats.ROTATIONS`, before any format but bf16 stores them: outliers
+        in a few channels are spread over a block, and scores stay as they are.
+    smooth_k: k loses its mean before any format but bf16 stores it, which changes no probability. smooth_v: v loses its
+        mean before it is stored in 8 bits, and the output gets it back.
     observer: the handle of one that is handed the call (`handle_of`); None for none.
 
     The call waits for no device, but the first one with new lengths makes a plan: a CUDA graph can't capture that one.
@@ -142,7 +150,7 @@ def attention(
         *((None,) * 4 if norms is None else norms.tensors),
         *((0.0, 0, False) if norms is None else (norms.eps, norms.first, norms.rounds_twice)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
-        text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
+        text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
     )  # fmt: skip
     return Result(out, lse, inexact_rows)
 
@@ -185,6 +193,7 @@ def _check_call(call: Call) -> None:
     _check_memory(call.q, call.k, call.v)
     if not 0 < call.scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {call.scale}")
+    block_of(call.rotation, call.q.shape[-1])
 
 
 def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
@@ -246,7 +255,7 @@ _PLANS = PlanCache()
 def _attention(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
     rounds_twice, scale, is_causal, high, low, policies, which, grid,
-    text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
@@ -258,11 +267,13 @@ def _attention(
     tensors = (q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, *weights)
     key = (
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
-        eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, return_lse,
-        q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin, *(() if q_weight is None else _sharing(weights)),
+        eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, rotation,
+        smooth_k, smooth_v, return_lse, q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
+        *(() if q_weight is None else _sharing(weights)),
     )  # fmt: skip
     norms = _norms(weights, eps, first, rounds_twice)
-    call = Call(q, k, v, key_mask, scale, is_causal, _rope(q_cos, q_sin), _rope(k_cos, k_sin), norms)
+    ropes = _rope(q_cos, q_sin), _rope(k_cos, k_sin)
+    call = Call(q, k, v, key_mask, scale, is_causal, *ropes, norms, rotation, smooth_k, smooth_v)
     attend = size.prepared.get(key)
     if attend is None:
         _check_call(call)
@@ -309,7 +320,8 @@ def _observed_attention(handle: torch.Tensor, *arguments):
     )  # fmt: skip
     q, k, v, key_mask = arguments[:4]
     q_rope, k_rope = _rope(asked["q_cos"], asked["q_sin"]), _rope(asked["k_cos"], asked["k_sin"])
-    call = Call(q, k, v, key_mask, asked["scale"], asked["is_causal"], q_rope, k_rope, norms)
+    prepared = asked["rotation"], asked["smooth_k"], asked["smooth_v"]
+    call = Call(q, k, v, key_mask, asked["scale"], asked["is_causal"], q_rope, k_rope, norms, *prepared)
     policy = asked["policies"][asked["which"]] if asked["mapped"] else DENSE
     wanted = Asked(policy, asked["high"], asked["low"], asked["return_lse"])
     return _OBSERVERS[int(handle)].attention(call, wanted, attend)
@@ -348,7 +360,7 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def _fake(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
     rounds_twice, scale, is_causal, high, low, policies, which, grid,
-    text_start, text_stop, parts, masks_text, mapped, lowering, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
@@ -373,7 +385,7 @@ _SCHEMA = (
     "Tensor? k_sin, Tensor? q_weight, Tensor? q_first_weight, Tensor? k_weight, Tensor? k_first_weight, float eps, "
     "SymInt first, bool rounds_twice, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, "
     "SymInt[] grid, SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, "
-    "bool return_lse) -> (Tensor, Tensor, Tensor)"
+    "str rotation, bool smooth_k, bool smooth_v, bool return_lse) -> (Tensor, Tensor, Tensor)"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY.define(f"attention({_SCHEMA}", tags=_TAGS)

@@ -21,6 +21,7 @@ Linears = Annotated[
         "built-in prompts first; or a file of save_linears. Full precision if left out."
     ),
 ]
+_OF_POLICY_FILES = ("high", "low", "rotation", "window", "sink", "schedule")
 Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the preset's.")]
 
 
@@ -43,6 +44,8 @@ class Attention:
             return f"DMA as {self.file.name} chooses"
         pair = self.config.high, self.config.low
         formats = f"DMA {('|' if '/' in ''.join(pair) else '/').join(pair)}"
+        if self.config.rotation != "none":
+            formats += f", rotation {self.config.rotation}"
         if words := self.config.schedule or self.config.policy:
             return f"{formats}, {words}"
         return f"{formats}, window {self.config.window}, sink {self.config.sink}"
@@ -55,6 +58,15 @@ class AttentionOptions:
     preset: Annotated[str | None, typer.Option(help="auto, b200, hopper or exact; b200 if left out.")] = None
     high: Words = None
     low: Words = None
+    rotation: Annotated[
+        str | None, typer.Option(help="Of Q's and K's channels: hadamard16, hadamard32, head_dim or none.")
+    ] = None
+    smooth_k: Annotated[bool | None, typer.Option(help="Whether K loses its mean; it does if left out.")] = (
+        None
+    )
+    smooth_v: Annotated[
+        bool | None, typer.Option(help="Whether V loses its mean in 8 bits; it does if left out.")
+    ] = None
     window: Tokens = None
     sink: Tokens = None
     policy: Annotated[
@@ -111,7 +123,7 @@ class AttentionOptions:
             chosen = Attention(DMAConfig.preset(preset, **options), None)
         else:
             file, quality = Path(options.pop("policy")), options.pop("quality", None)
-            if tiles := [name for name in ("high", "low", "window", "sink", "schedule") if name in options]:
+            if tiles := [name for name in _OF_POLICY_FILES if name in options]:
                 raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
             chosen = Attention(DMAConfig.from_file(file, quality, **options), file)
         with quiet():

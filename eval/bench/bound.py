@@ -54,8 +54,8 @@ def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
     match stores[fmt]:
         case Storage.PLAIN:
             return "H"
-        case Storage.ROW | Storage.TILE | Storage.CHANNEL:
-            return "I" if fmt == "int8" else "Q"
+        case Storage.ROW | Storage.TILE | Storage.SHARED | Storage.CHANNEL:
+            return "I" if fmt.startswith("int") else "Q"
         case Storage.BLOCK:
             return "O" if fmt in _FOUR_BIT else "Q"
 

@@ -80,6 +80,9 @@ class Config:
     text_stop: int = 0
     mapped: bool = True
     lowering: str = "auto"
+    rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     policy: str | None = None
     grid: tuple[int, ...] = ()
 
@@ -102,7 +105,9 @@ class Config:
                 raise ValueError(f"config {text!r}: {name} must be true or false, got {value!r}")
             given[name] = _READ[known[name]](value) if known[name] in _READ else value
         config = cls(**given)
-        DMAConfig(high=config.high, low=config.low)  # raises for precisions that don't exist
+        DMAConfig(
+            high=config.high, low=config.low, rotation=config.rotation
+        )  # raises for those that don't exist
         _ = config.map_policy
         return config
 
@@ -112,6 +117,11 @@ class Config:
         if self.policy is not None:
             return policies.parse(self.policy)
         return Diagonal(self.window, self.sink) if self.mapped else Dense(Class.HIGH)
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """Return how q, k and v are prepared, as fields of a call."""
+        return {name: getattr(self, name) for name in ("rotation", "smooth_k", "smooth_v")}
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -128,6 +138,8 @@ class Config:
     def name(self) -> str:
         text = f", text {self.text_start} to {self.text_stop}" * (self.text_stop > 0)
         lowering = f", {self.lowering}" * (self.lowering != "auto")
+        lowering += f", rotation {self.rotation}" * (self.rotation != "none")
+        lowering += ", K's mean" * (not self.smooth_k) + ", V's mean" * (not self.smooth_v)
         if self.policy is not None:
             return f"{self.high}|{self.low}, {self.map_policy}{text}{lowering}"
         if not self.mapped:
@@ -177,8 +189,8 @@ def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:
             launches[-1]()
 
         out, *_ = launch.attention(
-            AttentionCall(*copy), planned, Precisions.parse(config.high, config.low), lowering=chosen.lowering,
-            return_lse=False, launcher=Launcher(record),
+            AttentionCall(*copy, **config.prepared), planned, Precisions.parse(config.high, config.low),
+            lowering=chosen.lowering, return_lse=False, launcher=Launcher(record),
         )  # fmt: skip
         return launches, out
 

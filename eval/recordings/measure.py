@@ -164,7 +164,8 @@ def _arguments(
         return None
     arguments = of_module.arguments(recording.text, of_module.grid or recording.grid)
     if of_module.asked == Dense(Class.HIGH):
-        return {"high": arguments["high"], "lowering": arguments["lowering"], "policy": arguments["policy"]}
+        kept = ("high", "lowering", "rotation", "smooth_k", "smooth_v", "policy")
+        return {name: arguments[name] for name in kept}
     return arguments
 
 

@@ -163,8 +163,8 @@ def _parts(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     largest = scores.amax(-1, keepdim=True)
     k_means, v_means = (x.unflatten(1, (-1, SUBTILE)).mean(2) for x in (k, v))
     others = {"mean": _products(q @ k_means.mT + math.log2(SUBTILE) - largest, v_means, TILE // SUBTILE)}
-    scale = quantiser.value_scale(v[None])
-    rounded_v = quantiser.quantised_v(v[None], scale)[0].float() * scale[0].view(len(v), 1, -1)
+    units = quantiser.value_units(v[None])
+    rounded_v = (quantiser.quantised_v(v[None], units).float() * units.scale + units.mean)[0]
     low = quantiser.quantised_q(q[None], "mxfp4")[0] @ quantiser.quantised_k(k[None], "mxfp4")[0].mT
     others["mxfp4"] = _products(low - largest, rounded_v, TILE, rounds=True)
     return _products(scores - largest, v, TILE), others

@@ -105,12 +105,13 @@ def launches(
     routing: Routing | None = None,
     skips: bool = False,
     has_means: bool = False,
+    rotation: str = "none",
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """The kernels that one call launches, with arguments and options; a class that is None has no tile.
 
     slots: how many a token order has, 256 if it leaves none empty; None for a call without one. has_fine_mask: whether
     MASKED tiles have one. routing: what content decides. skips: whether the softmax may skip tiles. has_means: whether
-    the last Q tile takes the first KV tile by its means.
+    the last Q tile takes the first KV tile by its means. rotation: of the channels of q and k.
     """
     recorded = []
 
@@ -132,8 +133,8 @@ def launches(
         1e-3 if skips else None,
     )
     launch.attention(
-        Call(q, k, v, mask, scale=1.0, is_causal=is_causal), plan, Precisions.parse(high, low), target=target,
-        lowering=choose(target, head_dim, high, low).lowering, launcher=Launcher(record),
+        Call(q, k, v, mask, scale=1.0, is_causal=is_causal, rotation=rotation), plan, Precisions.parse(high, low),
+        target=target, lowering=choose(target, head_dim, high, low).lowering, launcher=Launcher(record),
     )  # fmt: skip
     return iter(recorded)
 

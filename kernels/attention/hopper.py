@@ -96,6 +96,29 @@ def _load(
 
 
 @gluon.jit
+def _units(x, v_units, kv_row, D: gl.constexpr):
+    """The powers of two and the means of V's channels, in the layout of columns of x."""
+    # volatile: read anew, not kept in registers throughout the loops
+    channels = kv_row * (2 * D) + gl.arange(0, D, layout=gl.SliceLayout(0, x.type.layout))
+    return gl.load(v_units + channels, volatile=True), gl.load(v_units + (D + channels), volatile=True)
+
+
+@gluon.jit
+def _in_units(accumulator, l, v_units, kv_row, D: gl.constexpr):
+    """As kernel.py's; l [64] in any layout."""
+    scale, mean = _units(accumulator, v_units, kv_row, D)
+    l = gl.convert_layout(l, gl.SliceLayout(1, accumulator.type.layout))
+    return (accumulator - l[:, None] * mean[None, :]) * (1.0 / scale)[None, :]
+
+
+@gluon.jit
+def _out_of_units(accumulator, l, v_units, kv_row, D: gl.constexpr):
+    scale, mean = _units(accumulator, v_units, kv_row, D)
+    l = gl.convert_layout(l, gl.SliceLayout(1, accumulator.type.layout))
+    return accumulator * scale[None, :] + l[:, None] * mean[None, :]
+
+
+@gluon.jit
 def _attend(
     warpgroup: gl.constexpr, given,
     HIGH: gl.constexpr, LOW: gl.constexpr, LOW_STORAGE: gl.constexpr, MEAN: gl.constexpr, MEAN_STORAGE: gl.constexpr,
@@ -114,7 +137,7 @@ def _attend(
         skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
-    q_scales, k_scales, v_scale = scales
+    q_scales, k_scales, v_units = scales
     indices, own_entries, bounds, own_ends, piece, pieces = block_list
     first, high_end, low_end, end = own_share(*ends_of(bounds + own_ends, HIGH is not None), piece, pieces)
     q_tokens = start + warpgroup * ROWS + gl.arange(0, ROWS, layout=row)
@@ -139,12 +162,11 @@ def _attend(
             skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
-        v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
         own_scales = kv_row * gl.cdiv(k_length, TILE) * (1 if LOW_STORAGE == "tile" else TILE)
         factor = gl.convert_layout(gl.load(q_scales + q_rows, mask=known, other=1.0), low_row)
         low_sums = gl.convert_layout(accumulator, sums)
         if HIGH is not None:
-            low_sums = low_sums / gl.load(v_units)[None, :]
+            low_sums = _in_units(low_sums, l, v_units, kv_row, D)
         low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros(
             (ROWS, 8), gl.float32, counts
         )
@@ -162,9 +184,8 @@ def _attend(
                 key_mask, fine_mask, guards, k_length, low_tokens,
                 skip_below, counter, True, CAUSAL, LOW, LOW_STORAGE, D, SLOTS,
             )  # fmt: skip
-        # volatile: read anew, not kept in registers throughout the loop
-        accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
         l = gl.convert_layout(gl.max(low_l, axis=1), row)
+        accumulator = gl.convert_layout(_out_of_units(low_sums, l, v_units, kv_row, D), high_sums)
         m = gl.convert_layout(low_m, row)
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
@@ -191,12 +212,11 @@ def _attend(
                 words, own_words, log_counts, own_counts, whole, last, MEAN, D, SLOTS,
             )  # fmt: skip
         else:
-            v_units = v_scale + (kv_row * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums)))
             factor = gl.convert_layout(
                 gl.load(q_scales + q_rows, mask=known, other=1.0, volatile=True), low_row
             )
             own_scales = kv_row * count * (1 if MEAN_STORAGE == "tile" else TILE)
-            low_sums = gl.convert_layout(accumulator, sums) * (1.0 / gl.load(v_units, volatile=True))[None, :]
+            low_sums = _in_units(gl.convert_layout(accumulator, sums), l, v_units, kv_row, D)
             low_l = gl.convert_layout(l, gl.SliceLayout(1, counts))[:, None] + gl.zeros(
                 (ROWS, 8), gl.float32, counts
             )
@@ -206,8 +226,8 @@ def _attend(
                 k_scales, own_scales, words, own_words, log_counts, own_counts, whole, last,
                 MEAN, MEAN_STORAGE, D, SLOTS,
             )  # fmt: skip
-            accumulator = gl.convert_layout(low_sums * gl.load(v_units, volatile=True)[None, :], high_sums)
             l = gl.convert_layout(gl.max(low_l, axis=1), row)
+            accumulator = gl.convert_layout(_out_of_units(low_sums, l, v_units, kv_row, D), high_sums)
             m = gl.convert_layout(low_m, row)
 
     is_whole = True
@@ -238,7 +258,7 @@ def _attend(
 def attend_hopper(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
+    v_units, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, records, finished, whole, pieces,
     mean_q, mean_q_scales, mean_q_tensor_scale, mean_k, mean_k_scales, mean_k_tensor_scale, mean_v,
@@ -299,7 +319,7 @@ def attend_hopper(
     start = block * (WARPGROUPS * ROWS)
     block_list = (indices, row * map_length, bounds, row * 3, piece, pieces)
     kv_row = batch * kv_heads + kv_head
-    scales = (q_low_scales, k_low_scales, v_scale)
+    scales = (q_low_scales, k_low_scales, v_units)
     if MEAN is not None:
         count = gl.cdiv(gl.cdiv(k_length, TILE), MEANS_TILES)
         first_tile, q_tiles = start // TILE, gl.cdiv(q_length, TILE)

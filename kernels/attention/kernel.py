@@ -11,6 +11,7 @@ import triton.language as tl
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
 from dma_diffusers.kernels.attention.loads import load_block_scales, load_row_scales, load_rows, load_values
+from dma_diffusers.kernels.attention.units import counted, in_units, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -178,12 +179,6 @@ def _counts(highest, m, skip_below, kept):
 
 
 @triton.jit
-def _inverse(power):
-    """The inverse of normal powers of two, exactly."""
-    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, start, length,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, ARE_WHOLE: tl.constexpr, D: tl.constexpr,
@@ -325,7 +320,7 @@ def _phase(
 def attend(
     q_high, q_high_scales, q_high_tensor_scale, k_high, k_high_scales, k_high_tensor_scale, v_high,
     q_low, q_low_scales, q_low_tensor_scale, k_low, k_low_scales, k_low_tensor_scale, v_low,
-    v_scale, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
+    v_units, softmax_scale_log2, offset, indices, bounds, key_mask, fine_mask, token_order, out, lse,
     heads, kv_heads, q_length, k_length, token_count, guards, head_dim, map_stride_b, map_stride_h, map_length,
     out_stride_b, out_stride_h, out_stride_s, skip_below, skipped, total, zero,
     mean_q, mean_q_scales, mean_q_tensor_scale, mean_k, mean_k_scales, mean_k_tensor_scale, mean_v,
@@ -345,7 +340,8 @@ def attend(
     that stands for 2^`log_counts` ([B, whole tiles]) keys. `means` [.., q_tiles, tiles of means] has a bit for each KV
     tile that a Q tile takes so (`PrecisionMap.means`). Their keys are smoothed, if any are, in bf16 too.
     A class is None where the map has no tile of it. Each class has its element, storage and block of Q·K, and the
-    storage of V: "plain" is bfloat16, "channel" is e4m3 under `v_scale`, a power of two for each channel.
+    storage of V: "plain" is bfloat16, "channel" is e4m3 in `v_units` [B·Hkv, 2, D], for each channel the power of two
+    by which V was divided, and the mean that it had lost before.
     Products of bf16 numbers are multiplied here by `softmax_scale_log2`, others by the scales of rows, tiles or
     tensors, where there are any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
@@ -393,13 +389,14 @@ def attend(
             l = tl.zeros((ROWS,), tl.float32)
             accumulator = tl.zeros((ROWS, D), tl.float32)
             kept = 0
-            # An FP8 class sums values in units of its channels' powers of two.
+            # An FP8 class sums values in their channels' units.
             HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
             LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
-            v_units = None
             MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES == "channel"
+            own_units = None
             if HIGH_UNITS or LOW_UNITS or MEAN_UNITS:
-                v_units = v_scale + (batch * kv_heads + kv_head).to(tl.int64) * D + channels
+                own_units = v_units + (batch * kv_heads + kv_head).to(tl.int64) * (2 * D) + channels
+            own, own_m, l_before, m_before = l, m, l, m
             if HIGH is not None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
@@ -411,10 +408,12 @@ def attend(
                     EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, STAGES,
                 )  # fmt: skip
             if LOW is not None:
-                if LOW_UNITS and not HIGH_UNITS:
-                    accumulator = accumulator * _inverse(tl.load(v_units))[None, :]
+                if LOW_UNITS and HIGH is not None and not HIGH_UNITS:
+                    accumulator = in_units(accumulator, own_units)
+                    l_before, m_before = l, m
                 elif HIGH_UNITS and not LOW_UNITS:
-                    accumulator = accumulator * tl.load(v_units)[None, :]
+                    accumulator = out_of_units(accumulator, own_units)
+                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
@@ -434,12 +433,12 @@ def attend(
                         LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
                         EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
                     )  # fmt: skip
-                if (
-                    LOW_UNITS and not HIGH_UNITS
-                ):  # volatile: read anew, not kept in registers throughout the loop
-                    accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+                if LOW_UNITS and not HIGH_UNITS:
+                    accumulator = out_of_units(accumulator, own_units)
+                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
                 elif HIGH_UNITS and not LOW_UNITS:
-                    accumulator = accumulator * _inverse(tl.load(v_units, volatile=True))[None, :]
+                    accumulator = in_units(accumulator, own_units)
+                    l_before, m_before = l, m
             if HIGH is not None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
@@ -451,10 +450,12 @@ def attend(
                     EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
                 )  # fmt: skip
             if HIGH_UNITS:
-                accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+                accumulator = out_of_units(accumulator, own_units)
+                own, own_m = counted(own, own_m, l, m, l_before, m_before)
             if MEAN is not None:
                 if MEAN_UNITS:
-                    accumulator = accumulator * _inverse(tl.load(v_units, volatile=True))[None, :]
+                    accumulator = in_units(accumulator, own_units)
+                    l_before, m_before = l, m
                 mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
                 # What the quantiser encodes fills whole tiles, bf16 means don't.
                 subtiles, rows_of_means = k_tiles * SUBTILES, mean_tiles * TILE
@@ -472,9 +473,13 @@ def attend(
                     EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MEAN_STAGES,
                 )  # fmt: skip
                 if MEAN_UNITS:
-                    accumulator = accumulator * tl.load(v_units, volatile=True)[None, :]
+                    accumulator = out_of_units(accumulator, own_units)
+                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
 
             nothing_seen = l == 0.0
+            if own_units is not None:
+                share = own * tl.exp2(own_m - m)
+                accumulator += share[:, None] * tl.load(own_units + D)[None, :]
             result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
             out_rows = token_at(token_order, q_tokens, q_length, token_count)
             place = batch.to(tl.int64) * out_stride_b + head_in_batch.to(tl.int64) * out_stride_h

@@ -19,6 +19,7 @@ from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.device.recording import Recorder, Recording
+from dma_diffusers.kernels.formats import rotate_blocks
 from dma_diffusers.kernels.lowerings import (
     TCGEN05_ARCHITECTURES,
     WITHOUT_TMA,
@@ -75,7 +76,7 @@ class Variant:
             precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
         encoded = _encoded(high, low, means)
-        tuned = tuning(target, dim, tuple(c and c.storage for c in encoded), encoded[1] and encoded[1].values)
+        tuned = tuning(target, dim, tuple(c and c.scales for c in encoded), encoded[1] and encoded[1].values)
         tuned = tuned if plan.skip_below is None else tuned.skipping
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
@@ -135,8 +136,10 @@ class Inputs:
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
-        in_tiles = variant.target in WITHOUT_TMA
-        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, in_tiles=in_tiles)
+        source = Source(
+            q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block,
+            in_tiles=variant.target in WITHOUT_TMA,
+        )  # fmt: skip
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
@@ -292,29 +295,28 @@ def _launch(
 ) -> None:
     """Launch all kernels of a call."""
     source, tuned, dim = inputs.source, variant.tuned, variant.dim
-    smooths, is_channel = variant.smooths, variant.stores_values(Storage.CHANNEL)
+    smooths, is_channel = variant.smooths and call.smooth_k, variant.stores_values(Storage.CHANNEL)
     known = statistics_of(
-        source.k if smooths else None,
-        source.v if is_channel else None,
-        source.k_rope,
-        inputs.key_mask,
-        launcher,
-        source.norms,
-    )
+        source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
+        source.norms, call.smooth_v,
+    )  # fmt: skip
     needs_v = is_channel or source.is_copied or variant.means is not None
-    # On sm_90 two programs share a multiprocessor, unless they sum means too, for which they would spill. Elsewhere
-    # Triton 3.7 would spill to let two share it, if it were not told.
-    shares = variant.target == "sm_90" and variant.means is None
+    # On sm_90 two programs share a multiprocessor, unless they sum means too, or re-encode rotated blocks, for which
+    # they would spill. Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
+    reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
+    shares = (
+        variant.target == "sm_90" and variant.means is None and not (call.rotated_block > 1 and reencodes)
+    )
     registers = None if dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
-        amax=_tensor_amax(call) if variant.has_tensor_scale else (None, None),
+        amax=quantiser.encoded_amax(call) if variant.has_tensor_scale else (None, None),
         wants_offset=smooths and (outputs.lse is not None or variant.has_bf16), transposed_v=tuned.transposed_v,
         inexact_rows=outputs.inexact_rows, registers=registers, launcher=launcher,
     )  # fmt: skip
     encoded_means = None
     if variant.means is not None:
-        encoded_means = _encode_means(encoded, outputs, variant, registers, launcher)
+        encoded_means = _encode_means(encoded, source.rotated_block, outputs, variant, registers, launcher)
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, variant.in_gluon)
     else:
@@ -329,15 +331,22 @@ def _launch(
 
 
 def _encode_means(
-    encoded: Encoded, outputs: Outputs, variant: Variant, registers: int | None, launcher: Launcher
+    encoded: Encoded,
+    rotated_block: int,
+    outputs: Outputs,
+    variant: Variant,
+    registers: int | None,
+    launcher: Launcher,
 ) -> Encoded:
     """Encode the means of sub-tiles as MEAN multiplies them; those that are bf16 numbers already stay as they are."""
     k, v, _ = encoded.means
     takes_v = variant.means.values is Storage.CHANNEL
-    amax = quantiser.finite_amax(k, (-2, -1)) if variant.means.format.has_tensor_scale else None
+    amax = None
+    if variant.means.format.has_tensor_scale:
+        amax = quantiser.finite_amax(rotate_blocks(k, rotated_block), (-2, -1))
     return encode(
-        Source(k=k, v=v if takes_v else None), (variant.means, None),
-        Statistics(v_scale=encoded.v_scale if takes_v else None), amax=(None, amax),
+        Source(k=k, v=v if takes_v else None, rotated_block=rotated_block), (variant.means, None),
+        Statistics(v_units=encoded.v_units if takes_v else None), amax=(None, amax),
         transposed_v=variant.tuned.transposed_v, inexact_rows=outputs.inexact_rows, registers=registers,
         launcher=launcher,
     )  # fmt: skip
@@ -369,7 +378,7 @@ def _attend(
         )
     ]
     arguments = (
-        *operands, encoded.v_scale, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
+        *operands, encoded.v_units, source.softmax_scale_log2, encoded.offset, block_lists.indices, bounds,
         source.key_mask, fine_mask and fine_mask.packed, source.token_order, outputs.out, outputs.lse,
         heads, kv_heads, q_length, k_length, token_count, fine_mask and fine_mask.guards, head_dim,
         *(bounds.stride(d) // 3 if bounds.shape[d] > 1 else 0 for d in (0, 1)), block_lists.indices.shape[-1],
@@ -479,16 +488,6 @@ def _pointer(x: torch.Tensor, *_: int) -> torch.Tensor:
 
 def _encoded(high: Stored | None, low: Stored | None, means: Stored | None) -> Classes:
     return (means if high is None and means != low else high), low
-
-
-def _tensor_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The finite amax of what is encoded of q and of k, `[B, H or Hkv, 1, 1]`."""
-    keys = quantiser.changed_k(call)
-    smoothed = keys - quantiser.key_mean(keys, key_mask=call.key_mask)
-    if call.key_mask is not None:
-        smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
-    folded = quantiser.changed_q(call) * call.softmax_scale_log2
-    return quantiser.finite_amax(folded, (-2, -1)), quantiser.finite_amax(smoothed, (-2, -1))
 
 
 def _whole_tiles(key_mask: torch.Tensor, token_order: torch.Tensor | None) -> torch.Tensor:

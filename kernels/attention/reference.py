@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.formats import rotate_blocks
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -36,14 +37,15 @@ def attention(
 
     Returns the output, of q's shape and dtype, and the natural log-sum-exp `[B, H, Sq]`, float32. A row that sees no
     key gives zeros and −inf; finite numbers stay finite. A hidden key changes nothing, whatever k holds there, and
-    whatever
-    finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose afterwards
-    what smoothing takes from those of the other class.
+    whatever finite numbers v does. A class in bf16 multiplies q and k as they are, rounded to bf16; its scores lose
+    afterwards what smoothing takes from those of the other class. Other formats store q and k with their channels
+    rotated, if the call asks for it. In 8 bits v is stored less its mean: the accumulator then lacks l times the mean,
+    which it loses before such a phase and gets back afterwards.
     A MEAN tile adds its four sub-tiles: of n keys that are seen in one, with the mean k̄ and values with the mean v̄, it
     adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
     in any precision, if another is.
     sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before; those of means
-        are rounded by `e4m3_power`.
+        are rounded by `e4m3_power`. INT8 ones, which are unsigned, always are.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     keys_at_once: so many keys of a tile have one maximum, under which their probabilities are rounded.
@@ -83,9 +85,9 @@ def attention(
         length, longest_first = (end - start).sort(descending=True, stable=True)
         operands = of_low if phase in low_phases else of_high
         phase_q, shift = operands.q[longest_first], operands.shift[longest_first]
-        unit = operands.v_unit[row_kv_head] if operands.v_unit is not None else None
-        if unit is not None:
-            accumulator = accumulator / unit
+        units = operands.units_of(row_kv_head)
+        if units is not None:
+            accumulator = (accumulator - l * units.mean) / units.scale
         m, l, accumulator, kept = (x[longest_first] for x in (m, l, accumulator, kept))
         still_active = (length[None, :] > torch.arange(int(length[0]), device=device)[:, None]).sum(-1)
         for step, count in enumerate(still_active.tolist()):
@@ -98,7 +100,7 @@ def attention(
                 s = torch.where(slots.seen(row_batch[active], q_tokens, tokens, phase), s, -math.inf)
             state = (m, l, accumulator)
             old = [x[:count] for x in state]
-            new = _added(*old, s, operands.v[kv_tile], operands.p_dtype, sums_rounded, keys_at_once)
+            new = _added(*old, s, operands.v[kv_tile], operands.pv, sums_rounded, keys_at_once)
             if plan.skip_below is not None:
                 highest = s.amax(-1, keepdim=True) - P_SHIFT
                 is_below = (highest < m[:count] + math.log2(plan.skip_below)) | ~slots.is_query[
@@ -117,14 +119,15 @@ def attention(
         m, l, accumulator, kept = (
             torch.empty_like(x).index_copy_(0, longest_first, x) for x in (m, l, accumulator, kept)
         )
-        if unit is not None:
-            accumulator = accumulator * unit
+        if units is not None:
+            accumulator = accumulator * units.scale + l * units.mean
         start = end
 
     if precision_map.means is not None:
         operands, log_counts = slots.means(plan.used(precisions)[2])
-        unit = 1 if operands.v_unit is None else operands.v_unit[row_kv_head]
-        accumulator = accumulator / unit
+        units = operands.units_of(row_kv_head)
+        if units is not None:
+            accumulator = (accumulator - l * units.mean) / units.scale
         words = precision_map.means.expand(*shape, -1).reshape(rows, -1).to(device)
         for number, word in enumerate(words.unbind(-1)):
             tile = row_kv_head * words.shape[-1] + number
@@ -134,9 +137,10 @@ def attention(
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             v = operands.v[tile]
             m, l, accumulator = _added(
-                m, l, accumulator, s, v, operands.p_dtype, sums_rounded, keys_at_once, are_means=True
+                m, l, accumulator, s, v, operands.pv, sums_rounded, keys_at_once, are_means=True
             )
-        accumulator = accumulator * unit
+        if units is not None:
+            accumulator = accumulator * units.scale + l * units.mean
 
     out = accumulator / torch.where(l == 0, 1, l)
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length]
@@ -161,18 +165,21 @@ def _added(
     accumulator: torch.Tensor,
     s: torch.Tensor,
     v: torch.Tensor,
-    p_dtype: torch.dtype,
+    pv: str,
     sums_rounded: bool,
     keys_at_once: int,
     are_means: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The state of the online softmax, m, l and accumulator, after a tile with scores s `[rows, 128, 128]`."""
-    sums_rounded = sums_rounded and p_dtype is torch.float8_e4m3fn
+    sums_rounded = pv == "int8" or (sums_rounded and pv == "fp8")
     for scores, values in zip(s.split(keys_at_once, -1), v.split(keys_at_once, -2), strict=True):
         m_new = torch.maximum(m, scores.amax(-1, keepdim=True) - P_SHIFT)
         p = torch.exp2(scores - m_new)
         rescale = torch.exp2(m - m_new)
-        rounded = (e4m3_power(scores - m_new) if sums_rounded and are_means else p.to(p_dtype)).float()
+        if sums_rounded and are_means and pv == "fp8":
+            rounded = e4m3_power(scores - m_new).float()
+        else:
+            rounded = quantiser.rounded_p(p, pv)
         summed = rounded if sums_rounded else p
         l = l * rescale + summed.sum(-1, keepdim=True)
         accumulator = accumulator * rescale + rounded @ values
@@ -184,8 +191,8 @@ def _added(
 class _Operands:
     """One class's operands in tiles: q, k and v `[B·H or B·Hkv · tiles, 128, D]`, float32.
 
-    factor, shift: products times factor, less shift, are scores in base 2. v_unit: `[B·Hkv, 1, D]`, what v was divided
-    by; None if by nothing. p_dtype: what probabilities are rounded to.
+    factor, shift: products times factor, less shift, are scores in base 2. v_units: `[B·Hkv, 1, D]`, those that v is
+    in; None for none. pv: the format of P·V.
     """
 
     q: torch.Tensor
@@ -193,8 +200,12 @@ class _Operands:
     v: torch.Tensor
     factor: float
     shift: torch.Tensor
-    v_unit: torch.Tensor | None
-    p_dtype: torch.dtype
+    v_units: quantiser.ValueUnits | None
+    pv: str
+
+    def units_of(self, kv_heads: torch.Tensor) -> quantiser.ValueUnits | None:
+        """The units of v in these heads."""
+        return self.v_units and quantiser.ValueUnits(*(each[kv_heads] for each in self.v_units))
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,7 @@ class _Slots:
     q, k: behind norm and RoPE, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is
     hidden.
     offset: `[B, H, slots]`, what smoothing takes from the scores. taken: bool `[slots]`, where a token stands.
+    rotated_block: of `scaled` and `smoothed`, so many channels are mixed before they are stored.
     """
 
     plan: Plan
@@ -215,10 +227,11 @@ class _Slots:
     v: torch.Tensor
     scaled: torch.Tensor
     smoothed: torch.Tensor
-    v_scale: torch.Tensor
+    v_units: dict[str, quantiser.ValueUnits]
     offset: torch.Tensor
     key_mask: torch.Tensor | None
     taken: torch.Tensor
+    rotated_block: int
 
     @classmethod
     def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "_Slots":
@@ -227,14 +240,17 @@ class _Slots:
         v, key_mask, order = call.v, call.key_mask, plan.token_order
         used = [precision and precision.qk for precision in plan.used(precisions)]
         mean = torch.zeros_like(k[:, :, :1])
-        if quantiser.smooths(*used):
+        if call.smooth_k and quantiser.smooths(*used):
             mean = quantiser.key_mean(k, key_mask=key_mask)
         rounded = q.bfloat16().float() if "bf16" in used else q
         offset = quantiser.key_offset(rounded, mean, call.softmax_scale_log2)
         scaled, smoothed = q * call.softmax_scale_log2, k - mean
         if key_mask is not None:  # a hidden key counts for no scale
             smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
-        v_scale = quantiser.value_scale(v, key_mask)
+        v_units = {
+            pv: quantiser.value_units(v, key_mask, call.smooth_v, pv)
+            for pv in {precision.pv for precision in precisions} - {"bf16"}
+        }
         taken = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
         if order is not None:
             order = order.to(q.device)
@@ -255,7 +271,7 @@ class _Slots:
             precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
-            q, k, v, scaled, smoothed, v_scale, offset, key_mask, taken,
+            q, k, v, scaled, smoothed, v_units, offset, key_mask, taken, call.rotated_block,
         )  # fmt: skip
 
     def operands(self, precision: Precision) -> _Operands:
@@ -278,14 +294,17 @@ class _Slots:
     ) -> _Operands:
         is_bf16 = precision.qk == "bf16"
         q, factor = (self.q, self.softmax_scale_log2) if is_bf16 else (self.scaled, 1.0)
+        if not is_bf16:
+            q, k = rotate_blocks(q, self.rotated_block), rotate_blocks(k, self.rotated_block)
         if precision.pv == "bf16":
-            v, unit, p_dtype = quantiser.narrowed(v, torch.bfloat16), None, torch.bfloat16
+            v, units = quantiser.narrowed(v, torch.bfloat16), None
         else:
-            v, p_dtype = quantiser.quantised_v(v, self.v_scale), torch.float8_e4m3fn
-            unit = self.v_scale.reshape(-1, 1, v.shape[-1])
+            units = self.v_units[precision.pv]
+            v = quantiser.quantised_v(v, units, precision.pv)
+            units = quantiser.ValueUnits(*(each.flatten(0, 1) for each in units))
         q, k = quantiser.quantised_q(q, precision.qk), quantiser.quantised_k(k, precision.qk)
         return _Operands(
-            _tiled(q), _tiled(k), _tiled(v.float()), factor, _tiled(shift[..., None]), unit, p_dtype
+            _tiled(q), _tiled(k), _tiled(v.float()), factor, _tiled(shift[..., None]), units, precision.pv
         )
 
     def seen(

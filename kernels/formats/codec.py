@@ -84,8 +84,9 @@ def pack(
 ) -> Packed:
     """`x` as codes and scales; `unpack(pack(x, …), x.dtype)` equals `fake_quantize(x, …)` bit for bit.
 
-    Arguments and errors are those of `fake_quantize`. A block with NaN or ±inf stores NaN as its scale (E8M0 255,
-    E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale, the codes of that row store it.
+    Arguments and errors are those of `fake_quantize`; rows of `int4` need an even number of columns. A block with
+    NaN or ±inf stores NaN as its scale (E8M0 255, E4M3 0x7F, FP32 NaN); with `int8_tile`, where rows share a scale,
+    the codes of that row store it.
     """
     format, rounding = _checked(x, format, rounding, four_over_six)
     if format.element is None:
@@ -95,6 +96,10 @@ def pack(
     )
     codes = format.element.encode(scaled).flatten(-2)
     if format.bits == 4:
+        if codes.shape[-1] % 2:
+            raise ValueError(
+                f"{format.name} stores two numbers in a byte: a row needs an even number of columns, got {x.shape[-1]}"
+            )
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
     return Packed(codes, scales, tensor_scale, format, x.shape)
 

@@ -47,6 +47,7 @@ FORMATS = {
         Format("fp8", E4M3, Scale.FP32),
         Format("int8", INT8, Scale.FP32),
         Format("int8_tile", INT8, Scale.FP32, block_rows=128),
+        Format("int4", INT4, Scale.FP32),
         Format("mxfp8", E4M3, Scale.E8M0, 32),
         Format("mxfp8_e5m2", E5M2, Scale.E8M0, 32),
         Format("mxfp6_e2m3", E2M3, Scale.E8M0, 32),

@@ -13,13 +13,8 @@ from dma_diffusers.kernels.formats import E2M1, E2M3, E3M2, E4M3
 from dma_diffusers.kernels.formats.element import FloatElement
 from dma_diffusers.kernels.formats.scale import FOUR_OVER_SIX_MAX
 from dma_diffusers.kernels.linears.prologue import GELU_FACTOR
-from dma_diffusers.kernels.quantiser.kernel import (
-    SMALLEST_NORMAL,
-    e2m1_code,
-    reencoded,
-    scale_place,
-    under_e4m3_scales,
-)
+from dma_diffusers.kernels.quantiser.elements import e2m1_code
+from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, reencoded, scale_place, under_e4m3_scales
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,

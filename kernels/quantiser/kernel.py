@@ -16,6 +16,7 @@ from dma_diffusers.kernels.device.rounding import (
     within,
 )
 from dma_diffusers.kernels.quantiser import reference
+from dma_diffusers.kernels.quantiser.elements import e2m1_code, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -27,54 +28,13 @@ from dma_diffusers.kernels.quantiser.tile import (
     magnitude_bits,
     power_of_two,
     token_at,
+    with_rotated_channels,
 )
 from dma_diffusers.kernels.tiling import layout
 
 TILE, SUBTILE = tl.constexpr(layout.TILE), tl.constexpr(layout.SUBTILE)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 MEANS_ANCHORED = tl.constexpr(reference.MEANS_ANCHORED)
-
-
-@triton.jit
-def _saturated(y, LARGEST: tl.constexpr):
-    """y within ±LARGEST; NaN stays NaN."""
-    return tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
-
-
-@triton.jit
-def _to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
-    """float32 y as the nearest number that the element has."""
-    y = _saturated(y, Q_MAX)
-    if ELEMENT == "e4m3":
-        y = rounded(y, 3, 2.0**-6)
-    elif ELEMENT == "e5m2":
-        y = rounded(y, 2, 2.0**-14)
-    elif ELEMENT == "e2m3":
-        y = rounded(y, 3, 1.0)
-    elif ELEMENT == "e3m2":
-        y = rounded(y, 2, 0.25)
-    elif ELEMENT == "e2m1":
-        y = rounded(y, 1, 1.0)
-    return y
-
-
-@triton.jit
-def _int8_words(low, high):
-    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
-    magic: tl.constexpr = 1.5 * 2.0**23
-    low = (low + magic).to(tl.int32, bitcast=True)
-    high = (high + magic).to(tl.int32, bitcast=True)
-    return ((low & 0xFF) | (high << 8)).to(tl.int16)
-
-
-@triton.jit
-def e2m1_code(y):
-    """The codes of float32 numbers that e2m1 has."""
-    bits = magnitude_bits(y)
-    code = tl.where(
-        bits >= 0x3F800000, (bits >> 22) - 252, (bits != 0).to(tl.int32)
-    )  # 1.0 is code 2, .5 code 1
-    return ((y.to(tl.int32, bitcast=True) >> 28) & 8) | code
 
 
 @triton.jit
@@ -94,7 +54,7 @@ def under_e4m3_scales(blocks, amax_bits, tensor_scale, ELEMENT: tl.constexpr, Q_
     empty = divisor == 0.0
     y = tl.div_rn(blocks, tl.where(empty, 1.0, divisor)[:, :, None] + tl.zeros_like(blocks))
     y = tl.where(empty[:, :, None], 0.0, y)
-    return _to_element(y, ELEMENT, Q_MAX), code, scale
+    return to_element(y, ELEMENT, Q_MAX), code, scale
 
 
 @triton.jit
@@ -108,7 +68,7 @@ def _in_blocks(x, tensor_scale, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, Q_MA
     else:
         code = e8m0_ceil(amax_bits, Q_MAX_BITS)
         scale = power_of_two(code)
-        y = _to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
+        y = to_element(blocks * inverse_of(code)[:, :, None], ELEMENT, Q_MAX)
     return y, code, scale
 
 
@@ -159,7 +119,7 @@ def _encode(
 ):  # fmt: skip
     """Write one tile (float32 pairs [128, D/2]) in one format, stored as its lowering stores it."""
     place = tile * TILE + rows
-    ONE_SCALE: tl.constexpr = IS_KEY and STORAGE == "tile"
+    ONE_SCALE: tl.constexpr = STORAGE == "shared" or (IS_KEY and STORAGE == "tile")
     if ELEMENT == "bf16":
         _store_words(elements, bf16_words(even, odd), place, D // 2)
     elif BLOCK is None:
@@ -179,9 +139,13 @@ def _encode(
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor
-        words = _int8_words(even, odd) if ELEMENT == "int8" else e4m3_words(even, odd)
+        words = e4m3_words(even, odd) if ELEMENT == "e4m3" else int8_words(even, odd)
         _store_words(elements, words, place, D // 2)
-        tl.store(scales + (tile if ONE_SCALE else place), tl.where(bad, float("nan"), scale))
+        scale = tl.where(bad, float("nan"), scale)
+        if ONE_SCALE and not IS_KEY:
+            tl.store(scales + place, tl.zeros((TILE,), tl.float32) + scale)
+        else:
+            tl.store(scales + (tile if ONE_SCALE else place), scale)
     else:
         y, code, scale = _in_blocks(joined(even, odd), tensor_scale, ELEMENT, BLOCK, Q_MAX, Q_MAX_BITS, D)
         if STORAGE == "plain":
@@ -232,9 +196,11 @@ def _encode_classes(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    IS_KEY: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, IS_KEY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats their values."""
+    """Write one tile in the classes that are wanted: in bf16 `even` and `odd`, in other formats rotated values."""
+    if ROTATED > 1:
+        even_value, odd_value = with_rotated_channels(even_value, odd_value, ROTATED, D)
     if high is not None:
         scale = None if high_tensor_scale is None else tl.load(high_tensor_scale + head)
         _encode(
@@ -303,11 +269,11 @@ def _store_log_counts(log_counts, counts, tile, tiles):
 
 @triton.jit
 def _encode_value(
-    v, v_scale, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
+    v, v_units, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
     token_count, stride_b, stride_h, stride_s,
     TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in bf16, and in e4m3 under a power of two for each channel; the means of its sub-tiles."""
+    """One tile of V in bf16, and in e4m3 in the units of each channel; the means of its sub-tiles."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
     tokens = token_at(token_order, slots, length, token_count)[:, None]
@@ -327,11 +293,12 @@ def _encode_value(
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
     if channel is not None:
+        units = v_units + head.to(tl.int64) * (2 * D) + columns
         # The inverse of a normal power of two is a power of two.
-        inverse = (254 << 23) - tl.load(v_scale + channels).to(tl.int32, bitcast=True)
-        value *= inverse.to(tl.float32, bitcast=True)[None, :]
+        inverse = ((254 << 23) - tl.load(units).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        value = tl.where(inside, value - tl.load(units + D)[None, :], 0.0) * inverse[None, :]
         if INTERPRETED:  # the hardware's conversion saturates
-            value = _saturated(value, 448.0)
+            value = saturated(value, 448.0)
         encoded = to_e4m3(value)
         place = tile * TILE + rows
         if TRANSPOSED:
@@ -350,7 +317,7 @@ def _encode_key(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of K, and the means of its sub-tiles, with the first head's counts."""
     rows = tl.arange(0, TILE)
@@ -376,7 +343,7 @@ def _encode_key(
         even, odd, even_value, odd_value, (head * tiles + tile).to(tl.int64), head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, True, D,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, True, D,
     )  # fmt: skip
     if k_means is not None:
         counts = _counts(inside)
@@ -397,7 +364,7 @@ def _encode_query(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, ROUND: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of Q. group: how many heads of Q have one of K."""
     rows = tl.arange(0, TILE)
@@ -416,13 +383,13 @@ def _encode_query(
         even, odd, even * factor, odd * factor, place, head, rows, inexact_rows,
         high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, False, D,
+        LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, False, D,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "q_length", "k_length", "token_count"])
 def encode(
-    q, k, v, mean, v_scale, factor, q_cos, q_sin, k_cos, k_sin,
+    q, k, v, mean, v_units, factor, q_cos, q_sin, k_cos, k_sin,
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
@@ -433,20 +400,21 @@ def encode(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROTATED: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
 
     q and k first go through RMSNorm and RoPE, if there are a `weight` and a `cos` (the `first` tokens may have a weight
-    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean` (as
-    statistics.py gives it, and `v_scale`). Tokens past the length, keys that `key_mask` (uint8 [B, tiles·128]) hides
-    from formats other than bf16, and columns past HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q
-    rounded to bf16 if ROUND. v_plain is [B·Hkv, tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with
-    tokens as `_stored_at` says if TRANSPOSED. k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of
-    each sub-tile that are seen, less `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2
-    of how many these are. `inexact_rows` counts rows that one power of two could not bring into
-    e4m3. None: a tensor of which nothing is wanted, or a class of which nothing is.
+    of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
+    (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
+    length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
+    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
+    tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
+    k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of each sub-tile that are seen, less
+    `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2 of how many these are.
+    `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
+    wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
     that order, zeros where it names no token. `token_count` is how many there are, None if as many as slots.
     """
@@ -459,7 +427,7 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_scale, v_plain, v_channel, v_means, key_mask, token_order,
+                v, v_units, v_plain, v_channel, v_means, key_mask, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
                 v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
@@ -474,7 +442,7 @@ def encode(
                 k_means, log_counts, kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
                 k_stride_b, k_stride_h, k_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, PAIRED, HEAD_DIM, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_keys
     if q is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
@@ -487,5 +455,6 @@ def encode(
                 heads, heads // kv_heads, program // q_tiles, program % q_tiles, q_tiles, q_length, token_count,
                 q_stride_b, q_stride_h, q_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
-                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROUND, PAIRED, HEAD_DIM, D,
+                LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, ROUND, PAIRED, HEAD_DIM,
+                D,
             )  # fmt: skip

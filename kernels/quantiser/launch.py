@@ -25,6 +25,7 @@ class Source:
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
         in that order.
+    rotated_block: so many channels of q and of k are mixed in formats other than bf16, 1 for none.
     in_tiles: whether bf16 numbers are written too, in whole tiles, though they could be read where the model has them.
     """
 
@@ -37,6 +38,7 @@ class Source:
     key_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
     norms: Norms | None = None
+    rotated_block: int = 1
     in_tiles: bool = False
 
     @property
@@ -101,7 +103,7 @@ class Encoded:
     q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
     values: V as each storage has it. PLAIN is bf16 `[B, Hkv, tiles·128, D]`, and absent if V is read where the model
         has it. CHANNEL is e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
-    v_scale: float32 `[B·Hkv, D]`, powers of two; 1 for channels past the head dimension.
+    v_units: float32 `[B·Hkv, 2, D]`, powers of two, 1 for channels past the head dimension, and what was taken from v.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
     means: of the sub-tiles.
     """
@@ -109,7 +111,7 @@ class Encoded:
     q: list[Operand | None]
     k: list[Operand | None]
     values: dict[Storage, torch.Tensor]
-    v_scale: torch.Tensor | None
+    v_units: torch.Tensor | None
     offset: torch.Tensor | None
     means: Means | None
 
@@ -143,10 +145,10 @@ def chunks(heads: int, device: torch.device) -> int:
 
 
 class Statistics(NamedTuple):
-    """K's mean and V's scales of each head, float32 `[B·Hkv, D]`; None where they are not wanted."""
+    """Of each head K's mean, float32 `[B·Hkv, D]`, and V's units, `[B·Hkv, 2, D]`; None where they are not wanted."""
 
     mean: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
+    v_units: torch.Tensor | None = None
 
 
 def statistics_of(
@@ -156,11 +158,13 @@ def statistics_of(
     key_mask: torch.Tensor | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
     norms: Norms | None = None,
+    smooths_v: bool = True,
 ) -> Statistics:
-    """K's mean and V's scales, as quantiser/reference.py defines them; None for a tensor that is None.
+    """K's mean and V's units, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
+    smooths_v: whether V's mean is taken from it.
     """
     x = v if k is None else k
     if x is None:
@@ -168,23 +172,24 @@ def statistics_of(
     batch, heads, length, head_dim = x.shape
     dim, of_all, device = padded_dim(head_dim), batch * heads, x.device
     count = chunks(of_all, device)
-    partials = launcher.empty((4, of_all, count, dim), torch.float32, device)
+    partials = launcher.empty((7, of_all, count, dim), torch.float32, device)
     finished = launcher.counters((2, of_all), device)
-    mean, v_scale = (
-        None if y is None else launcher.empty((of_all, dim), torch.float32, device) for y in (k, v)
+    mean, v_units = (
+        None if y is None else launcher.empty(shape, torch.float32, device)
+        for y, shape in ((k, (of_all, dim)), (v, (of_all, 2, dim)))
     )
     *weights, eps, first, rounds_twice = of_norms(None if k is None else norms)[2:]
     programs = of_all * count * ((k is not None) + (v is not None))
     launcher(
         statistics.statistics, (programs,),
-        k, v, partials, finished, mean, v_scale, *((k is not None and rope) or (None, None)),
+        k, v, partials, finished, mean, v_units, *((k is not None and rope) or (None, None)),
         *weights, eps, first, rounds_twice, None if key_mask is None else key_mask.view(torch.uint8),
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
-        CHUNKS=count, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
+        SMOOTHS_V=smooths_v, CHUNKS=count, PAIRED=are_paired(k, v, *weights), HEAD_DIM=head_dim, D=dim,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return Statistics(mean, v_scale)
+    return Statistics(mean, v_units)
 
 
 def encode(
@@ -236,13 +241,13 @@ def encode(
     offset, values = None, {}
     if wants_offset:
         offset = launcher.empty((batch * heads * tiles(q_length) * TILE,), torch.float32, device)
-    if v is not None and known.v_scale is not None:
+    if v is not None and known.v_units is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
     if v is not None and source.is_copied and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
     means = None if of_means is None else Means.empty(launcher, of_means, k, k_length)
-    encoded = Encoded(q_operands, k_operands, values, known.v_scale, offset, means)
+    encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, means)
     read = replace(
         source,
         q=q if wants_offset or any(q_operands) else None,
@@ -265,7 +270,8 @@ def encode(
         *(means or [None] * 3), source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
-        ROUND=any(c is not None and c.format.name == "bf16" for c in classes), TRANSPOSED=transposed_v,
+        ROTATED=source.rotated_block, ROUND=any(c is not None and c.format.name == "bf16" for c in classes),
+        TRANSPOSED=transposed_v,
         PAIRED=are_paired(read.q, read.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip

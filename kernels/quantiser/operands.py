@@ -8,7 +8,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.device.launch import Launcher
-from dma_diffusers.kernels.formats import Format, get_format
+from dma_diffusers.kernels.formats import Format, IntElement, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
 from dma_diffusers.kernels.lowerings import Lowering, Storage
@@ -55,11 +55,16 @@ class Stored:
         match self.storage:
             case Storage.PLAIN:
                 name, block = element.name if element else "bf16", None
-            case Storage.ROW | Storage.TILE:
-                name, block = "int8" if element.name == "int8" else "e4m3", None
+            case Storage.ROW | Storage.TILE | Storage.SHARED:
+                name, block = "int8" if isinstance(element, IntElement) else "e4m3", None
             case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3
                 name, block = "e4m3" if element.bits == 6 else element.name, self.format.block
-        return [name, self.storage.value, block, self.values.value]
+        return [name, self.scales.value, block, self.values.value]
+
+    @property
+    def scales(self) -> Storage:
+        """The storage as the attention kernel knows it: where tokens of Q share a scale, it lies there for each."""
+        return Storage.TILE if self.storage is Storage.SHARED else self.storage
 
 
 Classes = tuple[Stored | None, Stored | None]
@@ -98,9 +103,9 @@ class Operand:
         format, storage = stored.format, stored.storage
         tensor_scale = fp32_tensor_scale(amax.flatten(), format.element) if format.has_tensor_scale else None
         element_dtype, scales = torch.bfloat16, None
-        if storage in (Storage.ROW, Storage.TILE):
-            element_dtype = torch.int8 if format.name == "int8" else torch.float8_e4m3fn
-            count = rows if is_key and storage is Storage.TILE else rows * TILE
+        if storage in (Storage.ROW, Storage.TILE, Storage.SHARED):
+            element_dtype = torch.int8 if isinstance(format.element, IntElement) else torch.float8_e4m3fn
+            count = rows if is_key and storage is not Storage.ROW else rows * TILE
             scales = launcher.empty((count,), torch.float32, x.device)
         elif storage is Storage.BLOCK:
             element_dtype, blocks = torch.uint8, dim // format.block

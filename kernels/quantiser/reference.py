@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call, Norms, Rope
-from dma_diffusers.kernels.formats import Format, fake_quantize, get_format
-from dma_diffusers.kernels.formats.element import E4M3
+from dma_diffusers.kernels.formats import Format, fake_quantize, get_format, rotate_blocks
+from dma_diffusers.kernels.formats.element import E4M3, INT8
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
@@ -66,7 +66,7 @@ def key_mean(k: torch.Tensor, rope: Rope | None = None, key_mask: torch.Tensor |
 
     It is the mean over a regular sample of some 1024 tokens, of those keys in it that the bool key_mask `[B, Sk]`
     shows; zero if it shows none. Only finite numbers count: one bad token must not reach rows that never attend to
-    it. The sum is in float64, so that another order gives the same float32.
+    it. The sum is in float64, so that another order gives the same float32. Values have the same mean.
     """
     step = max(1, k.shape[-2] // SAMPLED_TOKENS)
     k = rotate(k[..., ::step, :], rope and (rope[0][::step], rope[1][::step]))
@@ -77,21 +77,54 @@ def key_mean(k: torch.Tensor, rope: Rope | None = None, key_mask: torch.Tensor |
     return total / counts.sum(-2, keepdim=True).clamp(min=1)
 
 
-def value_scale(v: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The normal power of two that brings each channel of v within e4m3, float32 `[B, Hkv, 1, D]`; 1 for zeros.
+class ValueUnits(NamedTuple):
+    """The numbers v is stored by in 8 bits, as (v − mean) / scale; each float32 `[B, Hkv, 1, D]`.
 
-    Only values that the bool key_mask `[B, Sk]` shows count.
+    scale: in fp8 normal powers of two, 1 for a channel of zeros. mean: zero where it is not taken.
     """
-    if key_mask is not None:
-        v = torch.where(key_mask[:, None, :, None], v, 0)
-    mantissa, exponent = torch.frexp(finite_amax(v, (-2,)) / E4M3.max)
+
+    scale: torch.Tensor
+    mean: torch.Tensor
+
+
+def value_units(
+    v: torch.Tensor, key_mask: torch.Tensor | None = None, smooths: bool = True, pv: str = "fp8"
+) -> ValueUnits:
+    """The mean of each channel of v, and what brings the rest within the format of P·V: in fp8 a power of two.
+
+    Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
+    channel where float32 can't add these keeps its mean.
+    """
+    seen = v if key_mask is None else torch.where(key_mask[:, None, :, None], v, 0)
+    amax = finite_amax(seen, (-2,))
+    mean = key_mean(v, key_mask=key_mask) if smooths else torch.zeros_like(amax)
+    mean = torch.where(amax + mean.abs() < math.inf, mean, 0)
+    if pv == "int8":
+        rest = finite_amax(torch.where(seen.isfinite(), seen - mean, 0), (-2,))
+        scale = fp32_scale(rest, INT8).clamp_min(torch.finfo(torch.float32).smallest_normal)
+        return ValueUnits(torch.where(rest == 0, 1, scale), mean)
+    amax = amax + mean.abs()
+    mantissa, exponent = torch.frexp(amax / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126))
+    return ValueUnits(torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126)), mean)
 
 
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     """The largest magnitude among the finite elements, float32, dimensions kept."""
     return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax(dim, keepdim=True)
+
+
+def encoded_amax(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The finite amax of what is encoded of q and of k in formats other than bf16, `[B, H or Hkv, 1, 1]`."""
+    smoothed = changed_k(call)
+    if call.smooth_k:
+        smoothed = smoothed - key_mean(smoothed, key_mask=call.key_mask)
+    if call.key_mask is not None:
+        smoothed = torch.where(call.key_mask[:, None, :, None], smoothed, 0)
+    q, k = (
+        rotate_blocks(x, call.rotated_block) for x in (changed_q(call) * call.softmax_scale_log2, smoothed)
+    )
+    return finite_amax(q, (-2, -1)), finite_amax(k, (-2, -1))
 
 
 def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,9 +170,19 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
     return values.masked_fill(spoilt, math.nan).flatten(-3, -2)[..., : x.shape[-2], :]
 
 
-def quantised_v(v: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """v / scale in e4m3."""
-    return (v.float() / scale).clamp(-E4M3.max, E4M3.max).to(torch.float8_e4m3fn)
+def quantised_v(v: torch.Tensor, units: ValueUnits, pv: str = "fp8") -> torch.Tensor:
+    """v in these units: numbers of e4m3, or of int8, as float32."""
+    return (INT8 if pv == "int8" else E4M3).round((v.float() - units.mean) / units.scale)
+
+
+def rounded_p(p: torch.Tensor, pv: str) -> torch.Tensor:
+    """Probabilities p, from 0 to 2^8, as the format of P·V has them, float32; int8's are unsigned, in 255 steps."""
+    match pv:
+        case "fp8":
+            return p.to(torch.float8_e4m3fn).float()
+        case "int8":
+            return (p * (255 / 256)).round() * (256 / 255)
+    return p.bfloat16().float()
 
 
 class Means(NamedTuple):

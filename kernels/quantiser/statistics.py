@@ -1,4 +1,4 @@
-"""The statistics of a whole head that encoding needs first: K's mean and V's scales.
+"""The statistics of a whole head that encoding needs first: K's mean, V's mean and its scales.
 
 Each program stores the partial results of a chunk of tokens, and the last one of a head reduces them, always in the
 same order: the same inputs give the same bits.
@@ -26,8 +26,8 @@ _VALUE_RUNS = tl.constexpr(8)
 
 
 @triton.jit
-def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """K's mean in one head, of its partial results."""
+def _whole_mean(partials, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
+    """The mean in one head, of its partial results."""
     columns = tl.arange(0, D)
     place = partials + (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + columns[None, :]
     plane = heads * CHUNKS * D
@@ -35,18 +35,26 @@ def _whole_mean(partials, mean, head, heads, CHUNKS: tl.constexpr, D: tl.constex
     rest = tl.load(place + plane, cache_modifier=".cg").to(tl.float64)
     counts = tl.load(place + 2 * plane, cache_modifier=".cg")
     total = tl.sum(leading + rest, axis=0).to(tl.float32)
-    tl.store(mean + head * D + columns, tl.div_rn(total, tl.maximum(tl.sum(counts, axis=0), 1.0)))
+    return tl.div_rn(total, tl.maximum(tl.sum(counts, axis=0), 1.0))
 
 
 @triton.jit
-def _whole_scale(partials, v_scale, head, heads, CHUNKS: tl.constexpr, D: tl.constexpr):
-    """The normal power of two that brings each channel of V in one head within e4m3; 1 for zeros."""
+def _store_units(
+    partials, v_units, head, heads, SMOOTHS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr
+):
+    """Store V's mean in one head, and for each channel the normal power of two that brings the rest within e4m3."""
     columns = tl.arange(0, D)
     place = (head * CHUNKS + tl.arange(0, CHUNKS))[:, None] * D + columns[None, :]
-    ranges = tl.load(partials + 3 * heads * CHUNKS * D + place, cache_modifier=".cg")
-    amax_bits = magnitude_bits(tl.max(ranges, axis=0))
+    amax = tl.max(tl.load(partials + place, cache_modifier=".cg"), axis=0)
+    mean = tl.zeros((D,), tl.float32)
+    if SMOOTHS:
+        mean = _whole_mean(partials + heads * CHUNKS * D, head, heads, CHUNKS, D)
+        mean = tl.where(amax + tl.abs(mean) < float("inf"), mean, 0.0)
+        amax += tl.abs(mean)
+    amax_bits = magnitude_bits(amax)
     code = tl.where(amax_bits == 0, 127, tl.maximum(e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
-    tl.store(v_scale + head * D + columns, power_of_two(code))
+    tl.store(v_units + head * (2 * D) + columns, power_of_two(code))
+    tl.store(v_units + head * (2 * D) + D + columns, mean)
 
 
 @triton.jit
@@ -65,13 +73,13 @@ def _seen(key_mask, tokens, inside, batch, stride_b, stride_s):
 
 
 @triton.jit
-def _key_sums(
-    k, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE: tl.constexpr, key_mask,
+def _sums(
+    x, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE: tl.constexpr, key_mask,
     batch, head_in_batch, head, heads, chunk, length, step,
     stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
     CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sums and counts of the finite numbers of keys that are seen, among every `step`-th token of one chunk."""
+    """Sums and counts of finite numbers of x where keys are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
     share = tl.cdiv(samples, CHUNKS)
     last = tl.minimum((chunk + 1) * share, samples)
@@ -83,7 +91,7 @@ def _key_sums(
         tokens = tl.where(sample < last, sample * step, length)
         inside = _seen(key_mask, tokens, tokens < length, batch, mask_stride_b, mask_stride_s)
         even, odd = load_changed_pairs(
-            k, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, batch, head_in_batch, tokens, length,
+            x, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, batch, head_in_batch, tokens, length,
             stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         even_sums, even_counts = _added(even_sums, even_counts, even, inside)
@@ -135,45 +143,56 @@ def _value_range(
         largest = tl.maximum(
             largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), _VALUE_RUNS), axis=0)
         )
-    place = partials + 3 * heads * CHUNKS * D + (head * CHUNKS + chunk) * D + columns
+    place = partials + (head * CHUNKS + chunk) * D + columns
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["first_tokens", "length", "step", "mask_stride_b", "mask_stride_s"])
 def statistics(
-    k, v, partials, finished, mean, v_scale, cos, sin, weight, first_weight, eps, first_tokens,
+    k, v, partials, finished, mean, v_units, cos, sin, weight, first_weight, eps, first_tokens,
     ROUNDS_TWICE: tl.constexpr, key_mask, heads, heads_in_batch, length, step,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    SMOOTHS_V: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, behind its norm and its RoPE), or of V.
 
-    mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_scale: float32 [B·H, D], the powers of
-    two that bring V's finite numbers within e4m3. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for
-    keys that count for nothing, or None. `heads` is B·H. finished: int32 [2, B·H], zeros.
-    partials: float32 [4, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count; V's range.
+    mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_units: float32 [B·H, 2, D], the powers
+    of two that bring V's finite numbers within e4m3 when they have lost their mean, and that mean, zeros unless
+    SMOOTHS_V. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for keys that count for nothing, or None.
+    `heads` is B·H. finished: int32 [2, B·H], zeros.
+    partials: float32 [7, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count; of V its range, and
+    the same as of K.
     """
     program, of_keys = tl.program_id(0), 0
     if k is not None:
         of_keys = heads * CHUNKS
         if program < of_keys:
             head = program // CHUNKS
-            _key_sums(
+            _sums(
                 k, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, key_mask,
                 head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length, step,
                 k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
                 CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
             if is_last(finished + head, CHUNKS):
-                _whole_mean(partials, mean, head, heads, CHUNKS, D)
+                of_head = _whole_mean(partials, head, heads, CHUNKS, D)
+                tl.store(mean + head * D + tl.arange(0, D), of_head)
     if v is not None:
         program -= of_keys
         if program >= 0:
             head = program // CHUNKS
+            partials += 3 * heads * CHUNKS * D
             _value_range(
                 v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
                 length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
+            if SMOOTHS_V:
+                _sums(
+                    v, partials + heads * CHUNKS * D, None, None, None, None, None, 0, False, key_mask,
+                    head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length, step,
+                    v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s,
+                    CHUNKS, PAIRED, HEAD_DIM, D,
+                )  # fmt: skip
             if is_last(finished + heads + head, CHUNKS):
-                _whole_scale(partials, v_scale, head, heads, CHUNKS, D)
+                _store_units(partials, v_units, head, heads, SMOOTHS_V, CHUNKS, D)

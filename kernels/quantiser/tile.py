@@ -116,6 +116,54 @@ def rotated(even, odd, cos, sin, tokens, length, HEAD_DIM: tl.constexpr, D: tl.c
 
 
 @triton.jit
+def _with_signs(x, channels):
+    """x [rows, channels], some of which change their sign, as rotation.py's `sign_is_changed` says."""
+    mixed = (channels.to(tl.uint32) + 1) * 0x9E3779B1
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
+    changed = (x.to(tl.uint32, bitcast=True) ^ (mixed & 0x80000000)[None, :]).to(tl.float32, bitcast=True)
+    return changed
+
+
+@triton.jit
+def _butterfly(x, DISTANCE: tl.constexpr):
+    """Sums and differences of columns that lie so far apart, in the places of the first and of the second."""
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE))
+    # What both threads of a pair know, less what one has, is what the other has: one exchange, and no shared memory.
+    bits = pairs.to(tl.int32, bitcast=True)
+    other = (tl.xor_sum(bits, axis=2, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+    is_first = (tl.arange(0, 2) == 0)[None, None, :, None]
+    return tl.reshape(tl.where(is_first, pairs + other, other - pairs), x.shape)
+
+
+@triton.jit
+def _butterflies_in_thread(x, COUNT: tl.constexpr):
+    """The first butterflies, between columns that lie 1 to COUNT/2 apart: a thread holds as many neighbours."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    for step in tl.static_range(3):
+        if 2**step < COUNT:  # the lowest bit of a column's number becomes the highest of its COUNT's
+            first, second = tl.split(tl.reshape(x, (ROWS, COLUMNS // COUNT, COUNT // 2, 2)))
+            both = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+            x = tl.reshape(both, (ROWS, COLUMNS))
+    return x
+
+
+@triton.jit
+def with_rotated_channels(even, odd, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Pairs [rows, D/2] whose channels are rotated in blocks, as formats/rotation.py defines it."""
+    IN_THREAD: tl.constexpr = 8 if BLOCK >= 16 else BLOCK // 2
+    pairs = tl.arange(0, D // 2)
+    even, odd = _with_signs(even, 2 * pairs), _with_signs(odd, 2 * pairs + 1)
+    even, odd = even + odd, even - odd
+    even, odd = _butterflies_in_thread(even, IN_THREAD), _butterflies_in_thread(odd, IN_THREAD)
+    for step in tl.static_range(3, 7):
+        if 2**step < BLOCK // 2:
+            even, odd = _butterfly(even, 2**step), _butterfly(odd, 2**step)
+    factor: tl.constexpr = BLOCK**-0.5
+    return even * factor, odd * factor
+
+
+@triton.jit
 def e8m0_ceil(amax_bits, q_max_bits):
     """The E8M0 code of 2^ceil(log2(amax / q_max)), which never clips; 255 (NaN) where amax is not finite."""
     # float32 bits count exponents in steps of 2^23; the distance to q_max, rounded up, is the exponent

@@ -39,6 +39,10 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
         ({"guard": "0.2"}, ["guard must be a relative error more than 0, such as 0.2", "'0.2'"]),
         ({"lowering": "magic"}, ["magic", "auto", "reference"]),
         ({"text": "middle"}, ["middle", "first", "last", "none"]),
+        ({"smooth_k": "no"}, ["smooth_k must be true or false", "'no'"]),
+        ({"smooth_v": 1}, ["smooth_v must be true or false", "got 1"]),
+        ({"rotation": "hadamard"}, ["'hadamard'", "none, hadamard16, hadamard32, head_dim"]),
+        ({"modules": {"attn": {"rotation": 32}}}, ["modules: attn: ", "32", "hadamard32"]),
     ],
 )
 def test_bad_fields_are_refused_in_one_line(fields, words):
@@ -65,6 +69,12 @@ def test_presets():
     assert (hopper.high, hopper.low, hopper.window) == ("bf16", "int8", 384)
     assert not b200.why_stock(CPU, 64)
     assert not hopper.why_stock(CPU, 64)
+
+
+def test_a_module_may_have_a_rotation_of_its_own():
+    config = DMAConfig(rotation="hadamard32", modules={"attn": {"rotation": "head_dim"}, "other": {}})
+    found = [config.of_module(name).arguments((0, 0))["rotation"] for name in ("attn", "other")]
+    assert found == ["head_dim", "hadamard32"]
 
 
 def test_precisions_are_kept_as_the_shortest_words():
@@ -113,7 +123,8 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         ("sm_100", {}, ""),
         ("sm_103", {"low": "nvfp4"}, ""),
         ("sm_120", {"high": "bf16", "low": "int8"}, ""),
-        ("sm_100", {"low": "mxint4"}, "nothing is faster than stock: native: the kernel multiplies"),
+        ("sm_100", {"low": "mxint4"}, "mxfp8|mxint4 (faithful) at head_dim 128 is not shown"),
+        ("sm_100", {"low": "mxfp4/int8"}, "nothing is faster than stock: native: the kernel multiplies"),
         ("sm_90", {}, ""),
         (
             "sm_90",

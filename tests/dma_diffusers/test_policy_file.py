@@ -57,6 +57,15 @@ def test_precisions_of_a_file_are_kept_as_the_shortest_words(tmp_path):
     assert config.of_module(FLUX[1]) == DMAConfig(low="nvfp4")
 
 
+def test_a_file_may_say_how_channels_are_rotated(tmp_path):
+    choice = document()["choices"][0]
+    choice["config"] |= {"rotation": "hadamard32"}
+    choice["modules"] = {FLUX[1]: {"rotation": "head_dim"}}
+    config = DMAConfig.from_file(written(tmp_path / "policy.json", document(choices=[choice])), 0.5)
+    found = [config.of_module(name).arguments((0, 0))["rotation"] for name in FLUX]
+    assert found == ["hadamard32", "head_dim", "hadamard32"]
+
+
 @pytest.mark.parametrize(("content", "options", "words"), [
     (None, {}, "there is no policy file"),
     ("{", {}, "is not JSON"),

@@ -1,8 +1,9 @@
 """Whole attention calls for tests, run by the reference and by the kernels."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,9 @@ class Call:
     has_rope: bool = False
     has_norms: bool = False
     rounds_twice: bool = False
+    rotation: str = "none"
+    smooth_k: bool = True
+    smooth_v: bool = True
     has_token_order: bool = False
     empty_slots: int = 0
     policy: str = ""
@@ -174,6 +178,11 @@ class Call:
         )
         return Norms(q, k, 1e-6, 50, q_first, k_first, self.rounds_twice)
 
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """How q, k and v are prepared, as fields of a call."""
+        return {"rotation": self.rotation, "smooth_k": self.smooth_k, "smooth_v": self.smooth_v}
+
     def __str__(self) -> str:
         return self.name or (
             f"{self.batch}x{self.heads}x{self.q_length}x{self.k_length}x{self.head_dim}-{self.high}-{self.low}"
@@ -194,16 +203,8 @@ def seen(call: Call, mask: torch.Tensor | None) -> torch.Tensor:
 
 def split(q, k, v, precision_map, high, low, **given) -> tuple[KernelCall, Plan, Precisions, dict]:
     """A call, its plan and its precisions from single arguments, and the arguments that are none of theirs."""
-    of_call = {
-        name: given.pop(name)
-        for name in ("key_mask", "scale", "is_causal", "q_rope", "k_rope", "norms")
-        if name in given
-    }
-    of_plan = {
-        name: given.pop(name)
-        for name in ("routing", "token_order", "fine_mask", "skip_below", "masks_all")
-        if name in given
-    }
+    of_call = {each.name: given.pop(each.name) for each in fields(KernelCall)[3:] if each.name in given}
+    of_plan = {each.name: given.pop(each.name) for each in fields(Plan)[1:] if each.name in given}
     return KernelCall(q, k, v, **of_call), Plan(precision_map, **of_plan), Precisions.parse(high, low), given
 
 
@@ -226,7 +227,7 @@ def launched(*positional, lowering="native", run=None, **given):
 
 
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; how many keys have one maximum."""
+    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; the keys of one maximum."""
     from dma_diffusers.kernels.attention.launch import Variant
 
     q = torch.empty(1, 1, 1, call.head_dim, device=device)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from dma_diffusers.kernels.formats import fake_quantize
+from dma_diffusers.kernels.formats import fake_quantize, sign_is_changed
 from dma_diffusers.kernels.precision import Precisions
 from tests.kernels.calls import Call, seen
 
@@ -16,6 +16,18 @@ def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> 
         return x
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
     return torch.view_as_real(turned).flatten(-2)
+
+
+def hadamard_matrix(rotation: str, head_dim: int) -> torch.Tensor:
+    """The rotation in float64: an element of Sylvester's matrix is −1 where row & column has an odd number of bits."""
+    block = {"none": 1, "hadamard16": 16, "hadamard32": 32, "head_dim": head_dim}[rotation]
+    result = torch.zeros(head_dim, head_dim, dtype=torch.float64)
+    for row in range(head_dim):
+        for column in range(row // block * block, (row // block + 1) * block):
+            is_odd = (row & column & (block - 1)).bit_count() % 2 == 1
+            result[row, column] = (-1.0 if is_odd else 1.0) * block**-0.5
+    signs = [-1.0 if sign_is_changed(channel) and block > 1 else 1.0 for channel in range(head_dim)]
+    return torch.tensor(signs, dtype=torch.float64)[:, None] * result
 
 
 def normalised(x: torch.Tensor, weight: torch.Tensor, first_weight: torch.Tensor, norms) -> torch.Tensor:
@@ -79,11 +91,11 @@ def high_and_mean(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 def under_shared_scales(x: torch.Tensor, fmt: str, rows: int) -> torch.Tensor:
     """x in int8 or fp8, each run of `rows` rows under its amax, by whose inverse it is multiplied."""
-    largest = 127.0 if fmt == "int8" else 448.0
+    largest = {"int8": 127.0, "int8_tile": 127.0, "int4": 7.0, "fp8": 448.0}[fmt]
     amax = torch.stack([run.abs().amax((-2, -1)) for run in x.split(rows, dim=-2)], dim=-1)
     scale = torch.where(amax == 0, 1.0, amax / largest).repeat_interleave(rows, -1)[..., : x.shape[-2], None]
     y = x * (1 / scale)
-    return (y.round() if fmt == "int8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
+    return (y.round() if fmt != "fp8" else y.clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
 
 
 def without_skipped(call: Call, s: torch.Tensor) -> torch.Tensor:
@@ -128,25 +140,30 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     mean = torch.stack(means).float()
     high, low = (precision.qk for precision in Precisions.parse(call.high, call.low))
     in_high, in_mean = high_and_mean(call)
-    is_fine = low in ("bf16", "fp8", "int8", "mxfp8", "mxfp8_e5m2")
+    is_fine = low in ("bf16", "fp8", "int8", "int8_tile", "mxfp8", "mxfp8_e5m2", "mxint8")
     of_means = low if is_fine and call.map().has_low else high
     used = {*call.map().used(high, low), of_means if call.means else None}
-    if used <= {"bf16", None}:  # nothing is smoothed
+    if used <= {"bf16", None} or not call.smooth_k:  # nothing is smoothed
         mean = torch.zeros_like(mean)
     folded = q * (call.head_dim**-0.5 * math.log2(math.e))
     smoothed = k - mean if mask is None else (k - mean).masked_fill(~mask[:, None, :, None].cpu(), 0)
 
     q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
 
+    channels = hadamard_matrix(call.rotation, call.head_dim)
+
     def scores(fmt: str, smoothed: torch.Tensor, in_bf16: torch.Tensor) -> torch.Tensor:
         if fmt == "bf16":
             return (q.bfloat16().double() @ in_bf16.mT) * call.head_dim**-0.5
-        if fmt in ("int8", "fp8"):
-            a, b = under_shared_scales(folded, fmt, 1), under_shared_scales(smoothed, fmt, 128)
+        folded_and_rotated, smoothed = ((x.double() @ channels).float() for x in (folded, smoothed))
+        if fmt in ("int8", "fp8", "int8_tile", "int4"):
+            rows = 128 if fmt == "int8_tile" else 1
+            a, b = under_shared_scales(folded_and_rotated, fmt, rows), under_shared_scales(smoothed, fmt, 128)
         else:
-            amax = (x.abs().amax((-2, -1), keepdim=True) for x in (folded, smoothed))
+            amax = (x.abs().amax((-2, -1), keepdim=True) for x in (folded_and_rotated, smoothed))
             a, b = (
-                fake_quantize(x, fmt, tensor_amax=t) for x, t in zip((folded, smoothed), amax, strict=True)
+                fake_quantize(x, fmt, tensor_amax=t)
+                for x, t in zip((folded_and_rotated, smoothed), amax, strict=True)
             )
         return (a.double() @ b.double().mT) * math.log(2)
 

@@ -7,7 +7,14 @@ in the last bits, so that now and then a probability rounds to the neighbouring 
 import pytest
 import torch
 
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture, choose
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    NATIVE,
+    Storage,
+    architecture,
+    choose,
+    named,
+)
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
@@ -25,6 +32,7 @@ from tests.kernels.calls import (
     relative_l2,
     with_hidden,
 )
+from tests.kernels.format_calls import FORMAT_CALLS
 from tests.kernels.guarded import guarded
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
@@ -36,7 +44,7 @@ def run(call: Call, device: torch.device, tensors=None, lowering="native", skipp
         q, k, v, call.map(), call.high, call.low, lowering=lowering,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device),
+        masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device), **call.prepared,
         skip_below=call.skip_below, skipped=skipped, target=target,
     )[:2]  # fmt: skip
 
@@ -47,7 +55,7 @@ def expected(call: Call, device: torch.device, lowering: str, skipped=None, targ
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
-        **call.ropes(device), norms=call.norms(device),
+        **call.ropes(device), norms=call.norms(device), **call.prepared,
         **as_the_kernel(call, lowering, device, target),
         skip_below=call.skip_below, skipped=skipped,
     )  # fmt: skip
@@ -58,7 +66,9 @@ def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device)
     from dma_diffusers.kernels.quantiser.operands import padded_dim
 
     formats = call.map().used(*(precision.qk for precision in Precisions.parse(call.high, call.low)))
-    blocks = [name for name in formats if name and NATIVE[name] is Storage.BLOCK]
+    if missing := {name for name in formats if name} - named(lowering).stores.keys():
+        pytest.skip(f"{lowering} multiplies no {', '.join(missing)}")
+    blocks = [name for name in formats if name and NATIVE.get(name) is Storage.BLOCK]
     if lowering != "native" or device.type == "cpu" or not blocks:
         return
     if architecture(device) in BLOCK_SCALED_ARCHITECTURES:
@@ -138,7 +148,7 @@ def test_each_head_has_its_own_window(kernel_device):
 
 
 @pytest.mark.parametrize("lowering", ["native", "faithful"])
-@pytest.mark.parametrize("call", [*NAMED_CALLS, *GRID_CALLS], ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *GRID_CALLS, *FORMAT_CALLS], ids=str)
 def test_named_calls(call, lowering, kernel_device):
     assert_agree(call, kernel_device, lowering)
 

@@ -21,6 +21,7 @@ from tests.kernels.calls import (
     seen,
     with_hidden,
 )
+from tests.kernels.format_calls import FORMAT_CALLS
 from tests.kernels.oracle import oracle
 
 
@@ -29,12 +30,12 @@ def run(call: Call, tensors=None):
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order, fine_mask=call.fine_mask,
-        **call.ropes(), norms=call.norms(),
+        **call.ropes(), norms=call.norms(), **call.prepared,
         skip_below=call.skip_below,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_scores_equal_the_oracle(call):
     """The log-sum-exp sees every score of every tile, and no rounding of probabilities."""
     out, lse = run(call)
@@ -45,7 +46,7 @@ def test_scores_equal_the_oracle(call):
     torch.testing.assert_close(lse[finite].double(), expected[finite], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("call", [*NAMED_CALLS, *random_calls(40)], ids=str)
+@pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_output_is_the_oracles_but_for_p_and_v(call):
     """Left over: P and V in e4m3 (3 mantissa bits each) in LOW tiles, in bf16 in HIGH ones."""
     out, _ = run(call)
@@ -65,7 +66,18 @@ def test_bf16_everywhere_is_near_bf16_attention(head_dim, low):
 
 
 @pytest.mark.parametrize(
-    "low", ["fp8", "int8", "int8_tile", "mxfp6_e2m3", "mxfp6_e3m2", "nvfp4", "mxint8", "nvint4"]
+    "low",
+    [
+        "fp8",
+        "int8",
+        "int8_tile",
+        "int4",
+        "mxfp6_e2m3",
+        "mxfp6_e3m2",
+        "nvfp4",
+        "mxint8",
+        "nvint4",
+    ],
 )
 def test_every_format_can_be_previewed(low):
     call = Call(513, 513, 64, low=low, sink=0, text=(0, 30))
@@ -73,6 +85,22 @@ def test_every_format_can_be_previewed(low):
     expected, expected_lse = oracle(call, *call.tensors())
     assert relative_l2(out, expected) < 0.06
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
+
+
+def test_probabilities_in_int8_are_unsigned():
+    """One tile of keys, step by step in float64: 255 steps for probabilities, 127 to either side for values."""
+    q, k, v = torch.randn(3, 1, 2, 100, 64, generator=torch.Generator().manual_seed(0))
+    v = v + 3
+    call = Call(100, 100, 64, high="bf16", low="bf16/int8", window=0, sink=0)
+    out, _ = by_reference(q, k, v, call.map(), call.high, call.low)
+    s = q.bfloat16().double() @ k.bfloat16().double().mT * 64**-0.5
+    p = ((s - s.amax(-1, keepdim=True)).exp() * 255).round()
+    mean = v.double().mean(-2, keepdim=True)
+    step = (v - mean).abs().amax(-2, keepdim=True) / 127
+    expected = p @ ((v - mean) / step).round() * step / p.sum(-1, keepdim=True) + mean
+    assert relative_l2(out, expected) < 1e-4
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert 1e-4 < relative_l2(out, exact) < 1e-2
 
 
 @pytest.mark.parametrize("token_order", [[0, 1, 1], [0, 1, 3], [0, 1, -1], [0, 1]])

@@ -13,10 +13,12 @@ if triton.knobs.runtime.interpret:
 from dma_diffusers.kernels.ahead_of_time import compile as ahead  # noqa: E402
 from dma_diffusers.kernels.ahead_of_time.sass import loops  # noqa: E402
 from dma_diffusers.kernels.device.tritons import TRITON  # noqa: E402
+from dma_diffusers.kernels.formats import ROTATIONS  # noqa: E402
 from dma_diffusers.kernels.routing.reference import Routing  # noqa: E402
 from dma_diffusers.kernels.tiling.policies import Dense  # noqa: E402
 from dma_diffusers.kernels.tiling.precision_map import Class, Phase, build_map  # noqa: E402
 from tests.kernels.calls import NAMED_CALLS, Call, launched  # noqa: E402
+from tests.kernels.format_calls import FORMAT_CALLS  # noqa: E402
 
 KIND_OF_QK = {
     "mxfp8": "kind::mxf8f6f4",
@@ -329,7 +331,7 @@ def test_every_head_dim_fits():
 
 @pytest.mark.parametrize(
     ("call", "target"),
-    [(call, ("sm_100", "sm_90")[index % 2]) for index, call in enumerate(NAMED_CALLS)],
+    [(call, ("sm_100", "sm_90")[index % 2]) for index, call in enumerate([*NAMED_CALLS, *FORMAT_CALLS])],
     ids=str,
 )
 def test_named_calls_compile(call, target):
@@ -340,7 +342,7 @@ def test_named_calls_compile(call, target):
     launched(
         q, k, v, call.map(), call.high, call.low, key_mask=mask, scale=1.0, is_causal=call.is_causal,
         token_order=call.token_order,
-        lowering=lowering.lowering, target=target, **call.ropes(), norms=call.norms(),
+        lowering=lowering.lowering, target=target, **call.ropes(), norms=call.norms(), **call.prepared,
         run=lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options)),
     )  # fmt: skip
     for kernel, arguments, options in recorded:
@@ -369,6 +371,22 @@ def test_norm_and_rope_move_nothing_between_threads(target, dtype, rounds_twice)
     assert re.findall(r"convert_layout .*tensor<128x64x", compiled.asm["ttgir"]) == []
     widths = re.findall(r"ld\.global\S*?(\.v\d)?\.b\d+", compiled.asm["ptx"])
     assert widths.count(".v4") > 20 and widths.count("") < 5
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("rotation", ROTATIONS[1:])
+def test_rotated_channels_stay_in_their_warps(target, rotation):
+    """Numbers go from thread to thread without shared memory, and hardly any is spilled."""
+    encoders = []
+    for name in ("none", rotation):
+        found = ahead.launches(target, "bf16", "int8", 128, rotation=name)
+        encode = next(launch for launch in found if launch[0].__name__ == "encode")
+        encoders.append(ahead.compile_launch(*encode, target))
+    plain, rotated = encoders
+    assert rotated.metadata.shared == plain.metadata.shared
+    exchanged = [encoder.asm["ptx"].count("shfl.sync.bfly") for encoder in encoders]
+    assert exchanged[1] >= exchanged[0] + {"hadamard16": 0, "hadamard32": 16, "head_dim": 48}[rotation]
+    assert ahead.resources(rotated.asm["cubin"])[1] <= ahead.resources(plain.asm["cubin"])[1] + 64
 
 
 def test_one_pair_can_be_asked_for():

@@ -18,7 +18,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dma_diffusers.kernels.attention.tuning import tuning
-from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.formats import get_format, rotate
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
     FAITHFUL,
@@ -236,7 +236,15 @@ def constants(random: Random, arch: str) -> dict:
     if not drawn["is_causal"]:
         drawn["has_token_order"] = pick([False, False, True])
         drawn["empty_slots"] = pick([0, 37]) if drawn["has_token_order"] else 0
+    drawn["smooth_k"], drawn["smooth_v"] = pick([True, True, False]), pick([True, True, False])
+    drawn["rotation"] = pick(["none", "none", *fitting_rotations(drawn["head_dim"])])
     return drawn
+
+
+def fitting_rotations(head_dim: int) -> list[str]:
+    return [name for name, block in (("hadamard16", 16), ("hadamard32", 32)) if head_dim % block == 0] + [
+        "head_dim"
+    ] * (head_dim.bit_count() == 1)
 
 
 def triton_gets_it_wrong(drawn: dict, arch: str) -> bool:
@@ -320,7 +328,8 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
 
     ropes = call.ropes(device)
     keys = quantiser.rotate(k, ropes["k_rope"]).repeat_interleave(call.heads // call.kv_heads, 1)
-    reach = (quantiser.rotate(q, ropes["q_rope"]).abs() @ keys.abs().mT).amax(-1)
+    turned, keys = (rotate(x, call.rotation) for x in (quantiser.rotate(q, ropes["q_rope"]), keys))
+    reach = (turned.abs() @ keys.abs().mT).amax(-1)
     reach *= (call.head_dim**-0.5 if call.scale is None else call.scale) * math.log2(math.e)
     precisions = Plan(call.map()).used(Precisions.parse(call.high, call.low))
     formats = [precision and precision.qk for precision in precisions]
@@ -333,7 +342,6 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
         lost, absolute = 2**-18, 2**-13
         if is_short:
             dim = padded_dim(call.head_dim)
-            turned = quantiser.rotate(q, ropes["q_rope"])
             product = (turned.abs() * keys.abs().amax(-2, keepdim=True)).amax(-1)
             largest = product + (turned @ keys.mT).abs().amax(-1)
             scale = call.head_dim**-0.5 if call.scale is None else call.scale
@@ -369,6 +377,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         "token_order": call.token_order_on(device),
         "fine_mask": call.fine_mask_on(device),
         "skip_below": call.skip_below,
+        **call.prepared,
         **ropes,
     }
     of_kernel = as_the_kernel(call, call.lowering, device, call.target)
@@ -400,7 +409,7 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         )  # a probability may round to the neighbouring number
         assert (difference <= tolerance[~nothing] + step).all()
         assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
-    error, size = row_errors(out, reference_out, quantiser.value_scale(v, mask))
+    error, size = row_errors(out, reference_out, quantiser.value_units(v, mask, False).scale)
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)
     if device.type == "cuda" and call.map().has_low and architecture(device) not in TCGEN05_ARCHITECTURES:

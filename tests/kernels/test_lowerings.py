@@ -19,6 +19,7 @@ def test_blackwell_runs_every_format_natively(target, pair):
 @pytest.mark.parametrize(("pair", "lowering"), [
     (("bf16", "int8"), "native"), (("bf16", "fp8"), "native"),
     (("mxfp8", "mxfp4"), "faithful"), (("mxfp8", "nvfp4"), "faithful"), (("bf16", "mxfp6_e3m2"), "faithful"),
+    (("int8_tile", "int4"), "native"),
 ])  # fmt: skip
 def test_hopper_reencodes_block_formats(target, pair, lowering):
     pytest.importorskip("triton")
@@ -35,6 +36,14 @@ def test_ampere_multiplies_int8_and_bf16(target):
     assert choose(target, 128, "mxfp8", "mxfp8/bf16").lowering == "faithful"  # such numbers are bf16 numbers
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("fmt", ["mxint8", "mxint6", "mxint4", "nvint4"])
+def test_integers_in_blocks_are_bf16_numbers(target, fmt):
+    pytest.importorskip("triton")
+    chosen = choose(target, 128, "mxint8", fmt)
+    assert chosen.lowering == "faithful" and "native: the kernel multiplies Q·K in bf16" in chosen.reason
+
+
 @pytest.mark.parametrize(("target", "high", "low", "why"), [
     ("cpu", "mxfp8", "mxfp4", "cpu has no block-scaled MMA"),
     ("sm_80", "bf16", "int8", "native: sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
@@ -44,7 +53,7 @@ def test_ampere_multiplies_int8_and_bf16(target):
     ("sm_75", "bf16", "int8/bf16", "no kernel is built for sm_75 (there are some for sm_80, sm_86, sm_87, sm_89,"),
     ("sm_121", "mxfp8", "mxfp4", "no kernel is built for sm_121"),
     ("sm_103", "bf16", "int8", "sm_103 has no INT8 MMA in tensor memory"),
-    ("sm_100", "mxfp8", "mxint4", "mxfp4, nvfp4, not mxint4"),
+    ("sm_100", "mxfp8", "mxfp4/int8", "its probabilities are unsigned"),
 ])  # fmt: skip
 def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
     chosen = choose(target, 64, high, low)
@@ -56,7 +65,8 @@ def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
     ("cpu", ("mxfp8", "mxfp4"), "native", "lowering native can't run mxfp8 | mxfp4 on cpu: cpu has no"),
     ("sm_80", ("mxfp8", "mxfp4"), "faithful", "sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
     ("sm_86", ("bf16", "int8/fp8"), "native", "sm_86: sm_86 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
-    ("sm_90", ("mxfp8", "mxint4"), "faithful", "not mxint4"),
+    ("sm_90", ("mxfp8", "mxint4"), "native", "not mxint4"),
+    ("sm_90", ("mxfp8", "mxint4/mxfp8"), "faithful", "multiplies P·V in bf16, fp8, not mxfp8"),
     ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, native, faithful"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):

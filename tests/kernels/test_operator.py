@@ -146,6 +146,9 @@ def test_registration(low, policy, grid, keys):
             False,
             True,
             "auto",
+            "none",
+            True,
+            False,
             return_lse,
         )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)
@@ -260,6 +263,33 @@ def test_norms_and_ropes_are_as_if_applied_before(rounds_twice):
     assert not torch.equal(again.out, expected.out)
 
 
+@pytest.mark.parametrize(
+    ("low", "gain"), [("int8", 0.65), ("int8_tile", 0.4), ("mxint8", 0.65), ("nvint4", 0.8)]
+)
+def test_a_rotation_spreads_outliers_and_keeps_the_scores(low, gain):
+    """One channel of q is large and small in k: it spoils q's block, or its row, unless it is rotated."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 300, 64, generator=generator)
+    q[..., 7] *= 10
+    k[..., 7] /= 10
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    given = {"high": "bf16", "low": f"{low}/bf16", "policy": "dense(everywhere=low)"}
+
+    def error(rotation: str) -> float:
+        out = operator.attention(q, k, v, rotation=rotation, **given).out
+        return relative_l2(out, exact)
+
+    for rotation in ("hadamard16", "hadamard32", "head_dim"):
+        assert error(rotation) < gain * error("none")
+    alike = [operator.attention(q, k, v, rotation=name, high="bf16").out for name in ("none", "head_dim")]
+    exactly = {"high": "bf16", "low": "bf16"}
+    assert torch.equal(
+        operator.attention(q, k, v, **exactly).out,
+        operator.attention(q, k, v, rotation="hadamard32", **exactly).out,
+    )
+    assert not torch.equal(*alike)
+
+
 def test_output_lies_as_models_go_on_with_it():
     q = torch.randn(2, 3, 100, 64)
     out = operator.attention(q, q, q).out
@@ -293,6 +323,8 @@ Q = torch.randn(1, 4, 64, 64)
     ({"q": Q[:0], "k": Q[:0], "v": Q[:0]}, "lengths must be at least 1, as batch, heads and D"),
     ({"k": Q[:, :0], "v": Q[:, :0]}, "lengths must be at least 1"),
     ({"scale": 0.0}, "scale must be finite and more than 0, got 0.0"),
+    ({"rotation": "hadamard"}, "unknown rotation 'hadamard': choose from none, hadamard16, hadamard32, head_dim"),
+    (dict.fromkeys("qkv", Q[..., :40]) | {"rotation": "hadamard16"}, "needs a head_dim that 16 divides, and head_dim"),
     ({"scale": -0.1}, "scale must be finite and more than 0, got -0.1"),
     ({"k": Q[:, :1].expand(-1, 4, -1, -1)}, r"elements of k share memory \(shape \[1, 4, 64, 64\], strides"),
     ({"v": torch.as_strided(Q, Q.shape, (1, 64, 64, 1))}, "elements of v share memory"),

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dma_diffusers.kernels.call import Call as AttentionCall
-from dma_diffusers.kernels.formats import fake_quantize, get_format, pack
+from dma_diffusers.kernels.formats import block_of, fake_quantize, get_format, pack, rotate
 from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
 from dma_diffusers.kernels.quantiser import reference
 from tests.kernels.calls import Call, relative_l2
 from tests.kernels.oracle import rotated
+from tests.kernels.test_statistics_kernel import padded_units
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 FORMATS = ["mxfp8", "mxfp8_e5m2", "mxfp4", "nvfp4"]
@@ -39,7 +40,9 @@ def encode(q, k, v, classes, factor=1.0, statistics=None, **options):
     from dma_diffusers.kernels.quantiser import launch
 
     named = {
-        name: options.pop(name) for name in ("q_rope", "k_rope", "key_mask", "token_order") if name in options
+        name: options.pop(name)
+        for name in ("q_rope", "k_rope", "key_mask", "token_order", "rotated_block")
+        if name in options
     }
     return launch.encode(launch.Source(q, k, v, factor, **named), classes, statistics or known(), **options)
 
@@ -115,6 +118,41 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
     )  # zeros may differ in sign
 
 
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("rotation", "head_dim"),
+    [("hadamard16", 64), ("hadamard16", 80), ("hadamard32", 96), ("hadamard32", 128), ("head_dim", 8),
+     ("head_dim", 64), ("head_dim", 128), ("head_dim", 256)],
+)  # fmt: skip
+@pytest.mark.parametrize("is_key", [False, True])
+def test_rotated_channels_have_the_bits_of_the_definition(fmt, rotation, head_dim, is_key, kernel_device):
+    """What the kernel stores of a tensor is what it stores of the one that torch has rotated."""
+    x = torch.randn(1, 2, 200, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    x[..., 5] *= 100
+    x = x.to(kernel_device)
+    mean = x.mean(-2, keepdim=True) if is_key else None
+    expected = rotate(x - mean if is_key else x * 0.3, rotation)
+    amax = expected.abs().amax((-2, -1), keepdim=True)
+    block = block_of(rotation, head_dim)
+    if is_key:
+        found, plain = encoded_k(x, fmt, amax, mean, rotated_block=block), encoded_k(expected, fmt, amax)
+    else:
+        found, plain = encoded_q(x, fmt, amax, 0.3, rotated_block=block), encoded_q(expected, fmt, amax)
+    assert torch.equal(found.elements.view(torch.uint8), plain.elements.view(torch.uint8))
+    assert torch.equal(found.scales.view(torch.uint8), plain.scales.view(torch.uint8))
+    unrotated = encoded_k(x, fmt, amax, mean) if is_key else encoded_q(x, fmt, amax, 0.3)
+    assert not torch.equal(found.elements.view(torch.uint8), unrotated.elements.view(torch.uint8))
+
+
+def test_bf16_is_not_rotated(kernel_device):
+    x = torch.randn(1, 1, 130, 64, device=kernel_device)
+    order = torch.arange(130, dtype=torch.int32, device=kernel_device)
+    found, expected = (
+        encoded_q(x, "bf16", token_order=order, rotated_block=block).elements for block in (32, 1)
+    )
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
 @pytest.mark.parametrize("values", [Storage.PLAIN, Storage.CHANNEL])
 @pytest.mark.parametrize("fmt", ["bf16", "int8"])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (4173, 128)])
@@ -139,7 +177,7 @@ def test_means_are_the_references(length, head_dim, case, fmt, values, kernel_de
     expected = reference.means_of(smoothed, v_slots if case == "ordered" else v, seen)
     if case == "masked":
         key_mask = torch.nn.functional.pad(seen, (0, -length % 128)).to(torch.uint8).to(kernel_device)
-    statistics = known(mean)._replace(v_scale=torch.ones(4, 64 if head_dim <= 64 else 128))
+    statistics = known(mean)._replace(v_units=torch.ones(4, 2, 64 if head_dim <= 64 else 128))
     statistics = type(statistics)(*(x.to(kernel_device) for x in statistics))
     stored = replace(stored_as(fmt, NATIVE[fmt]), values=values)
     means = encode(
@@ -180,49 +218,6 @@ def test_both_classes_in_one_pass(kernel_device):
         assert torch.equal(one.elements, other.elements) and torch.equal(one.scales, other.scales)
 
 
-@pytest.mark.parametrize("has_rope", [False, True])
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
-def test_statistics_equal_the_reference(length, head_dim, has_rope, kernel_device):
-    """K's mean to the last bit, which K's elements depend on, over the same sample; V's scales exactly."""
-    from dma_diffusers.kernels.quantiser.launch import statistics_of
-
-    call = Call(length, length, head_dim, heads=2, kv_heads=2, batch=2, has_rope=has_rope)
-    _, k, v, _ = call.tensors(kernel_device)
-    k[..., 1], k[..., length // 2, 3], k[..., length // 3, 5] = torch.nan, torch.inf, -torch.inf
-    v[..., 2], v[..., length // 2, 3], v[..., length // 3, 5] = -torch.inf, torch.inf, torch.nan
-    rope = call.ropes(kernel_device)["k_rope"]
-    found = statistics_of(k, v, rope)
-    assert torch.equal(found.mean[:, :head_dim], reference.key_mean(k, rope).flatten(0, 2))
-    scale = reference.value_scale(v).flatten(0, 2)
-    assert torch.equal(found.v_scale[:, :head_dim], scale) and (scale[:, 2] == 1).all()
-    assert (found.mean[:, head_dim:] == 0).all() and (found.v_scale[:, head_dim:] == 1).all()
-    of_k, of_v = statistics_of(k, None, rope), statistics_of(None, v)
-    assert torch.equal(of_k.mean, found.mean) and torch.equal(of_v.v_scale, found.v_scale)
-    assert of_k.v_scale is None and of_v.mean is None
-
-
-@pytest.mark.parametrize("tokens_first", [False, True])
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (130, 40), (700, 128), (9000, 16)])
-def test_statistics_of_keys_that_are_seen(length, head_dim, tokens_first, kernel_device):
-    """In the second batch entry the mean's sample has none of them, if it is not all keys."""
-    from dma_diffusers.kernels.quantiser.launch import statistics_of
-
-    call = Call(length, length, head_dim, batch=2, masks_keys=True, has_rope=True)
-    _, k, v, mask = call.tensors(kernel_device)
-    mask[1, :: max(1, length // 1024)] = False
-    mask = mask.t().contiguous().t() if tokens_first else mask
-    hidden = ~mask[:, None, :, None]
-    k, v = k.masked_fill(hidden, 1e30), v.masked_fill(hidden, 1e30)
-    k[0, 0, :, 1], v[0, 0, :, 2] = torch.nan, torch.inf
-    rope = call.ropes(kernel_device)["k_rope"]
-    found = statistics_of(k, v, rope, mask)
-    mean, scale = reference.key_mean(k, rope, mask), reference.value_scale(v, mask)
-    assert torch.equal(found.mean[:, :head_dim], mean.flatten(0, 2)) and (mean[1] == 0).all()
-    assert torch.equal(found.v_scale[:, :head_dim], scale.flatten(0, 2))
-    assert torch.equal(scale, reference.value_scale(v.masked_fill(hidden, 0))) and mean.abs().max() < 10
-    assert (mean[0] != 0).any() or length == 1
-
-
 def in_order(transposed: torch.Tensor) -> torch.Tensor:
     """Transposed values `[B, H, D, tiles·128]` as `[B, H, tiles·128, D]`; of 16 tokens 8h+2j+p lies at 4j+2h+p."""
     return transposed.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT
@@ -236,19 +231,18 @@ def test_values_equal_the_reference(transposed, kernel_device):
     v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
     v[..., 21], v[..., 22], v[..., 23] = 0.0, 1e-40, 448.0
     v[0, 0, 3, 7], v[0, 0, 4, 8], v[0, 0, 5, 9] = torch.nan, torch.inf, -torch.inf
-    scale = reference.value_scale(v)
+    units = reference.value_units(v)
     result = encode(None, None, v, (None, None), 1.0, statistics_of(None, v), transposed_v=transposed)
-    expected_scale = torch.nn.functional.pad(scale, (0, 24), value=1.0)
-    assert torch.equal(result.v_scale, expected_scale.flatten(0, 2))
+    assert torch.equal(result.v_units, padded_units(units, 64))
     elements = result.values[Storage.CHANNEL].float()
     elements = (in_order(elements) if transposed else elements).flatten(0, 2)
-    expected = tiles_of(reference.quantised_v(v, scale).float(), 64)
+    expected = tiles_of(reference.quantised_v(v, units).float(), 64)
     torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
     assert elements.nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
 
 
 @pytest.mark.parametrize("is_key", [False, True])
-@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize("fmt", ["fp8", "int8", "int8_tile", "int4"])
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (111, 40), (257, 128), (130, 256)])
 def test_shared_scales_equal_the_reference(fmt, length, head_dim, is_key, kernel_device):
     x = torch.randn(2, 3, length, head_dim, generator=torch.Generator().manual_seed(length)).to(kernel_device)
@@ -337,7 +331,7 @@ def test_reencoded_rows_are_the_same_numbers(fmt, span, kernel_device):
         assert relative_l2(numbers[:, :32], expected[:, :32]) == 0
 
 
-@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8_e5m2", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8_e5m2", "nvfp4", "mxint8", "mxint6", "mxint4", "nvint4"])
 def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
     x = torch.randn(2, 1, 200, 72, generator=torch.Generator().manual_seed(3)).to(kernel_device)
     x *= torch.exp2(torch.arange(200.0, device=kernel_device) / 4 - 20)[:, None]
@@ -347,7 +341,7 @@ def test_plain_numbers_are_the_same_numbers(fmt, kernel_device):
     if operand.tensor_scale is not None:
         numbers = numbers * operand.tensor_scale[:, None, None, None]
     expected = tiles_of(fake_quantize(x, fmt, tensor_amax=amax), 72).reshape(2, 1, -1, 72)
-    assert relative_l2(numbers, expected) < (1e-6 if fmt == "nvfp4" else 1e-30)
+    assert relative_l2(numbers, expected) < (1e-6 if fmt.startswith("nv") else 1e-30)
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "bf16"])
