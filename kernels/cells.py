@@ -6,22 +6,30 @@
 import re
 from pathlib import Path
 
+from dma_diffusers.kernels.defaults import FORMAT_PAIRS
 from dma_diffusers.kernels.formats import FORMATS
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    KERNEL_ARCHITECTURES,
+    choose,
+)
+from dma_diffusers.kernels.precision import Precision, Precisions
 
 PAGE = Path(__file__).parent / "formats.md"
 _TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of tables -->)", re.DOTALL)
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 _HEAD_DIM = 128
 
 # The kernel tests ran on an H100 or H200 with these formats; those of the interpreter run with all that a kernel has.
-RUN = {"sm_90": tuple(NATIVE.keys() - {"int4", "int8_tile"})}
+_BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
+RUN = {"sm_90": ("bf16", "fp8", "int8", *_BLOCKS)}
 _VALUES = {"bf16": "`bf16`", "fp8": "`fp8`", "int8": "`int8`", "mxfp8": "`mxfp8`, and so all others"}
+# Ahead of time, every format there; on other architectures, those of their own pairs.
 COMPILED = ("sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
-def cell(architecture: str, qk: str, pv: str = "fp8") -> tuple[str, str]:
+def cell(architecture: str, qk: str, pv: str = "bf16") -> tuple[str, str]:
     """How LOW tiles of this precision run, in a word or two, and the reason where no kernel runs them."""
+    asked = Precision(qk, pv)
     try:
         choice = choose(architecture, _HEAD_DIM, f"{qk}/bf16", f"{qk}/{pv}")
     except ValueError as error:
@@ -30,7 +38,9 @@ def cell(architecture: str, qk: str, pv: str = "fp8") -> tuple[str, str]:
         return "reference", _last(choice.reason)
     if qk in RUN.get(architecture, ()):
         shown = "run"
-    elif architecture in COMPILED:
+    elif architecture in COMPILED or any(
+        asked in Precisions.parse(*pair) for pair in FORMAT_PAIRS[architecture]
+    ):
         shown = "compiled"
     else:
         shown = "interpreted"
@@ -43,17 +53,23 @@ def tables() -> str:
 
     def row(qk: str, pv: str) -> str:
         found = []
-        for architecture in ARCHITECTURES:
+        for architecture in KERNEL_ARCHITECTURES:
             words, reason = cell(architecture, qk, pv)
+            for own, any_one in (
+                (architecture, "it"),
+                (f"in {qk}", "in this format"),
+                (f"of {qk}", "of this format"),
+            ):
+                reason = reason.replace(own, any_one)
             found.append(f"{words} ({reasons.setdefault(reason, len(reasons) + 1)})" if reason else words)
         return " | ".join(found)
 
-    head = f"{' | '.join(ARCHITECTURES)} |\n|{' --- |' * (len(ARCHITECTURES) + 1)}"
-    of_keys = [f"| `{name}` | {row(name, 'fp8')} |" for name in FORMATS]
+    head = f"{' | '.join(KERNEL_ARCHITECTURES)} |\n|{' --- |' * (len(KERNEL_ARCHITECTURES) + 1)}"
+    of_keys = [f"| `{name}` | {row(name, 'bf16')} |" for name in FORMATS]
     of_values = [f"| {words} | {row('int8', name)} |" for name, words in _VALUES.items()]
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([
-        f"| Q·K, with P·V in bf16 or fp8 | {head}", *of_keys, "", f"| P·V, with Q·K in int8 | {head}", *of_values, "",
+        f"| Q·K, with P·V in bf16 | {head}", *of_keys, "", f"| P·V, with Q·K in int8 | {head}", *of_values, "",
         *listed,
     ]) + "\n"  # fmt: skip
 

@@ -1,7 +1,10 @@
 """The formats that each architecture multiplies fastest: the one table that presets, benchmarks and tools read."""
 
+from dma_diffusers.kernels.lowerings import WITHOUT_FP8
+
 _BLOCK_SCALED = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
 _PLAIN = (("bf16", "int8"), ("bf16", "fp8"))
+_WITHOUT_FP8 = (("bf16", "int8/bf16"),)
 
 FORMAT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "sm_100": _BLOCK_SCALED,
@@ -9,6 +12,7 @@ FORMAT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "sm_120": _BLOCK_SCALED,
     "sm_90": _PLAIN,
     "sm_89": _PLAIN,
+    **dict.fromkeys(WITHOUT_FP8, _WITHOUT_FP8),
 }
 """For each architecture, the pairs of words (HIGH, LOW) that its own MMAs multiply; the first is the default."""
 

@@ -6,14 +6,16 @@ from enum import StrEnum
 
 import torch
 
-from dma_diffusers.kernels.formats import FORMATS
+from dma_diffusers.kernels.formats import FORMATS, get_format
 from dma_diffusers.kernels.precision import Precisions
 
 MAX_HEAD_DIM = 256
 TCGEN05_ARCHITECTURES = ("sm_100", "sm_103")
 BLOCK_SCALED_ARCHITECTURES = (*TCGEN05_ARCHITECTURES, "sm_120")
 WITHOUT_FP8 = ("sm_80", "sm_86", "sm_87")
-KERNEL_ARCHITECTURES = ("sm_89", "sm_90", *BLOCK_SCALED_ARCHITECTURES)
+"""They neither multiply nor convert e4m3."""
+WITHOUT_TMA = (*WITHOUT_FP8, "sm_89")
+KERNEL_ARCHITECTURES = (*WITHOUT_TMA, "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
 class Storage(StrEnum):
@@ -74,15 +76,15 @@ class Lowering:
 
     stores: how it stores Q and K for each format of Q·K that it multiplies.
     stores_values: how it stores V for each format of P·V that it multiplies.
-    why_not: tells why it can't run a call on an architecture, at a head dimension, with formats of Q·K that have these
-        storages; None where it can.
+    why_not: tells why it can't run a call on an architecture, at a head dimension, with formats of Q·K and of P·V that
+        have these storages; None where it can.
     """
 
     name: str
     description: str
     stores: dict[str, Storage]
     stores_values: dict[str, Storage]
-    why_not: Callable[[str, int, dict[str, Storage]], str | None]
+    why_not: Callable[[str, int, dict[str, Storage], dict[str, Storage]], str | None]
 
     def refuses(self, architecture: str, head_dim: int, precisions: Precisions) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""
@@ -91,18 +93,21 @@ class Lowering:
         is_odd = head_dim % 2 == 1 and head_dim > 1  # 1 stands for any
         if is_odd and "int4" in {precision.qk for precision in precisions}:
             return f"int4 stores two channels in a byte, and head_dim {head_dim} is odd"
-        formats = tuple(dict.fromkeys(precision.qk for precision in precisions))
+        stored: list[dict[str, Storage]] = []
         for product, known, asked in (
-            ("Q·K", self.stores, formats),
+            ("Q·K", self.stores, dict.fromkeys(precision.qk for precision in precisions)),
             ("P·V", self.stores_values, dict.fromkeys(precision.pv for precision in precisions)),
         ):
             if others := [name for name in asked if name not in known]:
                 why = f": {UNSIGNED[others[0]]}" if product == "P·V" and others[0] in UNSIGNED else ""
                 return f"the kernel multiplies {product} in {', '.join(known)}, not {', '.join(others)}{why}"
-        return self.why_not(architecture, head_dim, {name: self.stores[name] for name in formats})
+            stored.append({name: known[name] for name in asked})
+        return self.why_not(architecture, head_dim, *stored)
 
 
-def _native(architecture: str, head_dim: int, formats: dict[str, Storage]) -> str | None:
+def _native(
+    architecture: str, head_dim: int, formats: dict[str, Storage], values: dict[str, Storage]
+) -> str | None:
     has_blocks = Storage.BLOCK in formats.values()
     if has_blocks and architecture not in BLOCK_SCALED_ARCHITECTURES:
         return f"{architecture} has no block-scaled MMA ({', '.join(BLOCK_SCALED_ARCHITECTURES)} have)"
@@ -110,17 +115,31 @@ def _native(architecture: str, head_dim: int, formats: dict[str, Storage]) -> st
         return (
             f"head_dim {head_dim} fills {architecture}'s tensor memory, which leaves no room for block scales"
         )
-    return _faithful(architecture, head_dim, formats)
+    return _faithful(architecture, head_dim, formats, values)
 
 
-def _faithful(architecture: str, head_dim: int, formats: dict[str, Storage]) -> str | None:
-    if architecture in WITHOUT_FP8:
-        return f"no kernel is built for {architecture}, which has no FP8 MMA"
+def _faithful(
+    architecture: str, head_dim: int, formats: dict[str, Storage], values: dict[str, Storage]
+) -> str | None:
+    if architecture in WITHOUT_FP8 and (refusal := _without_fp8(architecture, formats, values)):
+        return refusal
     if architecture not in KERNEL_ARCHITECTURES:
         return f"no kernel is built for {architecture} (there are some for {', '.join(KERNEL_ARCHITECTURES)})"
     if architecture == "sm_103" and {"int8", "int8_tile", "int4"} & formats.keys():
         return "sm_103 has no INT8 MMA in tensor memory"
     return None if has_triton() else "Triton is not installed"
+
+
+def _without_fp8(architecture: str, formats: dict[str, Storage], values: dict[str, Storage]) -> str | None:
+    """Why an architecture that knows no e4m3 can't multiply these."""
+    if Storage.CHANNEL in values.values():
+        return f"{architecture} has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
+    for name, storage in formats.items():
+        if storage is Storage.ROW or name == "fp8":
+            return f"{architecture} has no FP8 MMA, which Q·K in {name} needs: write int8/bf16"
+        if get_format(name).has_tensor_scale:
+            return f"{architecture} has no FP8 conversions, which the scales of {name} need: write int8/bf16"
+    return None
 
 
 LOWERINGS = (

@@ -133,13 +133,14 @@ class Call:
 
     def _rows(self, has_high: bool, has_low: bool) -> int:
         """Return the number of queries of one program."""
-        stores = lowering_of(self.machine.architecture, self.head_dim, self.high, self.low).stores
+        lowering = lowering_of(self.machine.architecture, self.head_dim, self.high, self.low)
         classes = tuple(
-            stores[precision.qk] if has_class else None
+            lowering.stores[precision.qk] if has_class else None
             for precision, has_class in zip(self._precisions, (has_high, has_low), strict=True)
         )
         padded = max(64, 1 << (self.head_dim - 1).bit_length())
-        tuned = tuning(self.machine.architecture, padded, classes)
+        low_values = lowering.stores_values[self._precisions.low.pv]
+        tuned = tuning(self.machine.architecture, padded, classes, low_values if has_low else None)
         return tuned.rows if tuned.slots is None else SHARED_BLOCKS * SHARED_ROWS
 
     def _moved_bytes(self, has_high: bool, has_low: bool, has_means: bool, in_boxes: bool) -> float:

@@ -20,12 +20,12 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dma_diffusers.kernels.ahead_of_time.sass import describe, markdown
+from dma_diffusers.kernels.ahead_of_time.sass import RATES, describe, markdown
 from dma_diffusers.kernels.attention import hopper, launch
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS, default_formats
 from dma_diffusers.kernels.device.launch import Launcher
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, choose
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, WITHOUT_TMA, choose
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.routing.reference import Routing
@@ -34,7 +34,7 @@ from dma_diffusers.kernels.tiling.layout import TILE, Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 
-TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
+TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90", *WITHOUT_TMA)
 HEAD_DIMS = (64, 128)
 PAIRS = {target: FORMAT_PAIRS[target] for target in TARGETS}
 PAIRS["sm_90"] += (default_formats("sm_100"),)  # a B200's numbers, re-encoded by the lowering `faithful`
@@ -54,16 +54,21 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
     if both are. Each pair has three variants of the attention kernel at each head dimension: mixed, HIGH alone and
     LOW alone.
     Returns dictionaries of `kernel, formats, head_dim, mma_kinds, registers, spills` (bytes of stack that a
-    thread needs), `shared_bytes` and `loops` (of the attention kernel: see `sass.describe`). Raises
-    ValueError for an unknown target or a pair no kernel runs.
+    thread needs), `shared_bytes` and `loops` (of the attention kernel, where `sass.RATES` are known:
+    see `sass.describe`). Raises ValueError for an unknown target or a pair no kernel runs.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
     default = default_formats(target)
     pairs = PAIRS[target] if high is None and low is None else ((high or default[0], low or default[1]),)
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        if name not in NATIVE:
-            raise ValueError(f"no kernel multiplies {name} on {target}: choose from {', '.join(NATIVE)}")
+    for pair in pairs:
+        for precision in Precisions.parse(*pair):
+            if precision.qk not in NATIVE:
+                known = ", ".join(NATIVE)
+                raise ValueError(f"no kernel multiplies {precision.qk} on {target}: choose from {known}")
+        choice = choose(target, HEAD_DIMS[0], *pair)
+        if choice.lowering == "reference":
+            raise ValueError(f"no kernel multiplies {'|'.join(pair)} on {target}: {choice.reason}")
     results: dict[tuple, dict[str, Any]] = {}
     for (high_format, low_format), head_dim in product(pairs, HEAD_DIMS):
         for formats in ((high_format, low_format), (high_format, None), (None, low_format)):
@@ -78,7 +83,7 @@ def compile_all(target: str, high: str | None = None, low: str | None = None) ->
 def loops_of_mixed_kernels() -> str:
     """The table of ahead_of_time/instructions.md: every loop of each target's first pair at head_dim 128."""
     rows = []
-    for target in TARGETS:
+    for target in [name for name in TARGETS if name in RATES]:
         kernel, arguments, options = list(launches(target, *PAIRS[target][0], 128))[-1]
         compiled = compile_launch(kernel, arguments, options, target)
         described = _describe(compiled, target, options, kernel.__name__, PAIRS[target][0], 128)
@@ -191,6 +196,7 @@ def _describe(
 ) -> dict[str, Any]:
     registers, spills = resources(compiled.asm["cubin"])
     rows = {"attend": options.get("ROWS"), "attend_hopper": hopper.ROWS.value}.get(kernel)
+    is_counted = rows and target in RATES
     threads = 32 * options["num_warps"]
     return {
         "kernel": kernel,
@@ -200,7 +206,7 @@ def _describe(
         "registers": registers,
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
-        "loops": describe(compiled.asm["cubin"], target, head_dim, threads, rows, TILE) if rows else [],
+        "loops": describe(compiled.asm["cubin"], target, head_dim, threads, rows, TILE) if is_counted else [],
     }
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
+from dma_diffusers.kernels.attention.loads import load_block_scales, load_row_scales, load_rows, load_values
 from dma_diffusers.kernels.attention.units import counted, in_units, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
@@ -21,11 +22,13 @@ from dma_diffusers.kernels.device.rounding import (
     to_output,
 )
 from dma_diffusers.kernels.device.tritons import TRITON
-from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL, scale_place
+from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 from dma_diffusers.kernels.quantiser.tile import token_at
 from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling.layout import SUBTILE
 
 TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
+SUBTILES = tl.constexpr(TILE.value // SUBTILE)  # of a tile
 # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; the shift cancels in the division by l.
 P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
@@ -38,38 +41,23 @@ INT8_IN_TCGEN05 = tl.constexpr(TRITON >= (3, 8))
 
 
 @triton.jit
-def _load_block_scales(descriptor, tile, COLUMNS: tl.constexpr):
-    """The scales of one tile, [128, COLUMNS]."""
-    if COLUMNS % 4 == 0:
-        scales = tl.reshape(descriptor.load([0, tile, 0, 0, 0]), (1, COLUMNS // 4, 32, 4, 4))
-        scales = tl.reshape(tl.trans(scales, 0, 3, 2, 1, 4), (TILE, COLUMNS))
-    else:
-        scales = tl.reshape(descriptor.load([tile, 0]), (TILE, COLUMNS))
-    return scales
-
-
-@triton.jit
-def _load_row_scales(scales, tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The scales of some rows of one tile, [ROWS, COLUMNS], by pointers."""
-    place = scale_place((first + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :], COLUMNS)
-    return tl.load(scales + tile.to(tl.int64) * (TILE * COLUMNS) + place)
-
-
-@triton.jit
-def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
+def _products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
               BLOCK: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of one pair of tiles, [ROWS, 128]: int32 of int8 numbers, if they are multiplied as such, else float32.
+    """Q·Kᵀ of ROWS queries and KEYS keys: int32 of int8 numbers, if they are multiplied as such, else float32.
 
-    The caller still multiplies by the factors of rows, and of the tile where the storage is "tile".
+    part: which of a tile's runs of KEYS keys they are. The caller still multiplies by the factors of rows, and of the
+    tile where the storage is "tile".
     """
     if STORAGE == "block":
-        scales = _load_block_scales(k_scales, kv_tile, D // BLOCK)
+        scales = load_block_scales(k_scales, kv_tile, D // BLOCK)
         if INTERPRETED and q_scales.dtype == tl.float8e4nv:
             s = tl.dot(decoded_nvfp4(q, q_scales, D), tl.trans(decoded_nvfp4(k, scales, D)))
         elif STARTS_FROM_NOTHING:
             s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT)
         else:
-            accumulator = tl.zeros((q.shape[0], TILE), tl.float32) + zero  # known to be zero at run time only
+            accumulator = (
+                tl.zeros((q.shape[0], k.shape[0]), tl.float32) + zero
+            )  # known to be zero at run time only
             s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT, accumulator)
     elif STORAGE == "plain":
         s = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
@@ -80,79 +68,82 @@ def _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT: tl.constexpr, ST
     else:
         s = tl.dot(loaded_e4m3(q), tl.trans(loaded_e4m3(k)))
         if STORAGE == "row":
-            s *= tl.load(k_scales + kv_tile.to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
+            scales = k_scales + (kv_tile.to(tl.int64) * TILE + part * k.shape[0])
+            s *= tl.load(scales + tl.arange(0, k.shape[0]))[None, :]
     return s
 
 
 @triton.jit
 def _in_order_of_v(p):
     """Puts columns into the order of transposed V's tokens (`_stored_at` of the quantiser)."""
-    ROWS: tl.constexpr = p.shape[0]
-    runs = tl.reshape(p, (ROWS, TILE // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), (ROWS, TILE))
+    runs = tl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(runs, (0, 1, 3, 2, 4)), p.shape)
 
 
 @triton.jit
-def _below(limit, TCGEN05: tl.constexpr):
-    """Says which of 128 columns are below a limit, int32 [ROWS or 1, 1]: bool [ROWS or 1, 128].
+def _below(limit, KEYS: tl.constexpr, TCGEN05: tl.constexpr):
+    """Says which of KEYS columns are below a limit, int32 [ROWS or 1, 1]: bool [ROWS or 1, KEYS].
 
     The threads of an accumulator differ in the half of the columns that they hold (tcgen05), or in the pair of each
     eight. That part of a column is subtracted from the limit, so that the rest is a constant of the machine code; whole
     columns would take a register each, throughout the loop.
     """
     if TCGEN05:
-        parts = (tl.arange(0, 2) * (TILE // 2))[None, :, None]
-        below = tl.arange(0, TILE // 2)[None, None, :] < limit[:, :, None] - parts
+        parts = (tl.arange(0, 2) * (KEYS // 2))[None, :, None]
+        below = tl.arange(0, KEYS // 2)[None, None, :] < limit[:, :, None] - parts
     else:
         parts = (tl.arange(0, 4) * 2)[None, None, :, None]
-        constants = (tl.arange(0, TILE // 8) * 8)[:, None, None] + tl.arange(0, 2)[None, None, :]
+        constants = (tl.arange(0, KEYS // 8) * 8)[:, None, None] + tl.arange(0, 2)[None, None, :]
         below = constants[None, :, :, :] < limit[:, :, None, None] - parts
-    return tl.reshape(below, (limit.shape[0], TILE))
+    return tl.reshape(below, (limit.shape[0], KEYS))
 
 
 @triton.jit
-def _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr, TCGEN05: tl.constexpr):
-    """Says which keys of a tile each query sees: bool [1 or ROWS, 128]."""
-    columns = tl.arange(0, TILE)
+def _seen(
+    start, key_mask, fine_mask, guards, k_length, q_tokens, CAUSAL: tl.constexpr, KEYS: tl.constexpr,
+    TCGEN05: tl.constexpr,
+):  # fmt: skip
+    """Says which keys from `start` on each query sees: bool [1 or ROWS, KEYS]."""
+    columns = tl.arange(0, KEYS)
     if fine_mask is not None:  # as FineMask.seen has it
         slots = tl.cdiv(k_length, TILE) * TILE
         first, last = tl.load(fine_mask + q_tokens), tl.load(fine_mask + slots + q_tokens) | guards
-        low = tl.load(fine_mask + 2 * slots + tile * TILE + columns) | guards
-        high = tl.load(fine_mask + 3 * slots + tile * TILE + columns)
+        low = tl.load(fine_mask + 2 * slots + start + columns) | guards
+        high = tl.load(fine_mask + 3 * slots + start + columns)
         inside = (low[None, :] - first[:, None]) & (last[:, None] - high[None, :])
         seen = (inside & guards) == guards
     elif CAUSAL:
-        seen = _below((tl.minimum(q_tokens + 1, k_length) - tile * TILE)[:, None], TCGEN05)
+        seen = _below((tl.minimum(q_tokens + 1, k_length) - start)[:, None], KEYS, TCGEN05)
     else:
-        seen = _below(tl.full((1, 1), 0, tl.int32) + (k_length - tile * TILE), TCGEN05)
+        seen = _below(tl.full((1, 1), 0, tl.int32) + (k_length - start), KEYS, TCGEN05)
     if key_mask is not None:
-        unmasked = (tl.load(key_mask + tile * TILE + columns) != 0)[None, :]
+        unmasked = (tl.load(key_mask + start + columns) != 0)[None, :]
         seen = (seen & unmasked) if CAUSAL or fine_mask is not None else unmasked
     return seen
 
 
 @triton.jit
-def _taken(word, TCGEN05: tl.constexpr):
-    """Says which of 128 sub-tiles belong to KV tiles whose bit in the word is set: bool [1, 128].
+def _taken(word, KEYS: tl.constexpr, TCGEN05: tl.constexpr):
+    """Says which of KEYS sub-tiles belong to KV tiles whose bit in the word is set: bool [1, KEYS].
 
     As in `_below`, the part of a column in which threads differ is taken from the word, and the rest is a constant.
     """
     if TCGEN05:
-        words = word >> (tl.arange(0, 2) * (MEANS_TILES // 2))[:, None]
-        taken = words & (1 << tl.arange(0, TILE // 2) // (TILE // MEANS_TILES))[None, :]
+        words = word >> (tl.arange(0, 2) * (KEYS // SUBTILES // 2))[:, None]
+        taken = words & (1 << tl.arange(0, KEYS // 2) // SUBTILES)[None, :]
     else:
         words = word >> (tl.arange(0, 4) // 2)[None, :, None]
-        taken = words & (1 << tl.arange(0, TILE // 8) * 2)[:, None, None]
+        taken = words & (1 << tl.arange(0, KEYS // 8) * 2)[:, None, None]
         taken, _ = tl.broadcast(taken, tl.zeros((1, 1, 2), tl.int32))
-    return tl.reshape(taken != 0, (1, TILE))
+    return tl.reshape(taken != 0, (1, KEYS))
 
 
 @triton.jit
 def _scores_of_means(s, factor, word, log_counts, TCGEN05: tl.constexpr):
-    """The scores of 128 sub-tiles: −inf where no key is seen, and for KV tiles whose bit of the word isn't set."""
-    weights = tl.load(log_counts + tl.arange(0, TILE))[None, :]
+    """The scores of KEYS sub-tiles: −inf where no key is seen, and for KV tiles whose bit of the word isn't set."""
+    weights = tl.load(log_counts + tl.arange(0, s.shape[1]))[None, :]
     s = multiply_add(s.to(tl.float32), factor[:, None], weights, TCGEN05)
-    return tl.where(_taken(word, TCGEN05), s, float("-inf"))
+    return tl.where(_taken(word, s.shape[1], TCGEN05), s, float("-inf"))
 
 
 @triton.jit
@@ -188,22 +179,12 @@ def _counts(highest, m, skip_below, kept):
 
 
 @triton.jit
-def _values(v, batch, kv_head, tile, TRANSPOSED: tl.constexpr, D: tl.constexpr):
-    """V of one tile, [128, D]."""
-    if TRANSPOSED:
-        value = tl.trans(tl.reshape(v.load([batch, kv_head, 0, tile * TILE]), (D, TILE)))
-    else:
-        value = tl.reshape(v.load([batch, kv_head, tile * TILE, 0]), (TILE, D))
-    return value
-
-
-@triton.jit
 def _add_values(
-    accumulator, l, rescale, p, value, v, batch, kv_head, tile,
-    VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr,
-    UNIT_SCALES: tl.constexpr,
+    accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, start, length,
+    VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, ARE_WHOLE: tl.constexpr, D: tl.constexpr,
+    TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Returns accumulator·rescale + p·V; the tile of V is `value`, or is loaded now."""
+    """Returns accumulator·rescale + p·V; V from the key `start` on is `value`, or is loaded now."""
     IS_FP8: tl.constexpr = VALUES == "channel"
     if TCGEN05:
         # l is never negative, but the compiler doesn't know: it must sum p now rather than keep all of it for later.
@@ -213,7 +194,9 @@ def _add_values(
     if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
     if value is None:
-        value = _values(v, batch, kv_head, tile, IS_FP8 and V_TRANSPOSED, D)
+        value = load_values(
+            v, batch, kv_head, kv_heads, start, length, IS_FP8 and V_TRANSPOSED, ARE_WHOLE, p.shape[1], D
+        )
     if IS_FP8:
         if V_TRANSPOSED:
             probabilities = _in_order_of_v(probabilities)
@@ -222,8 +205,8 @@ def _add_values(
         else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
             if UNIT_SCALES and not INTERPRETED:
                 products = tl.dot_scaled(
-                    probabilities, tl.full((p.shape[0], TILE // 32), 127, tl.uint8), "e4m3",
-                    value, tl.full((D, TILE // 32), 127, tl.uint8), "e4m3",
+                    probabilities, tl.full((p.shape[0], p.shape[1] // 32), 127, tl.uint8), "e4m3",
+                    value, tl.full((D, p.shape[1] // 32), 127, tl.uint8), "e4m3",
                 )  # fmt: skip
             else:
                 products = tl.dot(probabilities, loaded_e4m3(value))
@@ -236,20 +219,22 @@ def _add_values(
 @triton.jit
 def _phase(
     accumulator, l, m, kept, q_elements, q_scales, q_tensor_scale, k_elements, k_scales, k_tensor_scale, v,
-    softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, indices, first, last,
-    words, log_counts, key_mask, fine_mask, guards, k_length, start, skip_below, skipped, zero,
+    softmax_scale_log2, offset, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, k_rows, v_rows,
+    indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
+    """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on, KEYS keys
+    at a time.
 
     Without `indices` they are the tiles of means from `first` to `last`, each with its word of bits in `words`.
+    k_rows, v_rows: of one head, where operands are pointers.
     """
     head = batch * heads + head_in_batch
     q_tokens = start + tl.arange(0, ROWS)
-    q = q_elements.load([batch, head_in_batch, start, 0])
-    q = tl.reshape(q, (ROWS, q.shape[3]))
+    q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
     if STORAGE == "row" or STORAGE == "tile":
         row_factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     elif ELEMENT == "bf16":
@@ -260,31 +245,42 @@ def _phase(
     else:
         row_factor = tl.full((ROWS,), 1.0, tl.float32)
     if STORAGE == "block":
-        q_scales = _load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
+        q_scales = load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
     if offset is None or ELEMENT != "bf16":
         shift = tl.zeros((ROWS,), tl.float32)
     else:
         shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
-    for step in tl.range(first, last, num_stages=STAGES):
-        tile = step if indices is None else tl.load(indices + step)
+    PARTS: tl.constexpr = TILE // KEYS
+    ARE_WHOLE: tl.constexpr = log_counts is None  # bf16 means need not fill a tile
+    for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
+        tile = step // PARTS
+        if indices is not None:
+            tile = tl.load(indices + tile)
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
-        k = k_elements.load([batch, kv_head, tile * TILE, 0])
-        k = tl.reshape(k, (TILE, k.shape[3]))
-        s = _products(q, q_scales, k, k_scales, kv_tile, zero, ELEMENT, STORAGE, BLOCK, D, TCGEN05)
+        part = step - step // PARTS * PARTS
+        k_start = tile * TILE + part * KEYS
+        k = load_rows(k_elements, batch, kv_head, kv_heads, k_start, k_rows, ARE_WHOLE, KEYS, D)
+        s = _products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT, STORAGE, BLOCK, D, TCGEN05)
         factor = row_factor
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)
         if log_counts is not None:
-            s = _scores_of_means(s, factor, tl.load(words + tile), log_counts + tile * TILE, TCGEN05)
+            word = tl.load(words + tile) >> part * (KEYS // SUBTILES)
+            s = _scores_of_means(s, factor, word, log_counts + k_start, TCGEN05)
             factor = tl.full((ROWS,), 1.0, tl.float32)
         if MASKED or key_mask is not None:
-            seen = _seen(tile, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL, TCGEN05)
+            seen = _seen(
+                k_start, key_mask, fine_mask, guards, k_length, q_tokens, MASKED and CAUSAL, KEYS, TCGEN05
+            )
             s = tl.where(seen, s.to(tl.float32), float("-inf"))
             if STORAGE == "tile":  # 0·−inf is NaN
                 factor = tl.maximum(factor, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL)
         value = None
         if skip_below is not None:  # outside the branch, so that it is loaded ahead
-            value = _values(v, batch, kv_head, tile, VALUES == "channel" and V_TRANSPOSED, D)
+            value = load_values(
+                v, batch, kv_head, kv_heads, k_start, v_rows, VALUES == "channel" and V_TRANSPOSED,
+                ARE_WHOLE, KEYS, D,
+            )  # fmt: skip
         # A score is s·factor − shift; the maximum is taken over s, so that the exponent is one fused multiply-add,
         # and of int8 products before they are converted: Hopper compares three integers at once.
         highest = _largest(s, skip_below).to(tl.float32) * factor - (shift + P_SHIFT)
@@ -299,20 +295,20 @@ def _phase(
             m = m_new
             if not TCGEN05:
                 accumulator = _add_values(
-                    accumulator, l, rescale, p, value, v, batch, kv_head, tile,
-                    VALUES, V_TRANSPOSED, D, TCGEN05, UNIT_SCALES,
+                    accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
+                    VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
                 )  # fmt: skip
         else:
             kept = 0
             if skipped is not None:
                 tl.atomic_add(skipped, ROWS // 64, sem="relaxed")
             if TCGEN05:
-                p = tl.zeros((ROWS, TILE), tl.float32)
+                p = tl.zeros((ROWS, KEYS), tl.float32)
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator = _add_values(
-                accumulator, l, rescale, p, value, v, batch, kv_head, tile,
-                VALUES, V_TRANSPOSED, D, TCGEN05, UNIT_SCALES,
+                accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
+                VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
             )  # fmt: skip
     return accumulator, l, m, kept
 
@@ -334,7 +330,8 @@ def attend(
     MEAN: tl.constexpr, MEAN_STORAGE: tl.constexpr, MEAN_BLOCK: tl.constexpr, MEAN_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
-    UNIT_SCALES: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr, MEAN_STAGES: tl.constexpr,
+    UNIT_SCALES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    MEAN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -362,6 +359,7 @@ def attend(
     `key_mask` does.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
+    rows = k_tiles * TILE
     blocks = tl.cdiv(q_length, ROWS)
     for work in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1, disable_licm=True):
         # The condition always holds, but Triton before 3.9 moves nothing out from under it. Without it, disable_licm is
@@ -403,11 +401,11 @@ def attend(
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                     k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
-                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, rows, rows,
                     tiles, 0, high_end, None, None, wide_mask, None, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, STAGES,
                 )  # fmt: skip
             if LOW is not None:
                 if LOW_UNITS and HIGH is not None and not HIGH_UNITS:
@@ -419,21 +417,21 @@ def attend(
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
-                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, rows, rows,
                     tiles, high_end, low_end, None, None, wide_mask, None, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, STAGES,
                 )  # fmt: skip
                 if HIGH is None:
                     accumulator, l, m, kept = _phase(
                         accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                         k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
-                        batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                        batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, rows, rows,
                         tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length, start,
                         skip_below, own_skipped, zero,
                         LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                        EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
+                        EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
                     )  # fmt: skip
                 if LOW_UNITS and not HIGH_UNITS:
                     accumulator = out_of_units(accumulator, own_units)
@@ -445,11 +443,11 @@ def attend(
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
                     k_high, k_high_scales, k_high_tensor_scale, v_high, softmax_scale_log2, offset,
-                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, rows, rows,
                     tiles, low_end, end, None, None, own_mask, fine_mask, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, MASKED_STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
                 )  # fmt: skip
             if HIGH_UNITS:
                 accumulator = out_of_units(accumulator, own_units)
@@ -459,6 +457,8 @@ def attend(
                     accumulator = in_units(accumulator, own_units)
                     l_before, m_before = l, m
                 mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
+                # What the quantiser encodes fills whole tiles, bf16 means don't.
+                subtiles, rows_of_means = k_tiles * SUBTILES, mean_tiles * TILE
                 own_row = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(
                     tl.int64
                 )
@@ -466,10 +466,11 @@ def attend(
                     accumulator, l, m, kept, mean_q, mean_q_scales, mean_q_tensor_scale,
                     mean_k, mean_k_scales, mean_k_tensor_scale, mean_v, softmax_scale_log2, None,
                     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles,
+                    subtiles if MEAN == "bf16" else rows_of_means, rows_of_means if MEAN_UNITS else subtiles,
                     None, 0, mean_tiles, means + own_row * mean_tiles, log_counts + batch * (mean_tiles * TILE),
                     None, None, guards, k_length, start, None, None, zero,
                     MEAN, MEAN_STORAGE, MEAN_BLOCK, MEAN_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, MEAN_STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MEAN_STAGES,
                 )  # fmt: skip
                 if MEAN_UNITS:
                     accumulator = out_of_units(accumulator, own_units)

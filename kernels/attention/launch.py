@@ -14,12 +14,19 @@ import triton
 from dma_diffusers.kernels.attention import hopper
 from dma_diffusers.kernels.attention.hopper_split import Split
 from dma_diffusers.kernels.attention.kernel import attend
+from dma_diffusers.kernels.attention.strides import bf16_for_tma, is_read_as_it_is, row_major
 from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.device.recording import Recorder, Recording
 from dma_diffusers.kernels.formats import rotate_blocks
-from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage, architecture, named
+from dma_diffusers.kernels.lowerings import (
+    TCGEN05_ARCHITECTURES,
+    WITHOUT_TMA,
+    Storage,
+    architecture,
+    named,
+)
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -27,7 +34,6 @@ from dma_diffusers.kernels.quantiser.launch import (
     Encoded,
     Source,
     Statistics,
-    are_paired,
     encode,
     statistics_of,
 )
@@ -69,7 +75,9 @@ class Variant:
         high, low, means = (
             precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
         )
-        tuned = tuning(target, dim, tuple(c and c.scales for c in _encoded(high, low, means)))
+        encoded = _encoded(high, low, means)
+        tuned = tuning(target, dim, tuple(c and c.scales for c in encoded), encoded[1] and encoded[1].values)
+        tuned = tuned if plan.skip_below is None else tuned.skipping
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
     @property
@@ -124,18 +132,21 @@ class Inputs:
     @classmethod
     def of(cls, call: Call, plan: Plan, variant: Variant) -> "Inputs":
         """Copies are made only where the kernels can't read the call's own tensors."""
-        q, k, v = (x if _is_read_as_it_is(x) else _row_major(x) for x in (call.q, call.k, call.v))
+        q, k, v = (x if is_read_as_it_is(x) else row_major(x) for x in (call.q, call.k, call.v))
         order = plan.token_order
         mask = None if call.key_mask is None else _whole_tiles(call.key_mask, order)
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
-        source = Source(q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block)
+        source = Source(
+            q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block,
+            in_tiles=variant.target in WITHOUT_TMA,
+        )  # fmt: skip
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
             variant.stores_values(Storage.PLAIN),
         )
         bf16 = tuple(
-            bf16_for_tma(x) if is_read and order is None else None
+            bf16_for_tma(x) if is_read and not source.is_copied else None
             for x, is_read in zip((q, k, quantiser.narrowed(v, torch.bfloat16)), read, strict=True)
         )
         return cls(source, call.key_mask, bf16)
@@ -289,7 +300,7 @@ def _launch(
         source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
         source.norms, call.smooth_v,
     )  # fmt: skip
-    needs_v = is_channel or source.token_order is not None or variant.means is not None
+    needs_v = is_channel or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they sum means too, or re-encode rotated blocks, for which
     # they would spill. Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
@@ -405,11 +416,11 @@ def _attend(
         attend, (min(blocks, most),), *arguments, blocks, 0.0, *of_means, *multiplied,
         CAUSAL=is_causal, MASKS_ALL=plan.masks_all, V_TRANSPOSED=tuned.transposed_v, ROWS=tuned.rows, D=dim,
         EXP_SHARE=tuned.exp_share, TCGEN05=is_tcgen05,
-        UNIT_SCALES=tuned.unit_scales, STAGES=tuned.stages,
+        UNIT_SCALES=tuned.unit_scales, KEYS=tuned.keys, STAGES=tuned.stages,
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
         # Where tiles may be skipped as well, sm_120 would spill with more.
         MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
-        num_warps=tuned.warps if plan.skip_below is None else tuned.skipping_warps or tuned.warps,
+        num_warps=tuned.warps,
         enable_fp_fusion=True,
         # Variants that may skip tiles or take means would spill.
         maxnreg=None if tuned.slots or variant.means or plan.skip_below is not None else tuned.registers,
@@ -457,36 +468,26 @@ def _operands(
     if stored is None:
         return [None] * 7
     descriptor = hopper.descriptor if variant.in_gluon else row_descriptor
+    if variant.target in WITHOUT_TMA:
+        descriptor = _pointer
     columns, dim, tuned = stored.columns(variant.dim), variant.dim, variant.tuned
     value = values.get(stored.values, bf16_v)
     is_transposed = stored.values is Storage.CHANNEL and tuned.transposed_v
     return [
         descriptor(q.elements, tuned.rows, columns), q.scales, q.tensor_scale,
-        descriptor(k.elements, TILE, columns),
+        descriptor(k.elements, tuned.keys, columns),
         scale_descriptor(k.scales) if stored.storage is Storage.BLOCK else k.scales, k.tensor_scale,
-        descriptor(value, *((dim, TILE) if is_transposed else (TILE, dim))),
+        descriptor(value, *((dim, tuned.keys) if is_transposed else (tuned.keys, dim))),
     ]  # fmt: skip
+
+
+def _pointer(x: torch.Tensor, *_: int) -> torch.Tensor:
+    """The tensor itself, which the quantiser wrote in whole tiles."""
+    return x
 
 
 def _encoded(high: Stored | None, low: Stored | None, means: Stored | None) -> Classes:
     return (means if high is None and means != low else high), low
-
-
-def bf16_for_tma(x: torch.Tensor) -> torch.Tensor:
-    """x in bfloat16 with strides that TMA takes (multiples of 16 bytes); a copy only where x has others."""
-    x = x.to(torch.bfloat16)
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if aligned else _row_major(F.pad(x, (0, -x.shape[-1] % 8)))
-
-
-def _is_read_as_it_is(x: torch.Tensor) -> bool:
-    """Says whether rows lie as the kernels read them fastest: otherwise sums had another order, so other bits."""
-    return x.stride(-1) == 1 and (x.shape[-1] % 2 == 1 or are_paired(x))
-
-
-def _row_major(x: torch.Tensor) -> torch.Tensor:
-    """A copy with the strides of its shape; `contiguous` leaves dimensions of size 1 any stride."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _whole_tiles(key_mask: torch.Tensor, token_order: torch.Tensor | None) -> torch.Tensor:

@@ -30,6 +30,7 @@ def attention(
     *,
     sums_rounded: bool = False,
     skip_rows: int = 64,
+    keys_at_once: int = TILE,
     skipped: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with Q·K and P·V in the precision that the plan's map gives each tile.
@@ -47,6 +48,7 @@ def attention(
         are rounded by `e4m3_power`. INT8 ones, which are unsigned, always are.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
+    keys_at_once: so many keys of a tile have one maximum, under which their probabilities are rounded.
     skipped: int32 `[B, H]`, to which the skipped tiles of each head are added, counted in blocks of 64 queries.
     Raises ValueError unless each token has one slot in the plan's token order, which is for Sq = Sk, not causal.
     Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087; means: Sol-Attn, arXiv 2607.24027.
@@ -98,7 +100,7 @@ def attention(
                 s = torch.where(slots.seen(row_batch[active], q_tokens, tokens, phase), s, -math.inf)
             state = (m, l, accumulator)
             old = [x[:count] for x in state]
-            new = _added(*old, s, operands.v[kv_tile], operands.pv, sums_rounded)
+            new = _added(*old, s, operands.v[kv_tile], operands.pv, sums_rounded, keys_at_once)
             if plan.skip_below is not None:
                 highest = s.amax(-1, keepdim=True) - P_SHIFT
                 is_below = (highest < m[:count] + math.log2(plan.skip_below)) | ~slots.is_query[
@@ -134,7 +136,9 @@ def attention(
             is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             v = operands.v[tile]
-            m, l, accumulator = _added(m, l, accumulator, s, v, operands.pv, sums_rounded, are_means=True)
+            m, l, accumulator = _added(
+                m, l, accumulator, s, v, operands.pv, sums_rounded, keys_at_once, are_means=True
+            )
         if units is not None:
             accumulator = accumulator * units.scale + l * units.mean
 
@@ -163,19 +167,24 @@ def _added(
     v: torch.Tensor,
     pv: str,
     sums_rounded: bool,
+    keys_at_once: int,
     are_means: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The state of the online softmax, m, l and accumulator, after a tile with scores s `[rows, 128, 128]`."""
-    m_new = torch.maximum(m, s.amax(-1, keepdim=True) - P_SHIFT)
-    p = torch.exp2(s - m_new)
-    rescale = torch.exp2(m - m_new)
     sums_rounded = pv == "int8" or (sums_rounded and pv == "fp8")
-    if sums_rounded and are_means and pv == "fp8":
-        rounded = e4m3_power(s - m_new).float()
-    else:
-        rounded = quantiser.rounded_p(p, pv)
-    summed = rounded if sums_rounded else p
-    return m_new, l * rescale + summed.sum(-1, keepdim=True), accumulator * rescale + rounded @ v
+    for scores, values in zip(s.split(keys_at_once, -1), v.split(keys_at_once, -2), strict=True):
+        m_new = torch.maximum(m, scores.amax(-1, keepdim=True) - P_SHIFT)
+        p = torch.exp2(scores - m_new)
+        rescale = torch.exp2(m - m_new)
+        if sums_rounded and are_means and pv == "fp8":
+            rounded = e4m3_power(scores - m_new).float()
+        else:
+            rounded = quantiser.rounded_p(p, pv)
+        summed = rounded if sums_rounded else p
+        l = l * rescale + summed.sum(-1, keepdim=True)
+        accumulator = accumulator * rescale + rounded @ values
+        m = m_new
+    return m, l, accumulator
 
 
 @dataclass(frozen=True)

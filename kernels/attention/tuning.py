@@ -1,15 +1,14 @@
 """The tuning table: how the attention kernel is built for each architecture, head dimension and pair of storages.
 
-sm_100, sm_103 and sm_120: from what the compiler makes of each variant (ahead_of_time/instructions.md). sm_90: from
-times on an H200.
+sm_90: from times on an H200. All others: from what the compiler makes of each variant (ahead_of_time/instructions.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 
 from dma_diffusers.kernels.device.tritons import TRITON, Version
-from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, Storage
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, WITHOUT_TMA, Storage
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Tuning:
     """One variant of the attention kernel.
 
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
+    keys: of a KV tile that are handled together, 64 or all 128; all where tiles may be skipped, and of block formats.
     warps: of one program. skipping_warps: of one that may skip tiles, where these are others.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
@@ -31,6 +31,7 @@ class Tuning:
     """
 
     rows: int = 128
+    keys: int = 128
     warps: int = 8
     skipping_warps: int | None = None
     stages: int = 5
@@ -42,14 +43,21 @@ class Tuning:
     exp_share: int = 0
     slots: int | None = None
 
+    @property
+    def skipping(self) -> "Tuning":
+        """The variant for calls that may skip tiles, which are looked at as a whole."""
+        return replace(self, keys=128, warps=self.skipping_warps or self.warps)
+
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
 _SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
+_AMPERE = {"rows": 128, "warps": 8, "keys": 64, "transposed_v": True}
 _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
-    # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), variant.
+    # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), to which
+    # /plain is added if LOW has bf16 P·V, variant.
     (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
     (("sm_103",), "*", 128, "*", Tuning(registers=190, programs=1)),
     (("sm_100",), "*", 64, "*", Tuning(exp_share=5, programs=1)),
@@ -70,30 +78,34 @@ TABLE = (
         Tuning(stages=1, masked_stages=1),
     ),  # widened by Triton: for tests alone
     *((("sm_90",), "*", dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
+    (("sm_90",), "*", 128, "*/plain", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
-    (
-        ("sm_89",),
-        "3.6",
-        256,
-        "*",
-        Tuning(rows=64, warps=4, stages=1, masked_stages=1),
-    ),  # too much memory with eight
-    (("sm_89",), "*", 256, "*", Tuning(rows=64, stages=1, masked_stages=1)),
+    (WITHOUT_TMA, "*", 256, "*", Tuning(**_AMPERE | {"rows": 64}, stages=1, masked_stages=1)),
+    # A block of 128 rows would spill with FP8 P·V, whose sums take registers of their own.
+    (("sm_89",), "*", 128, "*", Tuning(**_AMPERE | {"rows": 64, "warps": 4})),
+    (WITHOUT_TMA, "*", "*", "*", Tuning(**_AMPERE)),
     (("*",), "*", "*", "*", Tuning(stages=1, masked_stages=1)),
 )
 
 
 @cache
 def tuning(
-    architecture: str, dim: int, classes: tuple[Storage | None, Storage | None], triton: Version = TRITON
+    architecture: str,
+    dim: int,
+    classes: tuple[Storage | None, Storage | None],
+    low_values: Storage | None = Storage.CHANNEL,
+    triton: Version = TRITON,
 ) -> Tuning:
     """The first row of the table that fits.
 
-    dim is 64, 128 or 256, classes are the storages of HIGH and LOW, triton is the compiler's version.
+    dim is 64, 128 or 256, classes are the storages of HIGH and LOW, low_values is that of V in LOW, triton is the
+    compiler's version.
     """
     storages = "|".join(storage or "-" for storage in classes)
+    if low_values is Storage.PLAIN:
+        storages += "/plain"
     version = ".".join(map(str, triton))
     return next(
         row

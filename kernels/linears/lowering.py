@@ -7,11 +7,13 @@ from dma_diffusers.kernels.linears.groups import ALONE, MIXABLE, Groups
 from dma_diffusers.kernels.lowerings import (
     BLOCK_SCALED_ARCHITECTURES,
     KERNEL_ARCHITECTURES,
+    WITHOUT_FP8,
     Choice,
     has_triton,
 )
 
 _OLDEST_INT8 = 80
+_WITH_FP8 = tuple(name for name in KERNEL_ARCHITECTURES if name not in WITHOUT_FP8)
 
 
 class Lowering(NamedTuple):
@@ -41,8 +43,8 @@ def _native(architecture: str, groups: Groups, out_features: int | None) -> str 
 def _scaled_mm(architecture: str, groups: Groups, out_features: int | None) -> str | None:
     if groups.block is not None and architecture != "sm_90":
         return f"block formats are re-encoded for sm_90 alone, not for {architecture}"
-    if architecture not in KERNEL_ARCHITECTURES:
-        return f"{architecture} has no FP8 MMA ({', '.join(KERNEL_ARCHITECTURES)} have)"
+    if architecture not in _WITH_FP8:
+        return f"{architecture} has no FP8 MMA ({', '.join(_WITH_FP8)} have)"
     if groups.block is not None and not has_triton():
         return "Triton is not installed"
     return _multiples(16, groups, out_features)

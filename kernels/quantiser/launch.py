@@ -26,6 +26,7 @@ class Source:
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
         in that order.
     rotated_block: so many channels of q and of k are mixed in formats other than bf16, 1 for none.
+    in_tiles: whether bf16 numbers are written too, in whole tiles, though they could be read where the model has them.
     """
 
     q: torch.Tensor | None = None
@@ -38,6 +39,12 @@ class Source:
     token_order: torch.Tensor | None = None
     norms: Norms | None = None
     rotated_block: int = 1
+    in_tiles: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """Says whether bf16 numbers are written, too."""
+        return self.in_tiles or self.token_order is not None
 
     @property
     def lengths(self) -> tuple[int, int, int | None]:
@@ -208,14 +215,18 @@ def encode(
     registers: the most that a thread may use; None leaves it to the compiler.
     """
     q, k, v = source.q, source.k, source.v
-    stays = source.token_order is None
     q_length, k_length, token_count = source.lengths
     q_operands, k_operands = (
         [
             None
             if x is None
             or stored is None
-            or (stored.format.name == "bf16" and rope is None and source.norms is None and stays)
+            or (
+                stored.format.name == "bf16"
+                and rope is None
+                and source.norms is None
+                and not source.is_copied
+            )
             else Operand.empty(launcher, stored, x, length, x_amax, is_key)
             for stored in classes
         ]
@@ -233,7 +244,7 @@ def encode(
     if v is not None and known.v_units is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
-    if v is not None and not stays and any(c and c.values is Storage.PLAIN for c in classes):
+    if v is not None and source.is_copied and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
     means = None if of_means is None else Means.empty(launcher, of_means, k, k_length)
     encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, means)

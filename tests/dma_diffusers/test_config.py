@@ -100,6 +100,15 @@ def test_exact_quantises_nothing_and_takes_no_changes():
         DMAConfig.preset("exact", high="mxfp8")
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_87"])
+def test_auto_has_bf16_values_where_there_is_no_fp8(monkeypatch, architecture):
+    monkeypatch.setattr("dma_diffusers.kernels.lowerings.architecture", lambda device: architecture)
+    auto = DMAConfig.preset("auto")
+    assert (auto.high, auto.low) == ("bf16", "int8/bf16")
+    pytest.importorskip("triton")
+    assert "nobody has run it: it was compiled" in auto.why_stock(CPU, 64)
+
+
 def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
     auto = DMAConfig.preset("auto")
     assert "block-scaled MMA" in auto.why_stock(CPU, 64)
@@ -127,7 +136,12 @@ def test_auto_is_stock_where_nothing_is_faster_and_says_why(monkeypatch):
         (
             "sm_80",
             {"high": "bf16", "low": "int8"},
-            "nothing is faster than stock: native: no kernel is built for sm_80",
+            "nothing is faster than stock: native: sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16",
+        ),
+        (
+            "sm_86",
+            {"high": "bf16", "low": "int8/bf16"},
+            "bf16|int8/bf16 (native) at head_dim 128 is not shown to be faster than stock on sm_86, where nobody has",
         ),
     ],
 )

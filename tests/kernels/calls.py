@@ -227,13 +227,16 @@ def launched(*positional, lowering="native", run=None, **given):
 
 
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums FP8 probabilities as it multiplies them; who skips tiles together."""
+    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; the keys of one maximum."""
     from dma_diffusers.kernels.attention.launch import Variant
 
     q = torch.empty(1, 1, 1, call.head_dim, device=device)
     precisions = Precisions.parse(call.high, call.low)
-    variant = Variant.of(KernelCall(q, q, q), Plan(call.map()), precisions, lowering, target)
-    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows}
+    variant = Variant.of(
+        KernelCall(q, q, q), Plan(call.map(), skip_below=call.skip_below), precisions, lowering, target
+    )
+    keys = variant.tuned.keys
+    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows, "keys_at_once": keys}
 
 
 def with_hidden(tensors: tuple[torch.Tensor, ...], of_k: float, of_v: float) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,14 @@ in the last bits, so that now and then a probability rounds to the neighbouring 
 import pytest
 import torch
 
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, NATIVE, Storage, architecture, named
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    NATIVE,
+    Storage,
+    architecture,
+    choose,
+    named,
+)
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
@@ -31,25 +38,25 @@ from tests.kernels.guarded import guarded
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
 
-def run(call: Call, device: torch.device, tensors=None, lowering="native", skipped=None):
+def run(call: Call, device: torch.device, tensors=None, lowering="native", skipped=None, target=None):
     q, k, v, mask = call.tensors(device) if tensors is None else tensors
     return launched(
         q, k, v, call.map(), call.high, call.low, lowering=lowering,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
         masks_all=not call.masks_text, **call.ropes(device), norms=call.norms(device), **call.prepared,
-        skip_below=call.skip_below, skipped=skipped,
+        skip_below=call.skip_below, skipped=skipped, target=target,
     )[:2]  # fmt: skip
 
 
-def expected(call: Call, device: torch.device, lowering: str, skipped=None):
+def expected(call: Call, device: torch.device, lowering: str, skipped=None, target=None):
     q, k, v, mask = call.tensors(device)
     return by_reference(
         q, k, v, call.map(), call.high, call.low,
         key_mask=mask, is_causal=call.is_causal, token_order=call.token_order_on(device),
         fine_mask=call.fine_mask_on(device),
         **call.ropes(device), norms=call.norms(device), **call.prepared,
-        **as_the_kernel(call, lowering, device),
+        **as_the_kernel(call, lowering, device, target),
         skip_below=call.skip_below, skipped=skipped,
     )  # fmt: skip
 
@@ -70,13 +77,13 @@ def skip_what_triton_gets_wrong(call: Call, lowering: str, device: torch.device)
         pytest.skip("Triton 3.6 asserts on widened NVFP4, and miscompiles LOW alone and 128 channels")
 
 
-def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
+def assert_agree(call: Call, device: torch.device, lowering: str, target: str | None = None) -> None:
     """In the interpreter only sums differ, in their order; on Hopper, FP8 MMA also keeps few bits of a sum."""
     skip_what_triton_gets_wrong(call, lowering, device)
     counts = [torch.zeros(call.batch, call.heads, dtype=torch.int32, device=device) for _ in range(2)]
     skipped, reference_skipped = counts if call.skip_below is not None else (None, None)
-    out, lse = run(call, device, lowering=lowering, skipped=skipped)
-    reference_out, reference_lse = expected(call, device, lowering, reference_skipped)
+    out, lse = run(call, device, lowering=lowering, skipped=skipped, target=target)
+    reference_out, reference_lse = expected(call, device, lowering, reference_skipped, target)
     assert torch.equal(*counts) and (call.skip_below is None or (skipped > 0).all())
     assert out.shape == reference_out.shape and out.dtype == reference_out.dtype
     is_fp8 = device.type == "cuda" and (call.low == "fp8" or call.low.startswith("mxfp6"))
@@ -97,6 +104,32 @@ def assert_agree(call: Call, device: torch.device, lowering: str) -> None:
     if is_rounded and not is_fp8:
         # In calls that skip, scores are large: one probability is much of a sum.
         assert (difference <= 1e-4).float().mean() >= (0.5 if call.skip_below is None else 0.2)
+
+
+OLDER_CALLS = [
+    Call(500, 500, 64, high="bf16", low="int8/bf16"),
+    Call(300, 700, 128, heads=4, kv_heads=2, high="bf16", low="int8/bf16", masks_keys=True),
+    Call(
+        700, 700, 128, high="bf16", low="int8/bf16", is_causal=True, tokens_first=True, dtype=torch.bfloat16
+    ),
+    Call(500, 500, 72, high="bf16", low="int8/bf16", has_rope=True, has_norms=True, text=(0, 20)),
+    Call(300, 300, 200, high="bf16", low="int8/bf16"),
+    Call(500, 500, 64, high="bf16", low="int8"),
+    Call(500, 500, 128, high="bf16", low="fp8", window=0, sink=0),
+    Call(500, 500, 128, high="mxfp8", low="mxfp4"),
+    Call(640, 640, 64, high="bf16", low="int8/bf16", means=2),
+    Call(301, 301, 128, high="bf16", low="int8/bf16", means=1, window=0, sink=0),
+    Call(300, 300, 64, high="bf16", low="mxfp4", means=2),
+    Call(700, 700, 64, high="bf16", low="int8/bf16", has_token_order=True, empty_slots=68),
+    Call(640, 640, 64, high="bf16", low="int8/bf16", skip_below=0.05),
+]
+
+
+@pytest.mark.parametrize("call", OLDER_CALLS, ids=str)
+def test_without_tma_operands_are_read_by_pointers(call, kernel_device):
+    """As on an RTX 40: the variant of sm_89 has everything that those of older GPUs have."""
+    lowering = choose("sm_89", call.head_dim, call.high, call.low).lowering
+    assert_agree(call, kernel_device, lowering, target="sm_89")
 
 
 def test_each_head_has_its_own_window(kernel_device):
@@ -359,7 +392,7 @@ def test_two_launches_before_the_attention_kernel_or_none(
 
 def test_v_is_read_where_it_lies(kernel_device):
     """A model's own bf16 values need no copy for HIGH tiles, in either layout."""
-    from dma_diffusers.kernels.attention.launch import bf16_for_tma
+    from dma_diffusers.kernels.attention.strides import bf16_for_tma
 
     for tokens_first in (False, True):
         v = Call(300, 300, 64, dtype=torch.bfloat16, tokens_first=tokens_first).tensors(kernel_device)[2]

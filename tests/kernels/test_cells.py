@@ -4,6 +4,7 @@ import pytest
 
 from dma_diffusers.kernels import cells
 from dma_diffusers.kernels.formats import FORMATS
+from dma_diffusers.kernels.lowerings import KERNEL_ARCHITECTURES
 from dma_diffusers.kernels.precision import Precisions
 from tests.kernels.calls import NAMED_CALLS
 from tests.kernels.format_calls import FORMAT_CALLS
@@ -24,7 +25,7 @@ def test_the_page_is_what_the_lowerings_say():
 
 def test_every_cell_says_how_or_why_not():
     pytest.importorskip("triton")
-    for architecture in cells.ARCHITECTURES:
+    for architecture in KERNEL_ARCHITECTURES:
         for name in FORMATS:
             words, reason = cells.cell(architecture, name)
             assert (words == "reference") == bool(reason)
@@ -32,6 +33,10 @@ def test_every_cell_says_how_or_why_not():
     assert cells.cell("sm_90", "int8") == ("native: run", "")
     assert cells.cell("sm_103", "int4") == ("reference", "faithful: sm_103 has no INT8 MMA in tensor memory")
     assert cells.cell("sm_90", "int8", "mxfp4")[0] == "refused"
+    assert cells.cell("sm_80", "int8") == ("native: compiled", "")
+    assert cells.cell("sm_80", "int8", "fp8")[1].endswith(
+        "no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
+    )
 
 
 def test_every_format_is_among_the_calls_that_are_interpreted():

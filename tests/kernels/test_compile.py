@@ -29,7 +29,8 @@ KIND_OF_QK = {
 SINGLE = [("mxfp8", None), ("mxfp8_e5m2", None), (None, "mxfp4"), (None, "nvfp4")]
 MOST_SHARED_BYTES = dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024)
 BARRIER = 8  # bytes; the smallest buffer has 512
-MOST_SHARED_BYTES |= dict.fromkeys(("sm_89", "sm_120"), 99 * 1024)
+MOST_SHARED_BYTES |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 * 1024)
+MOST_SHARED_BYTES |= dict.fromkeys(("sm_80", "sm_87"), 163 * 1024)
 
 
 @lru_cache
@@ -270,11 +271,56 @@ def test_hopper_multiplies_at_its_own_rates(high, low, kinds, head_dim):
     assert compiled.metadata.shared <= MOST_SHARED_BYTES["sm_90"]
 
 
+AMPERE = [("sm_80", "int8/bf16"), ("sm_86", "int8/bf16"), ("sm_89", "int8")]
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("target", "low"), AMPERE)
+@pytest.mark.parametrize("classes", ["mixed", "high", "low"])
+def test_ampere_and_ada_multiply_at_their_own_rates_without_spills(target, low, classes, head_dim):
+    """INT8 Q·K and bf16 P·V, in FP8 on Ada; operands come asynchronously, and K and V have two buffers in each loop."""
+    high, low = "bf16" if classes != "low" else None, low if classes != "high" else None
+    values = "e4m3" if low == "int8" else "bf16"
+    for kernel, arguments, options in ahead.launches(target, high, low, head_dim):
+        compiled = ahead.compile_launch(kernel, arguments, options, target)
+        assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
+        registers, spills = ahead.resources(compiled.asm["cubin"])
+        assert spills == 0 and registers > 20
+        if target != "sm_89":
+            assert "e4m3" not in compiled.asm["ptx"] and "e5m2" not in compiled.asm["ptx"]
+    expected = ({"mma.sync bf16"} if high else set()) | (
+        {"mma.sync s8", f"mma.sync {values}"} if low else set()
+    )
+    assert set(ahead.mma_kinds(compiled.asm["ptx"])) == expected
+    assert "ldmatrix" in compiled.asm["ptx"] and "cp.async.cg.shared.global" in compiled.asm["ptx"]
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d)x64x\d+x\w+,", compiled.asm["ttgir"])
+    assert buffers and set(buffers) == {"2"}
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("target", "low"), AMPERE[1:])
+@pytest.mark.parametrize("given", [
+    {"is_causal": True, "masks_keys": True}, {"has_means": True}, {"slots": 384, "has_fine_mask": True},
+    {"slots": 384, "has_fine_mask": True, "masks_keys": True},
+], ids=str)  # fmt: skip
+def test_other_variants_spill_nothing_on_ampere_and_ada(target, low, given, head_dim):
+    for kernel, arguments, options in ahead.launches(target, "bf16", low, head_dim, **given):
+        compiled = ahead.compile_launch(kernel, arguments, options, target)
+        assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
+        registers, spills = ahead.resources(compiled.asm["cubin"])
+        both_masks = "masks_keys" in given and "has_fine_mask" in given
+        spills_on = (
+            TRITON < (3, 7) and both_masks and (target, head_dim) == ("sm_86", 128)
+        )  # kernels/tritons.md
+        assert spills <= 24 * spills_on and registers > 20
+
+
 def test_every_head_dim_fits():
     """Triton compiles kernels that fit neither tensor nor shared memory all the same, and they can't start."""
     for target, high, low, head_dim in (
         ("sm_100", "mxfp8", "mxfp4", 256), ("sm_100", "bf16", "int8", 256), ("sm_90", "bf16", "int8", 256),
         ("sm_120", "mxfp8", "mxfp4", 256), ("sm_89", "bf16", "int8", 256), ("sm_103", "bf16", "fp8", 128),
+        ("sm_86", "bf16", "int8/bf16", 256), ("sm_86", "bf16", "int8/bf16", 72), ("sm_80", "bf16", "int8/bf16", 40),
     ):  # fmt: skip
         for classes in ((high, low), (high, None), (None, low)):
             compiled = attend(target, *classes, head_dim)
@@ -356,6 +402,10 @@ def test_bad_requests():
         ValueError, match="no kernel multiplies mxint8 on sm_100: choose from bf16, fp8, int8"
     ):
         ahead.compile_all("sm_100", low="mxint8")
+    with pytest.raises(
+        ValueError, match=r"no kernel multiplies bf16\|int8 on sm_80: native: .* write int8/bf16"
+    ):
+        ahead.compile_all("sm_80", low="int8")
 
 
 @pytest.mark.parametrize("lengths", [(257, 1000), (1024, 1040), (1024, 257)])

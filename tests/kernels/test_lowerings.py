@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dma_diffusers.kernels.lowerings import LOWERINGS, architecture, choose
+from dma_diffusers.kernels.defaults import default_formats
+from dma_diffusers.kernels.lowerings import LOWERINGS, WITHOUT_FP8, architecture, choose
 from dma_diffusers.kernels.precision import Precisions
 
 
@@ -27,6 +28,14 @@ def test_hopper_reencodes_block_formats(target, pair, lowering):
     assert lowering == "native" or f"native: {target} has no block-scaled MMA" in chosen.reason
 
 
+@pytest.mark.parametrize("target", WITHOUT_FP8)
+def test_ampere_multiplies_int8_and_bf16(target):
+    pytest.importorskip("triton")
+    assert default_formats(target) == ("bf16", "int8/bf16")
+    assert choose(target, 128, *default_formats(target)).lowering == "native"
+    assert choose(target, 128, "mxfp8", "mxfp8/bf16").lowering == "faithful"  # such numbers are bf16 numbers
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("fmt", ["mxint8", "mxint6", "mxint4", "nvint4"])
 def test_integers_in_blocks_are_bf16_numbers(target, fmt):
@@ -37,7 +46,11 @@ def test_integers_in_blocks_are_bf16_numbers(target, fmt):
 
 @pytest.mark.parametrize(("target", "high", "low", "why"), [
     ("cpu", "mxfp8", "mxfp4", "cpu has no block-scaled MMA"),
-    ("sm_80", "bf16", "int8", "no kernel is built for sm_80"),
+    ("sm_80", "bf16", "int8", "native: sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
+    ("sm_86", "bf16", "fp8/bf16", "sm_86 has no FP8 MMA, which Q·K in fp8 needs: write int8/bf16"),
+    ("sm_87", "mxfp8", "mxfp4/bf16", "faithful: sm_87 has no FP8 MMA, which Q·K in mxfp4 needs: write int8/bf16"),
+    ("sm_80", "mxfp8", "nvfp4/bf16", "sm_80 has no FP8 conversions, which the scales of nvfp4 need: write int8/bf16"),
+    ("sm_75", "bf16", "int8/bf16", "no kernel is built for sm_75 (there are some for sm_80, sm_86, sm_87, sm_89,"),
     ("sm_121", "mxfp8", "mxfp4", "no kernel is built for sm_121"),
     ("sm_103", "bf16", "int8", "sm_103 has no INT8 MMA in tensor memory"),
     ("sm_100", "mxfp8", "mxfp4/int8", "its probabilities are unsigned"),
@@ -50,7 +63,8 @@ def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
 
 @pytest.mark.parametrize(("target", "pair", "lowering", "message"), [
     ("cpu", ("mxfp8", "mxfp4"), "native", "lowering native can't run mxfp8 | mxfp4 on cpu: cpu has no"),
-    ("sm_80", ("mxfp8", "mxfp4"), "faithful", "no kernel is built for sm_80"),
+    ("sm_80", ("mxfp8", "mxfp4"), "faithful", "sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
+    ("sm_86", ("bf16", "int8/fp8"), "native", "sm_86: sm_86 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
     ("sm_90", ("mxfp8", "mxint4"), "native", "not mxint4"),
     ("sm_90", ("mxfp8", "mxint4/mxfp8"), "faithful", "multiplies P·V in bf16, fp8, not mxfp8"),
     ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, native, faithful"),

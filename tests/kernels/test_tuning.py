@@ -6,18 +6,29 @@ import pytest
 
 from dma_diffusers.kernels.attention.tuning import TABLE, tuning
 from dma_diffusers.kernels.device.tritons import NEWEST_TESTED, OLDEST_TESTED
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, TCGEN05_ARCHITECTURES, Storage
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    KERNEL_ARCHITECTURES,
+    TCGEN05_ARCHITECTURES,
+    Storage,
+)
 
-ARCHITECTURES = ("cpu", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+ARCHITECTURES = ("cpu", *KERNEL_ARCHITECTURES)
 CLASSES = [classes for classes in product((None, *Storage), repeat=2) if any(classes)]
 TRITONS = [(3, minor) for minor in range(OLDEST_TESTED[1], NEWEST_TESTED[1] + 1)]
-CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES, TRITONS))
+VALUES = (Storage.CHANNEL, Storage.PLAIN)
+CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES, VALUES, TRITONS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_call_has_a_row_the_kernel_can_build(architecture):
-    for dim, classes, triton in product((64, 128, 256), CLASSES, TRITONS):
-        row = tuning(architecture, dim, classes, triton)
+    for dim, classes, values, triton in product((64, 128, 256), CLASSES, VALUES, TRITONS):
+        row = tuning(architecture, dim, classes, values, triton)
+        assert row.keys == 128 or (row.keys == 64 and architecture not in BLOCK_SCALED_ARCHITECTURES)
+        assert row.skipping.keys == 128, "a tile is skipped as a whole"
+        assert row.slots is None or (
+            architecture == "sm_90" and (values is Storage.CHANNEL or None in classes)
+        )
         assert row.rows in (64, 128) and row.warps in (4, 8)
         assert 0 <= row.exp_share <= 32 and row.stages >= 1 and row.masked_stages >= 1
         if architecture in TCGEN05_ARCHITECTURES and Storage.BLOCK in classes:
