@@ -47,7 +47,7 @@ def doctor(
 
 
 def compile_kernels(
-    target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120 or sm_90.")],
+    target: Annotated[str, typer.Option(help="sm_100, sm_103, sm_120, sm_90, sm_89, sm_87, sm_86 or sm_80.")],
     high: Words = None,
     low: Words = None,
     linears: Annotated[

@@ -57,7 +57,7 @@ def errors(call: Call, earlier: dict[int, Call], text_tiles: int, seed: int) -> 
             for share in shares:
                 for who in ("heads", "tile") if use in ("skip", "mean") else ("heads",):
                     is_exact = torch.ones_like(score, dtype=torch.bool)
-                    is_exact[:, text_tiles:, text_tiles:] = _top(offered, share, who)
+                    is_exact[:, text_tiles:, text_tiles:] = top(offered, share, who)
                     names.append((router, use, share, who))
                     chosen.append(is_exact)
     whole = exact.sum(2)
@@ -87,20 +87,18 @@ def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.
     every_fourth = torch.arange(0, TILE, routing.SAMPLE_STRIDE)
     every = torch.arange(TILE)
     scores = {
-        "oracle": _by_rows(call, every.expand(call.q.shape[1] // TILE, -1)),
-        "pools of 128, every 4th token": _by_pools(call, every_fourth, 1, FARTHEST_BEFORE),
-        "pools of 128, staggered": _by_pools(call, routing.sample(), 1),
-        "pools of 32, staggered": _by_pools(call, routing.sample(), routing.SUBTILES),
-        "pools of 32, all tokens": _by_pools(call, every, routing.SUBTILES),
-        "pools of 32, all tokens, no variance": _by_pools(call, every, routing.SUBTILES, 0.0),
+        "oracle": by_rows(call, every.expand(call.q.shape[1] // TILE, -1)),
+        "pools of 128, every 4th token": by_pools(call, every_fourth, 1, FARTHEST_BEFORE),
+        "pools of 128, staggered": by_pools(call, routing.sample(), 1),
+        "pools of 32, staggered": by_pools(call, routing.sample(), routing.SUBTILES),
+        "pools of 32, all tokens": by_pools(call, every, routing.SUBTILES),
+        "pools of 32, all tokens, no variance": by_pools(call, every, routing.SUBTILES, 0.0),
     }
     generator = torch.Generator().manual_seed(seed)
-    scores |= {f"{count} rows": _by_rows(call, _drawn(call, count, generator)) for count in ROWS}
+    scores |= {f"{count} rows": by_rows(call, _drawn(call, count, generator)) for count in ROWS}
     for ago, before in earlier.items():
-        scores[f"{REMEMBERED} rows, {ago} steps ago"] = _by_rows(
-            before, _drawn(before, REMEMBERED, generator)
-        )
-    scores[f"all rows, {max(AGO)} steps ago"] = _by_rows(
+        scores[f"{REMEMBERED} rows, {ago} steps ago"] = by_rows(before, _drawn(before, REMEMBERED, generator))
+    scores[f"all rows, {max(AGO)} steps ago"] = by_rows(
         earlier[max(AGO)], every.expand(call.q.shape[1] // TILE, -1)
     )
     return scores
@@ -112,14 +110,14 @@ def _drawn(call: Call, count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(q_tiles, TILE, generator=generator).argsort(1)[:, :count]
 
 
-def _by_rows(call: Call, rows: torch.Tensor) -> torch.Tensor:
+def by_rows(call: Call, rows: torch.Tensor) -> torch.Tensor:
     places = (torch.arange(len(rows))[:, None] * TILE + rows).flatten()
     probability = _softmax(call.q[:, places] @ call.k.mT)
     square = probability.square().unflatten(-1, (-1, TILE)).sum(-1).unflatten(1, rows.shape).mean(2)
     return (square.log2() + _spread(call, torch.arange(TILE)).log2()[:, None]) / 2
 
 
-def _by_pools(
+def by_pools(
     call: Call, places: torch.Tensor, parts: int, farthest: float = routing.FARTHEST
 ) -> torch.Tensor:
     def log_mean_exp(deviation: torch.Tensor) -> torch.Tensor:
@@ -145,7 +143,7 @@ def _spread(call: Call, places: torch.Tensor) -> torch.Tensor:
     return call.v.unflatten(1, (-1, TILE))[:, :, places].var(2, unbiased=False).sum(-1)
 
 
-def _top(score: torch.Tensor, share: float, who: str) -> torch.Tensor:
+def top(score: torch.Tensor, share: float, who: str) -> torch.Tensor:
     """Choose the highest, rounded to whole pairs."""
     flat = score.flatten() if who == "heads" else score
     count = max(math.floor(share * flat.shape[-1] + 0.5), 1)
@@ -162,15 +160,15 @@ def _parts(call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     scores = q @ k.mT
     largest = scores.amax(-1, keepdim=True)
     k_means, v_means = (x.unflatten(1, (-1, SUBTILE)).mean(2) for x in (k, v))
-    others = {"mean": _products(q @ k_means.mT + math.log2(SUBTILE) - largest, v_means, TILE // SUBTILE)}
+    others = {"mean": products(q @ k_means.mT + math.log2(SUBTILE) - largest, v_means, TILE // SUBTILE)}
     units = quantiser.value_units(v[None])
     rounded_v = (quantiser.quantised_v(v[None], units).float() * units.scale + units.mean)[0]
     low = quantiser.quantised_q(q[None], "mxfp4")[0] @ quantiser.quantised_k(k[None], "mxfp4")[0].mT
-    others["mxfp4"] = _products(low - largest, rounded_v, TILE, rounds=True)
-    return _products(scores - largest, v, TILE), others
+    others["mxfp4"] = products(low - largest, rounded_v, TILE, rounds=True)
+    return products(scores - largest, v, TILE), others
 
 
-def _products(exponents: torch.Tensor, v: torch.Tensor, width: int, rounds: bool = False) -> torch.Tensor:
+def products(exponents: torch.Tensor, v: torch.Tensor, width: int, rounds: bool = False) -> torch.Tensor:
     p = torch.exp2(exponents).unflatten(1, (-1, TILE)).unflatten(3, (-1, width)).transpose(2, 3)
     values = v.unflatten(1, (-1, width))[:, None]
     multiplied = (p * 256).to(torch.float8_e4m3fn).float() / 256 if rounds else p
@@ -181,7 +179,7 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores * routing.LN_2, -1)
 
 
-def _call(recordings: Recordings, recording: Recording) -> Call:
+def call_of(recordings: Recordings, recording: Recording) -> Call:
     """Read a call in tile order; raises ValueError where slots are empty or there are several batch entries."""
     order = TileOrder(recording.layout, boxes.plan(recording.grid)[0]).token_order
     if (order < 0).any() or recording.shape[0] > 1:
@@ -200,9 +198,9 @@ def _measured(recordings: Recordings) -> Iterator[tuple[int, dict[str, float]]]:
         if recording.call or recording.step not in STEPS:
             continue
         before = {ago: (recording.prompt, recording.module, 0, recording.step - ago) for ago in AGO}
-        earlier = {ago: _call(recordings, by_place[place]) for ago, place in before.items()}
+        earlier = {ago: call_of(recordings, by_place[place]) for ago, place in before.items()}
         text_tiles = recording.layout.text_length // TILE
-        yield recording.prompt, errors(_call(recordings, recording), earlier, text_tiles, number)
+        yield recording.prompt, errors(call_of(recordings, recording), earlier, text_tiles, number)
 
 
 def compare(recordings: Recordings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dma_diffusers.kernels import plan
+from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.routing.reference import (
     LEVELS,
     SUBTILES,
@@ -27,7 +27,7 @@ from dma_diffusers.kernels.tiling.precision_map import (
     build_map,
     visiting_phases,
 )
-from tests.kernels.calls import Call
+from tests.kernels.calls import Call, relative_l2
 from tests.kernels.routings import brute_force, random, random_levels, random_phases
 
 
@@ -212,3 +212,25 @@ def test_a_call_routes_by_policy_and_content():
         high = found.indices[0, 0, tile, : end[0]].tolist()
         assert high == ([0, 7 - tile] if tile < 7 else [0]) and end[2] == static.bounds[0, 0, tile, 2] == 8
         assert found.indices[0, 0, tile, end[1]].item() == 7
+
+
+@pytest.mark.parametrize("pair", [("int8/bf16", "int4/bf16"), ("mxint8/bf16", "mxint4/bf16")])
+def test_importance_gives_pairs_eight_bits_or_four(pair):
+    """The two widths of low-bit FlashAttention, per tile: the more pairs have 8 bits, the smaller the error."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 640, 64, generator=generator) for _ in range(3))
+    q[:, :, :128], k[:, :, 256:384] = 3 * q[:, :, :128], 3 * k[:, :, 256:384]
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def error(policy):
+        found = operator.attention(
+            q, k, v, high=pair[0], low=pair[1], policy=policy, lowering="reference"
+        ).out
+        return relative_l2(found, wanted)
+
+    errors = [
+        error("dense(everywhere=low)"), error("importance(budget=0.1)"), error("importance(budget=0.5)"),
+        error("dense(everywhere=high)"),
+    ]  # fmt: skip
+    assert errors == sorted(errors, reverse=True) and errors[0] > 3 * errors[3] > 0
+    assert errors[1] < 0.8 * errors[0]
