@@ -11,7 +11,7 @@ import triton.language as tl
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
 from dma_diffusers.kernels.attention.loads import load_block_scales, load_row_scales, load_rows, load_values
-from dma_diffusers.kernels.attention.units import counted, in_units, out_of_units
+from dma_diffusers.kernels.attention.units import counted, in_units, log_of_sum, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
     bf16_operand,
@@ -396,7 +396,8 @@ def attend(
             own_units = None
             if HIGH_UNITS or LOW_UNITS or MEAN_UNITS:
                 own_units = v_units + (batch * kv_heads + kv_head).to(tl.int64) * (2 * D) + channels
-            own, own_m, l_before, m_before = l, m, l, m
+            log_own = tl.full((ROWS,), float("-inf"), tl.float32)
+            log_before = log_own
             if HIGH is not None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
@@ -410,10 +411,10 @@ def attend(
             if LOW is not None:
                 if LOW_UNITS and HIGH is not None and not HIGH_UNITS:
                     accumulator = in_units(accumulator, own_units)
-                    l_before, m_before = l, m
+                    log_before = log_of_sum(l, m)
                 elif HIGH_UNITS and not LOW_UNITS:
                     accumulator = out_of_units(accumulator, own_units)
-                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
+                    log_own = counted(log_own, l, m, log_before)
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_low, q_low_scales, q_low_tensor_scale,
                     k_low, k_low_scales, k_low_tensor_scale, v_low, softmax_scale_log2, offset,
@@ -435,10 +436,10 @@ def attend(
                     )  # fmt: skip
                 if LOW_UNITS and not HIGH_UNITS:
                     accumulator = out_of_units(accumulator, own_units)
-                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
+                    log_own = counted(log_own, l, m, log_before)
                 elif HIGH_UNITS and not LOW_UNITS:
                     accumulator = in_units(accumulator, own_units)
-                    l_before, m_before = l, m
+                    log_before = log_of_sum(l, m)
             if HIGH is not None:
                 accumulator, l, m, kept = _phase(
                     accumulator, l, m, kept, q_high, q_high_scales, q_high_tensor_scale,
@@ -451,11 +452,11 @@ def attend(
                 )  # fmt: skip
             if HIGH_UNITS:
                 accumulator = out_of_units(accumulator, own_units)
-                own, own_m = counted(own, own_m, l, m, l_before, m_before)
+                log_own = counted(log_own, l, m, log_before)
             if MEAN is not None:
                 if MEAN_UNITS:
                     accumulator = in_units(accumulator, own_units)
-                    l_before, m_before = l, m
+                    log_before = log_of_sum(l, m)
                 mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
                 # What the quantiser encodes fills whole tiles, bf16 means don't.
                 subtiles, rows_of_means = k_tiles * SUBTILES, mean_tiles * TILE
@@ -474,13 +475,13 @@ def attend(
                 )  # fmt: skip
                 if MEAN_UNITS:
                     accumulator = out_of_units(accumulator, own_units)
-                    own, own_m = counted(own, own_m, l, m, l_before, m_before)
+                    log_own = counted(log_own, l, m, log_before)
 
             nothing_seen = l == 0.0
             if own_units is not None:  # noqa: SIM102 (the compiler decides this, each program the other)
                 # This always holds: behind a branch, no mean is loaded before `out_of_units` is done with its units.
                 if k_length > 0:
-                    share = own * tl.exp2(own_m - m)
+                    share = tl.exp2(log_own - m)
                     accumulator += share[:, None] * tl.load(own_units + D)[None, :]
             result = accumulator / tl.where(nothing_seen, 1.0, l)[:, None]
             out_rows = token_at(token_order, q_tokens, q_length, token_count)

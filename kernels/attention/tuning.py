@@ -64,11 +64,11 @@ TABLE = (
     (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, programs=1)),
     (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=190, programs=1)),
     (TCGEN05_ARCHITECTURES, "*", 256, "*", Tuning(stages=1, masked_stages=1)),
-    # Triton 3.6 spills with more stages, and where four warps may skip tiles; eight would share 64 rows poorly.
+    # Triton 3.6 spills with more stages, and any where four warps may skip tiles; eight would share 64 rows poorly.
     (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
     (("sm_120",), "3.6", 64, "*", Tuning(**_SM_120, warps=4, skipping_warps=8, stages=3, masked_stages=2)),
     (("sm_120",), "*", 128, "*", Tuning(**_SM_120, stages=3, masked_stages=2)),
-    (("sm_120",), "*", 64, "*", Tuning(**_SM_120, warps=4, stages=3, masked_stages=2)),
+    (("sm_120",), "*", 64, "*", Tuning(**_SM_120, warps=4, skipping_warps=8, stages=3, masked_stages=2)),
     (("sm_120",), "*", 256, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
     (
         ("sm_90",),

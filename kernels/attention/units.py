@@ -27,6 +27,13 @@ def out_of_units(accumulator, v_units):
 
 
 @triton.jit
-def counted(own, own_m, l, m, l_before, m_before):
-    """The probabilities `own` under their maximum own_m, with those that l has got since it was l_before; and m."""
-    return own * tl.exp2(own_m - m) + (l - l_before * tl.exp2(m_before - m)), m
+def log_of_sum(l, m):
+    """The logarithm, in base 2, of probabilities that add up to l under m; −inf for none. It is one number for two."""
+    return m + tl.log2(l)
+
+
+@triton.jit
+def counted(log_own, l, m, log_before):
+    """`log_of_sum` of the probabilities in log_own, and of those that l has got since it was log_before."""
+    own = tl.exp2(log_own - m) + (l - tl.exp2(log_before - m))
+    return log_of_sum(tl.maximum(own, 0.0), m)
