@@ -13,7 +13,7 @@ from dma_diffusers.internals import (
     function_modes,
     may_overlap,
 )
-from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.operator import aliases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOO_SHORT = "fewer than "
@@ -119,7 +119,7 @@ def _shares_memory(x: torch.Tensor) -> bool:
     """Tells whether elements of x share memory; in a compiled graph, whether x was expanded."""
     if torch.compiler.is_compiling():  # to order strides would tie the graph to their order
         return any(stride == 0 and size != 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-    return may_overlap(x) != 0 and operator.aliases(x)  # 0: surely none
+    return may_overlap(x) != 0 and aliases(x)  # 0: surely none
 
 
 def masks_of_keys(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
