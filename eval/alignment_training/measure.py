@@ -2,7 +2,7 @@
 
 Both are degraded too.
 
-python -m dma_diffusers.eval.alignment_training.measure package pipelines/demo/contact_sheet.png
+python -m dma_diffusers.eval.alignment_training.measure package pipelines/demo/contact_sheet.webp
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Draw the first 64 prompts of a file, and lay the pictures out on one sheet, each above its prompt.
 
 python -m dma_diffusers.pipelines.demo_training.contact_sheet \
-    pipelines/demo/flux pipelines/demo/prompts.jsonl pipelines/demo/contact_sheet.png
+    pipelines/demo/flux pipelines/demo/prompts.jsonl pipelines/demo/contact_sheet.webp
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()[:_PICTURES]]
     sheet = lay_out(draw(args.pipeline, prompts), prompts)
-    sheet.quantize(256, dither=Image.Dither.NONE).save(args.output, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).convert("RGB").save(args.output, lossless=True, method=6)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-SHEET = Path(__file__).parents[3] / "pipelines/demo/contact_sheet.png"
+SHEET = Path(__file__).parents[3] / "pipelines/demo/contact_sheet.webp"
 
 
 @pytest.fixture(scope="session")

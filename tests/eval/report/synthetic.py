@@ -107,7 +107,7 @@ def write(folder: Path, contents: dict) -> None:
     """Lay out the run folder of an evaluation: evaluation.json and ten pairs of pictures."""
     (folder / "worst").mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(contents))
-    sheet = Image.open(DEMO_MODEL.parent / "contact_sheet.png").convert("RGB")
+    sheet = Image.open(DEMO_MODEL.parent / "contact_sheet.webp").convert("RGB")
     for i in range(10):
         left, top = 56 + 184 * (i % 8), 56 + 230 * (i // 8)  # amid a picture of 176²
         picture = sheet.crop((left, top, left + SIDE, top + SIDE))
