@@ -15,9 +15,9 @@ PICTURES = ("flux", "qwen_image", "cache", "compiled")
 CLIPS = ("wan", "hunyuan_video")
 SCRIPTS = {
     "batch": ("--steps", "1"),
-    "evaluate": ("--steps", "2", "--batch", "3"),
+    "evaluate": ("--steps", "1", "--batch", "3", "--size", "64"),
     "calibrate": (
-        *("--steps", "1", "--recorded", "1", "--count", "2", "--size", "128", "--target", "sm_100"),
+        *("--steps", "1", "--recorded", "1", "--count", "2", "--size", "64", "--target", "sm_100"),
         *("--formats", "mxfp8|mxfp4"),
     ),
 }
