@@ -341,7 +341,7 @@ def test_doctor_says_why(monkeypatch, capsys):
     assert code == 0
     assert set(findings) == {"torch", "triton", "gpu", "lowerings"}
     found = {(row.pop("formats"), row.pop("name")): row for row in findings["lowerings"]}
-    pairs, names = ("mxfp8|mxfp4", "bf16|int8"), ("native", "faithful", "reference")
+    pairs, names = ("mxfp8|mxfp4", "bf16|int8", "bf16|int8/bf16"), ("native", "faithful", "reference")
     assert list(found) == [(pair, name) for pair in pairs for name in names]
     assert all(set(row) == {"runs", "reason"} and row["reason"] for row in found.values())
     assert all(found[pair, "reference"]["runs"] for pair in pairs)

@@ -39,6 +39,21 @@ class Recording:
     limit: Annotated[float, typer.Option(min=0.001, help="Gigabytes that the recordings may take.")] = 2.0
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The options that say what is chosen from."""
+
+    formats: Annotated[
+        list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
+    ] = (None,)
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            help="study.json of `dma-diffusers study`, which says the formats to choose from, and the rotation."
+        ),
+    ] = (None,)
+
+
 def calibrate(
     model: Annotated[str, typer.Argument(help="Local folder or hub id, or `demo`.")],
     output: Annotated[
@@ -48,20 +63,12 @@ def calibrate(
         Path, typer.Option(help="Prompts like those to be drawn: .txt, .jsonl, .json, .csv or .tsv.")
     ],
     recording: Recording,
+    candidates: Candidates,
     further: CallOptions,
     lora: Loras = None,
     quality: Annotated[float, typer.Option(help="From 0, the cheapest, to 1, the most precise.")] = 0.5,
     target: Annotated[
         str | None, typer.Option(help="sm_90, sm_100, sm_103 or sm_120; this machine's GPU if left out.")
-    ] = None,
-    formats: Annotated[
-        list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
-    ] = None,
-    study: Annotated[
-        Path | None,
-        typer.Option(
-            help="study.json of `dma-diffusers study`, which says the formats to choose from, and the rotation."
-        ),
     ] = None,
     linears: Annotated[
         bool, typer.Option("--linears", help="Choose the bits of linear layers, too, within the same error.")
@@ -95,9 +102,9 @@ def calibrate(
         check_plot(bits_plot)
         check_writable(bits_plot)
         check_writable(bits_plot.with_suffix(".json"))
-    if formats and study:
+    if candidates.formats and candidates.study:
         raise ValueError("--study says the formats to choose from: leave --formats out")
-    pairs, rotation = [_pair(text) for text in formats or ()], "none"
+    pairs, rotation = [_pair(text) for text in candidates.formats or ()], "none"
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost
@@ -118,8 +125,8 @@ def calibrate(
         from dma_diffusers.pipelines.loras import parse as parse_lora
 
         cost.check_target(target or cost.current_target())
-        if study:
-            studied = recommend.read(study)
+        if candidates.study:
+            studied = recommend.read(candidates.study)
             pairs = recommend.pairs(studied, target or cost.current_target())
             rotation = recommend.rotation(studied, pairs)
         path = named_model(model)
@@ -132,7 +139,7 @@ def calibrate(
         check_call(pipeline_class(path), call)
         seeds = seeds_from(recording.seed, len(texts))
         pipe = load_pipeline(path, calls=[call], loras=[parse_lora(file) for file in lora or ()])
-        if study:
+        if candidates.study:
             recommend.check_model(studied, pipe)
         with tempfile.TemporaryDirectory() as scratch, progress(not as_json) as on_step:
             folder = recording.recordings or Path(scratch)

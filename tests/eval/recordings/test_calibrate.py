@@ -402,7 +402,7 @@ def test_tables(policy):
     ({"quality": 1.5}, "quality must be a number from 0 .* got 1.5"),
     ({"quality": float("nan")}, "quality must be a number from 0"),
     ({"target": "sm_75"}, "unknown target 'sm_75'; there are sm_90"),
-    ({"formats": [("mxfp8", "mxint4")]}, r"mxfp8\|mxint4 has no kernel on sm_100"),
+    ({"formats": [("mxfp8", "int8/int8")]}, r"mxfp8\|int8/int8 has no kernel on sm_100"),
     ({"formats": [("mxfp8", "int3")]}, "unknown format 'int3'"),
 ])  # fmt: skip
 def test_what_cannot_be_calibrated(recordings, arguments, words):
