@@ -27,7 +27,7 @@ def scores(q, k, q_scales, k_scales, out, ELEMENT: tl.constexpr, STORAGE: tl.con
     tile = tl.program_id(0)
     s = _products(
         tl.reshape(q.load([0, 0, 0, 0]), (128, D)), None, tl.reshape(k.load([0, 0, 0, 0]), (128, D)),
-        k_scales, tile, 0.0, ELEMENT, STORAGE, None, D, False,
+        k_scales, tile, 0, 0.0, ELEMENT, STORAGE, None, D, False,
     )  # fmt: skip
     if STORAGE == "row":
         s *= tl.load(q_scales + rows)[:, None]

@@ -392,7 +392,9 @@ def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transpos
         q, k, v, stored, 0.3, statistics, token_order=call.token_order_on(kernel_device), **options, **ropes
     )
 
-    gathered = (call.in_slots(x) for x in (q, k, v))
+    v_means = statistics.v_units[:, 1, :40].view(2, -1, 1, 40)
+    values = torch.where(call.token_order_on(kernel_device)[:, None] >= 0, call.in_slots(v), v_means)
+    gathered = (call.in_slots(q), call.in_slots(k), values)
     turned = {name: tuple(map(call.in_slots, rope)) for name, rope in ropes.items()}
     is_taken = torch.nn.functional.pad(call.token_order >= 0, (0, -len(call.token_order) % 128)).to(
         kernel_device
