@@ -45,13 +45,13 @@ class Candidates:
 
     formats: Annotated[
         list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
-    ] = (None,)
+    ] = None
     study: Annotated[
         Path | None,
         typer.Option(
             help="study.json of `dma-diffusers study`, which says the formats to choose from, and the rotation."
         ),
-    ] = (None,)
+    ] = None
 
 
 def calibrate(
