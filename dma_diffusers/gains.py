@@ -2,7 +2,7 @@
 
 import torch
 
-from dma_diffusers.kernels import cells, lowerings
+from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.defaults import default_formats
 
 # The shortest calls, in keys, that were faster than stock attention when they were measured, quantisation included, in
@@ -37,7 +37,7 @@ def why_not_faster(device: torch.device, head_dim: int, high: str, low: str, mas
     formats = f"{high}|{low} ({choice.lowering}) at head_dim {head_dim}"
     if masked:
         formats += f" with masked {masked}"
-    where = "" if architecture in cells.RUN else ", where nobody has run it: it was compiled"
+    where = "" if architecture in lowerings.RUN else ", where nobody has run it: it was compiled"
     return f"{formats} is not shown to be faster than stock on {architecture}{where}"
 
 

@@ -1,23 +1,16 @@
 """Compile the blocks of a transformer with DMA, and compile its kernels before the first picture is asked for."""
 
-import torch
 from arguments import parse
 from diffusers import DiffusionPipeline
 
 from dma_diffusers import DMAConfig, apply, report, warmup
 
-asked = parse(model="black-forest-labs/FLUX.1-dev", steps=28, size=1024, output="compiled.png")
+asked = parse("black-forest-labs/FLUX.1-dev", "compiled.png", width=1024, height=1024, num_inference_steps=28)
 pipe = DiffusionPipeline.from_pretrained(asked.model, dtype=asked.dtype).to(asked.device)
 apply(pipe, DMAConfig.preset("auto"))
 pipe.transformer.compile_repeated_blocks(fullgraph=True)
-warmup(pipe, [(asked.size, asked.size)])
+warmup(pipe, [(asked.call["width"], asked.call["height"])])
 
-picture = pipe(
-    "a red apple left of a cat on a yellow background",
-    width=asked.size,
-    height=asked.size,
-    num_inference_steps=asked.steps,
-    generator=torch.Generator().manual_seed(0),
-).images[0]
+picture = pipe("a red apple left of a cat on a yellow background", **asked.call).images[0]
 picture.save(asked.output)
 print(report(pipe))

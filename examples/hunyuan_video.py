@@ -1,6 +1,5 @@
 """Draw a clip with HunyuanVideo and a schedule: full attention while noise is high, then the most important tiles."""
 
-import torch
 from arguments import parse
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif
@@ -8,12 +7,12 @@ from diffusers.utils import export_to_gif
 from dma_diffusers import apply, report
 
 asked = parse(
-    model="hunyuanvideo-community/HunyuanVideo",
-    steps=50,
+    "hunyuanvideo-community/HunyuanVideo",
+    "hunyuan.gif",
     width=1280,
     height=720,
-    frames=129,
-    output="hunyuan.gif",
+    num_frames=129,
+    num_inference_steps=50,
 )
 pipe = DiffusionPipeline.from_pretrained(asked.model, dtype=asked.dtype).to(asked.device)
 pipe.vae.enable_tiling()
@@ -24,14 +23,6 @@ apply(
     low="int8",
 )
 
-clip = pipe(
-    "a red car moving left on a grey background",
-    width=asked.width,
-    height=asked.height,
-    num_frames=asked.frames,
-    num_inference_steps=asked.steps,
-    generator=torch.Generator().manual_seed(0),
-    output_type="pil",
-).frames[0]
+clip = pipe("a red car moving left on a grey background", output_type="pil", **asked.call).frames[0]
 export_to_gif(clip, asked.output, fps=15)
 print(report(pipe))

@@ -16,6 +16,9 @@ WITHOUT_FP8 = ("sm_80", "sm_86", "sm_87")
 """They neither multiply nor convert e4m3."""
 WITHOUT_TMA = (*WITHOUT_FP8, "sm_89")
 KERNEL_ARCHITECTURES = (*WITHOUT_TMA, "sm_90", *BLOCK_SCALED_ARCHITECTURES)
+_BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
+RUN = {"sm_90": ("bf16", "fp8", "int8", *_BLOCKS)}
+"""The formats of Q·K with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
 
 
 class Storage(StrEnum):
@@ -37,9 +40,7 @@ class Storage(StrEnum):
 
 _EVERYWHERE = {"bf16": Storage.PLAIN} | dict.fromkeys(("fp8", "int8", "int4"), Storage.TILE)
 _EVERYWHERE |= {"int8_tile": Storage.SHARED}
-NATIVE = _EVERYWHERE | dict.fromkeys(
-    ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"), Storage.BLOCK
-)
+NATIVE = _EVERYWHERE | dict.fromkeys(_BLOCKS, Storage.BLOCK)
 FAITHFUL = (
     _EVERYWHERE
     | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4", "mxint8", "mxint6", "mxint4", "nvint4"), Storage.PLAIN)
@@ -131,7 +132,7 @@ def _faithful(
 
 
 def _without_fp8(architecture: str, formats: dict[str, Storage], values: dict[str, Storage]) -> str | None:
-    """Why an architecture that knows no e4m3 can't multiply these."""
+    """Tells why an architecture that knows no e4m3 can't multiply these; None where it can."""
     if Storage.CHANNEL in values.values():
         return f"{architecture} has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
     for name, storage in formats.items():

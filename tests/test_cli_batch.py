@@ -212,7 +212,7 @@ def test_what_is_there_is_left_alone_and_what_changed_is_drawn_anew(batch, flux,
 
 
 def test_other_weights_are_drawn_anew_and_other_paths_are_not(batch, flux, tmp_path):
-    """Of a folder whose transformer is a link, as fine-tunes share what they have in common with their base."""
+    """The folder's transformer is a link, for fine-tunes share with their base what they have in common."""
     entries = [{"prompt": "a"}, {"prompt": "b"}]
     model = shutil.copytree(flux, tmp_path / "model")
     shutil.rmtree(model / "transformer")

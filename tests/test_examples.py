@@ -44,7 +44,7 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name, tmp_path):
     output = tmp_path / "picture.png"
-    options = ("--steps", "1", "--size", "256", "--output", output)
+    options = ("--num_inference_steps", "1", "--width", "256", "--height", "256", "--output", output)
     receipt = run(sys.executable, EXAMPLES / f"{name}.py", "--model", DEMO_MODEL, *options)
     assert "transformer" in receipt
     assert Image.open(output).size == (256, 256)
@@ -53,8 +53,9 @@ def test_pictures(name, tmp_path):
 @pytest.mark.parametrize("name", CLIPS)
 def test_clips(name, tmp_path):
     output = tmp_path / "clip.gif"
-    options = ("--steps", "1", "--width", "192", "--height", "128", "--frames", "9", "--output", output)
-    receipt = run(sys.executable, EXAMPLES / f"{name}.py", "--model", VIDEO_DEMO_MODEL, *options)
+    options = ("--num_inference_steps", "1", "--width", "192", "--height", "128", "--num_frames", "9")
+    asked = ("--model", VIDEO_DEMO_MODEL, "--output", output)
+    receipt = run(sys.executable, EXAMPLES / f"{name}.py", *asked, *options)
     assert "transformer" in receipt
     with Image.open(output) as clip:
         assert (clip.size, clip.n_frames) == ((192, 128), 9)

@@ -1,4 +1,4 @@
-"""`dma-diffusers study`: what each format loses on a model's tensors, and which one to use."""
+"""`dma-diffusers study` measures what each format loses on a model's tensors, and says which one to use."""
 
 import sys
 import tempfile

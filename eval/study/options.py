@@ -24,7 +24,7 @@ UNSIGNED = {
     "mxint4": Format("mxuint4", UnsignedElement("uint4", 4), Scale.E8M0, 32),
     "nvint4": Format("nvuint4", UnsignedElement("uint4", 4), Scale.E4M3, 16),
 }
-"""What probabilities can have in the place of a signed integer."""
+"""For each signed integer, this is the unsigned one that probabilities can have in its place."""
 _PAIRED = ("fp8", "int8", "mxfp8", "mxint8", "mxfp4", "nvfp4")
 """The formats of P·V that pairs are measured with, next to bf16."""
 

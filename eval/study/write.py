@@ -1,4 +1,4 @@
-"""What a study leaves behind: a JSON file with everything, a CSV file with its rows, and a page of plots."""
+"""A study leaves three files: JSON with everything, CSV with its rows, and a page of plots."""
 
 import csv
 import io

@@ -105,7 +105,7 @@ def _units(x, v_units, kv_row, D: gl.constexpr):
 
 @gluon.jit
 def _in_units(accumulator, l, v_units, kv_row, D: gl.constexpr):
-    """As kernel.py's; l [64] in any layout."""
+    """Takes V's mean from the sums of l's probabilities, and brings them into the channels' units; l is [64]."""
     scale, mean = _units(accumulator, v_units, kv_row, D)
     l = gl.convert_layout(l, gl.SliceLayout(1, accumulator.type.layout))
     return (accumulator - l[:, None] * mean[None, :]) * (1.0 / scale)[None, :]
@@ -113,6 +113,7 @@ def _in_units(accumulator, l, v_units, kv_row, D: gl.constexpr):
 
 @gluon.jit
 def _out_of_units(accumulator, l, v_units, kv_row, D: gl.constexpr):
+    """Undoes `_in_units`, for the probabilities that l has got since as well. kernel.py adds V's mean at its end."""
     scale, mean = _units(accumulator, v_units, kv_row, D)
     l = gl.convert_layout(l, gl.SliceLayout(1, accumulator.type.layout))
     return accumulator * scale[None, :] + l[:, None] * mean[None, :]

@@ -458,7 +458,7 @@ def attend(
                     accumulator = in_units(accumulator, own_units)
                     log_before = log_of_sum(l, m)
                 mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
-                # What the quantiser encodes fills whole tiles, bf16 means don't.
+                # Encoded means fill whole tiles, those in bf16 do not.
                 subtiles, rows_of_means = k_tiles * SUBTILES, mean_tiles * TILE
                 own_row = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(
                     tl.int64

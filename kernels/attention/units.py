@@ -1,6 +1,7 @@
 """The units in which 8-bit values are summed: V less its mean, over a power of two for each channel.
 
-Their probabilities, which add up to a part of l, have summed V's mean too little, so many times.
+The probabilities of such values, which are a part of l, have left V's mean out of their sums. kernel.py counts them,
+and adds their share of the mean at its end; hopper.py adds it as it leaves the units.
 """
 
 import triton

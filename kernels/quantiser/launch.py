@@ -145,7 +145,7 @@ def chunks(heads: int, device: torch.device) -> int:
 
 
 class Statistics(NamedTuple):
-    """Of each head K's mean, float32 `[B·Hkv, D]`, and V's units, `[B·Hkv, 2, D]`; None where they are not wanted."""
+    """These are K's mean, float32 `[B·Hkv, D]`, and V's units, `[B·Hkv, 2, D]`; each is None where it is not wanted."""
 
     mean: torch.Tensor | None = None
     v_units: torch.Tensor | None = None

@@ -128,7 +128,8 @@ def _with_signs(x, channels):
 def _butterfly(x, DISTANCE: tl.constexpr):
     """Sums and differences of columns that lie so far apart, in the places of the first and of the second."""
     pairs = tl.reshape(x, (x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE))
-    # What both threads of a pair know, less what one has, is what the other has: one exchange, and no shared memory.
+    # The xor of a pair's numbers and a thread's own is the number of the other thread: this takes one exchange, and no
+    # shared memory.
     bits = pairs.to(tl.int32, bitcast=True)
     other = (tl.xor_sum(bits, axis=2, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
     is_first = (tl.arange(0, 2) == 0)[None, None, :, None]

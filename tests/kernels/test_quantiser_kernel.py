@@ -126,7 +126,7 @@ def test_bytes_equal_the_codec(fmt, length, head_dim, is_key, kernel_device):
 )  # fmt: skip
 @pytest.mark.parametrize("is_key", [False, True])
 def test_rotated_channels_have_the_bits_of_the_definition(fmt, rotation, head_dim, is_key, kernel_device):
-    """What the kernel stores of a tensor is what it stores of the one that torch has rotated."""
+    """The kernel stores the same of a tensor that it rotates as of one that torch has rotated."""
     x = torch.randn(1, 2, 200, head_dim, generator=torch.Generator().manual_seed(head_dim))
     x[..., 5] *= 100
     x = x.to(kernel_device)

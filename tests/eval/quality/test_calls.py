@@ -41,7 +41,7 @@ def test_a_row_of_which_everything_ran():
 
 
 def test_modules_that_always_keep_stock_do_not_count():
-    """Of Wan that is cross-attention, half of all modules."""
+    """In Wan these are the modules of cross-attention, half of all."""
     receipt = receipt_of(DMAConfig(min_length=0), tiny_pipelines.wan)
     assert any(each["policy"] is None for each in receipt["modules"])
     assert share_that_ran(receipt) == 1 and not any("attn2" in name for name in shares_that_ran(receipt))

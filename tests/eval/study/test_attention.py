@@ -1,4 +1,4 @@
-"""What a call loses in a format, against numpy in float64, and what rotations and means must not change."""
+"""A call's losses in a format are those of numpy in float64; rotations and means leave the exact output alone."""
 
 import math
 

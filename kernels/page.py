@@ -1,6 +1,6 @@
-"""The tables of formats.md: which lowering runs each format on each architecture, and how that was shown.
+"""The tables of formats.md say which lowering runs each format on each architecture, and how that was shown.
 
-`python -m dma_diffusers.kernels.cells` writes them anew in a checkout.
+`python -m dma_diffusers.kernels.page` writes them anew in a checkout.
 """
 
 import re
@@ -8,27 +8,20 @@ from pathlib import Path
 
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS
 from dma_diffusers.kernels.formats import FORMATS
-from dma_diffusers.kernels.lowerings import (
-    BLOCK_SCALED_ARCHITECTURES,
-    KERNEL_ARCHITECTURES,
-    choose,
-)
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, KERNEL_ARCHITECTURES, RUN, choose
 from dma_diffusers.kernels.precision import Precision, Precisions
 
 PAGE = Path(__file__).parent / "formats.md"
 _TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of tables -->)", re.DOTALL)
 _HEAD_DIM = 128
 
-# The kernel tests ran on an H100 or H200 with these formats; those of the interpreter run with all that a kernel has.
-_BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
-RUN = {"sm_90": ("bf16", "fp8", "int8", *_BLOCKS)}
 _VALUES = {"bf16": "`bf16`", "fp8": "`fp8`", "int8": "`int8`", "mxfp8": "`mxfp8`, and so all others"}
 # Ahead of time, every format there; on other architectures, those of their own pairs.
 COMPILED = ("sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
 
 def cell(architecture: str, qk: str, pv: str = "bf16") -> tuple[str, str]:
-    """How LOW tiles of this precision run, in a word or two, and the reason where no kernel runs them."""
+    """Says how LOW tiles of this precision run, in a word or two, and gives the reason where no kernel runs them."""
     asked = Precision(qk, pv)
     try:
         choice = choose(architecture, _HEAD_DIM, f"{qk}/bf16", f"{qk}/{pv}")

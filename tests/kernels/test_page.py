@@ -2,7 +2,7 @@
 
 import pytest
 
-from dma_diffusers.kernels import cells
+from dma_diffusers.kernels import page
 from dma_diffusers.kernels.formats import FORMATS
 from dma_diffusers.kernels.lowerings import KERNEL_ARCHITECTURES
 from dma_diffusers.kernels.precision import Precisions
@@ -20,21 +20,21 @@ MMA |= dict.fromkeys(("int4",), MMA["int8_tile"]) | dict.fromkeys(
 
 def test_the_page_is_what_the_lowerings_say():
     pytest.importorskip("triton")
-    assert cells.PAGE.read_text() == cells.with_tables(cells.PAGE.read_text())
+    assert page.PAGE.read_text() == page.with_tables(page.PAGE.read_text())
 
 
 def test_every_cell_says_how_or_why_not():
     pytest.importorskip("triton")
     for architecture in KERNEL_ARCHITECTURES:
         for name in FORMATS:
-            words, reason = cells.cell(architecture, name)
+            words, reason = page.cell(architecture, name)
             assert (words == "reference") == bool(reason)
             assert words.split(": ")[-1] in ("run", "compiled", "interpreted", "reference")
-    assert cells.cell("sm_90", "int8") == ("native: run", "")
-    assert cells.cell("sm_103", "int4") == ("reference", "faithful: sm_103 has no INT8 MMA in tensor memory")
-    assert cells.cell("sm_90", "int8", "mxfp4")[0] == "refused"
-    assert cells.cell("sm_80", "int8") == ("native: compiled", "")
-    assert cells.cell("sm_80", "int8", "fp8")[1].endswith(
+    assert page.cell("sm_90", "int8") == ("native: run", "")
+    assert page.cell("sm_103", "int4") == ("reference", "faithful: sm_103 has no INT8 MMA in tensor memory")
+    assert page.cell("sm_90", "int8", "mxfp4")[0] == "refused"
+    assert page.cell("sm_80", "int8") == ("native: compiled", "")
+    assert page.cell("sm_80", "int8", "fp8")[1].endswith(
         "no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
     )
 
@@ -56,7 +56,7 @@ def test_what_is_compiled_is_multiplied_as_meant(fmt, target):
     from dma_diffusers.kernels.ahead_of_time import compile as ahead
     from dma_diffusers.kernels.device.tritons import TRITON
 
-    assert cells.cell(target, fmt)[0].endswith("compiled")
+    assert page.cell(target, fmt)[0].endswith("compiled")
     *_, (kernel, arguments, options) = ahead.launches(target, None, fmt, 64)
     kinds = ahead.mma_kinds(ahead.compile_launch(kernel, arguments, options, target).asm["ptx"])
     widened = target == "sm_100" and TRITON < (3, 8)  # which multiplies int8 numbers as bf16 numbers there
