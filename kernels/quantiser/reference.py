@@ -94,7 +94,9 @@ def value_units(
 
     In fp8 the mean is a multiple of two such units, which is the step of v's largest bfloat16 numbers: v less it lies
     halfway between two e4m3 numbers as often as v itself, and ties to even cancel. Other means would break all ties in
-    one direction, which adds up over the keys. Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
+    one direction, which adds up over the keys.
+
+    Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
     channel where float32 can't add these keeps its mean.
     """
     seen = v if key_mask is None else torch.where(key_mask[:, None, :, None], v, 0)
