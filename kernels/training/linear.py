@@ -22,8 +22,8 @@ def train_linear(
 ) -> Tensor:
     """The layer's output `[..., N]`, in x's dtype, or in autocast's; gradients are those of the recipe.
 
-    x: `[..., K]`, weight: `[N, K]`, bias: `[N]`, all of any float dtype; K and N are multiples of 32. Tokens, over which
-        the weight's gradient is a sum, are filled up with zeros to a multiple of 32.
+    x: `[..., K]`, weight: `[N, K]`, bias: `[N]`, all of any float dtype; K and N are multiples of 32. Tokens, over
+        which the weight's gradient is a sum, are filled up with zeros to a multiple of 32.
     lowering: as `lowering.choose` gave it.
     seed: of signs and rounding in the backward pass, with what `random.seed_of` takes from the gradient: equal calls
         have equal gradients, whether activations were kept or are computed again.

@@ -194,9 +194,9 @@ def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):
         assert {name: type(m) for name, m in model.named_modules()} == {
             n: type(m) for n, m in modules.items()
         }
-    with pytest.raises(TypeError, match="give pipe.transformer"):
+    with pytest.raises(TypeError, match=r"give pipe\.transformer"):
         prepare("flux", "qat")
-    with pytest.raises(ValueError, match="no linear layer to train at low precision: .*no multiple of 32"):
+    with pytest.raises(ValueError, match=r"no linear layer to train at low precision: .*no multiple of 32"):
         prepare(torch.nn.Sequential(torch.nn.Linear(32, 48)), "qat")
     with pytest.raises(ValueError, match="the model is this layer itself"):
         prepare(torch.nn.Linear(32, 32), "qat")
