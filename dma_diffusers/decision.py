@@ -13,7 +13,7 @@ from dma_diffusers.internals import (
     function_modes,
     may_overlap,
 )
-from dma_diffusers.kernels.operator import aliases
+from dma_diffusers.kernels.checks import aliases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOO_SHORT = "fewer than "
