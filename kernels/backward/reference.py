@@ -50,7 +50,7 @@ class Part(NamedTuple):
     pv: str = "bf16"
 
 
-def why_not(policy: Policy, has_norms: bool) -> str:
+def why_not(policy: Policy, has_norms: bool = False) -> str:
     """Why calls with this policy have no backward, in words; empty if they have one."""
     if policy.skip_below is not None:
         return SKIPS
