@@ -1,0 +1,183 @@
+"""Fine-tune the transformer of a pipeline for the precision that it will run at, and keep all of it in a folder."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+
+from dma_diffusers import finetune as precision
+from dma_diffusers.pipelines.finetuning.calls import CallStore
+from dma_diffusers.pipelines.finetuning.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
+from dma_diffusers.pipelines.finetuning.data import store_examples
+from dma_diffusers.pipelines.finetuning.latents import KNOWN
+from dma_diffusers.pipelines.finetuning.log import Log
+from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, Objective
+from dma_diffusers.pipelines.finetuning.request import Request, begin
+from dma_diffusers.pipelines.finetuning.save import save_trained
+from dma_diffusers.pipelines.finetuning.sheets import exact_frames, frames_of, write_sheet
+from dma_diffusers.pipelines.finetuning.target import trainable, with_size
+from dma_diffusers.pipelines.finetuning.teacher import store_teacher
+from dma_diffusers.pipelines.finetuning.trainer import Diverged, Trainer
+from dma_diffusers.pipelines.load import load_pipeline
+
+OnStep = Callable[[str, int, int], None]
+
+_LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is kept of a run on its way.
+
+    checkpoint_every, sheet_every: steps from one to the next; 0 for none. samples: prompts of a sheet. draw: prompts that
+    full precision draws together. tensorboard: whether losses go there as well.
+    """
+
+    checkpoint_every: int = 200
+    sheet_every: int = 0
+    samples: int = 4
+    draw: int = 1
+    tensorboard: bool = False
+
+
+def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: OnStep) -> dict[str, Any]:
+    """Train until so many steps were made in all, save the result, and return what happened.
+
+    `folder` has the result (`pipelines.finetuning.save`), `loss.jsonl`, checkpoints, sample sheets, and the examples. A
+    run that was stopped goes on from its last checkpoint. Under `accelerate launch` every process calls this.
+
+    Raises ValueError where the folder is another run's, the pipeline can't be trained, the model can't have such
+    precision, or the loss is not finite, and RuntimeError where the GPU has too little memory.
+    """
+    accelerator = _accelerator(folder, watch)
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        begin(folder, request.identity())
+    accelerator.wait_for_everyone()
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is wrong in PyTorch 2.11
+    pipe = load_pipeline(request.model, calls=[request.call])
+    model = trainable(pipe, request.component)
+    call = with_size(pipe, request.call)
+    objective = _objective(request, pipe, model, call, folder, watch, on_step)
+    shown = [*request.prompts, *(example.caption for example in request.examples)][: watch.samples]
+    exact = None
+    if watch.sheet_every and accelerator.is_main_process:
+        exact = exact_frames(pipe, shown, call, folder / "full-precision.npz")
+    prepare(model, request)
+    trainer = Trainer(model, objective, request.settings, accelerator)
+    if found := last_checkpoint(folder / "checkpoints"):
+        load_checkpoint(trainer, accelerator, found)
+    log = Log(folder / "loss.jsonl", trainer.step) if accelerator.is_main_process else None
+    start = time.perf_counter()
+    while trainer.step < steps:
+        loss = _advanced(trainer, folder)
+        on_step("training", trainer.step, steps)
+        if log:
+            log.append({"step": trainer.step, "loss": loss, "seconds": round(time.perf_counter() - start, 3)})
+            accelerator.log({"loss": loss}, step=trainer.step)
+        if _is_time(trainer.step, watch.checkpoint_every, steps):
+            save_checkpoint(trainer, accelerator, folder / "checkpoints")
+        if exact is not None and _is_time(trainer.step, watch.sheet_every, steps):
+            with trainer.averaged():
+                frames = frames_of(pipe, shown, call)
+            write_sheet(
+                frames, exact, shown, f"step {trainer.step}", folder / f"samples-{trainer.step:06d}.png"
+            )
+    accelerator.end_training()
+    if log is None:
+        return {}
+    losses = [line["loss"] for line in log.read()]
+    result = {"steps": trainer.step, "loss": losses, "device": str(accelerator.device)}
+    with trainer.averaged():
+        precision.restore(model)
+        trained = {**request.identity(), "steps": trainer.step, "last_loss": losses[-1]}
+        saved = save_trained(
+            pipe, request.component, request.attention, request.lora_rank > 0, trained, folder
+        )
+    return {**result, "saved": str(saved)}
+
+
+def prepare(model: torch.nn.Module, request: Request) -> None:
+    """Give the model the precision that it is trained for, and gradients to the weights that are trained."""
+    lora = None
+    if request.lora_rank:
+        if find_spec("peft") is None:
+            raise ValueError("LoRA needs peft: pip install peft")
+        from peft import LoraConfig
+
+        lora = LoraConfig(
+            r=request.lora_rank,
+            lora_alpha=request.lora_rank,
+            target_modules=list(_LORA_LAYERS),
+            init_lora_weights="gaussian",
+        )
+    model.requires_grad_(not request.lora_rank)
+    precision.prepare(model, request.linears, request.attention, rounding=request.rounding, lora=lora)
+    if request.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+
+def _objective(
+    request: Request,
+    pipe: DiffusionPipeline,
+    model: torch.nn.Module,
+    call: dict[str, Any],
+    folder: Path,
+    watch: Watch,
+    on_step: OnStep,
+) -> Objective:
+    store = CallStore(folder / "examples")
+    settings = request.settings
+    if request.prompts:
+        store_teacher(pipe, model, request.prompts, call, store, settings.seed, watch.draw, on_step)
+        return Distillation(store, len(request.prompts))
+    if not isinstance(pipe, KNOWN):
+        known = ", ".join(kind.__name__ for kind in KNOWN)
+        raise ValueError(
+            f"flow matching knows the latents of {known}, not of {type(pipe).__name__}: give prompts"
+        )
+    sigmas = store_examples(pipe, model, request.examples, call, store, on_step)
+    return FlowMatching(store, len(request.examples), sigmas, settings.by_level)
+
+
+def _advanced(trainer: Trainer, folder: Path) -> float:
+    try:
+        return trainer.advance()
+    except Diverged as error:
+        last = last_checkpoint(folder / "checkpoints")
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+        raise ValueError(f"{error}: {kept}; lower --lr, in another folder") from None
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"out of memory with --batch {trainer.settings.batch}: lower it and raise --accumulate, add "
+            "--gradient-checkpointing, train fewer weights by --lora-rank, or give a smaller --size"
+        ) from error
+
+
+def _is_time(step: int, every: int, steps: int) -> bool:
+    return bool(every) and (step % every == 0 or step == steps)
+
+
+def _accelerator(folder: Path, watch: Watch) -> Accelerator:
+    """Return accelerate's view of devices and processes; raises ValueError where TensorBoard is not installed."""
+    trackers: Sequence[str] = ()
+    if watch.tensorboard:
+        if find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs tensorboard: pip install 'dma-diffusers[finetune]'")
+        trackers = ("tensorboard",)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # the model computes in its own dtype, as when it draws
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),
+    )
+    accelerator.init_trackers("loss")
+    return accelerator
