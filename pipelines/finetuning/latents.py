@@ -10,7 +10,7 @@ KNOWN = (FluxPipeline, WanPipeline)
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, frames: Tensor) -> Tensor:
-    """Encode frames uint8 `[F, H, W, 3]`, RGB, as latents `[1, …]`: FLUX's tokens, or Wan's frames, rows and columns."""
+    """Encode frames uint8 `[F, H, W, 3]`, RGB, as latents `[1, …]`: FLUX's tokens, or Wan's grid."""
     vae = pipe.vae
     pixels = frames.to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
     if isinstance(pipe, WanPipeline):

@@ -5,9 +5,16 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, Call, CallStore, joined
+
+
+def velocity_loss(model: torch.nn.Module, call: Call) -> Tensor:
+    """Return the mean squared error of the model's velocity, a float32 scalar; the call has what it is to be."""
+    assert call.output is not None
+    return F.mse_loss(model(**call.inputs)[0].float(), call.output.float())
 
 
 class Objective(Protocol):

@@ -1,4 +1,4 @@
-"""The order in which a training run sees its examples, a function of the seed alone: a resumed run needs no position."""
+"""The order in which a run sees its examples: a function of the seed and the step, so that nothing else is stored."""
 
 from collections import defaultdict
 from collections.abc import Sequence

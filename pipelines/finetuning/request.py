@@ -9,9 +9,9 @@ from typing import Any
 
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.trainer import Settings
+from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def save_trained(
 ) -> Path:
     """Write a component whose stock layers are back into `folder`, and return where its weights are.
 
-    They are in a folder of the component's name, for `from_pretrained`, or in `lora`, for `load_lora_weights`. `policy.json`
-    is for `DMAConfig.from_file`. evidence: how it was trained, for whoever reads the policy.
+    They are in a folder of the component's name, for `from_pretrained`, or in `lora`, for `load_lora_weights`.
+    `policy.json` is for `DMAConfig.from_file`. evidence: how it was trained, for whoever reads the policy.
     """
     model = pipe.components[component]
     target = folder / (LORA if lora else component)

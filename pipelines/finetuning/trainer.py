@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn import Parameter
 
 from dma_diffusers.pipelines.finetuning.calls import Call
-from dma_diffusers.pipelines.finetuning.objectives import Objective
+from dma_diffusers.pipelines.finetuning.objectives import Objective, velocity_loss
 from dma_diffusers.pipelines.finetuning.order import Order
 
 
@@ -75,9 +74,9 @@ class Trainer:
         for part in range(settings.accumulate):
             last = part == settings.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.loss(self.batch(self.step * settings.accumulate + part)) / settings.accumulate
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                loss = velocity_loss(self.model, self.batch(self.step * settings.accumulate + part))
+                self.accelerator.backward(loss / settings.accumulate)
+            total += loss.detach() / settings.accumulate
         mean = float(self.accelerator.reduce(total, "mean"))
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             if master is not parameter:
@@ -103,11 +102,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.settings.seed + number)
         return self.objective.batch(self.order[number], self.accelerator.device, generator)
 
-    def loss(self, call: Call) -> torch.Tensor:
-        """Return the mean squared error of the velocity, a float32 scalar."""
-        assert call.output is not None
-        return F.mse_loss(self.model(**call.inputs)[0].float(), call.output.float())
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Give the model its averaged weights, in the mode in which it draws."""
@@ -119,6 +113,12 @@ class Trainer:
             yield
         finally:
             self._write(trained)
+
+    def keep_averages(self) -> None:
+        """Leave the averaged weights in the model, in the mode in which it draws; training is over."""
+        with self.averaged():
+            trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._write(trained)
 
     def state(self) -> dict[str, Any]:
         """Return all from which training goes on, but the state of this process's random numbers."""
