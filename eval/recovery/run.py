@@ -76,9 +76,9 @@ def _give(pipe: DiffusionPipeline, row: Row) -> None:
     if row.quantised:
         apply(pipe, DMAConfig.preset("exact", linears=row.quantised))
         return
-    finetune.prepare(
-        pipe.transformer, row.linears, row.attention if row.trains else None, rounding=row.rounding
-    )
+    attention = row.attention if row.trains else None
+    if row.linears or attention:
+        finetune.prepare(pipe.transformer, row.linears, attention, rounding=row.rounding)
     if row.attention and not row.trains:
         apply(pipe, row.attention)
 

@@ -119,8 +119,9 @@ def prepare(model: torch.nn.Module, request: Request) -> None:
             target_modules=list(_LORA_LAYERS),
             init_lora_weights="gaussian",
         )
-    model.requires_grad_(not request.lora_rank)
-    precision.prepare(model, request.linears, request.attention, rounding=request.rounding, lora=lora)
+    model.requires_grad_(True)
+    if request.linears or request.attention or lora:
+        precision.prepare(model, request.linears, request.attention, rounding=request.rounding, lora=lora)
     if request.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 
