@@ -119,7 +119,6 @@ def finetune(
         from dma_diffusers.pipelines.finetuning.finetune import Watch
         from dma_diffusers.pipelines.finetuning.finetune import finetune as trained
         from dma_diffusers.pipelines.finetuning.request import Request
-        from dma_diffusers.pipelines.finetuning.target import depends_on_noise
         from dma_diffusers.pipelines.finetuning.trainer import Settings
         from dma_diffusers.pipelines.load import (
             ability,
@@ -136,7 +135,6 @@ def finetune(
         call = recommended_call(path) | sides_of(size) | further.given
         call |= given({"num_inference_steps": draw_steps, "num_frames": frames})
         check_call(kind, call)
-        attention = parse(precision.attention) if precision.attention else None
         request = Request(
             model=path,
             call=call,
@@ -144,13 +142,13 @@ def finetune(
             examples=read_folder(data, ability(kind).video) if data else (),
             linears=precision.linears,
             rounding=precision.rounding,
-            attention=attention,
+            attention=parse(precision.attention) if precision.attention else None,
             lora_rank=precision.lora_rank,
             component=precision.component,
             gradient_checkpointing=training.gradient_checkpointing,
             settings=Settings(
                 training.batch, training.accumulate, training.lr, training.warmup, training.clip, training.ema,
-                training.seed, depends_on_noise(attention),
+                training.seed,
             ),
         )  # fmt: skip
         watch = Watch(kept.checkpoint_every, kept.sheet_every, kept.samples, training.batch, kept.tensorboard)

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from dma_diffusers.cli.console import hide_loading_bars, quiet
 from dma_diffusers.eval.recovery.rows import ROWS
-from dma_diffusers.eval.recovery.run import frames_path, result_path, run
+from dma_diffusers.eval.recovery.run import drawings_path, result_path, run
 from dma_diffusers.eval.recovery.scores import scores
 from dma_diffusers.eval.recovery.study import Plan, Study
 from dma_diffusers.eval.recovery.summary import summarise, table
@@ -66,9 +65,9 @@ def rescore(folder: Folder) -> None:
     with quiet():
         study = Study(folder)
         for path, name in ((result_path(study, name), name) for name in ROWS[study.plan.model]):
-            if path.is_file() and frames_path(study, name).is_file():
-                with np.load(frames_path(study, name)) as stored:
-                    found = scores(stored["frames"], study.exact, study.held_out)
+            if path.is_file():
+                frames = study.drawings(drawings_path(study, name))
+                found = scores(frames, study.exact, study.held_out)
                 result = json.loads(path.read_bytes()) | {"scores": found}
                 write_atomically(path, json.dumps(result, indent=1).encode())
 

@@ -16,11 +16,13 @@ from dma_diffusers import finetune
 from dma_diffusers.attach import apply
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.provenance import hardware, versions
+from dma_diffusers.eval.recovery.drawings import save_drawings
 from dma_diffusers.eval.recovery.rows import ROWS, Row
 from dma_diffusers.eval.recovery.scores import scores
 from dma_diffusers.eval.recovery.study import OnStep, Study
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.finetuning.objectives import Objective, velocity_loss
+from dma_diffusers.pipelines.finetuning.target import depends_on_noise
 from dma_diffusers.pipelines.finetuning.trainer import Trainer
 from dma_diffusers.pipelines.placement import own_device
 
@@ -47,10 +49,10 @@ def run(study: Study, name: str, seconds: float, on_step: OnStep) -> Path:
     judged = partial(held_out_loss, pipe.transformer, study.judged(), study.plan.batch)
     result = {"name": name, "trains": row.trains, "loss": {0: judged()}}
     if row.trains:
-        trained = _trained(study, pipe, seconds, judged, on_step)
+        trained = _trained(study, row, pipe.transformer, seconds, judged, on_step)
         result |= trained | {"loss": result["loss"] | trained["loss"]}
     frames = study.draw(pipe, call, on_step)
-    np.savez_compressed(frames_path(study, name), frames=frames)
+    save_drawings(drawings_path(study, name), frames)
     result |= {"scores": scores(frames, study.exact, study.held_out)}
     result |= {"hardware": hardware(), "versions": versions()}
     write_atomically(path, json.dumps(result, indent=1).encode())
@@ -62,9 +64,9 @@ def result_path(study: Study, name: str) -> Path:
     return study.folder / "rows" / f"{_plain(name)}.json"
 
 
-def frames_path(study: Study, name: str) -> Path:
-    """Return the file of a row's drawings."""
-    return study.folder / "rows" / f"{_plain(name)}.npz"
+def drawings_path(study: Study, name: str) -> Path:
+    """Return the folder of a row's drawings."""
+    return study.folder / "rows" / _plain(name)
 
 
 def _plain(name: str) -> str:
@@ -84,12 +86,18 @@ def _give(pipe: DiffusionPipeline, row: Row) -> None:
 
 
 def _trained(
-    study: Study, pipe: DiffusionPipeline, seconds: float, judged: Callable[[], float], on_step: OnStep
+    study: Study,
+    row: Row,
+    model: torch.nn.Module,
+    seconds: float,
+    judged: Callable[[], float],
+    on_step: OnStep,
 ) -> dict[str, Any]:
     """Train to each budget, and leave the averaged weights in the model; return losses and times."""
     plan = study.plan
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    trainer = Trainer(pipe.transformer, study.training(), plan.settings, accelerator)
+    by_level = depends_on_noise(row.attention)
+    trainer = Trainer(model, study.training(), plan.settings, accelerator, by_level)
     losses, curve, took = {}, [], 0.0
     for budget in plan.budgets:
         start = time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from dma_diffusers.eval.recovery.drawings import are_there, read_drawings, save_drawings
 from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_prompts
 from dma_diffusers.pipelines.finetuning.calls import CallStore
 from dma_diffusers.pipelines.finetuning.objectives import Distillation
@@ -89,8 +90,8 @@ class Study:
         stored = partial(store_teacher, pipe, pipe.transformer, batch=self.plan.batch, on_step=on_step)
         stored(self.prompts, call, self._store("training"), seed=0)
         stored(self.held_out[: self.plan.judged], call, self._store("held-out"), seed=_SEED_OF_HELD_OUT)
-        if not self._exact.is_file():
-            np.save(self._exact, self.draw(pipe, call, on_step))
+        if not are_there(self._exact, len(self.held_out)):
+            save_drawings(self._exact, self.draw(pipe, call, on_step))
 
     def draw(self, pipe: DiffusionPipeline, call: dict, on_step: OnStep) -> np.ndarray:
         """Draw the held-out prompts: uint8 `[prompts, F, H, W, 3]`."""
@@ -105,7 +106,12 @@ class Study:
     @property
     def exact(self) -> np.ndarray:
         """Full precision's drawings of the held-out prompts."""
-        return np.load(self._exact)
+        return self.drawings(self._exact)
+
+    def drawings(self, folder: Path) -> np.ndarray:
+        """Read drawings of the held-out prompts: uint8 `[prompts, F, H, W, 3]`."""
+        height = recommended_call(named_model(self.plan.model))["height"]
+        return read_drawings(folder, len(self.held_out), height)
 
     def training(self) -> Distillation:
         """Return what rows learn from."""
@@ -120,4 +126,4 @@ class Study:
 
     @property
     def _exact(self) -> Path:
-        return self.folder / "exact.npy"
+        return self.folder / "full-precision"

@@ -1,7 +1,8 @@
 """Fine-tune the transformer of a pipeline for the precision that it will run at, and keep all of it in a folder."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ from dma_diffusers.pipelines.finetuning.data import store_examples
 from dma_diffusers.pipelines.finetuning.latents import KNOWN
 from dma_diffusers.pipelines.finetuning.log import Log
 from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, Objective
-from dma_diffusers.pipelines.finetuning.request import Request, begin
+from dma_diffusers.pipelines.finetuning.request import Request, begin, check
 from dma_diffusers.pipelines.finetuning.save import save_trained
-from dma_diffusers.pipelines.finetuning.sheets import exact_frames, frames_of, write_sheet
-from dma_diffusers.pipelines.finetuning.target import trainable, with_size
+from dma_diffusers.pipelines.finetuning.sheets import Sheets
+from dma_diffusers.pipelines.finetuning.target import depends_on_noise, trainable, with_size
 from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.finetuning.trainer import Diverged, Trainer
 from dma_diffusers.pipelines.load import load_pipeline
@@ -56,53 +57,73 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
     Raises ValueError where the folder is another run's, the pipeline can't be trained, the model can't have such
     precision, or the loss is not finite, and RuntimeError where the GPU has too little memory.
     """
+    check(folder, request.identity())
     accelerator = _accelerator(folder, watch)
     folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        begin(folder, request.identity())
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is wrong in PyTorch 2.11
     pipe = load_pipeline(request.model, calls=[request.call])
     model = trainable(pipe, request.component)
     call = with_size(pipe, request.call)
-    objective = _objective(request, pipe, model, call, folder, watch, on_step)
-    shown = [*request.prompts, *(example.caption for example in request.examples)][: watch.samples]
-    exact = None
-    if watch.sheet_every and accelerator.is_main_process:
-        exact = exact_frames(pipe, shown, call, folder / "full-precision.npz")
-    prepare(model, request)
-    trainer = Trainer(model, objective, request.settings, accelerator)
-    if found := last_checkpoint(folder / "checkpoints"):
-        load_checkpoint(trainer, accelerator, found)
-    log = Log(folder / "loss.jsonl", trainer.step) if accelerator.is_main_process else None
-    start = time.perf_counter()
-    while trainer.step < steps:
-        loss = _advanced(trainer, folder)
-        on_step("training", trainer.step, steps)
-        if log:
-            log.append({"step": trainer.step, "loss": loss, "seconds": round(time.perf_counter() - start, 3)})
-            accelerator.log({"loss": loss}, step=trainer.step)
-        if _is_time(trainer.step, watch.checkpoint_every, steps):
-            save_checkpoint(trainer, accelerator, folder / "checkpoints")
-        if exact is not None and _is_time(trainer.step, watch.sheet_every, steps):
-            with trainer.averaged():
-                frames = frames_of(pipe, shown, call)
-            write_sheet(
-                frames, exact, shown, f"step {trainer.step}", folder / f"samples-{trainer.step:06d}.png"
-            )
-    accelerator.end_training()
-    if log is None:
+    with _within_memory(request.settings.batch):
+        objective = _objective(request, pipe, model, call, folder, watch, accelerator, on_step)
+        sheets = None
+        if watch.sheet_every and accelerator.is_main_process:
+            texts = [*request.prompts, *(example.caption for example in request.examples)]
+            sheets = Sheets(pipe, texts[: watch.samples], call, folder)
+        prepare(model, request)
+        trainer = Trainer(
+            model, objective, request.settings, accelerator, depends_on_noise(request.attention)
+        )
+        if accelerator.is_main_process:
+            begin(folder, request.identity())
+        losses = _train(trainer, accelerator, steps, folder, watch, sheets, on_step)
+    if not accelerator.is_main_process:
         return {}
-    losses = [line["loss"] for line in log.read()]
-    result = {"steps": trainer.step, "loss": losses, "device": str(accelerator.device)}
     with trainer.averaged():
         precision.restore(model)
         trained = {**request.identity(), "steps": trainer.step, "last_loss": losses[-1]}
         saved = save_trained(
             pipe, request.component, request.attention, request.lora_rank > 0, trained, folder
         )
-    return {**result, "saved": str(saved)}
+    return {"steps": trainer.step, "loss": losses, "device": str(accelerator.device), "saved": str(saved)}
+
+
+def _train(
+    trainer: Trainer,
+    accelerator: Accelerator,
+    steps: int,
+    folder: Path,
+    watch: Watch,
+    sheets: Sheets | None,
+    on_step: OnStep,
+) -> list[float]:
+    """Train from the last checkpoint to this number of steps, and return the loss of every step of the run."""
+    checkpoints = folder / "checkpoints"
+    if found := last_checkpoint(checkpoints):
+        load_checkpoint(trainer, accelerator, found)
+    log = Log(folder / "loss.jsonl", trainer.step) if accelerator.is_main_process else None
+    start = time.perf_counter()
+    while trainer.step < steps:
+        try:
+            loss = trainer.advance()
+        except Diverged as error:
+            last = last_checkpoint(checkpoints)
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+            raise ValueError(f"{error}: {kept}; lower --lr, in another folder") from None
+        on_step("training", trainer.step, steps)
+        if log:
+            seconds = round(time.perf_counter() - start, 3)
+            log.append({"step": trainer.step, "loss": loss, "seconds": seconds})
+            accelerator.log({"loss": loss}, step=trainer.step)
+        if _is_time(trainer.step, watch.checkpoint_every, steps):
+            save_checkpoint(trainer, accelerator, checkpoints)
+        if sheets and _is_time(trainer.step, watch.sheet_every, steps):
+            with trainer.averaged():
+                sheets.write(trainer.step)
+    accelerator.end_training()
+    return [line["loss"] for line in log.read()] if log else []
 
 
 def prepare(model: torch.nn.Module, request: Request) -> None:
@@ -133,33 +154,37 @@ def _objective(
     call: dict[str, Any],
     folder: Path,
     watch: Watch,
+    accelerator: Accelerator,
     on_step: OnStep,
 ) -> Objective:
-    store = CallStore(folder / "examples")
-    settings = request.settings
+    """Store the examples that are not there yet, at full precision."""
+    examples = folder / "examples"
+    check(examples, request.identity_of_examples())
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        begin(examples, request.identity_of_examples())
+    store = CallStore(examples)
     if request.prompts:
-        store_teacher(pipe, model, request.prompts, call, store, settings.seed, watch.draw, on_step)
+        store_teacher(pipe, model, request.prompts, call, store, request.settings.seed, watch.draw, on_step)
         return Distillation(store, len(request.prompts))
     if not isinstance(pipe, KNOWN):
         known = ", ".join(kind.__name__ for kind in KNOWN)
         raise ValueError(
             f"flow matching knows the latents of {known}, not of {type(pipe).__name__}: give prompts"
         )
-    sigmas = store_examples(pipe, model, request.examples, call, store, on_step)
-    return FlowMatching(store, len(request.examples), sigmas, settings.by_level)
+    with accelerator.main_process_first():
+        sigmas = store_examples(pipe, model, request.examples, call, store, on_step)
+    return FlowMatching(store, len(request.examples), sigmas, depends_on_noise(request.attention))
 
 
-def _advanced(trainer: Trainer, folder: Path) -> float:
+@contextmanager
+def _within_memory(batch: int) -> Iterator[None]:
     try:
-        return trainer.advance()
-    except Diverged as error:
-        last = last_checkpoint(folder / "checkpoints")
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        raise ValueError(f"{error}: {kept}; lower --lr, in another folder") from None
+        yield
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"out of memory with --batch {trainer.settings.batch}: lower it and raise --accumulate, add "
-            "--gradient-checkpointing, train fewer weights by --lora-rank, or give a smaller --size"
+            f"out of memory with --batch {batch}: lower it and raise --accumulate, add --gradient-checkpointing, train "
+            "fewer weights by --lora-rank, or give a smaller --size"
         ) from error
 
 
@@ -169,15 +194,12 @@ def _is_time(step: int, every: int, steps: int) -> bool:
 
 def _accelerator(folder: Path, watch: Watch) -> Accelerator:
     """Return accelerate's view of devices and processes; raises ValueError where TensorBoard is not installed."""
-    trackers: Sequence[str] = ()
-    if watch.tensorboard:
-        if find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard needs tensorboard: pip install 'dma-diffusers[finetune]'")
-        trackers = ("tensorboard",)
+    if watch.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs tensorboard: pip install 'dma-diffusers[finetune]'")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # the model computes in its own dtype, as when it draws
-        log_with=list(trackers) or None,
+        log_with="tensorboard" if watch.tensorboard else None,
         project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),
     )
     accelerator.init_trackers("loss")

@@ -48,34 +48,45 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """Return all on which the trained weights depend, but for the number of steps."""
-        of_data = [(example.path.name, example.caption) for example in self.examples]
         return {
-            "model": f"{self.model} ({model_fingerprint(self.model)[:12]})",
-            "call": dict(self.call),
-            "prompts": _digest(self.prompts),
-            "data": _digest(of_data),
+            **self.identity_of_examples(),
             "linears": self.linears,
             "rounding": self.rounding,
             "attention": self.attention and config_identity(self.attention),
             "lora_rank": self.lora_rank,
-            "component": self.component,
             "gradient_checkpointing": self.gradient_checkpointing,
             **asdict(self.settings),
         }
 
+    def identity_of_examples(self) -> dict[str, Any]:
+        """Return all on which the examples depend that the model learns from."""
+        return {
+            "model": f"{self.model} ({model_fingerprint(self.model)[:12]})",
+            "component": self.component,
+            "call": dict(self.call),
+            "prompts": _digest(self.prompts),
+            "data": _digest([(example.path.name, example.caption) for example in self.examples]),
+            "seed": self.settings.seed,
+        }
+
+
+def check(folder: Path, identity: Mapping[str, Any], name: str = "settings.json") -> None:
+    """Raise ValueError, naming the differences, where a folder was begun for something else."""
+    path = folder / name
+    if not path.is_file():
+        return
+    former, wanted = json.loads(path.read_bytes()), json.loads(json.dumps(identity))
+    if differing := list(_differences(former, wanted)):
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(differing)}. Give those, or another folder"
+        )
+
 
 def begin(folder: Path, identity: Mapping[str, Any], name: str = "settings.json") -> None:
-    """Write what a folder is for; raises ValueError, naming the differences, where it is for something else."""
-    path = folder / name
-    wanted = json.loads(json.dumps(identity))
-    if path.is_file():
-        former = json.loads(path.read_bytes())
-        if differing := list(_differences(former, wanted)):
-            raise ValueError(
-                f"{folder} was begun with other settings: {'; '.join(differing)}. Give those, or another folder"
-            )
-        return
-    write_atomically(path, json.dumps(wanted, indent=1).encode())
+    """Write what a folder is for; raises ValueError as `check` does."""
+    check(folder, identity, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / name, json.dumps(identity, indent=1).encode())
 
 
 def _differences(former: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""):

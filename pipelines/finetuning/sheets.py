@@ -15,40 +15,37 @@ from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.picture import GAP, PAPER, amplified_difference, encode, side_by_side
 
 
-def frames_of(pipe: DiffusionPipeline, prompts: Sequence[str], call: dict[str, Any]) -> np.ndarray:
-    """Draw the prompts, and return each one's middle frame: uint8 `[prompts, H, W, 3]`.
+class Sheets:
+    """Draws a few prompts with full precision, when it is made, and again whenever a sheet is written.
 
-    Random numbers of the training that draws between two steps stay as they are.
+    pipe: at full precision then. The full-precision pictures are kept in the folder for a run that goes on.
     """
-    with torch.random.fork_rng():
-        drawn = [draw(pipe, [prompt], [seed], call).frames for seed, prompt in enumerate(prompts)]
-    return np.concatenate([frames[:, frames.shape[1] // 2] for frames in drawn])
 
+    def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str], call: dict[str, Any], folder: Path):
+        self.pipe, self.prompts, self.call, self.folder = pipe, prompts, call, folder
+        kept = folder / "full-precision.npz"
+        if not kept.is_file():
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, frames=self._drawn())
+            write_atomically(kept, buffer.getvalue())
+        with np.load(kept) as stored:
+            self.exact = stored["frames"]
 
-def exact_frames(
-    pipe: DiffusionPipeline, prompts: Sequence[str], call: dict[str, Any], path: Path
-) -> np.ndarray:
-    """Return what the pipeline draws in full precision, from a file if it is there."""
-    if not path.is_file():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, frames=frames_of(pipe, prompts, call))
-        write_atomically(path, buffer.getvalue())
-    with np.load(path) as stored:
-        return stored["frames"]
+    def write(self, step: int) -> None:
+        """Write `samples-STEP.png`, with a row for each prompt: full precision, the model, their difference."""
+        rows = []
+        for frame, reference, prompt in zip(self._drawn(), self.exact, self.prompts, strict=True):
+            drawn, exact = Image.fromarray(frame), Image.fromarray(reference)
+            difference, factor = amplified_difference(drawn, exact)
+            captions = [("full precision", prompt), (f"step {step}", ""), (f"difference × {factor}", "")]
+            rows.append(side_by_side([exact, drawn, difference], captions))
+        sheet = Image.new("RGB", (rows[0].width, sum(row.height + GAP for row in rows)), PAPER)
+        for number, row in enumerate(rows):
+            sheet.paste(row, (0, number * (row.height + GAP)))
+        write_atomically(self.folder / f"samples-{step:06d}.png", encode(sheet, "PNG"))
 
-
-def write_sheet(
-    frames: np.ndarray, exact: np.ndarray, prompts: Sequence[str], title: str, path: Path
-) -> None:
-    """Write a row for each prompt: full precision, the model, and the difference of the two."""
-    rows = []
-    for drawn, reference, prompt in zip(
-        map(Image.fromarray, frames), map(Image.fromarray, exact), prompts, strict=True
-    ):
-        difference, factor = amplified_difference(drawn, reference)
-        captions = [("full precision", prompt), (title, ""), (f"difference × {factor}", "")]
-        rows.append(side_by_side([reference, drawn, difference], captions))
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height + GAP for row in rows)), PAPER)
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * (row.height + GAP)))
-    write_atomically(path, encode(sheet, "PNG"))
+    def _drawn(self) -> np.ndarray:
+        """Draw each prompt's middle frame, uint8 `[prompts, H, W, 3]`; training's random numbers stay as they are."""
+        with torch.random.fork_rng():
+            drawn = [draw(self.pipe, [prompt], [seed], self.call) for seed, prompt in enumerate(self.prompts)]
+        return np.concatenate([each.frames[:, each.frames.shape[1] // 2] for each in drawn])

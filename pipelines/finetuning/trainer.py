@@ -21,7 +21,7 @@ class Settings:
 
     batch: examples of one process at a time; `accumulate` of these make a step. learning_rate: of AdamW, after
     `warmup` steps in which it rises from 0. clip: the largest norm of all gradients together. ema: the decay of the
-    averaged weights, which are what is saved; 0 averages none. by_level: whether a batch has one noise level alone.
+    averaged weights, which are what is saved; 0 averages none.
     """
 
     batch: int = 4
@@ -31,7 +31,6 @@ class Settings:
     clip: float = 1.0
     ema: float = 0.99
     seed: int = 0
-    by_level: bool = False
 
 
 class Diverged(ValueError):
@@ -43,14 +42,21 @@ class Trainer:
 
     The model computes in the dtype that it has, as it will when it draws. Optimiser and averages have float32 copies of
     parameters that are shorter, because a small step would be lost in 8 bits of mantissa.
+
+    by_level: whether a batch has one noise level alone.
     """
 
     def __init__(
-        self, model: torch.nn.Module, objective: Objective, settings: Settings, accelerator: Accelerator
+        self,
+        model: torch.nn.Module,
+        objective: Objective,
+        settings: Settings,
+        accelerator: Accelerator,
+        by_level: bool = False,
     ):
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.step = 0
-        self.order = Order(objective.levels, settings.batch, settings.seed, settings.by_level)
+        self.order = Order(objective.levels, settings.batch, settings.seed, by_level)
         self.names, self.parameters = zip(
             *((name, value) for name, value in model.named_parameters() if value.requires_grad), strict=True
         )
