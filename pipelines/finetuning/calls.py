@@ -75,7 +75,9 @@ class _FirstCall(Exception):
     """It ends a pipeline's call before its transformer computes anything."""
 
 
-def first_call(pipe: DiffusionPipeline, model: torch.nn.Module, prompt: str, call: Mapping[str, Any]) -> Call:
+def first_call(
+    pipe: DiffusionPipeline, model: torch.nn.Module, prompt: str | list[str], call: Mapping[str, Any]
+) -> Call:
     """Return the first call that the pipeline makes of its transformer for a prompt, which computes nothing.
 
     The scheduler's noise levels are those of the call afterwards.
@@ -150,7 +152,7 @@ class CallStore:
         tensors: dict[str, Tensor] = {}
 
         def key(tensor: Tensor) -> str:
-            data = tensor.contiguous()
+            data = tensor.clone(memory_format=torch.contiguous_format)  # of a view, what it shows alone
             digest = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
             digest.update(data.flatten().view(torch.uint8).numpy())
             name = digest.hexdigest()[:32]
