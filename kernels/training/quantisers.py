@@ -81,8 +81,8 @@ def quest(x: Tensor, exponents: str = "nearest") -> Quantised:
     square = blocks.square().mean(-1).sqrt()
     wanted = (torch.maximum(deviation, square * 0.5) * QUEST_SCALE).view(torch.int32)
     largest_with_scale_one = ROOT_TWO_BITS if exponents == "nearest" else 0x3FFFFFFF
-    exponent = (wanted - largest_with_scale_one + 0x7FFFFF >> 23).clamp(-_E8M0_BIAS, _E8M0_BIAS)
-    scale = torch.exp2(exponent.float())[..., None]
+    exponent = (wanted - largest_with_scale_one + 0x7FFFFF >> 23).clamp_min(-_E8M0_BIAS).float()
+    scale = torch.exp2(exponent).masked_fill(wanted >= 0x7F800000, torch.nan)[..., None]
     scaled = blocks / scale
     numbers = (E2M1.round(scaled) * scale).flatten(1)
     return Quantised(numbers.to(x.dtype), 1.0, (scaled.abs() <= E2M1.max).flatten(1))
@@ -94,10 +94,7 @@ def three_quarters(x: Tensor, uniforms: Tensor | None) -> Quantised:
     code = encode_e8m0(blocks.abs().amax(-1), E2M1, ScaleRounding.FLOOR)
     scale = code.view(torch.float8_e8m0fnu).float()[..., None]
     scaled = blocks * 0.75 / scale
-    if uniforms is None:
-        rounded = E2M1.round(scaled)
-    else:
-        rounded = stochastic(scaled, uniforms.view_as(scaled), E2M1)
+    rounded = E2M1.round(scaled) if uniforms is None else stochastic(scaled, uniforms.view_as(scaled), E2M1)
     return Quantised((rounded * scale).flatten(1).to(x.dtype), Quantiser.NEAREST.outside)
 
 
@@ -109,18 +106,25 @@ def ms_eden(x: Tensor, uniforms: Tensor | None, amax: Tensor | None = None) -> Q
     section 3).
     """
     assert uniforms is not None
-    largest = (x.float().abs().amax().view(1, 1) if amax is None else amax).clamp_min(2.0**-100)
-    outside = largest / (EDEN_TOP * FOUR_OVER_SIX_MAX)
+    largest = x.float().abs().amax().view(1, 1) if amax is None else amax
+    outside = eden_outside(largest)
     blocks = (x.float() / outside).unflatten(1, (-1, 16))
-    scale = E4M3.round(blocks.abs().amax(-1) / EDEN_TOP)[..., None]
-    rounded = E2M1.round(blocks / scale.masked_fill(scale == 0, torch.inf))
+    scale = E4M3.round(blocks.abs().amax(-1) * (1 / EDEN_TOP))
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    rounded = E2M1.round(blocks * inverse[..., None])
     exact, found = (
-        product.sum(-1).unflatten(1, (-1, 2)).sum(-1)
-        for product in (blocks * blocks, blocks * rounded * scale)
+        of_block.unflatten(1, (-1, 2)).sum(-1)
+        for of_block in (blocks.square().sum(-1), (blocks * rounded).sum(-1) * scale)
     )
     correction = torch.where(found == 0, 1.0, exact / found).repeat_interleave(2, 1)
-    scale = stochastic(scale[..., 0] * correction, uniforms, E4M3)[..., None]
+    scale = stochastic(scale * correction, uniforms, E4M3)[..., None]
     return Quantised((rounded * scale).flatten(1).to(x.dtype), outside)
+
+
+def eden_outside(amax: Tensor) -> Tensor:
+    """MS-EDEN's factor outside, a power of two, under which the scale of numbers up to `amax` is at most 256."""
+    exponent = torch.log2(amax.float().clamp_min(2.0**-100) / (EDEN_TOP * FOUR_OVER_SIX_MAX)).ceil()
+    return torch.exp2(exponent)
 
 
 def stochastic(x: Tensor, uniforms: Tensor, element: FloatElement) -> Tensor:
