@@ -52,6 +52,9 @@ class Training:
     accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 1e-5
     warmup: Annotated[int, typer.Option(min=0, help="Steps in which it rises.")] = 50
+    decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps in which it falls to 0.")] = (
+        0.0
+    )
     clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradients.")] = 1.0
     ema: Annotated[
         float, typer.Option(min=0, max=0.99999, help="Decay of the averaged weights; 0 for none.")
@@ -147,8 +150,8 @@ def finetune(
             component=precision.component,
             gradient_checkpointing=training.gradient_checkpointing,
             settings=Settings(
-                training.batch, training.accumulate, training.lr, training.warmup, training.clip, training.ema,
-                training.seed,
+                training.batch, training.accumulate, training.lr, training.warmup, training.decay, training.clip,
+                training.ema, training.seed,
             ),
         )  # fmt: skip
         watch = Watch(kept.checkpoint_every, kept.sheet_every, kept.samples, training.batch, kept.tensorboard)

@@ -50,7 +50,7 @@ def prepare(
 def row(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="Name of the row, as `prepare` lists them.")],
-    seconds: Annotated[float, typer.Option(help="Train no longer; budgets beyond are left out.")] = 900,
+    seconds: Annotated[float, typer.Option(help="Train no longer; a budget not reached has no loss.")] = 900,
 ) -> None:
     """Train for one precision, and compare what it draws with full precision."""
     with quiet(), progress() as on_step:

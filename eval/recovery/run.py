@@ -32,7 +32,7 @@ _CURVE = 10  # a loss of training is kept for each so many steps, as their mean
 def run(study: Study, name: str, seconds: float, on_step: OnStep) -> Path:
     """Make a row and write its result, unless that is there; return the result's file.
 
-    seconds: of training; budgets that are not reached by then are left out.
+    seconds: of training; the loss of a budget that is not reached by then is left out.
     """
     known = ROWS[study.plan.model]
     if name not in known:
@@ -93,24 +93,27 @@ def _trained(
     judged: Callable[[], float],
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Train to each budget, and leave the averaged weights in the model; return losses and times."""
-    plan = study.plan
+    """Train for each budget anew, and leave the averaged weights of the last one in the model; return losses, times."""
+    plan, objective, by_level = study.plan, study.training(), depends_on_noise(row.attention)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    by_level = depends_on_noise(row.attention)
-    trainer = Trainer(model, study.training(), plan.settings, accelerator, by_level)
-    losses, curve, took = {}, [], 0.0
+    untrained = [parameter.detach().clone() for parameter in model.parameters()]
+    losses, curve, took, start = {}, [], {}, time.perf_counter()
     for budget in plan.budgets:
-        start = time.perf_counter()
-        while trainer.step < budget and took + time.perf_counter() - start < seconds:
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), untrained, strict=True):
+                parameter.copy_(value)
+        began, curve = time.perf_counter(), []
+        trainer = Trainer(model, objective, plan.settings, accelerator, budget, by_level)
+        while trainer.step < budget and time.perf_counter() - start < seconds:
             curve.append(trainer.advance())
-            on_step("training", trainer.step, plan.budgets[-1])
-        took += time.perf_counter() - start
-        if trainer.step == budget:
-            with trainer.averaged():
-                losses[budget] = judged()
-    trainer.keep_averages()
+            on_step(f"training, {budget} steps", trainer.step, budget)
+        took[budget] = round(time.perf_counter() - began, 1)
+        trainer.keep_averages()
+        if trainer.step < budget:
+            break
+        losses[budget] = judged()
     means = [float(f"{np.mean(curve[i : i + _CURVE]):.4g}") for i in range(0, len(curve), _CURVE)]
-    return {"loss": losses, "steps": trainer.step, "seconds": round(took, 1), "curve": means}
+    return {"loss": losses, "steps": trainer.step, "seconds": took, "curve": means}
 
 
 @torch.no_grad()

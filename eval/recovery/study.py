@@ -30,8 +30,8 @@ class Plan:
     """What all rows of a study have in common.
 
     model: "demo" or "demo-video". prompts: to learn from. held_out: prompts that are drawn and compared. judged: how
-    many of these give the held-out loss. budgets: rising numbers of steps, after each of which that is measured. batch,
-    learning_rate, warmup, ema, seed: as of `Settings`. steps: of denoising; None for the model's own.
+    many of these give the held-out loss. budgets: rising numbers of steps, for each of which a row is trained. batch,
+    learning_rate, warmup, decay, ema, seed: as of `Settings`. steps: of denoising; None for the model's own.
     """
 
     model: str = "demo"
@@ -42,6 +42,7 @@ class Plan:
     batch: int = 32
     learning_rate: float = 1e-4
     warmup: int = 20
+    decay: float = 0.5
     ema: float = 0.99
     seed: int = 0
     steps: int | None = None
@@ -50,7 +51,12 @@ class Plan:
     def settings(self) -> Settings:
         """Settings of the trainer."""
         return Settings(
-            self.batch, learning_rate=self.learning_rate, warmup=self.warmup, ema=self.ema, seed=self.seed
+            self.batch,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            decay=self.decay,
+            ema=self.ema,
+            seed=self.seed,
         )
 
 

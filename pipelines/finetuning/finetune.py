@@ -57,7 +57,7 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
     Raises ValueError where the folder is another run's, the pipeline can't be trained, the model can't have such
     precision, or the loss is not finite, and RuntimeError where the GPU has too little memory.
     """
-    check(folder, request.identity())
+    check(folder, request.identity(steps))
     accelerator = _accelerator(folder, watch)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
@@ -73,17 +73,16 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
             texts = [*request.prompts, *(example.caption for example in request.examples)]
             sheets = Sheets(pipe, texts[: watch.samples], call, folder)
         prepare(model, request)
-        trainer = Trainer(
-            model, objective, request.settings, accelerator, depends_on_noise(request.attention)
-        )
+        by_level = depends_on_noise(request.attention)
+        trainer = Trainer(model, objective, request.settings, accelerator, steps, by_level)
         if accelerator.is_main_process:
-            begin(folder, request.identity())
-        losses = _train(trainer, accelerator, steps, folder, watch, sheets, on_step)
+            begin(folder, request.identity(steps))
+        losses = _train(trainer, accelerator, folder, watch, sheets, on_step)
     if not accelerator.is_main_process:
         return {}
     with trainer.averaged():
         precision.restore(model)
-        trained = {**request.identity(), "steps": trainer.step, "last_loss": losses[-1]}
+        trained = {**request.identity(steps), "steps": trainer.step, "last_loss": losses[-1]}
         saved = save_trained(
             pipe, request.component, request.attention, request.lora_rank > 0, trained, folder
         )
@@ -93,33 +92,32 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
 def _train(
     trainer: Trainer,
     accelerator: Accelerator,
-    steps: int,
     folder: Path,
     watch: Watch,
     sheets: Sheets | None,
     on_step: OnStep,
 ) -> list[float]:
-    """Train from the last checkpoint to this number of steps, and return the loss of every step of the run."""
+    """Train from the last checkpoint to the end, and return the loss of every step of the run."""
     checkpoints = folder / "checkpoints"
     if found := last_checkpoint(checkpoints):
         load_checkpoint(trainer, accelerator, found)
     log = Log(folder / "loss.jsonl", trainer.step) if accelerator.is_main_process else None
     start = time.perf_counter()
-    while trainer.step < steps:
+    while trainer.step < trainer.steps:
         try:
             loss = trainer.advance()
         except Diverged as error:
             last = last_checkpoint(checkpoints)
             kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
             raise ValueError(f"{error}: {kept}; lower --lr, in another folder") from None
-        on_step("training", trainer.step, steps)
+        on_step("training", trainer.step, trainer.steps)
         if log:
             seconds = round(time.perf_counter() - start, 3)
             log.append({"step": trainer.step, "loss": loss, "seconds": seconds})
             accelerator.log({"loss": loss}, step=trainer.step)
-        if _is_time(trainer.step, watch.checkpoint_every, steps):
+        if _is_time(trainer, watch.checkpoint_every):
             save_checkpoint(trainer, accelerator, checkpoints)
-        if sheets and _is_time(trainer.step, watch.sheet_every, steps):
+        if sheets and _is_time(trainer, watch.sheet_every):
             with trainer.averaged():
                 sheets.write(trainer.step)
     accelerator.end_training()
@@ -188,8 +186,8 @@ def _within_memory(batch: int) -> Iterator[None]:
         ) from error
 
 
-def _is_time(step: int, every: int, steps: int) -> bool:
-    return bool(every) and (step % every == 0 or step == steps)
+def _is_time(trainer: Trainer, every: int) -> bool:
+    return bool(every) and (trainer.step % every == 0 or trainer.step == trainer.steps)
 
 
 def _accelerator(folder: Path, watch: Watch) -> Accelerator:

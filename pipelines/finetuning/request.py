@@ -46,8 +46,11 @@ class Request:
         if self.attention and self.attention.linears:
             raise ValueError("attention= is for attention alone: give linear layers by --linears")
 
-    def identity(self) -> dict[str, Any]:
-        """Return all on which the trained weights depend, but for the number of steps."""
+    def identity(self, steps: int) -> dict[str, Any]:
+        """Return all on which the weights depend after any of these steps.
+
+        The number of steps is among it only where the learning rate falls towards the last one.
+        """
         return {
             **self.identity_of_examples(),
             "linears": self.linears,
@@ -56,6 +59,7 @@ class Request:
             "lora_rank": self.lora_rank,
             "gradient_checkpointing": self.gradient_checkpointing,
             **asdict(self.settings),
+            "steps": steps if self.settings.decay else None,
         }
 
     def identity_of_examples(self) -> dict[str, Any]:

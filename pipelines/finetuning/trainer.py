@@ -20,17 +20,24 @@ class Settings:
     """How weights are trained.
 
     batch: examples of one process at a time; `accumulate` of these make a step. learning_rate: of AdamW, after
-    `warmup` steps in which it rises from 0. clip: the largest norm of all gradients together. ema: the decay of the
-    averaged weights, which are what is saved; 0 averages none.
+    `warmup` steps in which it rises from 0, and before it falls to 0 in the last steps, whose share is `decay`. clip:
+    the largest norm of all gradients together. ema: the decay of the averaged weights, which are what is saved; 0
+    averages none.
     """
 
     batch: int = 4
     accumulate: int = 1
     learning_rate: float = 1e-5
     warmup: int = 50
+    decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.99
     seed: int = 0
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, from 0, of a training of so many steps."""
+        falling = (steps - step) / (self.decay * steps) if self.decay else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup, 1), falling)
 
 
 class Diverged(ValueError):
@@ -43,7 +50,7 @@ class Trainer:
     The model computes in the dtype that it has, as it will when it draws. Optimiser and averages have float32 copies of
     parameters that are shorter, because a small step would be lost in 8 bits of mantissa.
 
-    by_level: whether a batch has one noise level alone.
+    steps: in all. by_level: whether a batch has one noise level alone.
     """
 
     def __init__(
@@ -52,10 +59,11 @@ class Trainer:
         objective: Objective,
         settings: Settings,
         accelerator: Accelerator,
+        steps: int,
         by_level: bool = False,
     ):
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
-        self.step = 0
+        self.step, self.steps = 0, steps
         self.order = Order(objective.levels, settings.batch, settings.seed, by_level)
         self.names, self.parameters = zip(
             *((name, value) for name, value in model.named_parameters() if value.requires_grad), strict=True
@@ -91,9 +99,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, settings.clip))
         if mean - mean != 0 or norm - norm != 0:  # infinity less itself is NaN
             raise Diverged(f"the loss is {mean} and the gradients' norm {norm} in step {self.step + 1}")
-        self.optimizer.param_groups[0]["lr"] = settings.learning_rate * min(
-            1.0, (self.step + 1) / max(settings.warmup, 1)
-        )
+        self.optimizer.param_groups[0]["lr"] = settings.rate(self.step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._write(self.masters)

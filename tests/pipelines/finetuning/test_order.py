@@ -1,10 +1,11 @@
-"""The order of examples: whole epochs, the same for a seed, and one noise level for each batch where asked."""
+"""What a step's number alone decides: its examples, in whole epochs, and its learning rate."""
 
 from itertools import chain
 
 import pytest
 
 from dma_diffusers.pipelines.finetuning.order import Order
+from dma_diffusers.pipelines.finetuning.trainer import Settings
 
 LEVELS = [1.0] * 7 + [0.5] * 7
 
@@ -33,3 +34,11 @@ def test_batches_of_one_level_have_one_level():
 
 def test_fewer_examples_than_a_batch_are_repeated():
     assert sorted(Order([1.0, 1.0], 4, seed=0)[5]) == [0, 0, 1, 1]
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    settings = Settings(learning_rate=2.0, warmup=4, decay=0.25)
+    rates = [settings.rate(step, 40) for step in range(40)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[30] == 2.0
+    assert rates[35] == 1.0 and rates[39] == pytest.approx(0.2)
+    assert Settings(learning_rate=2.0, warmup=4).rate(39, 40) == 2.0
