@@ -69,7 +69,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """
     shape, distance = x.shape, 1
     while distance < block:
-        first, second = x.reshape(*shape[:-1], -1, 2, distance).unbind(-2)
+        first, second = x.reshape(*shape[:-1], shape[-1] // (2 * distance), 2, distance).unbind(-2)
         x = torch.stack((first + second, first - second), -2)
         distance *= 2
     return x.reshape(shape) * block**-0.5

@@ -39,7 +39,9 @@ def _words(seed, index, STREAM: tl.constexpr):
     """The words of a stream at these places (int32)."""
     a, b, c, d = tl.randint4x(seed + (STREAM << 32), index >> 2)
     lane = index & 3
-    return tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)).to(tl.uint32, bitcast=True)
+    return tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)).to(
+        tl.uint32, bitcast=True
+    )
 
 
 @triton.jit
@@ -65,7 +67,9 @@ def _stochastic(x, uniforms, SMALLEST_NORMAL: tl.constexpr, MANTISSA_BITS: tl.co
     inverse = ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     STEPS: tl.constexpr = 2.0**MANTISSA_BITS
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    stepped = tl.floor(magnitude * inverse * STEPS + uniforms) * (power * (1.0 / STEPS))
+    steps = magnitude * inverse * STEPS
+    below = tl.floor(steps)
+    stepped = (below + (uniforms < steps - below).to(tl.float32)) * (power * (1.0 / STEPS))
     return tl.where(bits < 0, -stepped, stepped)
 
 
@@ -205,7 +209,9 @@ def quantise_tiles(
         low, high = tl.split(tl.reshape(e2m1_code(y), (x.shape[0], WIDTH // 2, 2)))
         pairs = first // 2 + tl.arange(0, WIDTH // 2)
         place = rows.to(tl.int64)[:, None] * (padded // 2) + pairs[None, :]
-        tl.store(elements + place, (low | (high << 4)).to(tl.uint8), mask=inside & (pairs < padded // 2)[None, :])
+        tl.store(
+            elements + place, (low | (high << 4)).to(tl.uint8), mask=inside & (pairs < padded // 2)[None, :]
+        )
         number = first // BLOCK + tl.arange(0, WIDTH // BLOCK)
         store_scales(scales, code, rows[:, None], number[None, :], padded // BLOCK)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dma_diffusers.kernels.training import random
@@ -36,6 +37,8 @@ def train_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
+        if x.numel() == 0:  # has nothing to round
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, lowering, seed)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -1,7 +1,6 @@
 """Lowerings of training: how the products of a recipe really run on one architecture, and if they can't, why."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 from dma_diffusers.kernels.lowerings import (
@@ -96,7 +95,6 @@ def choose(architecture: str, recipe: Recipe, lowering: str = "auto") -> Choice:
     raise ValueError(f"no lowering trains in {format}: {'; '.join(refusals)}")
 
 
-@cache
 def products_of(lowering: str) -> Any:
     """The functions of reference.py for a lowering: that module, or a `KernelProducts`, which needs Triton."""
     if lowering == "reference":

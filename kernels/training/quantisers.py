@@ -134,4 +134,6 @@ def stochastic(x: Tensor, uniforms: Tensor, element: FloatElement) -> Tensor:
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(2.0**element.emin)
     step = power * 2.0**-element.mantissa_bits
-    return (torch.floor(x.abs() / step + uniforms) * step).clamp_max(element.max).copysign(x)
+    steps = x.abs() / step
+    below = steps.floor()
+    return ((below + (uniforms < steps - below)) * step).clamp_max(element.max).copysign(x)
