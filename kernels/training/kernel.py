@@ -112,9 +112,7 @@ def _eden(blocks, outside, seed, stream, rows, first, columns):
 
 
 @triton.jit
-def _rounded(
-    x, outside, seed, stream, rows, first, columns, QUANTISER: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rounded(x, outside, seed, stream, rows, first, columns, QUANTISER: tl.constexpr, BLOCK: tl.constexpr):
     """x [rows, columns] by a quantiser: elements [rows, blocks, BLOCK], codes of scales, and scales.
 
     outside: [rows] for four_over_six, a number for ms_eden.

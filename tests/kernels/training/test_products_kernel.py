@@ -105,9 +105,8 @@ def test_layers_equal_the_reference(name, lowering, kernel_device):
     """Output and gradients; products in bf16 and float32 differ by their own rounding alone."""
     if lowering == "scaled_mm":
         torch_device()  # skips where it takes no scales of rows
-    elif lowering == "native" and kernel_device.type == "cuda":
-        if architecture(kernel_device) not in BLOCK_SCALED_ARCHITECTURES:
-            pytest.skip("it has no block-scaled MMA")
+    elif lowering == "native" and architecture(kernel_device) not in (*BLOCK_SCALED_ARCHITECTURES, "cpu"):
+        pytest.skip(f"{architecture(kernel_device)} has no block-scaled MMA")
     recipe, dtype = RECIPES[name], torch.float32 if lowering == "native" else torch.bfloat16
     rows, width = (5, 32) if lowering == "scaled_mm" else (37, 64)  # it re-encodes row by row
     x, weight, bias = matrix(rows, width, dtype), matrix(32, width, dtype, 1), torch.randn(32, dtype=dtype)
