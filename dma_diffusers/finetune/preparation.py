@@ -138,10 +138,9 @@ def _check_lora(lora: Any) -> None:
 
 
 def _add_adapters(model: torch.nn.Module, lora: "peft.LoraConfig") -> None:
-    """Freezes the model and puts adapters on top, which train."""
+    """Puts adapters on top, which train; peft freezes everything else."""
     import peft
 
-    model.requires_grad_(False)
     if hasattr(model, "add_adapter"):  # of Diffusers, which then knows how to save them
         model.add_adapter(lora)  # type: ignore[operator]
     else:
