@@ -1,5 +1,6 @@
 """Preparing a model for fine-tuning at low precision, and putting stock layers back."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from dma_diffusers.finetune.layers import layers_to_train
 from dma_diffusers.finetune.module import QuartetLinear
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
+from dma_diffusers.linears.exclusions import block_of
 from dma_diffusers.linears.quantise import check_not_quantised, set_layer
 
 if TYPE_CHECKING:
@@ -82,9 +84,13 @@ def prepare(
     record = Prepared(tuple(layers), left, attention is not None)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
-        for seed, (name, layer) in enumerate(layers.items()):
+        seeds: Counter[str] = Counter()
+        for name, layer in layers.items():
             assert recipe is not None
-            set_layer(model, name, QuartetLinear(layer, recipe, seed))
+            # Numbers are alike in all blocks, for blocks that are compiled once; gradients tell their layers apart.
+            block, *_ = block_of(model, name)
+            set_layer(model, name, QuartetLinear(layer, recipe, seeds[block]))
+            seeds[block] += 1
         if lora is not None:
             _add_adapters(model, lora)
     except BaseException:
