@@ -16,7 +16,7 @@ class QuartetLinear(torch.nn.Linear):
 
     stock: the layer whose parameters it shares, under the same names: `weight` `[N, K]` and `bias` `[N]`, in full
         precision, which optimisers change and `save_pretrained` saves.
-    A weight that is frozen, as under adapters, is quantised once.
+    A weight that is frozen, as under adapters, is quantised once in training, and again after each call without it.
     recipe: the quantisers of its products. seed: of their random numbers; layers with different ones draw others.
     Raises ValueError for sides that are no multiples of 32.
     """
@@ -49,8 +49,12 @@ class QuartetLinear(torch.nn.Linear):
         return layer.train(self.training)
 
     def _quantised_once(self, lowering: str) -> Any:
-        """The quantised weight if it doesn't train, which is kept until the weight changes; None if it does."""
-        if self.weight.requires_grad or self.weight.is_inference() or torch.compiler.is_compiling():
+        """The quantised weight if it is frozen in training, which is kept until the weight changes; else None."""
+        if torch.compiler.is_compiling() or self.weight.is_inference():
+            return None
+        # Adapters are merged through `weight.data`, of which no version tells: what is drawn then must not be old.
+        if self.weight.requires_grad or not self.training or not torch.is_grad_enabled():
+            self._kept = None
             return None
         of = lowering, self.weight.device, self.weight.data_ptr(), self.weight._version
         if self._kept is None or self._kept[0] != of:

@@ -53,6 +53,8 @@ def prepare(
     rounding: of "quartet"'s backward pass: "nearest" or "stochastic".
     lora: adapters of peft that are trained on top; everything else is frozen then.
 
+    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with. Those of
+    `quantize_linears` have the same formats, but other scales and no rotation.
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
