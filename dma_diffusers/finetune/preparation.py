@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did to a model; it is kept on the model, too.
+    """A record of what `prepare` did to a model; it is kept on the model, too.
 
     layers: the names of the linear layers that train at low precision. left: the reasons for which others don't.
     has_attention: whether attention was intercepted.
@@ -149,7 +149,8 @@ def _add_adapters(model: torch.nn.Module, lora: "peft.LoraConfig") -> None:
     """Puts adapters on top, which train; peft freezes everything else."""
     import peft
 
-    if hasattr(model, "add_adapter"):  # of Diffusers, which then knows how to save them
+    # Diffusers' own way, after which it knows how to save them.
+    if hasattr(model, "add_adapter"):
         model.add_adapter(lora)  # type: ignore[operator]
     else:
         peft.inject_adapter_in_model(lora, model)

@@ -18,7 +18,7 @@ TILE = 64
 
 
 class Step(StrEnum):
-    """What becomes of a matrix: the functions of reference.py that end with `_side`."""
+    """The step for which a matrix is quantised, named after the functions of reference.py that end with `_side`."""
 
     FORWARD = "forward"
     BACKWARD = "backward"

@@ -44,7 +44,8 @@ def train_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        if x.numel() == 0:  # has nothing to round
+        # The quantisers want blocks to round.
+        if x.numel() == 0:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, lowering, seed, quantised_weight)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -25,7 +25,7 @@ _E8M0_BIAS = 127
 
 
 class Quantised(NamedTuple):
-    """What a quantiser makes of a matrix.
+    """The result of a quantiser.
 
     numbers: those that are multiplied, in the matrix's dtype. outside: the factor that they still need, `[rows, 1]` or
     a number. mask: bool, False where a number was clipped and gets no gradient; None where nothing can be.

@@ -74,7 +74,8 @@ def test_a_plain_model_trains_saves_and_comes_back(linears):
     stock = make_plain()
     stock.load_state_dict(trained)
     assert torch.equal(model(x), stock(x))
-    restore(model)  # does nothing
+    # A second time does nothing.
+    restore(model)
     prepare(model, linears)
     assert torch.equal(model(x), low)
 
@@ -163,7 +164,8 @@ def test_adapters_train_on_a_frozen_quantised_base(linears):
     x = torch.randn(4, 5)
     lora = peft.LoraConfig(r=4, target_modules=["up", "down"])
     prepare(model, linears, lora=lora)
-    assert torch.equal(model(x), low(x))  # adapters begin with nothing
+    # Adapters begin with nothing.
+    assert torch.equal(model(x), low(x))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 8 and all("lora_" in name for name in trained)
     before = copy.deepcopy(model[1].up.base_layer.weight)
@@ -198,7 +200,8 @@ def test_frozen_weights_are_quantised_once_until_they_change(monkeypatch):
         base.weight.mul_(2)
     assert not torch.equal(model(x), first) and len(made) == 8
     with torch.no_grad():
-        model[1].up.merge()  # through `data`, so that the version stays
+        # It goes through `data`, so that the weight's version stays.
+        model[1].up.merge()
         merged = model(x)
     restore(model)
     prepare(model, "qat")
