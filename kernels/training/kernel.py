@@ -35,9 +35,9 @@ def _hadamard(x):
 
 
 @triton.jit
-def _words(seed, index, STREAM: tl.constexpr):
+def _words(seed, stream, index):
     """The words of a stream at these places (int32)."""
-    a, b, c, d = tl.randint4x(seed + (STREAM << 32), index >> 2)
+    a, b, c, d = tl.randint4x(seed + (stream.to(tl.int64) << 32), index >> 2)
     lane = index & 3
     return tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)).to(
         tl.uint32, bitcast=True
@@ -50,10 +50,10 @@ def _uniform(words):
 
 
 @triton.jit
-def _uniforms_of_rows(seed, rows, first, columns, STREAM: tl.constexpr, COLUMNS: tl.constexpr):
+def _uniforms_of_rows(seed, stream, rows, first, columns, COLUMNS: tl.constexpr):
     """Uniforms [rows, COLUMNS] from column `first` on of a matrix that is `columns` wide, both multiples of 32."""
     number = rows[:, None] * (columns // 4) + first // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-    a, b, c, d = tl.randint4x(seed + (STREAM << 32), number)
+    a, b, c, d = tl.randint4x(seed + (stream.to(tl.int64) << 32), number)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (rows.shape[0], COLUMNS))
     return _uniform(words)
 
@@ -87,7 +87,7 @@ def _quest(blocks):
 
 
 @triton.jit
-def _eden(blocks, outside, seed, rows, first, columns, STREAM: tl.constexpr):
+def _eden(blocks, outside, seed, stream, rows, first, columns):
     """Blocks [rows, blocks, 16] in nvfp4 by MS-EDEN under a power of two `outside`: elements, codes, and scales."""
     ROWS: tl.constexpr = blocks.shape[0]
     BLOCKS: tl.constexpr = blocks.shape[1]
@@ -105,16 +105,14 @@ def _eden(blocks, outside, seed, rows, first, columns, STREAM: tl.constexpr):
     correction = tl.where(found == 0.0, 1.0, tl.div_rn(exact, tl.where(found == 0.0, 1.0, found)))
     scale = tl.reshape(tl.reshape(scale, (ROWS, BLOCKS // 2, 2)) * correction[:, :, None], (ROWS, BLOCKS))
     index = rows[:, None] * (columns // 16) + first // 16 + tl.arange(0, BLOCKS)[None, :]
-    scale = tl.minimum(_stochastic(scale, _uniform(_words(seed, index, STREAM)), 2.0**-6, 3), 448.0)
+    scale = tl.minimum(_stochastic(scale, _uniform(_words(seed, stream, index)), 2.0**-6, 3), 448.0)
     scale = tl.where(bad, float("nan"), scale)
     stored = to_e4m3(scale)
     return y, stored.to(tl.uint8, bitcast=True).to(tl.int32), scale
 
 
 @triton.jit
-def _rounded(
-    x, outside, seed, rows, first, columns, STREAM: tl.constexpr, QUANTISER: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rounded(x, outside, seed, stream, rows, first, columns, QUANTISER: tl.constexpr, BLOCK: tl.constexpr):
     """x [rows, columns] by a quantiser: elements [rows, blocks, BLOCK], codes of scales, and scales.
 
     outside: [rows] for four_over_six, a number for ms_eden.
@@ -125,7 +123,7 @@ def _rounded(
     if QUANTISER == "four_over_six":
         y, code, scale = four_over_six(blocks, tl.max(magnitude_bits(blocks), axis=2), outside)
     elif QUANTISER == "ms_eden":
-        y, code, scale = _eden(blocks, outside, seed, rows, first, columns, STREAM)
+        y, code, scale = _eden(blocks, outside, seed, stream, rows, first, columns)
     else:
         if QUANTISER == "quest":
             y, code = _quest(blocks)
@@ -139,7 +137,7 @@ def _rounded(
             code = tl.where(amax_bits >= NOT_FINITE, 255, code)
             y = blocks * 0.75 * inverse_of(code)[:, :, None]
             if QUANTISER == "stochastic":
-                uniforms = _uniforms_of_rows(seed, rows, first, columns, STREAM, COLUMNS)
+                uniforms = _uniforms_of_rows(seed, stream, rows, first, columns, COLUMNS)
                 y = _stochastic(y, tl.reshape(uniforms, y.shape), 1.0, 1)
             else:
                 y = rounded(y, 1, 1.0)
@@ -154,18 +152,18 @@ def _loaded(source, rows, columns, height, width, stride):
     return tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "towards", "stream"])
 def quantise_tiles(
-    source, first_outside, outside, seed, elements, scales, height, width, stride, padded,
+    source, first_outside, outside, seed, elements, scales, height, width, stride, padded, towards, stream,
     FIRST: tl.constexpr, FIRST_BLOCK: tl.constexpr, ROTATES: tl.constexpr,
     QUANTISER: tl.constexpr, BLOCK: tl.constexpr, ROTATES_AT_RANDOM: tl.constexpr,
-    TOWARDS: tl.constexpr, STREAM: tl.constexpr, TRANSPOSES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    TRANSPOSES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Quantise one tile, P rows and Q columns, of a source `[height, width]`, whose rows lie `stride` apart.
 
     ROTATES turns its rows in blocks of 32, always in the same way. FIRST, if there is one, rounds them; then they are
-    transposed if TRANSPOSES, turned by the signs of the stream TOWARDS if ROTATES_AT_RANDOM, and rounded by QUANTISER
-    with the numbers of STREAM. `padded` is the width of what is written, a multiple of 32.
+    transposed if TRANSPOSES, turned by the signs of the stream `towards` if ROTATES_AT_RANDOM, and rounded by QUANTISER
+    with the numbers of `stream`. `padded` is the width of what is written, a multiple of 32.
     elements: e2m1, uint8 `[rows, padded / 2]`, with their scales in tcgen05's layout; or bf16 numbers `[rows, padded]`
     that need the factor outside alone, and no scales (None). first_outside, outside: float32 `[height]` for
     four_over_six, `[1]` for ms_eden. seed: int64 `[1]`. None: a tensor that is not wanted.
@@ -179,7 +177,7 @@ def quantise_tiles(
         row_outside = None
         if first_outside is not None:
             row_outside = tl.load(first_outside + rows, mask=rows < height, other=1.0)
-        y, _, scale = _rounded(x, row_outside, seed, rows, 0, width, STREAM, FIRST, FIRST_BLOCK)
+        y, _, scale = _rounded(x, row_outside, seed, stream, rows, 0, width, FIRST, FIRST_BLOCK)
         x = tl.reshape(y * scale[:, :, None], (P, Q))
         if first_outside is not None:
             x = x * row_outside[:, None]
@@ -191,14 +189,14 @@ def quantise_tiles(
         first = tl.program_id(1) * Q
     drawn = seed if seed is None else tl.load(seed)
     if ROTATES_AT_RANDOM:
-        words = _words(drawn, columns, TOWARDS)
+        words = _words(drawn, towards, columns)
         x = _hadamard(x * (1.0 - 2.0 * (words >> 31).to(tl.int32).to(tl.float32))[None, :])
     own_outside = None
     if QUANTISER == "four_over_six":
         own_outside = tl.load(outside + rows, mask=rows < height, other=1.0)
     elif QUANTISER == "ms_eden":
         own_outside = tl.load(outside)
-    y, code, scale = _rounded(x, own_outside, drawn, rows, first, padded, STREAM, QUANTISER, BLOCK)
+    y, code, scale = _rounded(x, own_outside, drawn, stream, rows, first, padded, QUANTISER, BLOCK)
     WIDTH: tl.constexpr = x.shape[1]
     inside = (rows < height)[:, None]
     if scales is None:
@@ -216,7 +214,7 @@ def quantise_tiles(
         store_scales(scales, code, rows[:, None], number[None, :], padded // BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "factor"])
 def finish_tiles(
     product, source, out, height, width, product_stride, stride, factor,
     CLIPS: tl.constexpr, ROTATES: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,

@@ -77,10 +77,10 @@ def quantise(
     launcher(
         kernel.quantise_tiles, (along, across) if transposed else (across, along),
         source, first_outside, outside, seed, elements, scales, height, width, source.stride(0), inner,
+        int(towards), int(towards) + (2 if step is Step.BACKWARD else 4),
         FIRST=None if first is None else first.value, FIRST_BLOCK=None if first is None else _block(first),
         ROTATES=recipe.rotates and step is not Step.BACKWARD, QUANTISER=quantiser.value, BLOCK=_block(quantiser),
-        ROTATES_AT_RANDOM=step is not Step.FORWARD and quantiser.is_rotated, TOWARDS=int(towards),
-        STREAM=int(towards) + (2 if step is Step.BACKWARD else 4), TRANSPOSES=transposed, P=TILE, Q=TILE,
+        ROTATES_AT_RANDOM=step is not Step.FORWARD and quantiser.is_rotated, TRANSPOSES=transposed, P=TILE, Q=TILE,
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

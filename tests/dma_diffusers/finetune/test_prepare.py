@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dma_diffusers import DMAConfig, quantize_linears, report
 from dma_diffusers.finetune import QuartetLinear, prepare, restore
+from dma_diffusers.finetune import module as finetune_module
+from dma_diffusers.kernels.training import linear
 from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.recipe import LINEARS, recipe_of
 from dma_diffusers.linears.exclusions import choose
@@ -173,6 +175,29 @@ def test_adapters_train_on_a_frozen_quantised_base(linears):
     assert torch.equal(model(x), drawn) == (linears is None)
 
 
+def test_frozen_weights_are_quantised_once_until_they_change(monkeypatch):
+    made = []
+
+    def quantise_weight(weight, *arguments):
+        made.append(weight)
+        return linear.quantise_weight(weight, *arguments)
+
+    monkeypatch.setattr(finetune_module, "quantise_weight", quantise_weight)
+    model, x = make_plain(), torch.randn(4, 5)
+    prepare(model, "qat")
+    training = model(x)
+    assert not made
+    model.requires_grad_(False)
+    assert torch.equal(model(x), training) and torch.equal(model(x), training)
+    assert len(made) == 4
+    with torch.no_grad():
+        model[1].up.weight.mul_(2)
+    changed = model(x)
+    assert len(made) == 5 and not torch.equal(changed, training)
+    assert torch.equal(model.requires_grad_(True)(x), changed)
+    assert torch.equal(copy.deepcopy(model)(x), changed)
+
+
 def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):
     model = make_plain()
     modules = dict(model.named_modules())
@@ -194,9 +219,9 @@ def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):
         assert {name: type(m) for name, m in model.named_modules()} == {
             n: type(m) for n, m in modules.items()
         }
-    with pytest.raises(TypeError, match="give pipe.transformer"):
+    with pytest.raises(TypeError, match=r"give pipe\.transformer"):
         prepare("flux", "qat")
-    with pytest.raises(ValueError, match="no linear layer to train at low precision: .*no multiple of 32"):
+    with pytest.raises(ValueError, match=r"no linear layer to train at low precision: .*no multiple of 32"):
         prepare(torch.nn.Sequential(torch.nn.Linear(32, 48)), "qat")
     with pytest.raises(ValueError, match="the model is this layer itself"):
         prepare(torch.nn.Linear(32, 32), "qat")
