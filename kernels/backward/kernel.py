@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dma_diffusers.kernels.attention.loads import load_rows
-from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, rounded, to_bf16, to_output
+from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, to_bf16, to_output
 from dma_diffusers.kernels.quantiser.tile import load_tile, token_at
 from dma_diffusers.kernels.tiling import precision_map
 from dma_diffusers.kernels.tiling.layout import SUBTILE
@@ -15,7 +15,6 @@ from dma_diffusers.kernels.tiling.layout import SUBTILE
 TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
 SUBTILES = tl.constexpr(TILE.value // SUBTILE)  # of a tile
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit(do_not_specialize=["q_length", "token_count"])
@@ -81,12 +80,10 @@ def _seen(queries, keys, key_mask, fine_mask, guards, k_length, CAUSAL: tl.const
 
 @triton.jit
 def _probabilities(
-    products, factor, tile_scale, row_scales, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards,
-    k_length, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    products, factor, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The probabilities of a block, from its products; rows' numbers, queries and keys broadcast to them."""
-    if row_scales is not None:
-        products *= row_scales * tile_scale
     exponent = products * factor - lse
     if log_counts is not None:
         exponent += tl.load(log_counts + keys)
@@ -99,11 +96,18 @@ def _probabilities(
 
 
 @triton.jit
+def _as_e4m3(p):
+    """Probabilities with the precision of e4m3, as the reference's `rounded_p` has them."""
+    bits = (p.to(tl.int32, bitcast=True) + 0x80000) & -0x100000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _query_phase(
-    dq, weighted, total, sums, sums_of_p, q_elements, q_scales, k_elements, k_scales, v, lse, gradient, row_delta,
-    softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+    dq, weighted, total, sums, sums_of_p, q_elements, k_elements, v, lse, gradient, row_delta,
+    factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
     indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length,
-    IS_BF16: tl.constexpr, SUMS: tl.constexpr, CORRECTS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    SUMS: tl.constexpr, CORRECTS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds dS·K of the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
@@ -116,8 +120,6 @@ def _query_phase(
     rows = (batch * heads + head_in_batch).to(tl.int64) * (q_tiles * TILE) + queries
     q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
     row_lse = tl.load(lse + rows)
-    row_scales = None if q_scales is None else tl.load(q_scales + rows)[:, None]
-    factor = softmax_scale_log2 if IS_BF16 else 1.0
     PARTS: tl.constexpr = TILE // KEYS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -126,31 +128,25 @@ def _query_phase(
         k_start = tile * TILE + (step - step // PARTS * PARTS) * KEYS
         k = load_rows(k_elements, batch, kv_head, kv_heads, k_start, k_tiles * TILE, True, KEYS, D)
         value = load_rows(v, batch, kv_head, kv_heads, k_start, k_tiles * TILE, True, KEYS, D)
-        tile_scale, word = None, None
-        if k_scales is not None:
-            tile_scale = tl.load(k_scales + (batch * kv_heads + kv_head) * k_tiles + tile)
+        word = None
         if words is not None:
             word = tl.load(words + tile)
         p = _probabilities(
-            tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor, tile_scale, row_scales, row_lse[:, None],
+            tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor, row_lse[:, None],
             queries[:, None], (k_start + tl.arange(0, KEYS))[None, :], word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
+        if CORRECTS:
+            weighted = tl.dot(bf16_operand(p), loaded_bf16(k), weighted)
+            if SUMS:
+                sums_of_p += tl.sum(p, axis=1)
         dp = tl.dot(loaded_bf16(gradient), tl.trans(loaded_bf16(value)))
         ds = p * (dp - row_delta[:, None])
         if CORRECTS:
             total += tl.sum(ds, axis=1)
         if SUMS:
             sums += tl.sum(ds, axis=1)
-            if CORRECTS:
-                sums_of_p += tl.sum(p, axis=1)
-        if k_scales is not None:
-            ds *= tile_scale
         dq = tl.dot(bf16_operand(ds), loaded_bf16(k), dq)
-        if CORRECTS:
-            if k_scales is not None:
-                p *= tile_scale
-            weighted = tl.dot(bf16_operand(p), loaded_bf16(k), weighted)
     return dq, weighted, total, sums, sums_of_p
 
 
@@ -159,9 +155,9 @@ def _query_phase(
     "means_stride_h"
 ])  # fmt: skip
 def query_gradients(
-    q_high, q_high_scales, k_high, k_high_scales, v_high, high_lse,
-    q_low, q_low_scales, k_low, k_low_scales, v_low, low_lse,
-    mean_q, mean_q_scales, mean_k, mean_k_scales, mean_v, mean_lse,
+    q_high, k_high, v_high, high_lse, high_factor,
+    q_low, k_low, v_low, low_lse, low_factor,
+    mean_q, mean_k, mean_v, mean_lse, mean_factor,
     gradient, delta, lse_gradient, k_mean, softmax_scale_log2, indices, bounds, means, log_counts,
     key_mask, fine_mask, token_order, dq, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
     map_stride_b, map_stride_h, map_length, means_stride_b, means_stride_h, stride_b, stride_h, stride_s,
@@ -171,12 +167,10 @@ def query_gradients(
 ):  # fmt: skip
     """dQ of ROWS queries of one head, over the KV tiles of their block list.
 
-    HIGH, LOW, MEAN: "bf16" for products that are multiplied by `softmax_scale_log2`, "scaled" for those that the
-    scales of rows and of tiles make exponents of 2, as far as there are any; None for a class without tiles. MASKED
-    tiles are HIGH, or LOW in a map without HIGH tiles. Elements are bf16 [B, heads, tiles·128, D], scales of q
-    float32 [B·H·tiles·128], of k [B·Hkv·tiles]. The `lse` of a class is what its exponents lose (`prepare`).
-    k_mean: float32 [B·Hkv, D], what smoothed keys have lost, but those of HIGH or LOW in "bf16" have not; None if all
-    or none have lost it.
+    HIGH, LOW: whether keys of such a class are "raw" or "smoothed"; None for a class without tiles. MEAN: whether there
+    are such tiles. MASKED ones are HIGH, or LOW in a map without HIGH tiles. Operands are bf16 [B, heads, tiles·128,
+    D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2.
+    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if all or none have lost it.
     CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
     tokens], or None), since the output was computed with rounded probabilities (Attn-QAT, arXiv 2603.00040).
     """
@@ -208,44 +202,44 @@ def query_gradients(
     if CORRECTS and lse_gradient is not None:
         own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
         total -= tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
-    HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "bf16"
-    LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "bf16"
+    HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "raw"
+    LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "raw"
     if HIGH is not None:
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_high, q_high_scales, k_high, k_high_scales, v_high,
-            high_lse, own_gradient, row_delta, softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads,
+            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
             q_tiles, k_tiles, start, tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
-            HIGH == "bf16", HIGH_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+            HIGH_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_high, q_high_scales, k_high, k_high_scales, v_high,
-            high_lse, own_gradient, row_delta, softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads,
+            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
             q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
-            HIGH == "bf16", HIGH_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+            HIGH_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     if LOW is not None:
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_low, q_low_scales, k_low, k_low_scales, v_low,
-            low_lse, own_gradient, row_delta, softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads,
+            accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+            low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
             q_tiles, k_tiles, start, tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
-            LOW == "bf16", LOW_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+            LOW_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
         if HIGH is None:
             accumulator, weighted, total, sums, sums_of_p = _query_phase(
-                accumulator, weighted, total, sums, sums_of_p, q_low, q_low_scales, k_low, k_low_scales, v_low,
-                low_lse, own_gradient, row_delta, softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads,
+                accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+                low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
                 q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
-                LOW == "bf16", LOW_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+                LOW_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
-    if MEAN is not None:
+    if MEAN:
         mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
         of_means = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(tl.int64)
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, mean_q, mean_q_scales, mean_k, mean_k_scales, mean_v,
-            mean_lse, own_gradient, row_delta, softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads,
+            accumulator, weighted, total, sums, sums_of_p, mean_q, mean_k, mean_v,
+            mean_lse, own_gradient, row_delta, mean_factor, batch, head_in_batch, heads, kv_head, kv_heads,
             q_tiles, mean_tiles, start, None, 0, mean_tiles, means + of_means * mean_tiles,
             log_counts + batch * (mean_tiles * TILE), None, None, guards, k_length,
-            MEAN == "bf16", False, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+            False, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
 
     if CORRECTS:
@@ -264,10 +258,10 @@ def query_gradients(
 
 @triton.jit
 def _key_phase(
-    dk, dv, k_elements, k_scales, v, q_elements, q_scales, lse, gradient, delta, softmax_scale_log2,
+    dk, dv, k_elements, v, q_elements, lse, gradient, delta, factor,
     batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start, indices, first, last, words, log_counts,
     key_mask, fine_mask, guards, k_length,
-    IS_BF16: tl.constexpr, ROUNDS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    ROUNDS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds dSᵀ·Q and Pᵀ·dO of the Q tiles `indices[first:last]`, all of one class, for KEYS keys from `start` on.
@@ -279,12 +273,7 @@ def _key_phase(
     k = load_rows(k_elements, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     value = load_rows(v, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     head = batch * heads + head_in_batch
-    tile_scale = None
-    if k_scales is not None:
-        tile_scale = tl.load(k_scales + (batch * kv_heads + kv_head) * k_tiles + start // TILE)
-    factor = softmax_scale_log2 if IS_BF16 else 1.0
-    if IS_BF16:  # the sum is of q·softmax_scale_log2, outside of the loop
-        dk *= 1 / softmax_scale_log2
+    dk *= 1 / factor  # which would else be a part of every product
     PARTS: tl.constexpr = TILE // ROWS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -297,35 +286,28 @@ def _key_phase(
         own_gradient = load_rows(
             gradient, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, ROWS, D
         )
-        row_scales, word = None, None
-        if q_scales is not None:
-            row_scales = tl.load(q_scales + rows)[None, :]
+        word = None
         if words is not None:
             word = tl.load(words + tile * tl.cdiv(tl.cdiv(k_length, TILE), MEANS_TILES))
         p = _probabilities(
-            tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor, tile_scale, row_scales,
+            tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor,
             tl.load(lse + rows)[None, :], queries[None, :], keys, word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
-        multiplied = rounded(p, 3, SMALLEST_NORMAL) if ROUNDS else p
-        dv = tl.dot(bf16_operand(multiplied), loaded_bf16(own_gradient), dv)
+        dv = tl.dot(bf16_operand(_as_e4m3(p) if ROUNDS else p), loaded_bf16(own_gradient), dv)
         dp = tl.dot(loaded_bf16(value), tl.trans(loaded_bf16(own_gradient)))
         ds = p * (dp - tl.load(delta + rows)[None, :])
-        if q_scales is not None:
-            ds *= row_scales
         dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
-    if IS_BF16:
-        dk *= softmax_scale_log2
-    return dk, dv
+    return dk * factor, dv
 
 
 @triton.jit(do_not_specialize=[
     "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length"
 ])  # fmt: skip
 def key_gradients(
-    q_high, q_high_scales, k_high, k_high_scales, v_high, high_lse,
-    q_low, q_low_scales, k_low, k_low_scales, v_low, low_lse,
-    gradient, delta, softmax_scale_log2, indices, bounds, dk_of_means, dv_of_means, key_mask, fine_mask, token_order,
+    q_high, k_high, v_high, high_lse, high_factor,
+    q_low, k_low, v_low, low_lse, low_factor,
+    gradient, delta, indices, bounds, dk_of_means, dv_of_means, key_mask, fine_mask, token_order,
     dk, dv, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
     map_stride_b, map_stride_h, map_length, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_ROUNDS: tl.constexpr, LOW: tl.constexpr, LOW_ROUNDS: tl.constexpr,
@@ -364,30 +346,30 @@ def key_gradients(
         end = tl.load(bounds + row * 3 + 2)
         if HIGH is not None:
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_high, k_high_scales, v_high, q_high, q_high_scales, high_lse, gradient, delta,
-                softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
+                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
-                HIGH == "bf16", HIGH_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+                HIGH_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_high, k_high_scales, v_high, q_high, q_high_scales, high_lse, gradient, delta,
-                softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
+                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
-                HIGH == "bf16", HIGH_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+                HIGH_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
         if LOW is not None:
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_low, k_low_scales, v_low, q_low, q_low_scales, low_lse, gradient, delta,
-                softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
+                low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
-                LOW == "bf16", LOW_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+                LOW_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
             if HIGH is None:
                 dk_sum, dv_sum = _key_phase(
-                    dk_sum, dv_sum, k_low, k_low_scales, v_low, q_low, q_low_scales, low_lse, gradient, delta,
-                    softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                    dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
+                    low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                     tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
-                    LOW == "bf16", LOW_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+                    LOW_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
                 )  # fmt: skip
     place = batch.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
     place = place + tokens[:, None].to(tl.int64) * stride_s + channels[None, :]
@@ -398,9 +380,9 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=["q_length", "k_length", "means_stride_b", "means_stride_h"])
 def mean_gradients(
-    mean_q, mean_q_scales, mean_k, mean_k_scales, mean_v, mean_lse, gradient, delta, softmax_scale_log2,
+    mean_q, mean_k, mean_v, mean_lse, mean_factor, gradient, delta,
     means, log_counts, dk, dv, heads, kv_heads, q_length, k_length, means_stride_b, means_stride_h,
-    MEAN: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    ROUNDS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of KEYS means of one head, over all Q tiles, divided by the number of keys of each.
@@ -419,10 +401,10 @@ def mean_gradients(
     for head_in_batch in range(kv_head * group, (kv_head + 1) * group):
         row = (batch * means_stride_b + head_in_batch * means_stride_h).to(tl.int64)
         dk_sum, dv_sum = _key_phase(
-            dk_sum, dv_sum, mean_k, mean_k_scales, mean_v, mean_q, mean_q_scales, mean_lse, gradient, delta,
-            softmax_scale_log2, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
+            dk_sum, dv_sum, mean_k, mean_v, mean_q, mean_lse, gradient, delta,
+            mean_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
             None, 0, q_tiles, means + row * mean_tiles + start // TILE, own_counts, None, None, None, k_length,
-            MEAN == "bf16", ROUNDS, False, False, ROWS, KEYS, D, STAGES,
+            ROUNDS, False, False, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     keys = start + tl.arange(0, KEYS)
     share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]  # −inf where no key is seen

@@ -22,27 +22,25 @@ from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 @dataclass(frozen=True)
 class Multiplied:
-    """One class's operands, as the kernels multiply them: bf16 elements, exactly those of the forward.
+    """One class's operands, as the kernels multiply them: the forward's, in bf16.
 
-    q: `[B, H, tiles·128, D]`, k and v `[B, Hkv, tiles·128, D]`. q_scales: float32 `[B·H·tiles·128]`, of rows;
-    k_scales: float32 `[B·Hkv·tiles]`, of tiles; None without scales. lse: float32 `[B·H·tiles·128]`, what its
-    exponents lose. is_bf16: whether the model's own numbers are multiplied, which lack the scores' factor.
-    rounds: whether the forward had its probabilities in e4m3.
+    q: `[B, H, tiles·128, D]`, k and v `[B, Hkv, tiles·128, D]`. lse: float32 `[B·H·tiles·128]`, in base 2. factor: of
+    the products, of which exponents are less the lse. is_raw: whether the keys are not smoothed. rounds: whether the
+    forward had its probabilities in e4m3.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    q_scales: torch.Tensor | None
-    k_scales: torch.Tensor | None
     lse: torch.Tensor
-    is_bf16: bool
+    factor: float
+    is_raw: bool
     rounds: bool
 
     @property
     def name(self) -> str:
         """The class's constant, as `kernel.query_gradients` has it."""
-        return "bf16" if self.is_bf16 else "scaled"
+        return "raw" if self.is_raw else "smoothed"
 
 
 def gradients(
@@ -93,14 +91,14 @@ def gradients(
     tuned = tuned or tuning(variant.target, dim)
     descriptor = _pointer if variant.target in WITHOUT_TMA else row_descriptor
     found = empty_gradients(call)
-    softmax_scale_log2, fine_mask = call.softmax_scale_log2, plan.fine_mask
+    fine_mask = plan.fine_mask
     masks = inputs.source.key_mask, fine_mask and fine_mask.packed, plan.token_order
     sizes = heads, kv_heads, q_length, k_length, token_count, fine_mask and fine_mask.guards, head_dim
     flags = {"CAUSAL": call.is_causal, "MASKS_ALL": plan.masks_all, "D": dim}
 
     blocks = tuned.of_queries
     log_counts = operands.encoded.means and operands.encoded.means.log_counts
-    loses_mean = any(each.is_bf16 for each in (high, low) if each) and operands.k_mean is not None
+    loses_mean = any(each.is_raw for each in (high, low) if each) and operands.k_mean is not None
     launcher(
         kernel.query_gradients, (-(-q_length // blocks.rows) * batch * heads,),
         *(
@@ -108,9 +106,9 @@ def gradients(
             for argument in _arguments(each, blocks.rows, blocks.keys, descriptor)
         ),
         descriptor(gradient, blocks.rows, dim), delta, lse_gradient, operands.k_mean if loses_mean else None,
-        softmax_scale_log2, lists.indices, lists.bounds, lists.means, log_counts, *masks, found.q, *sizes,
+        call.softmax_scale_log2, lists.indices, lists.bounds, lists.means, log_counts, *masks, found.q, *sizes,
         *_strides(lists.bounds), lists.indices.shape[-1], *_strides(lists.means), *found.q.stride()[:3],
-        HIGH=high and high.name, LOW=low and low.name, MEAN=means and means.name,
+        HIGH=high and high.name, LOW=low and low.name, MEAN=means is not None,
         CORRECTS=any(each.rounds for each in classes), **flags,
         ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
@@ -122,14 +120,14 @@ def gradients(
         launcher(
             kernel.mean_gradients, (batch * kv_heads * means.k.shape[2] // blocks.keys,),
             *_arguments(means, blocks.rows, blocks.keys, descriptor), descriptor(gradient, blocks.rows, dim), delta,
-            softmax_scale_log2, lists.means, log_counts, *of_means, *sizes[:4], *_strides(lists.means),
-            MEAN=means.name, ROUNDS=means.rounds, ROWS=blocks.rows, KEYS=blocks.keys, D=dim, STAGES=blocks.stages,
+            lists.means, log_counts, *of_means, *sizes[:4], *_strides(lists.means),
+            ROUNDS=means.rounds, ROWS=blocks.rows, KEYS=blocks.keys, D=dim, STAGES=blocks.stages,
             num_warps=blocks.warps,
         )  # fmt: skip
     launcher(
         kernel.key_gradients, (-(-k_length // blocks.keys) * batch * kv_heads,),
         *(argument for each in (high, low) for argument in _arguments(each, blocks.rows, blocks.keys, descriptor)),
-        descriptor(gradient, blocks.rows, dim), delta, softmax_scale_log2, transposed.indices, transposed.bounds,
+        descriptor(gradient, blocks.rows, dim), delta, transposed.indices, transposed.bounds,
         *of_means, *masks, found.k, found.v, *sizes,
         *_strides(transposed.bounds), transposed.indices.shape[-1], *found.k.stride()[:3],
         HIGH=high and high.name, HIGH_ROUNDS=bool(high and high.rounds),
@@ -161,20 +159,11 @@ def _multiplied(
     v: torch.Tensor | None = None,
 ) -> Multiplied:
     """v: in bf16, where `encoded` has none such."""
-    is_bf16 = stored.format.name == "bf16"
-    q_scales, k_scales = _scales(q, stored, TILE), _scales(k, stored, 1)
-    q_elements, k_elements = q.elements, k.elements
-    if call.rotated_block > 1 and not is_bf16:
-        q_elements = _turned_back(q_elements, q_scales, call)
-        k_elements = _turned_back(k_elements, k_scales, call)
-        q_scales = k_scales = None
-    rounds = stored.values is Storage.CHANNEL
+    is_raw, rounds = stored.format.name == "bf16", stored.values is Storage.CHANNEL
     if v is None:
         v = _values(encoded) if rounds else encoded.values[Storage.PLAIN]
-    lse = lse_2 if is_bf16 else smoothed_lse_2
-    return Multiplied(
-        q_elements.bfloat16(), k_elements.bfloat16(), v, q_scales, k_scales, lse, is_bf16, rounds
-    )
+    factor, lse = (call.softmax_scale_log2, lse_2) if is_raw else (1.0, smoothed_lse_2)
+    return Multiplied(_numbers(q, stored, call), _numbers(k, stored, call), v, lse, factor, is_raw, rounds)
 
 
 def _of_means(
@@ -189,7 +178,7 @@ def _of_means(
     k = of_means.k[0] or Operand(_whole(encoded.means.k))
     v = None if stored.values is Storage.CHANNEL else _whole(encoded.means.v)
     found = _multiplied(stored, q, k, of_means, call, lse_2, smoothed_lse_2, v)
-    return replace(found, lse=smoothed_lse_2)
+    return replace(found, lse=smoothed_lse_2, is_raw=False)
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -197,20 +186,18 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % TILE))
 
 
-def _scales(operand: Operand, stored: Stored, rows: int) -> torch.Tensor | None:
-    """The scales of an operand: one for each row if `rows` is a tile's, for each tile if it is 1."""
-    if stored.format.has_tensor_scale:
-        count = operand.elements.shape[-2] // TILE * rows
-        return operand.tensor_scale.flatten().repeat_interleave(count)
-    return operand.scales
-
-
-def _turned_back(elements: torch.Tensor, scales: torch.Tensor | None, call: Call) -> torch.Tensor:
-    """The numbers of elements whose channels are rotated, without that rotation and without scales."""
-    x, head_dim = elements.float(), call.q.shape[-1]
+def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
+    """The numbers of an operand in bf16, rounded where it can't hold them, without the rotation of channels."""
+    x, scales = operand.elements, operand.scales
+    if operand.tensor_scale is not None:
+        scales = operand.tensor_scale.flatten()
     if scales is not None:
-        x = (x.view(len(scales), -1) * scales[:, None]).view(x.shape)
-    return F.pad(rotate_back(x[..., :head_dim], call.rotation), (0, x.shape[-1] - head_dim))
+        elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x  # which torch multiplies by no other
+        x = (elements.view(len(scales), -1) * scales[:, None]).view(x.shape)
+    if call.rotated_block > 1 and stored.format.name != "bf16":
+        head_dim = call.q.shape[-1]
+        x = F.pad(rotate_back(x[..., :head_dim], call.rotation), (0, x.shape[-1] - head_dim))
+    return x.bfloat16()
 
 
 def _values(encoded: Encoded) -> torch.Tensor:
@@ -223,11 +210,11 @@ def _values(encoded: Encoded) -> torch.Tensor:
 def _arguments(multiplied: Multiplied | None, rows: int, keys: int, descriptor) -> list:
     """The kernels' arguments of one class."""
     if multiplied is None:
-        return [None] * 6
+        return [None] * 5
     dim = multiplied.q.shape[-1]
     return [
-        descriptor(multiplied.q, rows, dim), multiplied.q_scales, descriptor(multiplied.k, keys, dim),
-        multiplied.k_scales, descriptor(multiplied.v, keys, dim), multiplied.lse,
+        descriptor(multiplied.q, rows, dim), descriptor(multiplied.k, keys, dim), descriptor(multiplied.v, keys, dim),
+        multiplied.lse, multiplied.factor,
     ]  # fmt: skip
 
 

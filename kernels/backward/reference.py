@@ -138,12 +138,12 @@ def rounded_p(p: torch.Tensor, pv: str) -> torch.Tensor:
     """Probabilities as the forward multiplies values with them, up to the power of two that it scales them by.
 
     It rounds e4m3 numbers under a running maximum, which the backward doesn't know: here they have e4m3's precision,
-    and no smallest number.
+    and no smallest number; halves are rounded up.
     """
     match pv:
         case "fp8":
             mantissa, exponent = torch.frexp(p)
-            return torch.ldexp((mantissa * 16).round() / 16, exponent)
+            return torch.ldexp((mantissa * 16 + 0.5).floor() / 16, exponent)
         case "int8":
             return (p * 255).round() / 255
     return p

@@ -30,7 +30,7 @@ class Tuning:
 TABLE = (
     # The first row that fits: architectures, head dimension, variant.
     (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 128, 8, 2))),
-    (("sm_90",), 128, Tuning(Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))),
+    (("sm_90",), 128, Tuning(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2))),
     (WITHOUT_TMA, 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
     ("*", 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
     ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
