@@ -11,7 +11,7 @@ from PIL import Image
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PICTURES = ("flux", "qwen_image", "cache", "compiled")
+PICTURES = {"flux": (), "qwen_image": (), "cache": (), "compiled": (), "finetune": ("--train_steps", "1")}
 CLIPS = ("wan", "hunyuan_video")
 SCRIPTS = {
     "batch": ("--steps", "1"),
@@ -44,7 +44,17 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name, tmp_path):
     output = tmp_path / "picture.png"
-    options = ("--num_inference_steps", "1", "--width", "256", "--height", "256", "--output", output)
+    options = (
+        "--num_inference_steps",
+        "1",
+        "--width",
+        "256",
+        "--height",
+        "256",
+        *PICTURES[name],
+        "--output",
+        output,
+    )
     receipt = run(sys.executable, EXAMPLES / f"{name}.py", "--model", DEMO_MODEL, *options)
     assert "transformer" in receipt
     assert Image.open(output).size == (256, 256)
