@@ -160,6 +160,11 @@ def test_attention_and_linear_layers_learn_together(request_, tmp_path):
     assert policy.low == "mxfp4" and policy.window == 0 and policy.weights
 
 
+def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
+    asked = replace(request_, gradient_checkpointing=True)
+    assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
+
+
 def test_another_configuration_is_refused_with_its_differences(run, request_):
     other = replace(request_, linears="quartet", settings=replace(SETTINGS, batch=3))
     with pytest.raises(ValueError, match="batch was 2, now 3; linears was 'qat', now 'quartet'"):
