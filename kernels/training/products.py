@@ -96,7 +96,9 @@ def _plain(a: Side, b: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if a.outside is None and b.outside is None:
         added = bias if bias is not None and bias.dtype == x.dtype else None
         y = x @ weight.T if added is None else torch.addmm(added, x, weight.T)
-        return (y if bias is added else y + bias).to(dtype)
+        y = y if bias is added else y + bias
+        # A conversion that changes nothing would, in a Function compiled by torch 2.11, cut the gradient off.
+        return y if y.dtype == dtype else y.to(dtype)
     y = (x @ weight.T).float()
     if a.outside is not None and b.outside is not None:
         y = y * a.outside[:, None] * b.outside
