@@ -13,7 +13,8 @@ from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, WITHOUT_TMA
 class Blocks:
     """One kernel's variant.
 
-    rows, keys: queries and keys of a block, which divide the map tile's 128. warps: of one program. stages: of its pipeline.
+    rows, keys: queries and keys of a block, which divide the map tile's 128. warps: of one program. stages: of its
+        pipeline.
     """
 
     rows: int
