@@ -79,7 +79,7 @@ def gradients(
         kernel.prepare, (batch * heads * tiles(q_length),),
         out_gradient, out, lse.contiguous(), lse_gradient, offset,
         plan.token_order, gradient, delta, lse_2, smoothed_lse_2, heads, q_length, token_count,
-        *out_gradient.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim, D=dim, num_warps=8,
+        *out_gradient.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     high, low = (
         stored and _multiplied(stored, q, k, operands.encoded, call, lse_2, smoothed_lse_2)
@@ -110,7 +110,7 @@ def gradients(
         *_strides(lists.bounds), lists.indices.shape[-1], *_strides(lists.means), *found.q.stride()[:3],
         HIGH=high and high.name, LOW=low and low.name, MEAN=means is not None,
         CORRECTS=any(each.rounds for each in classes), **flags,
-        ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages, num_warps=blocks.warps,
+        ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages, num_warps=blocks.warps, enable_fp_fusion=True,
     )  # fmt: skip
     blocks = tuned.of_keys
     of_means = [None, None]
@@ -122,7 +122,7 @@ def gradients(
             *_arguments(means, blocks.rows, blocks.keys, descriptor), descriptor(gradient, blocks.rows, dim), delta,
             lists.means, log_counts, *of_means, *sizes[:4], *_strides(lists.means),
             ROUNDS=means.rounds, ROWS=blocks.rows, KEYS=blocks.keys, D=dim, STAGES=blocks.stages,
-            num_warps=blocks.warps,
+            num_warps=blocks.warps, enable_fp_fusion=True,
         )  # fmt: skip
     launcher(
         kernel.key_gradients, (-(-k_length // blocks.keys) * batch * kv_heads,),
@@ -132,7 +132,7 @@ def gradients(
         *_strides(transposed.bounds), transposed.indices.shape[-1], *found.k.stride()[:3],
         HIGH=high and high.name, HIGH_ROUNDS=bool(high and high.rounds),
         LOW=low and low.name, LOW_ROUNDS=bool(low and low.rounds), **flags,
-        ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages, num_warps=blocks.warps,
+        ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages, num_warps=blocks.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return through_rope(found, call)
 
@@ -193,7 +193,8 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
         scales = operand.tensor_scale.flatten()
     if scales is not None:
         elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x  # which torch multiplies by no other
-        x = (elements.view(len(scales), -1) * scales[:, None]).view(x.shape)
+        x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+        torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
         head_dim = call.q.shape[-1]
         x = F.pad(rotate_back(x[..., :head_dim], call.rotation), (0, x.shape[-1] - head_dim))
@@ -204,7 +205,8 @@ def _values(encoded: Encoded) -> torch.Tensor:
     """The numbers that V has in e4m3, in bf16."""
     v = encoded.values[Storage.CHANNEL]
     scale, mean = (x.view(*v.shape[:2], 1, -1) for x in encoded.v_units.unbind(1))
-    return torch.addcmul(mean, v.float(), scale).bfloat16()
+    found = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
+    return torch.addcmul(mean, v.bfloat16(), scale, out=found)
 
 
 def _arguments(multiplied: Multiplied | None, rows: int, keys: int, descriptor) -> list:

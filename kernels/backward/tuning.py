@@ -42,7 +42,7 @@ TABLE = (
     # Two sums of 64 rows would fill wgmma's registers.
     (("sm_90", *_WITH_MMA_SYNC), 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), by_pointers=True)),
     (("sm_90",), 128, Tuning(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2))),
-    (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 128, 8, 2))),
+    (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2))),
     (_WITH_MMA_SYNC, "*", Tuning(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), by_pointers=True)),
     ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
 )
