@@ -44,6 +44,7 @@ class Carrying:
 
 def carry(model: torch.nn.Module, context: Context) -> None:
     """Lets the checkpointing functions of a model carry the facts of its calls."""
+    module: Any  # mypy takes what is set on a module for a tensor
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Carrying):
@@ -54,6 +55,7 @@ def carry(model: torch.nn.Module, context: Context) -> None:
 
 def let_go(model: torch.nn.Module) -> None:
     """Gives a model its own checkpointing functions back."""
+    module: Any
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Carrying):
