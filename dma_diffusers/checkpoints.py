@@ -24,8 +24,6 @@ class Carrying:
         self.context = context
 
     def __call__(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # in a graph, what runs anew has been traced
-            return self.checkpoint(block, *args, **kwargs)
         facts = dict(vars(self.context.call))
 
         def run(*args: Any, **kwargs: Any) -> Any:
