@@ -24,8 +24,6 @@ class Carrying:
         self.context = context
 
     def __call__(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # in a graph, what runs anew has been traced
-            return self.checkpoint(block, *args, **kwargs)
         facts = dict(vars(self.context.call))
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -44,6 +42,7 @@ class Carrying:
 
 def carry(model: torch.nn.Module, context: Context) -> None:
     """Lets the checkpointing functions of a model carry the facts of its calls."""
+    module: Any  # mypy takes what is set on a module for a tensor
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Carrying):
@@ -54,6 +53,7 @@ def carry(model: torch.nn.Module, context: Context) -> None:
 
 def let_go(model: torch.nn.Module) -> None:
     """Gives a model its own checkpointing functions back."""
+    module: Any
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Carrying):

@@ -135,7 +135,7 @@ class ForwardContext:
         call.trains = torch.is_grad_enabled() and (
             model.training or bool(getattr(model, "gradient_checkpointing", False))
         )
-        if call.trains and not torch.compiler.is_compiling():
+        if call.trains:
             carry(model, self)
         call.pairs_angles = type(getattr(model, "pos_embed", None)) is FluxPosEmbed
         call.is_running = True

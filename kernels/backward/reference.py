@@ -57,6 +57,14 @@ def why_not(policy: Policy, has_norms: bool = False) -> str:
     return NORMS if has_norms else ""
 
 
+def check(call: Call, plan: Plan) -> None:
+    """Raises ValueError, in one line, for a call that has no backward."""
+    if plan.skip_below is not None:
+        raise ValueError(SKIPS)
+    if call.norms is not None:
+        raise ValueError(NORMS)
+
+
 def gradients(
     call: Call,
     plan: Plan,
@@ -67,8 +75,10 @@ def gradients(
 ) -> Gradients:
     """The gradients of a call's q, k and v.
 
-    lse: the forward's log-sum-exp, float32 `[B, H, Sq]`. out_gradient, lse_gradient: of the forward's results.
+    lse: the forward's log-sum-exp, float32 `[B, H, Sq]`. out_gradient, lse_gradient: of the forward's results. Raises
+    ValueError for a softmax threshold, and for norms.
     """
+    check(call, plan)
     call = without_hidden(call)
     slots = Slots.of(call, plan, precisions)
     batch, heads = slots.q.shape[:2]
