@@ -29,17 +29,23 @@ def article(page) -> str:
 
 
 def test_no_page_loads_anything_from_elsewhere(site):
-    loading = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\"\s>]+)")
+    loading = re.compile(
+        r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\"\s>]+)"
+    )
     built = [page for page in site.rglob("*.html") if not page.name.startswith("h200_")]
     assert len(built) > 30
     assert {found for page in built for found in loading.findall(page.read_text())} == set()
 
 
 def test_included_sections_and_results_are_there(site):
-    assert "Importing DMAAttnProcessor, apply, report or restore teaches" in article(site / "first-picture/index.html")
+    assert "Importing DMAAttnProcessor, apply, report or restore teaches" in article(
+        site / "first-picture/index.html"
+    )
     assert "What runs where" in article(site / "shown/index.html")
     speed = site / "eval/results/speed/index.html"
-    assert 'href="../h200_bench.json"' in speed.read_text() and (site / "eval/results/h200_bench.json").is_file()
+    assert (
+        'href="../h200_bench.json"' in speed.read_text() and (site / "eval/results/h200_bench.json").is_file()
+    )
 
 
 def test_every_section_of_the_readme_stands_on_one_page():
@@ -60,7 +66,9 @@ def test_public_names_are_documented(name, site):
     documented = inspect.getdoc(public)
     sections = dict(re.findall(r"^(\w+):\n((?:[ ]{4}.*\n?|\n)+)", documented, re.MULTILINE))
     parameters = inspect.signature(public).parameters.values()
-    described = re.findall(r"^    (\*{0,2}\w+): ", sections.get("Args") or sections["Attributes"], re.MULTILINE)
+    described = re.findall(
+        r"^    (\*{0,2}\w+): ", sections.get("Args") or sections["Attributes"], re.MULTILINE
+    )
     stars = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
     assert described == [stars.get(parameter.kind, "") + parameter.name for parameter in parameters]
     assert ">>> " in sections["Examples"]
@@ -91,7 +99,9 @@ The list:
 def test_a_section_is_included_with_its_links_turned(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(PAGE)
-    (tmp_path / "docs" / "a.md").write_text("# A\n<!-- include README.md -->\n\n<!-- include README.md#second -->")
+    (tmp_path / "docs" / "a.md").write_text(
+        "# A\n<!-- include README.md -->\n\n<!-- include README.md#second -->"
+    )
     (tmp_path / "docs" / "b.md").write_text("# B\n<!-- include README.md#first -->\n[s](../README.md#second)")
     repository = hook().Repository(tmp_path)
     assert "[there](../kernels/x.md#y) and [below](#second)." in repository.text("docs/a.md")
@@ -107,7 +117,7 @@ def test_a_section_that_is_not_there_or_stands_twice_is_named(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(PAGE)
     (tmp_path / "docs" / "a.md").write_text("<!-- include README.md#frist -->")
-    with pytest.raises(PluginError, match="README.md has no section #frist"):
+    with pytest.raises(PluginError, match=r"README\.md has no section #frist"):
         hook().Repository(tmp_path).text("docs/a.md")
     (tmp_path / "docs" / "b.md").write_text("<!-- include README.md#frist -->")
     with pytest.raises(PluginError, match=r"docs/b.md includes README.md#frist, which stands on docs/a.md"):

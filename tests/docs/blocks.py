@@ -1,0 +1,103 @@
+"""Code blocks of markdown pages, and what stands in the place of large models where they run."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from typer.main import get_command
+
+import dma_diffusers
+from dma_diffusers.cli import app
+from dma_diffusers.eval.quality.configurations import parse as parse_configuration
+from dma_diffusers.kernels.tiling.policies import parse as parse_policy
+from dma_diffusers.schedule import read as read_schedule
+from tests import tiny_pipelines
+from tests.docs.site import ROOT, pages
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEREDOC = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)
+# The shell functions of the recipes that trained the embedded models.
+RUN = re.compile(r'^run\(\) \{.*python -m (dma_diffusers(?:\.\w+)+)\."\$@"; \}$', re.MULTILINE)
+LAUNCHERS = ("python -m dma_diffusers", "accelerate launch -m dma_diffusers")
+NEEDED = ["--prompts", "prompts.txt", "--output", "output"]
+TORCHRUN = re.compile(r"python3 -m torch\.distributed\.run --nproc-per-node \d+ -m dma_diffusers")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code on a page; line is that of its first fence."""
+
+    page: str
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(language: str) -> list[Block]:
+    """The blocks in one language on all pages of the site; of any language for an empty one."""
+    found = []
+    for page in pages():
+        text = (ROOT / page).read_text()
+        for block in BLOCK.finditer(text):
+            if language in ("", block[1]):
+                found.append(Block(page, text[: block.start()].count("\n") + 1, block[1], block[2]))
+    return found
+
+
+def commands(code: str) -> list[list[str]]:
+    """The words of each command of a block of shell, without comments and heredocs.
+
+    A lone ellipsis stands for what commands need; one in quotes is a prompt.
+    """
+    lines = HEREDOC.sub("", code).replace("\\\n", " ").replace('"…"', "prompt")
+    lines = TORCHRUN.sub("dma-diffusers", lines)
+    for launcher in LAUNCHERS:
+        lines = lines.replace(launcher, "dma-diffusers")
+    found = [shlex.split(part, comments=True) for line in lines.splitlines() for part in line.split(" && ")]
+    return [
+        [each for word in words for each in (NEEDED if word == "…" else [word])] for words in found if words
+    ]
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The options of a command line of ours, which is not run. Raises what it would for what was given."""
+    command, context = get_command(app), None
+    name = "dma-diffusers"
+    while hasattr(command, "resolve_command"):
+        context = command.context_class(command, info_name=name, parent=context)
+        name, command, words = command.resolve_command(context, words)
+    given = command.make_context(name, list(words), parent=context).params
+    for text in given.get("config") or ():
+        parse_configuration(text)
+    if (given.get("policy") or "").endswith(")"):
+        parse_policy(given["policy"])
+    if given.get("schedule"):
+        read_schedule(given["schedule"])
+    return given
+
+
+def small(pipe: Any) -> Any:
+    """A tiny pipeline whose pictures are small where a call does not say otherwise."""
+    pipe.default_sample_size = 16
+    return pipe
+
+
+def names(code: str) -> dict[str, Any]:
+    """What Python code finds: public names, a tiny pipeline of pictures, or of clips for a grid of clips, and prompts."""
+    pipe = small(tiny_pipelines.hunyuan() if "grid=(30, 48, 80)" in code else tiny_pipelines.flux())
+    groups = torch.Generator().manual_seed(0)
+    return {
+        **{name: getattr(dma_diffusers, name) for name in dma_diffusers.__all__},
+        "FluxPipeline": SimpleNamespace(from_pretrained=lambda *given: pipe),
+        "pipe": pipe,
+        "prompts": ["a red apple left of a cat"],
+        "x": torch.randn(4, 3072, generator=groups),
+        "layer": torch.nn.Linear(3072, 64),
+        "permutation": torch.randperm(3072, generator=groups),
+    }
