@@ -89,7 +89,7 @@ def small(pipe: Any) -> Any:
 
 
 def names(code: str) -> dict[str, Any]:
-    """What Python code finds: public names, a tiny pipeline of pictures, or of clips for a grid of clips, and prompts."""
+    """What Python code finds: public names, prompts, and a tiny pipeline, of clips for code with a grid of clips."""
     pipe = small(tiny_pipelines.hunyuan() if "grid=(30, 48, 80)" in code else tiny_pipelines.flux())
     groups = torch.Generator().manual_seed(0)
     return {
