@@ -1,4 +1,4 @@
-"""The site's pages: the repository's own markdown, each at its own path, so that its links lead where they lead there.
+"""This hook makes the site of the repository's own markdown, each page at its own path, so that its links hold.
 
 MkDocs calls the `on_…` functions (`hooks` in mkdocs.yml). Pages in the navigation, and whatever they link to, are on
 the site. A page of `docs/` takes in a section of another page by a line `<!-- include README.md#install -->`, or what
@@ -23,7 +23,7 @@ slug = slugify(case="lower")
 
 
 class Repository:
-    """The markdown files below a root, as pages of a site; paths are relative to the root."""
+    """A repository gives its markdown files as pages of a site; paths are relative to the root."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -36,7 +36,7 @@ class Repository:
                     raise PluginError(f"docs/{page.name} includes {source}#{anchor}, which stands on {home}")
 
     def text(self, path: str) -> str:
-        """The markdown of a page, with the sections that it includes, and with links that hold on the site."""
+        """Return the markdown of a page, with the sections that it includes, and with links that hold on the site."""
 
         def included(asked: re.Match) -> str:
             source, anchor = asked.groups(default="")
@@ -45,7 +45,7 @@ class Repository:
         return INCLUDE.sub(included, self._with_links((self.root / path).read_text(), path, path))
 
     def reached(self, pages: Iterable[str]) -> set[str]:
-        """The paths of these pages and of all files that they, and pages reached from them, link to."""
+        """Return the paths of these pages and of all files that they, and pages reached from them, link to."""
         reached: set[str] = set()
         waiting = list(pages)
         while waiting:
@@ -59,7 +59,7 @@ class Repository:
         return reached
 
     def _with_links(self, text: str, source: str, reader: str) -> str:
-        """`text` with the links of the page `source`, as they are to be on the page `reader`."""
+        """Return `text` with the links of the page `source` as they are to be on the page `reader`."""
 
         def turned(found: re.Match) -> str:
             link, anchor = found.groups(default="")
@@ -72,7 +72,10 @@ class Repository:
 
 
 def section(text: str, anchor: str, name: str) -> str:
-    """The section of a page whose heading has this anchor, with that heading; without one, what precedes the first."""
+    """Return the section of a page whose heading has this anchor; for an empty one, what precedes the first section.
+
+    name: of the page. Raises PluginError where there is no such section.
+    """
     lines = text.splitlines()
     levels = {number: (len(marks), slug(words, "-")) for number, marks, words in headings(lines)}
     if not anchor:
@@ -85,7 +88,7 @@ def section(text: str, anchor: str, name: str) -> str:
 
 
 def headings(lines: list[str]) -> Iterable[tuple[int, str, str]]:
-    """The number of each line that is a heading, its marks and its words; lines of code are none."""
+    """Yield the number of each line that is a heading, its marks and its words; lines of code are none."""
     in_code = False
     for number, line in enumerate(lines):
         in_code ^= line.lstrip().startswith("```")
@@ -94,7 +97,7 @@ def headings(lines: list[str]) -> Iterable[tuple[int, str, str]]:
 
 
 def with_lists(text: str) -> str:
-    """`text` with an empty line before each list: Python-Markdown begins none without, and GitHub does."""
+    """Return `text` with an empty line before each list: Python-Markdown begins none without, and GitHub does."""
     lines: list[str] = []
     in_code = in_list = False
     for line in text.splitlines():
@@ -108,7 +111,7 @@ def with_lists(text: str) -> str:
 
 
 def in_navigation(entries: object) -> Iterable[str]:
-    """The paths of the pages that `nav` names, at any depth."""
+    """Yield the paths of the pages that `nav` names, at any depth."""
     if isinstance(entries, str):
         yield entries
     else:
@@ -117,7 +120,7 @@ def in_navigation(entries: object) -> Iterable[str]:
 
 
 def on_files(files: Files, config) -> Files:
-    """Puts the pages of the navigation, and what they link to, in the place of the files of docs/."""
+    """Put the pages of the navigation, and what they link to, in the place of the files of docs/."""
     root = Path(config.config_file_path).parent
     for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
@@ -129,5 +132,5 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """The markdown of a page as it is built."""
+    """Return the markdown of a page as it is built."""
     return with_lists(Repository(Path(config.config_file_path).parent).text(page.file.src_uri))

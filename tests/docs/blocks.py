@@ -1,4 +1,4 @@
-"""Code blocks of markdown pages, and what stands in the place of large models where they run."""
+"""Functions here find the code blocks of pages, and give what stands in the place of large models."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ class Block:
 
 
 def blocks(language: str) -> list[Block]:
-    """The blocks in one language on all pages of the site; of any language for an empty one."""
+    """Return the blocks in one language on all pages of the site; in any language for an empty one."""
     found = []
     for page in pages():
         text = (ROOT / page).read_text()
@@ -51,7 +51,7 @@ def blocks(language: str) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The words of each command of a block of shell, without comments and heredocs.
+    """Return the words of each command of a block of shell, without comments and heredocs.
 
     A lone ellipsis stands for what commands need; one in quotes is a prompt.
     """
@@ -66,7 +66,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """The options of a command line of ours, which is not run. Raises what it would for what was given."""
+    """Return the options of a command line of ours, which is not run. Raises what it would for what was given."""
     command, context = get_command(app), None
     name = "dma-diffusers"
     while hasattr(command, "resolve_command"):
@@ -83,13 +83,13 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 
 def small(pipe: Any) -> Any:
-    """A tiny pipeline whose pictures are small where a call does not say otherwise."""
+    """Return a tiny pipeline with pictures that are small where a call does not say otherwise."""
     pipe.default_sample_size = 16
     return pipe
 
 
 def names(code: str) -> dict[str, Any]:
-    """What Python code finds: public names, prompts, and a tiny pipeline, of clips for code with a grid of clips."""
+    """Return what Python code finds: public names, prompts, and a tiny pipeline, of clips for a grid of clips."""
     pipe = small(tiny_pipelines.hunyuan() if "grid=(30, 48, 80)" in code else tiny_pipelines.flux())
     groups = torch.Generator().manual_seed(0)
     return {

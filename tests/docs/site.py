@@ -1,4 +1,4 @@
-"""The site: its hook, its pages, and one strict build of it."""
+"""Functions here give the site's hook and pages, and build it strictly."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ MISSING = "the site needs mkdocs-material and mkdocstrings-python: pip install -
 
 @cache
 def hook() -> ModuleType:
-    """The module `docs/pages.py`, which MkDocs calls."""
+    """Return the module `docs/pages.py`, which MkDocs calls."""
     assert importlib.util.find_spec("material") and importlib.util.find_spec("mkdocstrings_handlers"), MISSING
     spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "docs" / "pages.py")
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ def hook() -> ModuleType:
 
 @cache
 def pages() -> tuple[str, ...]:
-    """The markdown files that the site shows, README.md among them, relative to the root."""
+    """Return the markdown files that the site shows, and README.md, relative to the root."""
     from mkdocs.config import load_config
 
     navigation = hook().in_navigation(load_config(str(ROOT / "mkdocs.yml")).nav)

@@ -1,4 +1,4 @@
-"""The page that leads to a setting: its figures are those of the committed results, and its lines can be applied."""
+"""The page that leads to a setting has the committed results' figures, and its lines can be applied."""
 
 import json
 import math
@@ -18,13 +18,13 @@ CODE = re.compile(r"`((?:apply|quantize_linears|DMAConfig)\b[^`…]*)`")
 
 
 def rows(header: str) -> list[list[str]]:
-    """The cells of the table whose header begins so."""
+    """Return the cells of the table whose header begins so."""
     lines = PAGE[PAGE.index(header) :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def source(cell: str) -> tuple[str, dict]:
-    """The row that a source names, and the result that it links to."""
+    """Return the row that a source names, and the result that it links to."""
     found = SOURCE.fullmatch(cell)
     return found[1], json.loads((ROOT / found[2]).read_text())
 

@@ -1,4 +1,4 @@
-"""The files that GitHub and people who cite read."""
+"""The files that GitHub and people who cite read hold what these need."""
 
 import re
 import tomllib

@@ -23,7 +23,7 @@ def site(tmp_path_factory):
 
 
 def article(page) -> str:
-    """The words of a built page, without its navigation."""
+    """Return the words of a built page, without its navigation."""
     text = re.search(r"<article.*?</article", page.read_text(), re.DOTALL)[0]
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text))
 
