@@ -92,7 +92,9 @@ def value_units(
 ) -> ValueUnits:
     """The mean of each channel of v, and what brings the rest within the format of P·V: in fp8 a power of two.
 
-    Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
+    In fp8 the mean is a multiple of two such units, which is the step of v's largest bfloat16 numbers: v less it lies
+    halfway between two e4m3 numbers as often as v itself, and ties to even cancel. Other means would break all ties in
+    one direction, which adds up over the keys. Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
     channel where float32 can't add these keeps its mean.
     """
     seen = v if key_mask is None else torch.where(key_mask[:, None, :, None], v, 0)
@@ -106,7 +108,8 @@ def value_units(
     amax = amax + mean.abs()
     mantissa, exponent = torch.frexp(amax / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return ValueUnits(torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126)), mean)
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126))
+    return ValueUnits(scale, (mean / (2 * scale)).round() * (2 * scale))
 
 
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
