@@ -18,7 +18,7 @@ from tests import tiny_pipelines
 from tests.docs.site import ROOT, pages
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-HEREDOC = re.compile(r"<<'(\w+)'\n.*?^\1$", re.MULTILINE | re.DOTALL)
+HEREDOC = re.compile(r"> (\S+) <<'(\w+)'\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
 # The shell functions of the recipes that trained the embedded models.
 RUN = re.compile(r'^run\(\) \{.*python -m (dma_diffusers(?:\.\w+)+)\."\$@"; \}$', re.MULTILINE)
 LAUNCHERS = ("python -m dma_diffusers", "accelerate launch -m dma_diffusers")

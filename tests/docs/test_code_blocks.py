@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dma_diffusers
+from dma_diffusers.eval.quality.configurations import read as read_configurations
+from dma_diffusers.eval.quality.prompts import read_prompts
 from dma_diffusers.pipelines.jobs import read_jobs
-from tests.docs.blocks import RUN, Block, blocks, commands, names, parse
+from tests.docs.blocks import HEREDOC, RUN, Block, blocks, commands, names, parse
 from tests.docs.site import ROOT
 from tests.tiny_pipelines import draw
 
@@ -102,6 +104,10 @@ def test_commands(block: Block, tmp_path, monkeypatch):
     recipe = RUN.search(block.code)
     module = recipe[1] if recipe else f"dma_diffusers.{block.page.rsplit('/', 1)[0].replace('/', '.')}"
     monkeypatch.chdir(tmp_path)
+    for name, _, text in HEREDOC.findall(block.code):
+        (tmp_path / name).write_text(text)
+        read = read_configurations if name.endswith(".yaml") else read_prompts
+        assert read(tmp_path / name)
     for first, *words in commands(block.code):
         if first == "dma-diffusers":
             parse(words)
