@@ -91,7 +91,8 @@ class DMAConfig:
         guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module
             whose error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not
             help to stock attention, until it is applied again. The step in which that shows is made again; the receipt
-            says so. math.inf is for the estimate in the receipt alone. None samples nothing.
+            says so. math.inf is for the estimate in the receipt alone. None samples nothing. Calls that want gradients
+            are not looked at.
         linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8",
             "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of
             `save_linears`. None leaves linear layers as they are.

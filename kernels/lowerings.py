@@ -129,6 +129,8 @@ def _faithful(
         return f"no kernel is built for {architecture} (there are some for {', '.join(KERNEL_ARCHITECTURES)})"
     if architecture == "sm_103" and {"int8", "int8_tile", "int4"} & formats.keys():
         return "sm_103 has no INT8 MMA in tensor memory"
+    if architecture in ("sm_89", "sm_90") and "fp8" in formats and 1 < head_dim < 16:
+        return f"ptxas miscompiles how the padding of head_dim {head_dim} is rounded to fp8"
     return None if has_triton() else "Triton is not installed"
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.call import Norms
+from dma_diffusers.kernels.checks import aliases
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
@@ -392,7 +393,7 @@ def test_rope_tables_are_views_of_what_models_have():
 ])  # fmt: skip
 def test_aliases(shape, strides, expected):
     x = torch.empty(1000).as_strided(shape, strides) if strides else torch.empty(shape)
-    assert operator.aliases(x) is expected
+    assert aliases(x) is expected
 
 
 def test_too_many_rows_are_refused():
