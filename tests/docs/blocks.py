@@ -22,7 +22,6 @@ HEREDOC = re.compile(r"> (\S+) <<'(\w+)'\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
 # The shell functions of the recipes that trained the embedded models.
 RUN = re.compile(r'^run\(\) \{.*python -m (dma_diffusers(?:\.\w+)+)\."\$@"; \}$', re.MULTILINE)
 LAUNCHERS = ("python -m dma_diffusers", "accelerate launch -m dma_diffusers")
-NEEDED = ["--prompts", "prompts.txt", "--output", "output"]
 TORCHRUN = re.compile(r"python3 -m torch\.distributed\.run --nproc-per-node \d+ -m dma_diffusers")
 
 
@@ -53,26 +52,33 @@ def blocks(language: str) -> list[Block]:
 def commands(code: str) -> list[list[str]]:
     """Return the words of each command of a block of shell, without comments and heredocs.
 
-    A lone ellipsis stands for what commands need; one in quotes is a prompt.
+    An ellipsis in quotes is a prompt.
     """
     lines = HEREDOC.sub("", code).replace("\\\n", " ").replace('"…"', "prompt")
     lines = TORCHRUN.sub("dma-diffusers", lines)
     for launcher in LAUNCHERS:
         lines = lines.replace(launcher, "dma-diffusers")
     found = [shlex.split(part, comments=True) for line in lines.splitlines() for part in line.split(" && ")]
-    return [
-        [each for word in words for each in (NEEDED if word == "…" else [word])] for words in found if words
-    ]
+    return [words for words in found if words]
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """Return the options of a command line of ours, which is not run. Raises what it would for what was given."""
+    """Return the options of a command line of ours, which is not run; none where an ellipsis leaves out what it needs.
+
+    Raises what the command would for what was given.
+    """
     command, context = get_command(app), None
+    is_whole, words = "…" not in words, [word for word in words if word != "…"]
     name = "dma-diffusers"
     while hasattr(command, "resolve_command"):
         context = command.context_class(command, info_name=name, parent=context)
         name, command, words = command.resolve_command(context, words)
-    given = command.make_context(name, list(words), parent=context).params
+    try:
+        given = command.make_context(name, list(words), parent=context).params
+    except Exception as error:  # Typer has click's classes inside of it, or beside it
+        if is_whole or type(error).__name__ != "MissingParameter":
+            raise
+        return {}
     for text in given.get("config") or ():
         parse_configuration(text)
     if (given.get("policy") or "").endswith(")"):
