@@ -21,8 +21,10 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"> (\S+) <<'(\w+)'\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
 # The shell functions of the recipes that trained the embedded models.
 RUN = re.compile(r'^run\(\) \{.*python -m (dma_diffusers(?:\.\w+)+)\."\$@"; \}$', re.MULTILINE)
-LAUNCHERS = ("python -m dma_diffusers", "accelerate launch -m dma_diffusers")
-TORCHRUN = re.compile(r"python3 -m torch\.distributed\.run --nproc-per-node \d+ -m dma_diffusers")
+OURS = re.compile(
+    r"(python|accelerate launch|python3 -m torch\.distributed\.run --nproc-per-node \d+) -m dma_diffusers(?=\s)"
+)
+VARIABLE = re.compile(r'^(\w+)="(.*)".*$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ def blocks(language: str) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """Return the words of each command of a block of shell, without comments and heredocs.
+    """Return the words of each command of a block of shell, without comments and heredocs, with variables put in.
 
     An ellipsis in quotes is a prompt.
     """
-    lines = HEREDOC.sub("", code).replace("\\\n", " ").replace('"…"', "prompt")
-    lines = TORCHRUN.sub("dma-diffusers", lines)
-    for launcher in LAUNCHERS:
-        lines = lines.replace(launcher, "dma-diffusers")
+    lines = VARIABLE.sub("", HEREDOC.sub("", code)).replace("\\\n", " ").replace('"…"', "prompt")
+    for name, value in VARIABLE.findall(code):
+        lines = lines.replace(f"${name} ", f"{value} ")
+    lines = OURS.sub("dma-diffusers", lines)
     found = [shlex.split(part, comments=True) for line in lines.splitlines() for part in line.split(" && ")]
     return [words for words in found if words]
 
@@ -97,13 +99,15 @@ def small(pipe: Any) -> Any:
 def names(code: str) -> dict[str, Any]:
     """Return what Python code finds: public names, prompts, and a tiny pipeline, of clips for a grid of clips."""
     pipe = small(tiny_pipelines.hunyuan() if "grid=(30, 48, 80)" in code else tiny_pipelines.flux())
-    groups = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     return {
         **{name: getattr(dma_diffusers, name) for name in dma_diffusers.__all__},
         "FluxPipeline": SimpleNamespace(from_pretrained=lambda *given: pipe),
         "pipe": pipe,
         "prompts": ["a red apple left of a cat"],
-        "x": torch.randn(4, 3072, generator=groups),
+        "x": torch.randn(4, 3072, generator=generator),
         "layer": torch.nn.Linear(3072, 64),
-        "permutation": torch.randperm(3072, generator=groups),
+        "weight": torch.randn(64, 3072, generator=generator),
+        "bias": torch.zeros(64),
+        "permutation": torch.randperm(3072, generator=generator),
     }

@@ -117,6 +117,8 @@ def test_commands(block: Block, tmp_path, monkeypatch):
             assert words == ["install", ".[demo]"]
         elif first == "run":
             assert find_spec(f"{module}.{words[0]}")
+        elif first == "python" and words[0] == "-m":
+            assert find_spec(words[1])
         elif first == "python":
             path = ROOT / words[0]
             options = {word.removeprefix("--") for word in words if word.startswith("--")}
