@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from dma_diffusers.checkpoints import let_go
 from dma_diffusers.components import (
     attention_modules,
     device_of,
@@ -295,6 +296,7 @@ def _detach(model: torch.nn.Module) -> None:
     if attachment := _attachment(model):
         for hook in attachment.hooks:
             hook.remove()
+        let_go(model)
         del model._dma_attachment
     for _, module in attention_modules(model):
         module.processor = _stock(module.processor)  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from dma_diffusers.kernels.backward.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.formats import rotate_back
-from dma_diffusers.kernels.lowerings import WITHOUT_TMA, Storage
+from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser.launch import Encoded
@@ -89,7 +89,7 @@ def gradients(
     classes = [each for each in (high, low, means) if each]
     lists, transposed = operands.block_lists, plan.transposed(operands.block_lists, tiles(k_length))
     tuned = tuned or tuning(variant.target, dim)
-    descriptor = _pointer if variant.target in WITHOUT_TMA else row_descriptor
+    descriptor = _pointer if tuned.by_pointers else row_descriptor
     found = empty_gradients(call)
     fine_mask = plan.fine_mask
     masks = inputs.source.key_mask, fine_mask and fine_mask.packed, plan.token_order

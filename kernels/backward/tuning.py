@@ -1,16 +1,19 @@
-"""The tuning table of the backward's kernels: sizes that compile without spills."""
+"""The tuning table of the backward's kernels: how they are built for each architecture and head dimension.
+
+All compile without spills, mixed classes and FP8 probabilities included (Triton 3.6).
+"""
 
 from dataclasses import dataclass
 from functools import cache
 
-from dma_diffusers.kernels.lowerings import WITHOUT_TMA
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, WITHOUT_TMA
 
 
 @dataclass(frozen=True)
 class Blocks:
     """One kernel's variant.
 
-    rows, keys: queries and keys of a block, 64 or the map tile's 128. warps: of one program. stages: of its pipeline.
+    rows, keys: queries and keys of a block, which divide the map tile's 128. warps: of one program. stages: of its pipeline.
     """
 
     rows: int
@@ -21,18 +24,25 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The variants of the kernel for dQ, and of the one for dK and dV."""
+    """The variants of the kernel for dQ, and of the one for dK and dV.
+
+    by_pointers: whether operands are read by pointers, which suits mma.sync, and not through tensor descriptors.
+    """
 
     of_queries: Blocks
     of_keys: Blocks
+    by_pointers: bool = False
 
 
+_WITH_MMA_SYNC = (*WITHOUT_TMA, "sm_120")
 TABLE = (
     # The first row that fits: architectures, head dimension, variant.
+    (TCGEN05_ARCHITECTURES, 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
+    # Two sums of 64 rows would fill wgmma's registers.
+    (("sm_90", *_WITH_MMA_SYNC), 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), by_pointers=True)),
+    (("sm_90",), 128, Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
     (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 128, 8, 2))),
-    (("sm_90",), 128, Tuning(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2))),
-    (WITHOUT_TMA, 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
-    ("*", 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
+    (_WITH_MMA_SYNC, "*", Tuning(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), by_pointers=True)),
     ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
 )
 
