@@ -37,7 +37,7 @@ test-tritons: $(TRITONS:%=test-compiled-by-%) $(INTERPRETING_TRITONS:%=test-inte
 
 test-compiled-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/kernels/test_compile.py tests/kernels/test_sass.py \
-		tests/kernels/linears/test_compile.py | $(SOME_PASSED)
+		tests/kernels/linears/test_compile.py tests/kernels/training/test_compile.py | $(SOME_PASSED)
 
 test-interpreted-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)

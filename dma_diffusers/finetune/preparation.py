@@ -1,5 +1,6 @@
 """Preparing a model for fine-tuning at low precision, and putting stock layers back."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from dma_diffusers.finetune.layers import layers_to_train
 from dma_diffusers.finetune.module import QuartetLinear
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
+from dma_diffusers.linears.exclusions import block_of
 from dma_diffusers.linears.quantise import check_not_quantised, set_layer
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did to a model; it is kept on the model, too.
+    """A record of what `prepare` did to a model; it is kept on the model, too.
 
     layers: the names of the linear layers that train at low precision. left: the reasons for which others don't.
     has_attention: whether attention was intercepted.
@@ -51,6 +53,8 @@ def prepare(
     rounding: of "quartet"'s backward pass: "nearest" or "stochastic".
     lora: adapters of peft that are trained on top; everything else is frozen then.
 
+    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with. Those of
+    `quantize_linears` have the same formats, but other scales and no rotation.
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
@@ -82,9 +86,13 @@ def prepare(
     record = Prepared(tuple(layers), left, attention is not None)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
-        for seed, (name, layer) in enumerate(layers.items()):
+        seeds: Counter[str] = Counter()
+        for name, layer in layers.items():
             assert recipe is not None
-            set_layer(model, name, QuartetLinear(layer, recipe, seed))
+            # Numbers are alike in all blocks, for blocks that are compiled once; gradients tell their layers apart.
+            block, *_ = block_of(model, name)
+            set_layer(model, name, QuartetLinear(layer, recipe, seeds[block]))
+            seeds[block] += 1
         if lora is not None:
             _add_adapters(model, lora)
     except BaseException:
@@ -138,11 +146,11 @@ def _check_lora(lora: Any) -> None:
 
 
 def _add_adapters(model: torch.nn.Module, lora: "peft.LoraConfig") -> None:
-    """Freezes the model and puts adapters on top, which train."""
+    """Puts adapters on top, which train; peft freezes everything else."""
     import peft
 
-    model.requires_grad_(False)
-    if hasattr(model, "add_adapter"):  # of Diffusers, which then knows how to save them
+    # Diffusers' own way, after which it knows how to save them.
+    if hasattr(model, "add_adapter"):
         model.add_adapter(lora)  # type: ignore[operator]
     else:
         peft.inject_adapter_in_model(lora, model)

@@ -73,6 +73,8 @@ def launches(target: str, recipe: Recipe) -> Iterator[tuple[str, tuple[Any, tupl
             of_rows if first and step is Step.REQUANTISED else None,
             (of_rows if first else None) if step is Step.FORWARD else outside, is_plain, launcher,
         )  # fmt: skip
-    launch.finish(x, x, recipe, 1.5, launcher)
     names = [f"{step} {towards.name.lower()}" for step, towards in steps]
-    return zip([*names, "finish"], recorded, strict=True)
+    if recipe.rotates:
+        launch.finish(x, x, recipe, 1.5, launcher)
+        names.append("finish")
+    return zip(names, recorded, strict=True)

@@ -23,7 +23,8 @@ from dma_diffusers.kernels.training import quantisers
 
 QUEST_SCALE, ROOT_TWO_BITS = tl.constexpr(quantisers.QUEST_SCALE), tl.constexpr(quantisers.ROOT_TWO_BITS)
 INVERSE_EDEN_TOP = tl.constexpr(1 / quantisers.EDEN_TOP)
-INT8_MAX_BITS = tl.constexpr(0x42FE0000)  # 127
+# 127
+INT8_MAX_BITS = tl.constexpr(0x42FE0000)
 
 
 @triton.jit
@@ -112,9 +113,7 @@ def _eden(blocks, outside, seed, stream, rows, first, columns):
 
 
 @triton.jit
-def _rounded(
-    x, outside, seed, stream, rows, first, columns, QUANTISER: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rounded(x, outside, seed, stream, rows, first, columns, QUANTISER: tl.constexpr, BLOCK: tl.constexpr):
     """x [rows, columns] by a quantiser: elements [rows, blocks, BLOCK], codes of scales, and scales.
 
     outside: [rows] for four_over_six, a number for ms_eden.

@@ -15,11 +15,10 @@ from dma_diffusers.kernels.training.reference import Towards
 
 TILE = 64
 """The rows and columns of a program's tile; a tile of scales is twice as high, and at most twice as wide."""
-_WARPS = 4
 
 
 class Step(StrEnum):
-    """What becomes of a matrix: the functions of reference.py that end with `_side`."""
+    """The step for which a matrix is quantised, named after the functions of reference.py that end with `_side`."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -81,7 +80,7 @@ def quantise(
         FIRST=None if first is None else first.value, FIRST_BLOCK=None if first is None else _block(first),
         ROTATES=recipe.rotates and step is not Step.BACKWARD, QUANTISER=quantiser.value, BLOCK=_block(quantiser),
         ROTATES_AT_RANDOM=step is not Step.FORWARD and quantiser.is_rotated, TRANSPOSES=transposed, P=TILE, Q=TILE,
-        num_warps=_WARPS, enable_fp_fusion=False,
+        num_warps=_warps(quantiser), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -102,7 +101,7 @@ def finish(
             kernel.finish_tiles, (_tiles(height), _tiles(width)),
             product, source, out, height, width, product.stride(0), source.stride(0), factor,
             CLIPS=recipe.forward is Quantiser.QUEST, ROTATES=recipe.rotates, P=TILE, Q=TILE,
-            num_warps=_WARPS, enable_fp_fusion=False,
+            num_warps=_warps(recipe.forward), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -110,6 +109,11 @@ def finish(
 def _tiles(length: int, multiple: int = 1) -> int:
     """The number of tiles that cover a length, a multiple of `multiple`."""
     return -(-length // (TILE * multiple)) * multiple
+
+
+def _warps(quantiser: Quantiser) -> int:
+    """The warps of a program: NVFP4 takes so many registers that four would spill with Triton 3.6."""
+    return 8 if get_format(quantiser.format).has_tensor_scale else 4
 
 
 def _block(quantiser: Quantiser) -> int:

@@ -18,7 +18,13 @@ from dma_diffusers.kernels.training.reference import Towards
 
 
 def train_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, lowering: str, seed: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    lowering: str,
+    seed: int = 0,
+    quantised_weight: Any = None,
 ) -> Tensor:
     """The layer's output `[..., N]`, in x's dtype, or in autocast's; gradients are those of the recipe.
 
@@ -27,6 +33,7 @@ def train_linear(
     lowering: as `lowering.choose` gave it.
     seed: of signs and rounding in the backward pass, with what `random.seed_of` takes from the gradient: equal calls
         have equal gradients, whether activations were kept or are computed again.
+    quantised_weight: what `quantise_weight` made of a weight that doesn't train; None makes it in each call.
     It keeps x and the weight for the backward pass, as a stock layer does, and computes the rest again.
     Raises ValueError, in one line, for sides that are no multiples of 32, or an x of another width.
     """
@@ -37,10 +44,17 @@ def train_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        if x.numel() == 0:  # has nothing to round
+        # The quantisers want blocks to round.
+        if x.numel() == 0:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, lowering, seed)
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, recipe, lowering, seed, quantised_weight)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def quantise_weight(weight: Tensor, recipe: Recipe, lowering: str) -> Any:
+    """The weight `[N, K]` as the forward pass multiplies it, for `train_linear` with the same recipe and lowering."""
+    return products_of(lowering).forward_side(weight, recipe)
 
 
 def check_sides(out_features: int, in_features: int) -> None:
@@ -57,13 +71,14 @@ def check_sides(out_features: int, in_features: int) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, recipe, lowering, seed):
+    def forward(ctx: Any, x, weight, bias, recipe, lowering, seed, quantised_weight):
         ctx.save_for_backward(x, weight)
         ctx.recipe, ctx.lowering, ctx.seed = recipe, lowering, seed
         ctx.bias_dtype = None if bias is None else bias.dtype
         products = products_of(lowering)
-        sides = products.forward_side(x, recipe), products.forward_side(weight, recipe)
-        return products.multiply(*sides, bias, x.dtype)
+        if quantised_weight is None:
+            quantised_weight = products.forward_side(weight, recipe)
+        return products.multiply(products.forward_side(x, recipe), quantised_weight, bias, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,7 +97,7 @@ class _Linear(torch.autograd.Function):
             if wants_bias:
                 dtype = torch.promote_types(gradient.dtype, torch.float32)
                 of_bias = gradient.sum(0, dtype=dtype).to(ctx.bias_dtype)
-        return of_x, of_weight, of_bias, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def _product_with(

@@ -25,7 +25,7 @@ _E8M0_BIAS = 127
 
 
 class Quantised(NamedTuple):
-    """What a quantiser makes of a matrix.
+    """The result of a quantiser.
 
     numbers: those that are multiplied, in the matrix's dtype. outside: the factor that they still need, `[rows, 1]` or
     a number. mask: bool, False where a number was clipped and gets no gradient; None where nothing can be.
@@ -128,9 +128,10 @@ def eden_outside(amax: Tensor) -> Tensor:
 
 
 def stochastic(x: Tensor, uniforms: Tensor, element: FloatElement) -> Tensor:
-    """x rounded to one of the element's two numbers beside it, to the farther one where the uniform says so; saturated.
+    """x rounded to one of the element's two numbers beside it, and saturated.
 
-    In the mean over uniforms from 0 to 1 it is x, where x lies within ±max.
+    It is the larger one where the uniform is below x's distance from the smaller one, in steps. So the mean over
+    uniforms from 0 to 1 is x, where x lies within ±max.
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(2.0**element.emin)
     step = power * 2.0**-element.mantissa_bits

@@ -154,7 +154,7 @@ class CallStore:
         def key(tensor: Tensor) -> str:
             data = tensor.clone(memory_format=torch.contiguous_format)  # of a view, what it shows alone
             digest = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
-            digest.update(data.flatten().view(torch.uint8).numpy())
+            digest.update(data.flatten().view(torch.uint8).numpy().data)
             name = digest.hexdigest()[:32]
             tensors[name] = data
             return name

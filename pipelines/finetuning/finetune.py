@@ -142,7 +142,7 @@ def prepare(model: torch.nn.Module, request: Request) -> None:
     if request.linears or request.attention or lora:
         precision.prepare(model, request.linears, request.attention, rounding=request.rounding, lora=lora)
     if request.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()  # type: ignore[operator]  # of Diffusers
 
 
 def _objective(

@@ -18,9 +18,12 @@ def velocity_loss(model: torch.nn.Module, call: Call) -> Tensor:
 
 
 class Objective(Protocol):
-    """Examples to learn from. levels: the noise level of each; all equal where it is drawn for each batch."""
+    """Examples to learn from."""
 
-    levels: Sequence[float]
+    @property
+    def levels(self) -> Sequence[float]:
+        """The noise level of each example; all are equal where it is drawn for each batch."""
+        ...
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
         """Return these examples as one call of the transformer, whose output is the velocity to learn."""

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from dma_diffusers.components import attention_modules
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.families import family_of
+from dma_diffusers.families import family_of, known_family
 from dma_diffusers.fingerprint import fingerprint
 from dma_diffusers.pipelines.files import temporary_folder, write_atomically
 from dma_diffusers.policy_file import FORMAT, VERSION
@@ -55,8 +55,8 @@ def _policy(model: torch.nn.Module, config: DMAConfig, evidence: dict[str, Any])
     own = {name: dict(changes) for name, changes in fields.pop("modules")}
     for name in ("model", "weights"):
         del fields[name]
-    family = family_of(model, config.text, config.grid)
-    modules = [name for name, _ in attention_modules(model) if not family.stock_role(name)]
+    family = family_of(model, config.text) if config.text else known_family(model)
+    modules = [name for name, _ in attention_modules(model) if not (family and family.stock_role(name))]
     choice = {"quality": 1, "config": fields, "modules": own, "evidence": {}}
     about = {"class": type(model).__name__, "modules": modules, "fingerprint": fingerprint(model)}
     return {

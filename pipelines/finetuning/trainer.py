@@ -155,8 +155,7 @@ class Trainer:
 
     @torch.no_grad()
     def _write(self, weights: Sequence[torch.Tensor]) -> None:
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.copy_(weight)
+        torch._foreach_copy_(list(self.parameters), list(weights))
 
 
 def _master(parameter: Parameter) -> Parameter:

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dma_diffusers import DMAConfig, quantize_linears, report
 from dma_diffusers.finetune import QuartetLinear, prepare, restore
+from dma_diffusers.finetune import module as finetune_module
+from dma_diffusers.kernels.training import linear
 from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.recipe import LINEARS, recipe_of
 from dma_diffusers.linears.exclusions import choose
@@ -72,7 +74,8 @@ def test_a_plain_model_trains_saves_and_comes_back(linears):
     stock = make_plain()
     stock.load_state_dict(trained)
     assert torch.equal(model(x), stock(x))
-    restore(model)  # does nothing
+    # A second time does nothing.
+    restore(model)
     prepare(model, linears)
     assert torch.equal(model(x), low)
 
@@ -85,6 +88,10 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     assert set(found.layers) == set(quartet_layers(model)) == expected and len(expected) > 10
     assert {"x_embedder", "proj_out", "transformer_blocks.0.norm1.linear"} <= found.left.keys()
     assert report(model).modules
+    # Blocks are alike, so that they are compiled once; layers of one block are not.
+    blocks = model.single_transformer_blocks
+    assert [b.proj_mlp.seed for b in blocks] == [blocks[0].proj_mlp.seed] * len(blocks)
+    assert blocks[0].proj_mlp.seed != blocks[0].proj_out.seed
     model.save_pretrained(tmp_path)
     weights = copy.deepcopy(model.state_dict())
     restore(model)
@@ -157,7 +164,8 @@ def test_adapters_train_on_a_frozen_quantised_base(linears):
     x = torch.randn(4, 5)
     lora = peft.LoraConfig(r=4, target_modules=["up", "down"])
     prepare(model, linears, lora=lora)
-    assert torch.equal(model(x), low(x))  # adapters begin with nothing
+    # Adapters begin with nothing.
+    assert torch.equal(model(x), low(x))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 8 and all("lora_" in name for name in trained)
     before = copy.deepcopy(model[1].up.base_layer.weight)
@@ -171,6 +179,33 @@ def test_adapters_train_on_a_frozen_quantised_base(linears):
     restore(model)
     assert type(model[1].up.base_layer) is torch.nn.Linear
     assert torch.equal(model(x), drawn) == (linears is None)
+
+
+def test_frozen_weights_are_quantised_once_until_they_change(monkeypatch):
+    made = []
+
+    def quantise_weight(weight, *arguments):
+        made.append(weight)
+        return linear.quantise_weight(weight, *arguments)
+
+    monkeypatch.setattr(finetune_module, "quantise_weight", quantise_weight)
+    peft = pytest.importorskip("peft")
+    model, x = make_plain(), torch.randn(4, 5)
+    prepare(model, "qat", lora=peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False))
+    first = model(x)
+    assert torch.equal(model(x), first) and len(made) == 4
+    base = model[1].up.base_layer
+    with torch.no_grad():
+        assert torch.equal(model(x), first) and len(made) == 4
+        base.weight.mul_(2)
+    assert not torch.equal(model(x), first) and len(made) == 8
+    with torch.no_grad():
+        # It goes through `data`, so that the weight's version stays.
+        model[1].up.merge()
+        merged = model(x)
+    restore(model)
+    prepare(model, "qat")
+    assert torch.equal(model(x), merged)
 
 
 def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):

@@ -53,7 +53,7 @@ def test_gradients_are_right_where_quantisers_change_nothing(recipe, monkeypatch
 
 
 class StraightThrough(torch.autograd.Function):
-    """What the forward pass makes of a matrix; its gradient is one, and zero where QuEST clips."""
+    """Rounds as the forward pass does; its gradient is one, and zero where QuEST clips."""
 
     @staticmethod
     def forward(ctx, x, quantiser):

@@ -80,8 +80,9 @@ def test_operands_equal_the_reference(name, lowering, kernel_device):
     recipe, seed = RECIPES[name], torch.tensor([12345])
     for side in SIDES if recipe.backward is not Quantiser.NONE else ["forward"]:
         for (rows, columns), dtype in (((63, 96), torch.bfloat16), ((1, 64), torch.float32)):
+            # This one is like the forward pass.
             if rows == 1 and side == "gradient to input":
-                continue  # is like the forward pass
+                continue
             x = matrix(rows, columns, dtype)
             expected = side_of(reference, side, x, recipe, seed)
             found = side_of(products_of(lowering), side, x.to(kernel_device), recipe, seed.to(kernel_device))
@@ -104,12 +105,13 @@ def test_operands_equal_the_reference(name, lowering, kernel_device):
 def test_layers_equal_the_reference(name, lowering, kernel_device):
     """Output and gradients; products in bf16 and float32 differ by their own rounding alone."""
     if lowering == "scaled_mm":
-        torch_device()  # skips where it takes no scales of rows
-    elif lowering == "native" and kernel_device.type == "cuda":
-        if architecture(kernel_device) not in BLOCK_SCALED_ARCHITECTURES:
-            pytest.skip("it has no block-scaled MMA")
+        # It skips where torch takes no scales of rows.
+        torch_device()
+    elif lowering == "native" and architecture(kernel_device) not in (*BLOCK_SCALED_ARCHITECTURES, "cpu"):
+        pytest.skip(f"{architecture(kernel_device)} has no block-scaled MMA")
     recipe, dtype = RECIPES[name], torch.float32 if lowering == "native" else torch.bfloat16
-    rows, width = (5, 32) if lowering == "scaled_mm" else (37, 64)  # it re-encodes row by row
+    # Re-encoding goes row by row, for which the interpreter takes its time.
+    rows, width = (5, 32) if lowering == "scaled_mm" else (37, 64)
     x, weight, bias = matrix(rows, width, dtype), matrix(32, width, dtype, 1), torch.randn(32, dtype=dtype)
     gradient = matrix(rows, 32, dtype, 2)
 

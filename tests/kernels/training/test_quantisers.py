@@ -80,7 +80,7 @@ def test_ms_eden_errs_half_as_much_as_stochastic_rounding_to_the_same_format():
 
 @pytest.mark.parametrize("quantiser", [Quantiser.STOCHASTIC, Quantiser.MS_EDEN])
 def test_what_rounds_by_chance_is_right_in_the_mean(quantiser):
-    """Of one row over many draws, each with a rotation of its own where the backward pass has one."""
+    """One row is drawn many times, each time after another rotation."""
     draws, x = 4096, normal(3)[:1, :64] * 3
     signs = random.signs(SEED, 0, draws * 64).view(draws, 64)
     rotated = hadamard(x * signs, 32)

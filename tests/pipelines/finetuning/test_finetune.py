@@ -147,6 +147,24 @@ def test_lora_trains_adapters_alone_and_loads(request_, model, tmp_path):
     assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(before)
 
 
+def test_attention_and_linear_layers_learn_together(request_, tmp_path):
+    """Attention runs at low precision in training as well: the loss without a step is that of drawing with it."""
+    attention = DMAConfig(low="mxfp4", window=0, sink=0, protect_text=False)
+    asked = replace(request_, attention=attention, settings=replace(SETTINGS, learning_rate=1e-4))
+    alone, both = (
+        finetune(replace(asked, linears=linears), 2, tmp_path / str(linears), Watch(0), silent)["loss"]
+        for linears in (None, "qat")
+    )
+    assert 1e-7 < alone[0] < both[0] and both[1] < both[0]
+    policy = DMAConfig.from_file(tmp_path / "qat" / "policy.json")
+    assert policy.low == "mxfp4" and policy.window == 0 and policy.weights
+
+
+def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
+    asked = replace(request_, gradient_checkpointing=True)
+    assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
+
+
 def test_another_configuration_is_refused_with_its_differences(run, request_):
     other = replace(request_, linears="quartet", settings=replace(SETTINGS, batch=3))
     with pytest.raises(ValueError, match="batch was 2, now 3; linears was 'qat', now 'quartet'"):
@@ -182,6 +200,8 @@ def test_out_of_memory_says_what_to_lower(request_, tmp_path, monkeypatch):
     ({"prompts": ()}, "give prompts to distil from full precision, or a folder of data"),
     ({"linears": None}, "nothing is low-bit"),
     ({"attention": DMAConfig(linears="fp8")}, "give linear layers by --linears"),
+    ({"attention": DMAConfig.preset("auto")}, "lowering=fastest leaves calls that train to stock"),
+    ({"attention": DMAConfig(policy="skip_softmax(threshold=0.01)")}, "threshold has no backward.*every other policy"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_said(changes, message, request_, tmp_path):
     with pytest.raises(ValueError, match=message):
