@@ -1,5 +1,6 @@
 """The page that leads to a setting has the committed results' figures, and its lines can be applied."""
 
+import gzip
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from tests.docs.blocks import names
 from tests.docs.site import ROOT
 
 PAGE = (ROOT / "docs" / "choose.md").read_text()
-SOURCE = re.compile(r"\[(.+)\]\(\.\./(eval/results/\w+\.json)\)")
+SOURCE = re.compile(r"\[(.+)\]\(\.\./(eval/results/\w+\.json(?:\.gz)?)\)")
 CODE = re.compile(r"`((?:apply|quantize_linears|DMAConfig)\b[^`…]*)`")
 
 
@@ -26,7 +27,8 @@ def rows(header: str) -> list[list[str]]:
 def source(cell: str) -> tuple[str, dict]:
     """Return the row that a source names, and the result that it links to."""
     found = SOURCE.fullmatch(cell)
-    return found[1], json.loads((ROOT / found[2]).read_text())
+    data = (ROOT / found[2]).read_bytes()
+    return found[1], json.loads(gzip.decompress(data) if found[2].endswith(".gz") else data)
 
 
 MEASURED = rows("| Model and size | The line |")
