@@ -31,7 +31,7 @@ _BLOCKS = {
 
 @torch.inference_mode()
 def i3d_features(clips: torch.Tensor, weights: Path | None = None) -> torch.Tensor:
-    """Return what FVD compares of uint8 `[B, F, 3, H, W]` clips: I3D's mean logits, `[B, 400]` float32, on their device.
+    """Return what FVD compares of uint8 `[B, F, 3, H, W]` clips: I3D's mean logits, `[B, 400]` float32 on their device.
 
     Frames are resized to 224 × 224 as TensorFlow 1 does it, and scaled to −1 … 1, as in the code of Unterthiner et al.,
     2018 (https://arxiv.org/abs/1812.01717), which takes the logits' mean over time, too.
@@ -41,7 +41,7 @@ def i3d_features(clips: torch.Tensor, weights: Path | None = None) -> torch.Tens
     """
     if clips.shape[1] < FEWEST_FRAMES:
         raise ValueError(f"I3D needs clips of at least {FEWEST_FRAMES} frames: given are {clips.shape[1]}")
-    network = _network(clips.device, weights)
+    network = network_with(weights, clips.device)
     with exact_float32():
         return torch.cat([network(_prepared(batch)) for batch in clips.split(_BATCH)])
 
@@ -125,7 +125,8 @@ class I3D(nn.Module):
 
 
 @cache
-def _network(device: torch.device, weights: Path | None) -> I3D:
+def network_with(weights: Path | None, device: torch.device) -> I3D:
+    """Return I3D with these weights; raises what `i3d_weights.load` raises."""
     network = I3D()
     network.load_state_dict(load(weights, network.state_dict()))
     return network.to(device).eval()

