@@ -54,7 +54,7 @@ class ClipScorer:
         prompts = list(prompts)
         whole = self.tokenizer(prompts, verbose=False)["input_ids"]
         self.truncated.update(p for p, ids in zip(prompts, whole, strict=True) if len(ids) > self.length)
-        return (100 * (self._seen(pictures) * self._read(prompts)).sum(-1)).clamp(min=0)
+        return (100 * (self.embed(pictures) * self._read(prompts)).sum(-1)).clamp(min=0)
 
     def quality(self, pictures: torch.Tensor) -> torch.Tensor:
         """Compute CLIP-IQA (Wang et al., https://arxiv.org/abs/2207.12396) of uint8 `[B, 3, H, W]` pictures.
@@ -62,7 +62,7 @@ class ClipScorer:
         It is `[B]` float32, 0 to 1: how much likelier "Good photo." is than "Bad photo.", as torchmetrics computes it
         for a CLIP that is named. The paper's own takes the positions out of its CLIP and does not resize.
         """
-        return (100 * self._seen(pictures) @ self._good_and_bad.T).softmax(-1)[:, 0]
+        return (100 * self.embed(pictures) @ self._good_and_bad.T).softmax(-1)[:, 0]
 
     @cached_property
     def _good_and_bad(self) -> torch.Tensor:
@@ -70,8 +70,8 @@ class ClipScorer:
 
     @exact_float32()
     @torch.inference_mode()
-    def _seen(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return embeddings of pictures, of length 1: `[B, D]`."""
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return embeddings of uint8 `[B, 3, H, W]` pictures, of length 1: `[B, D]`."""
         prepared = self.prepare(list(pictures.cpu()), return_tensors="pt").to(self.model.device)
         seen = self.model.vision_model(pixel_values=prepared["pixel_values"]).pooler_output
         return functional.normalize(self.model.visual_projection(seen), dim=-1)

@@ -83,7 +83,7 @@ class Judge:
             self.scorers["alignment"] = prompt_scorer(AlignmentScorer(device).score)
         if repeated := {name for name in own.scorers if own.scorers.count(name) > 1}:
             raise ValueError(f"--scorer {repeated.pop()} is given twice")
-        self.own = {name: OwnScorer(name) for name in own.scorers}
+        self.own = {name: OwnScorer(name, device) for name in own.scorers}
         self.scorers |= self.own
         self.i3d = own.i3d
         if self.i3d:

@@ -11,6 +11,8 @@ import torch
 
 from dma_diffusers.eval.quality.scoring import Chunk
 
+_SIDE = 224  # of the picture that a scorer is tried on
+
 
 class OwnScorer:
     """This calls the function that `module:function` names, once for each picture or clip.
@@ -23,12 +25,21 @@ class OwnScorer:
         failures: one line for each picture or clip that it gave no number for since the list was emptied.
 
     Raises:
-        ValueError: there is no such function; the message says what is missing.
+        ValueError: there is no such function, or a package or file is missing when it is tried on a grey picture; the
+            message says which.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: torch.device):
         self.name, self.failures = name, list[str]()
         self.function = _function(name)
+        try:
+            self.function(
+                torch.full((1, 3, _SIDE, _SIDE), 128, dtype=torch.uint8, device=device), "a picture"
+            )
+        except (ImportError, OSError) as error:
+            raise ValueError(f"--scorer {name}: {_line(error)}") from error
+        except Exception:  # it may want other pictures than this one
+            pass
         self.column: dict[str, Any] = {
             "title": getattr(self.function, "title", name),
             "better": getattr(self.function, "better", "higher"),
@@ -49,9 +60,13 @@ class OwnScorer:
                 return score
             reason = f"it gave {score}"
         except Exception as error:  # it is the user's code, and one picture must not end a run of hours
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {_line(error)}"
         self.failures.append(f"{prompt!r}, seed {seed} ({reason})")
         return math.inf
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _function(name: str) -> Callable[[torch.Tensor, str], Any]:
@@ -64,7 +79,7 @@ def _function(name: str) -> Callable[[torch.Tensor, str], Any]:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {_line(error)}"
         raise ValueError(f"--scorer {name}: {module} cannot be imported ({reason})") from error
     if not callable(found):
         raise ValueError(f"--scorer {name}: {module} has no function {function}")
