@@ -91,8 +91,7 @@ def estimate(plan: Plan, steps: Mapping[str, Step], batch: int, processes: int) 
     drawing = sum(share.batches * steps[name].drawing for name, share in plan.rows.items()) / processes
     trajectory = plan.stepped * sum(step.drawing for step in steps.values())
     recording = plan.recorded * steps[FULL_PRECISION.name].drawing / batch
-    parts = {"pictures": drawing, "errors of steps": trajectory, "errors of layers": recording}
-    parts[plan.noun] = parts.pop("pictures")
+    parts = {plan.noun: drawing, "errors of steps": trajectory, "errors of layers": recording}
     words = ", ".join(f"{part} {in_words(seconds)}" for part, seconds in parts.items())
     return f"about {in_words(sum(parts.values()))}: {words}"
 
