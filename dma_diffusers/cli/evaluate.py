@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -218,6 +219,8 @@ def _compare_pictures(asked: Any, judging: Judging, output: Path, notes: list[st
             if dry_run:
                 if judge:
                     tell_plan(asked, judge, output, on_step, _say)
+                    with suppress(OSError):  # it stays where a run has begun in it
+                        output.rmdir()
                 return
             evaluation = measured(asked, judge, output, _command(), notes, on_step, _say)
         if evaluation is None:

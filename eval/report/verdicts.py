@@ -9,10 +9,10 @@ from dma_diffusers.eval.report.evaluation import BASELINE, NOISE_FLOOR, noun, nu
 
 SAME, SCENE, DIVERGED = "same", "same scene", "diverged"
 # LPIPS up to which a picture counts as the same, and as the same scene. Caching of video models is published as nearly
-# lossless at LPIPS .05 to .13 (LeMiCa, MagCache, TeaCache's slow setting on Open-Sora), with VBench's score unchanged;
-# at .19 to .32 (TeaCache's fast settings; SVDQuant's 4 bits on FLUX) details change and VBench loses up to .8 points;
-# at .39 and .55 (PAB on Latte and Open-Sora-Plan) it loses 4 and 9: arXiv 2411.19108, table 1; 2506.09045, table 1;
-# 2411.05007, table 1.
+# lossless at LPIPS .08 to .13 (the slow settings of MagCache and TeaCache on Open-Sora), with VBench's score unchanged;
+# at .19 to .32 (other slow and the fast settings of TeaCache) details change, and VBench loses up to .8 points; at .39
+# and .55 (PAB on Latte and Open-Sora-Plan) it loses 4 and 9: arXiv 2411.19108, table 1; 2506.09045, table 1. Model cards
+# of FLUX fine-tunes in 4 bits by SVDQuant give .19 to .32, too.
 LIMITS = {SAME: 0.10, SCENE: 0.35}
 SHARE = 0.95
 METRIC = "lpips"
