@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dma_diffusers.eval.report.columns import cost_text, value_text
+from dma_diffusers.eval.report.columns import cost_text
 from dma_diffusers.eval.report.evaluation import CONFIGURATION, NOISE_FLOOR, noun, number
 from dma_diffusers.eval.report.verdicts import DIVERGED, METRIC, SAME, SCENE, counted, of_row, verdicts
 
@@ -16,16 +16,16 @@ def in_words(evaluation: dict[str, Any]) -> str:
         return ""
     thing = noun(evaluation)
     said = {
-        SAME: f"keep full precision's {thing}s: at least 19 of 20 are the same {thing} to the eye",
-        SCENE: "keep the scene, while details change",
-        DIVERGED: f"draw other {thing}s often enough to be seen",
+        SAME: f"At least 19 of 20 {thing}s are the same to the eye as full precision's with",
+        SCENE: "The scene stays while details change with",
+        DIVERGED: f"Other {thing}s are drawn often enough to be seen with",
     }
     sentences = []
     for verdict, what in said.items():
         names = [name for name in judged if judged[name] == verdict]
         if names:
             listed = "; ".join(f"{name} ({counted(found[name])})" for name in names)
-            sentences.append(f"{len(names)} of {len(rows)} configurations {what}: {listed}.")
+            sentences.append(f"{what} {len(names)} of {len(rows)} configurations: {listed}.")
     if idle := [name for name, row in rows.items() if row.get("ran") == 0]:
         sentences.append(
             f"No attention call of {'; '.join(idle)} ran at low precision, so there is nothing to judge."
@@ -37,12 +37,12 @@ def _nearest(evaluation: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     """Say which configuration is nearest to full precision, beside the noise floor."""
     scores = {name: _score(evaluation["rows"][name]) for name in judged}
     name = min(scores, key=scores.__getitem__)
-    digits = evaluation["metrics"][METRIC]["digits"]
-    sentence = f"Nearest is {name}, with a mean LPIPS of {value_text(scores[name], digits)}"
+    sentence = f"Nearest is {name}, with a mean LPIPS of {scores[name]:.2g}"
     floors = [row for row in evaluation["rows"].values() if row["role"] == NOISE_FLOOR]
     if floors and METRIC in floors[0]["summary"]:
-        floor = _score(floors[0])
-        sentence += f"; another exact kernel alone makes {value_text(floor, digits)}, and less than that means nothing"
+        sentence += (
+            f"; another exact kernel alone makes {_score(floors[0]):.2g}, and less than that means nothing"
+        )
     return [f"{sentence}."]
 
 
@@ -58,8 +58,8 @@ def _cheapest(evaluation: dict[str, Any], judged: dict[str, Any]) -> list[str]:
         return []
     name = min(costs, key=costs.__getitem__)
     return [
-        f"The cheapest that keeps them is {name}, whose attention is predicted to cost {cost_text(rows[name])} of "
-        f"bf16's on {evaluation['settings'].get('target', 'the target')}."
+        f"The cheapest that keeps the {noun(evaluation)}s is {name}, whose attention is predicted to cost "
+        f"{cost_text(rows[name])} of bf16's on {evaluation['settings'].get('target', 'the target')}."
     ]
 
 

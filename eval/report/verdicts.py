@@ -11,7 +11,7 @@ SAME, SCENE, DIVERGED = "same", "same scene", "diverged"
 # LPIPS up to which a picture counts as the same, and as the same scene. Caching of video models is published as nearly
 # lossless at LPIPS .08 to .13 (the slow settings of MagCache and TeaCache on Open-Sora), with VBench's score unchanged;
 # at .19 to .32 (other slow and the fast settings of TeaCache) details change, and VBench loses up to .8 points; at .39
-# and .55 (PAB on Latte and Open-Sora-Plan) it loses 4 and 9: arXiv 2411.19108, table 1; 2506.09045, table 1. Model cards
+# and .55 (PAB on Latte and Open-Sora-Plan) it loses 4 and 9: table 1 of arXiv 2411.19108 and of 2506.09045. The cards
 # of FLUX fine-tunes in 4 bits by SVDQuant give .19 to .32, too.
 LIMITS = {SAME: 0.10, SCENE: 0.35}
 SHARE = 0.95

@@ -61,21 +61,22 @@ def test_the_paragraph_says_what_the_table_says():
     contents["rows"]["all INT8"]["ran"] = 0
     contents["settings"]["target"] = "sm_100"
     text = in_words(contents)
-    assert "3 of 6 configurations keep full precision's pictures" in text
+    assert "the same to the eye as full precision's with 3 of 6 configurations: " in text
     assert f"all MXFP8 ({ALL} same)" in text
     assert (
-        f"1 of 6 configurations keep the scene, while details change: all MXFP4 ({ALL} same scene)." in text
+        f"The scene stays while details change with 1 of 6 configurations: all MXFP4 ({ALL} same scene)."
+        in text
     )
     assert f"all NVFP4 ({ALL} diverged)" in text
     assert "No attention call of all INT8 ran at low precision" in text
     lpips = contents["rows"]["all MXFP8"]["summary"]["lpips"]["estimate"]
     assert (
-        f"Nearest is all MXFP8, with a mean LPIPS of {lpips:.4f}; another exact kernel alone makes 0.002"
+        f"Nearest is all MXFP8, with a mean LPIPS of {lpips:.2g}; another exact kernel alone makes 0.002"
         in text
     )
     cost = contents["rows"]["DMA, window 128"]["predicted_cost"]
     assert (
-        f"The cheapest that keeps them is DMA, window 128, whose attention is predicted to cost {cost:.3f}"
+        f"The cheapest that keeps the pictures is DMA, window 128, whose attention is predicted to cost {cost:.3f}"
         in text
     )
 
