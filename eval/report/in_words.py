@@ -38,11 +38,10 @@ def _nearest(evaluation: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     scores = {name: _score(evaluation["rows"][name]) for name in judged}
     name = min(scores, key=scores.__getitem__)
     sentence = f"Nearest is {name}, with a mean LPIPS of {scores[name]:.2g}"
-    floors = [row for row in evaluation["rows"].values() if row["role"] == NOISE_FLOOR]
-    if floors and METRIC in floors[0]["summary"]:
-        sentence += (
-            f"; another exact kernel alone makes {_score(floors[0]):.2g}, and less than that means nothing"
-        )
+    rows = evaluation["rows"].values()
+    floors = [_score(row) for row in rows if row["role"] == NOISE_FLOOR and METRIC in row["summary"]]
+    if any(floors):
+        sentence += f"; another exact kernel alone makes {floors[0]:.2g}, and less than that means nothing"
     return [f"{sentence}."]
 
 
