@@ -4,7 +4,16 @@ from typing import Any
 
 from dma_diffusers.eval.report.columns import cost_text
 from dma_diffusers.eval.report.evaluation import CONFIGURATION, NOISE_FLOOR, noun, number
-from dma_diffusers.eval.report.verdicts import DIVERGED, METRIC, SAME, SCENE, counted, of_row, verdicts
+from dma_diffusers.eval.report.verdicts import (
+    DIVERGED,
+    METRIC,
+    SAME,
+    SCENE,
+    counted,
+    is_idle,
+    of_row,
+    verdicts,
+)
 
 
 def in_words(evaluation: dict[str, Any]) -> str:
@@ -26,10 +35,8 @@ def in_words(evaluation: dict[str, Any]) -> str:
         if names:
             listed = "; ".join(f"{name} ({counted(found[name])})" for name in names)
             sentences.append(f"{what} {len(names)} of {len(rows)} configurations: {listed}.")
-    if idle := [name for name, row in rows.items() if row.get("ran") == 0]:
-        sentences.append(
-            f"No attention call of {'; '.join(idle)} ran at low precision, so there is nothing to judge."
-        )
+    if idle := [name for name, row in rows.items() if is_idle(row)]:
+        sentences.append(f"Nothing of {'; '.join(idle)} ran at low precision, so there is nothing to judge.")
     return " ".join([*sentences, *_nearest(evaluation, judged), *_cheapest(evaluation, judged)])
 
 

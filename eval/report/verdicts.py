@@ -26,10 +26,15 @@ def verdicts(evaluation: dict[str, Any], name: str) -> list[str]:
     """
     row = evaluation["rows"][name]
     scores = row.get("pictures", {}).get(METRIC)
-    if not scores or row["role"] == BASELINE or row.get("ran") == 0:
+    if not scores or row["role"] == BASELINE or is_idle(row):
         return []
     floors = _floors(evaluation, len(scores))
     return [_verdict(number(score), floor) for score, floor in zip(scores, floors, strict=True)]
+
+
+def is_idle(row: dict[str, Any]) -> bool:
+    """Say if nothing of a row ran at low precision: no attention call, and no linear layers beside them."""
+    return row.get("ran") == 0 and not (row.get("config") or {}).get("linears")
 
 
 def of_row(found: Sequence[str]) -> str | None:
