@@ -19,11 +19,11 @@ from dma_diffusers.eval import provenance
 from dma_diffusers.eval.cost import check_target
 from dma_diffusers.eval.quality import samples
 from dma_diffusers.eval.quality.calls import remarks_on, share_that_ran, shares_that_ran
-from dma_diffusers.eval.quality.configurations import CONFIGURATION, FULL_PRECISION, Row, rows
+from dma_diffusers.eval.quality.configurations import AGAIN, CONFIGURATION, FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, caveats
 from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, Sample, batches
-from dma_diffusers.eval.quality.plan import Plan, estimate, share, time_steps
+from dma_diffusers.eval.quality.plan import Plan, estimate, share, time_step
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
@@ -131,7 +131,13 @@ def _tell(ready: _Prepared, request: Request, judge: Judge, say: Callable[[str],
         judge.metrics(video),
     )
     say(str(plan))
-    steps = time_steps(ready.pipe, ready.rows, ready.chunks[0], request.call)
+    steps = {}
+    for row in ready.rows:
+        if row == AGAIN:  # it takes as long as the first drawing
+            steps[row.name] = steps[FULL_PRECISION.name]
+            continue
+        with _named(row):
+            steps[row.name] = time_step(ready.pipe, row, ready.chunks[0], request.call)
     say(estimate(plan, steps, len(ready.chunks[0]), PartialState().num_processes))
 
 

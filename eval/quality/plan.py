@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 
-from dma_diffusers.eval.quality.configurations import AGAIN, FULL_PRECISION, Row
+from dma_diffusers.eval.quality.configurations import FULL_PRECISION, Row
 from dma_diffusers.eval.quality.drawing import attached
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.generate import draw
@@ -71,17 +71,6 @@ def share(pictures: Pictures, batches: Sequence[Sequence[Sample]]) -> Share:
     return Share(sum(not gone for batch in missing for gone in batch), sum(map(any, missing)))
 
 
-def time_steps(
-    pipe: DiffusionPipeline, rows: Sequence[Row], batch: Sequence[Sample], call: dict[str, Any]
-) -> dict[str, Step]:
-    """Time a step of each row, by its name: the second of a drawing that ends there, because the first may compile.
-
-    Full precision's second drawing is not timed, because it takes as long as the first.
-    """
-    steps = {row.name: _step(pipe, row, batch, call) for row in rows if row != AGAIN}
-    return {row.name: steps.get(row.name, steps[FULL_PRECISION.name]) for row in rows}
-
-
 def estimate(plan: Plan, steps: Mapping[str, Step], batch: int, processes: int) -> str:
     """Say in one line about how long a plan takes: what is drawn, not how it is decoded and scored.
 
@@ -100,7 +89,8 @@ class _Enough(Exception):
     """It ends a drawing after the step that is timed."""
 
 
-def _step(pipe: DiffusionPipeline, row: Row, batch: Sequence[Sample], call: dict[str, Any]) -> Step:
+def time_step(pipe: DiffusionPipeline, row: Row, batch: Sequence[Sample], call: dict[str, Any]) -> Step:
+    """Time a step of a row: the second of a drawing that ends there, because the first may compile."""
     times, total = [time.perf_counter()], 0
 
     def ended(done: int, of: int) -> None:
