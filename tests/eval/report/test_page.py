@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dma_diffusers.eval.report.in_words import in_words
 from dma_diffusers.eval.report.page import html
 from dma_diffusers.pipelines.picture import amplified_difference
 from tests.eval.report.synthetic import NASTY, PROMPTS, SEEDS, evaluation, write
@@ -142,6 +143,24 @@ def test_baseline_and_noise_floor_are_marked(page):
     assert page.tables["metrics"][1][0] == ["full precision", "baseline"]
     classes = [a.get("class") for tag, a in page.tags if tag == "tr" and "class" in a]
     assert classes == ["baseline", "noise-floor", *["configuration"] * 6]
+
+
+def test_rows_have_verdicts_and_what_ran(run, page, text):
+    _, contents = run
+    head, *lines = page.tables["metrics"]
+    assert head[1] == ["Verdict", "of 19 in 20"]
+    shown = {line[0][0]: line for line in lines}
+    assert shown["full precision"][1] == ["–"]
+    assert shown["all MXFP8"][:2] == [
+        ["all MXFP8", "12 modules: mxfp8|mxfp4 diagonal, faithful"],
+        ["same picture", f"{PROMPTS * SEEDS} same"],
+    ]
+    assert in_words(contents) in " ".join(page.text).replace("In short. ", "")
+    entry = contents["worst"][0]
+    assert (
+        f"seed {entry['seed']} · LPIPS {entry['value']:.4f} · same picture" in page.text
+    )  # by its stored scores
+    assert text.count('<details name="worst" open>') == 1 and text.count('<details name="worst">') == 2
 
 
 def test_categories_have_means_over_their_prompts(run, page):
