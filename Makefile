@@ -13,13 +13,18 @@ INTERPRETING_TRITONS := 3.8.0 3.9.0
 # The oldest that pyproject.toml admits; the environment has the newest.
 OLDEST_DIFFUSERS := 0.42.0
 
-.PHONY: demo test test-tritons test-diffusers
+.PHONY: demo docs test test-tritons test-diffusers
 .SECONDARY:
 
 demo: .venv/demo.stamp
 	mkdir -p out
 	$(BIN)/dma-diffusers generate "a red apple left of a cat on a yellow background" --compare -o out/demo.png
 	@echo "The picture is $(CURDIR)/out/demo.png"
+
+# The site, as CI builds it (tests/docs/test_site.py); no network is needed once mkdocs is installed.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir out/site
+	@echo "The site is $(CURDIR)/out/site/index.html"
 
 # Triton's interpreter and its compiler cannot share a process. Each run is spread over WORKERS processes.
 test: .venv/test.stamp
@@ -32,7 +37,7 @@ test-tritons: $(TRITONS:%=test-compiled-by-%) $(INTERPRETING_TRITONS:%=test-inte
 
 test-compiled-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* $(PYTEST) tests/kernels/test_compile.py tests/kernels/test_sass.py \
-		tests/kernels/linears/test_compile.py | $(SOME_PASSED)
+		tests/kernels/linears/test_compile.py tests/kernels/training/test_compile.py | $(SOME_PASSED)
 
 test-interpreted-by-%: .venv/test.stamp .venv/triton-%
 	PYTHONPATH=$(CURDIR)/.venv/triton-$* TRITON_INTERPRET=1 $(PYTEST) -m kernel | $(SOME_PASSED)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from dma_diffusers.checkpoints import let_go
 from dma_diffusers.components import (
     attention_modules,
     device_of,
@@ -53,22 +54,31 @@ class Attachment:
     hooks: tuple[RemovableHandle, ...] = ()
 
 
-def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields) -> None:
+def apply(pipe_or_model: Any, config: DMAConfig | None = None, **fields: Any) -> None:
     """Intercepts the attention of a transformer, or of every transformer and ControlNet of a pipeline.
 
-    pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, nothing else changes.
-    config: a `DMAConfig` (None: the default), with `fields` of one changed. Its `linears` quantise the linear layers
-        of transformers, too; without them, linear layers stay as they are.
     Applying again replaces what was applied. Attention operations that DMA does not take run on PyTorch's own
     attention; an attention backend that was chosen before runs only where whole calls of a module fall back. Components
     of a pipeline that are not called `transformer…`, such as ControlNets, stay as they are where the configuration
     can't be had; the receipt says why.
 
-    Raises ValueError for a pipeline without a transformer, a model that can't have DMA, or of no known family without
-    `text`, for `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a
-    configuration for another model, a policy that needs a grid which is not known, or is spread over a ring of GPUs, or
-    a processor that is none, or `linears` that can't be had (as `quantize_linears` and `load_linears` do). Nothing is
-    changed then.
+    Args:
+        pipe_or_model: a Diffusers pipeline or transformer; of a pipeline, nothing else changes.
+        config: what to apply (None: the default). Its `linears` quantise the linear layers of transformers, too;
+            without them, linear layers stay as they are.
+        **fields: fields of `DMAConfig` that are to be other than in `config`.
+
+    Raises:
+        ValueError: for a pipeline without a transformer, a model that can't have DMA, or of no known family without
+            `text`, for `dense_layers` or `modules` that do not exist, `quality_first` where nothing is known of it, a
+            configuration for another model, a policy that needs a grid which is not known, or is spread over a ring of
+            GPUs, or a processor that is none, or `linears` that can't be had (as `quantize_linears` and `load_linears`
+            do). Nothing is changed then.
+
+    Examples:
+        >>> apply(pipe)
+        >>> apply(pipe, DMAConfig.preset("auto"))
+        >>> apply(pipe, policy="importance(budget=0.05)", low="nvfp4")
     """
     config = DMAConfig.of(config, **fields)
     attaching, quantise = _prepare_all(pipe_or_model, config), prepare_linears(pipe_or_model, config.linears)
@@ -90,7 +100,14 @@ def check(pipe_or_model: Any, configurations: Mapping[str, DMAConfig]) -> None:
 def restore(pipe_or_model: Any) -> None:
     """Puts the very same stock processors and linear layers back; it does nothing where nothing is applied.
 
-    Raises ValueError where linear layers were not kept.
+    Args:
+        pipe_or_model: what DMA was applied to.
+
+    Raises:
+        ValueError: where linear layers were not kept.
+
+    Examples:
+        >>> restore(pipe)
     """
     restore_linears(pipe_or_model)
     restore_attention(pipe_or_model)
@@ -103,7 +120,18 @@ def restore_attention(pipe_or_model: Any) -> None:
 
 
 def report(pipe_or_model: Any) -> Receipt:
-    """The receipt: what each attention module and linear layer runs, and why; it is empty where nothing is applied."""
+    """The receipt: what each attention module and linear layer runs, and why; it is empty where nothing is applied.
+
+    Args:
+        pipe_or_model: a pipeline or a transformer.
+
+    Returns:
+        The receipt of every module, which prints as a few lines, and is plain data by `to_dict`.
+
+    Examples:
+        >>> print(report(pipe))
+        >>> report(pipe).to_dict()["modules"][0]["lowering"]
+    """
     receipts: list[ModuleReceipt] = []
     linears: list[LinearReceipt] = []
     for prefix, model in transformers_of(pipe_or_model):
@@ -268,6 +296,7 @@ def _detach(model: torch.nn.Module) -> None:
     if attachment := _attachment(model):
         for hook in attachment.hooks:
             hook.remove()
+        let_go(model)
         del model._dma_attachment
     for _, module in attention_modules(model):
         module.processor = _stock(module.processor)  # type: ignore[assignment]

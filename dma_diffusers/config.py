@@ -39,63 +39,72 @@ MODULE_FIELDS = ("high", "low", "window", "sink", "policy", "dense", "schedule",
 
 @dataclass(frozen=True, kw_only=True)
 class DMAConfig:
-    """The way attention runs, and linear layers if asked. Raises ValueError for a value that is not allowed.
+    """The way attention runs, and linear layers if asked.
 
-    high, low: the precisions of HIGH and LOW tiles: a format of Q·K, such as "int8", or the formats of Q·K and P·V,
-        such as "int8/bf16". Without the second, P·V is in bf16 in HIGH tiles and in fp8 in LOW ones. Kept as the
-        shortest words: "int8/fp8" for `low` becomes "int8".
-    window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
-        either side, 0 is no band. Other widths round up. A tuple has a width for each head.
-    sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
-    policy: says which tiles are HIGH, LOW, or skipped: one of `kernels.tiling.policies`, or its words, such as
-        "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept as
-        words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
-    schedule: what holds at each noise level, in words, "sigma>0.9: dense(); sigma>0.5: importance(budget=0.15);
-        importance(budget=0.05)", or as pairs of a level, falling to 0, and what holds above it: `((0.9, "dense()"),
-        (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, high, low, or several
-        of these; what it has not is as in the other fields. There are at most four, because torch.compile makes a graph
-        for each in precisions of its own. The highest level of a batch counts. Reading it waits for the device once per
-        forward call. It happens before a model's compiled graph, but breaks the graph of whatever else is compiled
-        around the model. Kept as words.
-    min_length: calls with fewer keys (tokens) fall back to stock attention.
-    dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step: as an
-        entry of a schedule, beside which it is not given. None: as published for the model's family where the policy
-        leaves pairs out (`families.DenseFirst`; the receipt says who by), else none; for the whole model, also where a
-        single module's policy does. It is the level that counts, so of few steps many may be dense.
-    dense_layers: attention modules that run with every tile HIGH, as indices into those that can be intercepted, in
-        module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
-    quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers than
-        are needed, by what is published where there is some, else by our judgement (families.md says which). Changes
-        nothing where the policy leaves no pairs out.
-    lowering: the way the formats run, by the name of a lowering. "auto" takes the first that the device can run,
-        down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for
-        formats and lengths that were measured to gain, on Hopper, and lets other calls fall back to stock; "stock"
-        quantises nothing. A lowering that is named and cannot run raises
-        ValueError when the model is called.
-    rotation: of the channels of q and k, before any format but bf16 stores them, by the same Hadamard matrix for both:
-        "hadamard16" or "hadamard32" in blocks of so many, "head_dim" in one block, or "none". It spreads outliers in a
-        few channels over a block. A call whose head_dim it doesn't divide raises ValueError.
-    smooth_k, smooth_v: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
-        probability, and v before it is stored in 8 bits, which the output gets back.
-    protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
-    text: where joint attention has its text, "first", "last" or "none", for models of no known family.
-    grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or in
-        words, "64x64"; for policies that need it, and models of no known family.
-    modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window": 384}}`:
-        high, low, window, sink, policy, schedule, rotation, or dense=True for every tile HIGH. A policy, window, sink
-        or schedule stands in the place of all four of the others'; high and low give way to those of a schedule. Kept
-        as sorted pairs. Blocks that torch.compile compiles one by one are compiled anew for other formats, but not for
-        other policies, nor for every tile HIGH.
-    guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module whose
-        error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not help to
-        stock attention, until it is applied again. The step in which that shows is made again; the receipt says so.
-        math.inf is for the estimate in the receipt alone. None samples nothing.
-    linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8", "mxfp4",
-        "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of `save_linears`. None
-        leaves linear layers as they are.
-    model: the class of the only models that this is for; `modules` then names each of their modules.
-    weights: fingerprints of the weights that this was chosen for, joined by "+", one for each transformer. On other
-        weights it is applied all the same, and the receipt says so. None and "" are for any.
+    Attributes:
+        high: the precision of HIGH tiles: a format of Q·K, such as "int8", or the formats of Q·K and P·V, such as
+            "int8/bf16". Without the second, P·V is in bf16 in HIGH tiles and in fp8 in LOW ones. Kept as the shortest
+            words: "int8/fp8" for `low` becomes "int8".
+        low: the precision of LOW tiles, in the same words.
+        window: width of the HIGH band in tokens: 128 is the diagonal tile alone, each further 256 adds a tile on
+            either side, 0 is no band. Other widths round up. A tuple has a width for each head.
+        sink: tokens at the start of the keys that are always HIGH, rounded up to tiles of 128.
+        policy: says which tiles are HIGH, LOW, or skipped: one of `kernels.tiling.policies`, or its words, such as
+            "neighborhood(window=18x24x24, stride=16x8x8)" or "diagonal(window=384) | importance(budget=0.05)". Kept
+            as words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
+        schedule: what holds at each noise level, in words, "sigma>0.9: dense(); sigma>0.5: importance(budget=0.15);
+            importance(budget=0.05)", or as pairs of a level, falling to 0, and what holds above it: `((0.9,
+            "dense()"), (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, high,
+            low, or several of these; what it has not is as in the other fields. There are at most four, because
+            torch.compile makes a graph for each in precisions of its own. The highest level of a batch counts.
+            Reading it waits for the device once per forward call. It happens before a model's compiled graph, but
+            breaks the graph of whatever else is compiled around the model. Kept as words.
+        min_length: calls with fewer keys (tokens) fall back to stock attention.
+        dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step: as an
+            entry of a schedule, beside which it is not given. None: as published for the model's family where the
+            policy leaves pairs out (`families.DenseFirst`; the receipt says who by), else none; for the whole model,
+            also where a single module's policy does. It is the level that counts, so of few steps many may be dense.
+        dense_layers: attention modules that run with every tile HIGH, as indices into those that can be intercepted,
+            in module order; negative ones count from the end. None: as for `dense_above_sigma`, () for none.
+        quality_first: takes more steps and layers for those of the two that are None: a lower level and more layers
+            than are needed, by what is published where there is some, else by our judgement (families.md says which).
+            Changes nothing where the policy leaves no pairs out.
+        lowering: the way the formats run, by the name of a lowering. "auto" takes the first that the device can run,
+            down to the torch reference; "fastest" takes `native` on Blackwell GPUs (sm_100, 103, 120) and, for formats
+            and lengths that were measured to gain, on Hopper, and lets other calls fall back to stock; "stock"
+            quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.
+        rotation: of the channels of q and k, before any format but bf16 stores them, by the same Hadamard matrix for
+            both: "hadamard16" or "hadamard32" in blocks of so many, "head_dim" in one block, or "none". It spreads
+            outliers in a few channels over a block. A call whose head_dim it doesn't divide raises ValueError.
+        smooth_k: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
+            probability.
+        smooth_v: whether v does before it is stored in 8 bits; the output gets that mean back.
+        protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
+        text: where joint attention has its text, "first", "last" or "none", for models of no known family.
+        grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or
+            in words, "64x64"; for policies that need it, and models of no known family.
+        modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window":
+            384}}`: high, low, window, sink, policy, schedule, rotation, or dense=True for every tile HIGH. A policy,
+            window, sink or schedule stands in the place of all four of the others'; high and low give way to those of
+            a schedule. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled anew for other
+            formats, but not for other policies, nor for every tile HIGH.
+        guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module
+            whose error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not
+            help to stock attention, until it is applied again. The step in which that shows is made again; the receipt
+            says so. math.inf is for the estimate in the receipt alone. None samples nothing. Calls that want gradients
+            are not looked at.
+        linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8",
+            "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of
+            `save_linears`. None leaves linear layers as they are.
+        model: the class of the only models that this is for; `modules` then names each of their modules.
+        weights: fingerprints of the weights that this was chosen for, joined by "+", one for each transformer. On
+            other weights it is applied all the same, and the receipt says so. None and "" are for any.
+
+    Raises:
+        ValueError: for a value that is not allowed, and for values that contradict each other.
+
+    Examples:
+        >>> DMAConfig(high="bf16", low="int8", policy="importance(budget=0.05)", dense_above_sigma=0.9)
     """
 
     high: str = _B200["high"]
@@ -179,11 +188,20 @@ class DMAConfig:
     def from_file(
         cls, path: str | PathLike[str], quality: float | None = None, **changes: Any
     ) -> "DMAConfig":
-        """The configuration that `dma-diffusers calibrate` chose, from its policy file, with some fields changed.
+        """The configuration that `dma-diffusers calibrate` chose, from its policy file.
 
-        quality: from 0, the cheapest, to 1, closest to full precision: the file's choice at or above it; None
-            for the one that the file was made for. Its `linears`, if it has any, is a file in the same folder.
-        Raises OSError where the file cannot be read, ValueError where it is no such file, or for another quality.
+        Args:
+            path: the policy file. Its `linears`, if it has any, is a file in the same folder.
+            quality: from 0, the cheapest, to 1, closest to full precision: the file's choice at or above it; None for
+                the one that the file was made for.
+            **changes: fields that are to be other than the file's.
+
+        Returns:
+            The configuration, which fits the model that it was chosen for alone.
+
+        Raises:
+            OSError: where the file cannot be read.
+            ValueError: where it is no such file, or for another quality.
         """
         from dma_diffusers.policy_file import read_choice
 
@@ -195,13 +213,18 @@ class DMAConfig:
         return cls.of(config, **changes)
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "DMAConfig":
+    def preset(cls, name: str, **changes: Any) -> "DMAConfig":
         """The configuration called `name`, with some fields changed.
 
-        "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto": the
-        formats that this process's GPU multiplies fastest (`kernels.defaults`), where they are faster than stock
-        attention, which runs elsewhere; on Hopper every tile is LOW, unless a window, a sink or a policy is given.
-        "exact": stock attention everywhere; it takes no changes but `linears`.
+        Args:
+            name: "b200": MXFP8 and MXFP4, native on Blackwell. "hopper": bf16 and int8, native on Hopper too. "auto":
+                the formats that this process's GPU multiplies fastest (`kernels.defaults`), where they are faster than
+                stock attention, which runs elsewhere; on Hopper every tile is LOW, unless a window, a sink or a policy
+                is given. "exact": stock attention everywhere; it takes no changes but `linears`.
+            **changes: fields that are to be other than the preset's.
+
+        Raises:
+            ValueError: for another name, or a field that the preset does not take.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
@@ -234,19 +257,25 @@ class DMAConfig:
 
     @classmethod
     def published(
-        cls, model: torch.nn.Module, grid: tuple[int, ...], beyond: str = "skip", **changes
+        cls, model: torch.nn.Module, grid: tuple[int, ...], beyond: str = "skip", **changes: Any
     ) -> "DMAConfig":
         """The neighbourhood that was published for the family of `model`, with some fields changed.
 
-        grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its window is
-            the same share of it as of the published one (`families.Published`). It was published in full precision;
-            here what the window holds is LOW, but for text. Steps above the family's noise level are dense.
-        beyond: "skip" leaves out the tiles beyond the window, as published; "mean" takes them by their means, which
-            costs a little more and keeps what they weigh.
-        FLUX's level is that of its schedule at 1024×1024. Diffusers' own schedule shifts with the size: at 2048×2048
-        22 of 28 steps lie above it, at 4096×4096 all of them: give the scheduler another shift there, or
-        dense_above_sigma=1.
-        Raises ValueError for a family without one, or another `beyond`.
+        It was published in full precision; here what the window holds is LOW, but for text. Steps above the family's
+        noise level are dense. FLUX's level is that of its schedule at 1024×1024. Diffusers' own schedule shifts with
+        the size: at 2048×2048 22 of 28 steps lie above it, at 4096×4096 all of them: give the scheduler another shift
+        there, or dense_above_sigma=1.
+
+        Args:
+            model: a transformer.
+            grid: of the pictures or videos to be made, (rows, columns) or (frames, rows, columns) in tokens: its
+                window is the same share of it as of the published one (`families.Published`).
+            beyond: "skip" leaves out the tiles beyond the window, as published; "mean" takes them by their means,
+                which costs a little more and keeps what they weigh.
+            **changes: further fields of the configuration.
+
+        Raises:
+            ValueError: for a family without one, or another `beyond`.
         """
         family = known_family(model)
         if family is None or family.published is None:

@@ -13,7 +13,7 @@ from dma_diffusers.internals import (
     function_modes,
     may_overlap,
 )
-from dma_diffusers.kernels.operator import aliases
+from dma_diffusers.kernels.checks import aliases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOO_SHORT = "fewer than "
@@ -22,7 +22,8 @@ NOT_RUNNING = (
     "the module was called outside a call of its model, whose hooks tell where text is: call the model itself, not its "
     "forward, and apply DMA again where it was removed"
 )
-WANTS_GRADIENTS = "gradients are wanted, and there is no backward yet"
+WANTS_GRADIENTS = "gradients are wanted, and no backward is known to be faster than stock's"
+GRADIENTS_OF_SEVERAL_GPUS = "gradients are wanted over several GPUs"
 OTHER_TOKENS = "cross-attention: queries and keys are different tokens"
 UNKNOWN_TEXT = "cross-attention, or a model's call that does not tell where text is"
 
@@ -31,12 +32,14 @@ class Decision:
     """Decides for one attention module in one entry of its schedule, by its configuration and its model's family.
 
     needs_grid: the words of a policy that any entry has, and that needs to know what tokens lie on; empty for none.
+    no_backward: why one of the entry's policies has no backward, in words; empty if all have one.
     """
 
-    def __init__(self, config: DMAConfig, family: Family, needs_grid: str):
+    def __init__(self, config: DMAConfig, family: Family, needs_grid: str, no_backward: str = ""):
         self.config = config
         self.family = family
         self.needs_grid = needs_grid
+        self.no_backward = no_backward
         self._limits: dict[tuple, tuple[str, int]] = {}
 
     def limits(self, device: torch.device, head_dim: int, masked: str = "") -> tuple[str, int]:
@@ -57,7 +60,7 @@ class Decision:
 
         text: start and stop of the text tokens; None if the call does not tell. parts: the number of GPUs that have as
         many keys each.
-        Raises ValueError for a policy on the grid where the queries are the image's alone.
+        Raises ValueError for a policy on the grid where the queries are the image's alone, and as `why_no_gradients`.
         """
         if (
             query.ndim != 4 or key.ndim != 4 or value.ndim != 4
@@ -93,9 +96,21 @@ class Decision:
             return "elements of q, k or v share memory, as after expand"
         if dropout_p > 0:
             return "dropout"
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        wants_gradients = torch.is_grad_enabled() and (
+            query.requires_grad or key.requires_grad or value.requires_grad
+        )
+        return _why_another_attends() or (self.why_no_gradients() if wants_gradients else "")
+
+    def why_no_gradients(self) -> str:
+        """The reason for which calls whose gradients are wanted fall back; empty if the operator takes them.
+
+        Raises ValueError where a lowering was asked for that takes every call, and a policy has no backward.
+        """
+        if self.config.lowering == "fastest":
             return WANTS_GRADIENTS
-        return _why_another_attends()
+        if self.no_backward:
+            raise ValueError(f"gradients are wanted: {self.no_backward}")
+        return ""
 
     def lasts(self, reason: str, has_encoder: bool, wants_gradients: bool) -> bool:
         """Tells whether further calls of a module, with arguments of the same shapes, fall back for this reason too.

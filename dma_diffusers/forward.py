@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from dma_diffusers.checkpoints import carry
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
 from dma_diffusers.internals import FluxPosEmbed
@@ -134,6 +135,8 @@ class ForwardContext:
         call.trains = torch.is_grad_enabled() and (
             model.training or bool(getattr(model, "gradient_checkpointing", False))
         )
+        if call.trains:
+            carry(model, self)
         call.pairs_angles = type(getattr(model, "pos_embed", None)) is FluxPosEmbed
         call.is_running = True
 

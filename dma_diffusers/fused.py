@@ -108,6 +108,7 @@ def without_change(
         interception.stand_in is not None
         or masks[-1] is not None  # not that of the text, which Qwen-Image has before it
         or torch.is_grad_enabled()
+        or interception.forward.call.trains  # under a checkpoint, which first runs without gradients
         or torch.is_autocast_enabled(hidden.device.type)
         or stock_call.__globals__[kind.turn.__name__] is not kind.turn
         or (encoder is None) != (attention.added_kv_proj_dim is None)

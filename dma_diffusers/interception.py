@@ -12,12 +12,13 @@ from torch.nn import functional
 
 from dma_diffusers import unmet
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.decision import NOT_RUNNING, WANTS_GRADIENTS, Decision, masks_of_keys
+from dma_diffusers.decision import GRADIENTS_OF_SEVERAL_GPUS, NOT_RUNNING, Decision, masks_of_keys
 from dma_diffusers.families import Family
 from dma_diffusers.forward import DIGITS, ForwardContext
 from dma_diffusers.guard import REPLAYED, TURNED, Level, Watch
 from dma_diffusers.internals import is_exporting
 from dma_diffusers.kernels import operator
+from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.parallel import Spread
@@ -77,7 +78,13 @@ class Interception:
         self.configs = tuple(own.entries[entry].config for entry in own.of_stage)  # of stages
         kinds = forward.stages.kinds if forward.stages else (0,)
         of_kinds = [self.configs[kinds.index(kind)] for kind in range(max(kinds) + 1)]
-        self.decisions = tuple(Decision(config, family, own.needs_grid) for config in of_kinds)
+        no_backward = [""] * len(of_kinds)
+        for kind, config in zip(kinds, self.configs, strict=True):
+            no_backward[kind] = no_backward[kind] or why_not(config.asked)
+        self.decisions = tuple(
+            Decision(config, family, own.needs_grid, refusal)
+            for config, refusal in zip(of_kinds, no_backward, strict=True)
+        )
         self._arguments_of = tuple(
             config.arguments((0, 0)) | {"masks_text": family.masks_text} for config in of_kinds
         )
@@ -159,6 +166,8 @@ class Interception:
             spread = None
         text = self._text_range(call, query, key, spread, 1 if spread is None else spread.ulysses)
         reason = self._why_stock(query, key, value, attn_mask, dropout_p, scale, enable_gqa, text)
+        if spread is not None:
+            reason = reason or self._why_not_spread(query, key, value)
         call.reasons.append(reason)
         change = call.change
         if reason:
@@ -197,7 +206,7 @@ class Interception:
         text = self._text_range(call, q, k, spread)
         spread_reason = spread.why_stock(q, k, mask, text)  # first, for it raises where stock would be wrong
         reason = self._why_stock(q, k, v, mask, dropout_p, scale, enable_gqa, text, spread.gpus)
-        reason = reason or spread_reason
+        reason = reason or spread_reason or self._why_not_spread(q, k, v)
         if not reason and (is_causal or attention_kwargs):
             reason = "a causal call, or one with attention_kwargs, over several GPUs"
         call.reasons.append(reason)
@@ -283,11 +292,17 @@ class Interception:
     def _spread_note(self) -> str:
         return "" if self.spread is None else f"context parallelism: {self.spread}"
 
+    def _why_not_spread(self, *tensors: torch.Tensor) -> str:
+        """The reason for which a call over several GPUs falls back: nothing sends gradients from one to another."""
+        wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return GRADIENTS_OF_SEVERAL_GPUS if wants_gradients or self.forward.call.trains else ""
+
     def _why_stock(self, *operation) -> str:
         now = self.forward.call
         if not now.is_running:  # facts of another call would be believed
             return NOT_RUNNING
-        return WANTS_GRADIENTS if now.trains else self.decision.why_stock(*operation)
+        # Checkpoints first run without gradients, and must take the same way then.
+        return self.decision.why_stock(*operation) or (self.decision.why_no_gradients() if now.trains else "")
 
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""

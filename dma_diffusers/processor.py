@@ -21,16 +21,26 @@ _REPLACING = {
 
 
 class DMAAttnProcessor:
-    """Asks a model for DMA attention: `model.set_attn_processor(DMAAttnProcessor(window=384))`.
+    """Asks a model for DMA attention, by the method that Diffusers' users know.
 
-    Each attention module keeps its stock processor, of which only the attention operation is intercepted. It takes a
-    `DMAConfig`, fields of one, or both. In a dict of processors, it is for the modules it is given to, which
-    must agree on the configuration. Setting stock processors afterwards removes it, but where Diffusers itself sets
-    others (to load or unload an IP-Adapter, to fuse or unfuse projections), these are wrapped too; and processors that
-    were read before (`model.attn_processors`) can be set again.
+    Each attention module keeps its stock processor, of which only the attention operation is intercepted. In a dict of
+    processors, it is for the modules it is given to, which must agree on the configuration. Setting stock processors
+    afterwards removes it, but where Diffusers itself sets others (to load or unload an IP-Adapter, to fuse or unfuse
+    projections), these are wrapped too; and processors that were read before (`model.attn_processors`) can be set
+    again.
+
+    Args:
+        config: what to apply (None: the default).
+        **fields: fields of `DMAConfig` that are to be other than in `config`.
+
+    Raises:
+        ValueError: for a field that `DMAConfig` has not, or a value that it does not allow.
+
+    Examples:
+        >>> pipe.transformer.set_attn_processor(DMAAttnProcessor(window=384))
     """
 
-    def __init__(self, config: DMAConfig | None = None, **fields):
+    def __init__(self, config: DMAConfig | None = None, **fields: Any):
         self.config = DMAConfig.of(config, **fields)
 
     def __call__(self, *args, **kwargs):

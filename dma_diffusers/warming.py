@@ -89,15 +89,24 @@ def warmup(
     the way are kept, as far as there are eight lengths at most. The pipeline itself is not called; a model that
     torch.compile is to compile still does so at its first call.
 
-    pipe: a pipeline, or a transformer, to which DMA was applied, on the device where it will draw.
-    sizes: in pixels, (width, height) or (width, height, frames), or in words, "1024x1024"; or a number of tokens
-        beside the text's. Lengths are not compiled in: one size will often do for all.
-    text: the number of text tokens; None for the most that the pipeline has.
-    batch: the sequences in one call: twice the pictures, where a pipeline guides in one call.
-    progress: whether a bar is shown on a terminal.
+    Args:
+        pipe: a pipeline, or a transformer, to which DMA was applied, on the device where it will draw.
+        sizes: in pixels, (width, height) or (width, height, frames), or in words, "1024x1024"; or a number of tokens
+            beside the text's. Lengths are not compiled in: one size will often do for all.
+        text: the number of text tokens; None for the most that the pipeline has.
+        batch: the sequences in one call: twice the pictures, where a pipeline guides in one call.
+        progress: whether a bar is shown on a terminal.
 
-    Returns the kinds of calls, none for modules that run stock attention. Raises ValueError where DMA was not applied,
-    for a size of which the pipeline doesn't tell the tokens, and for modules that don't tell their heads.
+    Returns:
+        The kinds of calls, none for modules that run stock attention.
+
+    Raises:
+        ValueError: where DMA was not applied, for a size of which the pipeline doesn't tell the tokens, and for modules
+            that don't tell their heads.
+
+    Examples:
+        >>> apply(pipe)
+        >>> warmup(pipe, ["256x256"])
     """
     parsed = [_parsed(size) for size in ([sizes] if isinstance(sizes, str) else sizes)]
     calls: dict[KindOfCall, None] = {}

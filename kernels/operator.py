@@ -5,23 +5,22 @@ for each length and kept, so `torch.compile` sees one node and a new length comp
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
+from dma_diffusers.kernels.backward import reference as backward
 from dma_diffusers.kernels.call import Call, Norms, Rope
-from dma_diffusers.kernels.formats import block_of
+from dma_diffusers.kernels.checks import check, check_call
 from dma_diffusers.kernels.lowerings import Choice
-from dma_diffusers.kernels.plan_cache import PlanCache
+from dma_diffusers.kernels.plan_cache import PlanCache, Size
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
 from dma_diffusers.kernels.tiling.precision_map import Class
 
@@ -130,13 +129,13 @@ def attention(
         in a few channels are spread over a block, and scores stay as they are.
     smooth_k: k loses its mean before any format but bf16 stores it, which changes no probability. smooth_v: v loses its
         mean before it is stored in 8 bits, and the output gets it back.
-    observer: the handle of one that is handed the call (`handle_of`); None for none.
+    observer: the handle of one that is handed the call, unless it wants gradients (`handle_of`); None for none.
 
+    Gradients flow to q, k and v, also from the log-sum-exp, but not to tables. Policies with a threshold and calls with
+    norms have no backward: an error says so.
     The call waits for no device, but the first one with new lengths makes a plan: a CUDA graph can't capture that one.
     Raises ValueError for arguments that it can't take, before anything is launched.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("attention has no backward yet: call it under torch.no_grad(), or detach q, k and v")
     if not k.device == v.device == q.device or (key_mask is not None and key_mask.device != q.device):
         devices = ", ".join(str(x.device) for x in (q, k, v, key_mask) if x is not None)
         raise ValueError(f"q, k, v and key_mask must be on one device, got {devices}")
@@ -145,108 +144,18 @@ def attention(
             raise ValueError(f"{name}_rope must be cosines and sines, got {len(rope)} tables")
     policies = [str(policy)] if isinstance(policy, Policy | str) else policy
     operator, handle = (_OPERATOR, ()) if observer is None else (_OBSERVED_OPERATOR, (observer,))
+    wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wants_gradients:  # of which the backward needs the log-sum-exp
+        operator, handle = _DIFFERENTIABLE_OPERATOR, ()
     out, lse, inexact_rows = operator(
         *handle, q, k, v, key_mask, *(q_rope or (None, None)), *(k_rope or (None, None)),
         *((None,) * 4 if norms is None else norms.tensors),
         *((0.0, 0, False) if norms is None else (norms.eps, norms.first, norms.rounds_twice)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
-        text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
+        text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v,
+        return_lse or wants_gradients,
     )  # fmt: skip
-    return Result(out, lse, inexact_rows)
-
-
-def aliases(x: torch.Tensor) -> bool:
-    """Says whether elements of x share memory, as after `expand`."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def _check(q, k, v, key_mask) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            "q must be [B, H, Sq, D], k and v alike [B, Hkv, Sk, D], "
-            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if min(q.shape) < 1 or min(k.shape) < 1:
-        raise ValueError(
-            f"lengths must be at least 1, as batch, heads and D, got q {list(q.shape)}, k {list(k.shape)}"
-        )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k {list(k.shape)} doesn't fit q {list(q.shape)}: B and D are equal, Hkv divides H")
-    if {q.dtype, k.dtype, v.dtype} - {torch.bfloat16, torch.float16, torch.float32}:
-        raise ValueError(f"q, k and v must be bf16, fp16 or fp32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
-        raise ValueError(
-            f"key_mask must be bool [{k.shape[0]}, {k.shape[2]}], got {key_mask.dtype} {list(key_mask.shape)}"
-        )
-
-
-def _check_call(call: Call) -> None:
-    _check(call.q, call.k, call.v, call.key_mask)
-    _check_rope("q", call.q, call.q_rope)
-    _check_rope("k", call.k, call.k_rope)
-    _check_norms(call)
-    _check_memory(call.q, call.k, call.v)
-    if not 0 < call.scale < math.inf:
-        raise ValueError(f"scale must be finite and more than 0, got {call.scale}")
-    block_of(call.rotation, call.q.shape[-1])
-
-
-def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:
-    if rope is None:
-        return
-    expected = (x.shape[2], x.shape[3] / 2)
-    for table in rope:
-        if table.shape != expected or table.dtype != torch.float32 or table.device != x.device:
-            raise ValueError(
-                f"{name}_rope must be two float32 tables [S, D/2] for {name} {list(x.shape)} on {x.device}, "
-                f"got {table.dtype} {list(table.shape)} on {table.device}"
-            )
-
-
-def _check_norms(call: Call) -> None:
-    norms = call.norms
-    if norms is None:
-        return
-    if not 0 <= norms.eps < math.inf:
-        raise ValueError(f"norms: eps must be finite and not negative, got {norms.eps}")
-    if norms.first < 0 or (norms.q_first is None) != (norms.k_first is None):
-        raise ValueError(
-            "norms: the first tokens, 0 or more, have weights of their own for q and for k or for neither, got "
-            f"{norms.first} tokens with {sum(x is not None for x in (norms.q_first, norms.k_first))} weights"
-        )
-    for weight in norms.tensors:
-        if weight is None:
-            continue
-        if weight.shape != call.q.shape[-1:] or weight.stride() != (1,) or weight.device != call.q.device:
-            raise ValueError(
-                f"norms: weights must be contiguous [{call.q.shape[-1]}] on {call.q.device}, "
-                f"got {list(weight.shape)} on {weight.device}"
-            )
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"norms: weights must be bf16, fp16 or fp32, got {weight.dtype}")
-    for weight, first_weight in ((norms.q, norms.q_first), (norms.k, norms.k_first)):
-        if first_weight is not None and first_weight.dtype != weight.dtype:
-            raise ValueError(
-                f"norms: the first tokens' weights must be {weight.dtype} like the others', got {first_weight.dtype}"
-            )
-
-
-def _check_memory(q, k, v) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if aliases(x):
-            raise ValueError(
-                f"elements of {name} share memory (shape {list(x.shape)}, strides {list(x.stride())}): "
-                "give it fewer heads, or make it contiguous"
-            )
-        if x.shape[0] * x.shape[1] * tiles(x.shape[2]) * TILE >= 2**31:
-            raise ValueError(
-                f"{name} {list(x.shape)} has too many rows: heads times tokens must stay below 2^31"
-            )
+    return Result(out, lse if return_lse else lse.new_empty(0), inexact_rows)
 
 
 _PLANS = PlanCache()
@@ -259,7 +168,7 @@ def _attention(
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
-        _check(q, k, v, key_mask)
+        check(q, k, v, key_mask)
     policy = policies[which]
     grid = tuple(grid or ())  # AOTInductor hands an empty one over as None
     size = _PLANS.size(q.shape[2], k.shape[2], (text_start, text_stop), grid, q.device, parts)
@@ -276,18 +185,23 @@ def _attention(
     call = Call(q, k, v, key_mask, scale, is_causal, *ropes, norms, rotation, smooth_k, smooth_v)
     attend = size.prepared.get(key)
     if attend is None:
-        _check_call(call)
-        asked = parse(policy) if mapped else Dense(Class.HIGH)
-        if asked.heads not in (None, q.shape[1]):
-            raise ValueError(f"{policy} is for {asked.heads} heads, but q has {q.shape[1]}")
+        check_call(call)
         chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
-        masks_text = masks_text and key_mask is not None and text_stop > text_start
-        planned = size.plan(asked, is_causal, masks_text)
+        planned = _planned(size, call, policy, mapped, masks_text)
         attend = _prepare(call, planned, Precisions.parse(high, low), chosen, return_lse)
         size.prepared[key] = attend
     out, lse, inexact_rows = attend(call)
     nothing = _nothing(q.device)
     return out, nothing[0] if lse is None else lse, nothing[1] if inexact_rows is None else inexact_rows
+
+
+def _planned(size: Size, call: Call, policy: str, mapped: bool, masks_text: bool) -> plan.Plan:
+    """The plan of a call. Raises ValueError for a policy for another number of heads, and as `Size.plan` does."""
+    asked, heads = parse(policy) if mapped else Dense(Class.HIGH), call.q.shape[1]
+    if asked.heads not in (None, heads):
+        raise ValueError(f"{policy} is for {asked.heads} heads, but q has {heads}")
+    masks_text = masks_text and call.key_mask is not None and size.layout.text_length > 0
+    return size.plan(asked, call.is_causal, masks_text)
 
 
 def _sharing(tensors: Sequence[torch.Tensor | None]) -> list[int]:
@@ -314,20 +228,73 @@ def _observed_attention(handle: torch.Tensor, *arguments):
     def attend(policy: str) -> Result:
         return Result(*_attention(**asked | {"policies": [policy], "which": 0, "mapped": True}))
 
-    norms = _norms(
-        tuple(asked[name] for name in ("q_weight", "q_first_weight", "k_weight", "k_first_weight")),
-        asked["eps"], asked["first"], asked["rounds_twice"],
-    )  # fmt: skip
-    q, k, v, key_mask = arguments[:4]
-    q_rope, k_rope = _rope(asked["q_cos"], asked["q_sin"]), _rope(asked["k_cos"], asked["k_sin"])
-    prepared = asked["rotation"], asked["smooth_k"], asked["smooth_v"]
-    call = Call(q, k, v, key_mask, asked["scale"], asked["is_causal"], q_rope, k_rope, norms, *prepared)
+    call = _call_of(asked)
     policy = asked["policies"][asked["which"]] if asked["mapped"] else DENSE
     wanted = Asked(policy, asked["high"], asked["low"], asked["return_lse"])
     return _OBSERVERS[int(handle)].attention(call, wanted, attend)
 
 
+def _call_of(asked: dict[str, Any]) -> Call:
+    """The call of the operator's arguments, by name."""
+    norms = _norms(
+        tuple(asked[name] for name in ("q_weight", "q_first_weight", "k_weight", "k_first_weight")),
+        asked["eps"], asked["first"], asked["rounds_twice"],
+    )  # fmt: skip
+    q_rope, k_rope = _rope(asked["q_cos"], asked["q_sin"]), _rope(asked["k_cos"], asked["k_sin"])
+    return Call(
+        asked["q"], asked["k"], asked["v"], asked["key_mask"], asked["scale"], asked["is_causal"], q_rope, k_rope,
+        norms, asked["rotation"], asked["smooth_k"], asked["smooth_v"],
+    )  # fmt: skip
+
+
+def _differentiable_attention(*arguments):
+    """The operator, for a call whose gradients are wanted. Raises ValueError for one that has no backward."""
+    asked = dict(zip(_PARAMETERS, arguments, strict=True))
+    policy = parse(asked["policies"][asked["which"]]) if asked["mapped"] else Dense(Class.HIGH)
+    if refusal := backward.why_not(policy, asked["q_weight"] is not None):
+        raise ValueError(refusal)
+    return _attention(*arguments)
+
+
+def _attention_backward(out_gradient, lse_gradient, out, lse, *arguments):
+    """The gradients of q, k and v, by the kernels or, where the forward was the reference, by the reference."""
+    asked = dict(zip(_PARAMETERS, arguments, strict=True))
+    call, q, k = _call_of(asked), asked["q"], asked["k"]
+    text, grid = (asked["text_start"], asked["text_stop"]), tuple(asked["grid"] or ())
+    size = _PLANS.size(q.shape[2], k.shape[2], text, grid, q.device, asked["parts"])
+    planned = _planned(size, call, asked["policies"][asked["which"]], asked["mapped"], asked["masks_text"])
+    precisions = Precisions.parse(asked["high"], asked["low"])
+    chosen = choose(q.device, q.shape[3], asked["high"], asked["low"], asked["lowering"]).lowering
+    with torch.autocast(q.device.type, enabled=False):
+        if chosen == "reference":
+            return tuple(backward.gradients(call, planned, precisions, lse, out_gradient, lse_gradient))
+        from dma_diffusers.kernels.backward import launch
+
+        found = launch.gradients(
+            call, planned, precisions, out, lse, out_gradient, lse_gradient, lowering=chosen
+        )
+        return tuple(found)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keeps what the backward reads: the arguments, tensors first, and the results but for the inexact rows."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[:2])
+    ctx.numbers = inputs[_TENSORS:]
+
+
+def _backward(
+    ctx: Any, out_gradient: torch.Tensor | None, lse_gradient: torch.Tensor | None, _: Any
+) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    if out_gradient is None:
+        out_gradient = torch.zeros_like(out)
+    gradients = _BACKWARD_OPERATOR(out_gradient, lse_gradient, out, lse, *tensors, *ctx.numbers)
+    return *gradients, *(None,) * (len(_PARAMETERS) - len(gradients))
+
+
 _PARAMETERS = tuple(inspect.signature(_attention).parameters)
+_TENSORS = 12  # so many of them are tensors, and come first
 
 
 def _prepare(
@@ -378,6 +345,10 @@ def _observed_fake(handle: torch.Tensor, *arguments):
     return _fake(*arguments)
 
 
+def _backward_fake(out_gradient, lse_gradient, out, lse, q, k, v, *others):
+    return _empty_output(q), _empty_output(k), _empty_output(v)
+
+
 # `torch.library.custom_op` takes more of the host's time at every call than all that is launched.
 _LIBRARY = torch.library.Library("dma_diffusers", "DEF")
 _SCHEMA = (
@@ -391,9 +362,24 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY.define(f"attention({_SCHEMA}", tags=_TAGS)
 # A CUDA graph would replay an observer's launches, and not ask it.
 _LIBRARY.define(f"observed_attention(Tensor observer, {_SCHEMA}", tags=(*_TAGS, torch.Tag.cudagraph_unsafe))
+_LIBRARY.define(f"differentiable_attention({_SCHEMA}", tags=_TAGS)
+_LIBRARY.define(
+    "attention_backward(Tensor out_gradient, Tensor? lse_gradient, Tensor out, Tensor lse, "
+    f"{_SCHEMA.partition(') ->')[0]}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("observed_attention", _observed_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("differentiable_attention", _differentiable_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("dma_diffusers::attention", _fake, lib=_LIBRARY)
 torch.library.register_fake("dma_diffusers::observed_attention", _observed_fake, lib=_LIBRARY)
+torch.library.register_fake("dma_diffusers::differentiable_attention", _fake, lib=_LIBRARY)
+torch.library.register_fake("dma_diffusers::attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "dma_diffusers::differentiable_attention", _backward, setup_context=_keep, lib=_LIBRARY
+)
 _OPERATOR = torch.ops.dma_diffusers.attention.default
+_DIFFERENTIABLE_OPERATOR = torch.ops.dma_diffusers.differentiable_attention.default
+_BACKWARD_OPERATOR = torch.ops.dma_diffusers.attention_backward.default
 _OBSERVED_OPERATOR = torch.ops.dma_diffusers.observed_attention.default

@@ -1,5 +1,6 @@
 """The plan of a call: a policy on a layout, as the kernels take it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,7 +41,7 @@ class Plan:
     fine_mask: FineMask | None = None
     skip_below: float | None = None
     masks_all: bool = True
-    _block_lists: dict[tuple[torch.device, bool], PrecisionMap] = field(
+    _block_lists: dict[tuple[torch.device, bool | str], PrecisionMap] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -60,11 +61,25 @@ class Plan:
 
         Raises ValueError where they would have to be made while a CUDA graph is captured.
         """
-        key = (device, is_shared)
+        return self._kept(
+            device, is_shared, lambda: self.precision_map.shared if is_shared else self.precision_map
+        )
+
+    def transposed(self, lists: PrecisionMap, k_tiles: int) -> PrecisionMap:
+        """The lists of a call as those of Q tiles, one for each of `k_tiles` KV tiles; made once if nothing is routed.
+
+        lists: the map's, on the call's device, or what the call has routed. Raises ValueError as `block_lists` does.
+        """
+        if self.routing is not None:
+            return lists.transposed(k_tiles)
+        return self._kept(lists.indices.device, "transposed", lambda: self.precision_map.transposed(k_tiles))
+
+    def _kept(self, device: torch.device, kind: bool | str, make: Callable[[], PrecisionMap]) -> PrecisionMap:
+        key = (device, kind)
         if key not in self._block_lists:
             if is_capturing(device):
                 raise ValueError("call attention once with these lengths before capturing it in a CUDA graph")
-            lists = self.precision_map.shared if is_shared else self.precision_map
+            lists = make()
             self._block_lists[key] = kept(lambda: lists.to(device), device)
         return self._block_lists[key]
 

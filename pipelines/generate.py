@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,6 @@ def draw(
     has, or if it does not read a negative prompt.
     """
     latents: torch.Tensor  # of the last step
-    negative = call.get("negative_prompt")
     watch = TokenWatch(pipe, prompts, call)
 
     def after_step(step: int, left: torch.Tensor) -> torch.Tensor:
@@ -76,9 +75,6 @@ def draw(
         on_step(step + 1, pipe.num_timesteps)
         return replace_latents(step, left)
 
-    if isinstance(negative, str):
-        # FluxPipeline does not repeat a single negative prompt over the batch.
-        call = {**call, "negative_prompt": [negative] * len(prompts)}
     start = time.perf_counter()
     with _observe_steps(pipe, after_step) as observing, watch.watching():
         output = pipe(
@@ -86,7 +82,7 @@ def draw(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="np",
             **observing,
-            **call,
+            **for_batch(call, len(prompts)),
         )
     seconds = time.perf_counter() - start
     drawn = output.frames if "frames" in output else output.images[:, None]
@@ -95,6 +91,15 @@ def draw(
     _check_size(pipe, call, *drawn.shape[2:4])
     frames = (drawn * 255).round().astype(np.uint8)
     return Drawing(frames, latents.float().cpu(), seconds, watch.cuts)
+
+
+def for_batch(call: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+    """Return the keyword arguments of a call for several prompts: a single negative prompt is repeated for each.
+
+    FluxPipeline does not repeat it over the batch.
+    """
+    negative = call.get("negative_prompt")
+    return {**call, "negative_prompt": [negative] * prompts} if isinstance(negative, str) else dict(call)
 
 
 def _check_size(pipe: DiffusionPipeline, call: dict[str, Any], height: int, width: int) -> None:

@@ -14,7 +14,8 @@ MOST_LINES, MOST_PARAMETERS = 500, 12
 ROOMS = ("kernels", "dma_diffusers", "pipelines", "eval")
 ROOMS_OF_KERNELS = (
     "formats", "precision", "lowerings", "defaults", "tiling", "device", "call", "quantiser", "linears",
-    "routing", "plan", "plan_cache", "attention", "operator", "ahead_of_time", "page",
+    "training", "routing", "plan", "plan_cache", "attention", "backward", "checks", "operator", "ahead_of_time",
+    "page",
 )  # fmt: skip
 # Kernels and the registered operator take the flat arguments that Triton and torch need.
 KERNEL = re.compile(r"\bjit\b")

@@ -11,7 +11,8 @@ from PIL import Image
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PICTURES = ("flux", "qwen_image", "cache", "compiled")
+PICTURES = {"flux": 256, "qwen_image": 256, "cache": 256, "compiled": 256, "finetune": 64}  # their sides
+FURTHER = {"finetune": ("--train_steps", "1")}
 CLIPS = ("wan", "hunyuan_video")
 SCRIPTS = {
     "batch": ("--steps", "1"),
@@ -44,10 +45,13 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name, tmp_path):
     output = tmp_path / "picture.png"
-    options = ("--num_inference_steps", "1", "--width", "256", "--height", "256", "--output", output)
-    receipt = run(sys.executable, EXAMPLES / f"{name}.py", "--model", DEMO_MODEL, *options)
+    side = str(PICTURES[name])
+    options = ("--num_inference_steps", "1", "--width", side, "--height", side, "--output", output)
+    receipt = run(
+        sys.executable, EXAMPLES / f"{name}.py", "--model", DEMO_MODEL, *options, *FURTHER.get(name, ())
+    )
     assert "transformer" in receipt
-    assert Image.open(output).size == (256, 256)
+    assert Image.open(output).size == (PICTURES[name], PICTURES[name])
 
 
 @pytest.mark.parametrize("name", CLIPS)

@@ -11,8 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "pipelines", "eval")
-# The recipes that trained the embedded models are run from a checkout alone.
-RECIPES = ("pipelines/demo_training/", "pipelines/demo_video_training/", "eval/alignment_training/")
+# The recipes that trained the embedded models, and the study that trains them on, are run from a checkout alone.
+RECIPES = (
+    "pipelines/demo_training/",
+    "pipelines/demo_video_training/",
+    "eval/alignment_training/",
+    "eval/recovery/",
+)
 
 
 def python(code: str) -> str:

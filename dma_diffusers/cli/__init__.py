@@ -17,6 +17,7 @@ from dma_diffusers.cli.bench import (
 from dma_diffusers.cli.calibrate import calibrate
 from dma_diffusers.cli.distance import distance
 from dma_diffusers.cli.evaluate import evaluate
+from dma_diffusers.cli.finetune import finetune
 from dma_diffusers.cli.generate import generate
 from dma_diffusers.cli.generate_video import generate_video
 from dma_diffusers.cli.machine import compile_kernels, doctor
@@ -40,6 +41,7 @@ app.command()(flat(batch))
 app.command("eval")(flat(evaluate))
 app.command()(distance)
 app.command()(flat(calibrate))
+app.command()(flat(finetune))
 app.command()(flat(simulate))
 app.command()(flat(study))
 app.command()(doctor)

@@ -174,6 +174,11 @@ def _why_left(model: torch.nn.Module, name: str, layer: torch.nn.Linear) -> str:
         return "outside the blocks: embedders, refiners, and the final projection"
     if any(_NO_TOKENS.fullmatch(part) for part in name.removeprefix(f"{block}.").split(".")):
         return "modulation, norm, embedding or expert: not every token passes it"
+    return why_unfit(layer)
+
+
+def why_unfit(layer: torch.nn.Linear) -> str:
+    """The reason for which a layer can't be quantised, wherever it stands; empty if it can."""
     if reason := why_not_plain(layer):
         return reason
     weight = layer.weight

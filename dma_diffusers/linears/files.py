@@ -103,9 +103,18 @@ def read_header(path: str | PathLike[str]) -> Header:
 def save_linears(pipe_or_model: Any, path: str | PathLike[str], *, weights: bool = True) -> None:
     """Writes the quantised linear layers of a model or a pipeline, for `load_linears` and `DMAConfig(linears=path)`.
 
-    weights: False leaves the quantised weights out. The file then has formats, permutations and input scales, and
-        loading it quantises the weights of the model.
-    Raises ValueError where nothing is quantised.
+    Args:
+        pipe_or_model: a pipeline or a transformer whose linear layers are quantised.
+        path: the file to write, in the format of safetensors.
+        weights: False leaves the quantised weights out. The file then has formats, permutations and input scales, and
+            loading it quantises the weights of the model.
+
+    Raises:
+        ValueError: where nothing is quantised.
+
+    Examples:
+        >>> quantize_linears(pipe, "int8")
+        >>> save_linears(pipe, "linears.safetensors")
     """
     tensors: dict[str, torch.Tensor] = {}
     models: dict[str, Any] = {}
@@ -149,12 +158,20 @@ def load_linears(
 ) -> None:
     """Puts the quantised linear layers of a file into the place of the stock ones; they compute what was saved.
 
-    pipe_or_model: a pipeline or a transformer like the one that was saved. Its weights may be on the meta device, and
-        its biases may not.
-    keep_original, lowering: as in `quantize_linears`.
-    Raises OSError where the file can't be read, ValueError where it is none, where linear layers are quantised already,
-    by us or by something else, where the model is another one, naming layers that differ, or where the lowering can't
-    run them.
+    Args:
+        pipe_or_model: a pipeline or a transformer like the one that was saved. Its weights may be on the meta device,
+            and its biases may not.
+        path: a file of `save_linears`.
+        keep_original: as in `quantize_linears`.
+        lowering: as in `quantize_linears`.
+
+    Raises:
+        OSError: where the file can't be read.
+        ValueError: where it is none, where linear layers are quantised already, by us or by something else, where the
+            model is another one, naming layers that differ, or where the lowering can't run them.
+
+    Examples:
+        >>> load_linears(pipe, "linears.safetensors")
     """
     header = read_header(path)
     for _, model in quantisable(pipe_or_model):

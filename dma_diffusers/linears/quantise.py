@@ -66,28 +66,36 @@ def quantize_linears(
 ) -> None:
     """Quantises weights and inputs of the linear layers in the blocks of a transformer, or of those of a pipeline.
 
-    method: "fp8", "int8", "mxfp8", "mxfp4", "nvfp4": the format of every channel. "micromix": 4, 6 or 8 bits for each
-        channel by calibration (arXiv 2508.02343).
-    calibration: for a pipeline, prompts like those to be drawn; for a model, forward inputs (each a dict, a tuple, or
-        one argument), or a function without arguments that runs it; None for that of `calibrate_linears`, if it ran
-        before. "micromix" needs one. "fp8" gets one fixed scale for each input from it, which is faster; without it,
-        each row is measured.
-    bits: the average bits of a weight for "micromix", scales of blocks included (4.25 to 8.25): thresholds are
-        multiplied by what meets it.
-    groups: the groups of single layers by name, in the place of the method's.
-    modules, skip: names of layers to take alone, or to leave alone, with `*` for any text.
-    sensitive: keeps parts that published work found sensitive at more bits (`linears.exclusions.SENSITIVE`).
-    keep_original: keeps the stock layers in the CPU's memory for `restore`, which needs them.
-    lowering: "auto", or one of `kernels.linears.lowering` for all layers.
-    call: further arguments of the pipeline's call for calibration, which takes 8 steps unless they say otherwise.
-    progress: whether a bar is shown on a terminal; or a function, called with a title, steps done and steps in all.
-
     Left alone, with the reason in `report`: embedders, norms and modulation, the final projection, layers that are
     quantised already by something else, and widths that are no multiple of 32. Layers that read the same tensor share
     what was quantised, and have one permutation.
-    Raises ValueError where linears are quantised already, where nothing is left to quantise, for a method, a lowering,
-    `bits` or names that can't be had, for calibration without prompts, and for NaN during calibration, which it names
-    with layer and prompt. Nothing is changed then.
+
+    Args:
+        pipe_or_model: a Diffusers pipeline or transformer.
+        method: "fp8", "int8", "mxfp8", "mxfp4", "nvfp4": the format of every channel. "micromix": 4, 6 or 8 bits for
+            each channel by calibration (arXiv 2508.02343).
+        calibration: for a pipeline, prompts like those to be drawn; for a model, forward inputs (each a dict, a tuple,
+            or one argument), or a function without arguments that runs it; None for that of `calibrate_linears`, if it
+            ran before. "micromix" needs one. "fp8" gets one fixed scale for each input from it, which is faster;
+            without it, each row is measured.
+        bits: the average bits of a weight for "micromix", scales of blocks included (4.25 to 8.25): thresholds are
+            multiplied by what meets it.
+        groups: the groups of single layers by name, in the place of the method's.
+        modules: names of layers to take alone, with `*` for any text.
+        skip: names of layers to leave alone, with `*` for any text.
+        sensitive: keeps parts that published work found sensitive at more bits (`linears.exclusions.SENSITIVE`).
+        keep_original: keeps the stock layers in the CPU's memory for `restore`, which needs them.
+        lowering: "auto", or one of `kernels.linears.lowering` for all layers.
+        call: further arguments of the pipeline's call for calibration, which takes 8 steps unless they say otherwise.
+        progress: whether a bar is shown on a terminal; or a function, called with a title, steps done and steps in all.
+
+    Raises:
+        ValueError: where linears are quantised already, where nothing is left to quantise, for a method, a lowering,
+            `bits` or names that can't be had, for calibration without prompts, and for NaN during calibration, which it
+            names with layer and prompt. Nothing is changed then.
+
+    Examples:
+        >>> quantize_linears(pipe, "fp8", calibration=["a red apple left of a cat"])
     """
     check_method(method)
     if calibration is not None and method not in CALIBRATED:
@@ -133,8 +141,21 @@ def calibrate_linears(
 ) -> dict[str, Calibration]:
     """Observes the inputs of linear layers and keeps that on the models, for each `quantize_linears` with "micromix".
 
-    The arguments are those of `quantize_linears`. Returns what was observed, by the prefix of module names.
-    Raises ValueError as it does.
+    Args:
+        pipe_or_model: a Diffusers pipeline or transformer, whose linear layers are not quantised yet.
+        calibration: prompts or inputs, as in `quantize_linears`.
+        call: further arguments of the pipeline's call, as in `quantize_linears`.
+        progress: a bar or a function, as in `quantize_linears`.
+
+    Returns:
+        What was observed, by the prefix of module names.
+
+    Raises:
+        ValueError: as `quantize_linears` does.
+
+    Examples:
+        >>> calibrate_linears(pipe, ["a red apple left of a cat", "a blue car"])
+        >>> quantize_linears(pipe, "micromix", bits=5.0)
     """
     targets = _targets(pipe_or_model, None, (), sensitive=False)
     with progress_of(progress) as on_step:

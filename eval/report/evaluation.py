@@ -1,5 +1,6 @@
 """evaluation.json is read, and checked before anything is drawn from it."""
 
+import gzip
 import json
 import math
 from collections.abc import Iterator
@@ -68,12 +69,16 @@ _KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "an obj
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the evaluation in a JSON file; ValueError where it holds none, FileNotFoundError where there is none."""
+    """Read the evaluation in a JSON file, which may be gzipped (`.gz`).
+
+    Raises ValueError where it holds none, FileNotFoundError where there is none.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: name a folder that `dma-diffusers eval` wrote")
     try:
-        evaluation = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except ValueError as error:  # broken JSON raises it, and broken UTF-8
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        evaluation = json.loads(data, parse_constant=_refuse)
+    except (ValueError, OSError, EOFError) as error:  # broken JSON and UTF-8, or broken gzip
         raise ValueError(f"{path} is no whole JSON file: {error}") from None
     try:
         check(evaluation)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call
-from dma_diffusers.kernels.formats import rotate_blocks
+from dma_diffusers.kernels.formats import rotate
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -53,7 +53,7 @@ def attention(
     Raises ValueError unless each token has one slot in the plan's token order, which is for Sq = Sk, not causal.
     Source: DMA, arXiv 2604.03950; skipping: BLASST, arXiv 2512.12087; means: Sol-Attn, arXiv 2607.24027.
     """
-    slots = _Slots.of(call, plan, precisions)
+    slots = Slots.of(call, plan, precisions)
     precision_map = slots.map
     of_high, of_low = (slots.operands(precision) for precision in precisions)
     low_phases = (Phase.LOW,) if precision_map.has_high else (Phase.LOW, Phase.MASKED)
@@ -188,7 +188,7 @@ def _added(
 
 
 @dataclass(frozen=True)
-class _Operands:
+class Operands:
     """One class's operands in tiles: q, k and v `[B·H or B·Hkv · tiles, 128, D]`, float32.
 
     factor, shift: products times factor, less shift, are scores in base 2. v_units: `[B·Hkv, 1, D]`, those that v is
@@ -209,13 +209,13 @@ class _Operands:
 
 
 @dataclass(frozen=True)
-class _Slots:
+class Slots:
     """A call's tensors in the order of slots, `[B, H or Hkv, slots, D]`, zeros in empty ones.
 
     q, k: behind norm and RoPE, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is
-    hidden.
+    hidden. mean: what it lost, float32 `[B, Hkv, 1, D]`.
     offset: `[B, H, slots]`, what smoothing takes from the scores. taken: bool `[slots]`, where a token stands.
-    rotated_block: of `scaled` and `smoothed`, so many channels are mixed before they are stored.
+    rotation: of the channels of `scaled` and `smoothed`, before they are stored.
     """
 
     plan: Plan
@@ -227,14 +227,15 @@ class _Slots:
     v: torch.Tensor
     scaled: torch.Tensor
     smoothed: torch.Tensor
+    mean: torch.Tensor
     v_units: dict[str, quantiser.ValueUnits]
     offset: torch.Tensor
     key_mask: torch.Tensor | None
     taken: torch.Tensor
-    rotated_block: int
+    rotation: str
 
     @classmethod
-    def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "_Slots":
+    def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "Slots":
         """Raises ValueError unless each token has one slot."""
         q, k = quantiser.changed_q(call), quantiser.changed_k(call)
         v, key_mask, order = call.v, call.key_mask, plan.token_order
@@ -271,16 +272,16 @@ class _Slots:
             precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
-            q, k, v, scaled, smoothed, v_units, offset, key_mask, taken, call.rotated_block,
+            q, k, v, scaled, smoothed, mean, v_units, offset, key_mask, taken, call.rotation,
         )  # fmt: skip
 
-    def operands(self, precision: Precision) -> _Operands:
+    def operands(self, precision: Precision) -> Operands:
         """The numbers that a class of this precision multiplies."""
         is_bf16 = precision.qk == "bf16"
         k, shift = (self.k, self.offset) if is_bf16 else (self.smoothed, torch.zeros_like(self.offset))
         return self._multiplied(precision, k, self.v, shift)
 
-    def means(self, precision: Precision) -> tuple[_Operands, torch.Tensor]:
+    def means(self, precision: Precision) -> tuple[Operands, torch.Tensor]:
         """The same of the sub-tiles' means, and their `log_counts`, −inf up to whole tiles: `[B, tiles·128]`."""
         seen = (
             torch.ones_like(self.k[:, 0, :, 0], dtype=torch.bool) if self.key_mask is None else self.key_mask
@@ -291,11 +292,11 @@ class _Slots:
 
     def _multiplied(
         self, precision: Precision, k: torch.Tensor, v: torch.Tensor, shift: torch.Tensor
-    ) -> _Operands:
+    ) -> Operands:
         is_bf16 = precision.qk == "bf16"
         q, factor = (self.q, self.softmax_scale_log2) if is_bf16 else (self.scaled, 1.0)
         if not is_bf16:
-            q, k = rotate_blocks(q, self.rotated_block), rotate_blocks(k, self.rotated_block)
+            q, k = rotate(q, self.rotation), rotate(k, self.rotation)
         if precision.pv == "bf16":
             v, units = quantiser.narrowed(v, torch.bfloat16), None
         else:
@@ -303,7 +304,7 @@ class _Slots:
             v = quantiser.quantised_v(v, units, precision.pv)
             units = quantiser.ValueUnits(*(each.flatten(0, 1) for each in units))
         q, k = quantiser.quantised_q(q, precision.qk), quantiser.quantised_k(k, precision.qk)
-        return _Operands(
+        return Operands(
             _tiled(q), _tiled(k), _tiled(v.float()), factor, _tiled(shift[..., None]), units, precision.pv
         )
 

@@ -81,6 +81,7 @@ TABLE = (
         Tuning(stages=1, masked_stages=1),
     ),  # widened by Triton: for tests alone
     *((("sm_90",), "*", dim, classes, _GLUON) for dim in (64, 128) for classes in GLUON_CLASSES),
+    *((("sm_90",), "*", dim, "-|*/plain", Tuning(**_HOPPER, stages=3)) for dim in (64, 128)),
     (("sm_90",), "*", 128, "*/plain", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),

@@ -9,7 +9,7 @@ tensor([ 0.,  2., -6.])
 from .codec import Packed, fake_quantize, pack, unpack
 from .element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT6, INT8, Element, FloatElement, IntElement
 from .format import FORMATS, Format, get_format
-from .rotation import ROTATIONS, block_of, rotate, rotate_back, rotate_blocks, sign_is_changed
+from .rotation import ROTATIONS, block_of, hadamard, rotate, rotate_back, rotate_blocks, sign_is_changed
 from .scale import Scale, ScaleRounding
 from .six_bits import join_six_bits, split_six_bits
 
@@ -34,6 +34,7 @@ __all__ = [
     "block_of",
     "fake_quantize",
     "get_format",
+    "hadamard",
     "join_six_bits",
     "pack",
     "rotate",

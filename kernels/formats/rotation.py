@@ -47,14 +47,14 @@ def rotate(x: Tensor, rotation: str) -> Tensor:
 def rotate_blocks(x: Tensor, block: int) -> Tensor:
     """`rotate`, by the number of channels in a block: a power of two that divides x's, 1 for no rotation."""
     x = x.to(torch.float32)
-    return x if block == 1 else _hadamard(x * _signs(x), block)
+    return x if block == 1 else hadamard(x * _signs(x), block)
 
 
 def rotate_back(x: Tensor, rotation: str) -> Tensor:
     """The tensor of which `x` is `rotate(…, rotation)`, up to float32's rounding; arguments are `rotate`'s."""
     block = block_of(rotation, x.shape[-1])
     x = x.to(torch.float32)
-    return x if block == 1 else _hadamard(x, block) * _signs(x)
+    return x if block == 1 else hadamard(x, block) * _signs(x)
 
 
 def _signs(x: Tensor) -> Tensor:
@@ -62,11 +62,14 @@ def _signs(x: Tensor) -> Tensor:
     return torch.tensor(signs, device=x.device)
 
 
-def _hadamard(x: Tensor, block: int) -> Tensor:
-    """Each `block` of channels by the symmetric Hadamard matrix: sums and differences of neighbours first."""
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Each `block` of channels by the symmetric Hadamard matrix over √block: sums and differences of neighbours first.
+
+    x: `[..., channels]`, of any float dtype, which it keeps.
+    """
     shape, distance = x.shape, 1
     while distance < block:
-        first, second = x.reshape(*shape[:-1], -1, 2, distance).unbind(-2)
+        first, second = x.reshape(*shape[:-1], shape[-1] // (2 * distance), 2, distance).unbind(-2)
         x = torch.stack((first + second, first - second), -2)
         distance *= 2
     return x.reshape(shape) * block**-0.5

@@ -95,7 +95,7 @@ def multiply(
     if weight.groups.block is not None:
         scale = scale[:, None]
         wide, weight_scale = operator.reencode(Operand.of_weight(weight).present, weight.groups)
-    return _scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
+    return scaled_mm(rows, scale, wide, weight_scale, bias, dtype)
 
 
 def _check(x: Tensor, groups: Groups, prologue: Prologue) -> None:
@@ -120,7 +120,7 @@ def _row_scales(x: Tensor, element: Element) -> Tensor:
     return fp32_scale(x.abs().amax(1, keepdim=True).float(), element).clamp(min=_SMALLEST_NORMAL)
 
 
-def _scaled_mm(
+def scaled_mm(
     rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """e4m3 rows `[M, K]` times e4m3 weight `[N, K]`: torch gives bf16, and adds a bias in it."""
@@ -134,4 +134,6 @@ def _scaled_mm(
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return (y if bias is added else y + bias).to(dtype)
+    y = y if bias is added else y + bias
+    # A conversion that changes nothing would, in a Function compiled by torch 2.11, cut the gradient off.
+    return y if y.dtype == dtype else y.to(dtype)

@@ -88,13 +88,19 @@ def _in_nvfp4(blocks, amax_bits):
     finite = tl.where(bits < NOT_FINITE, bits, 0)
     amax = tl.max(tl.max(finite, axis=2), axis=1).to(tl.float32, bitcast=True)
     row_scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST_ROW, tl.float32)), SMALLEST_NORMAL)
+    y, code, _ = four_over_six(blocks, amax_bits, row_scale)
+    return y, code, row_scale
+
+
+@triton.jit
+def four_over_six(blocks, amax_bits, row_scale):
+    """Blocks [rows, blocks, 16] under the better of two scales: elements, codes of scales, values without the row's."""
     larger = (amax_bits.to(tl.float32, bitcast=True) * 1.5).to(tl.int32, bitcast=True)
     better = _squared_error(blocks, larger, row_scale) < _squared_error(blocks, amax_bits, row_scale)
     # A third division: keeping what the first two gave takes registers that a long row doesn't have.
-    y, code, _ = under_e4m3_scales(
+    return under_e4m3_scales(
         blocks, tl.where(better, larger, amax_bits), row_scale[:, None], "e2m1", E2M1_MAX
     )
-    return y, code, row_scale
 
 
 @triton.jit
@@ -106,8 +112,8 @@ def _squared_error(blocks, amax_bits, row_scale):
 
 
 @triton.jit
-def _store_scales(scales, code, row, number, width):
-    """The scales of one part of a row, in tcgen05's layout; zeros fill the last four of them up."""
+def store_scales(scales, code, row, number, width):
+    """The scales of one part of each row, in tcgen05's layout; zeros fill the last four of them up."""
     place = (row // 128).to(tl.int64) * (tl.cdiv(width, 4) * 512) + scale_place(row % 128, number, 4)
     code = tl.where(number < width, code, 0)
     tl.store(scales + place, code.to(tl.uint8), mask=number < tl.cdiv(width, 4) * 4)
@@ -169,13 +175,13 @@ def quantise_rows(
             pairs = tl.arange(0, K // 2)[None, :]
             place = row.to(tl.int64) * (four_end // 2) + pairs
             tl.store(narrow + place, (low | (high << 4)).to(tl.uint8), mask=pairs < four_end // 2)
-            _store_scales(narrow_scales, code, row, number, four_end // BLOCK)
+            store_scales(narrow_scales, code, row, number, four_end // BLOCK)
         if wide is not None:
             place = row.to(tl.int64) * (in_features - four_end) + columns - four_end
             tl.store(wide + place, to_e4m3(tl.reshape(y, (1, K))), mask=inside & (columns >= four_end))
             # Blocks that are not wide ones stand for those that fill up the last four.
             number = (number - four_end // BLOCK) & (BLOCKS - 1)
-            _store_scales(wide_scales, code, row, number, (in_features - four_end) // BLOCK)
+            store_scales(wide_scales, code, row, number, (in_features - four_end) // BLOCK)
 
 
 @triton.jit(do_not_specialize=["four_end", "six_end"])

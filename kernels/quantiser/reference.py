@@ -92,6 +92,11 @@ def value_units(
 ) -> ValueUnits:
     """The mean of each channel of v, and what brings the rest within the format of P·V: in fp8 a power of two.
 
+    In fp8 the mean is a multiple of two such units, which is the step of v's largest bfloat16 numbers: v less it lies
+    halfway between two e4m3 numbers as often as v itself, and ties to even cancel. Other means would break all ties in
+    one direction, which adds up over the keys. So does, a little, any shift of a symmetric v: a mean of less than a
+    32nd of the range, which may be the sample's chance, stays.
+
     Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
     channel where float32 can't add these keeps its mean.
     """
@@ -106,7 +111,9 @@ def value_units(
     amax = amax + mean.abs()
     mantissa, exponent = torch.frexp(amax / E4M3.max)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return ValueUnits(torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126)), mean)
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-126))
+    rounded = (mean / (2 * scale)).round() * (2 * scale)
+    return ValueUnits(scale, torch.where(mean.abs() < amax / 32, 0, rounded))
 
 
 def finite_amax(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:

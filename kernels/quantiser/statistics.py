@@ -53,6 +53,9 @@ def _store_units(
         amax += tl.abs(mean)
     amax_bits = magnitude_bits(amax)
     code = tl.where(amax_bits == 0, 127, tl.maximum(e8m0_ceil(amax_bits, E4M3_MAX_BITS), 1))
+    # the reference says why the mean is none or a multiple of two units; adding 1.5 · 2^23 rounds it to one
+    step, inverse = power_of_two(code + 1), power_of_two(253 - code)
+    mean = tl.where(tl.abs(mean) < amax * 0.03125, 0.0, ((mean * inverse + 12582912.0) - 12582912.0) * step)
     tl.store(v_units + head * (2 * D) + columns, power_of_two(code))
     tl.store(v_units + head * (2 * D) + D + columns, mean)
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.device.rounding import halves, rounded_pairs
+from dma_diffusers.kernels.device.rounding import INTERPRETED, halves, rounded_pairs
 
 E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
@@ -116,7 +116,7 @@ def rotated(even, odd, cos, sin, tokens, length, HEAD_DIM: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def _with_signs(x, channels):
+def with_signs(x, channels):
     """x [rows, channels], some of which change their sign, as rotation.py's `sign_is_changed` says."""
     mixed = (channels.to(tl.uint32) + 1) * 0x9E3779B1
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
@@ -125,19 +125,24 @@ def _with_signs(x, channels):
 
 
 @triton.jit
-def _butterfly(x, DISTANCE: tl.constexpr):
+def butterfly(x, DISTANCE: tl.constexpr):
     """Sums and differences of columns that lie so far apart, in the places of the first and of the second."""
     pairs = tl.reshape(x, (x.shape[0], x.shape[1] // (2 * DISTANCE), 2, DISTANCE))
-    # The xor of a pair's numbers and a thread's own is the number of the other thread: this takes one exchange, and no
-    # shared memory.
-    bits = pairs.to(tl.int32, bitcast=True)
-    other = (tl.xor_sum(bits, axis=2, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
-    is_first = (tl.arange(0, 2) == 0)[None, None, :, None]
-    return tl.reshape(tl.where(is_first, pairs + other, other - pairs), x.shape)
+    if INTERPRETED:  # it takes its time for every xor
+        first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        pairs = tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2))
+    else:
+        # The xor of a pair's numbers and a thread's own is the number of the other thread: this takes one exchange, and
+        # no shared memory.
+        bits = pairs.to(tl.int32, bitcast=True)
+        other = (tl.xor_sum(bits, axis=2, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+        is_first = (tl.arange(0, 2) == 0)[None, None, :, None]
+        pairs = tl.where(is_first, pairs + other, other - pairs)
+    return tl.reshape(pairs, x.shape)
 
 
 @triton.jit
-def _butterflies_in_thread(x, COUNT: tl.constexpr):
+def butterflies_in_thread(x, COUNT: tl.constexpr):
     """The first butterflies, between columns that lie 1 to COUNT/2 apart: a thread holds as many neighbours."""
     ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
@@ -154,12 +159,12 @@ def with_rotated_channels(even, odd, BLOCK: tl.constexpr, D: tl.constexpr):
     """Pairs [rows, D/2] whose channels are rotated in blocks, as formats/rotation.py defines it."""
     IN_THREAD: tl.constexpr = 8 if BLOCK >= 16 else BLOCK // 2
     pairs = tl.arange(0, D // 2)
-    even, odd = _with_signs(even, 2 * pairs), _with_signs(odd, 2 * pairs + 1)
+    even, odd = with_signs(even, 2 * pairs), with_signs(odd, 2 * pairs + 1)
     even, odd = even + odd, even - odd
-    even, odd = _butterflies_in_thread(even, IN_THREAD), _butterflies_in_thread(odd, IN_THREAD)
+    even, odd = butterflies_in_thread(even, IN_THREAD), butterflies_in_thread(odd, IN_THREAD)
     for step in tl.static_range(3, 7):
         if 2**step < BLOCK // 2:
-            even, odd = _butterfly(even, 2**step), _butterfly(odd, 2**step)
+            even, odd = butterfly(even, 2**step), butterfly(odd, 2**step)
     factor: tl.constexpr = BLOCK**-0.5
     return even * factor, odd * factor
 

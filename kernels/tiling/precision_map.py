@@ -118,6 +118,25 @@ class PrecisionMap:
         indices, bounds = (x.index_select(1, of_head).to(device) for x in (indices, bounds.int()))
         return replace(self, indices=indices, bounds=bounds)
 
+    def phases(self, k_tiles: int) -> torch.Tensor:
+        """The phase of `LOOPS` that takes each pair, 3 if none does: int64 `[B or 1, H or 1, q_tiles, k_tiles]`."""
+        *shape, q_tiles, length = self.indices.shape
+        position = torch.arange(length, device=self.indices.device)
+        phase = (position[:, None] >= self.bounds[..., None, :]).sum(-1)
+        phases = phase.new_full((*shape, q_tiles, k_tiles), len(LOOPS))
+        # Entries past the end of a list may be any number, and come after all phases.
+        return phases.scatter_reduce_(-1, self.indices.long().clamp(0, k_tiles - 1), phase, "amin")
+
+    def transposed(self, k_tiles: int) -> "PrecisionMap":
+        """The same pairs as block lists of Q tiles, one for each of `k_tiles` KV tiles; `means` stays as it is.
+
+        It is made where the map is, and nothing waits for a device.
+        """
+        phases = self.phases(k_tiles).mT
+        counts = torch.stack([(phases == phase).sum(-1) for phase in LOOPS], dim=-1)
+        indices = phases.argsort(dim=-1, stable=True).int().contiguous()
+        return replace(self, indices=indices, bounds=counts.cumsum(-1).int().contiguous())
+
     def used(self, high: T, low: T) -> tuple[T | None, T | None]:
         """The values for HIGH and for LOW, with None for a class without tiles."""
         return high if self.has_high else None, low if self.has_low else None

@@ -7,12 +7,14 @@ from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dma_diffusers import DMAConfig
+from dma_diffusers.decision import WANTS_GRADIENTS
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
 from dma_diffusers.kernels import operator
 from dma_diffusers.mode import InterceptionMode
 from dma_diffusers.stages import stages
+from tests.kernels.calls import relative_l2
 
 B, H, S, D = 2, 4, 137, 40
 DENSE = "dense(everywhere=high)"
@@ -127,7 +129,6 @@ def expanded(which: int) -> tuple[torch.Tensor, ...]:
         (qkv(head_dim=264), {"lowering": "fastest"}, "head_dim 264 is more than 256"),
         (qkv(dtype=torch.float64), {}, "bf16, fp16 or fp32"),
         (tuple(x[0] for x in qkv()), {}, "[batch, heads, tokens, head_dim]"),
-        (tuple(x.requires_grad_() for x in qkv()), {}, "gradients"),
         (qkv(), {"lowering": "stock"}, "exact"),
         (qkv(), {"lowering": "fastest"}, "nothing is faster than stock: native: cpu has no block-scaled MMA"),
     ],
@@ -145,6 +146,30 @@ def test_one_expanded_head_is_no_shared_memory():
     taken, (q, k, v) = interception(), qkv(kv_heads=1)
     run(taken, q, k.expand(B, 1, S, D), v, enable_gqa=True)
     assert taken.intercepted == 1
+
+
+def test_gradients_flow_through_the_operator():
+    taken, tensors = interception(high="bf16", low="bf16/bf16"), [x.requires_grad_() for x in qkv()]
+    gradient = torch.randn(B, H, S, D).bfloat16()
+    expected = torch.autograd.grad(
+        F.scaled_dot_product_attention(*(x.float() for x in tensors)), tensors, gradient.float()
+    )
+    found = torch.autograd.grad(run(taken, *tensors), tensors, gradient)
+    assert taken.intercepted == 1 and not taken.fallbacks
+    assert all(relative_l2(own, other) < 1e-2 for own, other in zip(found, expected, strict=True))
+
+
+def test_a_policy_without_a_backward_raises_where_it_was_asked_for(monkeypatch):
+    tensors = [x.requires_grad_() for x in qkv()]
+    skips = "diagonal() | skip_softmax(threshold=0.01)"
+    with pytest.raises(ValueError, match="gradients are wanted: a softmax threshold has no backward"):
+        run(interception(policy=skips), *tensors)
+    monkeypatch.setattr("dma_diffusers.config.why_not_faster", lambda *_: "")
+    faster = interception(policy=skips, lowering="fastest")
+    out = run(faster, *tensors)
+    assert torch.equal(out, F.scaled_dot_product_attention(*tensors)) and faster.fallbacks == {
+        WANTS_GRADIENTS: 1
+    }
 
 
 def test_calls_without_gradients_are_taken_even_if_weights_have_them():

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.transformers import transformer_flux
 
 from dma_diffusers import DMAConfig, apply
+from dma_diffusers.decision import WANTS_GRADIENTS
 from dma_diffusers.families import Family
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.interception import Interception
@@ -102,23 +103,22 @@ def test_a_mask_that_is_refused_refuses_no_other(passes, dtype, taken):
     assert interception.intercepted == 1 + taken
 
 
-def test_training_is_left_alone_and_what_follows_is_not(passes):
+def test_training_is_left_alone_where_stock_is_faster_and_what_follows_is_not(passes, monkeypatch):
+    monkeypatch.setattr("dma_diffusers.config.why_not_faster", lambda *_: "")
     module, x = flux_attention(), hidden(200)
-    interception = attach(module)
+    interception = attach(module, lowering="fastest")
     with torch.enable_grad():
         for _ in range(2):
             module(x.clone().requires_grad_()).sum().backward()
-    assert (
-        interception.fallbacks == {"gradients are wanted, and there is no backward yet": 2}
-        and len(passes) == 1
-    )
+    assert interception.fallbacks == {WANTS_GRADIENTS: 2} and len(passes) == 1
     module(x.clone().requires_grad_())
     assert interception.intercepted == 1
 
 
-def test_frozen_weights_under_gradients_are_looked_at_again(passes):
+def test_frozen_weights_under_gradients_are_looked_at_again(passes, monkeypatch):
     module, x = flux_attention(), hidden(200)
-    interception = attach(module)
+    interception = attach(module, lowering="fastest")
+    monkeypatch.setattr("dma_diffusers.config.why_not_faster", lambda *_: "")
     with torch.enable_grad():
         module(x)
         module.requires_grad_(False)

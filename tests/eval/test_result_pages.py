@@ -23,12 +23,12 @@ RESULTS = ROOT / "eval" / "results"
 QUALITY = (RESULTS / "quality.md").read_text()
 SPEED = (RESULTS / "speed.md").read_text()
 README = (ROOT / "README.md").read_text()
-FILES = ("h200_quality.json", "h200_quality_of_policy.json")
+FILES = ("h200_quality.json.gz", "h200_quality_of_policy.json.gz")
 _CONFIGURATIONS = {
-    "h200_where.json": RESULTS / "h200_where.yaml",
-    "h200_video_where.json": RESULTS / "h200_video_where.yaml",
-    "h200_means.json": RESULTS / "h200_means.yaml",
-    "h200_video_means.json": RESULTS / "h200_video_means.yaml",
+    "h200_where.json.gz": RESULTS / "h200_where.yaml",
+    "h200_video_where.json.gz": RESULTS / "h200_video_where.yaml",
+    "h200_means.json.gz": RESULTS / "h200_means.yaml",
+    "h200_video_means.json.gz": RESULTS / "h200_video_means.yaml",
 }
 
 
@@ -111,7 +111,7 @@ def test_rows_of_the_demo_clips_come_at_three_costs():
     grid, tokens = (9, 16, 24), 9 * 16 * 24
     per_high, per_low = tile_clocks("sm_100", 64, "mxfp8", "mxfp4")
     costs = {}
-    for name, config in configurations.read(_CONFIGURATIONS["h200_video_where.json"]).items():
+    for name, config in configurations.read(_CONFIGURATIONS["h200_video_where.json.gz"]).items():
         assert (config.dense_above_sigma, config.dense_layers) == (1, ())
         visited = pairs(config.asked, Layout(tokens, tokens, (0, 0), config.grid or grid))
         clocks = visited.high.mean() * per_high + visited.low.mean() * per_low

@@ -243,6 +243,16 @@ def test_nan_spreads_no_further_than_in_full_precision(which, is_causal):
     assert out.isnan().any()
 
 
+def test_a_small_mean_of_v_leaves_no_bias():
+    """Of bfloat16 numbers a sixteenth lies halfway between two e4m3 numbers: breaking these ties one way adds up."""
+    v = torch.randn(1, 1, 65536, 8, generator=torch.Generator().manual_seed(0))
+    for mean, taken in ((0.0155, False), (0.4, True)):
+        units = quantiser.value_units((v + mean).bfloat16())
+        assert (units.mean != 0).all() == taken
+        error = quantiser.quantised_v((v + mean).bfloat16(), units) * units.scale + units.mean - (v + mean).bfloat16()
+        assert error.mean().abs() < 3 * error.std() / error.numel() ** 0.5
+
+
 def test_zeros_give_the_mean_of_v():
     call = Call(300, 300, 64)
     v = call.tensors()[2]

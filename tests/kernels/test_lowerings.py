@@ -75,6 +75,13 @@ def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("head_dim, runs", [(8, False), (12, False), (16, True), (1, True)])
+def test_fp8_takes_no_head_that_ptxas_fills_with_garbage(head_dim, runs):
+    choice = choose("sm_90", head_dim, "fp8/bf16", "fp8")
+    assert (choice.lowering == "native") == runs and (runs or "ptxas" in choice.reason)
+    assert choose("sm_90", head_dim, "bf16", "int8").lowering == "native"
+
+
 def test_int4_takes_no_odd_head():
     with pytest.raises(
         ValueError, match=r"int4 stores two channels in a byte, and head_dim 33 is odd$"

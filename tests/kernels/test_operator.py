@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dma_diffusers.kernels import operator
+from dma_diffusers.kernels import checks, operator
 from dma_diffusers.kernels.call import Norms
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask as neighborhood_mask
@@ -392,13 +392,13 @@ def test_rope_tables_are_views_of_what_models_have():
 ])  # fmt: skip
 def test_aliases(shape, strides, expected):
     x = torch.empty(1000).as_strided(shape, strides) if strides else torch.empty(shape)
-    assert operator.aliases(x) is expected
+    assert checks.aliases(x) is expected
 
 
 def test_too_many_rows_are_refused():
     q = torch.empty(2**17, 2**7, 1, 64, device="meta")  # tiles of 128 rows
     with pytest.raises(ValueError, match="heads times tokens must stay below 2"):
-        operator._check_memory(q, Q, Q)
+        checks._check_memory(q, Q, Q)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

@@ -1,5 +1,6 @@
 """Precision maps and their policies against brute force."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,6 +15,7 @@ from dma_diffusers.kernels.tiling.precision_map import (
     UNVISITED,
     Class,
     Phase,
+    PrecisionMap,
     build_map,
     visiting_phases,
 )
@@ -222,3 +224,26 @@ def test_heads_with_other_windows_have_their_own_shared_lists():
         alone = build_map(Diagonal(window).classes(layout), layout).shared
         for program in range(4):
             assert block_list(shared, program, head=head) == block_list(alone, program)
+
+
+def test_transposed_lists_name_the_same_pairs():
+    torch.manual_seed(0)
+    classes = torch.randint(0, 4, (2, 3, 4, 5))
+    precision_map = build_map(classes, Layout(500, 600))
+    undefined = torch.arange(precision_map.indices.shape[-1]) >= precision_map.bounds[..., -1:]
+    precision_map = replace(precision_map, indices=precision_map.indices.masked_fill(undefined, -1))
+    transposed = precision_map.transposed(5)
+
+    def pairs(lists: PrecisionMap) -> set[tuple[int, ...]]:
+        """Batch entry, head, list, tile and phase of every entry."""
+        return {
+            (*place, int(lists.indices[place][entry]), phase)
+            for place in product(*map(range, lists.bounds.shape[:-1]))
+            for entry in range(int(lists.bounds[place][-1]))
+            for phase in [int((entry >= lists.bounds[place]).sum())]
+        }
+
+    expected = {(b, h, k, q, phase) for b, h, q, k, phase in pairs(precision_map)}
+    assert pairs(transposed) == expected and len(expected) > 40
+    ascending = transposed.indices[0, 0, 0, : int(transposed.bounds[0, 0, 0, 0])]
+    assert torch.equal(ascending, ascending.sort().values)

@@ -46,7 +46,8 @@ def test_a_channel_whose_mean_float32_cannot_add_keeps_it(kernel_device):
     v = torch.zeros(1, 1, 300, 64, device=kernel_device)
     v[..., 3], v[..., 4] = 3e38, 1e30
     units = reference.value_units(v)
-    assert units.mean[0, 0, 0, 3:5].tolist() == [0.0, v[0, 0, 0, 4].item()] and units.scale.isfinite().all()
+    assert units.mean[0, 0, 0, 3] == 0 and units.scale.isfinite().all()
+    assert (units.mean[0, 0, 0, 4] - v[0, 0, 0, 4]).abs() <= units.scale[0, 0, 0, 4]
     assert torch.equal(statistics_of(None, v).v_units, padded_units(units, 64))
 
 

@@ -1,0 +1,156 @@
+"""Preparing a model for fine-tuning at low precision, and putting stock layers back."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dma_diffusers.attach import apply, restore_attention
+from dma_diffusers.components import unwrapped
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.finetune.layers import layers_to_train
+from dma_diffusers.finetune.module import QuartetLinear
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
+from dma_diffusers.linears.exclusions import block_of
+from dma_diffusers.linears.quantise import check_not_quantised, set_layer
+
+if TYPE_CHECKING:
+    import peft
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A record of what `prepare` did to a model; it is kept on the model, too.
+
+    layers: the names of the linear layers that train at low precision. left: the reasons for which others don't.
+    has_attention: whether attention was intercepted.
+    """
+
+    layers: tuple[str, ...]
+    left: dict[str, str]
+    has_attention: bool
+
+
+def prepare(
+    model: torch.nn.Module,
+    linears: str | None = None,
+    attention: DMAConfig | None = None,
+    *,
+    rounding: str = "nearest",
+    lora: "peft.LoraConfig | None" = None,
+) -> Prepared:
+    """Makes a model train with the numbers that it will run with; any training loop can follow.
+
+    model: any module. Its parameters stay the same objects, with the same names and numbers.
+    linears: the recipe of its linear layers, or None to leave them alone.
+        "qat": MXFP4 forward (QuEST), 16 bits backward. "quartet": MXFP4 in all three products (arXiv 2505.14669).
+        "quartet2": NVFP4 in all three, with an unbiased backward pass (arXiv 2601.22813). "mxint8": MXINT8 in all
+        three. Gradients of what QuEST clipped are zero. Left alone are embedders, norms, modulation, the final
+        projection, parts that are known as sensitive, and sides that are no multiple of 32.
+    attention: the configuration of the attention of a Diffusers transformer; None leaves it alone.
+    rounding: of "quartet"'s backward pass: "nearest" or "stochastic".
+    lora: adapters of peft that are trained on top; everything else is frozen then.
+
+    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with. Those of
+    `quantize_linears` have the same formats, but other scales and no rotation.
+    `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
+    parameters are those of stock layers.
+    Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
+    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses or that quantises linear
+    layers itself, ImportError for `lora` without peft, TypeError for something else than a module. The model is as it
+    was then.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"prepare takes a module, got {type(model).__name__}: give pipe.transformer")
+    model = unwrapped(model)
+    kind = type(model).__name__
+    if prepared_of(model):
+        raise ValueError(f"{kind} is prepared already: call dma_diffusers.finetune.restore first")
+    if linears is None and attention is None and lora is None:
+        raise ValueError("there is nothing to prepare: give linears, attention or lora")
+    if linears is None and rounding != "nearest":
+        raise ValueError(f"rounding={rounding!r} is that of linear layers: give linears, too")
+    recipe = None if linears is None else recipe_of(linears, rounding)
+    if lora is not None:
+        _check_lora(lora)
+    if attention is not None and attention.linears is not None:
+        raise ValueError(
+            f"linears={attention.linears!r} of the attention's configuration have no backward: "
+            "leave it out there, and give linears to prepare"
+        )
+    layers, left = _layers(model, recipe)
+    if attention is not None:
+        apply(model, attention)
+    record = Prepared(tuple(layers), left, attention is not None)
+    model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
+    try:
+        seeds: Counter[str] = Counter()
+        for name, layer in layers.items():
+            assert recipe is not None
+            # Numbers are alike in all blocks, for blocks that are compiled once; gradients tell their layers apart.
+            block, *_ = block_of(model, name)
+            set_layer(model, name, QuartetLinear(layer, recipe, seeds[block]))
+            seeds[block] += 1
+        if lora is not None:
+            _add_adapters(model, lora)
+    except BaseException:
+        restore(model)
+        raise
+    return record
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Puts stock linear layers with the trained weights, and stock attention, back; it does nothing where none was.
+
+    Adapters stay.
+    """
+    model = unwrapped(model)
+    record = prepared_of(model)
+    if record is None:
+        return
+    if record.has_attention:
+        restore_attention(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuartetLinear):
+            set_layer(model, name.removesuffix(".base_layer"), layer.stock())
+    del model._dma_prepared
+
+
+def prepared_of(model: torch.nn.Module) -> Prepared | None:
+    """The record of what `prepare` did to this model; None if it did nothing."""
+    return getattr(model, "_dma_prepared", None)
+
+
+def _layers(
+    model: torch.nn.Module, recipe: Recipe | None
+) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
+    if recipe is None:
+        return {}, {}
+    check_not_quantised(model)
+    layers, left = layers_to_train(model, get_format(recipe.forward.format).bits >= 8)
+    if not layers:
+        reasons = "; ".join(sorted(set(left.values()))) or "it has none"
+        raise ValueError(f"{type(model).__name__} has no linear layer to train at low precision: {reasons}")
+    return layers, left
+
+
+def _check_lora(lora: Any) -> None:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("lora needs peft: pip install peft") from None
+    if not isinstance(lora, peft.LoraConfig):
+        raise TypeError(f"lora must be a peft.LoraConfig, got {type(lora).__name__}")
+
+
+def _add_adapters(model: torch.nn.Module, lora: "peft.LoraConfig") -> None:
+    """Puts adapters on top, which train; peft freezes everything else."""
+    import peft
+
+    # Diffusers' own way, after which it knows how to save them.
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(lora)  # type: ignore[operator]
+    else:
+        peft.inject_adapter_in_model(lora, model)

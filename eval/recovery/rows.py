@@ -1,0 +1,63 @@
+"""The rows of the study: a precision, and whether the model is trained for it."""
+
+from dataclasses import dataclass
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.eval.quality.configurations import DEFAULT, parse
+
+_EVERYWHERE = ",dense_above_sigma=1,dense_layers=[]"
+_SKIPPING = parse("policy=importance(budget=0.48, beyond=skip)" + _EVERYWHERE)
+_MXFP8, _MXFP4 = DEFAULT["all MXFP8"], DEFAULT["all MXFP4"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A precision, as `dma_diffusers.finetune.prepare` takes it.
+
+    trains: whether the model is trained for it. quantised: linear layers as `quantize_linears` quantises them after
+    training, instead of `linears`. free: the row of the same precision without training.
+    """
+
+    attention: DMAConfig | None = None
+    linears: str | None = None
+    rounding: str = "nearest"
+    trains: bool = True
+    quantised: str | None = None
+    free: str | None = None
+
+
+PICTURES = {
+    "all MXFP8": Row(_MXFP8, trains=False),
+    "all MXFP4": Row(_MXFP4, trains=False),
+    "QuEST linears": Row(linears="qat", trains=False),
+    "MXFP4 linears": Row(quantised="mxfp4", trains=False),
+    "Quartet II linears": Row(linears="quartet2", trains=False),
+    "both": Row(_MXFP4, "quartet", trains=False),
+    "bf16, trained": Row(),
+    "all MXFP4, trained": Row(_MXFP4, free="all MXFP4"),
+    "QuEST linears, trained": Row(linears="qat", free="QuEST linears"),
+    "Quartet, nearest": Row(linears="quartet", free="QuEST linears"),
+    "Quartet, stochastic": Row(linears="quartet", rounding="stochastic", free="QuEST linears"),
+    "Quartet II, trained": Row(linears="quartet2", free="Quartet II linears"),
+    "both, nearest": Row(_MXFP4, "quartet", free="both"),
+    "both, stochastic": Row(_MXFP4, "quartet", "stochastic", free="both"),
+}
+"""Rows of the demo model of pictures."""
+
+CLIPS = {
+    "all HIGH": Row(parse("policy=dense(everywhere=high)" + _EVERYWHERE), trains=False),
+    "HIGH 48 %, SKIP far": Row(_SKIPPING, trains=False),
+    "HIGH 48 %, SKIP far, trained": Row(_SKIPPING, free="HIGH 48 %, SKIP far"),
+}
+"""Rows of the demo model of clips: the best map that skips at a predicted cost of .45, and full precision's map."""
+
+ROWS = {"demo": PICTURES, "demo-video": CLIPS}
+
+GAPS = {
+    "demo": ("all MXFP4, trained", "all MXFP4", "all MXFP8"),
+    "demo-video": ("HIGH 48 %, SKIP far, trained", "HIGH 48 %, SKIP far", "all HIGH"),
+}
+"""Of each model: the row that is trained, the row before, and the row towards which it is to come."""
+
+ORDER = ("bf16, trained", "QuEST linears, trained", "Quartet, nearest", "QuEST linears")
+"""Rows whose losses are expected to rise in this order (arXiv 2505.14669)."""

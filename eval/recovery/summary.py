@@ -1,0 +1,97 @@
+"""What the finished rows of a study say together: scores with intervals, the gap that training closes, the order."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from dma_diffusers.eval.intervals import bootstrap
+from dma_diffusers.eval.quality.columns import COLUMNS
+from dma_diffusers.eval.quality.summary import as_json
+from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
+from dma_diffusers.eval.recovery.run import result_path
+from dma_diffusers.eval.recovery.study import Study
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Sum up the rows that are finished; intervals are 95 %, over prompts."""
+    paths = {name: result_path(study, name) for name in ROWS[study.plan.model]}
+    results = {name: json.loads(path.read_bytes()) for name, path in paths.items() if path.is_file()}
+    return {
+        "plan": asdict(study.plan),
+        "rows": {name: result | _of_row(name, results, study.plan.model) for name, result in results.items()},
+        "gap_closed_percent": gap_closed(results, *GAPS[study.plan.model]),
+        "order": order(results),
+    }
+
+
+def _of_row(name: str, results: Results, model: str) -> dict[str, Any]:
+    """Return the means of a row's scores, and of what they gained over the same precision without training."""
+    scores, free = results[name]["scores"], ROWS[model][name].free
+    found = {"means": {metric: _interval([values]) for metric, values in scores.items()}}
+    if free in results:
+        before = results[free]["scores"]
+        found["gained"] = {
+            metric: _interval([values, before[metric]], lambda after, before: after - before)
+            for metric, values in scores.items()
+            if metric in before
+        }
+    return found
+
+
+def gap_closed(results: Results, trained: str, free: str, better: str) -> dict[str, Any] | None:
+    """Return how much of the PSNR between `free` and `better` the trained row regains, in percent.
+
+    None where a row is missing.
+    """
+    if not {trained, free, better} <= results.keys():
+        return None
+    columns = [results[name]["scores"]["psnr_db"] for name in (trained, free, better)]
+    return _interval(columns, lambda after, before, aim: 100 * (after - before) / (aim - before))
+
+
+def order(results: Results) -> dict[str, Any] | None:
+    """Return the held-out losses of `ORDER` at the largest budget that all trained ones reached, and whether they rise.
+
+    None where a row is missing.
+    """
+    if not set(ORDER) <= results.keys():
+        return None
+    trained = [results[name]["loss"] for name in ORDER if results[name]["trains"]]
+    budget = max(set.intersection(*(set(map(int, loss)) for loss in trained)))
+    losses = {name: results[name]["loss"][str(budget if results[name]["trains"] else 0)] for name in ORDER}
+    return {"budget": budget, "losses": losses, "rises": bool(np.all(np.diff(list(losses.values())) >= 0))}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return a summary as Markdown."""
+    rows = summary["rows"]
+    metrics = list(next(iter(rows.values()))["means"]) if rows else []
+    budgets = [0, *summary["plan"]["budgets"]]
+    header = [
+        "Row",
+        *(f"loss, {budget} steps" for budget in budgets),
+        *(COLUMNS[name]["title"] for name in metrics),
+    ]
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
+    for name, row in rows.items():
+        losses = [row["loss"].get(str(budget)) for budget in budgets]
+        cells = [name, *("–" if loss is None else f"{loss:.3g}" for loss in losses)]
+        cells += [_words(row["means"].get(metric), COLUMNS[metric]["digits"]) for metric in metrics]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _words(interval: Mapping[str, Any] | None, digits: int) -> str:
+    if interval is None:
+        return "–"
+    estimate, low, high = (f"{interval[name]:.{digits}f}" for name in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
+
+
+def _interval(columns: list, statistic=lambda mean: mean) -> dict[str, Any]:
+    return as_json(bootstrap(columns, statistic), len(columns[0]))

@@ -1,0 +1,53 @@
+"""The kernels of attention's backward compiled ahead of time, on any machine, with what the compiler made of each."""
+
+from typing import Any
+
+import torch
+
+from dma_diffusers.kernels.ahead_of_time.compile import TARGETS, compile_launch, mma_kinds, resources
+from dma_diffusers.kernels.backward import launch
+from dma_diffusers.kernels.call import Call
+from dma_diffusers.kernels.device.launch import Launcher
+from dma_diffusers.kernels.lowerings import choose
+from dma_diffusers.kernels.plan import make
+from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
+from dma_diffusers.kernels.tiling.precision_map import Class
+
+KERNELS = ("query_gradients", "key_gradients")
+_TOKENS, _HEADS = 256, 16
+
+
+def compile_backward(target: str, head_dim: int, high: str | None, low: str | None) -> list[dict[str, Any]]:
+    """Compiles the `KERNELS` for `target`, one of `TARGETS`; a precision that is None has no tile.
+
+    Returns dictionaries of `kernel, mma_kinds, registers, spills` (bytes of stack that a thread needs) and
+    `shared_bytes`. Raises ValueError for an unknown target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
+    policy = Diagonal(sink=0) if high and low else Dense(Class.HIGH if high else Class.LOW)
+    words = high or low, low or high
+    q, k, v, out = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(4))
+    recorded: list[tuple[Any, tuple, dict[str, Any]]] = []
+    launch.gradients(
+        Call(q, k, v), make(policy, Layout(_TOKENS, _TOKENS)), Precisions.parse(*words), out, out[..., 0].float(), out,
+        lowering=choose(target, head_dim, *words).lowering, target=target,
+        launcher=Launcher(lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options))),
+    )  # fmt: skip
+    found = []
+    for kernel, arguments, options in recorded:
+        if kernel.__name__ in KERNELS:
+            compiled = compile_launch(kernel, arguments, options, target)
+            registers, spills = resources(compiled.asm["cubin"])
+            found.append(
+                {
+                    "kernel": kernel.__name__,
+                    "mma_kinds": mma_kinds(compiled.asm["ptx"]),
+                    "registers": registers,
+                    "spills": spills,
+                    "shared_bytes": compiled.metadata.shared,
+                }
+            )
+    return found

@@ -1,0 +1,1 @@
+"""The attention's backward over the precision map."""

@@ -1,0 +1,413 @@
+"""The kernels of attention's backward: one for dQ, which follows the map's block lists, one for dK and dV.
+
+Products are of bf16 numbers and summed in float32. The reference beside this file defines what is correct.
+"""
+
+import triton
+import triton.language as tl
+
+from dma_diffusers.kernels.attention.loads import load_rows
+from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, to_bf16, to_output
+from dma_diffusers.kernels.quantiser.tile import load_tile, token_at
+from dma_diffusers.kernels.tiling import precision_map
+from dma_diffusers.kernels.tiling.layout import SUBTILE
+
+TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
+SUBTILES = tl.constexpr(TILE.value // SUBTILE)  # of a tile
+LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["q_length", "token_count"])
+def prepare(
+    out_gradient, out, lse, lse_gradient, offset, token_order, prepared, delta, lse_2, smoothed_lse_2,
+    heads, q_length, token_count,
+    gradient_stride_b, gradient_stride_h, gradient_stride_s, out_stride_b, out_stride_h, out_stride_s,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What both kernels read of one tile of rows, in the order of slots.
+
+    `prepared` [B·H, tiles·128, D] takes the output's gradient in bf16. `delta` [B·H·tiles·128] takes its products with
+    the output, less the gradient of the log-sum-exp, if there is one. `lse_2` takes the log-sum-exp in base 2, and
+    `smoothed_lse_2` the same less `offset`, which smoothing takes from a row's scores: +inf for rows that see no key,
+    whose probabilities are thereby 0. The strides of out_gradient and of out [B, H, tokens, HEAD_DIM] are free but for
+    the last, lse and lse_gradient are contiguous.
+    """
+    tiles = tl.cdiv(q_length, TILE)
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    slots, columns = tile * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    tokens = token_at(token_order, slots, q_length, token_count)
+    is_row = tokens < q_length
+    inside = is_row[:, None] & (columns < HEAD_DIM)[None, :]
+    batch, head_in_batch = head // heads, head % heads
+    gradient = to_bf16(load_tile(
+        out_gradient, batch, head_in_batch, tokens[:, None], columns, inside,
+        gradient_stride_b, gradient_stride_h, gradient_stride_s,
+    ))  # fmt: skip
+    result = load_tile(
+        out, batch, head_in_batch, tokens[:, None], columns, inside, out_stride_b, out_stride_h, out_stride_s
+    )
+    place = head.to(tl.int64) * (tiles * TILE) + slots
+    tl.store(prepared + place[:, None] * D + columns[None, :], gradient)
+    product = tl.sum(gradient.to(tl.float32) * result, axis=1)
+    own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
+    if lse_gradient is not None:
+        product -= tl.load(lse_gradient + own, mask=is_row, other=0.0)
+    log_sum = tl.load(lse + own, mask=is_row, other=float("-inf"))
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2_E)
+    tl.store(delta + place, product)
+    tl.store(lse_2 + place, log_sum)
+    if offset is not None:
+        tl.store(smoothed_lse_2 + place, log_sum - tl.load(offset + place))
+
+
+@triton.jit
+def _seen(queries, keys, key_mask, fine_mask, guards, k_length, CAUSAL: tl.constexpr):
+    """Says which keys each query sees, of shapes that broadcast."""
+    if fine_mask is not None:  # as FineMask.seen has it
+        slots = tl.cdiv(k_length, TILE) * TILE
+        first, last = tl.load(fine_mask + queries), tl.load(fine_mask + slots + queries) | guards
+        low = tl.load(fine_mask + 2 * slots + keys) | guards
+        high = tl.load(fine_mask + 3 * slots + keys)
+        seen = ((low - first) & (last - high) & guards) == guards
+    elif CAUSAL:
+        seen = (keys <= queries) & (keys < k_length)
+    else:
+        seen = keys < k_length
+    if key_mask is not None:
+        seen &= tl.load(key_mask + keys) != 0
+    return seen
+
+
+@triton.jit
+def _probabilities(
+    products, factor, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The probabilities of a block, from its products; rows' numbers, queries and keys broadcast to them."""
+    exponent = products * factor - lse
+    if log_counts is not None:
+        exponent += tl.load(log_counts + keys)
+    p = tl.exp2(exponent)
+    if log_counts is not None:
+        p = tl.where((word >> (keys // SUBTILES % MEANS_TILES)) & 1 != 0, p, 0.0)
+    elif MASKED or key_mask is not None:
+        p = tl.where(_seen(queries, keys, key_mask, fine_mask, guards, k_length, MASKED and CAUSAL), p, 0.0)
+    return p
+
+
+@triton.jit
+def _as_e4m3(p):
+    """Probabilities with the precision of e4m3, as the reference's `rounded_p` has them."""
+    bits = (p.to(tl.int32, bitcast=True) + 0x80000) & -0x100000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _query_phase(
+    dq, weighted, total, sums, sums_of_p, q_elements, k_elements, v, lse, gradient, row_delta,
+    factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+    indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length,
+    SUMS: tl.constexpr, CORRECTS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds dS·K of the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
+
+    Without `indices` they are the tiles of means from `first` to `last`, each with its word of bits in `words`.
+    CORRECTS: `weighted` adds P·K, and `total` the rows of P∘(dP − delta). SUMS: `sums` adds the rows of dS, `sums_of_p`
+    those of P.
+    """
+    queries = start + tl.arange(0, ROWS)
+    rows = (batch * heads + head_in_batch).to(tl.int64) * (q_tiles * TILE) + queries
+    q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
+    row_lse = tl.load(lse + rows)
+    PARTS: tl.constexpr = TILE // KEYS
+    for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
+        tile = step // PARTS
+        if indices is not None:
+            tile = tl.load(indices + tile)
+        k_start = tile * TILE + (step - step // PARTS * PARTS) * KEYS
+        k = load_rows(k_elements, batch, kv_head, kv_heads, k_start, k_tiles * TILE, True, KEYS, D)
+        value = load_rows(v, batch, kv_head, kv_heads, k_start, k_tiles * TILE, True, KEYS, D)
+        word = None
+        if words is not None:
+            word = tl.load(words + tile)
+        p = _probabilities(
+            tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor, row_lse[:, None],
+            queries[:, None], (k_start + tl.arange(0, KEYS))[None, :], word, log_counts, key_mask, fine_mask, guards,
+            k_length, MASKED, CAUSAL,
+        )  # fmt: skip
+        if CORRECTS:
+            weighted = tl.dot(bf16_operand(p), loaded_bf16(k), weighted)
+            if SUMS:
+                sums_of_p += tl.sum(p, axis=1)
+        dp = tl.dot(loaded_bf16(gradient), tl.trans(loaded_bf16(value)))
+        ds = p * (dp - row_delta[:, None])
+        if CORRECTS:
+            total += tl.sum(ds, axis=1)
+        if SUMS:
+            sums += tl.sum(ds, axis=1)
+        dq = tl.dot(bf16_operand(ds), loaded_bf16(k), dq)
+    return dq, weighted, total, sums, sums_of_p
+
+
+@triton.jit(do_not_specialize=[
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length", "means_stride_b",
+    "means_stride_h"
+])  # fmt: skip
+def query_gradients(
+    q_high, k_high, v_high, high_lse, high_factor,
+    q_low, k_low, v_low, low_lse, low_factor,
+    mean_q, mean_k, mean_v, mean_lse, mean_factor,
+    gradient, delta, lse_gradient, k_mean, softmax_scale_log2, indices, bounds, means, log_counts,
+    key_mask, fine_mask, token_order, dq, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
+    map_stride_b, map_stride_h, map_length, means_stride_b, means_stride_h, stride_b, stride_h, stride_s,
+    HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr, CORRECTS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dQ of ROWS queries of one head, over the KV tiles of their block list.
+
+    HIGH, LOW: whether keys of such a class are "raw" or "smoothed"; None for a class without tiles. MEAN: whether there
+    are such tiles. MASKED ones are HIGH, or LOW in a map without HIGH tiles. Operands are bf16 [B, heads, tiles·128,
+    D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2.
+    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if all or none have lost it.
+    CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
+    tokens], or None), since the output was computed with rounded probabilities (Attn-QAT, arXiv 2603.00040).
+    """
+    q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
+    blocks = tl.cdiv(q_length, ROWS)
+    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the longest rows first
+    start = block * ROWS
+    batch, head_in_batch = head // heads, head % heads
+    kv_head = head_in_batch // (heads // kv_heads)
+    row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
+    tiles = indices + row * map_length
+    high_end = tl.load(bounds + row * 3)
+    low_end = tl.load(bounds + row * 3 + 1)
+    end = tl.load(bounds + row * 3 + 2)
+    own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
+    wide_mask = own_mask if MASKS_ALL else None
+    queries, channels = start + tl.arange(0, ROWS), tl.arange(0, D)
+    rows = head.to(tl.int64) * (q_tiles * TILE) + queries
+    own_gradient = load_rows(gradient, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
+    row_delta = tl.load(delta + rows)
+
+    accumulator = tl.zeros((ROWS, D), tl.float32)
+    weighted = tl.zeros((ROWS, D), tl.float32) if CORRECTS else accumulator
+    total = tl.zeros((ROWS,), tl.float32)
+    sums, sums_of_p = total, total
+    tokens = token_at(token_order, queries, q_length, token_count)
+    if CORRECTS and lse_gradient is not None:
+        own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
+        total -= tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
+    HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "raw"
+    LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "raw"
+    if HIGH is not None:
+        accumulator, weighted, total, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
+            q_tiles, k_tiles, start, tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
+            HIGH_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+        )  # fmt: skip
+        accumulator, weighted, total, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
+            q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+            HIGH_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+        )  # fmt: skip
+    if LOW is not None:
+        accumulator, weighted, total, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+            low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
+            q_tiles, k_tiles, start, tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
+            LOW_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+        )  # fmt: skip
+        if HIGH is None:
+            accumulator, weighted, total, sums, sums_of_p = _query_phase(
+                accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+                low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
+                q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+                LOW_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+            )  # fmt: skip
+    if MEAN:
+        mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
+        of_means = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(tl.int64)
+        accumulator, weighted, total, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, sums, sums_of_p, mean_q, mean_k, mean_v,
+            mean_lse, own_gradient, row_delta, mean_factor, batch, head_in_batch, heads, kv_head, kv_heads,
+            q_tiles, mean_tiles, start, None, 0, mean_tiles, means + of_means * mean_tiles,
+            log_counts + batch * (mean_tiles * TILE), None, None, guards, k_length,
+            False, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+        )  # fmt: skip
+
+    if CORRECTS:
+        accumulator -= total[:, None] * weighted
+        sums -= total * sums_of_p
+        tl.store(delta + rows, row_delta + total)
+    if k_mean is not None:
+        mean = tl.load(k_mean + (batch * kv_heads + kv_head) * D + channels)
+        accumulator -= sums[:, None] * mean[None, :]
+    place = batch.to(tl.int64) * stride_b + head_in_batch.to(tl.int64) * stride_h
+    place = place + tokens[:, None].to(tl.int64) * stride_s + channels[None, :]
+    inside = (tokens < q_length)[:, None] & (channels < head_dim)[None, :]
+    result = accumulator * (softmax_scale_log2 * LN_2)
+    tl.store(dq + place, to_output(result, dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _key_phase(
+    dk, dv, k_elements, v, q_elements, lse, gradient, delta, factor,
+    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start, indices, first, last, words, log_counts,
+    key_mask, fine_mask, guards, k_length,
+    ROUNDS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds dSᵀ·Q and Pᵀ·dO of the Q tiles `indices[first:last]`, all of one class, for KEYS keys from `start` on.
+
+    Without `indices` they are the Q tiles from `first` to `last`, and the keys are means: `words` has each Q tile's
+    word of bits for this tile of means. ROUNDS: Pᵀ·dO has the probabilities as FP8 P·V had them.
+    """
+    keys = (start + tl.arange(0, KEYS))[:, None]
+    k = load_rows(k_elements, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
+    value = load_rows(v, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
+    head = batch * heads + head_in_batch
+    dk *= 1 / factor  # which would else be a part of every product
+    PARTS: tl.constexpr = TILE // ROWS
+    for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
+        tile = step // PARTS
+        if indices is not None:
+            tile = tl.load(indices + tile)
+        q_start = tile * TILE + (step - step // PARTS * PARTS) * ROWS
+        queries = q_start + tl.arange(0, ROWS)
+        rows = head.to(tl.int64) * (q_tiles * TILE) + queries
+        q = load_rows(q_elements, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, ROWS, D)
+        own_gradient = load_rows(
+            gradient, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, ROWS, D
+        )
+        word = None
+        if words is not None:
+            word = tl.load(words + tile * tl.cdiv(tl.cdiv(k_length, TILE), MEANS_TILES))
+        p = _probabilities(
+            tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor,
+            tl.load(lse + rows)[None, :], queries[None, :], keys, word, log_counts, key_mask, fine_mask, guards,
+            k_length, MASKED, CAUSAL,
+        )  # fmt: skip
+        dv = tl.dot(bf16_operand(_as_e4m3(p) if ROUNDS else p), loaded_bf16(own_gradient), dv)
+        dp = tl.dot(loaded_bf16(value), tl.trans(loaded_bf16(own_gradient)))
+        ds = p * (dp - tl.load(delta + rows)[None, :])
+        dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
+    return dk * factor, dv
+
+
+@triton.jit(do_not_specialize=[
+    "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length"
+])  # fmt: skip
+def key_gradients(
+    q_high, k_high, v_high, high_lse, high_factor,
+    q_low, k_low, v_low, low_lse, low_factor,
+    gradient, delta, indices, bounds, dk_of_means, dv_of_means, key_mask, fine_mask, token_order,
+    dk, dv, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
+    map_stride_b, map_stride_h, map_length, stride_b, stride_h, stride_s,
+    HIGH: tl.constexpr, HIGH_ROUNDS: tl.constexpr, LOW: tl.constexpr, LOW_ROUNDS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of KEYS keys of one head, over the Q tiles that the transposed map's lists name for their tile.
+
+    Arguments are as `query_gradients` has them. dk_of_means, dv_of_means: float32 [B·Hkv, tiles of means·128, D], as
+    `mean_gradients` gives them: the share of each key in its sub-tile. dk and dv have the same strides.
+    """
+    q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
+    blocks = tl.cdiv(k_length, KEYS)
+    kv, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    start = block * KEYS
+    batch, kv_head = kv // kv_heads, kv % kv_heads
+    group = heads // kv_heads
+    own_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * (k_tiles * TILE)
+    wide_mask = own_mask if MASKS_ALL else None
+    keys, channels = start + tl.arange(0, KEYS), tl.arange(0, D)
+    tokens = token_at(token_order, keys, k_length, token_count)
+    dk_sum, dv_sum = tl.zeros((KEYS, D), tl.float32), tl.zeros((KEYS, D), tl.float32)
+    if dk_of_means is not None:
+        is_seen = tokens < k_length
+        if key_mask is not None:
+            is_seen &= tl.load(own_mask + keys) != 0
+        subtiles = kv.to(tl.int64) * (tl.cdiv(k_tiles, MEANS_TILES) * TILE) + keys // (TILE // SUBTILES)
+        place = subtiles[:, None] * D + channels[None, :]
+        dk_sum += tl.load(dk_of_means + place, mask=is_seen[:, None], other=0.0)
+        dv_sum += tl.load(dv_of_means + place, mask=is_seen[:, None], other=0.0)
+    for head_in_batch in range(kv_head * group, (kv_head + 1) * group):
+        row = (batch * map_stride_b + head_in_batch * map_stride_h + start // TILE).to(tl.int64)
+        tiles = indices + row * map_length
+        high_end = tl.load(bounds + row * 3)
+        low_end = tl.load(bounds + row * 3 + 1)
+        end = tl.load(bounds + row * 3 + 2)
+        if HIGH is not None:
+            dk_sum, dv_sum = _key_phase(
+                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
+                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
+                HIGH_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+            )  # fmt: skip
+            dk_sum, dv_sum = _key_phase(
+                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
+                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+                HIGH_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+            )  # fmt: skip
+        if LOW is not None:
+            dk_sum, dv_sum = _key_phase(
+                dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
+                low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
+                LOW_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
+            )  # fmt: skip
+            if HIGH is None:
+                dk_sum, dv_sum = _key_phase(
+                    dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
+                    low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                    tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+                    LOW_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
+                )  # fmt: skip
+    place = batch.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    place = place + tokens[:, None].to(tl.int64) * stride_s + channels[None, :]
+    inside = (tokens < k_length)[:, None] & (channels < head_dim)[None, :]
+    tl.store(dk + place, to_output(dk_sum * LN_2, dk.dtype.element_ty), mask=inside)
+    tl.store(dv + place, to_output(dv_sum, dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_length", "k_length", "means_stride_b", "means_stride_h"])
+def mean_gradients(
+    mean_q, mean_k, mean_v, mean_lse, mean_factor, gradient, delta,
+    means, log_counts, dk, dv, heads, kv_heads, q_length, k_length, means_stride_b, means_stride_h,
+    ROUNDS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of KEYS means of one head, over all Q tiles, divided by the number of keys of each.
+
+    dk, dv: float32 [B·Hkv, tiles of means·128, D]; dk still lacks the factor ln 2.
+    """
+    q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
+    mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
+    blocks = mean_tiles * (TILE // KEYS)
+    kv, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    start = block * KEYS
+    batch, kv_head = kv // kv_heads, kv % kv_heads
+    group = heads // kv_heads
+    own_counts = log_counts + batch * (mean_tiles * TILE)
+    dk_sum, dv_sum = tl.zeros((KEYS, D), tl.float32), tl.zeros((KEYS, D), tl.float32)
+    for head_in_batch in range(kv_head * group, (kv_head + 1) * group):
+        row = (batch * means_stride_b + head_in_batch * means_stride_h).to(tl.int64)
+        dk_sum, dv_sum = _key_phase(
+            dk_sum, dv_sum, mean_k, mean_v, mean_q, mean_lse, gradient, delta,
+            mean_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
+            None, 0, q_tiles, means + row * mean_tiles + start // TILE, own_counts, None, None, None, k_length,
+            ROUNDS, False, False, ROWS, KEYS, D, STAGES,
+        )  # fmt: skip
+    keys = start + tl.arange(0, KEYS)
+    share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]  # −inf where no key is seen
+    place = (kv.to(tl.int64) * (mean_tiles * TILE) + keys)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dk + place, dk_sum * share)
+    tl.store(dv + place, dv_sum * share)

@@ -1,0 +1,59 @@
+"""The tuning table of the backward's kernels: how they are built for each architecture and head dimension.
+
+sm_90: dQ, and dK and dV of 128 channels, from times on an H200. All others: from what the compiler makes of each.
+Nothing spills where a map has one class, with Triton 3.6; with several and FP8 P·V, sm_90 spills 32 bytes at most.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from dma_diffusers.kernels.lowerings import TCGEN05_ARCHITECTURES, WITHOUT_TMA
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One kernel's variant.
+
+    rows, keys: queries and keys of a block, which divide the map tile's 128. warps: of one program. stages: of its
+        pipeline.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The variants of the kernel for dQ, and of the one for dK and dV.
+
+    by_pointers: whether operands are read by pointers, which suits mma.sync, and not through tensor descriptors.
+    """
+
+    of_queries: Blocks
+    of_keys: Blocks
+    by_pointers: bool = False
+
+
+_WITH_MMA_SYNC = (*WITHOUT_TMA, "sm_120")
+TABLE = (
+    # The first row that fits: architectures, head dimension, variant.
+    (TCGEN05_ARCHITECTURES, 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
+    # Two sums of 64 rows would fill wgmma's registers.
+    (("sm_90", *_WITH_MMA_SYNC), 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), by_pointers=True)),
+    (("sm_90",), 128, Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
+    (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2))),
+    (_WITH_MMA_SYNC, "*", Tuning(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), by_pointers=True)),
+    ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
+)
+
+
+@cache
+def tuning(architecture: str, dim: int) -> Tuning:
+    """The first row of the table that fits. dim: 64, 128 or 256."""
+    return next(
+        row
+        for architectures, dims, row in TABLE
+        if (architectures == "*" or architecture in architectures) and dims in (dim, "*")
+    )

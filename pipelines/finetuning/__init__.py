@@ -1,0 +1,1 @@
+"""Fine-tuning of a pipeline's transformer for the precision that it will run at."""

@@ -1,0 +1,64 @@
+"""The transformer that is trained, and the size of the pictures that its pipeline is asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.kernels.backward.reference import why_not
+from dma_diffusers.pipelines.load import arguments
+
+
+def trainable(pipe: DiffusionPipeline, component: str) -> torch.nn.Module:
+    """Return a component of the pipeline that gradients can reach.
+
+    Raises ValueError where there is none of this name, its weights are quantised, or it has no room on the GPU.
+    """
+    kind = type(pipe).__name__
+    model = pipe.components.get(component)
+    if not isinstance(model, torch.nn.Module):
+        named = [name for name in pipe.components if name.startswith("transformer")]
+        instead = f"give --component {' or '.join(named)}" if named else "there is nothing here to fine-tune"
+        raise ValueError(f"{kind} has no {component}: {instead}")
+    whole = [name for name, value in model.named_parameters() if not value.is_floating_point()]
+    if whole:
+        raise ValueError(f"the weights of {component} are quantised ({whole[0]}): load the model in bfloat16")
+    if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules()):
+        raise ValueError(f"{component} has no room on this GPU beside the rest of {kind}: take a larger GPU")
+    return model
+
+
+def with_size(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the call with the width and height that the pipeline takes by default, where it has none."""
+    sides = {}
+    for name in ("width", "height"):
+        default = arguments(type(pipe))[name].default
+        sides[name] = call.get(name) or default or pipe.default_sample_size * pipe.vae_scale_factor
+    return {**call, **sides}
+
+
+def depends_on_noise(config: DMAConfig | None) -> bool:
+    """Tell whether a model may run otherwise at another noise level, so that a batch must have a single one."""
+    if config is None:
+        return False
+    configs = _of_modules(config)
+    return any(
+        len(each.entries) > 1 or (each.asked.leaves_out and each.dense_above_sigma != 1) for each in configs
+    )
+
+
+def check_backward(config: DMAConfig) -> None:
+    """Raise ValueError, naming it, where one of the policies has no backward."""
+    for each in _of_modules(config):
+        for entry in each.entries:
+            if reason := why_not(entry.config.asked):
+                raise ValueError(
+                    f"attention={entry.config.words} can't be trained: {reason}; every other policy has one"
+                )
+
+
+def _of_modules(config: DMAConfig) -> list[DMAConfig]:
+    """The configuration, and those of modules that have one of their own."""
+    return [config, *(config.of_module(name) for name in dict(config.modules))]

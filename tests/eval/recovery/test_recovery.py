@@ -1,0 +1,141 @@
+"""The recovery study on a tiny model: rows are made once, judged on what they did not learn from, and summed up."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+
+from dma_diffusers import finetune
+from dma_diffusers.eval.recovery import run as run_module
+from dma_diffusers.eval.recovery import scores as scores_module
+from dma_diffusers.eval.recovery import study as study_module
+from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_prompts
+from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
+from dma_diffusers.eval.recovery.run import drawings_path, result_path, run
+from dma_diffusers.eval.recovery.study import Plan, Study
+from dma_diffusers.eval.recovery.summary import gap_closed, order, summarise, table
+from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
+from tests.pipelines.saved_flux import save_flux
+
+PLAN = Plan(prompts=2, held_out=3, judged=1, budgets=(1, 3), batch=2, learning_rate=1e-4, warmup=0, decay=0)
+
+
+def silent(title: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, patch):
+    """A study of the tiny FLUX pipeline, with the prompts of the demo."""
+    folder = tmp_path_factory.mktemp("study")
+    save_flux(folder / "model")
+    patch.setattr(study_module, "named_model", lambda name: folder / "model")
+
+    def missing(device):
+        raise ModuleNotFoundError
+
+    patch.setattr(scores_module, "AlignmentScorer", missing)
+    made = Study.of(folder, PLAN)
+    made.prepare(silent)
+    for name in ORDER:
+        run(made, name, 900, silent)
+    return made
+
+
+def test_rows_are_judged_at_each_budget(study):
+    free, trained = (
+        json.loads(result_path(study, name).read_text())
+        for name in ("QuEST linears", "QuEST linears, trained")
+    )
+    assert list(free["loss"]) == ["0"] and list(trained["loss"]) == ["0", "1", "3"]
+    assert trained["loss"]["0"] == free["loss"]["0"] > trained["loss"]["3"] > 0
+    exact = json.loads(result_path(study, "bf16, trained").read_text())
+    assert exact["loss"]["0"] < 1e-12
+    assert len(free["scores"]["psnr_db"]) == 3 and set(free["scores"]) == {"psnr_db", "lpips"}
+    drawn = study.drawings(drawings_path(study, "QuEST linears"))
+    assert drawn.shape == study.exact.shape == (3, 1, 48, 40, 3)
+    error = np.square(drawn - study.exact.astype(float)).mean((1, 2, 3, 4))
+    np.testing.assert_allclose(free["scores"]["psnr_db"], 10 * np.log10(255**2 / error), rtol=1e-4)
+
+
+def test_a_row_that_is_there_is_not_made_again(study, monkeypatch):
+    monkeypatch.setattr(Study, "pipeline", None)
+    assert run(study, ORDER[0], 900, silent) == result_path(study, ORDER[0])
+    with pytest.raises(ValueError, match="there is no row 'all' of demo; there are all MXFP8"):
+        run(study, "all", 900, silent)
+
+
+def test_a_study_keeps_its_plan(study):
+    with pytest.raises(ValueError, match="batch was 2, now 5"):
+        Study.of(study.folder, replace(PLAN, batch=5))
+    assert Study(study.folder).plan == PLAN
+
+
+def test_the_summary_has_order_and_gains(study):
+    summary = summarise(study)
+    assert summary["order"]["budget"] == 3 and list(summary["order"]["losses"]) == list(ORDER)
+    assert summary["gap_closed_percent"] is None
+    gained = summary["rows"]["QuEST linears, trained"]["gained"]["psnr_db"]
+    means = [
+        summary["rows"][n]["means"]["psnr_db"]["estimate"]
+        for n in ("QuEST linears, trained", "QuEST linears")
+    ]
+    assert gained["estimate"] == pytest.approx(means[0] - means[1])
+    assert len(table(summary).splitlines()) == 2 + len(ORDER)
+
+
+def test_training_ends_in_time(study, monkeypatch):
+    monkeypatch.setattr(run_module, "result_path", lambda study, name: study.folder / "rows" / "late.json")
+    late = json.loads(run(study, "QuEST linears, trained", 0, silent).read_text())
+    assert list(late["loss"]) == ["0"] and late["steps"] == 0
+
+
+def test_the_gap_is_closed_in_percent_of_the_way():
+    psnr = {"after": [38.0, 38.0, 36.0], "before": [30.0, 30.0, 28.0], "aim": [40.0, 40.0, 38.0]}
+    results = {name: {"scores": {"psnr_db": values}} for name, values in psnr.items()}
+    closed = gap_closed(results, "after", "before", "aim")
+    assert closed["estimate"] == closed["low"] == closed["high"] == pytest.approx(80)
+    assert gap_closed(results, "after", "before", "absent") is None
+
+
+@pytest.mark.parametrize(("losses", "rises"), [((0.1, 0.2, 0.2, 0.4), True), ((0.1, 0.3, 0.2, 0.4), False)])
+def test_the_order_is_that_of_losses_at_the_last_budget_that_all_reached(losses, rises):
+    results = {
+        name: {
+            "trains": name != ORDER[-1],
+            "loss": {"0": loss, "100": loss, **({"300": 9.0} if i == 0 else {})},
+        }
+        for i, (name, loss) in enumerate(zip(ORDER, losses, strict=True))
+    }
+    found = order(results)
+    assert found["budget"] == 100 and found["rises"] is rises
+
+
+@pytest.mark.parametrize("model", ROWS)
+def test_prompts_to_learn_from_are_not_held_out(model):
+    training = training_prompts(model, 150)
+    assert len(set(training)) == 150 and not set(training) & set(held_out_prompts(model, 200))
+    assert training == training_prompts(model, 150)
+
+
+@pytest.mark.parametrize(("model", "kind", "folder"), [
+    ("demo", FluxTransformer2DModel, DEMO_MODEL), ("demo-video", WanTransformer3DModel, VIDEO_DEMO_MODEL),
+])  # fmt: skip
+def test_the_model_can_have_every_row(model, kind, folder):
+    with torch.device("meta"):
+        transformer = kind.from_config(kind.load_config(folder, subfolder="transformer"))
+    for row in ROWS[model].values():
+        assert row.free is None or row.free in ROWS[model]
+        if row.linears or row.attention:
+            finetune.prepare(transformer, row.linears, row.attention, rounding=row.rounding)
+            finetune.restore(transformer)
+    assert set(GAPS[model]) <= ROWS[model].keys()

@@ -1,0 +1,149 @@
+"""What a model learns from: its pipeline's own calls, and a folder's pictures and clips."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dma_diffusers.pipelines.finetuning.calls import CallStore, first_call, joined
+from dma_diffusers.pipelines.finetuning.data import Example, frames_of, read_folder, store_examples
+from dma_diffusers.pipelines.finetuning.latents import encode
+from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, velocity_loss
+from dma_diffusers.pipelines.finetuning.target import with_size
+from dma_diffusers.pipelines.finetuning.teacher import store_teacher
+from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
+from tests import tiny_pipelines
+from tests.tiny_pipelines import CALLS
+
+CPU, NOTHING = torch.device("cpu"), torch.Generator()
+
+
+def silent(title: str, done: int, total: int) -> None:
+    pass
+
+
+def call_of(pipe, **more) -> dict:
+    return with_size(pipe, {**CALLS[type(pipe)], "num_inference_steps": 2, "negative_prompt": "", **more})
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "branches"),
+    [("flux", {"true_cfg_scale": 2.0}, 2), ("wan", {"guidance_scale": 3.0, "height": 32, "width": 32}, 2)],
+)
+def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, branches, tmp_path):
+    """Each sample of a batch is stored alone, and its velocities are those of the model, whatever it is joined with."""
+    pipe = getattr(tiny_pipelines, family)()
+    store, prompts, call = CallStore(tmp_path), ["a cat", "a dog", "an owl"], call_of(pipe, **more)
+    store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
+    calls = Distillation(store, len(prompts))
+    assert len(calls.levels) == len(prompts) * 2 * branches and len(set(calls.levels)) == 2
+    with torch.no_grad():
+        mixed = calls.batch([0, 4, 9, 11], CPU, NOTHING)
+        assert velocity_loss(pipe.transformer, mixed) < 1e-12 < mixed.output.square().mean()
+    latents = pipe(
+        prompt=prompts[2], generator=torch.Generator().manual_seed(7), output_type="latent", **call
+    )  # fmt: skip
+    first = store.read(2, 0).inputs["hidden_states"]
+    assert first.shape == latents[0].shape  # prompt 2 has seed 5 + 2
+    second = next(store.read(2, n) for n in range(4) if store.read(2, n).level != store.read(2, 0).level)
+    with torch.no_grad():
+        assert not second.inputs["hidden_states"].allclose(first)
+    before = (tmp_path / "000001.safetensors").stat().st_mtime_ns
+    (tmp_path / "000000.safetensors").unlink()
+    store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
+    assert (tmp_path / "000001.safetensors").stat().st_mtime_ns == before and 0 in store
+
+
+def test_flow_matching_mixes_noise_at_the_schedule_s_levels(tmp_path):
+    pipe = tiny_pipelines.flux()
+    call = call_of(pipe, num_inference_steps=8)
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "x.png")
+    store = CallStore(tmp_path / "store")
+    sigmas = store_examples(pipe, pipe.transformer, [Example(tmp_path / "x.png", "x")], call, store, silent)
+    assert len(sigmas) == 9 and sigmas[-1] == 0
+    clean = store.read(0, 0).inputs["hidden_states"]
+    objective = FlowMatching(store, 1, sigmas)
+    mixed = objective.batch([0] * 64, CPU, torch.Generator().manual_seed(0))
+    sigma = mixed.inputs["timestep"][:, None, None]  # FLUX's transformer takes σ itself
+    noise = mixed.output + clean
+    torch.testing.assert_close(mixed.inputs["hidden_states"], (1 - sigma) * clean + sigma * noise)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    below = (sigma.flatten() < sigmas[4]).float().mean()
+    assert 0.3 < below < 0.7  # half of the steps are below the middle one's level
+    one = FlowMatching(store, 1, sigmas, by_level=True).batch([0] * 8, CPU, torch.Generator())
+    assert len(one.inputs["timestep"].unique()) == 1 < len(mixed.inputs["timestep"].unique())
+
+
+def test_wan_s_noise_level_is_in_thousandths(tmp_path):
+    pipe = tiny_pipelines.wan()
+    call = call_of(pipe, height=32, width=32, num_frames=5)
+    asked = first_call(pipe, pipe.transformer, "x", call)
+    store = CallStore(tmp_path)
+    frames = [Image.new("RGB", (32, 32), (i * 40, 0, 0)) for i in range(5)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    sigmas = store_examples(pipe, pipe.transformer, [Example(tmp_path / "x.gif", "x")], call, store, silent)
+    stored = store.read(0, 0)
+    assert stored.inputs["hidden_states"].shape == asked.inputs["hidden_states"].shape == (1, 16, 2, 4, 4)
+    assert stored.level == pytest.approx(1000, rel=1e-3)
+    batch = FlowMatching(store, 1, sigmas).batch([0, 0], CPU, torch.Generator())
+    with torch.no_grad():
+        assert velocity_loss(pipe.transformer, batch).isfinite()
+
+
+@pytest.mark.parametrize(("model", "frames"), [(DEMO_MODEL, 1), (VIDEO_DEMO_MODEL, 5)])
+def test_the_pipeline_decodes_what_was_encoded(model, frames):
+    """It decodes latents as if its transformer had drawn them: to what the autoencoder alone makes of a picture."""
+    pipe = load_pipeline(model)
+    pictures = torch.randint(256, (frames, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    latents = encode(pipe, pictures)
+    pipe.scheduler.step = lambda velocity, t, x, **_: (latents,)
+    size = {"num_frames": frames} if frames > 1 else {}
+    drawn = pipe(
+        prompt="a cat", height=64, width=64, num_inference_steps=1, output_type="np", max_sequence_length=16, **size
+    )  # fmt: skip
+    drawn = drawn.frames[0] if frames > 1 else drawn.images
+    pixels = pictures.permute(3, 0, 1, 2)[None] / 127.5 - 1
+    pixels = pixels if frames > 1 else pixels[:, :, 0]
+    with torch.no_grad():
+        there_and_back = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+    expected = (there_and_back / 2 + 0.5).clamp(0, 1)
+    expected = expected[0].permute(1, 2, 3, 0) if frames > 1 else expected.permute(0, 2, 3, 1)
+    np.testing.assert_allclose(drawn, expected.numpy(), atol=1e-4)
+
+
+def test_captions_are_beside_pictures_or_in_a_table(tmp_path):
+    for name in ("b.png", "a.jpg", "note.md"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    (tmp_path / "a.txt").write_text("an apple\n")
+    with pytest.raises(ValueError, match=r"1 pictures have no caption, the first is b.png"):
+        read_folder(tmp_path, video=False)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "a bee"}))
+    assert [example.caption for example in read_folder(tmp_path, video=False)] == ["an apple", "a bee"]
+    with pytest.raises(ValueError, match="holds no clips"):
+        read_folder(tmp_path, video=True)
+
+
+def test_short_clips_are_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(
+        tmp_path / "x.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]
+    )
+    with pytest.raises(ValueError, match=r"x.gif has 2 frames, and 5 are wanted"):
+        frames_of(tmp_path / "x.gif", (8, 8), 5)
+    assert frames_of(tmp_path / "x.gif", (6, 4), 2).shape == (2, 4, 6, 3)
+
+
+def test_calls_join_only_their_samples():
+    """FLUX's positions hold for all samples, even where a batch is as long as its text."""
+    pipe = tiny_pipelines.flux()
+    alone = first_call(pipe, pipe.transformer, "a cat", call_of(pipe))
+    count = len(alone.inputs["txt_ids"])
+    call = first_call(pipe, pipe.transformer, ["a cat"] * count, call_of(pipe))
+    assert call.shared == {"img_ids", "txt_ids"}
+    one = call.samples()[3]
+    assert len(one.inputs["hidden_states"]) == 1 and len(one.inputs["txt_ids"]) == count
+    both = joined([one, one], CPU)
+    assert len(both.inputs["hidden_states"]) == 2 and len(both.inputs["txt_ids"]) == count

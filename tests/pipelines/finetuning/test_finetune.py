@@ -1,0 +1,221 @@
+"""Runs of fine-tuning: they learn, go on exactly, save what Diffusers loads, and say in a line what is wrong."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+
+from dma_diffusers.config import DMAConfig
+from dma_diffusers.pipelines.finetuning import finetune as module
+from dma_diffusers.pipelines.finetuning import trainer
+from dma_diffusers.pipelines.finetuning.data import Example
+from dma_diffusers.pipelines.finetuning.finetune import Watch, finetune
+from dma_diffusers.pipelines.finetuning.request import Request
+from dma_diffusers.pipelines.finetuning.trainer import Settings, Trainer
+from dma_diffusers.pipelines.generate import draw
+from dma_diffusers.pipelines.load import load_pipeline
+from tests.pipelines.saved_flux import CALL, save_flux
+
+PROMPTS = ("a cat", "a dog")
+SETTINGS = Settings(batch=2, learning_rate=1e-3, warmup=0)
+
+
+def silent(title: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_flux(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def request_(model):
+    return Request(model, CALL, PROMPTS, linears="qat", settings=SETTINGS)
+
+
+DRAWN = []  # the step, and a number that was drawn before it from torch's own generator
+STOCK = Trainer.advance
+
+
+def draws(self):
+    DRAWN.append((self.step, float(torch.rand(1))))
+    return STOCK(self)
+
+
+def stops(self):
+    if self.step == 3:
+        raise KeyboardInterrupt
+    return draws(self)
+
+
+@pytest.fixture(scope="module")
+def run(request_, tmp_path_factory):
+    """A run of four steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", draws)
+        result = finetune(request_, 4, folder, Watch(checkpoint_every=2, sheet_every=3, samples=1), silent)
+    return folder, result
+
+
+def weights(folder):
+    return FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(run, request_, tmp_path, monkeypatch):
+    """It is stopped before its fourth step, and goes on from the checkpoint after the second."""
+    folder, whole = run
+    unbroken = list(DRAWN)
+    DRAWN.clear()
+    for advance in (stops, draws):
+        torch.manual_seed(99)  # another process would have any state
+        monkeypatch.setattr(Trainer, "advance", advance)
+        with pytest.raises(KeyboardInterrupt) if advance is stops else nullcontext():
+            result = finetune(request_, 4, tmp_path, Watch(checkpoint_every=2), silent)
+    assert unbroken[:3] + unbroken[2:] == DRAWN  # the third step was made twice
+    assert result["loss"] == whole["loss"]
+    one, other = weights(tmp_path), weights(folder)
+    assert all(one[name].equal(other[name]) for name in other)
+    states = [
+        torch.load(each / "checkpoints/step-00000004/state.pt", weights_only=True)
+        for each in (tmp_path, folder)
+    ]
+    for name in ("weights", "optimizer", "average"):
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=0)
+
+
+def test_the_result_loads_in_stock_diffusers_and_draws(run, model, request_):
+    folder, result = run
+    trained = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    stock = FluxTransformer2DModel.from_pretrained(model / "transformer")
+    changed = [
+        name for name, value in trained.state_dict().items() if not value.equal(stock.state_dict()[name])
+    ]
+    assert trained.state_dict().keys() == stock.state_dict().keys() and len(changed) > 10
+    pipe = FluxPipeline.from_pretrained(model, transformer=trained)
+    pipe.set_progress_bar_config(disable=True)
+    assert draw(pipe, ["a cat"], [0], CALL).frames.shape == (1, 1, 48, 40, 3)
+    policy = json.loads((folder / "policy.json").read_text())
+    assert policy["evidence"]["linears"] == "qat" and policy["evidence"]["steps"] == 4
+    assert DMAConfig.from_file(folder / "policy.json").lowering == "stock"
+    assert (folder / "samples-000003.png").is_file() and (folder / "samples-000004.png").is_file()
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == result["loss"] and lines[-1]["step"] == 4
+    assert sorted(path.name for path in folder.glob("checkpoints/*")) == ["step-00000002", "step-00000004"]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "x.png"
+    Image.linear_gradient("L").convert("RGB").save(path)
+    return Example(path, "a gradient")
+
+
+@pytest.mark.parametrize("objective", ["distillation", "flow matching"])
+def test_both_objectives_lower_the_loss_of_a_fixed_batch(objective, request_, picture, tmp_path, monkeypatch):
+    """Steps on the very same batch, whose noise is the same, can only be learning."""
+    first, stock = [], Trainer.batch
+
+    def same(self, number):
+        if not first:
+            first.append(stock(self, number))
+        return first[0]
+
+    monkeypatch.setattr(Trainer, "batch", same)
+    rate = 1e-4 if objective == "distillation" else 1e-3
+    asked = replace(request_, settings=replace(SETTINGS, learning_rate=rate, ema=0, clip=1e9))
+    if objective == "flow matching":
+        asked = replace(asked, prompts=(), examples=(picture,))
+    losses = finetune(asked, 4, tmp_path, Watch(0), silent)["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lora_trains_adapters_alone_and_loads(request_, model, tmp_path):
+    asked = replace(request_, lora_rank=2, settings=replace(SETTINGS, learning_rate=0.05))
+    result = finetune(asked, 2, tmp_path, Watch(checkpoint_every=1), silent)
+    assert result["saved"] == str(tmp_path / "lora")
+    state = torch.load(tmp_path / "checkpoints/step-00000002/state.pt", weights_only=True)
+    assert state["weights"] and all("lora_" in name for name in state["weights"])
+    pipe = load_pipeline(model)
+    before = draw(pipe, ["a cat"], [0], CALL).latents
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(before)
+
+
+def test_attention_and_linear_layers_learn_together(request_, tmp_path):
+    """Attention runs at low precision in training as well: the loss without a step is that of drawing with it."""
+    attention = DMAConfig(low="mxfp4", window=0, sink=0, protect_text=False)
+    asked = replace(request_, attention=attention, settings=replace(SETTINGS, learning_rate=1e-4))
+    alone, both = (
+        finetune(replace(asked, linears=linears), 2, tmp_path / str(linears), Watch(0), silent)["loss"]
+        for linears in (None, "qat")
+    )
+    assert 1e-7 < alone[0] < both[0] and both[1] < both[0]
+    policy = DMAConfig.from_file(tmp_path / "qat" / "policy.json")
+    assert policy.low == "mxfp4" and policy.window == 0 and policy.weights
+
+
+def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
+    asked = replace(request_, gradient_checkpointing=True)
+    assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
+
+
+def test_another_configuration_is_refused_with_its_differences(run, request_):
+    other = replace(request_, linears="quartet", settings=replace(SETTINGS, batch=3))
+    with pytest.raises(ValueError, match="batch was 2, now 3; linears was 'qat', now 'quartet'"):
+        finetune(other, 5, run[0], Watch(), silent)
+
+
+def test_a_loss_that_is_nan_names_the_last_good_checkpoint(request_, tmp_path, monkeypatch):
+    stock, calls = trainer.velocity_loss, []
+
+    def breaks(model, call):
+        calls.append(call)
+        return stock(model, call) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(trainer, "velocity_loss", breaks)
+    with pytest.raises(
+        ValueError, match=r"in step 2: the last good checkpoint is .*step-00000001; lower --lr"
+    ):
+        finetune(request_, 4, tmp_path, Watch(checkpoint_every=1), silent)
+
+
+def test_out_of_memory_says_what_to_lower(request_, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "advance", full)
+    with pytest.raises(RuntimeError, match="out of memory with --batch 2: lower it and raise --accumulate"):
+        finetune(request_, 1, tmp_path, Watch(), silent)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"component": "transformer_2"}, "FluxPipeline has no transformer_2: give --component transformer"),
+    ({"linears": "int3"}, "unknown linears 'int3'"),
+    ({"prompts": ()}, "give prompts to distil from full precision, or a folder of data"),
+    ({"linears": None}, "nothing is low-bit"),
+    ({"attention": DMAConfig(linears="fp8")}, "give linear layers by --linears"),
+    ({"attention": DMAConfig.preset("auto")}, "lowering=fastest leaves calls that train to stock"),
+    ({"attention": DMAConfig(policy="skip_softmax(threshold=0.01)")}, "threshold has no backward.*every other policy"),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_said(changes, message, request_, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        finetune(replace(request_, **changes), 1, tmp_path, Watch(), silent)
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_quantised_transformer_is_not_trained(request_, tmp_path, monkeypatch):
+    def quantised(*args, **kwargs):
+        pipe = load_pipeline(*args, **kwargs)
+        weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+        pipe.transformer.x_embedder.register_parameter("codes", weight)
+        return pipe
+
+    monkeypatch.setattr(module, "load_pipeline", quantised)
+    with pytest.raises(ValueError, match=r"the weights of transformer are quantised \(x_embedder.codes\)"):
+        finetune(request_, 1, tmp_path, Watch(), silent)
