@@ -1,6 +1,6 @@
 """Whole calls drawn by Hypothesis: the fused kernel gives what the reference gives, and touches nothing else.
 
-FUZZ_CALLS calls (1,000 by default), always the same ones; another FUZZ_SEED draws others. They are spread over
+FUZZ_CALLS calls in all (600 by default), always the same ones; another FUZZ_SEED draws others. They are spread over
 SHARDS tests, for `pytest -n` (pytest-xdist). A failure prints the smallest call found that still fails.
 FUZZ_FORMATS="bf16|int8" draws calls of this pair alone, and on a GPU among fewer kernels, for fewer minutes.
 """
@@ -40,7 +40,7 @@ from tests.kernels.guarded import guarded
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
 SHARDS = 20
-CALLS = int(os.environ.get("FUZZ_CALLS", "1000"))
+CALLS = int(os.environ.get("FUZZ_CALLS", "600"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 FORMATS = tuple(os.environ.get("FUZZ_FORMATS", "").split("|"))
 IS_ONE_PAIR = len(FORMATS) == 2
