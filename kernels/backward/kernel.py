@@ -170,7 +170,8 @@ def query_gradients(
     HIGH, LOW: whether keys of such a class are "raw" or "smoothed"; None for a class without tiles. MEAN: whether there
     are such tiles. MASKED ones are HIGH, or LOW in a map without HIGH tiles. Operands are bf16 [B, heads, tiles·128,
     D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2.
-    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if all or none have lost it.
+    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if none have lost it, or if all have and there is no
+    lse_gradient.
     CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
     tokens], or None), since the output was computed with rounded probabilities (Attn-QAT, arXiv 2603.00040).
     """
@@ -199,9 +200,13 @@ def query_gradients(
     total = tl.zeros((ROWS,), tl.float32)
     sums, sums_of_p = total, total
     tokens = token_at(token_order, queries, q_length, token_count)
-    if CORRECTS and lse_gradient is not None:
+    if lse_gradient is not None:
         own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
-        total -= tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
+        row_gradient = tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
+        if CORRECTS:
+            total -= row_gradient
+        # Each row of dS adds up to this, and the log-sum-exp has the mean's score.
+        sums -= row_gradient
     HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "raw"
     LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "raw"
     if HIGH is not None:
