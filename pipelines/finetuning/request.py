@@ -78,7 +78,7 @@ class Request:
             "component": self.component,
             "call": dict(self.call),
             "prompts": _digest(self.prompts),
-            "data": _digest([(example.path.name, example.caption) for example in self.examples]),
+            "data": _digest([_words(example) for example in self.examples]),
             "seed": self.settings.seed,
         }
 
@@ -109,6 +109,11 @@ def _differences(former: Mapping[str, Any], wanted: Mapping[str, Any], prefix: s
             yield from _differences(was, now, f"{prefix}{name}.")
         elif was != now:
             yield f"{prefix}{name} was {was!r}, now {now!r}"
+
+
+def _words(example: Example) -> tuple[str, int, str]:
+    """The size stands for what the file holds, which takes long to read."""
+    return example.path.name, example.path.stat().st_size, example.caption
 
 
 def _digest(values: Sequence[Any]) -> str | None:

@@ -11,10 +11,11 @@ from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.pipelines.load import arguments
 
 
-def trainable(pipe: DiffusionPipeline, component: str) -> torch.nn.Module:
+def trainable(pipe: DiffusionPipeline, component: str, lora: bool) -> torch.nn.Module:
     """Return a component of the pipeline that gradients can reach.
 
-    Raises ValueError where there is none of this name, its weights are quantised, or it has no room on the GPU.
+    Raises ValueError where there is none of this name, its weights are quantised, it has no room on the GPU, or the
+    pipeline can't save the adapters that are wanted.
     """
     kind = type(pipe).__name__
     model = pipe.components.get(component)
@@ -27,6 +28,8 @@ def trainable(pipe: DiffusionPipeline, component: str) -> torch.nn.Module:
         raise ValueError(f"the weights of {component} are quantised ({whole[0]}): load the model in bfloat16")
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules()):
         raise ValueError(f"{component} has no room on this GPU beside the rest of {kind}: take a larger GPU")
+    if lora and not hasattr(pipe, "save_lora_weights"):
+        raise ValueError(f"{kind} can't save LoRA adapters: leave --lora-rank out, to train all weights")
     return model
 
 
