@@ -11,6 +11,7 @@ from dma_diffusers.components import unwrapped
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.finetune.layers import layers_to_train
 from dma_diffusers.finetune.module import QuartetLinear
+from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
 from dma_diffusers.linears.exclusions import block_of
@@ -58,9 +59,9 @@ def prepare(
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
-    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses or that quantises linear
-    layers itself, ImportError for `lora` without peft, TypeError for something else than a module. The model is as it
-    was then.
+    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, that quantises linear
+    layers itself, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
+    something else than a module. The model is as it was then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a module, got {type(model).__name__}: give pipe.transformer")
@@ -80,6 +81,8 @@ def prepare(
             f"linears={attention.linears!r} of the attention's configuration have no backward: "
             "leave it out there, and give linears to prepare"
         )
+    if attention is not None:
+        check_attention(attention)
     layers, left = _layers(model, recipe)
     if attention is not None:
         apply(model, attention)
@@ -121,6 +124,22 @@ def restore(model: torch.nn.Module) -> None:
 def prepared_of(model: torch.nn.Module) -> Prepared | None:
     """The record of what `prepare` did to this model; None if it did nothing."""
     return getattr(model, "_dma_prepared", None)
+
+
+def check_attention(config: DMAConfig) -> None:
+    """Raises ValueError for a configuration whose calls stock attention would train, or that has no backward."""
+    for each in (config, *(config.of_module(name) for name in dict(config.modules))):
+        for entry in each.entries:
+            lowering = entry.config.lowering
+            if lowering in ("fastest", "stock"):
+                raise ValueError(
+                    f"attention with lowering={lowering} leaves calls that train to stock, at full precision: "
+                    "give lowering=auto"
+                )
+            if reason := why_not(entry.config.asked):
+                raise ValueError(
+                    f"attention={entry.config.words} can't be trained: {reason}; every other policy has one"
+                )
 
 
 def _layers(

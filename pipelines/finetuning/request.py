@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.finetune.preparation import check_attention
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.finetuning.data import Example
-from dma_diffusers.pipelines.finetuning.target import check_backward
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
@@ -46,14 +46,8 @@ class Request:
             )
         if self.attention and self.attention.linears:
             raise ValueError("attention= is for attention alone: give linear layers by --linears")
-        if self.attention and self.attention.lowering in ("fastest", "stock"):
-            raise ValueError(
-                f"attention with lowering={self.attention.lowering} leaves calls that train to stock, at full "
-                "precision: give lowering=auto"
-            )
-
         if self.attention:
-            check_backward(self.attention)
+            check_attention(self.attention)
 
     def identity(self, steps: int) -> dict[str, Any]:
         """Return all on which the weights depend after any of these steps.

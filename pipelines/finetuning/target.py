@@ -7,7 +7,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.pipelines.load import arguments
 
 
@@ -46,22 +45,7 @@ def depends_on_noise(config: DMAConfig | None) -> bool:
     """Tell whether a model may run otherwise at another noise level, so that a batch must have a single one."""
     if config is None:
         return False
-    configs = _of_modules(config)
+    configs = (config, *(config.of_module(name) for name in dict(config.modules)))
     return any(
         len(each.entries) > 1 or (each.asked.leaves_out and each.dense_above_sigma != 1) for each in configs
     )
-
-
-def check_backward(config: DMAConfig) -> None:
-    """Raise ValueError, naming it, where one of the policies has no backward."""
-    for each in _of_modules(config):
-        for entry in each.entries:
-            if reason := why_not(entry.config.asked):
-                raise ValueError(
-                    f"attention={entry.config.words} can't be trained: {reason}; every other policy has one"
-                )
-
-
-def _of_modules(config: DMAConfig) -> list[DMAConfig]:
-    """The configuration, and those of modules that have one of their own."""
-    return [config, *(config.of_module(name) for name in dict(config.modules))]

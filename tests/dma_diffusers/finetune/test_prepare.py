@@ -221,6 +221,12 @@ def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):
         (ValueError, "quartet2 rounds its scales", {"linears": "quartet2", "rounding": "stochastic"}),
         (ValueError, "give linears, too", {"rounding": "stochastic", "lora": bad_lora}),
         (ValueError, "have no backward", {"attention": DMAConfig(linears="fp8")}),
+        (ValueError, "leaves calls that train to stock", {"attention": DMAConfig.preset("auto")}),
+        (
+            ValueError,
+            "threshold has no backward",
+            {"attention": DMAConfig(policy="skip_softmax(threshold=0.01)")},
+        ),
         (TypeError, "lora must be a peft.LoraConfig, got int", {"lora": 8}),
         (ValueError, "absent", {"linears": "qat", "lora": bad_lora}),
     ]:
