@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dma_diffusers.attach import apply, restore_attention
-from dma_diffusers.components import unwrapped
+from dma_diffusers.components import device_of, unwrapped
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.finetune.layers import layers_to_train
 from dma_diffusers.finetune.module import QuartetLinear
 from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.lowerings import Choice, architecture
+from dma_diffusers.kernels.training.lowering import choose
 from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
 from dma_diffusers.linears.exclusions import block_of
 from dma_diffusers.linears.quantise import check_not_quantised, set_layer
@@ -26,12 +28,14 @@ class Prepared:
     """A record of what `prepare` did to a model; it is kept on the model, too.
 
     layers: the names of the linear layers that train at low precision. left: the reasons for which others don't.
-    has_attention: whether attention was intercepted.
+    has_attention: whether attention was intercepted. lowering: how products of the layers run on the model's device,
+    and why; None without layers.
     """
 
     layers: tuple[str, ...]
     left: dict[str, str]
     has_attention: bool
+    lowering: Choice | None
 
 
 def prepare(
@@ -86,7 +90,8 @@ def prepare(
     layers, left = _layers(model, recipe)
     if attention is not None:
         apply(model, attention)
-    record = Prepared(tuple(layers), left, attention is not None)
+    lowering = recipe and choose(architecture(device_of(model, model)), recipe)
+    record = Prepared(tuple(layers), left, attention is not None, lowering)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
         seeds: Counter[str] = Counter()

@@ -88,6 +88,7 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     assert set(found.layers) == set(quartet_layers(model)) == expected and len(expected) > 10
     assert {"x_embedder", "proj_out", "transformer_blocks.0.norm1.linear"} <= found.left.keys()
     assert report(model).modules
+    assert found.lowering.lowering == "reference" and "native: cpu has no" in found.lowering.reason
     # Blocks are alike, so that they are compiled once; layers of one block are not.
     blocks = model.single_transformer_blocks
     assert [b.proj_mlp.seed for b in blocks] == [blocks[0].proj_mlp.seed] * len(blocks)
