@@ -24,7 +24,7 @@ def prepare(
     gradient_stride_b, gradient_stride_h, gradient_stride_s, out_stride_b, out_stride_h, out_stride_s,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What both kernels read of one tile of rows, in the order of slots.
+    """Prepares one tile of rows, in the order of slots, as the other kernels read it.
 
     `prepared` [B·H, tiles·128, D] takes the output's gradient in bf16. `delta` [B·H·tiles·128] takes its products with
     the output, less the gradient of the log-sum-exp, if there is one. `lse_2` takes the log-sum-exp in base 2, and
@@ -278,7 +278,8 @@ def _key_phase(
     k = load_rows(k_elements, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     value = load_rows(v, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     head = batch * heads + head_in_batch
-    dk *= 1 / factor  # which would else be a part of every product
+    # The factor would else be a part of every product.
+    dk *= 1 / factor
     PARTS: tl.constexpr = TILE // ROWS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -412,7 +413,8 @@ def mean_gradients(
             ROUNDS, False, False, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     keys = start + tl.arange(0, KEYS)
-    share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]  # −inf where no key is seen
+    # A mean of which no key is seen has −inf for a count.
+    share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]
     place = (kv.to(tl.int64) * (mean_tiles * TILE) + keys)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dk + place, dk_sum * share)
     tl.store(dv + place, dv_sum * share)

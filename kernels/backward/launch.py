@@ -67,7 +67,7 @@ class Results(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the kernels read of each row, in the order of slots, as `kernel.prepare` has it."""
+    """The tensors that the kernels read of each row, in the order of slots, as `kernel.prepare` has them."""
 
     gradient: torch.Tensor
     delta: torch.Tensor
@@ -256,7 +256,8 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
     if operand.tensor_scale is not None:
         scales = operand.tensor_scale.flatten()
     if scales is not None:
-        elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x  # which torch multiplies by no other
+        # torch multiplies numbers in e4m3 by no others.
+        elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x
         x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
@@ -290,7 +291,7 @@ def _of_classes(classes: Sequence[Multiplied | None], blocks: Blocks, tuned: Tun
 
 
 def _descriptor(x: torch.Tensor, rows: int, tuned: Tuning) -> TensorDescriptor | torch.Tensor:
-    """What loads rows of x `[B, H, tiles·128, D]`."""
+    """The argument by which a kernel loads rows of x `[B, H, tiles·128, D]`."""
     return x if tuned.by_pointers else row_descriptor(x, rows, x.shape[-1])
 
 

@@ -104,7 +104,8 @@ def gradients(
             dq[entry, head] += own_row * slots.mean[entry, kv_head] * call.scale
             for each, (ds, *of_part) in zip(classes, own, strict=True):
                 of_q, of_k, of_v = each.of_slots(entry, *of_part)
-                if each.is_raw:  # its keys still have the mean that the others have lost
+                # Raw keys still have the mean that the others have lost.
+                if each.is_raw:
                     of_q -= ds.sum(-1, keepdim=True) * slots.mean[entry, kv_head]
                 dq[entry, head] += of_q * call.scale
                 dk[entry, kv_head] += of_k

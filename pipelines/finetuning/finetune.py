@@ -36,7 +36,7 @@ _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class Watch:
-    """What is kept of a run on its way.
+    """The files that are kept of a run on its way.
 
     checkpoint_every, sheet_every: steps from one to the next; 0 for none. samples: prompts of a sheet. draw: prompts
     that full precision draws together. tensorboard: whether losses go there as well.

@@ -1,4 +1,4 @@
-"""What a run of fine-tuning is asked for, and what makes two runs the same."""
+"""The request for a run of fine-tuning, and the settings that two runs in one folder must share."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerpri
 
 @dataclass(frozen=True)
 class Request:
-    """What is trained, on what, and for which precision.
+    """A run of fine-tuning is asked for a model, what it learns from, and a precision.
 
     model: local folder or hub id. call: arguments of the pipeline's call, which drawing the teacher's samples takes,
     and the sample sheets. prompts: for distillation from the full-precision model. examples: for flow matching, instead
