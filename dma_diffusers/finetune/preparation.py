@@ -90,7 +90,7 @@ def prepare(
     layers, left = _layers(model, recipe)
     if attention is not None:
         apply(model, attention)
-    lowering = recipe and choose(architecture(device_of(model, model)), recipe)
+    lowering = None if recipe is None else choose(architecture(device_of(model, model)), recipe)
     record = Prepared(tuple(layers), left, attention is not None, lowering)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
