@@ -23,6 +23,10 @@ NOT_RUNNING = (
     "forward, and apply DMA again where it was removed"
 )
 WANTS_GRADIENTS = "gradients are wanted, and no backward is known to be faster than stock's"
+RUNS_ANEW = (
+    "a gradient checkpoint that is not the model's own runs attention anew, outside of the model's call, whose hooks "
+    "tell where text is: call the model's enable_gradient_checkpointing() instead"
+)
 GRADIENTS_OF_SEVERAL_GPUS = "gradients are wanted over several GPUs"
 OTHER_TOKENS = "cross-attention: queries and keys are different tokens"
 UNKNOWN_TEXT = "cross-attention, or a model's call that does not tell where text is"

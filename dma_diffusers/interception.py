@@ -12,11 +12,17 @@ from torch.nn import functional
 
 from dma_diffusers import unmet
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.decision import GRADIENTS_OF_SEVERAL_GPUS, NOT_RUNNING, Decision, masks_of_keys
+from dma_diffusers.decision import (
+    GRADIENTS_OF_SEVERAL_GPUS,
+    NOT_RUNNING,
+    RUNS_ANEW,
+    Decision,
+    masks_of_keys,
+)
 from dma_diffusers.families import Family
 from dma_diffusers.forward import DIGITS, ForwardContext
 from dma_diffusers.guard import REPLAYED, TURNED, Level, Watch
-from dma_diffusers.internals import is_exporting
+from dma_diffusers.internals import is_exporting, runs_backward
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.call import Norms, Rope
@@ -300,9 +306,16 @@ class Interception:
     def _why_stock(self, *operation) -> str:
         now = self.forward.call
         if not now.is_running:  # facts of another call would be believed
+            self._check_runs_anew()
             return NOT_RUNNING
         # Checkpoints first run without gradients, and must take the same way then.
         return self.decision.why_stock(*operation) or (self.decision.why_no_gradients() if now.trains else "")
+
+    def _check_runs_anew(self) -> None:
+        """Raises ValueError where a checkpoint would have stock's gradients for what the operator computed."""
+        may_be_ours = self.configs[0].lowering not in ("fastest", "stock")
+        if may_be_ours and not torch.compiler.is_compiling() and runs_backward():
+            raise ValueError(RUNS_ANEW)
 
     def _kind(self, hidden: torch.Tensor, arguments: Sequence[Any]) -> tuple:
         """The kind of a call: calls with tensors of the same shapes and with the same options are of one kind."""

@@ -32,6 +32,7 @@ try:
 
     _ = torch.compiler._is_exporting_flag
     may_overlap = torch._debug_has_internal_overlap
+    number_of_backward = torch._C._current_graph_task_id
     active_backend = _AttentionBackendRegistry.get_active_backend
     has_context_parallelism = _AttentionBackendRegistry._is_context_parallel_available
 except (ImportError, AttributeError) as error:
@@ -47,6 +48,11 @@ HARMLESS_MODES = ("torch.utils._device", "torch.export.", "torch._export.", "tor
 def is_exporting() -> bool:
     """Says whether torch.export runs; graphs of PyTorch 2.11 take `torch.compiler.is_exporting()` for true."""
     return torch.compiler._is_exporting_flag
+
+
+def runs_backward() -> bool:
+    """Says whether this thread is in a backward pass, as what a gradient checkpoint runs anew is."""
+    return number_of_backward() != -1
 
 
 __all__ = [
@@ -68,5 +74,6 @@ __all__ = [
     "has_context_parallelism",
     "is_exporting",
     "may_overlap",
+    "runs_backward",
     "scaled_dot_product_attention",
 ]

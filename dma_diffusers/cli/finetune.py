@@ -55,7 +55,7 @@ class Training:
     decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps in which it falls to 0.")] = (
         0.0
     )
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradients.")] = 1.0
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradients; 0 for any.")] = 1.0
     ema: Annotated[
         float, typer.Option(min=0, max=0.99999, help="Decay of the averaged weights; 0 for none.")
     ] = 0.99

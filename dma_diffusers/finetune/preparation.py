@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dma_diffusers.attach import apply, restore_attention
-from dma_diffusers.components import unwrapped
+from dma_diffusers.components import device_of, unwrapped
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.finetune.layers import layers_to_train
 from dma_diffusers.finetune.module import QuartetLinear
+from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.lowerings import Choice, architecture
+from dma_diffusers.kernels.training.lowering import choose
 from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
 from dma_diffusers.linears.exclusions import block_of
 from dma_diffusers.linears.quantise import check_not_quantised, set_layer
@@ -25,12 +28,14 @@ class Prepared:
     """A record of what `prepare` did to a model; it is kept on the model, too.
 
     layers: the names of the linear layers that train at low precision. left: the reasons for which others don't.
-    has_attention: whether attention was intercepted.
+    has_attention: whether attention was intercepted. lowering: how products of the layers run on the model's device,
+    and why; None without layers.
     """
 
     layers: tuple[str, ...]
     left: dict[str, str]
     has_attention: bool
+    lowering: Choice | None
 
 
 def prepare(
@@ -58,9 +63,9 @@ def prepare(
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
-    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses or that quantises linear
-    layers itself, ImportError for `lora` without peft, TypeError for something else than a module. The model is as it
-    was then.
+    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, that quantises linear
+    layers itself, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
+    something else than a module. The model is as it was then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a module, got {type(model).__name__}: give pipe.transformer")
@@ -80,10 +85,13 @@ def prepare(
             f"linears={attention.linears!r} of the attention's configuration have no backward: "
             "leave it out there, and give linears to prepare"
         )
+    if attention is not None:
+        check_attention(attention)
     layers, left = _layers(model, recipe)
     if attention is not None:
         apply(model, attention)
-    record = Prepared(tuple(layers), left, attention is not None)
+    lowering = None if recipe is None else choose(architecture(device_of(model, model)), recipe)
+    record = Prepared(tuple(layers), left, attention is not None, lowering)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
         seeds: Counter[str] = Counter()
@@ -121,6 +129,22 @@ def restore(model: torch.nn.Module) -> None:
 def prepared_of(model: torch.nn.Module) -> Prepared | None:
     """The record of what `prepare` did to this model; None if it did nothing."""
     return getattr(model, "_dma_prepared", None)
+
+
+def check_attention(config: DMAConfig) -> None:
+    """Raises ValueError for a configuration whose calls stock attention would train, or that has no backward."""
+    for each in (config, *(config.of_module(name) for name in dict(config.modules))):
+        for entry in each.entries:
+            lowering = entry.config.lowering
+            if lowering in ("fastest", "stock"):
+                raise ValueError(
+                    f"attention with lowering={lowering} leaves calls that train to stock, at full precision: "
+                    "give lowering=auto"
+                )
+            if reason := why_not(entry.config.asked):
+                raise ValueError(
+                    f"attention={entry.config.words} can't be trained: {reason}; every other policy has one"
+                )
 
 
 def _layers(

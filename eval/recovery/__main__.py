@@ -32,7 +32,7 @@ def prepare(
     budget: Annotated[list[int] | None, typer.Option(help="Steps after which to measure; repeat it.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = Plan.batch,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = Plan.learning_rate,
-    seed: Annotated[int, typer.Option(help="Of the training's order and rounding.")] = Plan.seed,
+    seed: Annotated[int, typer.Option(help="Of the training's order.")] = Plan.seed,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own if left out.")] = None,
 ) -> None:
     """Draw with full precision: calls to learn from, held-out calls, and held-out pictures or clips."""

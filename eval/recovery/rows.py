@@ -57,7 +57,7 @@ GAPS = {
     "demo": ("all MXFP4, trained", "all MXFP4", "all MXFP8"),
     "demo-video": ("HIGH 48 %, SKIP far, trained", "HIGH 48 %, SKIP far", "all HIGH"),
 }
-"""Of each model: the row that is trained, the row before, and the row towards which it is to come."""
+"""The rows that give each model's gap: the trained one, the one before it, and the one towards which it is to come."""
 
 ORDER = ("bf16, trained", "QuEST linears, trained", "Quartet, nearest", "QuEST linears")
 """Rows whose losses are expected to rise in this order (arXiv 2505.14669)."""

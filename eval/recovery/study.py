@@ -27,7 +27,7 @@ _SEED_OF_HELD_OUT = 10_000  # the seeds of training are below
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows of a study have in common.
+    """The settings that all rows of a study have in common.
 
     model: "demo" or "demo-video". prompts: to learn from. held_out: prompts that are drawn and compared. judged: how
     many of these give the held-out loss. budgets: rising numbers of steps, for each of which a row is trained. batch,

@@ -1,4 +1,4 @@
-"""What the finished rows of a study say together: scores with intervals, the gap that training closes, the order."""
+"""The summary of a study's finished rows: scores with intervals, the gap that training closes, the losses' order."""
 
 import json
 from collections.abc import Mapping

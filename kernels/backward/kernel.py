@@ -24,7 +24,7 @@ def prepare(
     gradient_stride_b, gradient_stride_h, gradient_stride_s, out_stride_b, out_stride_h, out_stride_s,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What both kernels read of one tile of rows, in the order of slots.
+    """Prepares one tile of rows, in the order of slots, as the other kernels read it.
 
     `prepared` [B·H, tiles·128, D] takes the output's gradient in bf16. `delta` [B·H·tiles·128] takes its products with
     the output, less the gradient of the log-sum-exp, if there is one. `lse_2` takes the log-sum-exp in base 2, and
@@ -170,7 +170,8 @@ def query_gradients(
     HIGH, LOW: whether keys of such a class are "raw" or "smoothed"; None for a class without tiles. MEAN: whether there
     are such tiles. MASKED ones are HIGH, or LOW in a map without HIGH tiles. Operands are bf16 [B, heads, tiles·128,
     D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2.
-    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if all or none have lost it.
+    k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if none have lost it, or if all have and there is no
+    lse_gradient.
     CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
     tokens], or None), since the output was computed with rounded probabilities (Attn-QAT, arXiv 2603.00040).
     """
@@ -199,9 +200,13 @@ def query_gradients(
     total = tl.zeros((ROWS,), tl.float32)
     sums, sums_of_p = total, total
     tokens = token_at(token_order, queries, q_length, token_count)
-    if CORRECTS and lse_gradient is not None:
+    if lse_gradient is not None:
         own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
-        total -= tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
+        row_gradient = tl.load(lse_gradient + own, mask=tokens < q_length, other=0.0)
+        if CORRECTS:
+            total -= row_gradient
+        # Each row of dS adds up to this, and the log-sum-exp has the mean's score.
+        sums -= row_gradient
     HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "raw"
     LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "raw"
     if HIGH is not None:
@@ -273,7 +278,8 @@ def _key_phase(
     k = load_rows(k_elements, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     value = load_rows(v, batch, kv_head, kv_heads, start, k_tiles * TILE, True, KEYS, D)
     head = batch * heads + head_in_batch
-    dk *= 1 / factor  # which would else be a part of every product
+    # The factor would else be a part of every product.
+    dk *= 1 / factor
     PARTS: tl.constexpr = TILE // ROWS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -407,7 +413,8 @@ def mean_gradients(
             ROUNDS, False, False, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     keys = start + tl.arange(0, KEYS)
-    share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]  # −inf where no key is seen
+    # A mean of which no key is seen has −inf for a count.
+    share = tl.exp2(-tl.maximum(tl.load(own_counts + keys), 0.0))[:, None]
     place = (kv.to(tl.int64) * (mean_tiles * TILE) + keys)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dk + place, dk_sum * share)
     tl.store(dv + place, dv_sum * share)

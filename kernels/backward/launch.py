@@ -1,5 +1,6 @@
 """Runs the attention's backward: the forward's statistics and quantiser once more, then the kernels of gradients."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class Results(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the kernels read of each row, in the order of slots, as `kernel.prepare` has it."""
+    """The tensors that the kernels read of each row, in the order of slots, as `kernel.prepare` has them."""
 
     gradient: torch.Tensor
     delta: torch.Tensor
@@ -98,7 +99,10 @@ def gradients(
     variant = _of_backward(Variant.of(call, plan, precisions, lowering, target))
     inputs = Inputs.of(call, plan, variant, in_tiles=True)
     operands = operands_of(call, inputs, plan, variant, wants_lse=True, launcher=launcher)
-    results = Results(out, lse, out_gradient, None if lse_gradient is None else lse_gradient.contiguous())
+    if lse_gradient is not None:
+        # A row that sees no key has a log-sum-exp of −inf, which depends on nothing.
+        lse_gradient = lse_gradient.where(lse > -math.inf, 0).contiguous()
+    results = Results(out, lse, out_gradient, lse_gradient)
     rows = _rows(results, inputs, operands.encoded.offset, variant, launcher)
     high, low = (
         stored and _multiplied(stored, q, k, operands.encoded, call, rows)
@@ -143,11 +147,11 @@ def _launch_of_queries(
     high, low, means = classes
     blocks, lists, encoded = tuned.of_queries, operands.block_lists, operands.encoded
     batch, heads, q_length = *call.q.shape[:2], inputs.source.lengths[0]
-    loses_mean = any(each.is_raw for each in (high, low) if each)
+    needs_mean = results.lse_gradient is not None or any(each.is_raw for each in (high, low) if each)
     launcher(
         kernel.query_gradients, (-(-q_length // blocks.rows) * batch * heads,),
         *_of_classes(classes, blocks, tuned), _descriptor(rows.gradient, blocks.rows, tuned), rows.delta,
-        results.lse_gradient, operands.k_mean if loses_mean else None, call.softmax_scale_log2,
+        results.lse_gradient, operands.k_mean if needs_mean else None, call.softmax_scale_log2,
         lists.indices, lists.bounds, lists.means, encoded.means and encoded.means.log_counts, *_masks(inputs, plan),
         dq, *_sizes(inputs, plan), *_strides(lists.bounds), lists.indices.shape[-1], *_strides(lists.means),
         *dq.stride()[:3],
@@ -252,7 +256,8 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
     if operand.tensor_scale is not None:
         scales = operand.tensor_scale.flatten()
     if scales is not None:
-        elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x  # which torch multiplies by no other
+        # torch multiplies numbers in e4m3 by no others.
+        elements = x.bfloat16() if x.dtype is torch.float8_e4m3fn else x
         x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
@@ -286,7 +291,7 @@ def _of_classes(classes: Sequence[Multiplied | None], blocks: Blocks, tuned: Tun
 
 
 def _descriptor(x: torch.Tensor, rows: int, tuned: Tuning) -> TensorDescriptor | torch.Tensor:
-    """What loads rows of x `[B, H, tiles·128, D]`."""
+    """The argument by which a kernel loads rows of x `[B, H, tiles·128, D]`."""
     return x if tuned.by_pointers else row_descriptor(x, rows, x.shape[-1])
 
 

@@ -83,7 +83,10 @@ def gradients(
     slots = Slots.of(call, plan, precisions)
     batch, heads = slots.q.shape[:2]
     row_lse = torch.where(lse == -math.inf, math.inf, lse / math.log(2))
-    row_gradient = torch.zeros_like(row_lse) if lse_gradient is None else lse_gradient
+    # A row that sees no key has a log-sum-exp of −inf, which depends on nothing.
+    row_gradient = (
+        torch.zeros_like(row_lse) if lse_gradient is None else lse_gradient.where(lse > -math.inf, 0)
+    )
     gradient = out_gradient.float()
     if plan.token_order is not None:
         order = plan.token_order.to(call.q.device)
@@ -95,11 +98,14 @@ def gradients(
     for entry in range(batch):
         for head in range(heads):
             kv_head = head * slots.k.shape[1] // heads
-            parts = [each.part(entry, head) for each in classes]
-            own = gradients_of_head(parts, gradient[entry, head], row_gradient[entry, head][:, None])
+            parts, own_row = [each.part(entry, head) for each in classes], row_gradient[entry, head][:, None]
+            own = gradients_of_head(parts, gradient[entry, head], own_row)
+            # The rows of dS add up to this, and so much of the mean has each row's log-sum-exp.
+            dq[entry, head] += own_row * slots.mean[entry, kv_head] * call.scale
             for each, (ds, *of_part) in zip(classes, own, strict=True):
                 of_q, of_k, of_v = each.of_slots(entry, *of_part)
-                if each.is_raw:  # its keys still have the mean that the others have lost
+                # Raw keys still have the mean that the others have lost.
+                if each.is_raw:
                     of_q -= ds.sum(-1, keepdim=True) * slots.mean[entry, kv_head]
                 dq[entry, head] += of_q * call.scale
                 dk[entry, kv_head] += of_k

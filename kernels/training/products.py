@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dma_diffusers.kernels.formats import E2M1, get_format
+from dma_diffusers.kernels.formats import E2M1
 from dma_diffusers.kernels.formats.scale import FOUR_OVER_SIX_MAX, fp32_tensor_scale
 from dma_diffusers.kernels.linears import operator as linears
 from dma_diffusers.kernels.linears.groups import Groups
@@ -55,7 +55,7 @@ class KernelProducts:
 
     def multiply(self, a: Side, b: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a·bᵀ + bias in `dtype`; products come out in bf16, but for those of "native"."""
-        if self.lowering == "plain" or len(a.tensors) == 1:
+        if self.lowering == "plain":
             return _plain(a, b, bias, dtype)
         if self.lowering == "scaled_mm":
             return scaled_mm(a.tensors[0], a.tensors[1][:, None], *b.tensors, bias, dtype)
@@ -75,7 +75,7 @@ class KernelProducts:
         self, source: Tensor, recipe: Recipe, step: Step, towards: Towards, seed: Tensor | None
     ) -> Side:
         quantiser = recipe.forward if step is Step.FORWARD else recipe.backward
-        is_plain = self.lowering == "plain" or get_format(quantiser.format).bits == 8
+        is_plain = self.lowering == "plain"
         first_outside = outside = None
         if step is not Step.BACKWARD and recipe.forward is Quantiser.FOUR_OVER_SIX:
             first_outside = _outside_of_rows(source)

@@ -21,7 +21,8 @@ def seed_of(gradient: Tensor, seed: int) -> Tensor:
     seed, and a pass that is computed again, under gradient checkpointing, has the same one.
     """
     numbers = gradient.detach().reshape(-1)
-    numbers = numbers[:: max(numbers.numel() // _SAMPLES, 1)][:_SAMPLES].float()
+    # Widths are even, so that an odd step meets all channels, and not one that may have no gradient.
+    numbers = numbers[:: numbers.numel() // _SAMPLES | 1][:_SAMPLES].float()
     places = torch.arange(1, len(numbers) + 1, device=gradient.device) * _STEPS[0]
     mixed = (numbers.view(torch.int32).long() & _WORD) ^ (places & _WORD)
     mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & _WORD

@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to go on as if it had not been stopped, bit for bit where the device is exact."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ def save_checkpoint(trainer: Trainer, accelerator: Accelerator, folder: Path) ->
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         with temporary_folder(folder) as unfinished:
-            torch.save({**trainer.state(), "random": random_states}, unfinished / "state.pt")
+            with (unfinished / "state.pt").open("wb") as file:
+                torch.save({**trainer.state(), "random": random_states}, file)
+                file.flush()
+                # After a power cut, a checkpoint with its name is whole.
+                os.fsync(file.fileno())
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
         for former in _all(folder)[:-_KEPT]:

@@ -69,8 +69,8 @@ def store_examples(
     """
     size, count = (call["width"], call["height"]), call.get("num_frames", 1)
     for number, example in enumerate(examples):
-        asked = first_call(pipe, model, example.caption, call)
         if number not in store:
+            asked = first_call(pipe, model, example.caption, call)
             latents = encode(pipe, frames_of(example.path, size, count))
             clean = {
                 LATENTS: latents.to(asked.inputs[LATENTS].dtype).cpu(),
@@ -78,6 +78,8 @@ def store_examples(
             }
             store.write(number, [replace(asked, inputs={**asked.inputs, **clean})])
         on_step("encoding", number + 1, len(examples))
+    # The schedule is a call's, which there was none of if all were stored.
+    first_call(pipe, model, examples[0].caption, call)
     return pipe.scheduler.sigmas.tolist()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import DiffusionPipeline
 
 from dma_diffusers import finetune as precision
@@ -30,12 +30,13 @@ from dma_diffusers.pipelines.load import load_pipeline
 
 OnStep = Callable[[str, int, int], None]
 
+_WHOLE_WEIGHTS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is kept of a run on its way.
+    """The files that are kept of a run on its way.
 
     checkpoint_every, sheet_every: steps from one to the next; 0 for none. samples: prompts of a sheet. draw: prompts
     that full precision draws together. tensorboard: whether losses go there as well.
@@ -64,7 +65,7 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is wrong in PyTorch 2.11
     pipe = load_pipeline(request.model, calls=[request.call])
-    model = trainable(pipe, request.component)
+    model = trainable(pipe, request.component, request.lora_rank > 0)
     call = with_size(pipe, request.call)
     with _within_memory(request.settings.batch):
         objective = _objective(request, pipe, model, call, folder, watch, accelerator, on_step)
@@ -138,6 +139,8 @@ def prepare(model: torch.nn.Module, request: Request) -> None:
             target_modules=list(_LORA_LAYERS),
             init_lora_weights="gaussian",
         )
+        # Adapters begin with the same random numbers in every process, and in every run.
+        torch.manual_seed(request.settings.seed)
     model.requires_grad_(True)
     if request.linears or request.attention or lora:
         precision.prepare(model, request.linears, request.attention, rounding=request.rounding, lora=lora)
@@ -191,7 +194,10 @@ def _is_time(trainer: Trainer, every: int) -> bool:
 
 
 def _accelerator(folder: Path, watch: Watch) -> Accelerator:
-    """Return accelerate's view of devices and processes; raises ValueError where TensorBoard is not installed."""
+    """Return accelerate's view of devices and processes.
+
+    Raises ValueError where TensorBoard is not installed, and for a launcher that splits the weights.
+    """
     if watch.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs tensorboard: pip install 'dma-diffusers[finetune]'")
     accelerator = Accelerator(
@@ -200,5 +206,10 @@ def _accelerator(folder: Path, watch: Watch) -> Accelerator:
         log_with="tensorboard" if watch.tensorboard else None,
         project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),
     )
+    if (kind := accelerator.distributed_type) not in _WHOLE_WEIGHTS:
+        raise ValueError(
+            f"fine-tuning keeps all weights on every GPU, and accelerate is set to {kind.value}: "
+            "launch it with --multi_gpu"
+        )
     accelerator.init_trackers("loss")
     return accelerator

@@ -1,4 +1,4 @@
-"""What a run of fine-tuning is asked for, and what makes two runs the same."""
+"""The request for a run of fine-tuning, and the settings that two runs in one folder must share."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dma_diffusers.config import DMAConfig
+from dma_diffusers.finetune.preparation import check_attention
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.finetuning.data import Example
-from dma_diffusers.pipelines.finetuning.target import check_backward
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is trained, on what, and for which precision.
+    """A run of fine-tuning is asked for a model, what it learns from, and a precision.
 
     model: local folder or hub id. call: arguments of the pipeline's call, which drawing the teacher's samples takes,
     and the sample sheets. prompts: for distillation from the full-precision model. examples: for flow matching, instead
@@ -46,14 +46,8 @@ class Request:
             )
         if self.attention and self.attention.linears:
             raise ValueError("attention= is for attention alone: give linear layers by --linears")
-        if self.attention and self.attention.lowering in ("fastest", "stock"):
-            raise ValueError(
-                f"attention with lowering={self.attention.lowering} leaves calls that train to stock, at full "
-                "precision: give lowering=auto"
-            )
-
         if self.attention:
-            check_backward(self.attention)
+            check_attention(self.attention)
 
     def identity(self, steps: int) -> dict[str, Any]:
         """Return all on which the weights depend after any of these steps.
@@ -78,7 +72,7 @@ class Request:
             "component": self.component,
             "call": dict(self.call),
             "prompts": _digest(self.prompts),
-            "data": _digest([(example.path.name, example.caption) for example in self.examples]),
+            "data": _digest([_words(example) for example in self.examples]),
             "seed": self.settings.seed,
         }
 
@@ -109,6 +103,11 @@ def _differences(former: Mapping[str, Any], wanted: Mapping[str, Any], prefix: s
             yield from _differences(was, now, f"{prefix}{name}.")
         elif was != now:
             yield f"{prefix}{name} was {was!r}, now {now!r}"
+
+
+def _words(example: Example) -> tuple[str, int, str]:
+    """The size stands for what the file holds, which takes long to read."""
+    return example.path.name, example.path.stat().st_size, example.caption
 
 
 def _digest(values: Sequence[Any]) -> str | None:

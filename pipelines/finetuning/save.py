@@ -29,7 +29,8 @@ def save_trained(
 ) -> Path:
     """Write a component whose stock layers are back into `folder`, and return where its weights are.
 
-    They are in a folder of the component's name, for `from_pretrained`, or in `lora`, for `load_lora_weights`.
+    They are in a folder of the component's name, for `from_pretrained`, or in `lora`, for `load_lora_weights`, which
+    takes `load_into_transformer_2=True` where the component is Wan's second transformer.
     `policy.json` is for `DMAConfig.from_file`. evidence: how it was trained, for whoever reads the policy.
     """
     model = pipe.components[component]
@@ -39,7 +40,8 @@ def save_trained(
             from peft import get_peft_model_state_dict
 
             layers = get_peft_model_state_dict(model)
-            type(pipe).save_lora_weights(unfinished, **{f"{component}_lora_layers": layers})
+            # Diffusers has one name for all components, and is told which one at loading.
+            type(pipe).save_lora_weights(unfinished, transformer_lora_layers=layers)
         else:
             model.save_pretrained(unfinished)
         shutil.rmtree(target, ignore_errors=True)

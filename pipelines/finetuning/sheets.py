@@ -23,7 +23,8 @@ class Sheets:
 
     def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str], call: dict[str, Any], folder: Path):
         self.pipe, self.prompts, self.call, self.folder = pipe, prompts, call, folder
-        kept = folder / "full-precision.npz"
+        # Another run in this folder may ask for more prompts.
+        kept = folder / f"full-precision-{len(prompts)}.npz"
         if not kept.is_file():
             buffer = io.BytesIO()
             np.savez_compressed(buffer, frames=self._drawn())

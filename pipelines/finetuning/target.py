@@ -7,14 +7,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.pipelines.load import arguments
 
 
-def trainable(pipe: DiffusionPipeline, component: str) -> torch.nn.Module:
+def trainable(pipe: DiffusionPipeline, component: str, lora: bool) -> torch.nn.Module:
     """Return a component of the pipeline that gradients can reach.
 
-    Raises ValueError where there is none of this name, its weights are quantised, or it has no room on the GPU.
+    Raises ValueError where there is none of this name, its weights are quantised, it has no room on the GPU, or the
+    pipeline can't save the adapters that are wanted.
     """
     kind = type(pipe).__name__
     model = pipe.components.get(component)
@@ -27,6 +27,8 @@ def trainable(pipe: DiffusionPipeline, component: str) -> torch.nn.Module:
         raise ValueError(f"the weights of {component} are quantised ({whole[0]}): load the model in bfloat16")
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules()):
         raise ValueError(f"{component} has no room on this GPU beside the rest of {kind}: take a larger GPU")
+    if lora and not hasattr(pipe, "save_lora_weights"):
+        raise ValueError(f"{kind} can't save LoRA adapters: leave --lora-rank out, to train all weights")
     return model
 
 
@@ -43,22 +45,7 @@ def depends_on_noise(config: DMAConfig | None) -> bool:
     """Tell whether a model may run otherwise at another noise level, so that a batch must have a single one."""
     if config is None:
         return False
-    configs = _of_modules(config)
+    configs = (config, *(config.of_module(name) for name in dict(config.modules)))
     return any(
         len(each.entries) > 1 or (each.asked.leaves_out and each.dense_above_sigma != 1) for each in configs
     )
-
-
-def check_backward(config: DMAConfig) -> None:
-    """Raise ValueError, naming it, where one of the policies has no backward."""
-    for each in _of_modules(config):
-        for entry in each.entries:
-            if reason := why_not(entry.config.asked):
-                raise ValueError(
-                    f"attention={entry.config.words} can't be trained: {reason}; every other policy has one"
-                )
-
-
-def _of_modules(config: DMAConfig) -> list[DMAConfig]:
-    """The configuration, and those of modules that have one of their own."""
-    return [config, *(config.of_module(name) for name in dict(config.modules))]

@@ -1,5 +1,6 @@
 """One model's training: optimiser steps, averaged weights, and a state from which it goes on exactly."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ class Settings:
 
     batch: examples of one process at a time; `accumulate` of these make a step. learning_rate: of AdamW, after
     `warmup` steps in which it rises from 0, and before it falls to 0 in the last steps, whose share is `decay`. clip:
-    the largest norm of all gradients together. ema: the decay of the averaged weights, which are what is saved; 0
-    averages none.
+    the largest norm of all gradients together; 0 for any. ema: the decay of the averaged weights, which are what is
+    saved; 0 averages none.
     """
 
     batch: int = 4
@@ -65,6 +66,8 @@ class Trainer:
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.step, self.steps = 0, steps
         self.order = Order(objective.levels, settings.batch, settings.seed, by_level)
+        # Every process starts from the first one's weights, also those that are copied below.
+        self.model = accelerator.prepare_model(model)
         self.names, self.parameters = zip(
             *((name, value) for name, value in model.named_parameters() if value.requires_grad), strict=True
         )
@@ -73,8 +76,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(self.masters, settings.learning_rate, weight_decay=0.0)
         self.average = EMAModel(self.masters, decay=settings.ema, foreach=True) if settings.ema else None
-        self.model = accelerator.prepare_model(model)
-        # What is random in a forward call, such as stochastic rounding, differs between processes.
+        # What is random in a forward call, such as dropout, differs between processes.
         torch.manual_seed(settings.seed + accelerator.process_index)
 
     def advance(self) -> float:
@@ -96,8 +98,8 @@ class Trainer:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, settings.clip))
-        if mean - mean != 0 or norm - norm != 0:  # infinity less itself is NaN
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, settings.clip or math.inf))
+        if not math.isfinite(mean) or not math.isfinite(norm):
             raise Diverged(f"the loss is {mean} and the gradients' norm {norm} in step {self.step + 1}")
         self.optimizer.param_groups[0]["lr"] = settings.rate(self.step, self.steps)
         self.optimizer.step()
@@ -128,9 +130,9 @@ class Trainer:
 
     def keep_averages(self) -> None:
         """Leave the averaged weights in the model, in the mode in which it draws; training is over."""
-        with self.averaged():
-            trained = [parameter.detach().clone() for parameter in self.parameters]
-        self._write(trained)
+        if self.average:
+            self._write(self.average.shadow_params)
+        self.model.eval()
 
     def state(self) -> dict[str, Any]:
         """Return all from which training goes on, but the state of this process's random numbers."""

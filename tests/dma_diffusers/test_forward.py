@@ -149,6 +149,26 @@ def test_checkpoints_give_the_gradients_that_there_are_without_them(reentrant, t
     assert not isinstance(model._gradient_checkpointing_func, Carrying)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_that_are_not_the_models_own_are_refused(reentrant, monkeypatch):
+    model = tiny_models.make("flux").model.train()
+    for block in model.transformer_blocks:
+
+        def anew(forward=block.forward, **given):
+            def run(*values):
+                return forward(**dict(zip(given, values, strict=True)))
+
+            return torch.utils.checkpoint.checkpoint(run, *given.values(), use_reentrant=reentrant)
+
+        monkeypatch.setattr(block, "forward", anew)
+    assert gradients(model)
+    apply(model, min_length=0, lowering="fastest")
+    assert gradients(model)
+    apply(model, min_length=0)
+    with pytest.raises(ValueError, match=r"call the model's enable_gradient_checkpointing\(\) instead"):
+        gradients(model)
+
+
 def test_training_falls_back_where_only_what_is_faster_was_asked_for(monkeypatch):
     monkeypatch.setattr("dma_diffusers.config.why_not_faster", lambda *_: "")
     model = tiny_models.make("flux").model.train()

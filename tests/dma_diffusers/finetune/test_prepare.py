@@ -88,6 +88,7 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     assert set(found.layers) == set(quartet_layers(model)) == expected and len(expected) > 10
     assert {"x_embedder", "proj_out", "transformer_blocks.0.norm1.linear"} <= found.left.keys()
     assert report(model).modules
+    assert found.lowering.lowering == "reference" and "native: cpu has no" in found.lowering.reason
     # Blocks are alike, so that they are compiled once; layers of one block are not.
     blocks = model.single_transformer_blocks
     assert [b.proj_mlp.seed for b in blocks] == [blocks[0].proj_mlp.seed] * len(blocks)
@@ -221,6 +222,12 @@ def test_what_cannot_be_prepared_is_said_and_changes_nothing(monkeypatch):
         (ValueError, "quartet2 rounds its scales", {"linears": "quartet2", "rounding": "stochastic"}),
         (ValueError, "give linears, too", {"rounding": "stochastic", "lora": bad_lora}),
         (ValueError, "have no backward", {"attention": DMAConfig(linears="fp8")}),
+        (ValueError, "leaves calls that train to stock", {"attention": DMAConfig.preset("auto")}),
+        (
+            ValueError,
+            "threshold has no backward",
+            {"attention": DMAConfig(policy="skip_softmax(threshold=0.01)")},
+        ),
         (TypeError, "lora must be a peft.LoraConfig, got int", {"lora": 8}),
         (ValueError, "absent", {"linears": "qat", "lora": bad_lora}),
     ]:

@@ -160,6 +160,9 @@ def test_seeds_depend_on_the_gradient_and_on_the_given_seed_alone():
     others += [random.seed_of(gradient + step, 0).item() for step in range(1, 100)]
     assert len({first.item(), *others}) == 199
     assert random.seed_of(torch.zeros(1, 3), 0).shape == (1,)
+    wide = torch.randn(256, 64)
+    wide[:, 0] = 0
+    assert random.seed_of(wide, 0) != random.seed_of(wide * 2, 0)
 
 
 def test_rotations_of_the_forward_pass_are_those_of_the_formats():

@@ -63,6 +63,9 @@ def test_flow_matching_mixes_noise_at_the_schedule_s_levels(tmp_path):
     store = CallStore(tmp_path / "store")
     sigmas = store_examples(pipe, pipe.transformer, [Example(tmp_path / "x.png", "x")], call, store, silent)
     assert len(sigmas) == 9 and sigmas[-1] == 0
+    pipe.scheduler.set_timesteps(3, mu=1.0)
+    again = store_examples(pipe, pipe.transformer, [Example(tmp_path / "none.png", "x")], call, store, silent)
+    assert again == sigmas
     clean = store.read(0, 0).inputs["hidden_states"]
     objective = FlowMatching(store, 1, sigmas)
     mixed = objective.batch([0] * 64, CPU, torch.Generator().manual_seed(0))

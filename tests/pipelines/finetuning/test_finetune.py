@@ -3,9 +3,11 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
@@ -15,10 +17,14 @@ from dma_diffusers.pipelines.finetuning import trainer
 from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.finetune import Watch, finetune
 from dma_diffusers.pipelines.finetuning.request import Request
+from dma_diffusers.pipelines.finetuning.save import save_trained
+from dma_diffusers.pipelines.finetuning.sheets import Sheets
+from dma_diffusers.pipelines.finetuning.target import trainable
 from dma_diffusers.pipelines.finetuning.trainer import Settings, Trainer
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline
 from tests.pipelines.saved_flux import CALL, save_flux
+from tests.tiny_pipelines import wan22
 
 PROMPTS = ("a cat", "a dog")
 SETTINGS = Settings(batch=2, learning_rate=1e-3, warmup=0)
@@ -128,7 +134,7 @@ def test_both_objectives_lower_the_loss_of_a_fixed_batch(objective, request_, pi
 
     monkeypatch.setattr(Trainer, "batch", same)
     rate = 1e-4 if objective == "distillation" else 1e-3
-    asked = replace(request_, settings=replace(SETTINGS, learning_rate=rate, ema=0, clip=1e9))
+    asked = replace(request_, settings=replace(SETTINGS, learning_rate=rate, ema=0, clip=0))
     if objective == "flow matching":
         asked = replace(asked, prompts=(), examples=(picture,))
     losses = finetune(asked, 4, tmp_path, Watch(0), silent)["loss"]
@@ -147,6 +153,26 @@ def test_lora_trains_adapters_alone_and_loads(request_, model, tmp_path):
     assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(before)
 
 
+def test_adapters_begin_alike_in_every_run(request_, model):
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        transformer = FluxTransformer2DModel.from_pretrained(model / "transformer")
+        module.prepare(transformer, replace(request_, lora_rank=2))
+        found.append({name: value for name, value in transformer.named_parameters() if "lora_A" in name})
+    assert found[0] and all(value.equal(found[1][name]) for name, value in found[0].items())
+
+
+def test_adapters_of_the_second_transformer_are_saved(picture, tmp_path):
+    pipe = wan22()
+    module.prepare(pipe.transformer_2, Request("wan", {}, examples=(picture,), lora_rank=2))
+    save_trained(pipe, "transformer_2", None, True, {}, tmp_path)
+    again = wan22()
+    again.load_lora_weights(tmp_path / "lora", load_into_transformer_2=True)
+    names = [name for name, _ in again.transformer_2.named_parameters() if "lora_" in name]
+    assert names and not any("lora_" in name for name, _ in again.transformer.named_parameters())
+
+
 def test_attention_and_linear_layers_learn_together(request_, tmp_path):
     """Attention runs at low precision in training as well: the loss without a step is that of drawing with it."""
     attention = DMAConfig(low="mxfp4", window=0, sink=0, protect_text=False)
@@ -163,6 +189,11 @@ def test_attention_and_linear_layers_learn_together(request_, tmp_path):
 def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
     asked = replace(request_, gradient_checkpointing=True)
     assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
+
+
+def test_sheets_of_more_samples_are_drawn_anew(run, model):
+    pipe = load_pipeline(model)
+    assert [len(Sheets(pipe, PROMPTS[:count], CALL, run[0]).exact) for count in (1, 2)] == [1, 2]
 
 
 def test_another_configuration_is_refused_with_its_differences(run, request_):
@@ -207,6 +238,20 @@ def test_what_cannot_be_trained_is_said(changes, message, request_, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune(replace(request_, **changes), 1, tmp_path, Watch(), silent)
     assert not (tmp_path / "settings.json").exists()
+
+
+def test_split_weights_are_not_trained(request_, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "Accelerator", lambda **given: SimpleNamespace(distributed_type=DistributedType.FSDP)
+    )
+    with pytest.raises(ValueError, match="accelerate is set to FSDP: launch it with --multi_gpu"):
+        finetune(request_, 1, tmp_path, Watch(), silent)
+
+
+def test_a_pipeline_that_saves_no_adapters_trains_none():
+    pipe = SimpleNamespace(components={"transformer": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="can't save LoRA adapters: leave --lora-rank out"):
+        trainable(pipe, "transformer", lora=True)
 
 
 def test_a_quantised_transformer_is_not_trained(request_, tmp_path, monkeypatch):
