@@ -52,12 +52,13 @@ def _lines() -> OnStep:
         if done > first and now - written.get(title, start) >= _SECONDS_BETWEEN_LINES:
             written[title] = now
             left = (now - since) / (done - first) * (total - done)
-            print(f"{title}: {done} of {total}, about {_words(left)} left", file=sys.stderr, flush=True)
+            print(f"{title}: {done} of {total}, about {in_words(left)} left", file=sys.stderr, flush=True)
 
     return on_step
 
 
-def _words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Return a time as a reader would say it, such as "40 s", "12 min" or "3.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -123,7 +123,8 @@ def on_files(files: Files, config) -> Files:
     """Put the pages of the navigation, and what they link to, in the place of the files of docs/."""
     root = Path(config.config_file_path).parent
     for file in [file for file in files if file.src_dir == config.docs_dir]:
-        files.remove(file)
+        if file.src_uri not in config.extra_css:
+            files.remove(file)
     for path in sorted(Repository(root).reached(in_navigation(config.nav))):
         file = File(path, str(root), config.site_dir, config.use_directory_urls)
         file.dest_uri = file.dest_uri.removeprefix("docs/")

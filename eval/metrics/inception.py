@@ -30,18 +30,18 @@ def inception_features(pictures: torch.Tensor) -> torch.Tensor:
         return torch.cat([network((resize(batch) - 128) / 128) for batch in pictures.split(_BATCH)])
 
 
-def resize(pictures: torch.Tensor) -> torch.Tensor:
-    """Resize [B, 3, H, W] pictures to 299 × 299, float32 in [0, 255], as the graph's TensorFlow 1 operation does.
+def resize(pictures: torch.Tensor, side: int = _SIDE) -> torch.Tensor:
+    """Resize [B, 3, H, W] pictures to `side` × `side`, float32 in [0, 255], as the graph's TensorFlow 1 operation does.
 
-    That is bilinear, with pixel i sampled at i · size / 299 and without smoothing first: larger pictures alias, and
+    That is bilinear, with pixel i sampled at i · size / side and without smoothing first: larger pictures alias, and
     FIDs are comparable only because everybody's do (https://arxiv.org/abs/2104.11222).
     """
-    return _stretch(_stretch(pictures, 2), 3)
+    return _stretch(_stretch(pictures, 2, side), 3, side)
 
 
-def _stretch(pictures: torch.Tensor, dim: int) -> torch.Tensor:
+def _stretch(pictures: torch.Tensor, dim: int, side: int) -> torch.Tensor:
     size = pictures.shape[dim]
-    places = torch.arange(_SIDE, dtype=torch.float32, device=pictures.device) * (size / _SIDE)
+    places = torch.arange(side, dtype=torch.float32, device=pictures.device) * (size / side)
     below = places.long()
     above = (below + 1).clamp(max=size - 1)
     fractions = (places - below).view(-1, *[1] * (3 - dim))

@@ -37,24 +37,29 @@ def pooled_psnr_db(psnr: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def flicker(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Measure the change between neighbouring frames that the reference has not, `[B]` float32 in steps of 0 to 255.
+    """Measure a video's flicker as the mean of `flicker_of_frames`, `[B]` float32; the arguments are the same."""
+    return flicker_of_frames(videos, references).mean(1)
 
-    It is the mean over pixels, channels and frames of |(x[t+1] − x[t]) − (y[t+1] − y[t])| for a video x and its
-    reference y. It is 0 for a video that differs from its reference by the same picture in every frame: what stands
-    still does not flicker. VBench's temporal flickering (https://arxiv.org/abs/2311.17982) is 1 − mean |x[t+1] − x[t]|
-    / 255 over static scenes alone, where all change is a fault; here the reference says which change is due, so that
-    moving scenes can be measured as well.
+
+def flicker_of_frames(videos: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Measure the change from each frame to the next that the reference has not, in steps of 0 to 255.
+
+    It is `[B, F - 1]` float32: the mean over pixels and channels of |(x[t+1] − x[t]) − (y[t+1] − y[t])| for a video x
+    and its reference y. It is 0 for a video that differs from its reference by the same picture in every frame: what
+    stands still does not flicker. VBench's temporal flickering (https://arxiv.org/abs/2311.17982) is 1 − mean
+    |x[t+1] − x[t]| / 255 over static scenes alone, where all change is a fault; here the reference says which change
+    is due, so that moving scenes can be measured as well.
 
     Args:
         videos: uint8 `[B, F, 3, H, W]`, F at least 2.
         references: the same shape.
     """
     _check(videos, references)
-    total = torch.zeros(len(videos), device=videos.device)
+    found = []
     for t in range(_steps(videos)):  # it goes frame by frame, because long videos are large in float32
         errors = (videos[:, t : t + 2].float() - references[:, t : t + 2].float()).diff(dim=1)
-        total += errors.abs().mean((1, 2, 3, 4))
-    return total / _steps(videos)
+        found.append(errors.abs().mean((1, 2, 3, 4)))
+    return torch.stack(found, 1)
 
 
 def _check(videos: torch.Tensor, references: torch.Tensor) -> None:

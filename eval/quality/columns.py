@@ -12,6 +12,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "kid": {"title": "KID to full precision, × 1000", "better": "lower", "digits": 3},
     "fid_reference": {"title": "FID to the reference folder", "better": "lower", "digits": 2},
     "kid_reference": {"title": "KID to the reference folder, × 1000", "better": "lower", "digits": 3},
+    "fvd": {"title": "FVD to full precision", "better": "lower", "digits": 2},
     "clip_score": {"title": "CLIPScore", "better": "higher", "digits": 2},
+    "clip_iqa": {"title": "CLIP-IQA", "better": "higher", "digits": 4},
     "alignment": {"title": "Alignment score", "better": "higher", "digits": 2},
 }

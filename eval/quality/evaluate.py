@@ -3,25 +3,27 @@
 import inspect
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.attach import check
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval import provenance
 from dma_diffusers.eval.cost import check_target
+from dma_diffusers.eval.quality import samples
 from dma_diffusers.eval.quality.calls import remarks_on, share_that_ran, shares_that_ran
-from dma_diffusers.eval.quality.columns import COLUMNS
-from dma_diffusers.eval.quality.configurations import CONFIGURATION, FULL_PRECISION, Row, rows
+from dma_diffusers.eval.quality.configurations import AGAIN, CONFIGURATION, FULL_PRECISION, Row, rows
 from dma_diffusers.eval.quality.drawing import OnStep, draw_missing
 from dma_diffusers.eval.quality.judge import Judge, caveats
-from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, batches
+from dma_diffusers.eval.quality.pictures import KnownBatches, Pictures, Sample, batches
+from dma_diffusers.eval.quality.plan import Plan, estimate, share, time_step
 from dma_diffusers.eval.quality.prompts import Prompt
 from dma_diffusers.eval.quality.scoring import Batches
 from dma_diffusers.eval.quality.summary import finite
@@ -35,6 +37,7 @@ from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerpri
 from dma_diffusers.pipelines.linears import calibrate_where_needed
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
 from dma_diffusers.pipelines.loras import Lora
+from dma_diffusers.pipelines.video import clip_call
 
 _STEPPED = 8  # at most so many samples have their steps measured one by one
 _RECORDED = 2  # so many prompts have their attention calls recorded, for errors by layer
@@ -48,7 +51,8 @@ class Request:
 
     model: local folder or hub id. seeds: each prompt is drawn with each of them. batch: samples drawn together. call:
     further arguments of the pipeline's call. configurations: by name, beside full precision. target: the GPU whose
-    attention's cost is predicted, by architecture. loras: are put on the model.
+    attention's cost is predicted, by architecture. loras: are put on the model. samples_for: the benchmark that all
+    pictures or clips are written for, one of `samples.BENCHMARKS`.
     """
 
     model: str | Path
@@ -59,17 +63,32 @@ class Request:
     configurations: dict[str, DMAConfig]
     target: str = "sm_100"
     loras: Sequence[Lora] = ()
+    samples_for: str | None = None
 
 
-def evaluate(
-    request: Request, judge: Judge | None, folder: Path, command: str, notes: Sequence[str], on_step: OnStep
-) -> dict[str, Any] | None:
-    """Draw what is missing in `folder`, score it, write `folder`/evaluation.json, and return what that holds.
+@dataclass(frozen=True)
+class _Prepared:
+    """What an evaluation has before it draws anything.
 
-    judge: None in processes other than the first. Under `accelerate launch` all draw, into a folder that they share;
-    the first one scores, and the others return None. Raises ValueError, naming the row, where one draws NaN, and before
-    anything is drawn where the model cannot have a configuration.
+    pictures: of each row, full precision's first drawing among them, by name. stepped: the batches of which the steps
+    are measured, as far as they are.
     """
+
+    pipe: DiffusionPipeline
+    compared: Sequence[Row]
+    chunks: list[list[Sample]]
+    together: KnownBatches
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    pictures: dict[str, Pictures]
+    stepped: list[list[Sample]]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [FULL_PRECISION, *self.compared]
+
+
+def _prepare(request: Request, judge: Judge | None, folder: Path, on_step: OnStep) -> _Prepared:
     check_target(request.target)
     compared = rows(request.configurations)
     together = KnownBatches(folder / "pictures", request.batch)
@@ -79,7 +98,9 @@ def evaluate(
         calibrate_where_needed(pipe, config, request.call, on_step)
     check(pipe, request.configurations)
     if judge:
-        judge.check(video="num_frames" in inspect.signature(type(pipe).__call__).parameters)
+        judge.check(_draws_clips(pipe))
+    if request.samples_for:
+        samples.check(request.samples_for, _draws_clips(pipe))
     settings = {
         "model": model_fingerprint(request.model),
         "pipeline": type(pipe).__name__,
@@ -92,26 +113,87 @@ def evaluate(
         row.name: Pictures(folder / "pictures", row.name, settings | machine | identity_of_row(row))
         for row in (FULL_PRECISION, *compared)
     }
+    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
+    return _Prepared(pipe, compared, chunks, together, settings, machine, pictures, stepped)
+
+
+def _tell(ready: _Prepared, request: Request, judge: Judge, say: Callable[[str], None]) -> None:
+    """Say what will be drawn, and then, after a step of each row, about how long it takes."""
+    video = _draws_clips(ready.pipe)
+    shares = {name: share(of_row, ready.chunks) for name, of_row in ready.pictures.items()}
+    plan = Plan(
+        "clips" if video else "pictures",
+        len(request.prompts),
+        len(request.seeds),
+        shares,
+        len(ready.stepped),
+        min(_RECORDED, len(request.prompts)),
+        judge.metrics(video),
+    )
+    say(str(plan))
+    steps = {}
+    for row in ready.rows:
+        if row == AGAIN:  # it takes as long as the first drawing
+            steps[row.name] = steps[FULL_PRECISION.name]
+            continue
+        with _named(row):
+            steps[row.name] = time_step(ready.pipe, row, ready.chunks[0], request.call)
+    say(estimate(plan, steps, len(ready.chunks[0]), PartialState().num_processes))
+
+
+def tell_plan(
+    request: Request, judge: Judge, folder: Path, on_step: OnStep, say: Callable[[str], None]
+) -> None:
+    """Say what `evaluate` would draw in `folder`, and about how long it would take; draw nothing but two steps a row.
+
+    Raises as `evaluate` does before it draws.
+    """
+    _tell(_prepare(request, judge, folder, on_step), request, judge, say)
+
+
+def evaluate(
+    request: Request,
+    judge: Judge | None,
+    folder: Path,
+    command: str,
+    notes: Sequence[str],
+    on_step: OnStep,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Draw what is missing in `folder`, score it, write `folder`/evaluation.json, and return what that holds.
+
+    judge: None in processes other than the first. say: is told the plan, and about how long it takes. Under `accelerate
+    launch` all draw, into a folder that they share; the first one scores, and the others return None. Raises
+    ValueError, naming the row, where one draws NaN, and before anything is drawn where the model cannot have a
+    configuration.
+    """
+    ready = _prepare(request, judge, folder, on_step)
+    pipe, compared, chunks, pictures = ready.pipe, ready.compared, ready.chunks, dict(ready.pictures)
+    settings, machine, stepped = ready.settings, ready.machine, ready.stepped
     if judge:
+        _tell(ready, request, judge, say)
         remove_leftovers(folder)
-        together.write(chunks)
+        ready.together.write(chunks)
     corrupt = []
-    for row in (FULL_PRECISION, *compared):
+    for row in ready.rows:
         with _named(row):
             corrupt += draw_missing(pipe, row, pictures[row.name], chunks, request.call, on_step)
     if judge is None:
         return None
 
-    stepped = [chunk[:_STEPPED] for chunk in chunks[: max(_STEPPED // request.batch, 1)]]
     trajectory = Trajectory(pipe, FULL_PRECISION, stepped, request.call, on_step)
     steps = {row.name: trajectory.step_errors(row) for row in compared}
     receipts = {row.name: pictures[row.name].receipt() for row in compared}
     of_layers, costs, remarks_on_layers = _layers(pipe, request, receipts, folder, on_step)
-    del pipe, trajectory
+    del pipe, trajectory, ready
 
+    written: list[str] = []
+    if request.samples_for:
+        fps = clip_call(request.model).fps if request.samples_for == "vbench" else 0
+        written = samples.write_samples(pictures, chunks, len(request.seeds), folder / "samples", fps)
     exact = pictures.pop(FULL_PRECISION.name)
     judged, remarks = judge.judge(exact, pictures, chunks, len(request.seeds))
-    remarks += truncated(exact, chunks)
+    remarks += written + truncated(exact, chunks)
     results = {
         row.name: {
             "role": row.role,
@@ -133,7 +215,7 @@ def evaluate(
         for name, config in request.configurations.items()
         for remark in remarks_on(name, receipts[name], config.linears)
     ]
-    scored = results[compared[0].name]["summary"]
+    scored = set[str]().union(*(row["summary"] for row in results.values()))
     shown = next(iter(request.configurations))
     evaluation = {
         "command": command,
@@ -150,17 +232,15 @@ def evaluate(
         "sources": provenance.sources(),
         "prompts": [asdict(prompt) for prompt in request.prompts],
         "notes": [*remarks_on_rows, *notes, *caveats(judged), *remarks, *remarks_on_layers],
-        "metrics": {name: column for name, column in COLUMNS.items() if name in scored},
+        "metrics": {name: column for name, column in judge.columns.items() if name in scored},
         "rows": results,
         "layers": of_layers,
         "worst": worst(
-            shown,
-            pictures[shown],
+            {name: (pictures[name], judged[name].samples["lpips"]) for name in request.configurations},
             exact,
             chunks,
             len(request.seeds),
             "lpips",
-            judged[shown].samples["lpips"],
             folder,
         ),
     }
@@ -193,6 +273,10 @@ def _layers(
         }
         errors = layers(recordings, measure(recordings, request.configurations, on_step=on_step))
         return errors, costs, recordings.notes
+
+
+def _draws_clips(pipe: DiffusionPipeline) -> bool:
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def truncated(exact: Pictures, chunks: Batches) -> list[str]:

@@ -120,13 +120,13 @@ class Pictures:
         write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
 
     def __contains__(self, sample: Sample) -> bool:
-        return self._picture(sample).is_file()
+        return self.file(sample).is_file()
 
     def remove_corrupt(self, samples: Sequence[Sample]) -> list[Path]:
         """Remove the pictures that are not what was written, and name their files."""
         corrupt = []
         for sample in filter(self.__contains__, samples):
-            path = self._picture(sample)
+            path = self.file(sample)
             try:
                 with PngImageFile(path) as picture:
                     picture.verify()
@@ -135,7 +135,7 @@ class Pictures:
             except (SafetensorError, OSError, SyntaxError):
                 whole = False
             if not whole:
-                self._picture(sample).unlink()
+                self.file(sample).unlink()
                 corrupt.append(path)
         return corrupt
 
@@ -160,12 +160,12 @@ class Pictures:
         metadata |= {"checksum": _checksum(latents)}  # PNG has a checksum of its own
         write_atomically(self._latents(sample), save({"latents": latents.contiguous()}, metadata))
         write_atomically(
-            self._picture(sample), encode(strip, "PNG", compress_level=1)
+            self.file(sample), encode(strip, "PNG", compress_level=1)
         )  # level 6 takes six times as long
 
     def frames(self, sample: Sample) -> torch.Tensor:
         """Read the picture, or the frames of the video, as uint8 `[F, 3, H, W]`."""
-        with PngImageFile(self._picture(sample)) as strip:  # Image.open would take long videos for bombs
+        with PngImageFile(self.file(sample)) as strip:  # Image.open would take long videos for bombs
             pixels = torch.from_numpy(np.array(strip))
         return pixels.unflatten(0, (int(self._metadata(sample)["frames"]), -1)).permute(0, 3, 1, 2)
 
@@ -200,7 +200,8 @@ class Pictures:
         with safe_open(self._latents(sample), "pt") as file:
             return file.metadata()
 
-    def _picture(self, sample: Sample) -> Path:
+    def file(self, sample: Sample) -> Path:
+        """Return the path of a picture, or of a video's frames below each other."""
         return self.folder / f"{sample.key}.png"
 
     def _latents(self, sample: Sample) -> Path:

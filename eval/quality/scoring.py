@@ -15,7 +15,7 @@ from dma_diffusers.eval.metrics.inception import inception_features
 from dma_diffusers.eval.metrics.kernel_distance import kid
 from dma_diffusers.eval.metrics.lpips import lpips
 from dma_diffusers.eval.metrics.paired import psnr_db, relative_l2, ssim
-from dma_diffusers.eval.metrics.video import each_frame, flicker, pooled_psnr_db
+from dma_diffusers.eval.metrics.video import each_frame, flicker_of_frames, pooled_psnr_db
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.eval.quality.stored_scores import stored
 from dma_diffusers.eval.quality.summary import as_json
@@ -34,17 +34,24 @@ class Chunk:
     latents: torch.Tensor
     exact_latents: torch.Tensor
     prompts: list[str]
+    seeds: list[int]
 
 
 Scorer = Callable[[Chunk], torch.Tensor]
 """A scorer gives one number for each sample of a batch, `[B]`."""
 
 
+Sight = Callable[[torch.Tensor], torch.Tensor]
+"""It gives the features `[B, D]` of uint8 frames `[B, F, 3, H, W]`."""
+
 _OF_FRAMES = {"psnr_db": psnr_db, "ssim": ssim, "lpips": lpips}
 
 
 class Scores(NamedTuple):
-    """A row has scores by metric: one number for each sample, in order; for each frame, float64 `[samples, F]`."""
+    """A row has scores by metric: one number for each sample, in order; for each frame, float64 `[samples, F]`.
+
+    Flicker has one number less, because it is of a frame and the one before.
+    """
 
     samples: dict[str, list[float]]
     frames: dict[str, torch.Tensor]
@@ -58,6 +65,11 @@ def aggregate(metric: str, scores: torch.Tensor, dim: int) -> torch.Tensor:
 def prompt_scorer(score: Callable[[torch.Tensor, list[str]], torch.Tensor]) -> Scorer:
     """Make a scorer of how well pictures (of videos the middle frame) `[B, 3, H, W]` show their prompts."""
     return lambda chunk: score(_middle(chunk.frames), chunk.prompts)
+
+
+def quality_scorer(score: Callable[[torch.Tensor], torch.Tensor]) -> Scorer:
+    """Make a scorer of how good pictures (of videos the middle frame) `[B, 3, H, W]` look by themselves."""
+    return lambda chunk: score(_middle(chunk.frames))
 
 
 def row_scores(
@@ -80,7 +92,7 @@ def row_scores(
         def chunk(batch: Sequence[Sample] = batch) -> Chunk:
             loaders = (row.frames, exact.frames, row.latents, exact.latents)
             tensors = [_loaded(load, batch).to(device) for load in loaders]
-            return Chunk(*tensors, [sample.prompt.text for sample in batch])
+            return Chunk(*tensors, [each.prompt.text for each in batch], [each.seed for each in batch])
 
         paired.append(stored(row, exact, batch, lambda chunk=chunk: _paired(chunk())))
         for name, scorer in scorers.items():
@@ -89,29 +101,36 @@ def row_scores(
     found = {
         name: torch.cat([torch.tensor(of[name], dtype=torch.float64) for of in paired]) for name in paired[0]
     }
-    frames = {name: found[name] for name in _OF_FRAMES}
+    frames = {name: x for name, x in found.items() if x.dim() == 2}
     samples = {name: aggregate(name, x, 1) if name in frames else x for name, x in found.items()}
     return Scores({name: x.tolist() for name, x in samples.items()} | scores, frames)
 
 
 def _paired(chunk: Chunk) -> dict[str, list]:
-    """Return `[B, F]` numbers for a metric of frames, else `[B]`, by metric."""
+    """Return `[B, F]` numbers for a metric of frames, `[B, F - 1]` for flicker, else `[B]`, by metric."""
     found = {
         name: each_frame(metric, chunk.frames, chunk.exact_frames) for name, metric in _OF_FRAMES.items()
     }
     found["latents_relative_l2"] = relative_l2(chunk.latents, chunk.exact_latents)
     if chunk.frames.shape[1] > 1:
-        found["flicker"] = flicker(chunk.frames, chunk.exact_frames)
+        found["flicker"] = flicker_of_frames(chunk.frames, chunk.exact_frames)
     return {name: scores.tolist() for name, scores in found.items()}
 
 
-def features(pictures: Pictures, batches: Batches, device: torch.device, on_batch: OnBatch) -> FeatureSet:
-    """Return the features of a row's pictures that FID and KID compare."""
+def of_first_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Return the features of pictures `[B, 1, 3, H, W]` that FID and KID compare."""
+    return inception_features(frames[:, 0])
+
+
+def features(
+    pictures: Pictures, batches: Batches, device: torch.device, see: Sight, on_batch: OnBatch
+) -> FeatureSet:
+    """Return the features of a row's pictures or clips that `see` gives."""
     found = FeatureSet()
     for done, batch in enumerate(batches, 1):
         frames = _loaded(pictures.frames, batch).to(device)
         keys = [(sample.prompt.text, sample.seed) for sample in batch]
-        found.update(inception_features(frames[:, 0]), keys)
+        found.update(see(frames), keys)
         on_batch(done, len(batches))
     return found
 
@@ -123,6 +142,11 @@ def distances(pictures: FeatureSet, reference: FeatureSet, suffix: str = "") -> 
         f"fid{suffix}": as_json(fid(pictures, reference), pictures.count),
         f"kid{suffix}": as_json(thousandfold, pictures.count),
     }
+
+
+def distance_of_clips(clips: FeatureSet, reference: FeatureSet) -> dict[str, dict[str, Any]]:
+    """Return FVD as an evaluation's summary holds it."""
+    return {"fvd": as_json(fid(clips, reference), clips.count)}
 
 
 def _loaded(load: Callable[[Sample], torch.Tensor], batch: Sequence[Sample]) -> torch.Tensor:

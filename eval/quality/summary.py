@@ -27,6 +27,12 @@ def summarise_differing(scores: Sequence[float], seeds: int) -> dict[str, Any]:
     return as_json(bootstrap([prompt_means(scores, seeds)]), len(scores)) | _identical(scores)
 
 
+def summarise_scored(scores: Sequence[float], seeds: int) -> dict[str, Any]:
+    """Estimate the mean as `summarise` does, of the pictures that have a score; others have ∞, and are not in `n`."""
+    scored = int(np.isfinite(scores).sum())
+    return as_json(bootstrap([prompt_means(scores, seeds)]), scored)
+
+
 def _identical(scores: Sequence[float]) -> dict[str, int]:
     identical = int(np.isinf(scores).sum())
     return {"identical": identical} if identical else {}

@@ -1,6 +1,7 @@
 """This module makes the columns of a report's table, and its cells as text."""
 
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 from dma_diffusers.eval.report.evaluation import CONFIGURATION, number
@@ -97,6 +98,17 @@ def ran_by_reference(row: dict[str, Any]) -> bool:
     """Say if calls of a row ran by the reference in torch, whose seconds say nothing of a kernel's."""
     modules = (row.get("receipt") or {}).get("modules", ())
     return any(module["lowering"] == "reference" for module in modules)
+
+
+def gist(row: dict[str, Any]) -> list[str]:
+    """Say in a line each what most of a row's modules ran; nothing without a receipt."""
+    ran = Counter(
+        "stock attention"
+        if module["lowering"] == "stock"
+        else f"{module.get('high')}|{module.get('low')} {module.get('policy')}, {module['lowering'] or 'not known'}"
+        for module in (row.get("receipt") or {}).get("modules", ())
+    )
+    return [f"{count} modules: {what}" for what, count in ran.most_common(2)]
 
 
 def cost_text(row: dict[str, Any]) -> str:

@@ -3,13 +3,14 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from dma_diffusers.eval.report.axes import plot_lines
 from dma_diffusers.eval.report.evaluation import NOISE_FLOOR
 from dma_diffusers.eval.report.svg import label_decades, row_colours, svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_METRICS = ("psnr_db", "lpips")
+_METRICS = ("psnr_db", "lpips", "flicker")
 
 
 def frame_scores(evaluation: dict[str, Any], metric: str) -> dict[str, list[float]]:
@@ -26,7 +27,7 @@ def frame_scores(evaluation: dict[str, Any], metric: str) -> dict[str, list[floa
 
 
 def frame_plot(evaluation: dict[str, Any]) -> str | None:
-    """Plot PSNR and LPIPS over frames as an <svg> element; None where no row has scores of frames."""
+    """Plot PSNR, LPIPS and flicker over frames as an <svg> element; None where no row has scores of frames."""
     rows = evaluation["rows"]
     scores = {metric: found for metric in _METRICS if (found := frame_scores(evaluation, metric))}
     if not scores:
@@ -44,11 +45,9 @@ def _draw(
     colours = row_colours(rows)
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, (metric, found) in zip(panels, scores.items(), strict=True):
-        for name, values in found.items():
-            dashes = "--" if rows[name]["role"] == NOISE_FLOOR else "-"
-            axes.plot(values, dashes, color=colours[name], lw=1.4, marker="o", ms=2.5)
-        if metric == "lpips":
-            axes.set_yscale("log")
+        lines = [(values, colours[name], rows[name]["role"] == NOISE_FLOOR) for name, values in found.items()]
+        plot_lines(axes, lines, logarithmic=metric != "psnr_db")
+        if metric != "psnr_db":
             label_decades(axes.yaxis)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="frame", ylabel=titles[metric])

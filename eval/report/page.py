@@ -10,6 +10,7 @@ from dma_diffusers.eval.report.columns import (
     cell,
     columns,
     cost_text,
+    gist,
     has_costs,
     leading_metric,
     ran_by_reference,
@@ -19,9 +20,11 @@ from dma_diffusers.eval.report.columns import (
 from dma_diffusers.eval.report.evaluation import NOISE_FLOOR, baseline, check, noun
 from dma_diffusers.eval.report.frames import frame_plot, frame_scores
 from dma_diffusers.eval.report.heat_maps import layer_errors
+from dma_diffusers.eval.report.in_words import in_words
 from dma_diffusers.eval.report.pareto import pareto
 from dma_diffusers.eval.report.steps import step_errors, step_plot
 from dma_diffusers.eval.report.svg import css_colour, row_colours
+from dma_diffusers.eval.report.verdicts import LIMITS, SAME, SCENE, counted, of_row, verdicts, words
 from dma_diffusers.eval.report.worst import worst
 from dma_diffusers.receipt import Receipt
 
@@ -53,6 +56,8 @@ def html(evaluation: dict[str, Any], folder: Path) -> str:
     rows, metric = evaluation["rows"], leading_metric(evaluation)
     return environment.get_template(_TEMPLATE.name).render(
         worst=worst(evaluation, folder),  # this comes first, because it can fail
+        in_words=in_words(evaluation),
+        limits=(LIMITS[SAME], LIMITS[SCENE]),
         evaluation=evaluation,
         created=f"{datetime.fromisoformat(evaluation['created']):%Y-%m-%d %H:%M %Z}",
         baseline=baseline(evaluation),
@@ -79,6 +84,7 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what the table and the legends show of each row."""
     rows, shown = evaluation["rows"], columns(evaluation)
     colours = row_colours(rows)
+    found = {name: verdicts(evaluation, name) for name in rows}
     reference = rows[baseline(evaluation)].get("seconds_per_picture")
     return [
         {
@@ -90,6 +96,10 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             "seconds": seconds_text(row),
             "cost": cost_text(row),
             "ran": share_text(row),
+            "gist": gist(row),
+            "verdict": words(verdict, evaluation) if (verdict := of_row(found[name])) else "",
+            "verdict_class": (verdict or "").replace(" ", "-"),
+            "counted": counted(found[name]),
             "by_reference": ran_by_reference(row),
             "times": row["seconds_per_picture"] / reference
             if reference and row.get("seconds_per_picture")

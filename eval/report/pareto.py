@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dma_diffusers.eval.report.axes import is_logarithmic, is_near, say_beyond
 from dma_diffusers.eval.report.columns import ran_by_reference
 from dma_diffusers.eval.report.evaluation import BASELINE, CONFIGURATION, NOISE_FLOOR, noun
 from dma_diffusers.eval.report.svg import FAINT, INK, label_decades, row_colours, svg
@@ -82,13 +83,16 @@ def _draw(figure: "Figure", evaluation: dict[str, Any], metric: str, cost: str) 
         axes.errorbar(point.cost, point.estimate, bars, **style)
     for row in evaluation["rows"].values():
         if row["role"] == NOISE_FLOOR and (interval := _finite(row, metric)):
-            axes.axhline(interval[0], color=FAINT, lw=1, ls="--")
-            axes.axhspan(*interval[1:], color=FAINT, alpha=0.15, lw=0)
-            values += interval
+            if is_near(interval[0], values):
+                axes.axhline(interval[0], color=FAINT, lw=1, ls="--")
+                axes.axhspan(*interval[1:], color=FAINT, alpha=0.15, lw=0)
+                values += interval
+            else:
+                say_beyond(axes, f"noise floor {interval[0]:.3g}", interval[0] > max(values))
         if row["role"] == BASELINE and row.get(cost):
             axes.axvline(row[cost], color=INK, lw=1, ls=":")
             costs.append(row[cost])
-    if min(values) > 0 and max(values) > 20 * min(values):
+    if is_logarithmic(values):
         axes.set_yscale("log")
         label_decades(axes.yaxis)
     if max(costs) > 10 * min(costs):

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from dma_diffusers.eval.report.axes import plot_lines
 from dma_diffusers.eval.report.evaluation import NOISE_FLOOR
 from dma_diffusers.eval.report.svg import label_decades, row_colours, svg
 
@@ -27,10 +28,8 @@ def step_plot(evaluation: dict[str, Any]) -> str | None:
 
 def _draw(figure: "Figure", rows: dict[str, dict[str, Any]], errors: dict[str, list[float]]) -> None:
     axes, colours = figure.subplots(), row_colours(rows)
-    for name, values in errors.items():
-        dashes = "--" if rows[name]["role"] == NOISE_FLOOR else "-"
-        axes.plot(values, dashes, color=colours[name], lw=1.4, marker="o", ms=2.5)
-    axes.set_yscale("log")
+    lines = [(values, colours[name], rows[name]["role"] == NOISE_FLOOR) for name, values in errors.items()]
+    plot_lines(axes, lines, logarithmic=True)
     label_decades(axes.yaxis)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="denoising step", ylabel="relative error of the step")

@@ -9,12 +9,13 @@ from PIL import Image, ImageSequence
 
 from dma_diffusers.eval.report.columns import value_text
 from dma_diffusers.eval.report.evaluation import baseline
+from dma_diffusers.eval.report.verdicts import of_sample
 from dma_diffusers.pipelines.picture import amplified_difference, animation, encode
 
 _SIDE, _CLIP_SIDE = 512, 256  # a side of more pixels is shrunk to keep the page small
 _GAP, _PAPER = 8, (128, 128, 128)  # so many pixels of this colour lie between the panels of a clip
-_EXACT = {"lossless": True, "quality": 100, "method": 6}
-_FOR_THE_EYE = {"quality": 90, "method": 6}  # nobody reads values from a difference times 64
+_EXACT: dict[str, Any] = {"lossless": True, "quality": 100, "method": 6}
+_FOR_THE_EYE: dict[str, Any] = {"quality": 90, "method": 6}  # nobody reads values from a difference times 64
 
 
 class Worst(NamedTuple):
@@ -28,6 +29,7 @@ class Worst(NamedTuple):
     seed: int
     metric: str
     value: str
+    verdict: str | None
     factor: int
     reference: str = ""
     picture: str = ""
@@ -35,13 +37,16 @@ class Worst(NamedTuple):
     clip: str = ""
 
 
-def worst(evaluation: dict[str, Any], folder: Path) -> list[Worst]:
-    """Read the evaluation's worst pictures from its run folder.
+def worst(evaluation: dict[str, Any], folder: Path) -> dict[str, list[Worst]]:
+    """Read the evaluation's worst pictures from its run folder, by row.
 
     Raises FileNotFoundError for a file that is missing, ValueError for one that holds no picture or one of another size
     than the baseline's.
     """
-    return [_worst(evaluation, folder, entry) for entry in evaluation.get("worst") or ()]
+    found: dict[str, list[Worst]] = {}
+    for entry in evaluation.get("worst") or ():
+        found.setdefault(entry["row"], []).append(_worst(evaluation, folder, entry))
+    return found
 
 
 def _worst(evaluation: dict[str, Any], folder: Path, entry: dict[str, Any]) -> Worst:
@@ -62,6 +67,7 @@ def _worst(evaluation: dict[str, Any], folder: Path, entry: dict[str, Any]) -> W
         seed=entry["seed"],
         metric=about["title"],
         value=value_text(entry["value"], about["digits"]),
+        verdict=of_sample(evaluation, entry["row"], entry["prompt"], entry["seed"]),
         factor=factor,
         **(_clip if len(picture) > 1 else _pictures)(reference, picture, difference),
     )
@@ -71,10 +77,16 @@ def _pictures(
     reference: list[Image.Image], picture: list[Image.Image], difference: Image.Image
 ) -> dict[str, str]:
     return {
-        "reference": _uri(encode(_shrunk(reference[0], _SIDE), "WEBP", **_EXACT)),
-        "picture": _uri(encode(_shrunk(picture[0], _SIDE), "WEBP", **_EXACT)),
+        "reference": _shown(reference[0]),
+        "picture": _shown(picture[0]),
         "difference": _uri(encode(_shrunk(difference, _SIDE), "WEBP", **_FOR_THE_EYE)),
     }
+
+
+def _shown(picture: Image.Image) -> str:
+    """Return a picture exactly, or one that is shrunk, which is exact no more, in a file that is small, too."""
+    quality = _EXACT if max(picture.size) <= _SIDE else _FOR_THE_EYE
+    return _uri(encode(_shrunk(picture, _SIDE), "WEBP", **quality))
 
 
 def _clip(

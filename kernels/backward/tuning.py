@@ -1,6 +1,6 @@
 """The tuning table of the backward's kernels: how they are built for each architecture and head dimension.
 
-sm_90: dQ, and dK and dV of 128 channels, from times on an H200. All others: from what the compiler makes of each.
+sm_90: from times on an H200, but for dK and dV of 64 channels. All others: from what the compiler makes of them.
 Nothing spills where a map has one class, with Triton 3.6; with several and FP8 P·V, sm_90 spills 32 bytes at most.
 """
 

@@ -249,7 +249,11 @@ def test_a_small_mean_of_v_leaves_no_bias():
     for mean, taken in ((0.0155, False), (0.4, True)):
         units = quantiser.value_units((v + mean).bfloat16())
         assert (units.mean != 0).all() == taken
-        error = quantiser.quantised_v((v + mean).bfloat16(), units) * units.scale + units.mean - (v + mean).bfloat16()
+        error = (
+            quantiser.quantised_v((v + mean).bfloat16(), units) * units.scale
+            + units.mean
+            - (v + mean).bfloat16()
+        )
         assert error.mean().abs() < 3 * error.std() / error.numel() ** 0.5
 
 

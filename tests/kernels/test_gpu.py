@@ -60,6 +60,36 @@ def test_pieces_of_a_split_round_are_added_in_one_order(tokens, gpu):
     assert (lse - scores.logsumexp(-1)).abs().max() < 0.02
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "dense(everywhere=low)",
+        "diagonal(window=128, sink=0)",
+        "importance(budget=0.3)",
+        "importance(budget=0.3, low=0.3, beyond=mean)",
+    ],
+)
+def test_a_training_step_has_the_references_gradients_and_its_compiled_one_the_same_bits(policy, gpu):
+    shapes = [(1, 700, heads, 128) for heads in (4, 2, 2)]
+    qkv = [
+        torch.randn(shape, device=gpu, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    ]
+    gradient = torch.randn_like(qkv[0])
+
+    def out(lowering: str, *qkv: torch.Tensor) -> torch.Tensor:
+        return operator.attention(*qkv, high="bf16", low="int8", policy=policy, lowering=lowering).out
+
+    def gradients(out) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(out, qkv, gradient)
+
+    found = gradients(out("auto", *qkv))
+    expected = gradients(out("reference", *qkv))
+    assert all(relative_l2(own, other) < 0.05 for own, other in zip(found, expected, strict=True))
+    compiled = gradients(torch.compile(out, fullgraph=True)("auto", *qkv))
+    assert all(map(torch.equal, compiled, found))
+
+
 @pytest.mark.parametrize("copies_first", [False, True])
 def test_a_recorded_call_is_not_taken_for_one_whose_weights_are_other_tensors(copies_first, gpu):
     """Recordings find tensors by their addresses, each once: where two are one, others follow sooner."""

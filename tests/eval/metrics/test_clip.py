@@ -7,45 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPConfig, CLIPModel
+from torchmetrics.functional.multimodal import clip_image_quality_assessment
+from transformers import CLIPModel
 
 from dma_diffusers.eval.metrics.clip import ClipScorer
-from tests import tiny_pipelines
+from tests.eval.metrics.tiny_clip import END, LENGTH, MEAN, SIDE, STD, save_clip, tokenizer
 
-SIDE, LENGTH, END = 32, 24, 3
-MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
 PROMPTS = ["a cat", "a zebra over a blue mug", "an owl left of two axes on a yellow background"]
-
-
-def tokenizer():
-    """Bytes between <s> and <unk>: for the sake of old checkpoints CLIP does not look for an end token of id 2."""
-    made = tiny_pipelines.tokenizer(LENGTH)
-    made.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", END)]
-    )
-    return made
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
-    vocabulary = dict(vocab_size=tiny_pipelines.VOCABULARY, bos_token_id=1, eos_token_id=END)
-    text = shape | vocabulary | dict(max_position_embeddings=LENGTH)
-    vision = shape | dict(image_size=SIDE, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    preparation = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": SIDE},
-        "crop_size": {"height": SIDE, "width": SIDE},
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preparation))
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +36,7 @@ def by_hand(folder, picture, prompt):
         (SIDE * width // height, SIDE), Image.Resampling.BICUBIC
     )
     left = (resized.width - SIDE) // 2
-    pixels = (np.asarray(resized)[:, left : left + SIDE] / 255 - MEAN) / STD
+    pixels = (np.asarray(resized)[:, left : left + SIDE] / 255 - np.array(MEAN)) / np.array(STD)
     ids = tokenizer()(prompt)["input_ids"]
     ids = ids if len(ids) <= LENGTH else [*ids[: LENGTH - 1], END]
     with torch.no_grad():
@@ -80,6 +53,28 @@ def test_score_is_the_formula(folder, pictures):
     assert scores.shape == (3,) and scores.dtype == torch.float32
     assert min(expected) < 0 < max(expected)
     np.testing.assert_allclose(scores.numpy(), np.maximum(expected, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_quality_is_the_formula_and_torchmetrics(folder, pictures, monkeypatch, tmp_path):
+    scores = ClipScorer(folder, "cpu").quality(pictures)
+    good, bad = (
+        [by_hand(folder, picture, prompt) for picture in pictures] for prompt in ("Good photo.", "Bad photo.")
+    )
+    expected = 1 / (1 + np.exp(np.subtract(bad, good)))
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+    for name in (
+        "get_image_features",
+        "get_text_features",
+    ):  # of transformers 5, torchmetrics expects tensors
+        stock = getattr(CLIPModel, name)
+        monkeypatch.setattr(CLIPModel, name, lambda *given, stock=stock: stock(*given).pooler_output)
+    named = shutil.copytree(folder, tmp_path / "openai")  # it takes no other folders
+    # Their range is divided out before the processor divides by 255, too.
+    theirs = clip_image_quality_assessment(pictures.float(), str(named), data_range=1.0)
+    np.testing.assert_allclose(
+        scores.numpy(), theirs.numpy(), atol=2e-3
+    )  # their pictures are resized in float32
 
 
 def test_long_prompts_are_cut_and_remembered(folder, pictures):

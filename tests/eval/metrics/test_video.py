@@ -8,7 +8,7 @@ import torch
 
 from dma_diffusers.eval.metrics import video
 from dma_diffusers.eval.metrics.paired import psnr_db, ssim
-from dma_diffusers.eval.metrics.video import each_frame, flicker, pooled_psnr_db
+from dma_diffusers.eval.metrics.video import each_frame, flicker, flicker_of_frames, pooled_psnr_db
 
 FRAMES = 5
 
@@ -42,6 +42,8 @@ def slow_flicker(video, reference):
 def test_flicker_is_its_definition(noisy, references):
     expected = [slow_flicker(*pair) for pair in zip(noisy, references, strict=True)]
     measured = flicker(noisy, references)
+    each = [slow_flicker(noisy[0, t : t + 2], references[0, t : t + 2]) for t in range(noisy.shape[1] - 1)]
+    np.testing.assert_allclose(flicker_of_frames(noisy, references)[0].numpy(), each, rtol=1e-5)
     assert measured.shape == (2,) and measured.dtype == torch.float32
     np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -122,10 +123,11 @@ def test_summaries_follow_from_the_scores(finished):
 
 def test_the_worst_are_shown_first(finished):
     found = evaluation(finished)
-    lpips = np.array(found["rows"][NEAR]["pictures"]["lpips"]).reshape(3, 2)
-    assert [worst["value"] for worst in found["worst"]] == pytest.approx(
-        sorted(lpips.max(axis=1))[::-1], rel=1e-4
-    )
+    for name in (NEAR, FAR):
+        lpips = np.array(found["rows"][name]["pictures"]["lpips"]).reshape(3, 2)
+        assert [worst["value"] for worst in found["worst"] if worst["row"] == name] == pytest.approx(
+            sorted(lpips.max(axis=1))[::-1], rel=1e-4
+        )
     for worst in found["worst"]:
         assert {Image.open(finished / path).size for path in worst["pictures"].values()} == {(40, 48)}
 
@@ -171,6 +173,56 @@ def test_a_row_of_which_nothing_ran_says_so(monkeypatch, capsys, asked, finished
     )
     assert "| auto (no call ran at low precision) |" in output
     assert found["rows"][NEAR]["ran"] == 1 and found["rows"][AGAIN.name]["ran"] is None
+
+
+def test_a_dry_run_says_what_a_run_would_do(monkeypatch, capsys, asked, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    code, output, error = run(
+        monkeypatch, capsys, *asked, "--config", "low=nvfp4", "--dry-run", "-o", str(folder)
+    )
+    assert (code, output) == (0, ""), error
+    plan, *rows, compared, time_of_all = error.splitlines()
+    assert plan == "6 rows × 3 prompts × 2 seeds = 36 pictures, 30 of them there already"
+    assert rows == [
+        *(f"  {name}: 0 to draw" for name in ("full precision, first drawing", AGAIN.name, ANOTHER_KERNEL.name)),
+        *(f"  {name}: 0 to draw" for name in (NEAR, FAR)), "  low=nvfp4: 6 to draw",
+    ]  # fmt: skip
+    assert compared.startswith("compared by PSNR, dB, SSIM, LPIPS") and "FID to full precision" in compared
+    assert re.fullmatch(
+        r"about \d+ s: pictures \d+ s, errors of steps \d+ s, errors of layers \d+ s", time_of_all
+    )
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_scorer_and_samples_for_a_benchmark(monkeypatch, capsys, asked, finished, tmp_path):
+    (tmp_path / "own_brightness.py").write_text(
+        "def score(frames, prompt):\n    assert prompt != 'two cats'\n    return frames.double().mean().item()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = shutil.copytree(finished, tmp_path / "run")
+    options = ("--scorer", "own_brightness:score", "--samples-for", "t2i-compbench")
+    code, output, error = run(monkeypatch, capsys, *asked, *options, "-o", str(folder))
+    assert code == 0, error
+    assert "own\\_brightness:score ↑" in output
+    found = evaluation(folder)
+    scores, summary = found["rows"][FAR]["pictures"], found["rows"][FAR]["summary"]["own_brightness:score"]
+    assert scores["own_brightness:score"][2:4] == [None, None] and summary["n"] == 4
+    assert any(
+        note.startswith(
+            f"own_brightness:score could not score 2 of 6 of {FAR}, the first: 'two cats', seed 0 (Ass"
+        )
+        for note in found["notes"]
+    )
+    (samples,) = folder.glob("samples/low-mxfp4-*/samples")
+    expected = [f"{prompt}_{number:06}.png" for number, prompt in enumerate(np.repeat(PROMPTS, 2))]
+    assert sorted(path.name for path in samples.iterdir()) == sorted(expected)
+    shown = [np.asarray(Image.open(samples / name)).astype(float).mean() for name in expected]
+    kept = [mean for place, mean in enumerate(shown) if place not in (2, 3)]
+    stored = scores["own_brightness:score"]
+    assert [*stored[:2], *stored[4:]] == pytest.approx(kept, rel=1e-5)
+    assert len([*folder.glob("samples/*/samples")]) == 5
 
 
 def test_other_steps_are_other_pictures(monkeypatch, capsys, asked, finished, tmp_path):
@@ -283,8 +335,8 @@ def test_what_draws_nan_is_named(monkeypatch, capsys, asked, model, tmp_path):
     code, _, error = run(monkeypatch, capsys, *asked, "--model", str(copy), "-o", str(tmp_path / "run"))
     assert code == 1
     assert (
-        error
-        == "error: full precision, first drawing: the pipeline drew NaN or infinity instead of a picture\n"
+        error.splitlines()[-1]
+        == "error: full precision, first drawing: the pipeline drew NaN or infinity instead of a picture"
     )
 
 
@@ -321,6 +373,15 @@ BAD = {
     "no model": (("--model", str(ROOT / "tests")), "no Diffusers pipeline"),
     "a hub id": (("--model", "owner/name"), "hf download owner/name --local-dir FOLDER"),
     "no such dense layer": (("--config", "dense_layers=[99]"), "dense_layers=[99]: dense_layers (99,)"),
+    "no scorer": (("--scorer", "no_such_module:score"), "no_such_module cannot be imported"),
+    "a scorer twice": (("--scorer", "math:hypot", "--scorer", "math:hypot"), "math:hypot is given twice"),
+    "I3D of pictures": (("--i3d", "/no/such/file.safetensors"), "/no/such/file.safetensors"),
+    "no benchmark": (("--samples-for", "imagenet"), "there are vbench, t2i-compbench"),
+    "a benchmark of clips": (
+        ("--samples-for", "vbench"),
+        "vbench reads clips, and this model draws pictures",
+    ),
+    "a dry run of calls": (("--dry-run", "--attention"), "--dry-run is for pictures"),
     "no clip": (("--clip", "owner/clip"), "hf download owner/clip --local-dir FOLDER"),
     "no reference": (("--reference", "/no/such/folder"), "/no/such/folder"),
 }

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ def asked(tmp_path_factory):
     wan().save_pretrained(folder / "model")
     (folder / "model" / "generation.json").write_text(json.dumps(CALL))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    options = ("--seeds", "1", "--batch", "2", "--config", LOW)
+    options = ("--seeds", "1", "--batch", "2", "--config", LOW, "--samples-for", "vbench")
     return ("eval", "--model", str(folder / "model"), "--prompts", str(folder / "prompts.txt"), *options)
 
 
@@ -58,7 +59,13 @@ def test_every_frame_is_scored(finished):
     found = evaluation(finished)
     assert found["settings"]["frames"] == 5
     exact, coarse = (found["rows"][name] for name in (AGAIN.name, LOW))
-    assert exact["frames"] == {"psnr_db": [None] * 5, "ssim": [1.0] * 5, "lpips": [0.0] * 5}
+    assert exact["frames"] == {
+        "psnr_db": [None] * 5, "ssim": [1.0] * 5, "lpips": [0.0] * 5, "flicker": [None, *[0.0] * 4],
+    }  # fmt: skip
+    assert coarse["frames"]["flicker"][0] is None
+    assert np.mean(coarse["frames"]["flicker"][1:]) == pytest.approx(
+        coarse["summary"]["flicker"]["estimate"], rel=1e-4
+    )
     psnr = each_frame(psnr_db, clips(finished, "low"), clips(finished, "full-precision-first-drawing"))
     assert coarse["frames"]["psnr_db"] == pytest.approx(pooled_psnr_db(psnr, 0).tolist(), rel=1e-5)
     assert sorted(coarse["pictures"]["psnr_db"]) == pytest.approx(
@@ -75,6 +82,17 @@ def test_clips_have_flicker_and_no_fid(finished):
     assert exact["flicker"]["estimate"] == exact["lpips"]["estimate"] == 0
     assert coarse["flicker"]["estimate"] > 0 and "fid" not in coarse and "kid" not in coarse
     assert any("no FID and no KID" in note for note in found["notes"])
+    assert any("no FVD: it needs clips of at least 9 frames" in note for note in found["notes"])
+
+
+def test_samples_have_vbenchs_names(finished):
+    (samples,) = finished.glob("samples/low-*")
+    assert sorted(path.name for path in samples.iterdir()) == sorted(f"{prompt}-0.mp4" for prompt in PROMPTS)
+    with av.open(str(samples / "a cat runs-0.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    drawn = clips(finished, "low").permute(0, 1, 3, 4, 2).numpy().astype(int)
+    off = min(np.abs(np.stack(frames) - clip).mean() for clip in drawn)
+    assert np.shape(frames) == (5, 64, 80, 3) and off < 4  # H.264 is lossy
 
 
 def test_the_report_moves(finished):

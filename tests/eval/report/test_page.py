@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dma_diffusers.eval.report.in_words import in_words
 from dma_diffusers.eval.report.page import html
 from dma_diffusers.pipelines.picture import amplified_difference
 from tests.eval.report.synthetic import NASTY, PROMPTS, SEEDS, evaluation, write
@@ -116,10 +117,10 @@ def test_table_has_the_evaluations_numbers(run, page):
     _, contents = run
     head, *lines = page.tables["metrics"]
     metrics = [name for name in contents["metrics"] if name != "alignment"]  # no row has that
-    for (title, n), name in zip(head[1:-1], metrics, strict=True):
+    for (title, n), name in zip(head[2:-1], metrics, strict=True):
         arrow = "↑" if contents["metrics"][name]["better"] == "higher" else "↓"
         assert (title, n) == (f"{contents['metrics'][name]['title']}\xa0{arrow}", f"n = {PROMPTS * SEEDS}")
-    for (first, *cells, seconds), (name, row) in zip(lines, contents["rows"].items(), strict=True):
+    for (first, _, *cells, seconds), (name, row) in zip(lines, contents["rows"].items(), strict=True):
         assert first[0] == name
         assert float(seconds[0]) == pytest.approx(row["seconds_per_picture"], rel=5e-3)
         for shown, metric in zip(cells, metrics, strict=True):
@@ -144,6 +145,24 @@ def test_baseline_and_noise_floor_are_marked(page):
     assert classes == ["baseline", "noise-floor", *["configuration"] * 6]
 
 
+def test_rows_have_verdicts_and_what_ran(run, page, text):
+    _, contents = run
+    head, *lines = page.tables["metrics"]
+    assert head[1] == ["Verdict", "of 19 in 20"]
+    shown = {line[0][0]: line for line in lines}
+    assert shown["full precision"][1] == ["–"]
+    assert shown["all MXFP8"][:2] == [
+        ["all MXFP8", "12 modules: mxfp8|mxfp4 diagonal, faithful"],
+        ["same picture", f"{PROMPTS * SEEDS} same"],
+    ]
+    assert in_words(contents) in " ".join(page.text).replace("In short. ", "")
+    entry = contents["worst"][0]
+    assert (
+        f"seed {entry['seed']} · LPIPS {entry['value']:.4f} · same picture" in page.text
+    )  # by its stored scores
+    assert text.count('<details name="worst" open>') == 1 and text.count('<details name="worst">') == 2
+
+
 def test_categories_have_means_over_their_prompts(run, page):
     _, contents = run
     (_, _, *names), *lines = page.tables["categories"]
@@ -163,8 +182,11 @@ def test_worst_pictures_are_those_in_the_folder(run, page):
     folder, contents = run
     shown = [picture(a["src"]) for tag, a in page.tags if tag == "img"]
     assert len(shown) == 30
+    rows = list(dict.fromkeys(entry["row"] for entry in contents["worst"]))
+    entries = sorted(contents["worst"], key=lambda entry: rows.index(entry["row"]))
+    assert [a.get("name") for tag, a in page.tags if tag == "details"][:4] == [*["worst"] * 3, None]
     for entry, reference, drawn, difference in zip(
-        contents["worst"], shown[::3], shown[1::3], shown[2::3], strict=True
+        entries, shown[::3], shown[1::3], shown[2::3], strict=True
     ):
         expected = Image.open(folder / entry["pictures"]["full precision"])
         assert np.array_equal(reference, expected)
@@ -243,7 +265,7 @@ def test_rows_say_what_ran_and_which_pictures_are_identical(run):
     row["receipt"]["modules"][0]["lowering"] = "reference"
     shown = {line[0][0]: line for line in Page(html(contents, run[0])).tables["metrics"]}
     assert "no call ran at low precision" in shown["all MXFP4"][0]
-    assert "5 identical" in shown["all MXFP4"][1]
+    assert "5 identical" in shown["all MXFP4"][2]
     assert "by the reference in torch, not a kernel" in shown["all MXFP4"][-1]
     assert not any("ran at low precision" in text for text in shown["all NVFP4"][0])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dma_diffusers.eval.report.axes import is_near
 from dma_diffusers.eval.report.frames import frame_plot, frame_scores
 from dma_diffusers.eval.report.heat_maps import layer_errors
 from dma_diffusers.eval.report.pareto import Point, front, pareto
@@ -174,3 +175,22 @@ def test_seconds_of_the_reference_are_not_plotted():
     contents["rows"]["all MXFP4"]["receipt"]["modules"][0]["lowering"] = "reference"
     assert "all MXFP4" not in texts(pareto(contents, "lpips"))
     assert "all MXFP4" in texts(pareto(contents, "lpips", "predicted_cost"))
+
+
+def test_a_noise_floor_far_away_does_not_squash_the_axes():
+    """It is written at the edge, and the axes are those of the configurations."""
+    contents = evaluation()
+    for row in contents["rows"].values():
+        if row["role"] == "noise floor":
+            row["summary"]["lpips"] = {"estimate": 1e-6, "low": 1e-6, "high": 1e-6}
+            row["steps"] = [1e-7] * STEPS
+    assert "noise floor 1e-06 ↓" in texts(pareto(contents, "lpips"))
+    assert "noise floor 1e-07 ↓" in texts(step_plot(contents))
+    assert not any("1e-05" in text or "0.0001" in text for text in texts(pareto(contents, "lpips")))
+
+
+def test_a_noise_floor_nearby_is_drawn():
+    assert not any("↓" in text and "noise" in text for text in texts(pareto(evaluation(), "lpips")))
+    values = [0.06, 0.07, 0.08]
+    assert is_near(0.05, values) and is_near(0.12, values) and not is_near(0.13, values)
+    assert is_near(1e-3, [0.01, 0.3]) and not is_near(1e-6, [0.01, 0.3])  # in decades
