@@ -44,7 +44,7 @@ def lines(receipts: Iterable[LinearReceipt]) -> list[str]:
         found.append(f"{named}: {choice}")
         if members[0].formats:
             found.append(f"  {_average_bits(members):.2f} bits a weight on average")
-    quantised = [receipt for receipt in receipts if receipt.formats]
+    quantised = [each for each in receipts if each.formats and each.bytes_after != each.bytes_before]
     if quantised:
         before, after = (
             sum(getattr(receipt, name) for receipt in quantised) for name in ("bytes_before", "bytes_after")
