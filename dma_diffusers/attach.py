@@ -20,6 +20,7 @@ from dma_diffusers.components import (
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.decision import NOT_RUNNING
 from dma_diffusers.families import family_of, known_family
+from dma_diffusers.finetune.receipts import trained_receipts
 from dma_diffusers.fingerprint import OTHER_WEIGHTS, are_other_weights
 from dma_diffusers.forward import ForwardContext
 from dma_diffusers.guard import Guard
@@ -137,7 +138,7 @@ def report(pipe_or_model: Any) -> Receipt:
     for prefix, model in transformers_of(pipe_or_model):
         if _attachment(model) or interceptions(model):
             receipts.extend(_with_unseen(list(_receipts(prefix, model, _attachment(model)))))
-        linears.extend(linear_receipts(prefix, model))
+        linears.extend([*linear_receipts(prefix, model), *trained_receipts(prefix, model)])
     return Receipt(tuple(receipts), tuple(linears))
 
 

@@ -99,7 +99,8 @@ class Receipt:
         found = []
         for choice, group in groupby(sorted(self.modules, key=str), key=str):
             members = list(group)
-            found.append(f"{len(members)} modules ({members[0].module}, …): {choice}")
+            named = f"{len(members)} modules ({members[0].module}, …)" if members[1:] else members[0].module
+            found.append(f"{named}: {choice}")
             fallbacks = sum((Counter(member.fallbacks) for member in members), Counter())
             found.append(f"  {sum(member.intercepted for member in members)} calls intercepted")
             if by_entry := sum((Counter(member.by_entry) for member in members), Counter()):

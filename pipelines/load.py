@@ -234,6 +234,11 @@ def _check_folder(model: str | Path) -> None:
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{model} is no Diffusers pipeline: the folder has no model_index.json")
+            said = f"{model} is no Diffusers pipeline: the folder has no model_index.json"
+            if (folder / "loss.jsonl").is_file():
+                said += (
+                    "; `finetune` wrote it: load its transformer/ or lora/ into the model that was trained"
+                )
+            raise ValueError(said)
     elif folder.exists() or folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
         raise ValueError(f"{model} is neither a folder nor a hub id (owner/name)")

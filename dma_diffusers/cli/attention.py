@@ -27,10 +27,11 @@ Tokens = Annotated[int | None, typer.Option(help="Tokens kept HIGH; replaces the
 
 @dataclass(frozen=True)
 class Attention:
-    """The configuration that options chose, and the policy file that it is from, if any."""
+    """The configuration that options chose, and the policy file and the quality by which they did, if any."""
 
     config: Any
-    file: Path | None
+    file: Path | None = None
+    quality: float | None = None
 
     def label(self, receipt: Any) -> str:
         """A few words for the attention and the linear layers that drew, as the receipt has it."""
@@ -44,7 +45,8 @@ class Attention:
             return "stock attention"
         if self.file:
             others = any(OTHER_WEIGHTS in module.notes for module in receipt.modules)
-            return f"DMA as {self.file.name} chooses{' for other weights' * others}"
+            quality = "" if self.quality is None else f" for quality {self.quality:g}"
+            return f"DMA as {self.file.name} chooses{quality}{', made for other weights' * others}"
         pair = self.config.high, self.config.low
         formats = f"DMA {('|' if '/' in ''.join(pair) else '/').join(pair)}"
         if self.config.rotation != "none":
@@ -123,12 +125,12 @@ class AttentionOptions:
         if not self.policy or is_words(self.policy):
             if "quality" in options:
                 raise ValueError("--quality chooses from a policy file: give --policy too")
-            chosen = Attention(DMAConfig.preset(preset, **options), None)
+            chosen = Attention(DMAConfig.preset(preset, **options))
         else:
             file, quality = Path(options.pop("policy")), options.pop("quality", None)
             if tiles := [name for name in _OF_POLICY_FILES if name in options]:
                 raise ValueError(f"--policy chooses {', '.join(tiles)} itself: give one or the other")
-            chosen = Attention(DMAConfig.from_file(file, quality, **options), file)
+            chosen = Attention(DMAConfig.from_file(file, quality, **options), file, quality)
         with quiet():
             from dma_diffusers.linears.files import read_header
             from dma_diffusers.linears.methods import is_file

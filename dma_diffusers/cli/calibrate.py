@@ -170,7 +170,8 @@ def calibrate(
     notes = [f"{repeated} repeated prompts were left out"] if repeated else []
     if not policy.evidence["prompts_held_out"]:
         recorded = policy.evidence["prompts_recorded"]
-        notes.append(f"no prompt is held out, because {recorded} were recorded: every fourth one would be")
+        counted = "1 was" if recorded == 1 else f"{recorded} were"
+        notes.append(f"no prompt is held out, because {counted} recorded: of four or more, every fourth is")
     for note in [*notes, *recorded_calls.notes]:
         print(f"note: {note}")
     print(f"{output}: chosen for {policy.evidence['target']}; costs are predicted, errors are measured")

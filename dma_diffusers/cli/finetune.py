@@ -166,3 +166,5 @@ def finetune(
         return
     first, last = (result["loss"][i] for i in (0, -1))
     print(f"{result['saved']}: {result['steps']} steps, loss {first:.3g} → {last:.3g}")
+    for note in result["notes"]:
+        print(f"note: {note}")

@@ -40,10 +40,11 @@ def lines(receipts: Iterable[LinearReceipt]) -> list[str]:
     found = []
     for choice, group in groupby(sorted(receipts, key=_order), key=str):
         members = list(group)
-        found.append(f"{len(members)} linear layers ({members[0].module}, …): {choice}")
+        named = f"{len(members)} linear layers ({members[0].module}, …)" if members[1:] else members[0].module
+        found.append(f"{named}: {choice}")
         if members[0].formats:
             found.append(f"  {_average_bits(members):.2f} bits a weight on average")
-    quantised = [receipt for receipt in receipts if receipt.formats]
+    quantised = [each for each in receipts if each.formats and each.bytes_after != each.bytes_before]
     if quantised:
         before, after = (
             sum(getattr(receipt, name) for receipt in quantised) for name in ("bytes_before", "bytes_after")

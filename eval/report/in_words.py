@@ -24,10 +24,12 @@ def in_words(evaluation: dict[str, Any]) -> str:
     if not judged:
         return ""
     thing = noun(evaluation)
+    count = min(len(found[name]) for name in judged)
+    share = f"At least 19 of 20 {thing}s" if count >= 20 else f"All {count} {thing}s"
     said = {
-        SAME: f"At least 19 of 20 {thing}s are the same to the eye as full precision's with",
+        SAME: f"{share} are the same to the eye as full precision's with",
         SCENE: "The scene stays while details change with",
-        DIVERGED: f"Other {thing}s are drawn often enough to be seen with",
+        DIVERGED: f"More than 1 of 20 {thing}s shows something else than full precision's with",
     }
     sentences = []
     for verdict, what in said.items():
@@ -37,7 +39,8 @@ def in_words(evaluation: dict[str, Any]) -> str:
             sentences.append(f"{what} {len(names)} of {len(rows)} configurations: {listed}.")
     if idle := [name for name, row in rows.items() if is_idle(row)]:
         sentences.append(f"Nothing of {'; '.join(idle)} ran at low precision, so there is nothing to judge.")
-    return " ".join([*sentences, *_nearest(evaluation, judged), *_cheapest(evaluation, judged)])
+    few = [f"So few {thing}s are a first look."] if count < 20 else []
+    return " ".join([*sentences, *_nearest(evaluation, judged), *_cheapest(evaluation, judged), *few])
 
 
 def _nearest(evaluation: dict[str, Any], judged: dict[str, Any]) -> list[str]:

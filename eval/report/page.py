@@ -110,10 +110,18 @@ def _rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _configurations(rows: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Return names of the fields that configurations have, and each one's values of them."""
-    configurations = {name: row["config"] for name, row in rows.items() if row.get("config")}
+    """Return names of the fields that configurations have, and each one's values of those that it uses."""
+    configurations = {name: _used(row["config"]) for name, row in rows.items() if row.get("config")}
     names = list(dict.fromkeys(field for config in configurations.values() for field in config))
     return names, {name: [config.get(field) for field in names] for name, config in configurations.items()}
+
+
+def _used(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with None for formats that stock attention, and for widths that a policy does not use."""
+    unused = ("window", "sink") if config.get("policy") else ()
+    if config.get("lowering") == "stock":
+        unused = ("high", "low", "window", "sink")
+    return config | dict.fromkeys(unused)
 
 
 def _receipt(stored: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import DiffusionPipeline
 
 from dma_diffusers import finetune as precision
+from dma_diffusers import report
 from dma_diffusers.pipelines.finetuning.calls import CallStore
 from dma_diffusers.pipelines.finetuning.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from dma_diffusers.pipelines.finetuning.data import store_examples
@@ -53,7 +54,8 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
     """Train until so many steps were made in all, save the result, and return what happened.
 
     `folder` has the result (`pipelines.finetuning.save`), `loss.jsonl`, checkpoints, sample sheets, and the examples. A
-    run that was stopped goes on from its last checkpoint. Under `accelerate launch` every process calls this.
+    run that was stopped goes on from its last checkpoint. The result's `notes` say why no attention call trained at low
+    precision where that was asked for. Under `accelerate launch` every process calls this.
 
     Raises ValueError where the folder is another run's, the pipeline can't be trained, the model can't have such
     precision, or the loss is not finite, and RuntimeError where the GPU has too little memory.
@@ -81,13 +83,26 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
         losses = _train(trainer, accelerator, folder, watch, sheets, on_step)
     if not accelerator.is_main_process:
         return {}
+    notes = _notes(model)
     with trainer.averaged():
         precision.restore(model)
         trained = {**request.identity(steps), "steps": trainer.step, "last_loss": losses[-1]}
         saved = save_trained(
             pipe, request.component, request.attention, request.lora_rank > 0, trained, folder
         )
-    return {"steps": trainer.step, "loss": losses, "device": str(accelerator.device), "saved": str(saved)}
+    device = str(accelerator.device)
+    return {"steps": trainer.step, "loss": losses, "device": device, "saved": str(saved), "notes": notes}
+
+
+def _notes(model: torch.nn.Module) -> list[str]:
+    """Return the reasons for which no attention call trained at low precision, if that was asked for and none did."""
+    modules = report(model).modules
+    if any(module.intercepted for module in modules):
+        return []
+    return [
+        f"attention trained at full precision: {reason}"
+        for reason in dict.fromkeys(reason for module in modules for reason in module.fallbacks)
+    ]
 
 
 def _train(

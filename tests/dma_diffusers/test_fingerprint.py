@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dma_diffusers import DMAConfig, apply, quantize_linears, report, restore
+from dma_diffusers.cli.attention import Attention
 from dma_diffusers.fingerprint import OTHER_WEIGHTS, are_other_weights, fingerprint
 from tests import tiny_pipelines
 from tests.dma_diffusers.test_policy_file import document
@@ -85,6 +86,20 @@ def test_a_policy_for_other_weights_says_so(policy, caplog):
     restore(pipe)
     apply(pipe, DMAConfig.from_file(policy, weights=None))
     assert OTHER_WEIGHTS not in notes(pipe)
+
+
+def test_the_command_line_names_file_quality_and_other_weights(policy):
+    pipe = tuned(tiny_pipelines.flux())
+    apply(pipe, DMAConfig.from_file(policy, 0.7))
+    tiny_pipelines.draw(pipe)
+    chosen = Attention(DMAConfig.from_file(policy, 0.7), policy, 0.7)
+    assert (
+        chosen.label(report(pipe)) == f"DMA as {policy.name} chooses for quality 0.7, made for other weights"
+    )
+    assert (
+        Attention(chosen.config, policy).label(report(pipe))
+        == f"DMA as {policy.name} chooses, made for other weights"
+    )
 
 
 def test_one_of_several_transformers_is_enough():

@@ -292,6 +292,7 @@ def test_a_processor_that_attends_in_its_own_way_is_counted_and_warned_about(cap
         .startswith("2 modules (transformer.single_transformer_blocks.0.attn")
     )
     assert "stock attention: " in str(report(pipe))
+    assert str(report(pipe)).startswith("transformer.transformer_blocks.0.attn: mxfp8|mxfp4 ")
 
 
 def test_a_processor_that_attends_in_its_own_way_is_noted_in_graphs_too(caplog):

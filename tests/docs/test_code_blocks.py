@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import dma_diffusers
 from dma_diffusers.eval.quality.configurations import read as read_configurations
 from dma_diffusers.eval.quality.prompts import read_prompts
+from dma_diffusers.pipelines.finetuning.save import save_trained
 from dma_diffusers.pipelines.jobs import read_jobs
 from tests.docs.blocks import HEREDOC, RUN, Block, blocks, commands, names, parse
 from tests.docs.site import ROOT
@@ -77,7 +78,11 @@ def test_python(block: Block, request, tmp_path, monkeypatch):
     for folder in ("pipelines", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    run(block.code, names(block.code))
+    found = names(block.code)
+    if "tuned/" in block.code:
+        (tmp_path / "tuned").mkdir()
+        save_trained(found["pipe"], "transformer", dma_diffusers.DMAConfig(), False, {}, tmp_path / "tuned")
+    run(block.code, found)
 
 
 @pytest.mark.parametrize("name", dma_diffusers.__all__)

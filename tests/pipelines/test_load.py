@@ -91,6 +91,14 @@ def test_a_folder_that_is_damaged_is_named(tmp_path, index, words):
         check_model(tmp_path)
 
 
+def test_a_folder_of_a_finetune_says_what_to_load(tmp_path):
+    with pytest.raises(ValueError, match=r"no model_index\.json$"):
+        check_model(tmp_path)
+    (tmp_path / "loss.jsonl").touch()
+    with pytest.raises(ValueError, match=r"`finetune` wrote it: load its transformer/ or lora/"):
+        check_model(tmp_path)
+
+
 @pytest.mark.parametrize("frames", ['"9"', "-3", "true", "0"])
 def test_recommended_counts_are_whole_numbers(tmp_path, frames):
     (_folder(tmp_path, "WanPipeline") / "generation.json").write_text(f'{{"num_frames": {frames}}}')

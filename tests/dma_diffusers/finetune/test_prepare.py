@@ -89,6 +89,9 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     assert {"x_embedder", "proj_out", "transformer_blocks.0.norm1.linear"} <= found.left.keys()
     assert report(model).modules
     assert found.lowering.lowering == "reference" and "native: cpu has no" in found.lowering.reason
+    assert {each.module for each in report(model).linears} == expected
+    assert {(each.formats, each.lowering) for each in report(model).linears} == {(("mxfp4",), "reference")}
+    assert "rounded in each call" in str(report(model)) and "in the place of" not in str(report(model))
     # Blocks are alike, so that they are compiled once; layers of one block are not.
     blocks = model.single_transformer_blocks
     assert [b.proj_mlp.seed for b in blocks] == [blocks[0].proj_mlp.seed] * len(blocks)
@@ -96,7 +99,7 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     model.save_pretrained(tmp_path)
     weights = copy.deepcopy(model.state_dict())
     restore(model)
-    assert quartet_layers(model) == [] and not report(model).modules
+    assert quartet_layers(model) == [] and not report(model).modules and not report(model).linears
     again = type(model).from_pretrained(tmp_path)
     assert again.state_dict().keys() == weights.keys()
     assert all(torch.equal(t, weights[name]) for name, t in again.state_dict().items())

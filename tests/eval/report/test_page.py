@@ -233,6 +233,19 @@ def test_everything_else_is_there(run, page):
     assert sum(tag == "svg" for tag, _ in page.tags) == 3
 
 
+def test_fields_that_a_configuration_does_not_use_are_not_shown(run):
+    folder, contents = run[0], evaluation()
+    fields = {"high": "mxfp8", "low": "mxfp4", "window": 128, "sink": 64, "policy": None, "lowering": "auto"}
+    changes = {"all INT8": {}, "all MXFP8": {"policy": "dense()"}, "all MXFP4": {"lowering": "stock"}}
+    for name, row in contents["rows"].items():
+        row["config"] = fields | changes[name] if name in changes else None
+    shown = {row[0][0]: [cell[0] for cell in row[1:]] for row in Page(html(contents, folder)).tables[None]}
+    assert shown["Attention"] == list(fields)
+    assert shown["all INT8"] == ["mxfp8", "mxfp4", "128", "64", "–", "auto"]
+    assert shown["all MXFP8"] == ["mxfp8", "mxfp4", "–", "–", "dense()", "auto"]
+    assert shown["all MXFP4"] == ["–", "–", "–", "–", "–", "stock"]
+
+
 @pytest.mark.parametrize("empty", [None, []])
 def test_parts_may_be_missing(tmp_path, empty):
     contents = evaluation()

@@ -83,6 +83,18 @@ def test_the_paragraph_says_what_the_table_says():
     )
 
 
+@pytest.mark.parametrize(
+    ("count", "share"), [(3, "All 3 pictures are"), (20, "At least 19 of 20 pictures are")]
+)
+def test_few_pictures_are_counted_and_called_few(count, share):
+    contents = evaluation()
+    for row in contents["rows"].values():
+        row["pictures"]["lpips"] = [0.01] * count
+    text = in_words(contents)
+    assert text.startswith(share)
+    assert ("So few pictures are a first look." in text) == (count < 20)
+
+
 def test_nothing_to_say_without_lpips():
     contents = evaluation()
     for row in contents["rows"].values():

@@ -186,6 +186,21 @@ def test_attention_and_linear_layers_learn_together(request_, tmp_path):
     assert policy.low == "mxfp4" and policy.window == 0 and policy.weights
 
 
+def test_attention_that_never_trained_at_low_precision_is_said(request_, tmp_path):
+    long, short = (
+        finetune(
+            replace(request_, attention=DMAConfig(min_length=fewest)),
+            1,
+            tmp_path / str(fewest),
+            Watch(0),
+            silent,
+        )
+        for fewest in (10_000, 0)
+    )
+    assert long["notes"] == ["attention trained at full precision: fewer than 10000 keys"]
+    assert short["notes"] == []
+
+
 def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
     asked = replace(request_, gradient_checkpointing=True)
     assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
