@@ -82,7 +82,7 @@ class Interception:
         self.family = family
         self.forward = forward
         self.configs = tuple(own.entries[entry].config for entry in own.of_stage)  # of stages
-        kinds = forward.stages.kinds if forward.stages else (0,)
+        kinds = forward.stages.kinds if forward.stages else (0,) * len(self.configs)
         of_kinds = [self.configs[kinds.index(kind)] for kind in range(max(kinds) + 1)]
         no_backward = [""] * len(of_kinds)
         for kind, config in zip(kinds, self.configs, strict=True):

@@ -11,7 +11,7 @@ import dma_diffusers
 from dma_diffusers import apply, warmup
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.ahead_of_time.compile import specialisation
-from dma_diffusers.kernels.attention import launch
+from dma_diffusers.kernels.attention import encoding
 from dma_diffusers.kernels.device.compiled import compiled_kernels
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.warming import KindOfCall
@@ -39,7 +39,7 @@ def variants(monkeypatch):
 
     monkeypatch.setattr(Launcher, "__call__", note)
     monkeypatch.setattr(Launcher, "empty", empty)
-    for module in (lowerings, launch):
+    for module in (lowerings, encoding):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
     return asked
 
@@ -178,7 +178,7 @@ def test_in_the_interpreter_it_runs_the_kernels(monkeypatch):
         genuine(launcher, kernel, *arguments, **options)
 
     monkeypatch.setattr(Launcher, "__call__", note)
-    for module in (lowerings, launch):
+    for module in (lowerings, encoding):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_89")
     pipe = tiny_pipelines.flux()
     apply(pipe, **HOPPER)
