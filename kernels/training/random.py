@@ -25,8 +25,11 @@ def seed_of(gradient: Tensor, seed: int) -> Tensor:
     numbers = numbers[:: numbers.numel() // _SAMPLES | 1][:_SAMPLES].float()
     places = torch.arange(1, len(numbers) + 1, device=gradient.device) * _STEPS[0]
     mixed = (numbers.view(torch.int32).long() & _WORD) ^ (places & _WORD)
-    mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & _WORD
-    total = mixed.sum(0, keepdim=True) + (seed & _WORD) * _STEPS[1]
+    # MurmurHash3's finalizer: bfloat16 numbers differ in few bits, which one multiplication would not spread.
+    mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B & _WORD
+    mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & _WORD
+    mixed = mixed ^ mixed >> 16
+    total = mixed.sum(0, keepdim=True) + (seed & _WORD) * _STEPS[1] & _WORD
     return (total ^ total >> 16) & _WORD
 
 
