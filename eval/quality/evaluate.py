@@ -68,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What an evaluation has before it draws anything.
+    """The parts that an evaluation has made before it draws anything.
 
     pictures: of each row, full precision's first drawing among them, by name. stepped: the batches of which the steps
     are measured, as far as they are.

@@ -11,17 +11,10 @@ from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES
 from dma_diffusers.kernels.training import launch
 from dma_diffusers.kernels.training.launch import Step
 from dma_diffusers.kernels.training.lowering import choose
-from dma_diffusers.kernels.training.recipe import Quantiser, Recipe, recipe_of
+from dma_diffusers.kernels.training.recipe import RECIPES, Quantiser, Recipe
 from dma_diffusers.kernels.training.reference import Towards
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90")
-RECIPES = {
-    "qat": recipe_of("qat"),
-    "quartet": recipe_of("quartet"),
-    "quartet, stochastic": recipe_of("quartet", "stochastic"),
-    "quartet2": recipe_of("quartet2"),
-    "mxint8": recipe_of("mxint8"),
-}
 _ROWS, _COLUMNS = 256, 3072
 
 

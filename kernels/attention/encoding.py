@@ -144,7 +144,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the kernels multiply, and where.
+    """The operands that the kernels multiply, as they lie in memory.
 
     encoded: of HIGH and LOW. encoded_means: of MEAN; None without such tiles. k_mean: what was taken from k, float32
     `[B·Hkv, D]`; None for nothing.

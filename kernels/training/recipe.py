@@ -105,3 +105,8 @@ _OWN_ROUNDING = {
     "quartet2": "rounds its scales by chance already, and nothing else",
     "mxint8": "rounds to nearest",
 }
+
+RECIPES = {name: recipe_of(name) for name in LINEARS} | {
+    "quartet, stochastic": recipe_of("quartet", "stochastic")
+}
+"""Every recipe by its name, and by its rounding where there is a choice."""

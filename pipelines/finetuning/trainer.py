@@ -76,7 +76,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(self.masters, settings.learning_rate, weight_decay=0.0)
         self.average = EMAModel(self.masters, decay=settings.ema, foreach=True) if settings.ema else None
-        # What is random in a forward call, such as dropout, differs between processes.
+        # Processes draw different numbers in a forward call, such as those of dropout.
         torch.manual_seed(settings.seed + accelerator.process_index)
 
     def advance(self) -> float:

@@ -140,7 +140,7 @@ def test_checkpoints_give_the_gradients_that_there_are_without_them(reentrant, t
 
     found = gradients(model, validate)
     assert len(found) == len(plain)
-    # Of a text's embedding, checkpoints of the older kind add gradients in another order.
+    # Reentrant checkpoints add the gradients of a text's embedding in another order.
     assert all(relative_l2(own, other) < 1e-6 for own, other in zip(found, plain, strict=True))
     receipt = report(model)
     assert not any(module.fallbacks for module in receipt.modules)

@@ -21,7 +21,7 @@ from tests.docs.blocks import HEREDOC, RUN, Block, blocks, commands, names, pars
 from tests.docs.site import ROOT
 from tests.tiny_pipelines import draw
 
-# What is not ours, or is no command of its own.
+# These words begin lines that run no command of this project.
 OTHERS = {"cat", "mkdir", "npm", "tar", "for", "run()", "train()", "train"}
 # Fewer steps, smaller pictures, and the architecture of every machine.
 SUBSTITUTES = {

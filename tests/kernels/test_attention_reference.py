@@ -244,7 +244,7 @@ def test_nan_spreads_no_further_than_in_full_precision(which, is_causal):
 
 
 def test_a_small_mean_of_v_leaves_no_bias():
-    """Of bfloat16 numbers a sixteenth lies halfway between two e4m3 numbers: breaking these ties one way adds up."""
+    """A sixteenth of bfloat16 numbers lies halfway between two e4m3 numbers: rounding all these one way adds up."""
     v = torch.randn(1, 1, 65536, 8, generator=torch.Generator().manual_seed(0))
     for mean, taken in ((0.0155, False), (0.4, True)):
         units = quantiser.value_units((v + mean).bfloat16())

@@ -13,9 +13,8 @@ from dma_diffusers.kernels.training import quantisers, random
 from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.lowering import choose
 from dma_diffusers.kernels.training.quantisers import Quantised, quantise, quest
-from dma_diffusers.kernels.training.recipe import LINEARS, Quantiser, Recipe, recipe_of
+from dma_diffusers.kernels.training.recipe import LINEARS, RECIPES, Quantiser, Recipe
 
-RECIPES = {name: recipe_of(name) for name in LINEARS} | {"stochastic": recipe_of("quartet", "stochastic")}
 SEED = 3
 
 
@@ -125,7 +124,7 @@ def test_gradients_are_those_of_straight_through_estimators(recipe, rows):
         assert 0 < (~mask).sum() < 0.02 * mask.numel()
 
 
-@pytest.mark.parametrize("name", ["stochastic", "quartet2", "quartet"])
+@pytest.mark.parametrize("name", ["quartet, stochastic", "quartet2", "quartet"])
 def test_rounding_by_chance_gives_the_right_gradients_in_the_mean(name):
     """Over seeds, those of the numbers that the forward pass multiplied; rounding to nearest gives others."""
     recipe, draws = RECIPES[name], 96
@@ -140,7 +139,7 @@ def test_rounding_by_chance_gives_the_right_gradients_in_the_mean(name):
     for right, several in zip(expected, zip(*drawn, strict=True), strict=True):
         several = torch.stack(several).double()
         distance = (several.mean(0) - right) / (several.std(0) / math.sqrt(draws)).clamp_min(1e-12)
-        # Of so many numbers some lie beyond 3 σ; a bias moves their mean square, which is 1 without one.
+        # Some of so many numbers lie beyond 3 σ; a bias moves their mean square, which is 1 without one.
         is_right = distance[right != 0].square().mean() < 1.25
         assert is_right == (name != "quartet")
         assert (several[0] - right).norm() > 0.1 * right.norm()
@@ -159,7 +158,7 @@ def test_dtypes_of_weights_and_inputs_are_kept(dtype):
 
 
 def test_frozen_weights_and_first_layers_get_no_gradient_and_change_no_other():
-    recipe = RECIPES["stochastic"]
+    recipe = RECIPES["quartet, stochastic"]
     x, weight, bias, gradient = layer()
     both = gradients(train_linear(x, weight, bias, recipe, "reference"), (x, weight), gradient)
     for number, leaf in enumerate((x, weight)):

@@ -10,18 +10,11 @@ from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, architec
 from dma_diffusers.kernels.training import reference
 from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.lowering import products_of
-from dma_diffusers.kernels.training.recipe import Quantiser, recipe_of
+from dma_diffusers.kernels.training.recipe import RECIPES, Quantiser
 from dma_diffusers.kernels.training.reference import Towards
 from tests.kernels.linears.cases import relative_l2, torch_device
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
-RECIPES = {
-    "qat": recipe_of("qat"),
-    "quartet": recipe_of("quartet"),
-    "quartet, stochastic": recipe_of("quartet", "stochastic"),
-    "quartet2": recipe_of("quartet2"),
-    "mxint8": recipe_of("mxint8"),
-}
 SIDES = ["forward", "gradient to input", "gradient to weight", "requantised"]
 
 

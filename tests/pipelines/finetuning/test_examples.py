@@ -1,4 +1,4 @@
-"""What a model learns from: its pipeline's own calls, and a folder's pictures and clips."""
+"""A model learns from its pipeline's own calls, or from a folder's pictures and clips."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a step's number alone decides: its examples, in whole epochs, and its learning rate."""
+"""The number of a step alone decides its examples, in whole epochs, and its learning rate."""
 
 from itertools import chain
 
