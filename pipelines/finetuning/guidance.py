@@ -1,0 +1,57 @@
+"""The part of each call in a drawing: guidance adds the velocities of several calls up to that of a sampler's step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from dma_diffusers.pipelines.finetuning.calls import Call, Part
+
+_UNEXPLAINED = (
+    0.01  # of a velocity's norm: more than bfloat16 rounds off, less than any guidance that is not a sum
+)
+
+
+@contextmanager
+def parts_of(pipe: DiffusionPipeline, calls: Sequence[Call]) -> Iterator[list[Part]]:
+    """Yield a list to which the part of every call is added, as `calls` grows and the scheduler makes its steps.
+
+    The weights are those with which the calls' velocities add up to what the scheduler gets: guidance by 3 has 3 and
+    −2. Where no sum of them is that, as where guidance rescales, every call is a step of its own.
+    """
+    parts: list[Part] = []
+    scheduler, done = pipe.scheduler, 0
+    stock = scheduler.step
+
+    def step(velocity: Tensor, *given, **named):
+        nonlocal done
+        sigmas = getattr(scheduler, "sigmas", None)
+        if own := [call.output for call in calls[len(parts) :] if call.output is not None]:
+            length = abs(float(sigmas[done] - sigmas[done + 1])) if sigmas is not None else 1.0
+            weights, first = _weights(own, velocity), len(parts)
+            parts.extend(
+                Part(first + (0 if weights else i), weights[i] if weights else 1.0, length)
+                for i in range(len(own))
+            )
+        done += 1
+        return stock(velocity, *given, **named)
+
+    scheduler.step = step
+    try:
+        yield parts
+    finally:
+        del scheduler.step
+
+
+def _weights(outputs: Sequence[Tensor], velocity: Tensor) -> list[float]:
+    """Return the weights of the outputs whose sum is closest to the velocity, none where that is not close."""
+    wanted = velocity.detach().cpu().double().flatten()
+    given = torch.stack([output.double().flatten() for output in outputs], 1)
+    if len(wanted) != len(given):
+        return []
+    products = given.T @ given
+    weights = torch.linalg.lstsq(products, given.T @ wanted, driver="gelsd").solution
+    left = (given @ weights - wanted).norm() / wanted.norm().clamp_min(1e-30)
+    return weights.tolist() if left < _UNEXPLAINED else []
