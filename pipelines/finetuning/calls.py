@@ -35,12 +35,11 @@ class Part:
     """A call's part in a drawing.
 
     step: a number that all calls of one step of the sampler share. weight: of the call's velocity in that of its step,
-    where guidance adds several up. length: of the step, in σ.
+    where guidance adds several up.
     """
 
     step: int = 0
     weight: float = 1.0
-    length: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,13 @@ class Step:
     """A step of the sampler in the drawing of a stored sample.
 
     calls: their numbers. weights: of their velocities in the step's. level: the noise level, in the transformer's own
-    unit. length: of the step, in σ.
+    unit.
     """
 
     sample: int
     calls: tuple[int, ...]
     weights: tuple[float, ...]
     level: float
-    length: float
 
 
 @dataclass(frozen=True)
@@ -222,8 +220,7 @@ class CallStore:
                 groups[call["step"]].append(number)
             for numbers in groups.values():
                 weights = tuple(calls[number]["weight"] for number in numbers)
-                first = calls[numbers[0]]
-                found.append(Step(sample, tuple(numbers), weights, first["level"], first["length"]))
+                found.append(Step(sample, tuple(numbers), weights, calls[numbers[0]]["level"]))
         return found
 
     def read(self, sample: int, number: int) -> Call:

@@ -22,31 +22,28 @@ def parts_of(pipe: DiffusionPipeline, calls: Sequence[Call]) -> Iterator[list[Pa
     −2. Where no sum of them is that, as where guidance rescales, every call is a step of its own.
     """
     parts: list[Part] = []
-    scheduler, done = pipe.scheduler, 0
-    stock = scheduler.step
+    stock = pipe.scheduler.step
 
     def step(velocity: Tensor, *given, **named):
-        nonlocal done
-        sigmas = getattr(scheduler, "sigmas", None)
-        if own := [call.output for call in calls[len(parts) :] if call.output is not None]:
-            length = abs(float(sigmas[done] - sigmas[done + 1])) if sigmas is not None else 1.0
-            weights, first = _weights(own, velocity), len(parts)
-            parts.extend(
-                Part(first + (0 if weights else i), weights[i] if weights else 1.0, length)
-                for i in range(len(own))
-            )
-        done += 1
+        first = len(parts)
+        own = [call.output for call in calls[first:] if call.output is not None]
+        if weights := _weights(own, velocity):
+            parts.extend(Part(first, weight) for weight in weights)
+        else:
+            parts.extend(Part(first + i) for i in range(len(own)))
         return stock(velocity, *given, **named)
 
-    scheduler.step = step
+    pipe.scheduler.step = step
     try:
         yield parts
     finally:
-        del scheduler.step
+        del pipe.scheduler.step
 
 
 def _weights(outputs: Sequence[Tensor], velocity: Tensor) -> list[float]:
     """Return the weights of the outputs whose sum is closest to the velocity, none where that is not close."""
+    if not outputs:
+        return []
     wanted = velocity.detach().cpu().double().flatten()
     given = torch.stack([output.double().flatten() for output in outputs], 1)
     if len(wanted) != len(given):

@@ -1,6 +1,5 @@
 """The two objectives: the full-precision model's own velocities, and flow matching on the user's data."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -35,8 +34,7 @@ class Distillation:
     """The student's velocity is to be the full-precision model's, at the very states through which that one draws.
 
     These are the states of inference. Where guidance adds up the velocities with and without the prompt, their sum is
-    what is compared: guidance by 3 has nine and four times the squared error of either, unless both err alike. A step
-    counts as much as it is long in σ, so that the loss is that of the way from noise to picture.
+    what is compared: guidance by 3 has nine and four times the squared error of either, unless both err alike.
 
     No data is needed, as in quantisation-aware distillation (QAD, arXiv 2601.20088).
     """
@@ -45,13 +43,12 @@ class Distillation:
         self.store = store
         self.steps = store.steps(samples)
         self.levels = [step.level for step in self.steps]
-        self.mean_length = sum(step.length for step in self.steps) / len(self.steps)
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
         steps = [self.steps[example] for example in examples]
         calls = [self.store.read(step.sample, number) for step in steps for number in step.calls]
-        sums = [torch.tensor([step.weights]) * math.sqrt(step.length / self.mean_length) for step in steps]
-        return replace(joined(calls, device), sums=torch.block_diag(*sums).to(device))
+        sums = torch.block_diag(*(torch.tensor([step.weights]) for step in steps))
+        return replace(joined(calls, device), sums=sums.to(device))
 
 
 class FlowMatching:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ def store_teacher(
         for each in calls:
             for number, sample in zip(chunk, each.samples(), strict=True):
                 of_sample[number].append(sample)
-        for number, samples in of_sample.items():
-            store.write(number, samples, parts)
+        with ThreadPoolExecutor() as pool:
+            list(
+                pool.map(
+                    lambda number, own=of_sample, its=parts: store.write(number, own[number], its), chunk
+                )
+            )
     state.wait_for_everyone()

@@ -50,9 +50,6 @@ def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights,
         assert velocity_loss(pipe.transformer, mixed) < 1e-12 < mixed.output.square().mean()
     for step in store.steps(3):
         np.testing.assert_allclose(step.weights, weights, rtol=1e-4)
-    np.testing.assert_allclose(
-        [step.length for step in store.steps(1)], -np.diff(pipe.scheduler.sigmas), rtol=1e-5
-    )
     latents = pipe(
         prompt=prompts[2], generator=torch.Generator().manual_seed(7), output_type="latent", **call
     )  # fmt: skip
@@ -68,7 +65,7 @@ def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights,
     assert (tmp_path / "000001.safetensors").stat().st_mtime_ns == before and 0 in store
 
 
-def test_what_counts_is_the_error_of_the_sum_and_the_length_of_the_step(tmp_path):
+def test_what_counts_is_the_error_of_the_sum(tmp_path):
     """An error in both calls alike counts once; one in a call alone as much as guidance makes of it."""
     outputs = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
     calls = [
@@ -80,13 +77,13 @@ def test_what_counts_is_the_error_of_the_sum_and_the_length_of_the_step(tmp_path
         for i, output in enumerate(outputs)
     ]
     store = CallStore(tmp_path)
-    store.write(0, calls, [Part(0, 3.0, 0.2), Part(0, -2.0, 0.2), Part(1, 3.0, 0.6), Part(1, -2.0, 0.6)])
+    store.write(0, calls, [Part(0, 3.0), Part(0, -2.0), Part(1, 3.0), Part(1, -2.0)])
     batch = Distillation(store, 1).batch([0, 1], CPU, NOTHING)
     for errors, expected in [
-        ((1, 1, 0, 0), 0.25),
-        ((1, 0, 0, 0), 2.25),
-        ((0, 0, 0, 1), 3.0),
-        ((0, 0, 1, 2), 0.75),
+        ((1, 1, 0, 0), 0.5),
+        ((1, 0, 0, 0), 4.5),
+        ((0, 0, 0, 1), 2.0),
+        ((0, 0, 1, 2), 0.5),
     ]:
         given = outputs[:, 0] + torch.tensor(errors)[:, None]
         assert velocity_loss(lambda given=given, **_: (given,), batch) == pytest.approx(expected, rel=1e-5)
@@ -94,8 +91,6 @@ def test_what_counts_is_the_error_of_the_sum_and_the_length_of_the_step(tmp_path
 
 def test_guidance_that_is_no_sum_leaves_each_call_alone():
     class Scheduler:
-        sigmas = torch.tensor([1.0, 0.4, 0.0])
-
         def step(self, velocity, *others):
             return velocity
 
@@ -107,7 +102,6 @@ def test_guidance_that_is_no_sum_leaves_each_call_alone():
             pipe.scheduler.step((4 * own[0] - 3 * own[1]) * scale)
     assert [part.step for part in parts] == [0, 0, 2, 3]
     np.testing.assert_allclose([part.weight for part in parts], [4, -3, 1, 1], rtol=1e-5)
-    np.testing.assert_allclose([part.length for part in parts], [0.6, 0.6, 0.4, 0.4], rtol=1e-5)
     assert "step" not in vars(pipe.scheduler)
 
 
