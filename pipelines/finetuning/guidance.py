@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dma_diffusers.pipelines.finetuning.calls import Call, Part
 
-_UNEXPLAINED = (
-    0.01  # of a velocity's norm: more than bfloat16 rounds off, less than any guidance that is not a sum
-)
+_NUMBERS = 2**16  # of a batch's velocity, which are enough to find a few weights
+# This share of a velocity's norm is more than bfloat16 rounds off, and less than guidance that is no sum would leave.
+_UNEXPLAINED = 0.01
 
 
 @contextmanager
@@ -42,12 +42,10 @@ def parts_of(pipe: DiffusionPipeline, calls: Sequence[Call]) -> Iterator[list[Pa
 
 def _weights(outputs: Sequence[Tensor], velocity: Tensor) -> list[float]:
     """Return the weights of the outputs whose sum is closest to the velocity, none where that is not close."""
-    if not outputs:
+    if not outputs or any(output.shape != velocity.shape for output in outputs):
         return []
-    wanted = velocity.detach().cpu().double().flatten()
-    given = torch.stack([output.double().flatten() for output in outputs], 1)
-    if len(wanted) != len(given):
-        return []
+    wanted = velocity.detach().flatten()[:_NUMBERS].cpu().double()
+    given = torch.stack([output.flatten()[:_NUMBERS].double() for output in outputs], 1)
     products = given.T @ given
     weights = torch.linalg.lstsq(products, given.T @ wanted, driver="gelsd").solution
     left = (given @ weights - wanted).norm() / wanted.norm().clamp_min(1e-30)
