@@ -44,7 +44,7 @@ class Request:
             raise ValueError(
                 "nothing is low-bit: the model would learn from itself; say which linears or attention"
             )
-        if self.attention and self.attention.linears:
+        if self.attention and self.attention.linears not in (None, self.linears):
             raise ValueError("attention= is for attention alone: give linear layers by --linears")
         if self.attention:
             check_attention(self.attention)
