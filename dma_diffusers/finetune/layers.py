@@ -16,14 +16,14 @@ def layers_of(model: torch.nn.Module, recipe: Recipe) -> tuple[dict[str, torch.n
     Raises ValueError where there are none, and where layers are quantised already.
     """
     check_not_quantised(model)
-    layers, left = layers_to_train(model, get_format(recipe.forward.format).bits >= 8)
+    layers, left = _layers_to_train(model, get_format(recipe.forward.format).bits >= 8)
     if not layers:
         reasons = "; ".join(sorted(set(left.values()))) or "it has none"
         raise ValueError(f"{type(model).__name__} has no linear layer to train at low precision: {reasons}")
     return layers, left
 
 
-def layers_to_train(
+def _layers_to_train(
     model: torch.nn.Module, has_eight_bits: bool
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
     """The layers by name, and the reasons for which others are left alone.

@@ -14,6 +14,8 @@ from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
+_LAYOUT = 2  # of the stored examples: since 2, the calls of one step of the sampler are told
+
 
 @dataclass(frozen=True)
 class Request:
@@ -74,6 +76,7 @@ class Request:
             "prompts": _digest(self.prompts),
             "data": _digest([_words(example) for example in self.examples]),
             "seed": self.settings.seed,
+            "layout": _LAYOUT,
         }
 
 

@@ -280,11 +280,18 @@ def test_a_pipeline_that_saves_no_adapters_trains_none():
         trainable(pipe, "transformer", lora=True)
 
 
-def test_a_quantised_transformer_is_not_trained(request_, tmp_path, monkeypatch):
+class OwnClass(torch.Tensor):
+    """A tensor whose class is its own, as torchao's weights are, with a dtype of 16 bits or more."""
+
+
+@pytest.mark.parametrize("weight", [
+    torch.zeros(2, dtype=torch.int8), torch.zeros(2, dtype=torch.float8_e4m3fn), torch.zeros(2).as_subclass(OwnClass),
+], ids=["int8", "fp8", "subclass"])  # fmt: skip
+def test_a_quantised_transformer_is_not_trained(weight, request_, tmp_path, monkeypatch):
     def quantised(*args, **kwargs):
         pipe = load_pipeline(*args, **kwargs)
-        weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
-        pipe.transformer.x_embedder.register_parameter("codes", weight)
+        codes = torch.nn.Parameter(weight, requires_grad=False)
+        pipe.transformer.x_embedder.register_parameter("codes", codes)
         return pipe
 
     monkeypatch.setattr(module, "load_pipeline", quantised)
