@@ -52,17 +52,19 @@ def prepare(
         "quartet2": NVFP4 in all three, with an unbiased backward pass (arXiv 2601.22813). "mxint8": MXINT8 in all
         three. Gradients of what QuEST clipped are zero. Left alone are embedders, norms, modulation, the final
         projection, parts that are known as sensitive, and sides that are no multiple of 32.
-    attention: the configuration of the attention of a Diffusers transformer; None leaves it alone.
+    attention: the configuration of the attention of a Diffusers transformer; None leaves it alone. If it has `linears`,
+        as the policy of an earlier fine-tuning does, that is the recipe.
     rounding: of "quartet"'s backward pass: "nearest" or "stochastic".
     lora: adapters of peft that are trained on top; everything else is frozen then.
 
-    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with. Those of
-    `quantize_linears` have the same formats, but other scales and no rotation.
+    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with, and later `apply`
+    does with the recipe as `DMAConfig(linears=…)`. Layers of `quantize_linears` have the same formats, but other scales
+    and no rotation.
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
-    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, that quantises linear
-    layers itself, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
+    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, whose `linears` is no
+    recipe or another one, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
     something else than a module. The model is as it was then.
     """
     if not isinstance(model, torch.nn.Module):

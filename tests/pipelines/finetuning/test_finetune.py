@@ -160,7 +160,14 @@ def test_lora_trains_adapters_alone_and_loads(request_, model, tmp_path):
     pipe = load_pipeline(model)
     before = draw(pipe, ["a cat"], [0], CALL).latents
     pipe.load_lora_weights(tmp_path / "lora")
-    assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(before)
+    adapted = draw(pipe, ["a cat"], [0], CALL).latents
+    assert not adapted.equal(before)
+    apply(pipe, DMAConfig.from_file(tmp_path / "policy.json"))
+    rounded = {receipt.module for receipt in report(pipe).linears if receipt.formats == ("mxfp4",)}
+    assert "transformer.transformer_blocks.0.attn.to_q" in rounded
+    assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(adapted)
+    restore(pipe)
+    assert draw(pipe, ["a cat"], [0], CALL).latents.equal(adapted)
 
 
 def test_adapters_begin_alike_in_every_run(request_, model):
