@@ -64,8 +64,8 @@ def prepare(
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
     nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, whose `linears` is no
-    recipe or another one, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
-    something else than a module. The model is as it was then.
+    recipe or another one, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError
+    for something else than a module. The model is as it was then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a module, got {type(model).__name__}: give pipe.transformer")
@@ -139,8 +139,11 @@ def check_attention(config: DMAConfig) -> None:
                 )
 
 
-def _told_apart(linears: str | None, config: DMAConfig) -> tuple[str | None, DMAConfig]:
-    """The recipe of linear layers, which `finetune` saves with the attention's configuration, and the rest of that."""
+def _told_apart(linears: str | None, config: DMAConfig) -> tuple[str | None, DMAConfig | None]:
+    """The recipe of linear layers, which `finetune` saves with the attention's configuration, and the rest of that.
+
+    None is left of what had linear layers alone.
+    """
     if config.linears is None:
         return linears, config
     if config.linears not in LINEARS:
@@ -150,7 +153,7 @@ def _told_apart(linears: str | None, config: DMAConfig) -> tuple[str | None, DMA
         )
     if linears not in (None, config.linears):
         raise ValueError(f"linears={linears!r} here, and {config.linears!r} in the attention's configuration")
-    return config.linears, replace(config, linears=None)
+    return config.linears, None if config.lowering == "stock" else replace(config, linears=None)
 
 
 def _check_lora(lora: Any) -> None:

@@ -80,7 +80,11 @@ def test_prepare_takes_the_recipe_of_a_configuration():
     config = DMAConfig(low="mxfp4", linears="qat")
     with pytest.raises(ValueError, match="linears='mxint8' here, and 'qat' in the attention's configuration"):
         prepare(model, "mxint8", config)
-    assert prepare(model, attention=config).layers and quartet_layers(model)
+    found = prepare(model, attention=config)
+    assert found.has_attention and list(found.layers) == quartet_layers(model)
+    restore(model)
+    alone = prepare(model, attention=DMAConfig.preset("exact", linears="qat"))
+    assert alone.layers == found.layers and not alone.has_attention
 
 
 @pytest.mark.parametrize("linears", LINEARS)
