@@ -94,8 +94,9 @@ class DMAConfig:
             says so. math.inf is for the estimate in the receipt alone. None samples nothing. Calls that want gradients
             are not looked at.
         linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8",
-            "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of
-            `save_linears`. None leaves linear layers as they are.
+            "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), the recipe by which
+            `finetune.prepare` trained them ("qat", "quartet", "quartet2", "mxint8"), or a file of `save_linears`. None
+            leaves linear layers as they are.
         model: the class of the only models that this is for; `modules` then names each of their modules.
         weights: fingerprints of the weights that this was chosen for, joined by "+", one for each transformer. On
             other weights it is applied all the same, and the receipt says so. None and "" are for any.

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dma_diffusers import DMAConfig, quantize_linears, report
+from dma_diffusers import DMAConfig, apply, quantize_linears, report
+from dma_diffusers import restore as restore_all
 from dma_diffusers.finetune import QuartetLinear, prepare, restore
 from dma_diffusers.finetune import module as finetune_module
 from dma_diffusers.kernels.training import linear
@@ -44,6 +45,46 @@ def gradients(model, x) -> list[torch.Tensor]:
     found = [p.grad for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return found
+
+
+@pytest.mark.parametrize(
+    ("linears", "format_"), [("qat", "mxfp4"), ("quartet2", "nvfp4"), ("mxint8", "mxint8")]
+)
+def test_a_configuration_draws_with_the_numbers_of_training(linears, format_):
+    """`apply` rounds as `prepare` did; a method may take its place, and the very same weights come back."""
+    case = tiny_models.flux()
+    model, (text,) = case.model, case.texts(1)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        stock = case.run(text)
+        prepare(model, linears)
+        trained = case.run(text)
+        restore(model)
+        for _ in range(2):  # the second time, all is as asked for
+            apply(model, DMAConfig.preset("exact", linears=linears))
+        assert case.run(text).equal(trained) and not trained.equal(stock)
+        assert {receipt.formats for receipt in report(model).linears if receipt.formats} == {(format_,)}
+        with pytest.raises(ValueError, match="quantised already: call"):
+            prepare(model, linears)
+        apply(model, DMAConfig.preset("exact", linears="fp8"))
+        assert not quartet_layers(model) and not case.run(text).equal(trained)
+        apply(model, DMAConfig.preset("exact", linears=linears))
+        assert case.run(text).equal(trained)
+        restore_all(model)
+        assert case.run(text).equal(stock) and not quartet_layers(model)
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+
+
+def test_prepare_takes_the_recipe_of_a_configuration():
+    model = tiny_models.flux().model
+    config = DMAConfig(low="mxfp4", linears="qat")
+    with pytest.raises(ValueError, match="linears='mxint8' here, and 'qat' in the attention's configuration"):
+        prepare(model, "mxint8", config)
+    found = prepare(model, attention=config)
+    assert found.has_attention and list(found.layers) == quartet_layers(model)
+    restore(model)
+    alone = prepare(model, attention=DMAConfig.preset("exact", linears="qat"))
+    assert alone.layers == found.layers and not alone.has_attention
 
 
 @pytest.mark.parametrize("linears", LINEARS)
