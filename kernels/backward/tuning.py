@@ -50,8 +50,8 @@ TABLE = (
 
 
 @cache
-def tuning(architecture: str, dim: int) -> Tuning:
-    """The first row of the table that fits. dim: 64, 128 or 256."""
+def tuning(architecture: str, dim: int, in_int8: bool = False) -> Tuning:
+    """The first row of the table that fits. dim: 64, 128 or 256. in_int8: whether a class multiplies INT8 numbers."""
     return next(
         row
         for architectures, dims, row in TABLE
