@@ -15,8 +15,8 @@ from dma_diffusers.kernels.tiling.layout import TILE
 
 PRODUCTS = ("bf16", "int8")
 """The formats of the backward's products."""
-AT_ONCE = 64
-"""So many numbers of a row of P, or of dS, share a scale, where the kernels' tuning has no other blocks."""
+AT_ONCE = (64, 64)
+"""So many keys of a row of dS share a scale, and so many queries of a row of Pᵀ or dSᵀ, as in most kernels' blocks."""
 LARGEST = 127.0
 FORMATS_IN_INT8 = tuple(
     name

@@ -353,25 +353,25 @@ def _key_phase(
             tl.load(lse + rows)[None, :], queries[None, :], keys, word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
-        if q_scales is not None:
-            numbers, scales = _rows_in_int8(p)
-            of_channels = load_values(
-                int8_gradient, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, True, ROWS, D
-            )
-            scales *= tl.load(gradient_scales + head * q_tiles + tile)
-            dv += tl.dot(numbers, of_channels).to(tl.float32) * scales[:, None]
-        else:
+        if q_scales is None:
             dv = tl.dot(bf16_operand(_as_e4m3(p) if ROUNDS else p), loaded_bf16(own_gradient), dv)
         dp = tl.dot(loaded_bf16(value), tl.trans(loaded_bf16(own_gradient)))
         ds = p * (dp - tl.load(delta + rows)[None, :])
-        if q_scales is not None:
-            numbers, scales = _rows_in_int8(ds * row_scales[None, :])
+        if q_scales is None:
+            dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
+        else:
+            # Both wait for dS, since registers don't hold P, sums and an INT8 product at once.
+            of_p, p_scales = _rows_in_int8(p)
+            of_ds, ds_scales = _rows_in_int8(ds * row_scales[None, :])
+            p_scales *= tl.load(gradient_scales + head * q_tiles + tile)
+            of_channels = load_values(
+                int8_gradient, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, True, ROWS, D
+            )
+            dv += tl.dot(of_p, of_channels).to(tl.float32) * p_scales[:, None]
             of_channels = load_values(
                 transposed, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, True, ROWS, D
             )
-            dk += tl.dot(numbers, of_channels).to(tl.float32) * scales[:, None]
-        else:
-            dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
+            dk += tl.dot(of_ds, of_channels).to(tl.float32) * ds_scales[:, None]
     return dk * factor, dv
 
 

@@ -114,8 +114,8 @@ def gradients(
 ) -> Gradients:
     """The reference's gradients by the kernels, with the plan on q's device; the same inputs give the same bits.
 
-    out, lse: the forward's, of the same call. products: as in the reference, which rounds to INT8 `at_once` what is a
-    block here. lowering, target: as of the forward's launch. tuned: None for the table's
+    out, lse: the forward's, of the same call. products: as in the reference, whose `at_once` is that of the tuning.
+    lowering, target: as of the forward's launch. tuned: None for the table's
     variant. Raises ValueError for a call that has no backward, as the reference does.
     """
     check(call, plan)

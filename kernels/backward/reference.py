@@ -76,16 +76,17 @@ def gradients(
     out_gradient: torch.Tensor,
     lse_gradient: torch.Tensor | None = None,
     *,
+    out: torch.Tensor | None = None,
     products: str = "bf16",
-    at_once: int = AT_ONCE,
+    at_once: tuple[int, int] = AT_ONCE,
 ) -> Gradients:
     """The gradients of a call's q, k and v.
 
     lse: the forward's log-sum-exp, float32 `[B, H, Sq]`. out_gradient, lse_gradient: of the forward's results.
-    products: "bf16", or "int8" for SageBwd (arXiv 2603.02170): classes whose Q·K is in INT8 then multiply everything
-    in it but the output's gradient and V. P and dS have one scale for each row of `at_once` columns, where rows are
-    what is kept, and columns what is summed over; the output's gradient has one for each tile. Delta is then made of
-    the forward's rounded probabilities, as the output was. Raises ValueError for a softmax threshold, and for norms.
+    products: "bf16", or "int8" for SageBwd (arXiv 2603.02170): classes whose Q·K is in INT8 then multiply all but the
+    output's gradient and V in it, and delta is made of the forward's `out`, which costs no product of matrices. dS has
+    one scale for each query and so many keys, Pᵀ and dSᵀ have one for each key and so many queries: `at_once`, both;
+    the output's gradient has one for each tile. Raises ValueError for a softmax threshold, and for norms.
     """
     check(call, plan)
     call = without_hidden(call)
@@ -102,13 +103,16 @@ def gradients(
         row_lse = F.pad(row_lse, (0, 1), value=math.inf)[:, :, order]
         row_gradient = F.pad(row_gradient, (0, 1))[:, :, order]
         gradient = F.pad(gradient, (0, 0, 0, 1))[:, :, order]
+        out = out if out is None else F.pad(out, (0, 0, 0, 1))[:, :, order]
     classes = list(_classes(slots, plan, precisions, row_lse, products))
+    by_out = any(each.int8 for each in classes)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (slots.q, slots.k, slots.v))
     for entry in range(batch):
         for head in range(heads):
             kv_head = head * slots.k.shape[1] // heads
             parts, own_row = [each.part(entry, head) for each in classes], row_gradient[entry, head][:, None]
-            own = gradients_of_head(parts, gradient[entry, head], own_row, at_once)
+            own_out = out[entry, head].float() if by_out and out is not None else None
+            own = gradients_of_head(parts, gradient[entry, head], own_row, own_out, at_once)
             # The rows of dS add up to this, and so much of the mean has each row's log-sum-exp.
             dq[entry, head] += own_row * slots.mean[entry, kv_head] * call.scale
             for each, (ds, *of_part) in zip(classes, own, strict=True):
@@ -275,19 +279,23 @@ def _classes(
 
 
 def gradients_of_head(
-    parts: list[Part], out_gradient: torch.Tensor, lse_gradient: torch.Tensor, at_once: int = AT_ONCE
+    parts: list[Part],
+    out_gradient: torch.Tensor,
+    lse_gradient: torch.Tensor,
+    out: torch.Tensor | None = None,
+    at_once: tuple[int, int] = AT_ONCE,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each part dS, dS·K, dSᵀ·Q and Pᵀ·dO, where dS is the gradient of natural scores.
 
-    out_gradient: `[Sq, D]`. lse_gradient: `[Sq, 1]`, of the natural log-sum-exp. at_once: of INT8's scales.
+    out_gradient: `[Sq, D]`. lse_gradient: `[Sq, 1]`, of the natural log-sum-exp. out: `[Sq, D]`, the output that delta
+    is made of; None for that of unrounded probabilities. at_once: of INT8's scales.
     """
     p = [part.exponents.exp2() for part in parts]
     dp = [out_gradient @ part.v.mT for part in parts]
-    weights = p
-    if any(part.q_scales is not None for part in parts):
-        # The output's product with its gradient costs the kernels no product of matrices.
-        weights = [rounded_p(x, part.pv) for x, part in zip(p, parts, strict=True)]
-    delta = sum((x * y).sum(-1, keepdim=True) for x, y in zip(weights, dp, strict=True)) - lse_gradient
+    if out is None:
+        delta = sum((x * y).sum(-1, keepdim=True) for x, y in zip(p, dp, strict=True)) - lse_gradient
+    else:
+        delta = (out_gradient * out).sum(-1, keepdim=True) - lse_gradient
     ds = [x * (y - delta) for x, y in zip(p, dp, strict=True)]
     return [
         (own_ds, *_multiplied(part, own_p, own_ds, out_gradient, at_once))
@@ -296,15 +304,15 @@ def gradients_of_head(
 
 
 def _multiplied(
-    part: Part, p: torch.Tensor, ds: torch.Tensor, out_gradient: torch.Tensor, at_once: int
+    part: Part, p: torch.Tensor, ds: torch.Tensor, out_gradient: torch.Tensor, at_once: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dS·K, dSᵀ·Q and Pᵀ·dO."""
     if part.q_scales is None:
         return ds @ part.k, ds.mT @ part.q * math.log(2), rounded_p(p, part.pv).mT @ out_gradient
     # dSᵀ·Q sums over rows of q, so their scales become a part of dS.
-    integers = part.q / part.q_scales.where(part.q_scales > 0, 1)
+    integers, (keys, queries) = part.q / part.q_scales.where(part.q_scales > 0, 1), at_once
     return (
-        rounded_rows(ds, at_once) @ part.k,
-        rounded_rows((ds * part.q_scales).mT, at_once) @ integers * math.log(2),
-        rounded_rows(p.mT, at_once) @ rounded_tiles(out_gradient),
+        rounded_rows(ds, keys) @ part.k,
+        rounded_rows((ds * part.q_scales).mT, queries) @ integers * math.log(2),
+        rounded_rows(p.mT, queries) @ rounded_tiles(out_gradient),
     )
