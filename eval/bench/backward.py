@@ -13,7 +13,7 @@ from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.backends import BACKENDS
 from dma_diffusers.eval.bench.bound import Gpu, current_gpu
-from dma_diffusers.eval.bench.entries import FULL, OURS, Config, Tensors, check_different, products
+from dma_diffusers.eval.bench.entries import FULL, OURS, Config, Tensors, check_different
 from dma_diffusers.eval.bench.inputs import draw
 from dma_diffusers.eval.bench.measure import peak_bytes
 from dma_diffusers.eval.bench.peers import Peer
@@ -22,6 +22,7 @@ from dma_diffusers.eval.bench.timing import Call, require_gpu, take_turns
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.defaults import default_formats
 from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase
 
 Attend = Callable[..., torch.Tensor]
 OnStep = Callable[[str, int, int], None]
@@ -36,7 +37,7 @@ HEADER = (
     "both passes ms",
     "TFLOP/s",
     "× best full precision",
-    "% of scores left out",
+    "% of tiles left out",
     "relative L2 of dQ",
     "dK",
     "dV",
@@ -49,8 +50,8 @@ _ROWS = 1024  # so many queries of a head have their exact scores at a time
 class Way:
     """A way computes attention with gradients.
 
-    prepare: takes a q, and returns a function of q, k and v, and the share of all scores that it leaves out; it raises,
-    with the reason, where it can't take such a q.
+    prepare: takes a q, and returns a function of q, k and v, and the share of all pairs of tiles that it leaves out; it
+    raises, with the reason, where it can't take such a q.
     """
 
     name: str
@@ -86,12 +87,21 @@ def of_config(config: Config) -> Way:
         if chosen.lowering == "reference":
             raise ValueError(f"there is no kernel for it: {chosen.reason}")
         planned = plan.make(config.map_policy, Layout(q.shape[2], q.shape[2], config.text, config.grid))
-        parts = products(planned.precision_map, config.high, config.low, chosen.lowering)
-        return lambda *qkv: operator.attention(*qkv, **config.keywords).out, 1 - sum(
-            part.share for part in parts
-        )
+        return lambda *qkv: operator.attention(*qkv, **config.keywords).out, 1 - share_of_tiles(planned)
 
     return Way(config.name, OURS, prepare)
+
+
+def share_of_tiles(planned: plan.Plan) -> float:
+    """Return the share of all pairs of tiles that are HIGH or LOW, by position or by content."""
+    routing, bounds = planned.routing, planned.precision_map.bounds
+    if routing is None:
+        return bounds[..., -1].double().mean().item() / bounds.shape[-2]
+    if routing.shares is None:
+        return routing.visited / routing.phases.numel()
+    by_position = ((routing.phases != Phase.LOW) & (routing.phases != UNVISITED)).sum(-1)
+    taken = by_position + routing.shares[..., 1]
+    return taken.double().mean().item() / routing.phases.shape[-1]
 
 
 def measure(
@@ -105,10 +115,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure every way at a shape: `{"size", "copies", "entries"}`.
 
-    An entry has `name`, `kind`, `skipped` (the share of scores left out), `relative_l2` of the gradients of q, k and v
-    to the exact ones of all scores in one head, `peak_bytes` of both passes, and for `backward` alone and `both` passes
-    `ms`, `ms_quartiles`, `host_us`, `tflops` (of `PRODUCTS`, whatever a kernel really multiplies) and `over_full`, the
-    speed in units of the best peer's. A way that can't run has the reason under `absent`.
+    An entry has `name`, `kind`, `skipped` (the share of pairs of tiles left out, or taken by means), `relative_l2` of
+    the gradients of q, k and v to the exact ones of all scores in one head, and `peak_bytes` of both passes. For the
+    `backward` pass alone and `both` it has `ms`, `ms_quartiles`, `host_us`, `tflops` (of `PRODUCTS`, whatever a kernel
+    really multiplies) and `over_full`, the speed in units of the best peer's. A way that can't run has the reason under
+    `absent`.
     """
     copies = draw(shape, kind, seed, gpu.l2_bytes)
     generator = torch.Generator("cuda").manual_seed(seed)

@@ -12,6 +12,9 @@ from dma_diffusers.eval.bench import timing
 from dma_diffusers.eval.bench.bound import current_gpu
 from dma_diffusers.eval.bench.entries import FULL, OURS, Config
 from dma_diffusers.eval.bench.shapes import parse
+from dma_diffusers.kernels import plan
+from dma_diffusers.kernels.tiling.layout import Layout
+from dma_diffusers.kernels.tiling.policies import parse as parse_policy
 from tests.eval.test_bench import H200, SHAPE
 
 INT8 = Config("bf16", "int8", window=0, sink=0, backward="int8")
@@ -67,6 +70,19 @@ def test_speeds_count_five_products_and_seven_beside_the_best_peer():
     ]
     alone = bench.compared(SHAPE, [dict(ENTRIES[1])])
     assert alone[0]["both"]["over_full"] is None and bench.cells(alone)[0][3] == ""
+
+
+@pytest.mark.parametrize(("policy", "share"), [
+    ("dense()", 1),
+    ("diagonal(window=128, sink=0)", 1),
+    ("importance(budget=0.25)", 1),
+    ("importance(budget=0.25, low=0.25, beyond=skip)", 0.5),
+    ("diagonal(window=128, sink=0) | importance(budget=0.25, beyond=mean)", 0.375),
+    ("neighborhood(window=128, stride=128)", 0.125),
+])  # fmt: skip
+def test_the_share_of_tiles_is_the_maps(policy, share):
+    grid = (1024,) if "neighborhood" in policy else ()
+    assert bench.share_of_tiles(plan.make(parse_policy(policy), Layout(1024, 1024, (0, 0), grid))) == share
 
 
 @pytest.fixture
