@@ -105,11 +105,11 @@ def _seen(queries, keys, key_mask, fine_mask, guards, k_length, CAUSAL: tl.const
 
 @triton.jit
 def _probabilities(
-    products, factor, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
+    products, scale, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of a block, from its products; rows' numbers, queries and keys broadcast to them."""
-    exponent = products * factor - lse
+    """The probabilities of a block, from its products and their scale; rows' numbers, queries and keys broadcast."""
+    exponent = products * scale - lse
     if log_counts is not None:
         exponent += tl.load(log_counts + keys)
     p = tl.exp2(exponent)
@@ -160,11 +160,11 @@ def _query_phase(
             word = tl.load(words + tile)
         if q_scales is not None:
             k_scale = tl.load(k_scales + (batch * kv_heads + kv_head) * k_tiles + tile)
-            products = tl.dot(q, tl.trans(k)).to(tl.float32) * (row_scales * k_scale)[:, None]
+            products, scale = tl.dot(q, tl.trans(k)).to(tl.float32), (row_scales * k_scale)[:, None]
         else:
-            products = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
+            products, scale = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor
         p = _probabilities(
-            products, factor, row_lse[:, None],
+            products, scale, row_lse[:, None],
             queries[:, None], (k_start + tl.arange(0, KEYS))[None, :], word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
@@ -345,11 +345,11 @@ def _key_phase(
             word = tl.load(words + tile * tl.cdiv(tl.cdiv(k_length, TILE), MEANS_TILES))
         if q_scales is not None:
             row_scales = tl.load(q_scales + rows)
-            products = tl.dot(k, tl.trans(q)).to(tl.float32) * (row_scales * k_scale)[None, :]
+            products, scale = tl.dot(k, tl.trans(q)).to(tl.float32), (row_scales * k_scale)[None, :]
         else:
-            products = tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q)))
+            products, scale = tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor
         p = _probabilities(
-            products, factor,
+            products, scale,
             tl.load(lse + rows)[None, :], queries[None, :], keys, word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip

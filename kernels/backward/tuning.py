@@ -50,6 +50,8 @@ TABLE = (
     (("sm_90", *_WITH_MMA_SYNC), 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), by_pointers=True)),
     (("sm_90",), 128, Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
     (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2))),
+    # With 64 queries at once, both classes would take more than the 99 KB of these.
+    (("sm_86", "sm_89", "sm_120"), 128, Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), by_pointers=True)),
     (_WITH_MMA_SYNC, "*", Tuning(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), by_pointers=True)),
     ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
 )
