@@ -13,6 +13,7 @@ from dma_diffusers import schedule as schedules
 from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels.backward.int8 import check_products
 from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
 from dma_diffusers.kernels.formats import ROTATIONS
 from dma_diffusers.kernels.precision import Precisions
@@ -79,6 +80,8 @@ class DMAConfig:
         smooth_k: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
             probability.
         smooth_v: whether v does before it is stored in 8 bits; the output gets that mean back.
+        backward: the format of the products of attention's gradients: "bf16", or "int8", in which classes whose Q·K is
+            in int8 then have six of seven (SageBwd, arXiv 2603.02170); for calls that want gradients alone.
         protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
         text: where joint attention has its text, "first", "last" or "none", for models of no known family.
         grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or
@@ -122,6 +125,7 @@ class DMAConfig:
     rotation: str = "none"
     smooth_k: bool = True
     smooth_v: bool = True
+    backward: str = "bf16"
     protect_text: bool = True
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
@@ -136,6 +140,7 @@ class DMAConfig:
             object.__setattr__(self, name, words)
         if self.rotation not in ROTATIONS:
             raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
+        check_products(self.backward, self.high, self.low, self.rotation)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         of_heads = self.window if isinstance(self.window, tuple) and self.window else (self.window,)
@@ -342,7 +347,7 @@ class DMAConfig:
         return {
             "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering, "rotation": self.rotation,
-            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v,
+            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v, "backward": self.backward,
         }  # fmt: skip
 
     def protected(self, text: tuple[int, int]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.recipe import LINEARS, recipe_of
 from dma_diffusers.linears.exclusions import choose
 from tests.dma_diffusers import tiny_models
+from tests.kernels.calls import relative_l2
 
 
 class Block(torch.nn.Module):
@@ -144,6 +145,24 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert again.state_dict().keys() == weights.keys()
     assert all(torch.equal(t, weights[name]) for name, t in again.state_dict().items())
+
+
+def test_attention_trains_with_the_products_that_were_asked_for():
+    case, found = tiny_models.flux(), {}
+    (text,) = case.texts(1)
+    for backward in ("bf16", "int8"):
+        config = DMAConfig(
+            high="bf16", low="int8/bf16", policy="dense(everywhere=low)", min_length=0, backward=backward
+        )
+        prepare(case.model, attention=config)
+        out = case.run(text)
+        out.square().sum().backward()
+        found[backward] = out, case.model.x_embedder.weight.grad
+        assert ("backward=int8" in str(report(case.model))) == (backward == "int8")
+        case.model.zero_grad()
+        restore(case.model)
+    assert torch.equal(found["bf16"][0], found["int8"][0])
+    assert 0 < relative_l2(found["int8"][1], found["bf16"][1]) < 0.02
 
 
 def test_layers_compute_by_their_recipe_and_draw_by_their_own_seed():
