@@ -43,15 +43,17 @@ class Tuning:
 
 
 _WITH_MMA_SYNC = (*WITHOUT_TMA, "sm_120")
+# With more rows or keys at once, both classes would take more shared memory than these have.
+_WITH_99_KB = ("sm_86", "sm_89", "sm_120")
 TABLE = (
     # The first row that fits: architectures, head dimension, variant.
+    (_WITH_99_KB, 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), by_pointers=True)),
     (TCGEN05_ARCHITECTURES, 256, Tuning(Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1))),
     # Two sums of 64 rows would fill wgmma's registers.
     (("sm_90", *_WITH_MMA_SYNC), 256, Tuning(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), by_pointers=True)),
     (("sm_90",), 128, Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
     (("sm_90",), 64, Tuning(Blocks(64, 128, 4, 2), Blocks(64, 64, 4, 2))),
-    # With 64 queries at once, both classes would take more than the 99 KB of these.
-    (("sm_86", "sm_89", "sm_120"), 128, Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), by_pointers=True)),
+    (_WITH_99_KB, 128, Tuning(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), by_pointers=True)),
     (_WITH_MMA_SYNC, "*", Tuning(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), by_pointers=True)),
     ("*", "*", Tuning(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))),
 )
