@@ -60,11 +60,12 @@ class Variant:
 
     @property
     def in_gluon(self) -> bool:
-        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
+        """Says whether hopper.py runs it: it knows one pair of P·V, and neither packed elements nor tensor scales."""
         high, low = self.encoded
         return (
             self.tuned.slots is not None
             and not self.has_tensor_scale
+            and not any(c and c.is_packed for c in self.encoded)
             and (high is None or high.values is Storage.PLAIN)
             and (low is None or low.values is Storage.CHANNEL)
             and not triton.knobs.runtime.interpret

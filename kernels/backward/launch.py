@@ -208,7 +208,7 @@ def _of_backward(variant: Variant) -> Variant:
     """The variant with block formats as plain bf16 numbers, which hold all of them exactly."""
 
     def stored(each: Stored | None) -> Stored | None:
-        is_block = each is not None and each.storage in (Storage.BLOCK, Storage.ROW)
+        is_block = each is not None and each.storage in (Storage.BLOCK, Storage.ROW, Storage.PACKED)
         return replace(each, storage=Storage.PLAIN) if is_block else each
 
     high, low = map(stored, variant.classes)
@@ -253,6 +253,8 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
     """The numbers of an operand in bf16, rounded where it can't hold them, without the rotation of channels."""
     x, scales = operand.elements, operand.scales
+    if stored.is_packed:
+        x = torch.stack((x << 4 >> 4, x >> 4), -1).flatten(-2)
     if operand.tensor_scale is not None:
         scales = operand.tensor_scale.flatten()
     if scales is not None:

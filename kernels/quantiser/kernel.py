@@ -16,7 +16,7 @@ from dma_diffusers.kernels.device.rounding import (
     within,
 )
 from dma_diffusers.kernels.quantiser import reference
-from dma_diffusers.kernels.quantiser.elements import e2m1_code, int8_words, saturated, to_element
+from dma_diffusers.kernels.quantiser.elements import e2m1_code, int4_bytes, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -139,7 +139,10 @@ def _encode(
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor
-        words = e4m3_words(even, odd) if ELEMENT == "e4m3" else int8_words(even, odd)
+        if ELEMENT == "e4m3":
+            words = e4m3_words(even, odd)
+        else:
+            words = int4_bytes(even, odd) if ELEMENT == "int4" else int8_words(even, odd)
         _store_words(elements, words, place, D // 2)
         scale = tl.where(bad, float("nan"), scale)
         if ONE_SCALE and not IS_KEY:
@@ -180,6 +183,9 @@ def _store_blocks(
     if ELEMENT == "e2m1":
         low, high = tl.split(tl.reshape(e2m1_code(y), (TILE, D // 2, 2)))
         _store_rows(elements, (low | (high << 4)).to(tl.uint8), place, D // 2)
+    elif ELEMENT == "int4":
+        low, high = tl.split(tl.reshape(y, (TILE, D // 2, 2)))
+        _store_rows(elements, int4_bytes(low, high), place, D // 2)
     elif ELEMENT == "e5m2":
         _store_rows(elements, to_e5m2(y).to(tl.uint8, bitcast=True), place, D)
     else:  # e2m3 and e3m2 are e4m3 numbers too, which the same MMA multiplies at the same rate
