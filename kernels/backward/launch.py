@@ -109,6 +109,8 @@ def gradients(
         for stored, q, k in zip(variant.classes, operands.encoded.q, operands.encoded.k, strict=True)
     )
     classes = high, low, _of_means(operands, variant, call, rows)
+    if inputs.source.rotated_values > 1:
+        classes = tuple(x and replace(x, v=_turned_back(x.v, call.rotations.v, call)) for x in classes)
     tuned, found = tuned or tuning(variant.target, variant.dim), empty_gradients(call)
     _launch_of_queries(found.q, classes, rows, results, call, inputs, operands, plan, tuned, launcher)
     of_means = _launch_of_means(classes[2], rows, inputs, operands, tuned, launcher)
@@ -263,9 +265,14 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
         x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
-        head_dim = call.q.shape[-1]
-        x = F.pad(rotate_back(x[..., :head_dim], call.rotation), (0, x.shape[-1] - head_dim))
+        x = _turned_back(x, call.rotations.qk, call)
     return x.bfloat16()
+
+
+def _turned_back(x: torch.Tensor, rotation: str, call: Call) -> torch.Tensor:
+    """x `[.., padded D]` without the rotation of its channels, in bf16."""
+    head_dim = call.q.shape[-1]
+    return F.pad(rotate_back(x[..., :head_dim], rotation), (0, x.shape[-1] - head_dim)).bfloat16()
 
 
 def _values(encoded: Encoded) -> torch.Tensor:

@@ -195,6 +195,7 @@ class _Class:
         units = self.operands.v_units
         if units is not None:
             v = v * units.scale[own] + units.mean[own]
+        v = rotate_back(v, self.slots.rotations.v)
         q = q[:q_length] * self.operands.factor
         exponents = q @ k.mT - self.row_lse[entry, head][:, None]
         query = torch.arange(q_length, device=q.device)
@@ -247,7 +248,7 @@ def _classes(slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Te
             is_raw = precision.qk == "bf16"
             yield _Class(
                 slots, slots.operands(precision), is_taken, is_masked, row_lse if is_raw else smoothed_lse, is_raw,
-                "none" if is_raw else slots.rotation,
+                "none" if is_raw else slots.rotations.qk,
             )  # fmt: skip
     if precision_map.has_mean:
         precision = plan.used(precisions)[2]
@@ -255,7 +256,7 @@ def _classes(slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Te
         number = torch.arange(log_counts.shape[-1], device=device)
         words = precision_map.means.to(device).expand(batch, heads, -1, -1)[..., number // TILE]
         is_taken = words >> number % TILE // (TILE // MEANS_TILES) & 1 == 1
-        rotation = "none" if precision.qk == "bf16" else slots.rotation
+        rotation = "none" if precision.qk == "bf16" else slots.rotations.qk
         yield _Class(slots, operands, is_taken, is_masked, smoothed_lse, False, rotation, log_counts)
 
 

@@ -27,6 +27,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     load_tile,
     magnitude_bits,
     power_of_two,
+    rotated_rows,
     token_at,
     with_rotated_channels,
 )
@@ -277,7 +278,7 @@ def _store_log_counts(log_counts, counts, tile, tiles):
 def _encode_value(
     v, v_units, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
     token_count, stride_b, stride_h, stride_s,
-    TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of V in bf16, and in e4m3 in the units of each channel; the means of its sub-tiles."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
@@ -286,6 +287,8 @@ def _encode_value(
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+    if ROTATED > 1:
+        value = rotated_rows(value, ROTATED)
     if v_means is not None:  # `_stored_at` moves no token to another sub-tile
         seen = token_at(token_order, slots, length, token_count) < length
         if key_mask is not None:
@@ -406,7 +409,7 @@ def encode(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROTATED: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATED_VALUES: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
@@ -415,8 +418,9 @@ def encode(
     of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
     (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
     length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
-    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
-    tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
+    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v has its channels
+    rotated in blocks of ROTATED_VALUES. v_plain is [B·Hkv, tiles·128, D]; v_channel too, or [B·Hkv, D, tiles·128] with
+    tokens as `_stored_at` says if TRANSPOSED.
     k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of each sub-tile that are seen, less
     `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2 of how many these are.
     `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
@@ -435,7 +439,7 @@ def encode(
             _encode_value(
                 v, v_units, v_plain, v_channel, v_means, key_mask, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
-                v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v_stride_b, v_stride_h, v_stride_s, ROTATED_VALUES, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:
