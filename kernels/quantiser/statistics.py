@@ -21,10 +21,11 @@ from dma_diffusers.kernels.quantiser.tile import (
 )
 
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
-# enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
+# enough bytes are on their way; fewer of K's, whose sums in float64 take registers, and where V's channels are rotated.
 _RUN_ELEMENTS = tl.constexpr(2048)
 _KEY_RUNS = tl.constexpr(2)
 _VALUE_RUNS = tl.constexpr(8)
+_ROTATED_RUNS = tl.constexpr(2)
 
 
 @triton.jit
@@ -140,9 +141,10 @@ def _value_range(
     last = tl.minimum((chunk + 1) * share, length)
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
+    RUNS: tl.constexpr = _VALUE_RUNS if ROTATED == 1 else _ROTATED_RUNS
     largest = tl.zeros((RUN, D), tl.int32)
-    for first in range(chunk * share, last, _VALUE_RUNS * RUN):
-        tokens = (first + tl.arange(0, _VALUE_RUNS * RUN))[:, None]
+    for first in range(chunk * share, last, RUNS * RUN):
+        tokens = (first + tl.arange(0, RUNS * RUN))[:, None]
         inside = (tokens < last) & (columns < HEAD_DIM)[None, :]
         inside = _seen(key_mask, tokens, inside, batch, mask_stride_b, mask_stride_s)
         x = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
@@ -150,7 +152,7 @@ def _value_range(
             x = rotated_rows(x, ROTATED)
         bits = magnitude_bits(x)
         largest = tl.maximum(
-            largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), _VALUE_RUNS), axis=0)
+            largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), RUNS), axis=0)
         )
     place = partials + (head * CHUNKS + chunk) * D + columns
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
