@@ -151,9 +151,7 @@ def _value_range(
         if ROTATED > 1:
             x = rotated_rows(x, ROTATED)
         bits = magnitude_bits(x)
-        largest = tl.maximum(
-            largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), RUNS), axis=0)
-        )
+        largest = tl.maximum(largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), RUNS), axis=0))
     place = partials + (head * CHUNKS + chunk) * D + columns
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
