@@ -66,7 +66,8 @@ def _sum_of_products(q, k, WIDENED: tl.constexpr = False):
     if WIDENED:
         q_even, q_odd = q_even.to(tl.bfloat16), q_odd.to(tl.bfloat16)
         k_even, k_odd = k_even.to(tl.bfloat16), k_odd.to(tl.bfloat16)
-    return tl.dot(q_odd, tl.trans(k_odd), tl.dot(q_even, tl.trans(k_even)))
+    s = tl.dot(q_even, tl.trans(k_even))
+    return tl.dot(q_odd, tl.trans(k_odd), s, out_dtype=s.dtype)  # which Triton 3.6 doesn't take from s
 
 
 @triton.jit

@@ -66,3 +66,22 @@ def test_operands_take_half_the_memory():
             for high, low in (pair, (pair[0], pair[1].replace("int8", "int4")))
         )
         assert whole - packed == elements
+
+
+@pytest.mark.parametrize(
+    ("target", "high", "low", "head_dim", "most_shared"),
+    [("sm_86", "int8/bf16", "int4/bf16", 128, 99 * 1024), ("sm_90", "bf16", "int4", 64, 227 * 1024)],
+)
+def test_split_bytes_are_multiplied_as_int8_and_spill_nothing(target, high, low, head_dim, most_shared):
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("Triton's compiler and its interpreter can't share a process")
+    from dma_diffusers.kernels.ahead_of_time import compile as ahead
+
+    *_, (kernel, arguments, options) = ahead.launches(target, high, low, head_dim)
+    compiled = ahead.compile_launch(kernel, arguments, options, target)
+    kinds = ahead.mma_kinds(compiled.asm["ptx"])
+    assert kernel.__name__ == "attend"
+    assert ("wgmma s8" if target == "sm_90" else "mma.sync s8") in kinds
+    assert ahead.resources(compiled.asm["cubin"])[1] == 0
+    assert compiled.metadata.shared <= most_shared
