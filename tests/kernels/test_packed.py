@@ -60,7 +60,7 @@ def test_operands_take_half_the_memory():
     from dma_diffusers.kernels.attention.memory import workspace_bytes
 
     size, elements = (1, 4, 1024, 128), 4 * 1024 * 128
-    for pair, target in ((("bf16", "int8"), "sm_90"), (("int8", "int8/bf16"), "sm_80")):
+    for pair, target in ((("bf16", "int8"), "sm_100"), (("int8", "int8/bf16"), "sm_80")):
         whole, packed = (
             workspace_bytes(size, Precisions.parse(high, low), "native", target)
             for high, low in (pair, (pair[0], pair[1].replace("int8", "int4")))
