@@ -68,11 +68,13 @@ def test_operands_take_half_the_memory():
         assert whole - packed == elements
 
 
-@pytest.mark.parametrize(
-    ("target", "high", "low", "head_dim", "most_shared"),
-    [("sm_86", "int8/bf16", "int4/bf16", 128, 99 * 1024), ("sm_90", "bf16", "int4", 64, 227 * 1024)],
-)
-def test_split_bytes_are_multiplied_as_int8_and_spill_nothing(target, high, low, head_dim, most_shared):
+@pytest.mark.parametrize(("target", "high", "low", "head_dim", "kind", "most_shared"), [
+    ("sm_86", "int8/bf16", "int4/bf16", 128, "mma.sync s8", 99), ("sm_90", "bf16", "int4", 64, "wgmma s8", 227),
+    ("sm_86", "mxint8", "mxint4/bf16", 128, "mma.sync bf16", 99),
+])  # fmt: skip
+def test_split_bytes_are_multiplied_as_meant_and_spill_nothing(
+    target, high, low, head_dim, kind, most_shared
+):
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton's compiler and its interpreter can't share a process")
@@ -80,8 +82,7 @@ def test_split_bytes_are_multiplied_as_int8_and_spill_nothing(target, high, low,
 
     *_, (kernel, arguments, options) = ahead.launches(target, high, low, head_dim)
     compiled = ahead.compile_launch(kernel, arguments, options, target)
-    kinds = ahead.mma_kinds(compiled.asm["ptx"])
     assert kernel.__name__ == "attend"
-    assert ("wgmma s8" if target == "sm_90" else "mma.sync s8") in kinds
+    assert kind in ahead.mma_kinds(compiled.asm["ptx"])
     assert ahead.resources(compiled.asm["cubin"])[1] == 0
-    assert compiled.metadata.shared <= most_shared
+    assert compiled.metadata.shared <= most_shared * 1024
