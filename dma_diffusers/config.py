@@ -13,6 +13,7 @@ from dma_diffusers import schedule as schedules
 from dma_diffusers.families import FAMILIES, known_family
 from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
+from dma_diffusers.kernels.backward.int8 import check_products
 from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
 from dma_diffusers.kernels.formats import Rotations
 from dma_diffusers.kernels.precision import Precisions
@@ -80,6 +81,8 @@ class DMAConfig:
         smooth_k: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
             probability.
         smooth_v: whether v does before it is stored in 8 bits; the output gets that mean back.
+        backward: the format of the products of attention's gradients: "bf16", or "int8", in which classes whose Q·K is
+            in int8 then have six of seven (SageBwd, arXiv 2603.02170); for calls that want gradients alone.
         protect_text: whether tiles with text are HIGH whatever the window; False is for measuring what that is worth.
         text: where joint attention has its text, "first", "last" or "none", for models of no known family.
         grid: the sides of the grid that tokens other than text lie on, (rows, columns) or (frames, rows, columns), or
@@ -95,8 +98,9 @@ class DMAConfig:
             says so. math.inf is for the estimate in the receipt alone. None samples nothing. Calls that want gradients
             are not looked at.
         linears: low-bit linear layers beside attention: a method of `quantize_linears` ("fp8", "int8", "mxfp8",
-            "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), or a file of
-            `save_linears`. None leaves linear layers as they are.
+            "mxfp4", "nvfp4", or "micromix" for pipelines on which `calibrate_linears` ran), the recipe by which
+            `finetune.prepare` trained them ("qat", "quartet", "quartet2", "mxint8"), or a file of `save_linears`. None
+            leaves linear layers as they are.
         model: the class of the only models that this is for; `modules` then names each of their modules.
         weights: fingerprints of the weights that this was chosen for, joined by "+", one for each transformer. On
             other weights it is applied all the same, and the receipt says so. None and "" are for any.
@@ -122,6 +126,7 @@ class DMAConfig:
     rotation: str = "none"
     smooth_k: bool = True
     smooth_v: bool = True
+    backward: str = "bf16"
     protect_text: bool = True
     text: str | None = None
     grid: tuple[int, ...] | str | None = None
@@ -135,6 +140,7 @@ class DMAConfig:
         for name, words in zip(("high", "low"), Precisions.parse(self.high, self.low).words, strict=True):
             object.__setattr__(self, name, words)
         Rotations.parse(self.rotation)
+        check_products(self.backward, self.high, self.low, self.rotation)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         of_heads = self.window if isinstance(self.window, tuple) and self.window else (self.window,)
@@ -341,7 +347,7 @@ class DMAConfig:
         return {
             "high": self.high, "low": self.low, "policy": self.words, "grid": grid if self.asked.on_grid else (),
             "text_start": start, "text_stop": stop, "lowering": self.operator_lowering, "rotation": self.rotation,
-            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v,
+            "smooth_k": self.smooth_k, "smooth_v": self.smooth_v, "backward": self.backward,
         }  # fmt: skip
 
     def protected(self, text: tuple[int, int]) -> tuple[int, int]:

@@ -345,8 +345,8 @@ class Interception:
         config = self.own.config
         said = [
             f" {name}={value}"
-            for name in ("rotation", "smooth_k", "smooth_v")
-            if (value := getattr(config, name)) not in ("none", True)
+            for name in ("rotation", "smooth_k", "smooth_v", "backward")
+            if (value := getattr(config, name)) not in ("none", True, "bf16")
         ]
         text = "" if config.protect_text else " without protected text"
         return "; ".join(self.own.words) + "".join(said) + text

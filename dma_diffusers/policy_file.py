@@ -8,15 +8,17 @@
                   "evidence": {what it costs and errs}}, …],
      "evidence": {what it was chosen from, and for}}
 
-`config` may have `linears`, a file of linear layers (`linears.files`) in the folder of the policy file. `modules` has
-only those that differ from `config`, and of them the fields that do (`config.MODULE_FIELDS`). Either may have a
-`schedule`.
+`config` may have `linears`: a file of linear layers (`linears.files`) in the policy file's folder, a method, or the
+recipe by which `finetune` trained them. `modules` has only those that differ from `config`, and of them the fields
+that do (`config.MODULE_FIELDS`). Either may have a `schedule`.
 """
 
 import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from dma_diffusers.linears.methods import is_file
 
 FORMAT, VERSION = "dma-diffusers policy", 1
 
@@ -44,7 +46,7 @@ def read_choice(path: str | PathLike[str], quality: float | None = None) -> dict
         if choice:
             modules = {name: dict(choice["modules"].get(name, {})) for name in names} | choice["modules"]
             config = dict(choice["config"])
-            if config.get("linears"):
+            if config.get("linears") and is_file(config["linears"]):
                 config["linears"] = str(Path(path).parent / config["linears"])
             return {**config, "modules": modules, "model": kind, "weights": weights}
         best = choices[-1]["quality"]

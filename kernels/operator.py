@@ -15,7 +15,8 @@ import torch
 
 from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
-from dma_diffusers.kernels.backward import reference as backward
+from dma_diffusers.kernels.backward import reference as differentiated
+from dma_diffusers.kernels.backward.int8 import check_products
 from dma_diffusers.kernels.call import Call, Norms, Rope
 from dma_diffusers.kernels.checks import check, check_call
 from dma_diffusers.kernels.lowerings import Choice
@@ -103,6 +104,7 @@ def attention(
     rotation: str = "none",
     smooth_k: bool = True,
     smooth_v: bool = True,
+    backward: str = "bf16",
     return_lse: bool = False,
     observer: torch.Tensor | None = None,
 ) -> Result:
@@ -130,6 +132,8 @@ def attention(
         where a class stores it in 8 bits; the output is turned back.
     smooth_k: k loses its mean before any format but bf16 stores it, which changes no probability. smooth_v: v loses its
         mean before it is stored in 8 bits, and the output gets it back.
+    backward: the format of the backward's products: "bf16", or "int8", in which classes whose Q·K is in INT8 then have
+        six of seven (SageBwd, arXiv 2603.02170). Gradients are the less exact for it; the forward stays as it is.
     observer: the handle of one that is handed the call, unless it wants gradients (`handle_of`); None for none.
 
     Gradients flow to q, k and v, also from the log-sum-exp, but not to tables. Policies with a threshold and calls with
@@ -153,7 +157,7 @@ def attention(
         *((None,) * 4 if norms is None else norms.tensors),
         *((0.0, 0, False) if norms is None else (norms.eps, norms.first, norms.rounds_twice)),
         q.shape[-1] ** -0.5 if scale is None else scale, is_causal, high, low, policies, which, grid,
-        text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v,
+        text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, backward,
         return_lse or wants_gradients,
     )  # fmt: skip
     return Result(out, lse if return_lse else lse.new_empty(0), inexact_rows)
@@ -165,7 +169,8 @@ _PLANS = PlanCache()
 def _attention(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
     rounds_twice, scale, is_causal, high, low, policies, which, grid,
-    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, backward,
+    return_lse,
 ):  # fmt: skip
     """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
     if q.ndim != 4 or k.ndim != 4:
@@ -252,7 +257,8 @@ def _differentiable_attention(*arguments):
     """The operator, for a call whose gradients are wanted. Raises ValueError for one that has no backward."""
     asked = dict(zip(_PARAMETERS, arguments, strict=True))
     policy = parse(asked["policies"][asked["which"]]) if asked["mapped"] else Dense(Class.HIGH)
-    if refusal := backward.why_not(policy, asked["q_weight"] is not None):
+    check_products(asked["backward"], asked["high"], asked["low"], asked["rotation"])
+    if refusal := differentiated.why_not(policy, asked["q_weight"] is not None):
         raise ValueError(refusal)
     return _attention(*arguments)
 
@@ -268,12 +274,23 @@ def _attention_backward(out_gradient, lse_gradient, out, lse, *arguments):
     chosen = choose(q.device, q.shape[3], asked["high"], asked["low"], asked["lowering"]).lowering
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
-            return tuple(backward.gradients(call, planned, precisions, lse, out_gradient, lse_gradient))
+            found = differentiated.gradients(
+                call,
+                planned,
+                precisions,
+                lse,
+                out_gradient,
+                lse_gradient,
+                out=out,
+                products=asked["backward"],
+            )
+            return tuple(found)
         from dma_diffusers.kernels.backward import launch
 
         found = launch.gradients(
-            call, planned, precisions, out, lse, out_gradient, lse_gradient, lowering=chosen
-        )
+            call, planned, precisions, out, lse, out_gradient, lse_gradient,
+            products=asked["backward"], lowering=chosen,
+        )  # fmt: skip
         return tuple(found)
 
 
@@ -328,7 +345,8 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def _fake(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
     rounds_twice, scale, is_causal, high, low, policies, which, grid,
-    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, return_lse,
+    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, backward,
+    return_lse,
 ):  # fmt: skip
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
@@ -357,7 +375,7 @@ _SCHEMA = (
     "Tensor? k_sin, Tensor? q_weight, Tensor? q_first_weight, Tensor? k_weight, Tensor? k_first_weight, float eps, "
     "SymInt first, bool rounds_twice, float scale, bool is_causal, str high, str low, str[] policies, SymInt which, "
     "SymInt[] grid, SymInt text_start, SymInt text_stop, SymInt parts, bool masks_text, bool mapped, str lowering, "
-    "str rotation, bool smooth_k, bool smooth_v, bool return_lse) -> (Tensor, Tensor, Tensor)"
+    "str rotation, bool smooth_k, bool smooth_v, str backward, bool return_lse) -> (Tensor, Tensor, Tensor)"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY.define(f"attention({_SCHEMA}", tags=_TAGS)

@@ -33,6 +33,9 @@ def bench_attention(
     inputs: Inputs = "normal",
     seed: Seed = 0,
     seconds: Seconds = 0.3,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="The backward pass, and both, in place of the forward pass.")
+    ] = False,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option(help="A chart to draw, as SVG.")] = None,
     as_json: Json = False,
@@ -42,19 +45,22 @@ def bench_attention(
 
     require_gpu()
     require(("triton", "transformers"), "pip install 'dma-diffusers[eval]'")
+    from dma_diffusers.eval.bench import attention, shapes, summary
+    from dma_diffusers.eval.bench import backward as passes
     from dma_diffusers.eval.bench import plot as chart
-    from dma_diffusers.eval.bench import shapes, summary
-    from dma_diffusers.eval.bench.attention import bench_attention as measure
     from dma_diffusers.eval.bench.entries import Config
     from dma_diffusers.pipelines.files import check_writable, write_atomically
 
     chosen = shapes.parse(shape or list(shapes.NAMED), batch)
     configs = [Config.parse(text) for text in config or ()]
+    if plot and backward:
+        raise ValueError("--plot draws forward passes: leave it out with --backward")
     if plot:
         chart.check_plot(plot)
     for path in filter(None, (output, plot)):
         check_writable(path)
     command = f"dma-diffusers {shlex.join(sys.argv[1:])}"
+    measure = passes.bench_backward if backward else attention.bench_attention
     with quiet(), progress(not as_json) as on_step:
         result = measure(chosen, configs, inputs, seed, seconds, output, command, on_step)
     if plot:
@@ -64,8 +70,9 @@ def bench_attention(
         return
     for label, measured in result["shapes"].items():
         print(f"\n{label}, {inputs} inputs, {result['settings']['gpu']['name']}")
-        lines = summary.cells(measured["entries"])
-        print_table(summary.HEADER, ([escape(text) for text in line] for line in lines))
+        table = passes if backward else summary
+        lines = table.cells(measured["entries"])
+        print_table(table.HEADER, ([escape(text) for text in line] for line in lines))
 
 
 def bench_neighborhood(

@@ -2,12 +2,28 @@
 
 import torch
 
+from dma_diffusers.kernels.formats import get_format
+from dma_diffusers.kernels.training.recipe import Recipe
 from dma_diffusers.linears.exclusions import block_of, choose, linear_layers, why_unfit
+from dma_diffusers.linears.quantise import check_not_quantised
 
 _MULTIPLE = 32
 
 
-def layers_to_train(
+def layers_of(model: torch.nn.Module, recipe: Recipe) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
+    """The layers by name that a recipe rounds, and the reasons for which others are left alone.
+
+    Raises ValueError where there are none, and where layers are quantised already.
+    """
+    check_not_quantised(model)
+    layers, left = _layers_to_train(model, get_format(recipe.forward.format).bits >= 8)
+    if not layers:
+        reasons = "; ".join(sorted(set(left.values()))) or "it has none"
+        raise ValueError(f"{type(model).__name__} has no linear layer to train at low precision: {reasons}")
+    return layers, left
+
+
+def _layers_to_train(
     model: torch.nn.Module, has_eight_bits: bool
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
     """The layers by name, and the reasons for which others are left alone.

@@ -1,7 +1,6 @@
 """Preparing a model for fine-tuning at low precision, and putting stock layers back."""
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,15 +8,14 @@ import torch
 from dma_diffusers.attach import apply, restore_attention
 from dma_diffusers.components import device_of, unwrapped
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.finetune.layers import layers_to_train
+from dma_diffusers.finetune.layers import layers_of
 from dma_diffusers.finetune.module import QuartetLinear
+from dma_diffusers.finetune.swap import put_in
 from dma_diffusers.kernels.backward.reference import why_not
-from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import Choice, architecture
 from dma_diffusers.kernels.training.lowering import choose
-from dma_diffusers.kernels.training.recipe import Recipe, recipe_of
-from dma_diffusers.linears.exclusions import block_of
-from dma_diffusers.linears.quantise import check_not_quantised, set_layer
+from dma_diffusers.kernels.training.recipe import LINEARS, recipe_of
+from dma_diffusers.linears.quantise import set_layer
 
 if TYPE_CHECKING:
     import peft
@@ -54,18 +52,20 @@ def prepare(
         "quartet2": NVFP4 in all three, with an unbiased backward pass (arXiv 2601.22813). "mxint8": MXINT8 in all
         three. Gradients of what QuEST clipped are zero. Left alone are embedders, norms, modulation, the final
         projection, parts that are known as sensitive, and sides that are no multiple of 32.
-    attention: the configuration of the attention of a Diffusers transformer; None leaves it alone.
+    attention: the configuration of the attention of a Diffusers transformer; None leaves it alone. If it has `linears`,
+        as the policy of an earlier fine-tuning does, that is the recipe.
     rounding: of "quartet"'s backward pass: "nearest" or "stochastic".
     lora: adapters of peft that are trained on top; everything else is frozen then.
 
-    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with. Those of
-    `quantize_linears` have the same formats, but other scales and no rotation.
+    The layers round in evaluation, too: a prepared model draws with the numbers that it trained with, and later `apply`
+    does with the recipe as `DMAConfig(linears=…)`. Layers of `quantize_linears` have the same formats, but other scales
+    and no rotation.
     `restore` puts stock layers back, with the trained weights; saving the model needs no such thing, since names and
     parameters are those of stock layers.
     Raises ValueError, in one line, for a model that is prepared or quantised already, another recipe or rounding,
-    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, that quantises linear
-    layers itself, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError for
-    something else than a module. The model is as it was then.
+    nothing to prepare, no layer that can be, an `attention` that `dma_diffusers.apply` refuses, whose `linears` is no
+    recipe or another one, or that can't be trained (`check_attention`), ImportError for `lora` without peft, TypeError
+    for something else than a module. The model is as it was then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a module, got {type(model).__name__}: give pipe.transformer")
@@ -73,6 +73,8 @@ def prepare(
     kind = type(model).__name__
     if prepared_of(model):
         raise ValueError(f"{kind} is prepared already: call dma_diffusers.finetune.restore first")
+    if attention is not None:
+        linears, attention = _told_apart(linears, attention)
     if linears is None and attention is None and lora is None:
         raise ValueError("there is nothing to prepare: give linears, attention or lora")
     if linears is None and rounding != "nearest":
@@ -80,27 +82,17 @@ def prepare(
     recipe = None if linears is None else recipe_of(linears, rounding)
     if lora is not None:
         _check_lora(lora)
-    if attention is not None and attention.linears is not None:
-        raise ValueError(
-            f"linears={attention.linears!r} of the attention's configuration have no backward: "
-            "leave it out there, and give linears to prepare"
-        )
     if attention is not None:
         check_attention(attention)
-    layers, left = _layers(model, recipe)
+    layers, left = layers_of(model, recipe) if recipe else ({}, {})
     if attention is not None:
         apply(model, attention)
     lowering = None if recipe is None else choose(architecture(device_of(model, model)), recipe)
     record = Prepared(tuple(layers), left, attention is not None, lowering)
     model._dma_prepared = record  # type: ignore[assignment]  # an attribute like any other
     try:
-        seeds: Counter[str] = Counter()
-        for name, layer in layers.items():
-            assert recipe is not None
-            # Numbers are alike in all blocks, for blocks that are compiled once; gradients tell their layers apart.
-            block, *_ = block_of(model, name)
-            set_layer(model, name, QuartetLinear(layer, recipe, seeds[block]))
-            seeds[block] += 1
+        if recipe:
+            put_in(model, layers, recipe)
         if lora is not None:
             _add_adapters(model, lora)
     except BaseException:
@@ -147,17 +139,21 @@ def check_attention(config: DMAConfig) -> None:
                 )
 
 
-def _layers(
-    model: torch.nn.Module, recipe: Recipe | None
-) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
-    if recipe is None:
-        return {}, {}
-    check_not_quantised(model)
-    layers, left = layers_to_train(model, get_format(recipe.forward.format).bits >= 8)
-    if not layers:
-        reasons = "; ".join(sorted(set(left.values()))) or "it has none"
-        raise ValueError(f"{type(model).__name__} has no linear layer to train at low precision: {reasons}")
-    return layers, left
+def _told_apart(linears: str | None, config: DMAConfig) -> tuple[str | None, DMAConfig | None]:
+    """The recipe of linear layers, which `finetune` saves with the attention's configuration, and the rest of that.
+
+    None is left of what had linear layers alone.
+    """
+    if config.linears is None:
+        return linears, config
+    if config.linears not in LINEARS:
+        raise ValueError(
+            f"linears={config.linears!r} of the attention's configuration have no backward: "
+            "leave it out there, and give linears to prepare"
+        )
+    if linears not in (None, config.linears):
+        raise ValueError(f"linears={linears!r} here, and {config.linears!r} in the attention's configuration")
+    return config.linears, None if config.lowering == "stock" else replace(config, linears=None)
 
 
 def _check_lora(lora: Any) -> None:

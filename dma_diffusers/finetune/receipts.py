@@ -9,11 +9,11 @@ from dma_diffusers.kernels.formats import get_format
 from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.linears.receipt import LinearReceipt
 
-_REASON = "prepared for training: the weight stays in full precision, and is rounded in each call"
+_REASON = "as in training: the weight stays in full precision, and is rounded in each call"
 
 
 def trained_receipts(prefix: str, model: torch.nn.Module) -> Iterator[LinearReceipt]:
-    """The receipts of the layers that `dma_diffusers.finetune.prepare` put into a model; none where it put none."""
+    """The receipts of the layers that round as in training; none where a model has none."""
     for name, layer in model.named_modules():
         if isinstance(layer, QuartetLinear):
             device, format_ = layer.weight.device, get_format(layer.recipe.forward.format)

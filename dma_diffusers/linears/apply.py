@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from dma_diffusers.kernels.training.recipe import LINEARS
 from dma_diffusers.linears.files import load_linears, read_header
 from dma_diffusers.linears.methods import is_file
 from dma_diffusers.linears.quantise import (
@@ -14,6 +15,7 @@ from dma_diffusers.linears.quantise import (
     quantize_linears,
     restore_linears,
 )
+from dma_diffusers.linears.trained import round_as_trained
 
 
 def prepare_linears(pipe_or_model: Any, linears: str | None) -> Callable[[], None]:
@@ -42,6 +44,8 @@ def prepare_linears(pipe_or_model: Any, linears: str | None) -> Callable[[], Non
         restore_linears(pipe_or_model)
         if is_file(linears):
             load_linears(pipe_or_model, linears)
+        elif linears in LINEARS:
+            round_as_trained(pipe_or_model, linears)
         else:
             quantize_linears(pipe_or_model, linears, progress=False)
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dma_diffusers.kernels.training.recipe import LINEARS
+
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "nvfp4", "micromix")
 """Each is the format of all channels, but for "micromix", which gives each channel 4, 6 or 8 bits by calibration."""
 CALIBRATED = ("micromix", "fp8")
@@ -17,14 +19,13 @@ def check_method(method: str) -> None:
 
 
 def is_file(linears: str) -> bool:
-    """Tells whether this names a file of `save_linears`, not a method.
+    """Tells whether this names a file of `save_linears`, not a method, nor a recipe of fine-tuning.
 
-    Raises ValueError for a single word that is no method.
+    Raises ValueError for a single word that is neither.
     """
-    if linears in METHODS:
+    if linears in (*METHODS, *LINEARS):
         return False
     if not Path(linears).suffix and Path(linears).name == linears:
-        raise ValueError(
-            f"unknown linears {linears!r}; there are {', '.join(METHODS)}, or a file that save_linears wrote"
-        )
+        known = ", ".join((*METHODS, *LINEARS))
+        raise ValueError(f"unknown linears {linears!r}; there are {known}, or a file that save_linears wrote")
     return True

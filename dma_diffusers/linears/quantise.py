@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dma_diffusers.components import device_of, transformers_of
+from dma_diffusers.finetune.module import QuartetLinear
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.lowering import choose as choose_lowering
 from dma_diffusers.kernels.linears.weight import LinearWeight, quantise
@@ -31,10 +32,11 @@ NEEDS_CALIBRATION = (
 class Attachment:
     """A record of the quantised linear layers of one model, kept on the model.
 
-    method: one of `METHODS`, or the file that they were loaded from. stock: the stock layers by name; empty if they
-    were not kept. kept, left: as in `exclusions.Choice`. plans: the plan of each layer. samples: some numbers of each
-    stock weight. over_time: the shares of bits at each noise level, as `Calibration.over_time` gives them; None without
-    thresholds. of_file: what the header of the file says of the model; None without a file.
+    method: one of `METHODS`, a recipe of fine-tuning, or the file that they were loaded from. stock: the stock layers
+    by name; empty if they were not kept, and where a recipe shares their parameters. kept, left: as in
+    `exclusions.Choice`. plans: the plan of each layer. samples: some numbers of each stock weight. over_time: the
+    shares of bits at each noise level, as `Calibration.over_time` gives them; None without thresholds. of_file: what
+    the header of the file says of the model; None without a file.
     """
 
     method: str
@@ -203,7 +205,7 @@ def linear_receipts(prefix: str, model: torch.nn.Module) -> Iterator[LinearRecei
         layer = layer_of(model, name)
         if isinstance(layer, QuantisedLinear):
             yield _receipt(prefix + name, layer, device_of(model, layer), record.kept.get(name, ""))
-        else:
+        elif not isinstance(layer, QuartetLinear):  # which has a receipt as such
             yield _left(prefix + name, "another layer was put in its place after it was quantised")
     for name, reason in record.left.items():
         yield _left(prefix + name, reason)
@@ -368,10 +370,12 @@ def _quantised(weight: torch.Tensor, plan: Plan, device: torch.device) -> Linear
 
 
 def _put_back(model: torch.nn.Module, record: Attachment) -> None:
-    for name, stock in record.stock.items():
+    for name in record.layers:
         now = layer_of(model, name)
-        if isinstance(now, QuantisedLinear):
-            set_layer(model, name, stock.to(now.like.device, now.like.dtype))
+        if isinstance(now, QuartetLinear):
+            set_layer(model, name, now.stock())
+        elif isinstance(now, QuantisedLinear) and name in record.stock:
+            set_layer(model, name, record.stock[name].to(now.like.device, now.like.dtype))
     del model._dma_linears
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.bound import Gpu, current_gpu
-from dma_diffusers.eval.bench.entries import Config, Entry, default_configs
+from dma_diffusers.eval.bench.entries import Config, Entry, check_different, default_configs
 from dma_diffusers.eval.bench.measure import measure
 from dma_diffusers.eval.bench.peers import PEERS
 from dma_diffusers.eval.bench.shapes import Shape
@@ -36,9 +36,7 @@ def bench_attention(
     """
     require_gpu()
     gpu = current_gpu()
-    names = [config.name for config in configs]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two configs are the same: {repeated}")
+    check_different(configs)
     settings = result.settings(
         gpu, inputs, seed, seconds,
         configs=[asdict(config) for config in configs], peers={peer.name: peer.version for peer in PEERS},

@@ -83,6 +83,7 @@ class Config:
     rotation: str = "none"
     smooth_k: bool = True
     smooth_v: bool = True
+    backward: str = "bf16"
     policy: str | None = None
     grid: tuple[int, ...] = ()
 
@@ -105,9 +106,8 @@ class Config:
                 raise ValueError(f"config {text!r}: {name} must be true or false, got {value!r}")
             given[name] = _READ[known[name]](value) if known[name] in _READ else value
         config = cls(**given)
-        DMAConfig(
-            high=config.high, low=config.low, rotation=config.rotation
-        )  # raises for those that don't exist
+        # It raises for those that don't exist.
+        DMAConfig(high=config.high, low=config.low, rotation=config.rotation, backward=config.backward)
         _ = config.map_policy
         return config
 
@@ -139,6 +139,7 @@ class Config:
         text = f", text {self.text_start} to {self.text_stop}" * (self.text_stop > 0)
         lowering = f", {self.lowering}" * (self.lowering != "auto")
         lowering += f", rotation {self.rotation}" * (self.rotation != "none")
+        lowering += f", backward {self.backward}" * (self.backward != "bf16")
         lowering += ", K's mean" * (not self.smooth_k) + ", V's mean" * (not self.smooth_v)
         if self.policy is not None:
             return f"{self.high}|{self.low}, {self.map_policy}{text}{lowering}"
@@ -154,6 +155,13 @@ class Config:
         return Entry(
             self.name, OURS, partial(_prepare, self), partial(_seen, axes, self.text) if axes else None
         )
+
+
+def check_different(configs: Sequence[Config]) -> None:
+    """Raise ValueError if two configurations are the same."""
+    names = [config.name for config in configs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two configs are the same: {repeated}")
 
 
 def default_configs(architecture: str, shape: Shape) -> list[Config]:

@@ -144,6 +144,8 @@ def _torchao(
     from torchao import quantization
 
     options = {"granularity": quantization.PerRow()} if config.startswith("Float8") else {}
+    # Otherwise torchao changes Inductor's settings for all that this process compiles, ours too.
+    options["set_inductor_config"] = False
     layers = []
     for each in copies:
         layer = nn.Sequential(nn.Linear(*each.weight.shape[::-1], device="meta"))

@@ -43,7 +43,7 @@ def measure(
             prepared = entry.prepare(copies)
             error = samples[entry.seen].relative_l2(prepared.whole(0))
             row["relative_l2"] = error if math.isfinite(error) else None
-            row["peak_bytes"] = _peak_bytes(partial(prepared.whole, 0))
+            row["peak_bytes"] = peak_bytes(partial(prepared.whole, 0))
             row["bound_tflops"] = bound_tflops(shape, prepared.products, gpu)
             row["products"] = [part._asdict() for part in prepared.products]
             found = {part: getattr(prepared, part) for part in PARTS}
@@ -62,7 +62,7 @@ def measure(
     return {"size": list(shape.size), "copies": len(copies), "entries": compared(shape, rows)}
 
 
-def _peak_bytes(call: Callable[[], Any]) -> int:
+def peak_bytes(call: Callable[[], Any]) -> int:
     """Return the memory that a call needs beyond what was allocated before, its result included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

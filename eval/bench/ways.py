@@ -141,12 +141,16 @@ def _quantise(linears: str, model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def _put_torchao_on(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Quantise the layers that ours quantises."""
+    """Quantise the layers that ours quantises.
+
+    Inductor's settings stay as they are: those that torchao recommends would hold for all that this process compiles,
+    every other way too, and tuning by coordinate descent takes minutes for a model.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     names = choose(model).layers
     quantize_(
         model,
-        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False),
         filter_fn=lambda module, name: name in names,
     )

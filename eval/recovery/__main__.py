@@ -5,6 +5,7 @@ makes one row, and skips one that is there; `… table FOLDER` sums up the rows 
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from dma_diffusers.cli.console import hide_loading_bars, quiet
 from dma_diffusers.eval.recovery.rows import ROWS
-from dma_diffusers.eval.recovery.run import drawings_path, result_path, run
+from dma_diffusers.eval.recovery.run import drawings_path, result_paths, run
 from dma_diffusers.eval.recovery.scores import scores
 from dma_diffusers.eval.recovery.study import Plan, Study
 from dma_diffusers.eval.recovery.summary import summarise, table
@@ -32,14 +33,12 @@ def prepare(
     budget: Annotated[list[int] | None, typer.Option(help="Steps after which to measure; repeat it.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = Plan.batch,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = Plan.learning_rate,
-    seed: Annotated[int, typer.Option(help="Of the training's order.")] = Plan.seed,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own if left out.")] = None,
 ) -> None:
     """Draw with full precision: calls to learn from, held-out calls, and held-out pictures or clips."""
     budgets = tuple(sorted(budget)) if budget else Plan.budgets
-    plan = Plan(
-        model, prompts, held_out, min(Plan.judged, held_out), budgets, batch, lr, seed=seed, steps=steps
-    )  # fmt: skip
+    judged = min(Plan.judged, held_out)
+    plan = Plan(model, prompts, held_out, judged, budgets, batch, lr, steps=steps)
     with quiet(), progress() as on_step:
         hide_loading_bars()
         Study.of(folder, plan).prepare(on_step)
@@ -50,12 +49,16 @@ def prepare(
 def row(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="Name of the row, as `prepare` lists them.")],
-    seconds: Annotated[float, typer.Option(help="Train no longer; a budget not reached has no loss.")] = 900,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training's order.")] = 0,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="Of a last training after those of the budgets, which draws; 0 for none."),
+    ] = 0,
 ) -> None:
-    """Train for one precision, and compare what it draws with full precision."""
+    """Train for one precision, and compare what it draws with full precision; what was stopped goes on."""
     with quiet(), progress() as on_step:
         hide_loading_bars()
-        path = run(Study(folder), name, seconds, on_step)
+        path = run(Study(folder), name, seed, seconds, on_step)
     print(path)
 
 
@@ -64,12 +67,10 @@ def rescore(folder: Folder) -> None:
     """Score the drawings of all finished rows again, as with metrics that were not at hand before."""
     with quiet():
         study = Study(folder)
-        for path, name in ((result_path(study, name), name) for name in ROWS[study.plan.model]):
-            if path.is_file():
-                frames = study.drawings(drawings_path(study, name))
-                found = scores(frames, study.exact, study.held_out)
-                result = json.loads(path.read_bytes()) | {"scores": found}
-                write_atomically(path, json.dumps(result, indent=1).encode())
+        for path in chain(*(result_paths(study, name) for name in ROWS[study.plan.model])):
+            found = scores(study.drawings(drawings_path(path)), study.exact, study.held_out)
+            result = json.loads(path.read_bytes()) | {"scores": found}
+            write_atomically(path, json.dumps(result, indent=1).encode())
 
 
 @app.command("table")

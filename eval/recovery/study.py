@@ -19,10 +19,12 @@ from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
+from dma_diffusers.pipelines.placement import own_device
 
 OnStep = Callable[[str, int, int], None]
 
 _SEED_OF_HELD_OUT = 10_000  # the seeds of training are below
+_TOGETHER = 64  # prompts that full precision draws at a time, down to their latents
 
 
 @dataclass(frozen=True)
@@ -31,32 +33,31 @@ class Plan:
 
     model: "demo" or "demo-video". prompts: to learn from. held_out: prompts that are drawn and compared. judged: how
     many of these give the held-out loss. budgets: rising numbers of steps, for each of which a row is trained. batch,
-    learning_rate, warmup, decay, ema, seed: as of `Settings`. steps: of denoising; None for the model's own.
+    learning_rate, warmup, decay, ema: as of `Settings`; by default the rate falls from the end of the warm-up to the
+    end, as straight to 0 as in arXiv 2502.15938. steps: of denoising; None for the model's own.
     """
 
     model: str = "demo"
-    prompts: int = 192
+    prompts: int = 2000
     held_out: int = 64
     judged: int = 16
     budgets: tuple[int, ...] = (100, 300, 1000)
     batch: int = 32
-    learning_rate: float = 1e-4
-    warmup: int = 20
-    decay: float = 0.5
+    learning_rate: float = 3e-4
+    warmup: int = 50
+    decay: float = 1.0
     ema: float = 0.99
-    seed: int = 0
     steps: int | None = None
 
-    @property
-    def settings(self) -> Settings:
-        """Settings of the trainer."""
+    def settings(self, seed: int) -> Settings:
+        """Settings of the trainer. seed: of the order."""
         return Settings(
             self.batch,
             learning_rate=self.learning_rate,
             warmup=self.warmup,
             decay=self.decay,
             ema=self.ema,
-            seed=self.seed,
+            seed=seed,
         )
 
 
@@ -93,7 +94,7 @@ class Study:
     def prepare(self, on_step: OnStep) -> None:
         """Draw with full precision what is missing in the folder."""
         pipe, call = self.pipeline()
-        stored = partial(store_teacher, pipe, pipe.transformer, batch=self.plan.batch, on_step=on_step)
+        stored = partial(store_teacher, pipe, pipe.transformer, batch=_TOGETHER, on_step=on_step)
         stored(self.prompts, call, self._store("training"), seed=0)
         stored(self.held_out[: self.plan.judged], call, self._store("held-out"), seed=_SEED_OF_HELD_OUT)
         if not are_there(self._exact, len(self.held_out)):
@@ -128,7 +129,7 @@ class Study:
         return Distillation(self._store("held-out"), self.plan.judged)
 
     def _store(self, name: str) -> CallStore:
-        return CallStore(self.folder / name)
+        return CallStore(self.folder / name, own_device())
 
     @property
     def _exact(self) -> Path:

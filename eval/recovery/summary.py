@@ -1,7 +1,7 @@
 """The summary of a study's finished rows: scores with intervals, the gap that training closes, the losses' order."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,21 +11,50 @@ from dma_diffusers.eval.intervals import bootstrap
 from dma_diffusers.eval.quality.columns import COLUMNS
 from dma_diffusers.eval.quality.summary import as_json
 from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
-from dma_diffusers.eval.recovery.run import result_path
+from dma_diffusers.eval.recovery.run import result_paths
 from dma_diffusers.eval.recovery.study import Study
+from dma_diffusers.eval.recovery.training import END
 
 Results = Mapping[str, dict[str, Any]]
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Sum up the rows that are finished; intervals are 95 %, over prompts."""
-    paths = {name: result_path(study, name) for name in ROWS[study.plan.model]}
-    results = {name: json.loads(path.read_bytes()) for name, path in paths.items() if path.is_file()}
+    """Sum up the rows that are finished; intervals are 95 %, over prompts, of the mean over seeds."""
+    of_seeds = {
+        name: [json.loads(path.read_bytes()) for path in paths]
+        for name in ROWS[study.plan.model]
+        if (paths := result_paths(study, name))
+    }
+    results = {name: mean_of(found) for name, found in of_seeds.items()}
+    trained, *others = GAPS[study.plan.model]
     return {
         "plan": asdict(study.plan),
         "rows": {name: result | _of_row(name, results, study.plan.model) for name, result in results.items()},
-        "gap_closed_percent": gap_closed(results, *GAPS[study.plan.model]),
+        "gap_closed_percent": gap_closed(results, trained, *others),
+        "gap_closed_percent_of_seeds": [
+            closed["estimate"]
+            for one in of_seeds.get(trained, [])
+            if (closed := gap_closed(results | {trained: one}, trained, *others))
+        ],
         "order": order(results),
+    }
+
+
+def mean_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first of a row's results, with the losses and scores that are the means over all of them."""
+    first, *_ = results
+    losses = set.intersection(*(set(result["loss"]) for result in results))
+    return first | {
+        "seeds": [result["seed"] for result in results],
+        "loss": {
+            name: float(np.mean([result["loss"][name] for result in results]))
+            for name in first["loss"]
+            if name in losses
+        },
+        "scores": {
+            metric: np.mean([result["scores"][metric] for result in results], 0).tolist()
+            for metric in first["scores"]
+        },
     }
 
 
@@ -62,7 +91,7 @@ def order(results: Results) -> dict[str, Any] | None:
     if not set(ORDER) <= results.keys():
         return None
     trained = [results[name]["loss"] for name in ORDER if results[name]["trains"]]
-    budget = max(set.intersection(*(set(map(int, loss)) for loss in trained)))
+    budget = max(map(int, set.intersection(*(set(loss) - {END} for loss in trained))))
     losses = {name: results[name]["loss"][str(budget if results[name]["trains"] else 0)] for name in ORDER}
     return {"budget": budget, "losses": losses, "rises": bool(np.all(np.diff(list(losses.values())) >= 0))}
 
@@ -71,10 +100,11 @@ def table(summary: Mapping[str, Any]) -> str:
     """Return a summary as Markdown."""
     rows = summary["rows"]
     metrics = list(next(iter(rows.values()))["means"]) if rows else []
-    budgets = [0, *summary["plan"]["budgets"]]
+    budgets = [0, *summary["plan"]["budgets"], END]
     header = [
         "Row",
-        *(f"loss, {budget} steps" for budget in budgets),
+        *(f"loss, {budget} steps" for budget in budgets[:-1]),
+        "loss at the end",
         *(COLUMNS[name]["title"] for name in metrics),
     ]
     lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]

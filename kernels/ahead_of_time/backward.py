@@ -6,6 +6,7 @@ import torch
 
 from dma_diffusers.kernels.ahead_of_time.compile import TARGETS, compile_launch, mma_kinds, resources
 from dma_diffusers.kernels.backward import launch
+from dma_diffusers.kernels.backward.tuning import Tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.lowerings import choose
@@ -19,8 +20,17 @@ KERNELS = ("query_gradients", "key_gradients")
 _TOKENS, _HEADS = 256, 16
 
 
-def compile_backward(target: str, head_dim: int, high: str | None, low: str | None) -> list[dict[str, Any]]:
+def compile_backward(
+    target: str,
+    head_dim: int,
+    high: str | None,
+    low: str | None,
+    products: str = "bf16",
+    tuned: Tuning | None = None,
+) -> list[dict[str, Any]]:
     """Compiles the `KERNELS` for `target`, one of `TARGETS`; a precision that is None has no tile.
+
+    products, tuned: as of `launch.gradients`.
 
     Returns dictionaries of `kernel, mma_kinds, registers, spills` (bytes of stack that a thread needs) and
     `shared_bytes`. Raises ValueError for an unknown target.
@@ -33,7 +43,7 @@ def compile_backward(target: str, head_dim: int, high: str | None, low: str | No
     recorded: list[tuple[Any, tuple, dict[str, Any]]] = []
     launch.gradients(
         Call(q, k, v), make(policy, Layout(_TOKENS, _TOKENS)), Precisions.parse(*words), out, out[..., 0].float(), out,
-        lowering=choose(target, head_dim, *words).lowering, target=target,
+        products=products, lowering=choose(target, head_dim, *words).lowering, target=target, tuned=tuned,
         launcher=Launcher(lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options))),
     )  # fmt: skip
     found = []

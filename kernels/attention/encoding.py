@@ -182,12 +182,10 @@ def operands_of(
         source.norms, call.smooth_v, source.rotated_values,
     )  # fmt: skip
     needs_v = is_channel or source.is_copied or variant.means is not None
-    # On sm_90 two programs share a multiprocessor, unless they sum means too, or re-encode rotated blocks, for which
-    # they would spill. Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
+    # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.
+    # Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
-    shares = (
-        variant.target == "sm_90" and variant.means is None and not (call.rotated_block > 1 and reencodes)
-    )
+    shares = variant.target == "sm_90" and not (call.rotated_block > 1 and reencodes)
     registers = None if variant.dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,

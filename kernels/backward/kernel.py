@@ -1,12 +1,13 @@
 """The kernels of attention's backward: one for dQ, which follows the map's block lists, one for dK and dV.
 
-Products are of bf16 numbers and summed in float32. The reference beside this file defines what is correct.
+Products are of bf16 numbers and summed in float32; those of a class with `q_scales` are of INT8 numbers, but for the
+output's gradient and V. The reference beside this file defines what is correct.
 """
 
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.attention.loads import load_rows
+from dma_diffusers.kernels.attention.loads import load_rows, load_values
 from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, to_bf16, to_output
 from dma_diffusers.kernels.quantiser.tile import load_tile, token_at
 from dma_diffusers.kernels.tiling import precision_map
@@ -14,23 +15,40 @@ from dma_diffusers.kernels.tiling.layout import SUBTILE
 
 TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
 SUBTILES = tl.constexpr(TILE.value // SUBTILE)  # of a tile
+INT8_MAX, ROUNDS_INTEGERS = tl.constexpr(127.0), tl.constexpr(1.5 * 2.0**23)
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _to_int8(x, amax):
+    """float32 x as integers of which the magnitude `amax`, which broadcasts to x, is 127."""
+    factor = INT8_MAX / tl.where(amax == 0.0, 1.0, amax)
+    # The sum's lowest byte is the nearest integer in two's complement.
+    return (x * factor + ROUNDS_INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _rows_in_int8(x):
+    """Rows of float32 numbers as integers, and the scale of each row."""
+    amax = tl.max(tl.abs(x), axis=1)
+    return _to_int8(x, amax[:, None]), amax * (1 / INT8_MAX)
 
 
 @triton.jit(do_not_specialize=["q_length", "token_count"])
 def prepare(
-    out_gradient, out, lse, lse_gradient, offset, token_order, prepared, delta, lse_2, smoothed_lse_2,
-    heads, q_length, token_count,
+    out_gradient, out, lse, lse_gradient, offset, token_order, prepared, transposed, scales, delta, lse_2,
+    smoothed_lse_2, heads, q_length, token_count,
     gradient_stride_b, gradient_stride_h, gradient_stride_s, out_stride_b, out_stride_h, out_stride_s,
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Prepares one tile of rows, in the order of slots, as the other kernels read it.
 
-    `prepared` [B·H, tiles·128, D] takes the output's gradient in bf16. `delta` [B·H·tiles·128] takes its products with
-    the output, less the gradient of the log-sum-exp, if there is one. `lse_2` takes the log-sum-exp in base 2, and
-    `smoothed_lse_2` the same less `offset`, which smoothing takes from a row's scores: +inf for rows that see no key,
-    whose probabilities are thereby 0. The strides of out_gradient and of out [B, H, tokens, HEAD_DIM] are free but for
-    the last, lse and lse_gradient are contiguous.
+    `prepared` [B·H, tiles·128, D] takes the output's gradient in bf16. `transposed` [B·H, D, tiles·128] takes it in
+    INT8 under the tile's scale, which `scales` [B·H·tiles] takes; both may be None. `delta` [B·H·tiles·128] takes its
+    products with the output, less the gradient of the log-sum-exp, if there is one. `lse_2` takes the log-sum-exp in
+    base 2, and `smoothed_lse_2` the same less `offset`, which smoothing takes from a row's scores: +inf for rows that
+    see no key, whose probabilities are thereby 0. The strides of out_gradient and of out [B, H, tokens, HEAD_DIM] are
+    free but for the last, lse and lse_gradient are contiguous.
     """
     tiles = tl.cdiv(q_length, TILE)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -48,6 +66,13 @@ def prepare(
     )
     place = head.to(tl.int64) * (tiles * TILE) + slots
     tl.store(prepared + place[:, None] * D + columns[None, :], gradient)
+    if transposed is not None:
+        amax = tl.max(tl.max(tl.abs(gradient.to(tl.float32)), axis=1), axis=0)
+        numbers = _to_int8(gradient.to(tl.float32), amax)
+        length = tiles * TILE
+        row = transposed + head.to(tl.int64) * length * D
+        tl.store(row + columns[:, None] * length + slots[None, :], tl.trans(numbers))
+        tl.store(scales + tl.program_id(0), amax * (1 / INT8_MAX))
     product = tl.sum(gradient.to(tl.float32) * result, axis=1)
     own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
     if lse_gradient is not None:
@@ -80,11 +105,11 @@ def _seen(queries, keys, key_mask, fine_mask, guards, k_length, CAUSAL: tl.const
 
 @triton.jit
 def _probabilities(
-    products, factor, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
+    products, scale, lse, queries, keys, word, log_counts, key_mask, fine_mask, guards, k_length,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of a block, from its products; rows' numbers, queries and keys broadcast to them."""
-    exponent = products * factor - lse
+    """The probabilities of a block, from its products and their scale; rows' numbers, queries and keys broadcast."""
+    exponent = products * scale - lse
     if log_counts is not None:
         exponent += tl.load(log_counts + keys)
     p = tl.exp2(exponent)
@@ -104,8 +129,8 @@ def _as_e4m3(p):
 
 @triton.jit
 def _query_phase(
-    dq, weighted, total, sums, sums_of_p, q_elements, k_elements, v, lse, gradient, row_delta,
-    factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+    dq, weighted, total, sums, sums_of_p, q_elements, k_elements, v, lse, factor, q_scales, k_scales, transposed,
+    gradient, row_delta, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
     indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length,
     SUMS: tl.constexpr, CORRECTS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
@@ -113,13 +138,15 @@ def _query_phase(
     """Adds dS·K of the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
 
     Without `indices` they are the tiles of means from `first` to `last`, each with its word of bits in `words`.
-    CORRECTS: `weighted` adds P·K, and `total` the rows of P∘(dP − delta). SUMS: `sums` adds the rows of dS, `sums_of_p`
-    those of P.
+    CORRECTS: `weighted` adds P·K, and `total` the rows of P∘(dP − delta); there are no INT8 products then. SUMS: `sums`
+    adds the rows of dS, `sums_of_p` those of P.
     """
     queries = start + tl.arange(0, ROWS)
     rows = (batch * heads + head_in_batch).to(tl.int64) * (q_tiles * TILE) + queries
     q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
     row_lse = tl.load(lse + rows)
+    if q_scales is not None:
+        row_scales = tl.load(q_scales + rows)
     PARTS: tl.constexpr = TILE // KEYS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -131,8 +158,13 @@ def _query_phase(
         word = None
         if words is not None:
             word = tl.load(words + tile)
+        if q_scales is not None:
+            k_scale = tl.load(k_scales + (batch * kv_heads + kv_head) * k_tiles + tile)
+            products, scale = tl.dot(q, tl.trans(k)).to(tl.float32), (row_scales * k_scale)[:, None]
+        else:
+            products, scale = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor
         p = _probabilities(
-            tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k))), factor, row_lse[:, None],
+            products, scale, row_lse[:, None],
             queries[:, None], (k_start + tl.arange(0, KEYS))[None, :], word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
@@ -146,7 +178,14 @@ def _query_phase(
             total += tl.sum(ds, axis=1)
         if SUMS:
             sums += tl.sum(ds, axis=1)
-        dq = tl.dot(bf16_operand(ds), loaded_bf16(k), dq)
+        if q_scales is not None:
+            numbers, scales = _rows_in_int8(ds)
+            of_channels = load_values(
+                transposed, batch, kv_head, kv_heads, k_start, k_tiles * TILE, True, True, KEYS, D
+            )
+            dq += tl.dot(numbers, of_channels).to(tl.float32) * (scales * k_scale)[:, None]
+        else:
+            dq = tl.dot(bf16_operand(ds), loaded_bf16(k), dq)
     return dq, weighted, total, sums, sums_of_p
 
 
@@ -155,9 +194,9 @@ def _query_phase(
     "means_stride_h"
 ])  # fmt: skip
 def query_gradients(
-    q_high, k_high, v_high, high_lse, high_factor,
-    q_low, k_low, v_low, low_lse, low_factor,
-    mean_q, mean_k, mean_v, mean_lse, mean_factor,
+    q_high, k_high, v_high, high_lse, high_factor, high_q_scales, high_k_scales, high_transposed,
+    q_low, k_low, v_low, low_lse, low_factor, low_q_scales, low_k_scales, low_transposed,
+    mean_q, mean_k, mean_v, mean_lse, mean_factor, mean_q_scales, mean_k_scales, mean_transposed,
     gradient, delta, lse_gradient, k_mean, softmax_scale_log2, indices, bounds, means, log_counts,
     key_mask, fine_mask, token_order, dq, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
     map_stride_b, map_stride_h, map_length, means_stride_b, means_stride_h, stride_b, stride_h, stride_s,
@@ -169,7 +208,9 @@ def query_gradients(
 
     HIGH, LOW: whether keys of such a class are "raw" or "smoothed"; None for a class without tiles. MEAN: whether there
     are such tiles. MASKED ones are HIGH, or LOW in a map without HIGH tiles. Operands are bf16 [B, heads, tiles·128,
-    D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2.
+    D], of means whole tiles too. Products times the `factor` of a class, less its `lse`, are exponents of 2. A class
+    with `q_scales` [B·H·tiles·128] and `k_scales` [B·Hkv·tiles] has q and k in INT8, and k `transposed` [B, Hkv, D,
+    tiles·128] as well: Hopper multiplies 8-bit numbers only where those that are summed over lie side by side.
     k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if none have lost it, or if all have and there is no
     lse_gradient.
     CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
@@ -212,28 +253,32 @@ def query_gradients(
     if HIGH is not None:
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
             accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
-            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
-            q_tiles, k_tiles, start, tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
+            high_lse, high_factor, high_q_scales, high_k_scales, high_transposed, own_gradient, row_delta,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+            tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
             HIGH_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
             accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
-            high_lse, own_gradient, row_delta, high_factor, batch, head_in_batch, heads, kv_head, kv_heads,
-            q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+            high_lse, high_factor, high_q_scales, high_k_scales, high_transposed, own_gradient, row_delta,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+            tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
             HIGH_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     if LOW is not None:
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
             accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
-            low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
-            q_tiles, k_tiles, start, tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
+            low_lse, low_factor, low_q_scales, low_k_scales, low_transposed, own_gradient, row_delta,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+            tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
             LOW_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
         if HIGH is None:
             accumulator, weighted, total, sums, sums_of_p = _query_phase(
                 accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
-                low_lse, own_gradient, row_delta, low_factor, batch, head_in_batch, heads, kv_head, kv_heads,
-                q_tiles, k_tiles, start, tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
+                low_lse, low_factor, low_q_scales, low_k_scales, low_transposed, own_gradient, row_delta,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
                 LOW_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
     if MEAN:
@@ -241,9 +286,10 @@ def query_gradients(
         of_means = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(tl.int64)
         accumulator, weighted, total, sums, sums_of_p = _query_phase(
             accumulator, weighted, total, sums, sums_of_p, mean_q, mean_k, mean_v,
-            mean_lse, own_gradient, row_delta, mean_factor, batch, head_in_batch, heads, kv_head, kv_heads,
-            q_tiles, mean_tiles, start, None, 0, mean_tiles, means + of_means * mean_tiles,
-            log_counts + batch * (mean_tiles * TILE), None, None, guards, k_length,
+            mean_lse, mean_factor, mean_q_scales, mean_k_scales, mean_transposed, own_gradient, row_delta,
+            batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
+            None, 0, mean_tiles, means + of_means * mean_tiles, log_counts + batch * (mean_tiles * TILE),
+            None, None, guards, k_length,
             False, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
 
@@ -263,9 +309,9 @@ def query_gradients(
 
 @triton.jit
 def _key_phase(
-    dk, dv, k_elements, v, q_elements, lse, gradient, delta, factor,
-    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start, indices, first, last, words, log_counts,
-    key_mask, fine_mask, guards, k_length,
+    dk, dv, q_elements, k_elements, v, lse, factor, q_scales, k_scales, transposed,
+    gradient, int8_gradient, gradient_scales, delta, batch, head_in_batch, heads, kv_head, kv_heads,
+    q_tiles, k_tiles, start, indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length,
     ROUNDS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -280,6 +326,8 @@ def _key_phase(
     head = batch * heads + head_in_batch
     # The factor would else be a part of every product.
     dk *= 1 / factor
+    if q_scales is not None:
+        k_scale = tl.load(k_scales + (batch * kv_heads + kv_head) * k_tiles + start // TILE)
     PARTS: tl.constexpr = TILE // ROWS
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -295,15 +343,35 @@ def _key_phase(
         word = None
         if words is not None:
             word = tl.load(words + tile * tl.cdiv(tl.cdiv(k_length, TILE), MEANS_TILES))
+        if q_scales is not None:
+            row_scales = tl.load(q_scales + rows)
+            products, scale = tl.dot(k, tl.trans(q)).to(tl.float32), (row_scales * k_scale)[None, :]
+        else:
+            products, scale = tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor
         p = _probabilities(
-            tl.dot(loaded_bf16(k), tl.trans(loaded_bf16(q))), factor,
+            products, scale,
             tl.load(lse + rows)[None, :], queries[None, :], keys, word, log_counts, key_mask, fine_mask, guards,
             k_length, MASKED, CAUSAL,
         )  # fmt: skip
-        dv = tl.dot(bf16_operand(_as_e4m3(p) if ROUNDS else p), loaded_bf16(own_gradient), dv)
+        if q_scales is None:
+            dv = tl.dot(bf16_operand(_as_e4m3(p) if ROUNDS else p), loaded_bf16(own_gradient), dv)
         dp = tl.dot(loaded_bf16(value), tl.trans(loaded_bf16(own_gradient)))
         ds = p * (dp - tl.load(delta + rows)[None, :])
-        dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
+        if q_scales is None:
+            dk = tl.dot(bf16_operand(ds), loaded_bf16(q), dk)
+        else:
+            # Both wait for dS, since registers don't hold P, sums and an INT8 product at once.
+            of_p, p_scales = _rows_in_int8(p)
+            of_ds, ds_scales = _rows_in_int8(ds * row_scales[None, :])
+            p_scales *= tl.load(gradient_scales + head * q_tiles + tile)
+            of_channels = load_values(
+                int8_gradient, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, True, ROWS, D
+            )
+            dv += tl.dot(of_p, of_channels).to(tl.float32) * p_scales[:, None]
+            of_channels = load_values(
+                transposed, batch, head_in_batch, heads, q_start, q_tiles * TILE, True, True, ROWS, D
+            )
+            dk += tl.dot(of_ds, of_channels).to(tl.float32) * ds_scales[:, None]
     return dk * factor, dv
 
 
@@ -311,10 +379,10 @@ def _key_phase(
     "q_length", "k_length", "token_count", "map_stride_b", "map_stride_h", "map_length"
 ])  # fmt: skip
 def key_gradients(
-    q_high, k_high, v_high, high_lse, high_factor,
-    q_low, k_low, v_low, low_lse, low_factor,
-    gradient, delta, indices, bounds, dk_of_means, dv_of_means, key_mask, fine_mask, token_order,
-    dk, dv, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
+    q_high, k_high, v_high, high_lse, high_factor, high_q_scales, high_k_scales, high_transposed,
+    q_low, k_low, v_low, low_lse, low_factor, low_q_scales, low_k_scales, low_transposed,
+    gradient, int8_gradient, gradient_scales, delta, indices, bounds, dk_of_means, dv_of_means,
+    key_mask, fine_mask, token_order, dk, dv, heads, kv_heads, q_length, k_length, token_count, guards, head_dim,
     map_stride_b, map_stride_h, map_length, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_ROUNDS: tl.constexpr, LOW: tl.constexpr, LOW_ROUNDS: tl.constexpr,
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
@@ -322,7 +390,8 @@ def key_gradients(
 ):  # fmt: skip
     """dK and dV of KEYS keys of one head, over the Q tiles that the transposed map's lists name for their tile.
 
-    Arguments are as `query_gradients` has them. dk_of_means, dv_of_means: float32 [B·Hkv, tiles of means·128, D], as
+    Arguments are as `query_gradients` has them, but it is q that is `transposed`; int8_gradient and gradient_scales are
+    as `prepare` wrote them, None without INT8. dk_of_means, dv_of_means: float32 [B·Hkv, tiles of means·128, D], as
     `mean_gradients` gives them: the share of each key in its sub-tile. dk and dv have the same strides.
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
@@ -352,28 +421,32 @@ def key_gradients(
         end = tl.load(bounds + row * 3 + 2)
         if HIGH is not None:
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
-                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, q_high, k_high, v_high, high_lse, high_factor, high_q_scales, high_k_scales,
+                high_transposed, gradient, int8_gradient, gradient_scales, delta,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
                 HIGH_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_high, v_high, q_high, high_lse, gradient, delta,
-                high_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, q_high, k_high, v_high, high_lse, high_factor, high_q_scales, high_k_scales,
+                high_transposed, gradient, int8_gradient, gradient_scales, delta,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
                 HIGH_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
         if LOW is not None:
             dk_sum, dv_sum = _key_phase(
-                dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
-                low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                dk_sum, dv_sum, q_low, k_low, v_low, low_lse, low_factor, low_q_scales, low_k_scales,
+                low_transposed, gradient, int8_gradient, gradient_scales, delta,
+                batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
                 LOW_ROUNDS, False, CAUSAL, ROWS, KEYS, D, STAGES,
             )  # fmt: skip
             if HIGH is None:
                 dk_sum, dv_sum = _key_phase(
-                    dk_sum, dv_sum, k_low, v_low, q_low, low_lse, gradient, delta,
-                    low_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
+                    dk_sum, dv_sum, q_low, k_low, v_low, low_lse, low_factor, low_q_scales, low_k_scales,
+                    low_transposed, gradient, int8_gradient, gradient_scales, delta,
+                    batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                     tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
                     LOW_ROUNDS, True, CAUSAL, ROWS, KEYS, D, STAGES,
                 )  # fmt: skip
@@ -386,8 +459,9 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=["q_length", "k_length", "means_stride_b", "means_stride_h"])
 def mean_gradients(
-    mean_q, mean_k, mean_v, mean_lse, mean_factor, gradient, delta,
-    means, log_counts, dk, dv, heads, kv_heads, q_length, k_length, means_stride_b, means_stride_h,
+    mean_q, mean_k, mean_v, mean_lse, mean_factor, mean_q_scales, mean_k_scales, mean_transposed,
+    gradient, int8_gradient, gradient_scales, delta, means, log_counts, dk, dv,
+    heads, kv_heads, q_length, k_length, means_stride_b, means_stride_h,
     ROUNDS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -407,9 +481,10 @@ def mean_gradients(
     for head_in_batch in range(kv_head * group, (kv_head + 1) * group):
         row = (batch * means_stride_b + head_in_batch * means_stride_h).to(tl.int64)
         dk_sum, dv_sum = _key_phase(
-            dk_sum, dv_sum, mean_k, mean_v, mean_q, mean_lse, gradient, delta,
-            mean_factor, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
-            None, 0, q_tiles, means + row * mean_tiles + start // TILE, own_counts, None, None, None, k_length,
+            dk_sum, dv_sum, mean_q, mean_k, mean_v, mean_lse, mean_factor, mean_q_scales, mean_k_scales,
+            mean_transposed, gradient, int8_gradient, gradient_scales, delta, batch, head_in_batch, heads, kv_head,
+            kv_heads, q_tiles, mean_tiles, start, None, 0, q_tiles, means + row * mean_tiles + start // TILE,
+            own_counts, None, None, None, k_length,
             ROUNDS, False, False, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     keys = start + tl.arange(0, KEYS)

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention.encoding import Inputs, Operands, Variant, operands_of
 from dma_diffusers.kernels.backward import kernel
+from dma_diffusers.kernels.backward.int8 import is_in_int8
 from dma_diffusers.kernels.backward.reference import (
     Gradients,
     check,
@@ -30,13 +31,31 @@ from dma_diffusers.kernels.quantiser.operands import Operand, Stored, row_descri
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 
+class Scaled(NamedTuple):
+    """The scales of q and k in INT8, float32 `[B·H·tiles·128]` and `[B·Hkv·tiles]`, and both transposed, `[.., D, S]`.
+
+    q_scales: 0 for a row of zeros, which would else have a scale of 1 and hide the rest of dS.
+    """
+
+    q_scales: torch.Tensor
+    k_scales: torch.Tensor
+    transposed_q: torch.Tensor
+    transposed_k: torch.Tensor
+
+    @classmethod
+    def of(cls, q: Operand, k: Operand) -> "Scaled":
+        """Those of operands that the quantiser wrote."""
+        q_scales = q.scales * q.elements.any(-1).flatten()
+        return cls(q_scales, k.scales, *(x.elements.mT.contiguous() for x in (q, k)))
+
+
 @dataclass(frozen=True)
 class Multiplied:
-    """One class's operands, as the kernels multiply them: the forward's, in bf16.
+    """One class's operands, as the kernels multiply them: the forward's, in bf16, or with `scaled` in INT8.
 
     q: `[B, H, tiles·128, D]`, k and v `[B, Hkv, tiles·128, D]`. lse: float32 `[B·H·tiles·128]`, in base 2. factor: of
-    the products, of which exponents are less the lse. is_raw: whether the keys are not smoothed. rounds: whether the
-    forward had its probabilities in e4m3.
+    the products, of which exponents are less the lse. is_raw: whether the keys are not smoothed. rounds: whether
+    probabilities are in e4m3, as the forward had them.
     """
 
     q: torch.Tensor
@@ -46,6 +65,7 @@ class Multiplied:
     factor: float
     is_raw: bool
     rounds: bool
+    scaled: Scaled | None
 
     @property
     def name(self) -> str:
@@ -70,6 +90,8 @@ class Rows(NamedTuple):
     """The tensors that the kernels read of each row, in the order of slots, as `kernel.prepare` has them."""
 
     gradient: torch.Tensor
+    int8_gradient: torch.Tensor | None
+    gradient_scales: torch.Tensor | None
     delta: torch.Tensor
     lse_2: torch.Tensor
     smoothed_lse_2: torch.Tensor
@@ -84,6 +106,7 @@ def gradients(
     out_gradient: torch.Tensor,
     lse_gradient: torch.Tensor | None = None,
     *,
+    products: str = "bf16",
     lowering: str = "native",
     target: str | None = None,
     tuned: Tuning | None = None,
@@ -91,7 +114,8 @@ def gradients(
 ) -> Gradients:
     """The reference's gradients by the kernels, with the plan on q's device; the same inputs give the same bits.
 
-    out, lse: the forward's, of the same call. lowering, target: as of the forward's launch. tuned: None for the table's
+    out, lse: the forward's, of the same call. products: as in the reference, whose `at_once` is that of the tuning.
+    lowering, target: as of the forward's launch. tuned: None for the table's
     variant. Raises ValueError for a call that has no backward, as the reference does.
     """
     check(call, plan)
@@ -103,15 +127,16 @@ def gradients(
         # A row that sees no key has a log-sum-exp of −inf, which depends on nothing.
         lse_gradient = lse_gradient.where(lse > -math.inf, 0).contiguous()
     results = Results(out, lse, out_gradient, lse_gradient)
-    rows = _rows(results, inputs, operands.encoded.offset, variant, launcher)
+    in_int8 = any(each and is_in_int8(each.format.name, products) for each in variant.encoded)
+    rows = _rows(results, inputs, operands.encoded.offset, variant, in_int8, launcher)
     high, low = (
-        stored and _multiplied(stored, q, k, operands.encoded, call, rows)
+        stored and _multiplied(stored, q, k, operands.encoded, call, rows, products)
         for stored, q, k in zip(variant.classes, operands.encoded.q, operands.encoded.k, strict=True)
     )
-    classes = high, low, _of_means(operands, variant, call, rows)
+    classes = high, low, _of_means(operands, variant, call, rows, products)
     if inputs.source.rotated_values > 1:
         classes = tuple(x and replace(x, v=_turned_back(x.v, call.rotations.v, call)) for x in classes)
-    tuned, found = tuned or tuning(variant.target, variant.dim), empty_gradients(call)
+    tuned, found = tuned or tuning(variant.target, variant.dim, in_int8), empty_gradients(call)
     _launch_of_queries(found.q, classes, rows, results, call, inputs, operands, plan, tuned, launcher)
     of_means = _launch_of_means(classes[2], rows, inputs, operands, tuned, launcher)
     _launch_of_keys(found, classes, of_means, rows, call, inputs, operands, plan, tuned, launcher)
@@ -119,15 +144,24 @@ def gradients(
 
 
 def _rows(
-    results: Results, inputs: Inputs, offset: torch.Tensor | None, variant: Variant, launcher: Launcher
+    results: Results,
+    inputs: Inputs,
+    offset: torch.Tensor | None,
+    variant: Variant,
+    in_int8: bool,
+    launcher: Launcher,
 ) -> Rows:
-    """Launch the kernel that prepares rows. offset: as of `Encoded`."""
+    """Launch the kernel that prepares rows. offset: as of `Encoded`. in_int8: whether a class has INT8 products."""
     source, dim = inputs.source, variant.dim
     (batch, heads, _, head_dim), device = source.q.shape, source.q.device
     q_length, _, token_count = source.lengths
     count = batch * heads * tiles(q_length)
     gradient = launcher.empty((batch, heads, tiles(q_length) * TILE, dim), torch.bfloat16, device)
     delta, lse_2 = (launcher.empty((count * TILE,), torch.float32, device) for _ in range(2))
+    int8_gradient = scales = None
+    if in_int8:
+        int8_gradient = launcher.empty((batch, heads, dim, tiles(q_length) * TILE), torch.int8, device)
+        scales = launcher.empty((count,), torch.float32, device)
     smoothed_lse_2 = lse_2 if offset is None else torch.empty_like(lse_2)
     out_gradient, out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (results.out_gradient, results.out)
@@ -135,10 +169,10 @@ def _rows(
     launcher(
         kernel.prepare, (count,),
         out_gradient, out, results.lse.contiguous(), results.lse_gradient, offset, source.token_order,
-        gradient, delta, lse_2, smoothed_lse_2, heads, q_length, token_count,
+        gradient, int8_gradient, scales, delta, lse_2, smoothed_lse_2, heads, q_length, token_count,
         *out_gradient.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-    return Rows(gradient, delta, lse_2, smoothed_lse_2)
+    return Rows(gradient, int8_gradient, scales, delta, lse_2, smoothed_lse_2)
 
 
 def _launch_of_queries(
@@ -152,13 +186,14 @@ def _launch_of_queries(
     needs_mean = results.lse_gradient is not None or any(each.is_raw for each in (high, low) if each)
     launcher(
         kernel.query_gradients, (-(-q_length // blocks.rows) * batch * heads,),
-        *_of_classes(classes, blocks, tuned), _descriptor(rows.gradient, blocks.rows, tuned), rows.delta,
+        *_of_classes(classes, blocks, tuned, "k"), _descriptor(rows.gradient, blocks.rows, tuned), rows.delta,
         results.lse_gradient, operands.k_mean if needs_mean else None, call.softmax_scale_log2,
         lists.indices, lists.bounds, lists.means, encoded.means and encoded.means.log_counts, *_masks(inputs, plan),
         dq, *_sizes(inputs, plan), *_strides(lists.bounds), lists.indices.shape[-1], *_strides(lists.means),
         *dq.stride()[:3],
         HIGH=high and high.name, LOW=low and low.name, MEAN=means is not None,
-        CORRECTS=any(each.rounds for each in classes if each), CAUSAL=call.is_causal, MASKS_ALL=plan.masks_all,
+        CORRECTS=rows.int8_gradient is None and any(each.rounds for each in classes if each),
+        CAUSAL=call.is_causal, MASKS_ALL=plan.masks_all,
         **_options(blocks, rows),
     )  # fmt: skip
 
@@ -179,7 +214,7 @@ def _launch_of_means(
     found = [launcher.empty((batch * kv_heads, length, dim), torch.float32, means.k.device) for _ in range(2)]
     launcher(
         kernel.mean_gradients, (batch * kv_heads * length // blocks.keys,),
-        *_of_classes((means,), blocks, tuned), _descriptor(rows.gradient, blocks.rows, tuned), rows.delta,
+        *_of_classes((means,), blocks, tuned, "q"), *_of_gradient(rows, blocks, tuned), rows.delta,
         lists.means, operands.encoded.means.log_counts, *found, inputs.source.q.shape[1], kv_heads,
         *inputs.source.lengths[:2], *_strides(lists.means), ROUNDS=means.rounds, **_options(blocks, rows),
     )  # fmt: skip
@@ -197,7 +232,7 @@ def _launch_of_keys(
     batch, kv_heads = call.k.shape[:2]
     launcher(
         kernel.key_gradients, (-(-k_length // blocks.keys) * batch * kv_heads,),
-        *_of_classes((high, low), blocks, tuned), _descriptor(rows.gradient, blocks.rows, tuned), rows.delta,
+        *_of_classes((high, low), blocks, tuned, "q"), *_of_gradient(rows, blocks, tuned), rows.delta,
         lists.indices, lists.bounds, *of_means, *_masks(inputs, plan), found.k, found.v, *_sizes(inputs, plan),
         *_strides(lists.bounds), lists.indices.shape[-1], *found.k.stride()[:3],
         HIGH=high and high.name, HIGH_ROUNDS=bool(high and high.rounds),
@@ -224,17 +259,26 @@ def _multiplied(
     encoded: Encoded,
     call: Call,
     rows: Rows,
+    products: str,
     v: torch.Tensor | None = None,
 ) -> Multiplied:
     """v: in bf16, where `encoded` has none such."""
-    is_raw, rounds = stored.format.name == "bf16", stored.values is Storage.CHANNEL
+    is_raw, in_e4m3 = stored.format.name == "bf16", stored.values is Storage.CHANNEL
     if v is None:
-        v = _values(encoded) if rounds else encoded.values[Storage.PLAIN]
+        v = _values(encoded) if in_e4m3 else encoded.values[Storage.PLAIN]
+    if stored.is_packed:
+        q, k = (replace(x, elements=_unpacked(x.elements)) for x in (q, k))
+    if is_in_int8(stored.format.name, products):
+        scaled = Scaled.of(q, k)
+        return Multiplied(q.elements, k.elements, v, rows.smoothed_lse_2, 1.0, False, False, scaled)
     factor, lse = (call.softmax_scale_log2, rows.lse_2) if is_raw else (1.0, rows.smoothed_lse_2)
-    return Multiplied(_numbers(q, stored, call), _numbers(k, stored, call), v, lse, factor, is_raw, rounds)
+    numbers = _numbers(q, stored, call), _numbers(k, stored, call)
+    return Multiplied(*numbers, v, lse, factor, is_raw, in_e4m3, None)
 
 
-def _of_means(operands: Operands, variant: Variant, call: Call, rows: Rows) -> Multiplied | None:
+def _of_means(
+    operands: Operands, variant: Variant, call: Call, rows: Rows, products: str
+) -> Multiplied | None:
     """The operands of MEAN tiles, in whole tiles of means; their keys are smoothed in every format."""
     if variant.means is None:
         return None
@@ -243,7 +287,7 @@ def _of_means(operands: Operands, variant: Variant, call: Call, rows: Rows) -> M
     of_means = operands.encoded_means
     k = of_means.k[0] or Operand(_whole(encoded.means.k))
     v = None if stored.values is Storage.CHANNEL else _whole(encoded.means.v)
-    found = _multiplied(stored, q, k, of_means, call, rows, v)
+    found = _multiplied(stored, q, k, of_means, call, rows, products, v)
     return replace(found, lse=rows.smoothed_lse_2, is_raw=False)
 
 
@@ -255,8 +299,6 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
     """The numbers of an operand in bf16, rounded where it can't hold them, without the rotation of channels."""
     x, scales = operand.elements, operand.scales
-    if stored.is_packed:
-        x = torch.stack((x << 4 >> 4, x >> 4), -1).flatten(-2)
     if operand.tensor_scale is not None:
         scales = operand.tensor_scale.flatten()
     if scales is not None:
@@ -267,6 +309,11 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
     if call.rotated_block > 1 and stored.format.name != "bf16":
         x = _turned_back(x, call.rotations.qk, call)
     return x.bfloat16()
+
+
+def _unpacked(elements: torch.Tensor) -> torch.Tensor:
+    """Integers of four bits as int8, one to a byte."""
+    return torch.stack((elements << 4 >> 4, elements >> 4), -1).flatten(-2)
 
 
 def _turned_back(x: torch.Tensor, rotation: str, call: Call) -> torch.Tensor:
@@ -283,25 +330,50 @@ def _values(encoded: Encoded) -> torch.Tensor:
     return torch.addcmul(mean, v.bfloat16(), scale, out=found)
 
 
-def _of_classes(classes: Sequence[Multiplied | None], blocks: Blocks, tuned: Tuning) -> list:
-    """The kernels' arguments of classes, one after the other."""
+def _of_classes(classes: Sequence[Multiplied | None], blocks: Blocks, tuned: Tuning, transposed: str) -> list:
+    """The kernels' arguments of classes, one after the other. transposed: what INT8 needs so, "q" or "k"."""
     return [
         argument
         for each in classes
         for argument in (
-            [None] * 5
+            [None] * 8
             if each is None
             else [
                 _descriptor(each.q, blocks.rows, tuned), _descriptor(each.k, blocks.keys, tuned),
                 _descriptor(each.v, blocks.keys, tuned), each.lse, each.factor,
+                *_of_scaled(each.scaled, blocks, tuned, transposed),
             ]
         )
     ]  # fmt: skip
 
 
+def _of_scaled(scaled: Scaled | None, blocks: Blocks, tuned: Tuning, transposed: str) -> list:
+    if scaled is None:
+        return [None] * 3
+    x, columns = (
+        (scaled.transposed_q, blocks.rows) if transposed == "q" else (scaled.transposed_k, blocks.keys)
+    )
+    return [scaled.q_scales, scaled.k_scales, _transposed_descriptor(x, columns, tuned)]
+
+
+def _of_gradient(rows: Rows, blocks: Blocks, tuned: Tuning) -> list:
+    """The output's gradient in bf16, in INT8, and its scales there, as the kernels of dK and dV read them."""
+    int8 = rows.int8_gradient
+    return [
+        _descriptor(rows.gradient, blocks.rows, tuned),
+        None if int8 is None else _transposed_descriptor(int8, blocks.rows, tuned),
+        rows.gradient_scales,
+    ]
+
+
 def _descriptor(x: torch.Tensor, rows: int, tuned: Tuning) -> TensorDescriptor | torch.Tensor:
     """The argument by which a kernel loads rows of x `[B, H, tiles·128, D]`."""
     return x if tuned.by_pointers else row_descriptor(x, rows, x.shape[-1])
+
+
+def _transposed_descriptor(x: torch.Tensor, columns: int, tuned: Tuning) -> TensorDescriptor | torch.Tensor:
+    """The argument by which a kernel loads columns of x `[B, H, D, tiles·128]`."""
+    return x if tuned.by_pointers else row_descriptor(x, x.shape[-2], columns)
 
 
 def _masks(inputs: Inputs, plan: Plan) -> tuple[torch.Tensor | None, ...]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.attention.reference import Operands, Slots
+from dma_diffusers.kernels.backward.int8 import AT_ONCE, is_in_int8, rounded_rows, rounded_tiles, row_scales
 from dma_diffusers.kernels.call import Call, Rope
 from dma_diffusers.kernels.formats import rotate_back
 from dma_diffusers.kernels.plan import Plan
@@ -40,7 +41,8 @@ class Part(NamedTuple):
     """The keys of one class that one head's queries see.
 
     q: `[Sq, D]`, times the factor that makes scores exponents of 2. k, v: `[Sk, D]`. exponents: `[Sq, Sk]`, the scores
-    less the log-sum-exp, both in base 2; −inf where a query doesn't see a key. pv: the format of P·V.
+    less the log-sum-exp, both in base 2; −inf where a query doesn't see a key. pv: the format of P·V. q_scales: of
+    rows of q, `[Sq, 1]`, if the backward's products are in INT8; None if they are in bf16.
     """
 
     q: torch.Tensor
@@ -48,6 +50,7 @@ class Part(NamedTuple):
     v: torch.Tensor
     exponents: torch.Tensor
     pv: str = "bf16"
+    q_scales: torch.Tensor | None = None
 
 
 def why_not(policy: Policy, has_norms: bool = False) -> str:
@@ -72,11 +75,18 @@ def gradients(
     lse: torch.Tensor,
     out_gradient: torch.Tensor,
     lse_gradient: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    products: str = "bf16",
+    at_once: tuple[int, int] = AT_ONCE,
 ) -> Gradients:
     """The gradients of a call's q, k and v.
 
-    lse: the forward's log-sum-exp, float32 `[B, H, Sq]`. out_gradient, lse_gradient: of the forward's results. Raises
-    ValueError for a softmax threshold, and for norms.
+    lse: the forward's log-sum-exp, float32 `[B, H, Sq]`. out_gradient, lse_gradient: of the forward's results.
+    products: "bf16", or "int8" for SageBwd (arXiv 2603.02170): classes whose Q·K is in INT8 then multiply all but the
+    output's gradient and V in it, and delta is made of the forward's `out`, which costs no product of matrices. dS has
+    one scale for each query and so many keys, Pᵀ and dSᵀ have one for each key and so many queries: `at_once`, both;
+    the output's gradient has one for each tile. Raises ValueError for a softmax threshold, and for norms.
     """
     check(call, plan)
     call = without_hidden(call)
@@ -93,13 +103,16 @@ def gradients(
         row_lse = F.pad(row_lse, (0, 1), value=math.inf)[:, :, order]
         row_gradient = F.pad(row_gradient, (0, 1))[:, :, order]
         gradient = F.pad(gradient, (0, 0, 0, 1))[:, :, order]
-    classes = list(_classes(slots, plan, precisions, row_lse))
+        out = out if out is None else F.pad(out, (0, 0, 0, 1))[:, :, order]
+    classes = list(_classes(slots, plan, precisions, row_lse, products))
+    by_out = any(each.int8 for each in classes)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (slots.q, slots.k, slots.v))
     for entry in range(batch):
         for head in range(heads):
             kv_head = head * slots.k.shape[1] // heads
             parts, own_row = [each.part(entry, head) for each in classes], row_gradient[entry, head][:, None]
-            own = gradients_of_head(parts, gradient[entry, head], own_row)
+            own_out = out[entry, head].float() if by_out and out is not None else None
+            own = gradients_of_head(parts, gradient[entry, head], own_row, own_out, at_once)
             # The rows of dS add up to this, and so much of the mean has each row's log-sum-exp.
             dq[entry, head] += own_row * slots.mean[entry, kv_head] * call.scale
             for each, (ds, *of_part) in zip(classes, own, strict=True):
@@ -170,7 +183,8 @@ class _Class:
     """The operands of one class of tiles, and the pairs of tiles that are of it.
 
     is_taken: bool `[B, H, q_tiles, k_tiles]`, or for means `[B, H, q_tiles, sub-tiles]`. row_lse: `[B, H, Sq]`, base 2.
-    is_raw: whether its keys are not smoothed. log_counts: of means, `[B, sub-tiles]`; None for keys.
+    is_raw: whether its keys are not smoothed. int8: the format of Q·K, if the backward's products are in INT8.
+    log_counts: of means, `[B, sub-tiles]`; None for keys.
     """
 
     slots: Slots
@@ -180,6 +194,7 @@ class _Class:
     row_lse: torch.Tensor
     is_raw: bool
     rotation: str
+    int8: str | None
     log_counts: torch.Tensor | None = None
 
     def part(self, entry: int, head: int) -> Part:
@@ -197,6 +212,7 @@ class _Class:
             v = v * units.scale[own] + units.mean[own]
         v = rotate_back(v, self.slots.rotations.v)
         q = q[:q_length] * self.operands.factor
+        q_scales = None if self.int8 is None else row_scales(q, self.int8)
         exponents = q @ k.mT - self.row_lse[entry, head][:, None]
         query = torch.arange(q_length, device=q.device)
         if self.log_counts is not None:
@@ -205,7 +221,7 @@ class _Class:
         else:
             k, v, exponents = k[:k_length], v[:k_length], exponents[:, :k_length]
             seen = self._seen(entry, head, query, torch.arange(k_length, device=q.device))
-        return Part(q, k, v, torch.where(seen, exponents, -math.inf), self.operands.pv)
+        return Part(q, k, v, torch.where(seen, exponents, -math.inf), self.operands.pv, q_scales)
 
     def _seen(self, entry: int, head: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Says which keys of this class each query sees: bool `[Sq, Sk]`."""
@@ -234,7 +250,9 @@ class _Class:
         return dq, dk, dv
 
 
-def _classes(slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Tensor) -> Iterator[_Class]:
+def _classes(
+    slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Tensor, products: str
+) -> Iterator[_Class]:
     """The classes of a call that have tiles."""
     batch, heads, device = *slots.q.shape[:2], slots.q.device
     precision_map = slots.map
@@ -248,7 +266,7 @@ def _classes(slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Te
             is_raw = precision.qk == "bf16"
             yield _Class(
                 slots, slots.operands(precision), is_taken, is_masked, row_lse if is_raw else smoothed_lse, is_raw,
-                "none" if is_raw else slots.rotations.qk,
+                "none" if is_raw else slots.rotations.qk, precision.qk if is_in_int8(precision.qk, products) else None,
             )  # fmt: skip
     if precision_map.has_mean:
         precision = plan.used(precisions)[2]
@@ -257,21 +275,45 @@ def _classes(slots: Slots, plan: Plan, precisions: Precisions, row_lse: torch.Te
         words = precision_map.means.to(device).expand(batch, heads, -1, -1)[..., number // TILE]
         is_taken = words >> number % TILE // (TILE // MEANS_TILES) & 1 == 1
         rotation = "none" if precision.qk == "bf16" else slots.rotations.qk
-        yield _Class(slots, operands, is_taken, is_masked, smoothed_lse, False, rotation, log_counts)
+        int8 = precision.qk if is_in_int8(precision.qk, products) else None
+        yield _Class(slots, operands, is_taken, is_masked, smoothed_lse, False, rotation, int8, log_counts)
 
 
 def gradients_of_head(
-    parts: list[Part], out_gradient: torch.Tensor, lse_gradient: torch.Tensor
+    parts: list[Part],
+    out_gradient: torch.Tensor,
+    lse_gradient: torch.Tensor,
+    out: torch.Tensor | None = None,
+    at_once: tuple[int, int] = AT_ONCE,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each part dS, dS·K, dSᵀ·Q and Pᵀ·dO, where dS is the gradient of natural scores.
 
-    out_gradient: `[Sq, D]`. lse_gradient: `[Sq, 1]`, of the natural log-sum-exp.
+    out_gradient: `[Sq, D]`. lse_gradient: `[Sq, 1]`, of the natural log-sum-exp. out: `[Sq, D]`, the output that delta
+    is made of; None for that of unrounded probabilities. at_once: of INT8's scales.
     """
     p = [part.exponents.exp2() for part in parts]
     dp = [out_gradient @ part.v.mT for part in parts]
-    delta = sum((x * y).sum(-1, keepdim=True) for x, y in zip(p, dp, strict=True)) - lse_gradient
+    if out is None:
+        delta = sum((x * y).sum(-1, keepdim=True) for x, y in zip(p, dp, strict=True)) - lse_gradient
+    else:
+        delta = (out_gradient * out).sum(-1, keepdim=True) - lse_gradient
     ds = [x * (y - delta) for x, y in zip(p, dp, strict=True)]
     return [
-        (each, each @ part.k, each.mT @ part.q * math.log(2), rounded_p(x, part.pv).mT @ out_gradient)
-        for part, x, each in zip(parts, p, ds, strict=True)
+        (own_ds, *_multiplied(part, own_p, own_ds, out_gradient, at_once))
+        for part, own_p, own_ds in zip(parts, p, ds, strict=True)
     ]
+
+
+def _multiplied(
+    part: Part, p: torch.Tensor, ds: torch.Tensor, out_gradient: torch.Tensor, at_once: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dS·K, dSᵀ·Q and Pᵀ·dO."""
+    if part.q_scales is None:
+        return ds @ part.k, ds.mT @ part.q * math.log(2), rounded_p(p, part.pv).mT @ out_gradient
+    # dSᵀ·Q sums over rows of q, so their scales become a part of dS.
+    integers, (keys, queries) = part.q / part.q_scales.where(part.q_scales > 0, 1), at_once
+    return (
+        rounded_rows(ds, keys) @ part.k,
+        rounded_rows((ds * part.q_scales).mT, queries) @ integers * math.log(2),
+        rounded_rows(p.mT, queries) @ rounded_tiles(out_gradient),
+    )

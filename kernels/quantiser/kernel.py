@@ -15,7 +15,6 @@ from dma_diffusers.kernels.device.rounding import (
     to_e5m2,
     within,
 )
-from dma_diffusers.kernels.quantiser import reference
 from dma_diffusers.kernels.quantiser.elements import e2m1_code, int4_bytes, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
@@ -33,9 +32,8 @@ from dma_diffusers.kernels.quantiser.tile import (
 )
 from dma_diffusers.kernels.tiling import layout
 
-TILE, SUBTILE = tl.constexpr(layout.TILE), tl.constexpr(layout.SUBTILE)
+TILE = tl.constexpr(layout.TILE)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-MEANS_ANCHORED = tl.constexpr(reference.MEANS_ANCHORED)
 
 
 @triton.jit
@@ -235,52 +233,12 @@ def _stored_at(position):
 
 
 @triton.jit
-def _counts(seen):
-    """Counts the tokens of each sub-tile that are seen. seen: bool [128]; the result is float32 [4]."""
-    in_subtiles = tl.reshape(seen.to(tl.int32), (TILE // SUBTILE, SUBTILE))
-    return tl.sum(in_subtiles, axis=1).to(tl.float32)
-
-
-@triton.jit
-def _means(x, counts):
-    """The means of sub-tiles: [4, columns] of x [128, columns], which is zero where a token isn't seen.
-
-    The terms are multiples of one number for each column, as in the reference: their sum is exact in any order.
-    """
-    inverse = tl.div_rn(tl.full(counts.shape, 1.0, tl.float32), tl.maximum(counts, 1.0))
-    in_subtiles = tl.reshape(x, (TILE // SUBTILE, SUBTILE, x.shape[1]))
-    power = (tl.max(magnitude_bits(x), axis=0) & 0x7F800000).to(tl.float32, bitcast=True)
-    anchor = tl.where(power > MEANS_ANCHORED, 0.0, 6.0 * power)[None, None, :]
-    return tl.sum((in_subtiles * inverse[:, None, None] + anchor) - anchor, axis=1)
-
-
-@triton.jit
-def _store_means(means, x, tile, D: tl.constexpr):
-    """Store means [4, D] of one tile, float32 or, where no other format is made of them, bfloat16."""
-    subtiles: tl.constexpr = TILE // SUBTILE
-    place = (tile * subtiles + tl.arange(0, subtiles))[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(means + place, to_bf16(x) if means.dtype.element_ty == tl.bfloat16 else x)
-
-
-@triton.jit
-def _store_log_counts(log_counts, counts, tile, tiles):
-    """Store log2 of a tile's counts; after the last tile, −inf up to a whole tile of means."""
-    subtiles: tl.constexpr = TILE // SUBTILE
-    own = tl.where(counts == 0.0, float("-inf"), tl.log2(tl.maximum(counts, 1.0)))
-    tl.store(log_counts + tile * subtiles + tl.arange(0, subtiles), own)
-    if tile == tiles - 1:
-        after = tiles * subtiles + tl.arange(0, TILE)
-        end = tl.cdiv(tiles * subtiles, TILE) * TILE
-        tl.store(log_counts + after, tl.full((TILE,), float("-inf"), tl.float32), mask=after < end)
-
-
-@triton.jit
 def _encode_value(
-    v, v_units, plain, channel, v_means, key_mask, token_order, batch, head_in_batch, head, tile, tiles, length,
-    token_count, stride_b, stride_h, stride_s,
+    v, v_units, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
+    stride_b, stride_h, stride_s,
     ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in bf16, and in e4m3 in the units of each channel; the means of its sub-tiles."""
+    """One tile of V in bf16, and in e4m3 in the units of each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
     tokens = token_at(token_order, slots, length, token_count)[:, None]
@@ -289,14 +247,6 @@ def _encode_value(
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
     if ROTATED > 1:
         value = rotated_rows(value, ROTATED)
-    if v_means is not None:  # `_stored_at` moves no token to another sub-tile
-        seen = token_at(token_order, slots, length, token_count) < length
-        if key_mask is not None:
-            seen &= tl.load(key_mask + batch.to(tl.int64) * (tiles * TILE) + slots) != 0
-        means = _means(tl.where(seen[:, None], value, 0.0), _counts(seen))
-        if v.dtype.element_ty == tl.float32 and v_means.dtype.element_ty == tl.bfloat16:
-            means = within(means, BF16_MAX)
-        _store_means(v_means, means, head.to(tl.int64) * tiles + tile, D)
     if plain is not None:
         if v.dtype.element_ty == tl.float32:  # a hidden value is multiplied by 0, which of inf would be NaN
             value = within(value, BF16_MAX)
@@ -320,7 +270,7 @@ def _encode_value(
 def _encode_key(
     k, mean, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
     key_mask, token_order, inexact_rows,
-    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale, k_means, log_counts,
+    high, high_scales, high_tensor_scale, low, low_scales, low_tensor_scale,
     heads, head, tile, tiles, length, token_count, stride_b, stride_h, stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
@@ -328,7 +278,7 @@ def _encode_key(
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
     ROTATED: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of K, and the means of its sub-tiles, with the first head's counts."""
+    """One tile of K."""
     rows = tl.arange(0, TILE)
     place = tile * TILE + rows
     tokens = token_at(token_order, place, length, token_count)
@@ -354,13 +304,6 @@ def _encode_key(
         HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
         LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, True, D,
     )  # fmt: skip
-    if k_means is not None:
-        counts = _counts(inside)
-        means = joined(_means(even_value, counts), _means(odd_value, counts))
-        _store_means(k_means, means, (head * tiles + tile).to(tl.int64), D)
-        if head % heads == 0:
-            subtiles = tl.cdiv(tiles * (TILE // SUBTILE), TILE) * TILE
-            _store_log_counts(log_counts + batch.to(tl.int64) * subtiles, counts, tile, tiles)
 
 
 @triton.jit
@@ -402,7 +345,7 @@ def encode(
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_plain, v_channel, k_means, v_means, log_counts, token_order, inexact_rows,
+    v_plain, v_channel, token_order, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -421,8 +364,6 @@ def encode(
     HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v has its channels
     rotated in blocks of ROTATED_VALUES. v_plain is [B·Hkv, tiles·128, D]; v_channel too, or [B·Hkv, D, tiles·128] with
     tokens as `_stored_at` says if TRANSPOSED.
-    k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of each sub-tile that are seen, less
-    `mean`, and of their values; `log_counts`, float32 [B, whole tiles of means], log2 of how many these are.
     `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
     wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
@@ -437,7 +378,7 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_units, v_plain, v_channel, v_means, key_mask, token_order,
+                v, v_units, v_plain, v_channel, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
                 v_stride_b, v_stride_h, v_stride_s, ROTATED_VALUES, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
@@ -449,7 +390,7 @@ def encode(
                 k, mean, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
                 key_mask, token_order, inexact_rows,
                 k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-                k_means, log_counts, kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
+                kv_heads, program // k_tiles, program % k_tiles, k_tiles, k_length, token_count,
                 k_stride_b, k_stride_h, k_stride_s,
                 HIGH, HIGH_BLOCK, HIGH_STORAGE, HIGH_MAX, HIGH_MAX_BITS, HIGH_TOP,
                 LOW, LOW_BLOCK, LOW_STORAGE, LOW_MAX, LOW_MAX_BITS, LOW_TOP, ROTATED, PAIRED, HEAD_DIM, D,

@@ -9,7 +9,7 @@ import torch
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.lowerings import Storage
-from dma_diffusers.kernels.quantiser import kernel, statistics
+from dma_diffusers.kernels.quantiser import kernel, means, statistics
 from dma_diffusers.kernels.quantiser.operands import Classes, Operand, Stored, padded_dim
 from dma_diffusers.kernels.quantiser.reference import SAMPLED_TOKENS
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
@@ -250,13 +250,13 @@ def encode(
     writes_plain = source.is_copied or source.rotated_values > 1
     if v is not None and writes_plain and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
-    means = None if of_means is None else Means.empty(launcher, of_means, k, k_length)
-    encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, means)
+    found = None if of_means is None else _means_of(source, known.mean, of_means, launcher)
+    encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, found)
     read = replace(
         source,
         q=q if wants_offset or any(q_operands) else None,
-        k=k if any(k_operands) or means else None,
-        v=v if values or means else None,
+        k=k if any(k_operands) else None,
+        v=v if values else None,
     )
     of_keys = kv_heads * tiles(k_length)
     of_each = (heads * tiles(q_length), of_keys, of_keys)
@@ -271,7 +271,7 @@ def encode(
         read.q, read.k, read.v, *known, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
         source.key_mask, offset,
         *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL),
-        *(means or [None] * 3), source.token_order, inexact_rows,
+        source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
         ROTATED=source.rotated_block, ROTATED_VALUES=source.rotated_values,
@@ -281,3 +281,20 @@ def encode(
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return encoded
+
+
+def _means_of(source: Source, mean: torch.Tensor | None, stored: Stored, launcher: Launcher) -> Means:
+    """Find the means of sub-tiles, in a pass of its own. mean: what is taken from k first, `[B·Hkv, D]`, or None."""
+    k, v, length = source.k, source.v, source.lengths[1]
+    batch, heads, _, head_dim = k.shape
+    found, dim = Means.empty(launcher, stored, k, length), padded_dim(head_dim)
+    *weights, eps, first, rounds_twice = of_norms(source.norms)[2:]
+    launcher(
+        means.means, (2 * batch * heads * tiles(length),),
+        k, v, mean, *(source.k_rope or (None, None)), *weights, eps, first, rounds_twice,
+        source.key_mask, source.token_order, *found,
+        heads, batch * heads, length, source.lengths[2], *source.strides[3:],
+        ROTATED_VALUES=source.rotated_values, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
+        num_warps=max(1, dim // 128), enable_fp_fusion=False,
+    )  # fmt: skip
+    return found

@@ -207,8 +207,8 @@ class Means(NamedTuple):
 def means_of(k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> Means:
     """The means of k and v `[B, Hkv, S, D]`; k is smoothed, if any class is. seen: bool `[B, S]`.
 
-    A term, x/n, is first rounded to a multiple of one number for each tile and channel, 2^-22 of the largest x or less:
-    then a float32 sum is exact in any order, and no mean falls to a format's neighbouring number.
+    A term, x/n, is first rounded to a multiple of one number for each sub-tile and channel, 2^-22 of the largest x or
+    less: then a float32 sum is exact in any order, and no mean falls to a format's neighbouring number.
     """
     seen = F.pad(seen, (0, -seen.shape[-1] % TILE)).unflatten(-1, (-1, TILE // SUBTILE, SUBTILE))
     counts = seen.sum(-1).float()
@@ -217,7 +217,7 @@ def means_of(k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> Means:
     def mean(x: torch.Tensor) -> torch.Tensor:
         x = F.pad(x.float(), (0, 0, 0, -x.shape[-2] % TILE)).unflatten(-2, seen.shape[1:])
         x = torch.where(seen[:, None, ..., None], x, 0)
-        mantissa, exponent = torch.frexp(x.abs().amax((-3, -2), keepdim=True))
+        mantissa, exponent = torch.frexp(x.abs().amax(-2, keepdim=True))
         power = torch.where(mantissa == 0, 0, torch.ldexp(torch.ones_like(mantissa), exponent - 1))
         anchor = torch.where(power <= MEANS_ANCHORED, 6 * power, 0)  # 1.5·2^2 times the power of two
         return (x * inverse + anchor - anchor).sum(-2).flatten(-3, -2)

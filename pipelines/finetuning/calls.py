@@ -6,9 +6,10 @@ made again in training without the pipeline and its text encoders.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dma_diffusers.pipelines.files import write_atomically
@@ -26,6 +27,33 @@ LATENTS, NOISE = "hidden_states", "timestep"
 
 _POSITIONS = ("img_ids", "txt_ids")  # FLUX has one table of positions for all samples
 _OPEN_FILES = 256
+_Opened = tuple[Callable[[str], Tensor], list[dict[str, Any]]]  # reads a tensor by its name; all calls
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call's part in a drawing.
+
+    step: a number that all calls of one step of the sampler share. weight: of the call's velocity in that of its step,
+    where guidance adds several up.
+    """
+
+    step: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the sampler in the drawing of a stored sample.
+
+    calls: their numbers. weights: of their velocities in the step's. level: the noise level, in the transformer's own
+    unit.
+    """
+
+    sample: int
+    calls: tuple[int, ...]
+    weights: tuple[float, ...]
+    level: float
 
 
 @dataclass(frozen=True)
@@ -33,12 +61,14 @@ class Call:
     """One call of a transformer, with one sample or several.
 
     inputs: keyword arguments. shared: the names of tensors that hold for all samples; others have a sample in each
-    entry of their first dimension. output: what the transformer returned, None where nobody asked it.
+    entry of their first dimension. output: what the transformer returned, None where nobody asked it. sums: float32
+    `[sums, samples]`, the weights with which outputs are added up before they are compared; None for each alone.
     """
 
     inputs: Mapping[str, Any]
     shared: frozenset[str]
     output: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def level(self) -> float:
@@ -139,16 +169,20 @@ def _is_plain(value: Any) -> bool:
 
 
 class CallStore:
-    """The calls of each sample, in a folder: a file for each, in which equal tensors are stored once."""
+    """The calls of each sample, in a folder: a file for each, in which equal tensors are stored once.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    held_on: the device in whose memory everything that was read stays; None reads files again and again.
+    """
+
+    def __init__(self, folder: Path, held_on: torch.device | None = None):
+        self.folder, self.held_on = folder, held_on
+        self._held: dict[int, _Opened] = {}
 
     def __contains__(self, sample: int) -> bool:
         return self._path(sample).is_file()
 
-    def write(self, sample: int, calls: Sequence[Call]) -> None:
-        """Store the calls of one sample, each of which has one."""
+    def write(self, sample: int, calls: Sequence[Call], parts: Sequence[Part] = (Part(),)) -> None:
+        """Store the calls of one sample, each of which has one, with the part of each."""
         tensors: dict[str, Tensor] = {}
 
         def key(tensor: Tensor) -> str:
@@ -170,33 +204,46 @@ class CallStore:
                 "shared": sorted(call.shared),
                 "output": None if call.output is None else key(call.output),
                 "level": call.level,
+                **asdict(part),
             }
-            for call in calls
+            for call, part in zip(calls, parts, strict=True)
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(sample), save(tensors, {"calls": json.dumps(written)}))
 
-    def levels(self, samples: int) -> list[tuple[int, int, float]]:
-        """Return (sample, number of its call, noise level) of each call of the first so many samples."""
-        return [
-            (sample, number, call["level"])
-            for sample in range(samples)
-            for number, call in enumerate(_opened(self._path(sample))[1])
-        ]
+    def steps(self, samples: int) -> list[Step]:
+        """Return the sampler's steps in the drawings of the first so many samples."""
+        found = []
+        for sample in range(samples):
+            calls, groups = self._opened(sample)[1], defaultdict(list)
+            for number, call in enumerate(calls):
+                groups[call["step"]].append(number)
+            for numbers in groups.values():
+                weights = tuple(calls[number]["weight"] for number in numbers)
+                found.append(Step(sample, tuple(numbers), weights, calls[numbers[0]]["level"]))
+        return found
 
     def read(self, sample: int, number: int) -> Call:
         """Return a sample's call of this number."""
-        file, calls = _opened(self._path(sample))
+        tensor, calls = self._opened(sample)
         call = calls[number]
-        tensors = {name: file.get_tensor(key) for name, key in call["tensors"].items()}
-        output = file.get_tensor(call["output"]) if call["output"] else None
+        tensors = {name: tensor(key) for name, key in call["tensors"].items()}
+        output = tensor(call["output"]) if call["output"] else None
         return Call(tensors | call["others"], frozenset(call["shared"]), output)
+
+    def _opened(self, sample: int) -> _Opened:
+        if self.held_on is None:
+            return _file(self._path(sample))
+        if sample not in self._held:
+            path = self._path(sample)
+            self._held[sample] = load_file(path, str(self.held_on)).__getitem__, _file(path)[1]
+        return self._held[sample]
 
     def _path(self, sample: int) -> Path:
         return self.folder / f"{sample:06d}.safetensors"
 
 
 @lru_cache(maxsize=_OPEN_FILES)
-def _opened(path: Path) -> tuple[Any, list[dict[str, Any]]]:
+def _file(path: Path) -> _Opened:
     file = safe_open(path, "pt")
-    return file, json.loads(file.metadata()["calls"])
+    return file.get_tensor, json.loads(file.metadata()["calls"])

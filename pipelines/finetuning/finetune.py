@@ -88,7 +88,13 @@ def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: 
         precision.restore(model)
         trained = {**request.identity(steps), "steps": trainer.step, "last_loss": losses[-1]}
         saved = save_trained(
-            pipe, request.component, request.attention, request.lora_rank > 0, trained, folder
+            pipe,
+            request.component,
+            request.attention,
+            request.linears,
+            request.lora_rank > 0,
+            trained,
+            folder,
         )
     device = str(accelerator.device)
     return {"steps": trainer.step, "loss": losses, "device": device, "saved": str(saved), "notes": notes}

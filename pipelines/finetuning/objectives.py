@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, Call, CallStore, joined
@@ -14,7 +13,8 @@ from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, Call, CallS
 def velocity_loss(model: torch.nn.Module, call: Call) -> Tensor:
     """Return the mean squared error of the model's velocity, a float32 scalar; the call has what it is to be."""
     assert call.output is not None
-    return F.mse_loss(model(**call.inputs)[0].float(), call.output.float())
+    error = (model(**call.inputs)[0].float() - call.output.float()).flatten(1)
+    return (error if call.sums is None else call.sums @ error).square().mean()
 
 
 class Objective(Protocol):
@@ -33,18 +33,22 @@ class Objective(Protocol):
 class Distillation:
     """The student's velocity is to be the full-precision model's, at the very states through which that one draws.
 
-    These are the states of inference, with and without the prompt where the pipeline's guidance needs both. No data is
-    needed, as in quantisation-aware distillation (QAD, arXiv 2601.20088).
+    These are the states of inference. Where guidance adds up the velocities with and without the prompt, their sum is
+    what is compared: guidance by 3 has nine and four times the squared error of either, unless both err alike.
+
+    No data is needed, as in quantisation-aware distillation (QAD, arXiv 2601.20088).
     """
 
     def __init__(self, store: CallStore, samples: int):
         self.store = store
-        calls = store.levels(samples)
-        self.places = [(sample, number) for sample, number, _ in calls]
-        self.levels = [level for *_, level in calls]
+        self.steps = store.steps(samples)
+        self.levels = [step.level for step in self.steps]
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
-        return joined([self.store.read(*self.places[example]) for example in examples], device)
+        steps = [self.steps[example] for example in examples]
+        calls = [self.store.read(step.sample, number) for step in steps for number in step.calls]
+        sums = torch.block_diag(*(torch.tensor([step.weights]) for step in steps))
+        return replace(joined(calls, device), sums=sums.to(device))
 
 
 class FlowMatching:

@@ -14,6 +14,8 @@ from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
+_LAYOUT = 2  # of the stored examples: since 2, the calls of one step of the sampler are told
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,7 +46,7 @@ class Request:
             raise ValueError(
                 "nothing is low-bit: the model would learn from itself; say which linears or attention"
             )
-        if self.attention and self.attention.linears:
+        if self.attention and self.attention.linears not in (None, self.linears):
             raise ValueError("attention= is for attention alone: give linear layers by --linears")
         if self.attention:
             check_attention(self.attention)
@@ -74,6 +76,7 @@ class Request:
             "prompts": _digest(self.prompts),
             "data": _digest([_words(example) for example in self.examples]),
             "seed": self.settings.seed,
+            "layout": _LAYOUT,
         }
 
 

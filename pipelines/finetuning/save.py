@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def save_trained(
     pipe: DiffusionPipeline,
     component: str,
     config: DMAConfig | None,
+    linears: str | None,
     lora: bool,
     evidence: dict[str, Any],
     folder: Path,
@@ -31,7 +32,8 @@ def save_trained(
 
     They are in a folder of the component's name, for `from_pretrained`, or in `lora`, for `load_lora_weights`, which
     takes `load_into_transformer_2=True` where the component is Wan's second transformer.
-    `policy.json` is for `DMAConfig.from_file`. evidence: how it was trained, for whoever reads the policy.
+    `policy.json` is for `DMAConfig.from_file`, with which the component draws as it was trained. linears: the recipe of
+    its linear layers. evidence: how it was trained, for whoever reads the policy.
     """
     model = pipe.components[component]
     target = folder / (LORA if lora else component)
@@ -46,7 +48,8 @@ def save_trained(
             model.save_pretrained(unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
-    policy = _policy(model, config or DMAConfig.preset("exact"), evidence)
+    config = replace(config or DMAConfig.preset("exact"), linears=linears)
+    policy = _policy(model, config, evidence)
     write_atomically(folder / POLICY, json.dumps(policy, indent=1).encode())
     return target
 

@@ -22,14 +22,21 @@ def trainable(pipe: DiffusionPipeline, component: str, lora: bool) -> torch.nn.M
         named = [name for name in pipe.components if name.startswith("transformer")]
         instead = f"give --component {' or '.join(named)}" if named else "there is nothing here to fine-tune"
         raise ValueError(f"{kind} has no {component}: {instead}")
-    whole = [name for name, value in model.named_parameters() if not value.is_floating_point()]
-    if whole:
-        raise ValueError(f"the weights of {component} are quantised ({whole[0]}): load the model in bfloat16")
+    quantised = [name for name, value in model.named_parameters() if not _is_plain(value)]
+    if quantised:
+        raise ValueError(
+            f"the weights of {component} are quantised ({quantised[0]}): load the model in bfloat16"
+        )
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules()):
         raise ValueError(f"{component} has no room on this GPU beside the rest of {kind}: take a larger GPU")
     if lora and not hasattr(pipe, "save_lora_weights"):
         raise ValueError(f"{kind} can't save LoRA adapters: leave --lora-rank out, to train all weights")
     return model
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Tell whether these are numbers of 16 bits or more; torchao's weights are tensors of a class of their own."""
+    return value.is_floating_point() and value.itemsize > 1 and type(value.data) is torch.Tensor
 
 
 def with_size(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Any]:

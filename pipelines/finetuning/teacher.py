@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.pipelines.finetuning.calls import Call, CallStore, recording
+from dma_diffusers.pipelines.finetuning.guidance import parts_of
 from dma_diffusers.pipelines.generate import for_batch
 
 
@@ -38,7 +40,7 @@ def store_teacher(
             on_step("full precision", done * pipe.num_timesteps + step + 1, len(mine) * pipe.num_timesteps)
             return tensors
 
-        with recording(model) as calls:
+        with recording(model) as calls, parts_of(pipe, calls) as parts:
             pipe(
                 prompt=[prompts[number] for number in chunk],
                 generator=[torch.Generator().manual_seed(seed + number) for number in chunk],
@@ -49,6 +51,10 @@ def store_teacher(
         for each in calls:
             for number, sample in zip(chunk, each.samples(), strict=True):
                 of_sample[number].append(sample)
-        for number, samples in of_sample.items():
-            store.write(number, samples)
+        with ThreadPoolExecutor() as pool:
+            list(
+                pool.map(
+                    lambda number, own=of_sample, its=parts: store.write(number, own[number], its), chunk
+                )
+            )
     state.wait_for_everyone()

@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
         ({"text": "middle"}, ["middle", "first", "last", "none"]),
         ({"smooth_k": "no"}, ["smooth_k must be true or false", "'no'"]),
         ({"smooth_v": 1}, ["smooth_v must be true or false", "got 1"]),
+        ({"backward": "int8"}, ["backward=int8 multiplies", "int8, int8_tile, int4, got mxfp8 | mxfp4"]),
         ({"rotation": "hadamard"}, ["'hadamard'", "none, hadamard16, hadamard32, head_dim"]),
         ({"modules": {"attn": {"rotation": 32}}}, ["modules: attn: ", "32", "hadamard32"]),
     ],

@@ -81,7 +81,8 @@ def test_python(block: Block, request, tmp_path, monkeypatch):
     found = names(block.code)
     if "tuned/" in block.code:
         (tmp_path / "tuned").mkdir()
-        save_trained(found["pipe"], "transformer", dma_diffusers.DMAConfig(), False, {}, tmp_path / "tuned")
+        config = dma_diffusers.DMAConfig()
+        save_trained(found["pipe"], "transformer", config, "qat", False, {}, tmp_path / "tuned")
     run(block.code, found)
 
 

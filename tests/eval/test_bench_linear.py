@@ -1,5 +1,6 @@
 """`bench linear`: shapes, entries that run where there is no GPU, bounds, the table and the command."""
 
+import contextlib
 import json
 
 import pytest
@@ -90,6 +91,18 @@ def test_every_entry_computes_the_layer(gpu):
         pytest.approx(8 + 32 / 512), pytest.approx(8, abs=1e-3), 16.0,
     )  # fmt: skip
     assert found["int8"]["quantising_share"] == 0 and "whole" not in found["torch._scaled_mm, rows"]
+
+
+def test_torchao_changes_no_setting_of_the_compiler(gpu):
+    """The settings that it recommends would hold for every other way that the process compiles."""
+    pytest.importorskip("torchao")
+    from torch._inductor import config
+
+    before = config.coordinate_descent_tuning, config.force_fuse_int_mm_with_mul
+    for entry in linear_entries.entries([])[3:5]:
+        with contextlib.suppress(RuntimeError, AssertionError):  # it may ask for a GPU that multiplies e4m3
+            entry.prepare(draw(SHAPE, 0, 1, CPU), "sm_90")
+    assert before == (False, False) == (config.coordinate_descent_tuning, config.force_fuse_int_mm_with_mul)
 
 
 def test_parts_of_ours_make_the_whole(gpu):

@@ -196,6 +196,7 @@ def test_torchao_quantises_the_same_layers(gpu):
         pytest.skip(str(error))
     kinds = {name: type(m.weight).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {name for name, kind in kinds.items() if kind == "Float8Tensor"} == names
+    assert not torch._inductor.config.coordinate_descent_tuning  # would hold for every other way
 
 
 def test_a_step_has_its_time_its_kernels_and_their_parts(gpu, monkeypatch):

@@ -182,7 +182,7 @@ def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, 
 def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
     """They launch `encode` once more, for the means, and the attention kernel has one loop more."""
     found = list(ahead.launches(target, high, low, head_dim, skips=skips, has_means=True))
-    assert [kernel.__name__ for kernel, *_ in found] == ["statistics", "encode", "encode", "attend"]
+    assert [kernel.__name__ for kernel, *_ in found] == ["statistics", "means", "encode", "encode", "attend"]
     for kernel, arguments, options in (
         found[-1:] if skips else found[1:]
     ):  # `encode` knows nothing of skipping

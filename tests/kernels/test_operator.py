@@ -149,6 +149,7 @@ def test_registration(low, policy, grid, keys):
             "none",
             True,
             False,
+            "bf16",
             return_lse,
         )
         torch.library.opcheck(torch.ops.dma_diffusers.attention.default, arguments)

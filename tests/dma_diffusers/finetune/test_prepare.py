@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dma_diffusers import DMAConfig, quantize_linears, report
+from dma_diffusers import DMAConfig, apply, quantize_linears, report
+from dma_diffusers import restore as restore_all
 from dma_diffusers.finetune import QuartetLinear, prepare, restore
 from dma_diffusers.finetune import module as finetune_module
 from dma_diffusers.kernels.training import linear
@@ -16,6 +17,7 @@ from dma_diffusers.kernels.training.linear import train_linear
 from dma_diffusers.kernels.training.recipe import LINEARS, recipe_of
 from dma_diffusers.linears.exclusions import choose
 from tests.dma_diffusers import tiny_models
+from tests.kernels.calls import relative_l2
 
 
 class Block(torch.nn.Module):
@@ -44,6 +46,46 @@ def gradients(model, x) -> list[torch.Tensor]:
     found = [p.grad for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return found
+
+
+@pytest.mark.parametrize(
+    ("linears", "format_"), [("qat", "mxfp4"), ("quartet2", "nvfp4"), ("mxint8", "mxint8")]
+)
+def test_a_configuration_draws_with_the_numbers_of_training(linears, format_):
+    """`apply` rounds as `prepare` did; a method may take its place, and the very same weights come back."""
+    case = tiny_models.flux()
+    model, (text,) = case.model, case.texts(1)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        stock = case.run(text)
+        prepare(model, linears)
+        trained = case.run(text)
+        restore(model)
+        for _ in range(2):  # the second time, all is as asked for
+            apply(model, DMAConfig.preset("exact", linears=linears))
+        assert case.run(text).equal(trained) and not trained.equal(stock)
+        assert {receipt.formats for receipt in report(model).linears if receipt.formats} == {(format_,)}
+        with pytest.raises(ValueError, match="quantised already: call"):
+            prepare(model, linears)
+        apply(model, DMAConfig.preset("exact", linears="fp8"))
+        assert not quartet_layers(model) and not case.run(text).equal(trained)
+        apply(model, DMAConfig.preset("exact", linears=linears))
+        assert case.run(text).equal(trained)
+        restore_all(model)
+        assert case.run(text).equal(stock) and not quartet_layers(model)
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+
+
+def test_prepare_takes_the_recipe_of_a_configuration():
+    model = tiny_models.flux().model
+    config = DMAConfig(low="mxfp4", linears="qat")
+    with pytest.raises(ValueError, match="linears='mxint8' here, and 'qat' in the attention's configuration"):
+        prepare(model, "mxint8", config)
+    found = prepare(model, attention=config)
+    assert found.has_attention and list(found.layers) == quartet_layers(model)
+    restore(model)
+    alone = prepare(model, attention=DMAConfig.preset("exact", linears="qat"))
+    assert alone.layers == found.layers and not alone.has_attention
 
 
 @pytest.mark.parametrize("linears", LINEARS)
@@ -103,6 +145,24 @@ def test_a_transformer_of_diffusers_keeps_what_inference_keeps(tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert again.state_dict().keys() == weights.keys()
     assert all(torch.equal(t, weights[name]) for name, t in again.state_dict().items())
+
+
+def test_attention_trains_with_the_products_that_were_asked_for():
+    case, found = tiny_models.flux(), {}
+    (text,) = case.texts(1)
+    for backward in ("bf16", "int8"):
+        config = DMAConfig(
+            high="bf16", low="int8/bf16", policy="dense(everywhere=low)", min_length=0, backward=backward
+        )
+        prepare(case.model, attention=config)
+        out = case.run(text)
+        out.square().sum().backward()
+        found[backward] = out, case.model.x_embedder.weight.grad
+        assert ("backward=int8" in str(report(case.model))) == (backward == "int8")
+        case.model.zero_grad()
+        restore(case.model)
+    assert torch.equal(found["bf16"][0], found["int8"][0])
+    assert 0 < relative_l2(found["int8"][1], found["bf16"][1]) < 0.02
 
 
 def test_layers_compute_by_their_recipe_and_draw_by_their_own_seed():

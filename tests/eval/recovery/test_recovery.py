@@ -9,14 +9,15 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 
 from dma_diffusers import finetune
-from dma_diffusers.eval.recovery import run as run_module
 from dma_diffusers.eval.recovery import scores as scores_module
 from dma_diffusers.eval.recovery import study as study_module
+from dma_diffusers.eval.recovery import training as training_module
 from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_prompts
 from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
-from dma_diffusers.eval.recovery.run import drawings_path, result_path, run
+from dma_diffusers.eval.recovery.run import drawings_path, result_path, result_paths, run
 from dma_diffusers.eval.recovery.study import Plan, Study
 from dma_diffusers.eval.recovery.summary import gap_closed, order, summarise, table
+from dma_diffusers.pipelines.finetuning.trainer import Trainer
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 from tests.pipelines.saved_flux import save_flux
 
@@ -47,7 +48,7 @@ def study(tmp_path_factory, patch):
     made = Study.of(folder, PLAN)
     made.prepare(silent)
     for name in ORDER:
-        run(made, name, 900, silent)
+        run(made, name, 0, 0, silent)
     return made
 
 
@@ -61,7 +62,7 @@ def test_rows_are_judged_at_each_budget(study):
     exact = json.loads(result_path(study, "bf16, trained").read_text())
     assert exact["loss"]["0"] < 1e-12
     assert len(free["scores"]["psnr_db"]) == 3 and set(free["scores"]) == {"psnr_db", "lpips"}
-    drawn = study.drawings(drawings_path(study, "QuEST linears"))
+    drawn = study.drawings(drawings_path(result_path(study, "QuEST linears")))
     assert drawn.shape == study.exact.shape == (3, 1, 48, 40, 3)
     error = np.square(drawn - study.exact.astype(float)).mean((1, 2, 3, 4))
     np.testing.assert_allclose(free["scores"]["psnr_db"], 10 * np.log10(255**2 / error), rtol=1e-4)
@@ -69,9 +70,9 @@ def test_rows_are_judged_at_each_budget(study):
 
 def test_a_row_that_is_there_is_not_made_again(study, monkeypatch):
     monkeypatch.setattr(Study, "pipeline", None)
-    assert run(study, ORDER[0], 900, silent) == result_path(study, ORDER[0])
+    assert run(study, ORDER[0], 0, 0, silent) == result_path(study, ORDER[0])
     with pytest.raises(ValueError, match="there is no row 'all' of demo; there are all MXFP8"):
-        run(study, "all", 900, silent)
+        run(study, "all", 0, 0, silent)
 
 
 def test_a_study_keeps_its_plan(study):
@@ -93,10 +94,37 @@ def test_the_summary_has_order_and_gains(study):
     assert len(table(summary).splitlines()) == 2 + len(ORDER)
 
 
-def test_training_ends_in_time(study, monkeypatch):
-    monkeypatch.setattr(run_module, "result_path", lambda study, name: study.folder / "rows" / "late.json")
-    late = json.loads(run(study, "QuEST linears, trained", 0, silent).read_text())
-    assert list(late["loss"]) == ["0"] and late["steps"] == 0
+class Killed(Exception):
+    pass
+
+
+def test_a_row_that_was_killed_goes_on(study, monkeypatch):
+    """Another seed's training is killed in its second budget; its time then ends the last training."""
+    name, advance = "QuEST linears, trained", Trainer.advance
+    made = []
+
+    def counted(self):
+        made.append((self.steps, self.step))
+        if made.count((3, 1)) == 1 and made[-1] == (3, 1):
+            raise Killed
+        return advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", counted)
+    monkeypatch.setattr(training_module, "_CHECKPOINT_SECONDS", 0)
+    with pytest.raises(Killed):
+        run(study, name, 1, 0.01, silent)
+    assert not result_path(study, name, 1).exists()
+    result = json.loads(run(study, name, 1, 0.01, silent).read_text())
+    # The first budget and the step before are not made again.
+    assert made[:5] == [(1, 0), (3, 0), (3, 1), (3, 1), (3, 2)] and made[5][1] == 0
+    assert list(result["loss"]) == ["0", "1", "3", "end"] and result["steps"] == len(made) - 5
+    assert not result_path(study, name, 1).with_suffix(".training").exists()
+    seeds = [json.loads(path.read_text()) for path in result_paths(study, name)]
+    assert [each["seed"] for each in seeds] == [0, 1]
+    both = summarise(study)["rows"][name]
+    assert both["seeds"] == [0, 1] and "end" not in both["loss"]
+    assert both["loss"]["3"] == pytest.approx((seeds[0]["loss"]["3"] + seeds[1]["loss"]["3"]) / 2)
+    assert both["scores"]["lpips"][2] == pytest.approx(sum(each["scores"]["lpips"][2] for each in seeds) / 2)
 
 
 def test_the_gap_is_closed_in_percent_of_the_way():

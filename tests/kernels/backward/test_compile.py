@@ -18,6 +18,20 @@ def test_hopper_multiplies_bf16_by_wgmma_and_spills_nothing():
         assert each["registers"] <= 255 and each["shared_bytes"] <= 227 * 1024 // 2
 
 
+def test_int8_products_are_int8_instructions():
+    for each in compile_backward("sm_90", 64, None, "int8/bf16", "int8"):
+        assert each["mma_kinds"] == ["wgmma bf16", "wgmma s8"] and each["spills"] == 0
+    # Tensor memory has no room for sums of 256 channels, but registers have.
+    for each in compile_backward("sm_100", 256, None, "int8/bf16", "int8"):
+        assert each["mma_kinds"] == ["mma.sync bf16", "mma.sync s8"] and each["spills"] == 0
+
+
+def test_both_classes_fit_the_shared_memory_of_consumers_gpus():
+    found = compile_backward("sm_120", 128, "bf16", "int8/bf16")
+    assert [each["spills"] for each in found] == [0, 0]
+    assert max(each["shared_bytes"] for each in found) <= 99 * 1024
+
+
 def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="unknown target 'sm_70': choose from"):
         compile_backward("sm_70", 64, "bf16", None)

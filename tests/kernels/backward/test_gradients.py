@@ -33,14 +33,22 @@ def gradients(function, qkv: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(x.grad for x in qkv)
 
 
-def test_gradients_are_those_of_attention_within_the_formats_error(qkv):
-    found = gradients(out_of, qkv)
+@pytest.mark.parametrize("backward", ["bf16", "int8"])
+def test_gradients_are_those_of_attention_within_the_formats_error(qkv, backward):
+    found = gradients(lambda *qkv: out_of(*qkv, backward=backward), qkv)
     expected = gradients(
         lambda *qkv: F.scaled_dot_product_attention(*(x.float() for x in qkv)).bfloat16(), qkv
     )
     for own, other, x in zip(found, expected, qkv, strict=True):
         assert own.dtype == x.dtype and own.stride() == x.stride()
         assert relative_l2(own, other) < 0.03
+
+
+def test_int8_products_are_those_that_were_asked_for(qkv):
+    in_int8 = gradients(lambda *qkv: out_of(*qkv, backward="int8"), qkv)
+    assert all(
+        0 < relative_l2(own, other) < 0.03 for own, other in zip(in_int8, gradients(out_of, qkv), strict=True)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -86,6 +94,9 @@ NORMS = Norms(torch.ones(64), torch.ones(64), 1e-6)
     [
         ({"policy": "diagonal() | skip_softmax(threshold=0.01)"}, "threshold has no backward"),
         ({"norms": NORMS}, "norms have no backward"),
+        ({"backward": "fp8"}, "backward must be one of bf16, int8, got 'fp8'"),
+        ({"backward": "int8", "low": "mxfp4"}, "classes in int8, int8_tile, int4, got bf16 | mxfp4"),
+        ({"backward": "int8", "rotation": "hadamard16"}, "turns no channels, got rotation=hadamard16"),
     ],
 )
 def test_what_has_no_backward_is_refused(qkv, given, message):

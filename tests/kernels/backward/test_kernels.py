@@ -8,7 +8,9 @@ import torch
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.attention import reference as forward
 from dma_diffusers.kernels.backward import reference
+from dma_diffusers.kernels.backward.tuning import tuning
 from dma_diffusers.kernels.call import Call as KernelCall
+from dma_diffusers.kernels.lowerings import architecture
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import parse
@@ -50,6 +52,15 @@ def given(call: Call, device: torch.device, hidden: float = 0.0):
     return made, planned.to(device), precisions, *gradients
 
 
+IN_INT8 = [
+    Call(
+        200, 200, 64, heads=2, kv_heads=1, high="bf16", low="int8/bf16", window=0, sink=0, tokens_first=True
+    ),
+    Call(111, 150, 100, heads=1, kv_heads=1, high="bf16", low="int8_tile", window=0, sink=0, masks_keys=True),
+    Call(260, 260, 64, heads=1, kv_heads=1, high="bf16", low="int8/bf16", means=2, sink=0),
+]
+
+
 def assert_agree(made, planned, precisions, gradient, lse_gradient, lowering="faithful"):
     from dma_diffusers.kernels.backward import launch
 
@@ -75,6 +86,28 @@ def test_the_same_inputs_give_the_same_bits(kernel_device):
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_kernels_give_the_references_gradients(call, kernel_device):
     assert_agree(*given(call, kernel_device))
+
+
+@pytest.mark.parametrize("call", IN_INT8, ids=str)
+def test_int8_products_are_the_references(call, kernel_device):
+    from dma_diffusers.kernels.backward import launch
+
+    made, planned, precisions, gradient, lse_gradient = given(call, kernel_device)
+    gradient = gradient.bfloat16().float()
+    gradient[:, :, :3] = 0
+    made.q[:, :, 5] = 0  # its scale is 1, which must hide nothing
+    out, lse = forward.attention(made, planned, precisions)
+    results = lse, gradient, lse_gradient
+    tuned = tuning(architecture(kernel_device), made.q.shape[-1], in_int8=True)
+    expected = reference.gradients(
+        made, planned, precisions, *results, out=out, products="int8", at_once=tuned.at_once
+    )
+    found = launch.gradients(made, planned, precisions, out, *results, products="int8")
+    others = reference.gradients(made, planned, precisions, *results)
+    for name, own, other, in_bf16 in zip("qkv", found, expected, others, strict=True):
+        # Nearly all numbers round to the same integers; where tiles are means few are rounded at all.
+        assert relative_l2(own, other) < 2e-3, name
+        assert call.means or relative_l2(in_bf16, other) > 8e-3, name
 
 
 def test_content_decides_of_the_map_as_in_the_forward(kernel_device):

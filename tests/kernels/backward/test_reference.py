@@ -194,3 +194,54 @@ def test_with_quantisers_it_is_the_gradient_through_them(call):
     expected = torch.autograd.grad(fake_quantised(call, given, plan, tensors), tensors, gradient)
     for own, other in zip(found, expected, strict=True):
         assert relative_l2(own, other) <= 1e-3
+
+
+def integers(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x over a scale that broadcasts to it, as whole numbers: those of a scale of 0 are 0."""
+    return torch.where(scale > 0, x / scale, 0).round().long()
+
+
+def sage_backward(q, q_scales, k, k_scales, v, p, gradient, delta):
+    """dQ, dK and dV by integer products of blocks of 64, as SageBwd's algorithm has them; scores are in base 2.
+
+    q, k: whole numbers. p, delta: of rows that add up to 1.
+    """
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v))
+    for keys in torch.arange(len(k)).split(64):
+        k_scale = k_scales[keys[0]]
+        for queries in torch.arange(len(q)).split(64):
+            own = gradient[queries]
+            # The gradient has a scale for each tile of 128 tokens.
+            of_tile = gradient[queries[0] // 128 * 128 :][:128].abs().max() / 127
+            block = p[queries][:, keys]
+            scale = block.amax(0, keepdim=True) / 127
+            product = integers(block, scale).mT @ integers(own, of_tile)
+            dv[keys] += product * (scale.mT * of_tile)
+            ds = block * (own @ v[keys].mT - delta[queries])
+            scale = ds.abs().amax(1, keepdim=True) / 127
+            dq[queries] += integers(ds, scale) @ k[keys] * (scale * k_scale)
+            ds = ds * q_scales[queries]
+            scale = ds.abs().amax(0, keepdim=True) / 127
+            dk[keys] += integers(ds, scale).mT @ q[queries] * scale.mT
+    return dq, dk * math.log(2), dv
+
+
+def test_int8_products_are_those_of_integers():
+    call = Call(300, 300, 64, heads=1, kv_heads=1, high="bf16", low="int8/bf16", window=0, sink=0)
+    given, plan, precisions, gradient, _ = call_of(call)
+    out, lse = forward.attention(given, plan, precisions)
+    found = reference.gradients(given, plan, precisions, lse, gradient, out=out, products="int8")
+
+    q = given.q.double()[0, 0] * given.softmax_scale_log2
+    k = (given.k - quantiser.key_mean(given.k)).double()[0, 0]
+    q_scales = q.abs().amax(1, keepdim=True) / 127
+    k_scales = torch.cat([tile.abs().amax().expand(len(tile)) / 127 for tile in k.split(128)])[:, None]
+    q, k, v = integers(q, q_scales), integers(k, k_scales), given.v.bfloat16().double()[0, 0]
+    p = ((q @ k.mT) * (q_scales * k_scales.mT) * math.log(2)).softmax(-1)
+    gradient = gradient.double()[0, 0]
+    delta = (gradient * (p @ v)).sum(-1, keepdim=True)
+    dq, dk, dv = sage_backward(q, q_scales, k, k_scales, v, p, gradient, delta)
+    others = reference.gradients(given, plan, precisions, lse, gradient[None, None].float())
+    for own, other, in_bf16 in zip(found, (dq * given.scale, dk, dv), others, strict=True):
+        assert relative_l2(own[0, 0], other) <= 2e-3 <= 0.3 * relative_l2(in_bf16[0, 0], other)
+        assert F.cosine_similarity(own.flatten(), in_bf16.flatten(), dim=0) > 0.999

@@ -1,14 +1,16 @@
 """A model learns from its pipeline's own calls, or from a folder's pictures and clips."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dma_diffusers.pipelines.finetuning.calls import CallStore, first_call, joined
+from dma_diffusers.pipelines.finetuning.calls import Call, CallStore, Part, first_call, joined
 from dma_diffusers.pipelines.finetuning.data import Example, frames_of, read_folder, store_examples
+from dma_diffusers.pipelines.finetuning.guidance import parts_of
 from dma_diffusers.pipelines.finetuning.latents import encode
 from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, velocity_loss
 from dma_diffusers.pipelines.finetuning.target import with_size
@@ -29,31 +31,78 @@ def call_of(pipe, **more) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "branches"),
-    [("flux", {"true_cfg_scale": 2.0}, 2), ("wan", {"guidance_scale": 3.0, "height": 32, "width": 32}, 2)],
+    ("family", "more", "weights"),
+    [
+        ("flux", {}, [1]),
+        ("flux", {"true_cfg_scale": 2.0}, [2, -1]),
+        ("wan", {"guidance_scale": 3.0, "height": 32, "width": 32}, [3, -2]),
+    ],
 )
-def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, branches, tmp_path):
+def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights, tmp_path):
     """Each sample of a batch is stored alone, and its velocities are those of the model, whatever it is joined with."""
     pipe = getattr(tiny_pipelines, family)()
     store, prompts, call = CallStore(tmp_path), ["a cat", "a dog", "an owl"], call_of(pipe, **more)
     store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
-    calls = Distillation(store, len(prompts))
-    assert len(calls.levels) == len(prompts) * 2 * branches and len(set(calls.levels)) == 2
+    calls = Distillation(CallStore(tmp_path, held_on=CPU), len(prompts))
+    assert len(calls.levels) == len(prompts) * 2 and len(set(calls.levels)) == 2
     with torch.no_grad():
-        mixed = calls.batch([0, 4, 9, 11], CPU, NOTHING)
+        mixed = calls.batch([0, 2, 5], CPU, NOTHING)
         assert velocity_loss(pipe.transformer, mixed) < 1e-12 < mixed.output.square().mean()
+    for step in store.steps(3):
+        np.testing.assert_allclose(step.weights, weights, rtol=1e-4)
     latents = pipe(
         prompt=prompts[2], generator=torch.Generator().manual_seed(7), output_type="latent", **call
     )  # fmt: skip
     first = store.read(2, 0).inputs["hidden_states"]
     assert first.shape == latents[0].shape  # prompt 2 has seed 5 + 2
-    second = next(store.read(2, n) for n in range(4) if store.read(2, n).level != store.read(2, 0).level)
+    second = store.read(2, len(weights))
+    assert second.level != store.read(2, 0).level
     with torch.no_grad():
         assert not second.inputs["hidden_states"].allclose(first)
     before = (tmp_path / "000001.safetensors").stat().st_mtime_ns
     (tmp_path / "000000.safetensors").unlink()
     store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
     assert (tmp_path / "000001.safetensors").stat().st_mtime_ns == before and 0 in store
+
+
+def test_what_counts_is_the_error_of_the_sum(tmp_path):
+    """An error in both calls alike counts once; one in a call alone as much as guidance makes of it."""
+    outputs = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
+    calls = [
+        Call(
+            {"hidden_states": torch.zeros(1, 6), "timestep": torch.tensor([1.0 - i // 2])},
+            frozenset(),
+            output,
+        )
+        for i, output in enumerate(outputs)
+    ]
+    store = CallStore(tmp_path)
+    store.write(0, calls, [Part(0, 3.0), Part(0, -2.0), Part(1, 3.0), Part(1, -2.0)])
+    batch = Distillation(store, 1).batch([0, 1], CPU, NOTHING)
+    for errors, expected in [
+        ((1, 1, 0, 0), 0.5),
+        ((1, 0, 0, 0), 4.5),
+        ((0, 0, 0, 1), 2.0),
+        ((0, 0, 1, 2), 0.5),
+    ]:
+        given = outputs[:, 0] + torch.tensor(errors)[:, None]
+        assert velocity_loss(lambda given=given, **_: (given,), batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_guidance_that_is_no_sum_leaves_each_call_alone():
+    class Scheduler:
+        def step(self, velocity, *others):
+            return velocity
+
+    pipe, calls = SimpleNamespace(scheduler=Scheduler()), []
+    with parts_of(pipe, calls) as parts:
+        for scale in (torch.tensor(1.0), torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5):
+            own = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(2))
+            calls += [Call({}, frozenset(), output) for output in own]
+            pipe.scheduler.step((4 * own[0] - 3 * own[1]) * scale)
+    assert [part.step for part in parts] == [0, 0, 2, 3]
+    np.testing.assert_allclose([part.weight for part in parts], [4, -3, 1, 1], rtol=1e-5)
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_flow_matching_mixes_noise_at_the_schedule_s_levels(tmp_path):

@@ -11,6 +11,8 @@ from accelerate.utils import DistributedType
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
+from dma_diffusers import apply, report, restore
+from dma_diffusers import finetune as precision
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.pipelines.finetuning import finetune as module
 from dma_diffusers.pipelines.finetuning import trainer
@@ -108,7 +110,15 @@ def test_the_result_loads_in_stock_diffusers_and_draws(run, model, request_):
     assert draw(pipe, ["a cat"], [0], CALL).frames.shape == (1, 1, 48, 40, 3)
     policy = json.loads((folder / "policy.json").read_text())
     assert policy["evidence"]["linears"] == "qat" and policy["evidence"]["steps"] == 4
-    assert DMAConfig.from_file(folder / "policy.json").lowering == "stock"
+    config = DMAConfig.from_file(folder / "policy.json")
+    assert config.lowering == "stock" and config.linears == "qat"
+    apply(pipe, config)
+    drawn = draw(pipe, ["a cat"], [0], CALL).latents
+    receipts = [receipt for receipt in report(pipe).linears if receipt.formats]
+    assert len(receipts) > 10 and {receipt.formats for receipt in receipts} == {("mxfp4",)}
+    restore(pipe)
+    precision.prepare(pipe.transformer, "qat")
+    assert draw(pipe, ["a cat"], [0], CALL).latents.equal(drawn)
     assert (folder / "samples-000003.png").is_file() and (folder / "samples-000004.png").is_file()
     lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == result["loss"] and lines[-1]["step"] == 4
@@ -150,7 +160,14 @@ def test_lora_trains_adapters_alone_and_loads(request_, model, tmp_path):
     pipe = load_pipeline(model)
     before = draw(pipe, ["a cat"], [0], CALL).latents
     pipe.load_lora_weights(tmp_path / "lora")
-    assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(before)
+    adapted = draw(pipe, ["a cat"], [0], CALL).latents
+    assert not adapted.equal(before)
+    apply(pipe, DMAConfig.from_file(tmp_path / "policy.json"))
+    rounded = {receipt.module for receipt in report(pipe).linears if receipt.formats == ("mxfp4",)}
+    assert "transformer.transformer_blocks.0.attn.to_q" in rounded
+    assert not draw(pipe, ["a cat"], [0], CALL).latents.equal(adapted)
+    restore(pipe)
+    assert draw(pipe, ["a cat"], [0], CALL).latents.equal(adapted)
 
 
 def test_adapters_begin_alike_in_every_run(request_, model):
@@ -166,7 +183,7 @@ def test_adapters_begin_alike_in_every_run(request_, model):
 def test_adapters_of_the_second_transformer_are_saved(picture, tmp_path):
     pipe = wan22()
     module.prepare(pipe.transformer_2, Request("wan", {}, examples=(picture,), lora_rank=2))
-    save_trained(pipe, "transformer_2", None, True, {}, tmp_path)
+    save_trained(pipe, "transformer_2", None, None, True, {}, tmp_path)
     again = wan22()
     again.load_lora_weights(tmp_path / "lora", load_into_transformer_2=True)
     names = [name for name, _ in again.transformer_2.named_parameters() if "lora_" in name]
@@ -183,7 +200,8 @@ def test_attention_and_linear_layers_learn_together(request_, tmp_path):
     )
     assert 1e-7 < alone[0] < both[0] and both[1] < both[0]
     policy = DMAConfig.from_file(tmp_path / "qat" / "policy.json")
-    assert policy.low == "mxfp4" and policy.window == 0 and policy.weights
+    assert policy.low == "mxfp4" and policy.window == 0 and policy.weights and policy.linears == "qat"
+    assert DMAConfig.from_file(tmp_path / "None" / "policy.json").linears is None
 
 
 def test_attention_that_never_trained_at_low_precision_is_said(request_, tmp_path):
@@ -269,11 +287,18 @@ def test_a_pipeline_that_saves_no_adapters_trains_none():
         trainable(pipe, "transformer", lora=True)
 
 
-def test_a_quantised_transformer_is_not_trained(request_, tmp_path, monkeypatch):
+class OwnClass(torch.Tensor):
+    """A tensor whose class is its own, as torchao's weights are, with a dtype of 16 bits or more."""
+
+
+@pytest.mark.parametrize("weight", [
+    torch.zeros(2, dtype=torch.int8), torch.zeros(2, dtype=torch.float8_e4m3fn), torch.zeros(2).as_subclass(OwnClass),
+], ids=["int8", "fp8", "subclass"])  # fmt: skip
+def test_a_quantised_transformer_is_not_trained(weight, request_, tmp_path, monkeypatch):
     def quantised(*args, **kwargs):
         pipe = load_pipeline(*args, **kwargs)
-        weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
-        pipe.transformer.x_embedder.register_parameter("codes", weight)
+        codes = torch.nn.Parameter(weight, requires_grad=False)
+        pipe.transformer.x_embedder.register_parameter("codes", codes)
         return pipe
 
     monkeypatch.setattr(module, "load_pipeline", quantised)
