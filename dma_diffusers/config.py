@@ -15,7 +15,7 @@ from dma_diffusers.gains import gains_from, why_not_faster
 from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.backward.int8 import check_products
 from dma_diffusers.kernels.defaults import DEFAULT_POLICIES, default_formats
-from dma_diffusers.kernels.formats import ROTATIONS
+from dma_diffusers.kernels.formats import Rotations
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import DIMENSIONS
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy, parse
@@ -76,7 +76,8 @@ class DMAConfig:
             quantises nothing. A lowering that is named and cannot run raises ValueError when the model is called.
         rotation: of the channels of q and k, before any format but bf16 stores them, by the same Hadamard matrix for
             both: "hadamard16" or "hadamard32" in blocks of so many, "head_dim" in one block, or "none". It spreads
-            outliers in a few channels over a block. A call whose head_dim it doesn't divide raises ValueError.
+            outliers in a few channels over a block. A call whose head_dim it doesn't divide raises ValueError. After a
+            slash that of v: "none/hadamard32" rotates it where a class stores it in 8 bits, and turns the output back.
         smooth_k: whether k loses its mean over the tokens before any format but bf16 stores it, which changes no
             probability.
         smooth_v: whether v does before it is stored in 8 bits; the output gets that mean back.
@@ -138,8 +139,7 @@ class DMAConfig:
     def __post_init__(self):
         for name, words in zip(("high", "low"), Precisions.parse(self.high, self.low).words, strict=True):
             object.__setattr__(self, name, words)
-        if self.rotation not in ROTATIONS:
-            raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, got {self.rotation!r}")
+        Rotations.parse(self.rotation)
         check_products(self.backward, self.high, self.low, self.rotation)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dma_diffusers.kernels.formats import block_of
+from dma_diffusers.kernels.formats import Rotations, block_of
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, each float32 `[S, D/2]`: one angle for each pair of neighbouring channels of each token."""
@@ -47,7 +47,9 @@ class Call:
     is_causal: query i sees the keys 0 … i.
     norms: the RMSNorm that q and k go through first; None for none.
     q_rope, k_rope: the angles by which q and k are rotated next; None where they are not.
-    rotation: of channels, one of `formats.ROTATIONS`: q and k share it in every format but bf16, which gains nothing.
+    rotation: the words of `formats.Rotations`. q and k share theirs in every format but bf16, which gains nothing. v
+        has its own if a class stores it in 8 bits: then every class multiplies rotated values, and the output is turned
+        back, for which it is rounded to its dtype once more.
     smooth_k: whether k loses its mean in every format but bf16. smooth_v: whether v loses its mean where it is stored
         in 8 bits; the output gets it back.
     """
@@ -80,9 +82,19 @@ class Call:
         return self.norms is not None or self.k_rope is not None
 
     @property
+    def rotations(self) -> Rotations:
+        """The rotation of q and k, and that of v. Raises ValueError for words that say none."""
+        return Rotations.parse(self.rotation)
+
+    @property
     def rotated_block(self) -> int:
-        """The number of channels that the rotation mixes, 1 for none. Raises ValueError as `block_of` does."""
-        return block_of(self.rotation, self.q.shape[-1])
+        """The number of channels that q and k's rotation mixes, 1 for none. Raises ValueError as `block_of` does."""
+        return block_of(self.rotations.qk, self.q.shape[-1])
+
+    @property
+    def rotated_values(self) -> int:
+        """The same of v's rotation."""
+        return block_of(self.rotations.v, self.v.shape[-1])
 
     @property
     def softmax_scale_log2(self) -> float:

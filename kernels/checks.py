@@ -49,7 +49,8 @@ def check_call(call: Call) -> None:
     _check_memory(call.q, call.k, call.v)
     if not 0 < call.scale < math.inf:
         raise ValueError(f"scale must be finite and more than 0, got {call.scale}")
-    block_of(call.rotation, call.q.shape[-1])
+    for rotation in call.rotations:
+        block_of(rotation, call.q.shape[-1])
 
 
 def _check_rope(name: str, x: torch.Tensor, rope: Rope | None) -> None:

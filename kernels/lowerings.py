@@ -17,8 +17,8 @@ WITHOUT_FP8 = ("sm_80", "sm_86", "sm_87")
 WITHOUT_TMA = (*WITHOUT_FP8, "sm_89")
 KERNEL_ARCHITECTURES = (*WITHOUT_TMA, "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 _BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
-_INTEGER_BLOCKS = ("mxint8", "mxint6", "mxint4", "nvint4")
-RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", "int4", *_BLOCKS, *_INTEGER_BLOCKS)}
+_INTEGER_BLOCKS, _PACKED_BLOCKS = ("mxint8", "mxint6"), ("mxint4", "nvint4")
+RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", "int4", *_BLOCKS, *_INTEGER_BLOCKS, *_PACKED_BLOCKS)}
 """The formats of Q·K with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
 
 
@@ -30,11 +30,13 @@ class Storage(StrEnum):
     ROW = "row"
     """e4m3 elements, a block format's re-encoded; one float32 scale for each token, of Q and of K: FP8 MMA."""
     TILE = "tile"
-    """e4m3 or int8 elements; one float32 scale for each token of Q, for each tile of K: FP8 or INT8 MMA."""
+    """e4m3, int8 or int4 elements; one float32 scale for each token of Q, for each tile of K: FP8 or INT8 MMA."""
     SHARED = "shared"
     """The same, but the tokens of a tile of Q share their scale."""
     PLAIN = "plain"
     """bfloat16 numbers, scales multiplied in (a tensor scale stays outside): bf16 MMA."""
+    PACKED = "packed"
+    """int4 elements and a scale for each block, multiplied out as they are read: bf16 MMA."""
     CHANNEL = "channel"
     """e4m3 elements of V, one power of two for each channel: FP8 MMA."""
 
@@ -46,6 +48,7 @@ FAITHFUL = (
     _EVERYWHERE
     | dict.fromkeys(("mxfp8", "mxfp8_e5m2", "nvfp4", *_INTEGER_BLOCKS), Storage.PLAIN)
     | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
+    | dict.fromkeys(_PACKED_BLOCKS, Storage.PACKED)
 )
 VALUES = {"bf16": Storage.PLAIN, "fp8": Storage.CHANNEL}
 """The storage of V for each format of P·V that a kernel multiplies."""

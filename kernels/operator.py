@@ -128,7 +128,8 @@ def attention(
     mapped: False makes every tile HIGH.
     lowering: the name of one, or "auto" for the first that can run the call.
     rotation: of the channels of q and k, one of `formats.ROTATIONS`, before any format but bf16 stores them: outliers
-        in a few channels are spread over a block, and scores stay as they are.
+        in a few channels are spread over a block, and scores stay as they are. After a slash that of v, which it has
+        where a class stores it in 8 bits; the output is turned back.
     smooth_k: k loses its mean before any format but bf16 stores it, which changes no probability. smooth_v: v loses its
         mean before it is stored in 8 bits, and the output gets it back.
     backward: the format of the backward's products: "bf16", or "int8", in which classes whose Q·K is in INT8 then have

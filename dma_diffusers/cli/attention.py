@@ -64,7 +64,8 @@ class AttentionOptions:
     high: Words = None
     low: Words = None
     rotation: Annotated[
-        str | None, typer.Option(help="Of Q's and K's channels: hadamard16, hadamard32, head_dim or none.")
+        str | None,
+        typer.Option(help="Of Q and K, and behind a slash of V: hadamard16, hadamard32, head_dim or none."),
     ] = None
     smooth_k: Annotated[bool | None, typer.Option(help="Whether K loses its mean; it does if left out.")] = (
         None

@@ -60,11 +60,12 @@ class Variant:
 
     @property
     def in_gluon(self) -> bool:
-        """Says whether hopper.py runs it: it knows no tensor scales and one pair of P·V, and needs a GPU."""
+        """Says whether hopper.py runs it: it knows one pair of P·V, and neither packed elements nor tensor scales."""
         high, low = self.encoded
         return (
             self.tuned.slots is not None
             and not self.has_tensor_scale
+            and not any(c and c.is_packed for c in self.encoded)
             and (high is None or high.values is Storage.PLAIN)
             and (low is None or low.values is Storage.CHANNEL)
             and not triton.knobs.runtime.interpret
@@ -114,12 +115,13 @@ class Inputs:
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
         source = Source(
             q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block,
+            call.rotated_values if variant.stores_values(Storage.CHANNEL) else 1,
             in_tiles=in_tiles or variant.target in WITHOUT_TMA,
         )  # fmt: skip
         read = (
             variant.has_bf16 and not call.changes_q,
             variant.has_bf16 and not call.changes_k,
-            variant.stores_values(Storage.PLAIN),
+            variant.stores_values(Storage.PLAIN) and source.rotated_values == 1,
         )
         bf16 = tuple(
             bf16_for_tma(x) if is_read and not source.is_copied else None
@@ -177,7 +179,7 @@ def operands_of(
     smooths, is_channel = variant.smooths and call.smooth_k, variant.stores_values(Storage.CHANNEL)
     known = statistics_of(
         source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
-        source.norms, call.smooth_v,
+        source.norms, call.smooth_v, source.rotated_values,
     )  # fmt: skip
     needs_v = is_channel or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.

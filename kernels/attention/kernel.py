@@ -10,18 +10,17 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.exponential import multiply_add, shared_exp2
-from dma_diffusers.kernels.attention.loads import load_block_scales, load_row_scales, load_rows, load_values
+from dma_diffusers.kernels.attention.loads import load_row_scales, load_rows, load_values
+from dma_diffusers.kernels.attention.products import PACKED_PRODUCTS, halves_of, products, scaled_halves_of
 from dma_diffusers.kernels.attention.units import counted, in_units, log_of_sum, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
     bf16_operand,
-    decoded_nvfp4,
     e4m3_operand,
     loaded_bf16,
     loaded_e4m3,
     to_output,
 )
-from dma_diffusers.kernels.device.tritons import TRITON
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 from dma_diffusers.kernels.quantiser.tile import token_at
 from dma_diffusers.kernels.tiling import precision_map
@@ -34,43 +33,6 @@ P_SHIFT = tl.constexpr(8.0)
 LOWEST = tl.constexpr(-1.0e30)
 PATIENCE, LOOKED_AT = tl.constexpr(reference.PATIENCE), tl.constexpr(reference.LOOKED_AT)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Before Triton 3.9, dot_scaled can't start from nothing in a loop.
-STARTS_FROM_NOTHING = tl.constexpr(TRITON >= (3, 9))
-# Before Triton 3.8, int8 numbers don't get to tcgen05. As bf16 numbers they do, with the same products and sums.
-INT8_IN_TCGEN05 = tl.constexpr(TRITON >= (3, 8))
-
-
-@triton.jit
-def _products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT: tl.constexpr, STORAGE: tl.constexpr,
-              BLOCK: tl.constexpr, D: tl.constexpr, TCGEN05: tl.constexpr):  # fmt: skip
-    """Q·Kᵀ of ROWS queries and KEYS keys: int32 of int8 numbers, if they are multiplied as such, else float32.
-
-    part: which of a tile's runs of KEYS keys they are. The caller still multiplies by the factors of rows, and of the
-    tile where the storage is "tile".
-    """
-    if STORAGE == "block":
-        scales = load_block_scales(k_scales, kv_tile, D // BLOCK)
-        if INTERPRETED and q_scales.dtype == tl.float8e4nv:
-            s = tl.dot(decoded_nvfp4(q, q_scales, D), tl.trans(decoded_nvfp4(k, scales, D)))
-        elif STARTS_FROM_NOTHING:
-            s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT)
-        else:
-            accumulator = (
-                tl.zeros((q.shape[0], k.shape[0]), tl.float32) + zero
-            )  # known to be zero at run time only
-            s = tl.dot_scaled(q, q_scales, ELEMENT, tl.trans(k), scales, ELEMENT, accumulator)
-    elif STORAGE == "plain":
-        s = tl.dot(loaded_bf16(q), tl.trans(loaded_bf16(k)))
-    elif ELEMENT == "int8" and TCGEN05 and not INT8_IN_TCGEN05:
-        s = tl.dot(q.to(tl.bfloat16), tl.trans(k.to(tl.bfloat16)))
-    elif ELEMENT == "int8":
-        s = tl.dot(q, tl.trans(k))
-    else:
-        s = tl.dot(loaded_e4m3(q), tl.trans(loaded_e4m3(k)))
-        if STORAGE == "row":
-            scales = k_scales + (kv_tile.to(tl.int64) * TILE + part * k.shape[0])
-            s *= tl.load(scales + tl.arange(0, k.shape[0]))[None, :]
-    return s
 
 
 @triton.jit
@@ -234,7 +196,8 @@ def _phase(
     """
     head = batch * heads + head_in_batch
     q_tokens = start + tl.arange(0, ROWS)
-    q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, D)
+    COLUMNS: tl.constexpr = D // 2 if ELEMENT == "int4" else D
+    q = load_rows(q_elements, batch, head_in_batch, heads, start, q_tiles * TILE, True, ROWS, COLUMNS)
     if STORAGE == "row" or STORAGE == "tile":
         row_factor = tl.load(q_scales + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     elif ELEMENT == "bf16":
@@ -244,8 +207,13 @@ def _phase(
         row_factor = tl.zeros((ROWS,), tl.float32) + tl.maximum(scale, SMALLEST_NORMAL)  # 0·−inf is NaN
     else:
         row_factor = tl.full((ROWS,), 1.0, tl.float32)
-    if STORAGE == "block":
+    if BLOCK is not None:
         q_scales = load_row_scales(q_scales, head * q_tiles + start // TILE, start % TILE, ROWS, D // BLOCK)
+    if STORAGE == "packed":
+        q = scaled_halves_of(q, q_scales, BLOCK)
+    elif ELEMENT == "int4":
+        q = halves_of(q)
+        row_factor *= 1 / PACKED_PRODUCTS
     if offset is None or ELEMENT != "bf16":
         shift = tl.zeros((ROWS,), tl.float32)
     else:
@@ -259,8 +227,8 @@ def _phase(
         kv_tile = (batch * kv_heads + kv_head) * k_tiles + tile
         part = step - step // PARTS * PARTS
         k_start = tile * TILE + part * KEYS
-        k = load_rows(k_elements, batch, kv_head, kv_heads, k_start, k_rows, ARE_WHOLE, KEYS, D)
-        s = _products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT, STORAGE, BLOCK, D, TCGEN05)
+        k = load_rows(k_elements, batch, kv_head, kv_heads, k_start, k_rows, ARE_WHOLE, KEYS, COLUMNS)
+        s = products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT, STORAGE, BLOCK, D, TCGEN05)
         factor = row_factor
         if STORAGE == "tile":
             factor *= tl.load(k_scales + kv_tile)

@@ -21,6 +21,7 @@ from dma_diffusers.kernels.attention.encoding import (
 )
 from dma_diffusers.kernels.attention.hopper_split import Split
 from dma_diffusers.kernels.attention.kernel import attend
+from dma_diffusers.kernels.attention.turn_back import turn_back
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.device.recording import Recorder, Recording
@@ -155,6 +156,8 @@ def _launch(
         is_shared=variant.in_gluon, inexact_rows=outputs.inexact_rows, launcher=launcher,
     )  # fmt: skip
     _attend(inputs, operands, outputs, call.is_causal, plan, variant, skipped, launcher)
+    if inputs.source.rotated_values > 1:
+        turn_back(outputs.out, inputs.source.rotated_values, launcher)
 
 
 def _attend(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call
-from dma_diffusers.kernels.formats import rotate
+from dma_diffusers.kernels.formats import Rotations, rotate, rotate_back
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -149,7 +149,10 @@ def attention(
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :q_length]
     lse = torch.where(l == 0, -math.inf, m + torch.log2(l)).reshape(batch, heads, -1)[:, :, :q_length]
     lse = (lse + slots.offset) * math.log(2)
-    return quantiser.narrowed(slots.of_tokens(out), call.q.dtype), slots.of_tokens(lse)
+    out = quantiser.narrowed(slots.of_tokens(out), call.q.dtype)
+    if slots.rotations.v != "none":
+        out = quantiser.narrowed(rotate_back(out, slots.rotations.v), call.q.dtype)
+    return out, slots.of_tokens(lse)
 
 
 def e4m3_power(x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +244,7 @@ class Slots:
     q, k: behind norm and RoPE, float32. scaled: q times scale and log2 e; smoothed: k less its mean, zero where it is
     hidden. mean: what it lost, float32 `[B, Hkv, 1, D]`.
     offset: `[B, H, slots]`, what smoothing takes from the scores. taken: bool `[slots]`, where a token stands.
-    rotation: of the channels of `scaled` and `smoothed`, before they are stored.
+    rotations: of the channels of `scaled` and `smoothed`, before they are stored, and of `v`, which has had it.
     """
 
     plan: Plan
@@ -258,7 +261,7 @@ class Slots:
     offset: torch.Tensor
     key_mask: torch.Tensor | None
     taken: torch.Tensor
-    rotation: str
+    rotations: Rotations
 
     @classmethod
     def of(cls, call: Call, plan: Plan, precisions: Precisions) -> "Slots":
@@ -274,8 +277,11 @@ class Slots:
         scaled, smoothed = q * call.softmax_scale_log2, k - mean
         if key_mask is not None:  # a hidden key counts for no scale
             smoothed = torch.where(key_mask[:, None, :, None], smoothed, 0)
+        rotations = call.rotations
+        if all(precision is None or precision.pv == "bf16" for precision in plan.used(precisions)):
+            rotations = rotations._replace(v="none")
         v_units = {
-            pv: quantiser.value_units(v, key_mask, call.smooth_v, pv)
+            pv: quantiser.value_units(rotate(v, rotations.v), key_mask, call.smooth_v, pv)
             for pv in {precision.pv for precision in precisions} - {"bf16"}
         }
         taken = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
@@ -296,9 +302,10 @@ class Slots:
             there = None if order is None else taken[None]
             seen = there if key_mask is None else key_mask
             precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
+        v = v if rotations.v == "none" else rotate(v, rotations.v)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
-            q, k, v, scaled, smoothed, mean, v_units, offset, key_mask, taken, call.rotation,
+            q, k, v, scaled, smoothed, mean, v_units, offset, key_mask, taken, rotations,
         )  # fmt: skip
 
     def operands(self, precision: Precision) -> Operands:
@@ -322,7 +329,7 @@ class Slots:
         is_bf16 = precision.qk == "bf16"
         q, factor = (self.q, self.softmax_scale_log2) if is_bf16 else (self.scaled, 1.0)
         if not is_bf16:
-            q, k = rotate(q, self.rotation), rotate(k, self.rotation)
+            q, k = rotate(q, self.rotations.qk), rotate(k, self.rotations.qk)
         if precision.pv == "bf16":
             v, units = quantiser.narrowed(v, torch.bfloat16), None
         else:

@@ -134,6 +134,8 @@ def gradients(
         for stored, q, k in zip(variant.classes, operands.encoded.q, operands.encoded.k, strict=True)
     )
     classes = high, low, _of_means(operands, variant, call, rows, products)
+    if inputs.source.rotated_values > 1:
+        classes = tuple(x and replace(x, v=_turned_back(x.v, call.rotations.v, call)) for x in classes)
     tuned, found = tuned or tuning(variant.target, variant.dim, in_int8), empty_gradients(call)
     _launch_of_queries(found.q, classes, rows, results, call, inputs, operands, plan, tuned, launcher)
     of_means = _launch_of_means(classes[2], rows, inputs, operands, tuned, launcher)
@@ -243,7 +245,7 @@ def _of_backward(variant: Variant) -> Variant:
     """The variant with block formats as plain bf16 numbers, which hold all of them exactly."""
 
     def stored(each: Stored | None) -> Stored | None:
-        is_block = each is not None and each.storage in (Storage.BLOCK, Storage.ROW)
+        is_block = each is not None and each.storage in (Storage.BLOCK, Storage.ROW, Storage.PACKED)
         return replace(each, storage=Storage.PLAIN) if is_block else each
 
     high, low = map(stored, variant.classes)
@@ -264,6 +266,8 @@ def _multiplied(
     is_raw, in_e4m3 = stored.format.name == "bf16", stored.values is Storage.CHANNEL
     if v is None:
         v = _values(encoded) if in_e4m3 else encoded.values[Storage.PLAIN]
+    if stored.is_packed:
+        q, k = (replace(x, elements=_unpacked(x.elements)) for x in (q, k))
     if is_in_int8(stored.format.name, products):
         scaled = Scaled.of(q, k)
         return Multiplied(q.elements, k.elements, v, rows.smoothed_lse_2, 1.0, False, False, scaled)
@@ -303,9 +307,19 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
         x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
-        head_dim = call.q.shape[-1]
-        x = F.pad(rotate_back(x[..., :head_dim], call.rotation), (0, x.shape[-1] - head_dim))
+        x = _turned_back(x, call.rotations.qk, call)
     return x.bfloat16()
+
+
+def _unpacked(elements: torch.Tensor) -> torch.Tensor:
+    """Integers of four bits as int8, one to a byte."""
+    return torch.stack((elements << 4 >> 4, elements >> 4), -1).flatten(-2)
+
+
+def _turned_back(x: torch.Tensor, rotation: str, call: Call) -> torch.Tensor:
+    """x `[.., padded D]` without the rotation of its channels, in bf16."""
+    head_dim = call.q.shape[-1]
+    return F.pad(rotate_back(x[..., :head_dim], rotation), (0, x.shape[-1] - head_dim)).bfloat16()
 
 
 def _values(encoded: Encoded) -> torch.Tensor:

@@ -210,6 +210,7 @@ class _Class:
         units = self.operands.v_units
         if units is not None:
             v = v * units.scale[own] + units.mean[own]
+        v = rotate_back(v, self.slots.rotations.v)
         q = q[:q_length] * self.operands.factor
         q_scales = None if self.int8 is None else row_scales(q, self.int8)
         exponents = q @ k.mT - self.row_lse[entry, head][:, None]
@@ -265,7 +266,7 @@ def _classes(
             is_raw = precision.qk == "bf16"
             yield _Class(
                 slots, slots.operands(precision), is_taken, is_masked, row_lse if is_raw else smoothed_lse, is_raw,
-                "none" if is_raw else slots.rotation, precision.qk if is_in_int8(precision.qk, products) else None,
+                "none" if is_raw else slots.rotations.qk, precision.qk if is_in_int8(precision.qk, products) else None,
             )  # fmt: skip
     if precision_map.has_mean:
         precision = plan.used(precisions)[2]
@@ -273,7 +274,7 @@ def _classes(
         number = torch.arange(log_counts.shape[-1], device=device)
         words = precision_map.means.to(device).expand(batch, heads, -1, -1)[..., number // TILE]
         is_taken = words >> number % TILE // (TILE // MEANS_TILES) & 1 == 1
-        rotation = "none" if precision.qk == "bf16" else slots.rotation
+        rotation = "none" if precision.qk == "bf16" else slots.rotations.qk
         int8 = precision.qk if is_in_int8(precision.qk, products) else None
         yield _Class(slots, operands, is_taken, is_masked, smoothed_lse, False, rotation, int8, log_counts)
 

@@ -9,7 +9,16 @@ tensor([ 0.,  2., -6.])
 from .codec import Packed, fake_quantize, pack, unpack
 from .element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT6, INT8, Element, FloatElement, IntElement
 from .format import FORMATS, Format, get_format
-from .rotation import ROTATIONS, block_of, hadamard, rotate, rotate_back, rotate_blocks, sign_is_changed
+from .rotation import (
+    ROTATIONS,
+    Rotations,
+    block_of,
+    hadamard,
+    rotate,
+    rotate_back,
+    rotate_blocks,
+    sign_is_changed,
+)
 from .scale import Scale, ScaleRounding
 from .six_bits import join_six_bits, split_six_bits
 
@@ -29,6 +38,7 @@ __all__ = [
     "Format",
     "IntElement",
     "Packed",
+    "Rotations",
     "Scale",
     "ScaleRounding",
     "block_of",

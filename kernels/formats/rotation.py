@@ -1,8 +1,12 @@
 """Rotations of channels: q and k that share one have the same products, and their outliers are spread over a block.
 
+v may have one of its own, since P·(V·H)·Hᵀ is P·V: the output is turned back.
+
 A rotation changes the signs of some channels, always of the same ones, and multiplies each block of n neighbouring
 channels by Sylvester's Hadamard matrix over √n. Sources: QuIP#, arXiv 2402.04396; INT versus FP, arXiv 2510.25602.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +15,30 @@ ROTATIONS = ("none", "hadamard16", "hadamard32", "head_dim")
 """The names: no rotation, blocks of 16 or of 32 channels, and all channels of a head in one block."""
 
 _BLOCKS = {"none": 1, "hadamard16": 16, "hadamard32": 32}
+
+
+class Rotations(NamedTuple):
+    """The rotation that q and k share, and that of v, by name.
+
+    In words it is `hadamard32`, or `hadamard32/head_dim` where v has one too.
+    """
+
+    qk: str
+    v: str = "none"
+
+    @classmethod
+    def parse(cls, words: str) -> "Rotations":
+        """The rotations that these words say.
+
+        Raises ValueError, in one line, for words of another form, or an unknown name.
+        """
+        parts = words.split("/") if isinstance(words, str) else ()
+        if not 1 <= len(parts) <= 2 or not set(parts) <= set(ROTATIONS):
+            raise ValueError(
+                f"unknown rotation {words!r}: choose from {', '.join(ROTATIONS)}, for Q and K, or as in none/head_dim "
+                f"for V too"
+            )
+        return cls(*parts)
 
 
 def block_of(rotation: str, head_dim: int) -> int:

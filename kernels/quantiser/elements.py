@@ -42,6 +42,15 @@ def int8_words(low, high):
 
 
 @triton.jit
+def int4_bytes(low, high):
+    """float32 numbers, which must round to within ±7, as int4, two in an int8 byte: of NaN, anything."""
+    magic: tl.constexpr = 1.5 * 2.0**23
+    low = (low + magic).to(tl.int32, bitcast=True)
+    high = (high + magic).to(tl.int32, bitcast=True)
+    return ((low & 0xF) | (high << 4)).to(tl.int8)
+
+
+@triton.jit
 def e2m1_code(y):
     """The codes of float32 numbers that e2m1 has."""
     bits = magnitude_bits(y)

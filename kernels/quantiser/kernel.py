@@ -15,7 +15,7 @@ from dma_diffusers.kernels.device.rounding import (
     to_e5m2,
     within,
 )
-from dma_diffusers.kernels.quantiser.elements import e2m1_code, int8_words, saturated, to_element
+from dma_diffusers.kernels.quantiser.elements import e2m1_code, int4_bytes, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
     e8m0_ceil,
@@ -26,6 +26,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     load_tile,
     magnitude_bits,
     power_of_two,
+    rotated_rows,
     token_at,
     with_rotated_channels,
 )
@@ -137,7 +138,10 @@ def _encode(
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor
-        words = e4m3_words(even, odd) if ELEMENT == "e4m3" else int8_words(even, odd)
+        if ELEMENT == "e4m3":
+            words = e4m3_words(even, odd)
+        else:
+            words = int4_bytes(even, odd) if ELEMENT == "int4" else int8_words(even, odd)
         _store_words(elements, words, place, D // 2)
         scale = tl.where(bad, float("nan"), scale)
         if ONE_SCALE and not IS_KEY:
@@ -178,6 +182,9 @@ def _store_blocks(
     if ELEMENT == "e2m1":
         low, high = tl.split(tl.reshape(e2m1_code(y), (TILE, D // 2, 2)))
         _store_rows(elements, (low | (high << 4)).to(tl.uint8), place, D // 2)
+    elif ELEMENT == "int4":
+        low, high = tl.split(tl.reshape(y, (TILE, D // 2, 2)))
+        _store_rows(elements, int4_bytes(low, high), place, D // 2)
     elif ELEMENT == "e5m2":
         _store_rows(elements, to_e5m2(y).to(tl.uint8, bitcast=True), place, D)
     else:  # e2m3 and e3m2 are e4m3 numbers too, which the same MMA multiplies at the same rate
@@ -229,7 +236,7 @@ def _stored_at(position):
 def _encode_value(
     v, v_units, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
     stride_b, stride_h, stride_s,
-    TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One tile of V in bf16, and in e4m3 in the units of each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
@@ -238,6 +245,8 @@ def _encode_value(
     inside = (tokens < length) & (columns < HEAD_DIM)[None, :]
     channels = head.to(tl.int64) * D + columns
     value = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+    if ROTATED > 1:
+        value = rotated_rows(value, ROTATED)
     if plain is not None:
         if v.dtype.element_ty == tl.float32:  # a hidden value is multiplied by 0, which of inf would be NaN
             value = within(value, BF16_MAX)
@@ -343,7 +352,7 @@ def encode(
     HIGH_MAX: tl.constexpr, HIGH_MAX_BITS: tl.constexpr, HIGH_TOP: tl.constexpr,
     LOW: tl.constexpr, LOW_BLOCK: tl.constexpr, LOW_STORAGE: tl.constexpr,
     LOW_MAX: tl.constexpr, LOW_MAX_BITS: tl.constexpr, LOW_TOP: tl.constexpr,
-    ROTATED: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROTATED: tl.constexpr, ROTATED_VALUES: tl.constexpr, ROUND: tl.constexpr, TRANSPOSED: tl.constexpr,
     PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Encode 128 tokens of V, K or Q ([B, heads, length, HEAD_DIM], any strides): of one head of V, or of HEADS_EACH.
@@ -352,8 +361,9 @@ def encode(
     of their own). In bf16 they are then written as they are; other formats encode q·factor, and k less its `mean`
     (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
     length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
-    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v_plain is [B·Hkv,
-    tiles·128, D] as v is; v_channel too, or [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
+    HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v has its channels
+    rotated in blocks of ROTATED_VALUES. v_plain is [B·Hkv, tiles·128, D]; v_channel too, or [B·Hkv, D, tiles·128] with
+    tokens as `_stored_at` says if TRANSPOSED.
     `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
     wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
@@ -370,7 +380,7 @@ def encode(
             _encode_value(
                 v, v_units, v_plain, v_channel, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
-                v_stride_b, v_stride_h, v_stride_s, TRANSPOSED, HEAD_DIM, D,
+                v_stride_b, v_stride_h, v_stride_s, ROTATED_VALUES, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip
         program -= of_values
     if k is not None:

@@ -25,7 +25,8 @@ class Source:
     key_mask: uint8 `[B, tiles·128]` in the order of slots, 0 for keys that nobody sees.
     token_order: int32 `[slots]`, the token that stands at each slot, −1 where none does. What the kernels write stands
         in that order.
-    rotated_block: so many channels of q and of k are mixed in formats other than bf16, 1 for none.
+    rotated_block: so many channels of q and of k are mixed in formats other than bf16, 1 for none. rotated_values: the
+        same of v, in bf16 too, which is then written.
     in_tiles: whether bf16 numbers are written too, in whole tiles, though they could be read where the model has them.
     """
 
@@ -39,6 +40,7 @@ class Source:
     token_order: torch.Tensor | None = None
     norms: Norms | None = None
     rotated_block: int = 1
+    rotated_values: int = 1
     in_tiles: bool = False
 
     @property
@@ -159,12 +161,13 @@ def statistics_of(
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
     norms: Norms | None = None,
     smooths_v: bool = True,
+    rotated_values: int = 1,
 ) -> Statistics:
     """K's mean and V's units, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
-    smooths_v: whether V's mean is taken from it.
+    smooths_v: whether V's mean is taken from it. rotated_values: so many of its channels are mixed first, 1 for none.
     """
     x = v if k is None else k
     if x is None:
@@ -186,8 +189,8 @@ def statistics_of(
         *weights, eps, first, rounds_twice, None if key_mask is None else key_mask.view(torch.uint8),
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
-        SMOOTHS_V=smooths_v, CHUNKS=count, PAIRED=are_paired(k, v, *weights), HEAD_DIM=head_dim, D=dim,
-        num_warps=8, enable_fp_fusion=False,
+        SMOOTHS_V=smooths_v, ROTATED_VALUES=rotated_values, CHUNKS=count, PAIRED=are_paired(k, v, *weights),
+        HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_units)
 
@@ -244,7 +247,8 @@ def encode(
     if v is not None and known.v_units is not None:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
-    if v is not None and source.is_copied and any(c and c.values is Storage.PLAIN for c in classes):
+    writes_plain = source.is_copied or source.rotated_values > 1
+    if v is not None and writes_plain and any(c and c.values is Storage.PLAIN for c in classes):
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
     found = None if of_means is None else _means_of(source, known.mean, of_means, launcher)
     encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, found)
@@ -270,7 +274,8 @@ def encode(
         source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),
-        ROTATED=source.rotated_block, ROUND=any(c is not None and c.format.name == "bf16" for c in classes),
+        ROTATED=source.rotated_block, ROTATED_VALUES=source.rotated_values,
+        ROUND=any(c is not None and c.format.name == "bf16" for c in classes),
         TRANSPOSED=transposed_v,
         PAIRED=are_paired(read.q, read.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
         num_warps=8 if head_dim <= 64 else 16, maxnreg=registers, enable_fp_fusion=False,
@@ -289,6 +294,7 @@ def _means_of(source: Source, mean: torch.Tensor | None, stored: Stored, launche
         k, v, mean, *(source.k_rope or (None, None)), *weights, eps, first, rounds_twice,
         source.key_mask, source.token_order, *found,
         heads, batch * heads, length, source.lengths[2], *source.strides[3:],
-        PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim, num_warps=max(1, dim // 128), enable_fp_fusion=False,
+        ROTATED_VALUES=source.rotated_values, PAIRED=are_paired(k, *weights), HEAD_DIM=head_dim, D=dim,
+        num_warps=max(1, dim // 128), enable_fp_fusion=False,
     )  # fmt: skip
     return found

@@ -14,6 +14,7 @@ from dma_diffusers.kernels.quantiser.tile import (
     load_pairs,
     load_tile,
     magnitude_bits,
+    rotated_rows,
     token_at,
 )
 from dma_diffusers.kernels.tiling import layout
@@ -55,13 +56,14 @@ def means(
     k, v, mean, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, token_order,
     k_means, v_means, log_counts, heads, heads_in_all, length, token_count,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED_VALUES: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The means of the four sub-tiles of a tile, of one head of K in the first programs, then of V.
 
     k first goes through RMSNorm and RoPE, and loses its `mean`, as in kernel.py's `encode`, whose arguments these are.
     k_means and v_means, [B·Hkv, 4·tiles, D], take the means of those keys of each sub-tile that are seen, and of their
-    values; `log_counts`, float32 [B, whole tiles of means], log2 of how many these are, −inf past the end.
+    values, rotated in blocks of ROTATED_VALUES; `log_counts`, float32 [B, whole tiles of means], log2 of how many these
+    are, −inf past the end.
     """
     tiles = tl.cdiv(length, TILE)
     program = tl.program_id(0)
@@ -100,6 +102,8 @@ def means(
             value = load_tile(
                 v, batch, head_in_batch, tokens[:, None], columns, inside, v_stride_b, v_stride_h, v_stride_s
             )
+            if ROTATED_VALUES > 1:
+                value = rotated_rows(value, ROTATED_VALUES)
             value = _mean(tl.where(seen[:, None], value, 0.0), count)
             if v.dtype.element_ty == tl.float32 and v_means.dtype.element_ty == tl.bfloat16:
                 value = within(value, BF16_MAX)

@@ -32,8 +32,13 @@ class Stored:
         )
 
     def columns(self, dim: int) -> int:
-        """Elements of a tensor in memory for `dim` channels: two e2m1 of a block format share a byte."""
-        return dim // 2 if self.storage is Storage.BLOCK and self.format.bits == 4 else dim
+        """Elements of a tensor in memory for `dim` channels: two of four bits share a byte."""
+        return dim // 2 if self.is_packed else dim
+
+    @property
+    def is_packed(self) -> bool:
+        """Says whether elements have four bits in memory: the even channel's are the lower half of a byte."""
+        return self.format.bits == 4 and self.storage not in (Storage.PLAIN, Storage.ROW)
 
     @property
     def quantised(self) -> list:
@@ -56,7 +61,9 @@ class Stored:
             case Storage.PLAIN:
                 name, block = "plain" if element else "bf16", None
             case Storage.ROW | Storage.TILE | Storage.SHARED:
-                name, block = "int8" if isinstance(element, IntElement) else "e4m3", None
+                name, block = element.name if isinstance(element, IntElement) else "e4m3", None
+            case Storage.PACKED:
+                name, block = element.name, self.format.block
             case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3
                 name, block = "e4m3" if element.bits == 6 else element.name, self.format.block
         return [name, self.scales.value, block, self.values.value]
@@ -75,7 +82,8 @@ Classes = tuple[Stored | None, Stored | None]
 class Operand:
     """Q or K in one format, as the MMA reads it.
 
-    elements: `[B, H, tiles·128, D]`: uint8 as `dot_scaled` reads it (two e2m1 to a byte, D/2), e4m3, int8 or bf16.
+    elements: `[B, H, tiles·128, D]`: uint8 as `dot_scaled` reads it (two e2m1 to a byte, D/2), e4m3, int8 (two int4 to
+        a byte, D/2) or bf16.
     scales: of blocks, one 128-row tile after the other, uint8 or e4m3, in tcgen05's layout
         `[1, B·H·tiles, columns/4, 2, 256]` where columns come in fours, else row by row,
         `[B·H·tiles, 128·columns]`; of rows, float32 `[B·H·tiles·128]`; of tiles, float32 `[B·H·tiles]`; None for
@@ -107,8 +115,11 @@ class Operand:
             element_dtype = torch.int8 if isinstance(format.element, IntElement) else torch.float8_e4m3fn
             count = rows if is_key and storage is not Storage.ROW else rows * TILE
             scales = launcher.empty((count,), torch.float32, x.device)
-        elif storage is Storage.BLOCK:
-            element_dtype, blocks = torch.uint8, dim // format.block
+        elif storage in (Storage.BLOCK, Storage.PACKED):
+            element_dtype, blocks = (
+                torch.uint8 if storage is Storage.BLOCK else torch.int8,
+                dim // format.block,
+            )
             shape = (1, rows, blocks // 4, 2, 256) if blocks % 4 == 0 else (rows, TILE * blocks)
             scales = launcher.empty(
                 shape, torch.float8_e4m3fn if format.has_tensor_scale else torch.uint8, x.device

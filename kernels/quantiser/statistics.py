@@ -16,13 +16,16 @@ from dma_diffusers.kernels.quantiser.tile import (
     load_tile,
     magnitude_bits,
     power_of_two,
+    rotated_rows,
+    with_rotated_channels,
 )
 
 # A run of tokens is what 8 warps load with one instruction, of 2 bytes an element. Several are loaded at once, so that
-# enough bytes are on their way; fewer of K's, whose sums in float64 take registers.
+# enough bytes are on their way; fewer of K's, whose sums in float64 take registers, and where V's channels are rotated.
 _RUN_ELEMENTS = tl.constexpr(2048)
 _KEY_RUNS = tl.constexpr(2)
 _VALUE_RUNS = tl.constexpr(8)
+_ROTATED_RUNS = tl.constexpr(2)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def _sums(
     x, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE: tl.constexpr, key_mask,
     batch, head_in_batch, head, heads, chunk, length, step,
     stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sums and counts of finite numbers of x where keys are seen, among every `step`-th token of one chunk."""
     samples = tl.cdiv(length, step)
@@ -97,6 +100,8 @@ def _sums(
             x, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, batch, head_in_batch, tokens, length,
             stride_b, stride_h, stride_s, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
+        if ROTATED > 1:
+            even, odd = with_rotated_channels(even, odd, ROTATED, D)
         even_sums, even_counts = _added(even_sums, even_counts, even, inside)
         odd_sums, odd_counts = _added(odd_sums, odd_counts, odd, inside)
     place = partials + (head * CHUNKS + chunk) * D + 2 * tl.arange(0, D // 2)
@@ -129,23 +134,24 @@ def _store_sums(place, sums, counts, plane):
 def _value_range(
     v, partials, key_mask, batch, head_in_batch, head, heads, chunk, length,
     stride_b, stride_h, stride_s, mask_stride_b, mask_stride_s,
-    CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, CHUNKS: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The largest finite magnitude of each channel in one chunk, of keys that are seen."""
     share = tl.cdiv(length, CHUNKS)
     last = tl.minimum((chunk + 1) * share, length)
     columns = tl.arange(0, D)
     RUN: tl.constexpr = _RUN_ELEMENTS // D
+    RUNS: tl.constexpr = _VALUE_RUNS if ROTATED == 1 else _ROTATED_RUNS
     largest = tl.zeros((RUN, D), tl.int32)
-    for first in range(chunk * share, last, _VALUE_RUNS * RUN):
-        tokens = (first + tl.arange(0, _VALUE_RUNS * RUN))[:, None]
+    for first in range(chunk * share, last, RUNS * RUN):
+        tokens = (first + tl.arange(0, RUNS * RUN))[:, None]
         inside = (tokens < last) & (columns < HEAD_DIM)[None, :]
         inside = _seen(key_mask, tokens, inside, batch, mask_stride_b, mask_stride_s)
         x = load_tile(v, batch, head_in_batch, tokens, columns, inside, stride_b, stride_h, stride_s)
+        if ROTATED > 1:
+            x = rotated_rows(x, ROTATED)
         bits = magnitude_bits(x)
-        largest = tl.maximum(
-            largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), _VALUE_RUNS), axis=0)
-        )
+        largest = tl.maximum(largest, tl.max(_in_runs(tl.where(bits < NOT_FINITE, bits, 0), RUNS), axis=0))
     place = partials + (head * CHUNKS + chunk) * D + columns
     tl.store(place, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
 
@@ -156,13 +162,15 @@ def statistics(
     ROUNDS_TWICE: tl.constexpr, key_mask, heads, heads_in_batch, length, step,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     mask_stride_b, mask_stride_s,
-    SMOOTHS_V: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    SMOOTHS_V: tl.constexpr, ROTATED_VALUES: tl.constexpr, CHUNKS: tl.constexpr, PAIRED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head of K ([B, H, length, HEAD_DIM], any strides, behind its norm and its RoPE), or of V.
 
     mean: float32 [B·H, D], K's over every `step`-th token, of finite numbers. v_units: float32 [B·H, 2, D], the powers
     of two that bring V's finite numbers within e4m3 when they have lost their mean, and that mean, zeros unless
-    SMOOTHS_V. K or V may be None. key_mask: uint8 [B, length], any strides, 0 for keys that count for nothing, or None.
+    SMOOTHS_V, of V whose channels are rotated in blocks of ROTATED_VALUES. K or V may be None. key_mask: uint8 [B,
+    length], any strides, 0 for keys that count for nothing, or None.
     `heads` is B·H. finished: int32 [2, B·H], zeros.
     partials: float32 [7, B·H, CHUNKS, D]: of K the sum as two numbers to be added and the count; of V its range, and
     the same as of K.
@@ -176,7 +184,7 @@ def statistics(
                 k, partials, cos, sin, weight, first_weight, eps, first_tokens, ROUNDS_TWICE, key_mask,
                 head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length, step,
                 k_stride_b, k_stride_h, k_stride_s, mask_stride_b, mask_stride_s,
-                CHUNKS, PAIRED, HEAD_DIM, D,
+                1, CHUNKS, PAIRED, HEAD_DIM, D,
             )  # fmt: skip
             if is_last(finished + head, CHUNKS):
                 of_head = _whole_mean(partials, head, heads, CHUNKS, D)
@@ -188,14 +196,15 @@ def statistics(
             partials += 3 * heads * CHUNKS * D
             _value_range(
                 v, partials, key_mask, head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS,
-                length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s, CHUNKS, HEAD_DIM, D,
+                length, v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s,
+                ROTATED_VALUES, CHUNKS, HEAD_DIM, D,
             )  # fmt: skip
             if SMOOTHS_V:
                 _sums(
                     v, partials + heads * CHUNKS * D, None, None, None, None, None, 0, False, key_mask,
                     head // heads_in_batch, head % heads_in_batch, head, heads, program % CHUNKS, length, step,
                     v_stride_b, v_stride_h, v_stride_s, mask_stride_b, mask_stride_s,
-                    CHUNKS, PAIRED, HEAD_DIM, D,
+                    ROTATED_VALUES, CHUNKS, PAIRED, HEAD_DIM, D,
                 )  # fmt: skip
             if is_last(finished + heads + head, CHUNKS):
                 _store_units(partials, v_units, head, heads, SMOOTHS_V, CHUNKS, D)

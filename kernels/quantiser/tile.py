@@ -157,9 +157,30 @@ def butterflies_in_thread(x, COUNT: tl.constexpr):
 @triton.jit
 def with_rotated_channels(even, odd, BLOCK: tl.constexpr, D: tl.constexpr):
     """Pairs [rows, D/2] whose channels are rotated in blocks, as formats/rotation.py defines it."""
-    IN_THREAD: tl.constexpr = 8 if BLOCK >= 16 else BLOCK // 2
     pairs = tl.arange(0, D // 2)
-    even, odd = with_signs(even, 2 * pairs), with_signs(odd, 2 * pairs + 1)
+    return _with_mixed_channels(with_signs(even, 2 * pairs), with_signs(odd, 2 * pairs + 1), BLOCK)
+
+
+@triton.jit
+def rotated_rows(x, BLOCK: tl.constexpr):
+    """The same of whole rows [rows, D]."""
+    D: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], D // 2, 2)))
+    return joined(*with_rotated_channels(even, odd, BLOCK, D))
+
+
+@triton.jit
+def rows_rotated_back(x, BLOCK: tl.constexpr):
+    """The rows of which `rotated_rows` made x [rows, D], up to float32's rounding."""
+    D: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], D // 2, 2)))
+    return with_signs(joined(*_with_mixed_channels(even, odd, BLOCK)), tl.arange(0, D))
+
+
+@triton.jit
+def _with_mixed_channels(even, odd, BLOCK: tl.constexpr):
+    """Pairs [rows, D/2], each BLOCK of channels by the Hadamard matrix over √BLOCK."""
+    IN_THREAD: tl.constexpr = 8 if BLOCK >= 16 else BLOCK // 2
     even, odd = even + odd, even - odd
     even, odd = butterflies_in_thread(even, IN_THREAD), butterflies_in_thread(odd, IN_THREAD)
     for step in tl.static_range(3, 7):

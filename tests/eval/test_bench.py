@@ -32,6 +32,7 @@ from dma_diffusers.eval.bench.plot import check_plot, plot
 from dma_diffusers.eval.bench.shapes import NAMED, Shape, parse
 from dma_diffusers.eval.bench.summary import HEADER, cells, compared, markdown
 from dma_diffusers.kernels import plan
+from dma_diffusers.kernels.lowerings import FAITHFUL
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, build_map
@@ -95,6 +96,7 @@ def test_no_rate_no_bound():
 
 def test_letters_follow_the_storage():
     assert [letter(name) for name in ("bf16", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4")] == list("HIQQOO")
+    assert [letter(name, FAITHFUL) for name in ("int4", "mxint8", "nvint4", "mxfp4")] == list("IHHQ")
 
 
 @pytest.mark.parametrize("tokens", [4608, 4600])

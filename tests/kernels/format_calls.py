@@ -1,5 +1,7 @@
 """Whole attention calls whose numbers are prepared or stored in other ways than those of `NAMED_CALLS`."""
 
+import torch
+
 from tests.kernels.calls import Call
 
 FORMAT_CALLS = [
@@ -45,4 +47,18 @@ FORMAT_CALLS = [
     Call(257, 257, 80, high="int8_tile", low="int4", rotation="hadamard16", name="int8-tile-int4"),
     Call(500, 500, 64, high="bf16", low="int8_tile", means=2, masks_keys=True, name="int8-tile-means"),
     Call(300, 300, 72, high="mxint8", low="mxint8/bf16", is_causal=True, name="mxint8-everywhere"),
+    Call(400, 400, 64, high="bf16", low="int8", rotation="none/head_dim", means=2, name="rotated-v"),
+    Call(
+        400,
+        400,
+        80,
+        high="int4",
+        low="mxint4",
+        rotation="hadamard16/hadamard16",
+        means=2,
+        masks_keys=True,
+        has_token_order=True,
+        dtype=torch.bfloat16,
+        name="packed-rotated-v",
+    ),
 ]

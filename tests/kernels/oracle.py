@@ -150,7 +150,7 @@ def oracle(call: Call, q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
 
     q, k, v, folded, smoothed = map(call.in_slots, (q, k, v, folded, smoothed))
 
-    channels = hadamard_matrix(call.rotation, call.head_dim)
+    channels = hadamard_matrix(call.rotation.split("/")[0], call.head_dim)
 
     def scores(fmt: str, smoothed: torch.Tensor, in_bf16: torch.Tensor) -> torch.Tensor:
         if fmt == "bf16":

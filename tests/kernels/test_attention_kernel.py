@@ -118,6 +118,7 @@ OLDER_CALLS = [
     Call(500, 500, 128, high="bf16", low="fp8", window=0, sink=0),
     Call(500, 500, 128, high="mxfp8", low="mxfp4"),
     Call(640, 640, 64, high="bf16", low="int8/bf16", means=2),
+    Call(300, 300, 128, high="mxint4", low="int4/bf16", masks_keys=True),
     Call(301, 301, 128, high="bf16", low="int8/bf16", means=1, window=0, sink=0),
     Call(300, 300, 64, high="bf16", low="mxfp4", means=2),
     Call(700, 700, 64, high="bf16", low="int8/bf16", has_token_order=True, empty_slots=68),

@@ -9,7 +9,7 @@ from dma_diffusers.kernels.lowerings import FAITHFUL, Storage
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dma_diffusers.kernels.attention.kernel import _products  # noqa: E402
+from dma_diffusers.kernels.attention.products import products  # noqa: E402
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poisoned")]
 
@@ -25,7 +25,7 @@ def scores(q, k, q_scales, k_scales, out, ELEMENT: tl.constexpr, STORAGE: tl.con
     """The attention kernel's own products of one pair of tiles, with the rows' scales."""
     rows = tl.arange(0, 128)
     tile = tl.program_id(0)
-    s = _products(
+    s = products(
         tl.reshape(q.load([0, 0, 0, 0]), (128, D)), None, tl.reshape(k.load([0, 0, 0, 0]), (128, D)),
         k_scales, tile, 0, 0.0, ELEMENT, STORAGE, None, D, False,
     )  # fmt: skip

@@ -29,6 +29,7 @@ CALLS = [
     Call(
         150, 150, 64, heads=1, kv_heads=1, high="bf16", low="fp8", has_token_order=True, empty_slots=110, has_rope=True
     ),
+    Call(200, 200, 64, heads=1, kv_heads=1, high="bf16", low="int4", window=0, sink=0, rotation="none/head_dim"),
     Call(70, 70, 256, heads=1, kv_heads=1, high="bf16", low="int8/bf16"),
     Call(
         156, 156, 64, heads=1, kv_heads=1, high="bf16", low="int8", text=(0, 12), grid=(9, 16),
