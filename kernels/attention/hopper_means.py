@@ -18,7 +18,6 @@ from dma_diffusers.kernels.attention.hopper_phases import (
     products_layout,
     views,
 )
-from dma_diffusers.kernels.attention.hopper_powers import as_operand
 from dma_diffusers.kernels.attention.kernel import P_SHIFT
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 from dma_diffusers.kernels.tiling import layout, precision_map
@@ -115,8 +114,10 @@ def low_means_phase(
             m = m_new
             addend = gl.where(top > _least_of(s.dtype), LOG_SUBTILE - m, float("-inf"))
             x = s.to(gl.float32) * (8.0 * own_factor)[:, None] + (8.0 * addend + CODE_OF_ONE)[:, None]
-            x = as_operand(x, sums)
-            p = gl.inline_asm_elementwise(_TO_CODES, "=r,r,r,r,r", [x], gl.int8, is_pure=True, pack=4)
+            x = gl.reshape(x, (ROWS, TILE // 16, 2, 4, 2))
+            x = gl.reshape(gl.permute(x, (0, 1, 3, 2, 4)), (ROWS, TILE))
+            p = gl.convert_layout(x, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
+            p = gl.inline_asm_elementwise(_TO_CODES, "=r,r,r,r,r", [p], gl.int8, is_pure=True, pack=4)
             p = p.to(gl.float8e4nv, bitcast=True)
             p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 4), assert_trivial=True)
             v = low_values.index(2 * slot + 1).permute((1, 0))

@@ -5,7 +5,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from dma_diffusers.kernels.attention.hopper_powers import powers
 from dma_diffusers.kernels.attention.kernel import LOOKED_AT, P_SHIFT, PATIENCE
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
 from dma_diffusers.kernels.tiling import layout, precision_map
@@ -275,10 +274,10 @@ def low_phase(
             top = _largest(s, skip_below)
             if _counts(top, m, own_factor, no_shift, skip_below, kept):
                 kept += 1
-                m_new = gl.maximum(m, top * own_factor - P_SHIFT)
-                rescale = gl.exp2(m - m_new)
-                m = m_new
-                p = powers(s, own_factor, m, sums)
+                p, m, rescale = _probabilities(s.to(gl.float32), top, m, own_factor, no_shift)
+                p = gl.reshape(p.to(gl.float8e4nv), (ROWS, TILE // 16, 2, 4, 2))
+                p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (ROWS, TILE))
+                p = gl.convert_layout(p, gl.DotOperandLayout(0, sums, 4), assert_trivial=True)
                 p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 4), assert_trivial=True)
                 v = low_values.index(2 * slot + 1).permute((1, 0))
                 added = warpgroup_mma(p, v, no_sums, use_acc=False, is_async=True)

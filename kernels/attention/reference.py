@@ -19,8 +19,6 @@ P_SHIFT = 8.0  # P is stored as exp2(s − m)·2^8, clear of e4m3's subnormals; 
 LOWEST = -1.0e30
 # Codes of e4m3 count eighths of a binade, if 1 + x/8 is taken for 2^(x/8): on average, they are too large by so many.
 CODE_OF_ONE, CODE_EXCESS = 56.0, 0.4567
-# `interpolated_power` has no mean error with these. sm_90 takes so many of each 8 groups of 16 probabilities from it.
-INTERPOLATION_OFFSET, INTERPOLATION_WEIGHT, INTERPOLATED_GROUPS = 55.84, 0.68994140625, 4
 # After so many tiles in a row that it didn't skip, a block looks only at every so many, until it skips one.
 PATIENCE, LOOKED_AT = 16, 8
 
@@ -46,9 +44,8 @@ def attention(
     A MEAN tile adds its four sub-tiles: of n keys that are seen in one, with the mean k̄ and values with the mean v̄, it
     adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
     in any precision, if another is.
-    sums_rounded: FP8 probabilities are as in hopper.py: summed as rounded to e4m3, not before, and some of them from
-        `interpolated_power`; those of means are rounded by `e4m3_power`. INT8 ones, which are unsigned, are always
-        summed as rounded.
+    sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before; those of means
+        are rounded by `e4m3_power`. INT8 ones, which are unsigned, always are.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     keys_at_once: so many keys of a tile have one maximum, under which their probabilities are rounded.
@@ -165,20 +162,6 @@ def e4m3_power(x: torch.Tensor) -> torch.Tensor:
     return torch.where(code.isnan(), 127, code).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-def interpolated_power(x: torch.Tensor) -> torch.Tensor:
-    """2^x of float32 −12 ≤ x ≤ 8 without an exponential: a weighted sum of two piecewise linear interpolations.
-
-    A number whose float16 bits are a linear function of x interpolates 2^x between powers of two (Schraudolph, A Fast,
-    Compact Approximation of the Exponential Function, 1999). Two of them, half a binade apart, err in opposite ways:
-    x is rounded to a 32nd of a binade, and the sum errs by .9 % in the root mean square, without a mean.
-    """
-    in_quarters = (4 * x + INTERPOLATION_OFFSET).clamp(min=0).half()
-    bits = (((in_quarters + 128).float() - 128) * 256).nan_to_num().int()
-    power, half_a_binade_on = ((bits + more).short().view(torch.float16).float() for more in (0, 512))
-    power = (half_a_binade_on * INTERPOLATION_WEIGHT + power).half().float()
-    return torch.where(x.isnan(), x, power)
-
-
 def _added(
     m: torch.Tensor,
     l: torch.Tensor,
@@ -194,26 +177,17 @@ def _added(
     sums_rounded = pv == "int8" or (sums_rounded and pv == "fp8")
     for scores, values in zip(s.split(keys_at_once, -1), v.split(keys_at_once, -2), strict=True):
         m_new = torch.maximum(m, scores.amax(-1, keepdim=True) - P_SHIFT)
-        x = scores - m_new
-        p = torch.exp2(x)
+        p = torch.exp2(scores - m_new)
         rescale = torch.exp2(m - m_new)
         if sums_rounded and are_means and pv == "fp8":
-            rounded = e4m3_power(x).float()
+            rounded = e4m3_power(scores - m_new).float()
         else:
-            if sums_rounded and pv == "fp8":
-                p = torch.where(_is_interpolated(x), interpolated_power(x), p)
             rounded = quantiser.rounded_p(p, pv)
         summed = rounded if sums_rounded else p
         l = l * rescale + summed.sum(-1, keepdim=True)
         accumulator = accumulator * rescale + rounded @ values
         m = m_new
     return m, l, accumulator
-
-
-def _is_interpolated(x: torch.Tensor) -> torch.Tensor:
-    """Says for which keys of a tile sm_90 interpolates: bool `[128]`."""
-    groups = torch.arange(x.shape[-1], device=x.device) // 16
-    return groups * INTERPOLATED_GROUPS % 8 < INTERPOLATED_GROUPS
 
 
 @dataclass(frozen=True)
