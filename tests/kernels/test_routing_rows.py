@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.call import Memory
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.routing.reference import (
@@ -20,6 +21,7 @@ from dma_diffusers.kernels.routing.reference import (
     sample,
 )
 from dma_diffusers.kernels.tiling.layout import TILE
+from dma_diffusers.kernels.tiling.policies import parse
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, map_of
 from tests.kernels.calls import Call
 from tests.kernels.routings import random, random_levels, random_phases
@@ -194,3 +196,25 @@ def test_the_reference_reads_what_it_wrote():
     others = route_call(-q, k, v, routing), route_call(-q, k, v, routing, memory=memory)
     assert torch.equal(written.means, others[1].means) and torch.equal(written.bounds, others[1].bounds)
     assert not torch.equal(written.means, others[0].means)
+
+
+@pytest.mark.parametrize("how", HOW[:2], ids=str)
+def test_entries_of_a_batch_choose_as_they_would_alone(how):
+    """So guidance may have both its calls in one batch."""
+    q, k, v = (random(2, 2, 1000, 32, seed=seed) for seed in range(3))
+    routing = Routing.of(random_phases(1, 2, 8, 8), 0.2, **how, by_rows=True)
+    together, alone = memory_of(routing, 2, 2), [memory_of(routing, 1, 2) for _ in range(2)]
+    route_call(q, k, v, routing, memory=together)
+    for entry, memory in enumerate(alone):
+        route_call(*(x[entry, None] for x in (q, k, v)), routing, memory=memory)
+    for batched, *separate in zip(together.tensors, *(memory.tensors for memory in alone), strict=True):
+        assert torch.equal(batched, torch.cat(separate)) and batched.any()
+
+
+def test_a_plan_knows_how_pairs_are_chosen():
+    layout = Call(300, 300, 64).layout
+    by = {words: plan.make(parse(f"importance(budget=0.5{words})"), layout).routing.by_rows
+          for words in ("", ", by=pools", ", by=rows", ", by=memory", ", beyond=mean, by=memory")}  # fmt: skip
+    assert list(by.values()) == [False, False, True, True, True]
+    assert parse("importance(budget=0.5, by=memory) | diagonal(window=128)").remembers
+    assert not parse("importance(budget=0.5, by=rows) | diagonal(window=128)").remembers
