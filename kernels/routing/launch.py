@@ -143,8 +143,8 @@ def _levels_of_rows(
     dim, device = padded_dim(head_dim), source.q.device
     levels = _Levels.empty(batch, heads, routing, device, launcher)
     v_pools = None if routing.by_mass else spread_of_values(source, launcher)
-    # Without spills on any architecture.
-    at_once, keys = (8, 64) if dim <= 128 else (4, 16)
+    # These have no spills on any architecture.
+    at_once, keys = (8, 64) if dim <= 128 else (4, 32)
     blocks = batch * heads * -(-tiles(q_length) // at_once)
     programs = min(blocks, 2 * multiprocessors(device))
     notes = launcher.empty((programs, tiles(k_length), at_once * ROWS), torch.float32, device)
@@ -155,7 +155,7 @@ def _levels_of_rows(
         heads, kv_heads, q_length, k_length, token_count, *source.strides[:6], _stride(routing.phases), blocks,
         POWER=1 if routing.by_mass else 2, Q_TILES=at_once, KEYS=keys, COLUMNS=32,
         PAIRED=are_paired(source.q, source.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
-        num_warps=8, num_stages=1, enable_fp_fusion=True,
+        num_warps=8, num_stages=1, enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
     return levels
 

@@ -70,7 +70,7 @@ def score_rows(
         for k_tile in range(0, k_tiles):
             top = tl.full((Q_TILES * ROWS,), MINUS_INFINITY, tl.float32)
             mass, square = tl.zeros_like(top), tl.zeros_like(top)
-            for part in tl.static_range(TILE // KEYS):
+            for part in range(0, TILE // KEYS):
                 slots = k_tile * TILE + part * KEYS + tl.arange(0, KEYS)
                 k_tokens = token_at(token_order, slots, k_length, token_count)
                 if key_mask is not None:
