@@ -266,3 +266,53 @@ def test_a_ring_is_refused():
         Spread(context, None).check([parse("diagonal(window=128)"), parse(POLICY)])
     Spread(context, None).check([parse(POLICY.replace("memory", "rows"))])
     Spread(SimpleNamespace(ring_degree=1, ulysses_degree=2), None).check([parse(POLICY)])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.kernel
+@needs_gpu
+@torch.no_grad()
+def test_kernels_read_what_they_wrote():
+    """The same numbers give the same bits, chosen or read; others are attended to by the pairs that were chosen."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draws = (torch.randn(2, 2, 1300, 64, generator=generator, device="cuda") for _ in range(3))
+    q, k, v = (3 * x.bfloat16() for x in draws)
+    memory, branch, _ = made()
+
+    def attend(q, observer=None, by="memory"):
+        policy = POLICY.replace("memory", by)
+        return operator.attention(q, k, v, high="bf16", low="int8", policy=policy, observer=observer).out
+
+    wanted = attend(q, by="rows")
+    for step in range(1, EVERY):
+        branch.step = step
+        assert torch.equal(attend(q, memory.handle), wanted)
+    branch.step = EVERY
+    assert not torch.equal(attend(-q, memory.handle), attend(-q, by="rows"))
+    branch.step = EVERY + 1
+    assert torch.equal(attend(-q, memory.handle), attend(-q, by="rows"))
+    assert (memory.chosen, memory.read) == (2, EVERY - 1)
+
+
+@pytest.mark.kernel
+@needs_gpu
+@torch.no_grad()
+def test_cuda_graphs_of_torch_compile_leave_the_choice_out(calls):
+    torch.compiler.reset()
+    model = tiny_pipelines.flux(head_dim=64).transformer.to("cuda", torch.bfloat16)
+    apply(model, **FIELDS | {"low": "int8"})
+    expected = []
+    for drawing in range(4):  # eager, a warm-up, a recording, a replay
+        if drawing == 1:
+            model.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
+        calls.clear()
+        words = text().to("cuda", torch.bfloat16)
+        for step, level in enumerate((1, 0.9, 0.8, 0.7, 0.6)):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.device("cuda"):
+                out = run(model, words, level, latents(step).to("cuda", torch.bfloat16)).clone()
+            expected.append(out)
+            torch.testing.assert_close(out, expected[step], rtol=0.05, atol=0.05)
+        assert reads(calls) == "crrcr"
