@@ -60,10 +60,10 @@ def text(seed=0) -> torch.Tensor:
 
 def run(model, words, level, of=None) -> torch.Tensor:
     of = latents() if of is None else of
-    return model(
-        of, words, torch.ones(1, tiny_pipelines.WIDTH), torch.tensor([float(level)]),
-        torch.arange(of.shape[1])[:, None].expand(-1, 3), torch.zeros(words.shape[1], 3), return_dict=False,
-    )[0]  # fmt: skip
+    pooled, place = torch.ones(1, tiny_pipelines.WIDTH, dtype=of.dtype), torch.arange(of.shape[1])[:, None]
+    level, places, none = torch.tensor([float(level)]), place.expand(-1, 3), torch.zeros(words.shape[1], 3)
+    others = (x.to(of.device) for x in (pooled, level, places, none))
+    return model(of, words, *others, return_dict=False)[0]
 
 
 def reads(calls) -> str:
@@ -311,8 +311,7 @@ def test_cuda_graphs_of_torch_compile_leave_the_choice_out(calls):
         words = text().to("cuda", torch.bfloat16)
         for step, level in enumerate((1, 0.9, 0.8, 0.7, 0.6)):
             torch.compiler.cudagraph_mark_step_begin()
-            with torch.device("cuda"):
-                out = run(model, words, level, latents(step).to("cuda", torch.bfloat16)).clone()
+            out = run(model, words, level, latents(step).to("cuda", torch.bfloat16)).clone()
             expected.append(out)
             torch.testing.assert_close(out, expected[step], rtol=0.05, atol=0.05)
         assert reads(calls) == "crrcr"
