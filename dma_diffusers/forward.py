@@ -152,17 +152,17 @@ class ForwardContext:
     def begin_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Does what `begin` does, and finds the stage and the branch of the call; a forward pre-hook."""
         self.begin(model, args, kwargs)
-        has_stages = bool(self.stages and self.stages.above)
-        if not has_stages and not self.remembers:
+        stages = self.stages if self.stages and self.stages.above else None
+        if stages is None and not self.remembers:
             return
         level = self.noise_level(args, kwargs)
         sigma = None if level is None else float(level)
         if sigma is None:
-            untold = (UNKNOWN_NOISE, has_stages), (UNTOLD, self.remembers)
+            untold = (UNKNOWN_NOISE, stages is not None), (UNTOLD, self.remembers)
             self.notes += [note for note, is_so in untold if is_so and note not in self.notes]
-        if has_stages:
-            stage = self.stages.number(sigma)
-            self.call.enter(stage, self.stages.kinds[stage])
+        if stages is not None:
+            stage = stages.number(sigma)
+            self.call.enter(stage, stages.kinds[stage])
         if self.remembers:
             named = self._named(args, kwargs)
             latents = named.get(self.parameters[0])

@@ -76,7 +76,8 @@ class _Drawing:
     def __init__(self, text: torch.Tensor | None):
         self.text = _reference(text)
         self.branches: list[Branch] = []
-        self.sigma, self.latents, self.calls = -math.inf, _nothing, 0
+        self.latents = _reference(None)
+        self.sigma, self.calls = -math.inf, 0
 
     def enter(self, sigma: float, latents: torch.Tensor | None) -> Branch:
         """The branch of a call at this noise level."""
@@ -106,8 +107,8 @@ class Drawings:
         for number, drawing in list(self._drawings.items()):
             if number != id(None) and drawing.text() is None:
                 del self._drawings[number]
-        drawing = self._drawings.pop(id(text), None) or _Drawing(text)
-        self._drawings[id(text)] = drawing
+        drawing = self._drawings.setdefault(id(text), _Drawing(text))
+        self._drawings.move_to_end(id(text))
         if len(self._drawings) > MOST_TEXTS:
             self._drawings.popitem(last=False)
         return drawing.enter(sigma, _tensor(latents))
