@@ -17,7 +17,10 @@ _PATTERNS = (
     (LINEARS, r"^triton_tem_"),
     (QUANTISING, r"^triton_.*(scaled_mm|int_mm|_amax_|float8)"),
     (POINTWISE, r"^triton_"),
-    (ATTENTION_QUANTISER, r"^(quantise|encode|statistics|pool|score|write_block_lists|count_steps|rotated)$"),
+    (
+        ATTENTION_QUANTISER,
+        r"^(quantise|encode|statistics|pool|score|score_rows|count_steps|choose|write_block_lists|rotated)$",
+    ),
     (ATTENTION, r"^attend|flash|fmha|sdpa|sage|qk_int_sv"),
     (QUANTISING, r"quanti[sz]e|float8_copy|reencode"),
     (LINEARS, r"nvjet|gemm|cutlass|cublas|xmma|splitK|multiply|linear|scaled_mm"),
