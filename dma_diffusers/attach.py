@@ -28,6 +28,7 @@ from dma_diffusers.interception import Interception
 from dma_diffusers.linears.apply import prepare_linears
 from dma_diffusers.linears.quantise import linear_receipts, restore_linears
 from dma_diffusers.linears.receipt import LinearReceipt
+from dma_diffusers.memory import ModuleMemory
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt, Receipt
 from dma_diffusers.stages import stages
@@ -205,7 +206,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
     others = are_other_weights(model, config.weights)
 
     def attach() -> None:
-        forward = ForwardContext(model, family, config, found, bool(on_grid))
+        remembers = any(policy.remembers for policy in policies)
+        forward = ForwardContext(model, family, config, found, bool(on_grid), remembers)
         forward.notes += [OTHER_WEIGHTS] * others
         guard = None if config.guard is None else Guard(config.guard, forward)
         processors = {}
@@ -214,6 +216,8 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
             seen = family.of_module(name)
             interception = Interception(found.modules[name], seen, forward, _head_dim(module))
             interception.watch = guard.watch(name) if guard else None
+            if any(entry.config.asked.remembers for entry in found.modules[name].entries):
+                interception.memory = ModuleMemory(forward, interception.watch)
             processors[name] = wrap(_stock(module.processor), interception)
         _detach(model)
         for name, processor in processors.items():

@@ -13,6 +13,7 @@ from dma_diffusers.checkpoints import carry
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
 from dma_diffusers.internals import FluxPosEmbed
+from dma_diffusers.memory import UNTOLD, Branch, Drawings
 from dma_diffusers.parallel import splits_text
 from dma_diffusers.stages import Stages
 
@@ -36,12 +37,15 @@ class ForwardCall:
     is_running: whether the model's own call has begun and not ended. stage, kind: the numbers of the stage of its noise
     level, and of that stage's kind (`Stages`). trains: whether a backward pass will follow, perhaps through
     checkpoints. pairs_angles: whether the model's tables of RoPE have each angle twice, for two neighbouring channels.
+    branch: where the call belongs among those of its drawing; None where nobody asks, or it is not known.
     """
 
     def __init__(self) -> None:
         self.is_running = False
         self.trains = False
         self.pairs_angles = False
+        self.drawings = Drawings()
+        self.branch: Branch | None = None
         self.enter(0, 0)
         # Empty tensors hold lengths: torch.compile would take integers for constants, and recompile.
         self.text: torch.Tensor | None = None
@@ -69,6 +73,7 @@ class ForwardContext:
     config: what was asked for the model as a whole.
     stages: what its modules run at each noise level; None for a single stage.
     wants_grid: whether a policy needs to know what the tokens lie on; the family must know how to find it.
+    remembers: whether a policy does.
     """
 
     def __init__(
@@ -78,11 +83,13 @@ class ForwardContext:
         config: DMAConfig,
         stages: Stages | None = None,
         wants_grid: bool = False,
+        remembers: bool = False,
     ):
         self.family = family
         self.config = config
         self.stages = stages
         self.wants_grid = wants_grid
+        self.remembers = remembers
         self.notes = [stages.note] if stages and stages.note else []
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.model = type(model).__name__
@@ -114,7 +121,8 @@ class ForwardContext:
 
     def watch(self, model: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Registers the hooks that begin and end the model's calls."""
-        reads = (self.wants_grid and self.family.grid_on_device) or (self.stages and self.stages.above)
+        reads_level = self.remembers or (self.stages and self.stages.above)
+        reads = reads_level or (self.wants_grid and self.family.grid_on_device)
         begin = self.begin_on_device if reads else self.begin
         return (
             model.register_forward_pre_hook(begin, with_kwargs=True),
@@ -142,14 +150,23 @@ class ForwardContext:
 
     @torch.compiler.disable  # reading would break a graph; a compiled model's hooks run before its own
     def begin_on_device(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Does what `begin` does, and finds the stage of the call's noise level; a forward pre-hook."""
+        """Does what `begin` does, and finds the stage and the branch of the call; a forward pre-hook."""
         self.begin(model, args, kwargs)
-        if self.stages and self.stages.above:
-            sigma = self.noise_level(args, kwargs)
-            if sigma is None and UNKNOWN_NOISE not in self.notes:
-                self.notes.append(UNKNOWN_NOISE)
-            stage = self.stages.number(None if sigma is None else float(sigma))
-            self.call.enter(stage, self.stages.kinds[stage])
+        stages = self.stages if self.stages and self.stages.above else None
+        if stages is None and not self.remembers:
+            return
+        level = self.noise_level(args, kwargs)
+        sigma = None if level is None else float(level)
+        if sigma is None:
+            untold = (UNKNOWN_NOISE, stages is not None), (UNTOLD, self.remembers)
+            self.notes += [note for note, is_so in untold if is_so and note not in self.notes]
+        if stages is not None:
+            stage = stages.number(sigma)
+            self.call.enter(stage, stages.kinds[stage])
+        if self.remembers:
+            named = self._named(args, kwargs)
+            latents = named.get(self.parameters[0])
+            self.call.branch = None if sigma is None else self.call.drawings.enter(named, latents, sigma)
 
     def end(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
         """Ends the call, also when the model raises; a forward hook."""

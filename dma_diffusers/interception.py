@@ -27,6 +27,7 @@ from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.backward.reference import why_not
 from dma_diffusers.kernels.call import Norms, Rope
 from dma_diffusers.kernels.lowerings import architecture
+from dma_diffusers.memory import ModuleMemory
 from dma_diffusers.parallel import Spread
 from dma_diffusers.receipt import ModuleReceipt
 from dma_diffusers.stages import ModuleStages
@@ -74,7 +75,7 @@ class Interception:
     own: what the module runs at each noise level.
     head_dim: of the module if it tells, else None until its first call.
     stand_in: runs the calls in the operator's place, with its arguments and its result; None for the operator.
-    watch: the guard's watch over the operator's calls; None for none.
+    watch: the guard's watch over the operator's calls; None for none. memory: what importance remembers; None for none.
     """
 
     def __init__(self, own: ModuleStages, family: Family, forward: ForwardContext, head_dim: int | None):
@@ -106,6 +107,7 @@ class Interception:
         self.has_grid = any(config.asked.on_grid for _, config in own.config.entries)
         self.stand_in: Callable[..., operator.Result] | None = None
         self.watch: Watch | None = None
+        self.memory: ModuleMemory | None = None
         self.calls = [0] * len(self.configs)  # that were intercepted, by stage
         self.fallbacks: Counter[str] = Counter()
         self._stock_kinds: dict[tuple, tuple[str, ...]] = {}
@@ -250,7 +252,7 @@ class Interception:
             lowering, reason = "stock", TURNED
         notes = (
             *self.forward.notes, *self.notes(self.forward.grid), self._spread_note(), FUSES * self.fuses,
-            REPLAYED if watch is not None and watch.replayed else "",
+            REPLAYED if watch is not None and watch.replayed else "", str(self.memory or ""),
         )  # fmt: skip
         return ModuleReceipt(
             module, lowering, self.own.config.high, self.own.config.low, self._policy(), reason,
@@ -289,8 +291,9 @@ class Interception:
         return own | {"policy": self.forward.policies, "which": number - 1}
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
-        if self.watch is not None and self.stand_in is None and not is_exporting():
-            arguments["observer"] = self.watch.handle
+        observer = self.memory or self.watch  # the memory hands its calls to the watch
+        if observer is not None and self.stand_in is None and not is_exporting():
+            arguments["observer"] = observer.handle
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
         self._count_inexact(result.inexact_rows)
         return result

@@ -13,9 +13,11 @@ from dma_diffusers.kernels.linears import lowering as linear_lowerings
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.lowerings import Lowering
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import TILE, Layout
-from dma_diffusers.kernels.tiling.policies import Policy
+from dma_diffusers.kernels.routing.reference import ROWS
+from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
+from dma_diffusers.kernels.tiling.policies import By, Policy
 from dma_diffusers.kernels.tiling.precision_map import Phase
+from dma_diffusers.memory import EVERY
 
 TARGETS = tuple(MATRIX_RATES)
 
@@ -96,6 +98,20 @@ def means_clocks(target: str, head_dim: int, high: str, low: str, has_low: bool)
     """
     lowering = lowering_of(target, head_dim, high, low)
     return sum(clocks_of(target, head_dim, *letters(Precisions.parse(high, low).of_means(has_low), lowering)))
+
+
+def routing_clocks(policy: Policy, layout: Layout, target: str, head_dim: int) -> float:
+    """Predict the clocks of an SM for finding a head's important pairs.
+
+    Pools count as nothing: they take .3 % of LOW. Rows of each Q tile are multiplied with all keys in bf16, which a
+    memory does in every `EVERY`th step. Raises ValueError for a target without rates.
+    """
+    check_target(target)
+    if policy.router is None or policy.router.by is By.POOLS:
+        return 0.0
+    products, exponentials = clocks_of(target, head_dim, "H", "H")
+    of_pair = (products / 2 + exponentials) * ROWS / TILE
+    return tiles(layout.q_length) * tiles(layout.k_length) * of_pair / (EVERY if policy.remembers else 1)
 
 
 def share_left(left_out: float, target: str, head_dim: int, high: str, low: str) -> float:

@@ -37,6 +37,26 @@ class Norms:
         return self.q, self.q_first, self.k, self.k_first
 
 
+@dataclass(eq=False)
+class Memory:
+    """The pairs of tiles that routing chose, kept from one call to others of the same shapes.
+
+    is_read: a call takes its pairs from here; else it chooses, and writes them here.
+    high, left: int32 `[B, H, q_tiles, ⌈k_tiles / 32⌉]`, bits as of `PrecisionMap.means`: the LOW pairs that become
+        HIGH, and the pairs that are MEAN or, where the rest is skipped, left out. The first call makes both; `left`
+        stays None where the rest is LOW.
+    """
+
+    is_read: bool = False
+    high: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that kernels read or write of it."""
+        return [x for x in (self.high, self.left) if x is not None]
+
+
 @dataclass(frozen=True)
 class Call:
     """One attention call, in the model's own order of tokens.
@@ -52,6 +72,7 @@ class Call:
         back, for which it is rounded to its dtype once more.
     smooth_k: whether k loses its mean in every format but bf16. smooth_v: whether v loses its mean where it is stored
         in 8 bits; the output gets it back.
+    memory: where routing reads or writes the pairs that it chose; None for nowhere.
     """
 
     q: torch.Tensor
@@ -66,6 +87,7 @@ class Call:
     rotation: str = "none"
     smooth_k: bool = True
     smooth_v: bool = True
+    memory: Memory | None = None
 
     def __post_init__(self):
         if self.scale is None:

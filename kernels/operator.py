@@ -17,8 +17,9 @@ from dma_diffusers.kernels import lowerings, plan
 from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.backward import reference as differentiated
 from dma_diffusers.kernels.backward.int8 import check_products
-from dma_diffusers.kernels.call import Call, Norms, Rope
+from dma_diffusers.kernels.call import Call, Memory, Norms, Rope
 from dma_diffusers.kernels.checks import check, check_call
+from dma_diffusers.kernels.device.memory import kept
 from dma_diffusers.kernels.lowerings import Choice
 from dma_diffusers.kernels.plan_cache import PlanCache, Size
 from dma_diffusers.kernels.precision import Precisions
@@ -56,14 +57,20 @@ class Asked(NamedTuple):
     return_lse: bool
 
 
+class Attend(Protocol):
+    """It runs a call by the words of a policy, else as it asks, and hands its routing a memory."""
+
+    def __call__(self, policy: str, memory: Memory | None = None) -> Result: ...
+
+
 class Observer(Protocol):
     """It is handed the calls of one place in a model, and may run them otherwise than they ask for.
 
     It also sees calls inside of compiled graphs, but for those that a CUDA graph replays.
     """
 
-    def attention(self, call: Call, asked: Asked, attend: Callable[[str], Result]) -> Result:
-        """Gives a call's result. attend: runs it by the words of a policy, else as it asks."""
+    def attention(self, call: Call, asked: Asked, attend: Attend) -> Result:
+        """Gives a call's result."""
         ...
 
 
@@ -170,9 +177,12 @@ def _attention(
     q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
     rounds_twice, scale, is_causal, high, low, policies, which, grid,
     text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, backward,
-    return_lse,
+    return_lse, memory=None,
 ):  # fmt: skip
-    """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared."""
+    """The operator on every device. A call that is like one before, but for its numbers, finds everything prepared.
+
+    memory: a `Memory`, which is no argument of the registered operator; None for none.
+    """
     if q.ndim != 4 or k.ndim != 4:
         check(q, k, v, key_mask)
     policy = policies[which]
@@ -184,11 +194,11 @@ def _attention(
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors],
         eps, first, rounds_twice, scale, is_causal, high, low, policy, masks_text, mapped, lowering, rotation,
         smooth_k, smooth_v, return_lse, q is k, k is v, q is v, q_cos is k_cos, q_sin is k_sin,
-        *(() if q_weight is None else _sharing(weights)),
+        None if memory is None else memory.is_read, *(() if q_weight is None else _sharing(weights)),
     )  # fmt: skip
     norms = _norms(weights, eps, first, rounds_twice)
     ropes = _rope(q_cos, q_sin), _rope(k_cos, k_sin)
-    call = Call(q, k, v, key_mask, scale, is_causal, *ropes, norms, rotation, smooth_k, smooth_v)
+    call = Call(q, k, v, key_mask, scale, is_causal, *ropes, norms, rotation, smooth_k, smooth_v, memory)
     attend = size.prepared.get(key)
     if attend is None:
         check_call(call)
@@ -196,6 +206,8 @@ def _attention(
         planned = _planned(size, call, policy, mapped, masks_text)
         attend = _prepare(call, planned, Precisions.parse(high, low), chosen, return_lse)
         size.prepared[key] = attend
+    if memory is not None and memory.high is None:
+        _make_room(memory, call, _planned(size, call, policy, mapped, masks_text))
     out, lse, inexact_rows = attend(call)
     nothing = _nothing(q.device)
     return out, nothing[0] if lse is None else lse, nothing[1] if inexact_rows is None else inexact_rows
@@ -208,6 +220,14 @@ def _planned(size: Size, call: Call, policy: str, mapped: bool, masks_text: bool
         raise ValueError(f"{policy} is for {asked.heads} heads, but q has {heads}")
     masks_text = masks_text and call.key_mask is not None and size.layout.text_length > 0
     return size.plan(asked, call.is_causal, masks_text)
+
+
+def _make_room(memory: Memory, call: Call, planned: plan.Plan) -> None:
+    """Makes the tensors of a memory, which outlive the call; none where content decides of nothing."""
+    if planned.routing is not None:
+        (batch, heads), make_room = call.q.shape[:2], planned.routing.make_room
+        with torch.inference_mode(False):  # what is made in that mode can't be changed outside of it
+            kept(lambda: make_room(memory, batch, heads), call.q.device)
 
 
 def _sharing(tensors: Sequence[torch.Tensor | None]) -> list[int]:
@@ -231,8 +251,9 @@ def _observed_attention(handle: torch.Tensor, *arguments):
     """The operator, whose call is handed to an observer."""
     asked = dict(zip(_PARAMETERS, arguments, strict=True))
 
-    def attend(policy: str) -> Result:
-        return Result(*_attention(**asked | {"policies": [policy], "which": 0, "mapped": True}))
+    def attend(policy: str, memory: Memory | None = None) -> Result:
+        given = {} if memory is None else {"memory": memory}
+        return Result(*_attention(**asked | given | {"policies": [policy], "which": 0, "mapped": True}))
 
     call = _call_of(asked)
     policy = asked["policies"][asked["which"]] if asked["mapped"] else DENSE
@@ -311,7 +332,7 @@ def _backward(
     return *gradients, *(None,) * (len(_PARAMETERS) - len(gradients))
 
 
-_PARAMETERS = tuple(inspect.signature(_attention).parameters)
+_PARAMETERS = tuple(inspect.signature(_attention).parameters)[:-1]  # the last is not the operator's
 _TENSORS = 12  # so many of them are tensors, and come first
 
 

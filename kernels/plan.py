@@ -10,7 +10,7 @@ from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import FineMask, fine_mask, hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import Layout, tiles_with
-from dma_diffusers.kernels.tiling.policies import Policy
+from dma_diffusers.kernels.tiling.policies import By, Policy
 from dma_diffusers.kernels.tiling.precision_map import (
     UNVISITED,
     Class,
@@ -139,10 +139,11 @@ def _block_lists(
     """A map, and what of it is routed; where the rest is not LOW, the map has taken no pair more precisely yet."""
     router = policy.router
     if router and (phases == Phase.LOW).any():
+        by_rows = router.by is not By.POOLS
         if router.beyond is None:
-            return map_of(phases, has_high=True), Routing.of(phases, router.budget)
+            return map_of(phases, has_high=True), Routing.of(phases, router.budget, by_rows=by_rows)
         rest = int(Phase.MEAN) if router.beyond is Class.MEAN else UNVISITED
-        routing = Routing.of(phases, router.budget, router.low or 0.0, rest)
+        routing = Routing.of(phases, router.budget, router.low or 0.0, rest, by_rows)
         beyond = map_of(torch.where(phases == Phase.LOW, rest, phases), has_high=True)
         return replace(beyond, has_low=router.low is not None), routing
     has_high = bool(((classes == Class.HIGH) & (phases < Phase.MEAN)).any())

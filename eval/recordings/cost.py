@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dma_diffusers.config import DMAConfig
-from dma_diffusers.eval.cost import check_target, clocks_of, clocks_of_pairs, pairs
+from dma_diffusers.eval.cost import check_target, clocks_of, clocks_of_pairs, pairs, routing_clocks
 from dma_diffusers.eval.recordings.measure import at_noise_of, policy_and_layout
 from dma_diffusers.eval.recordings.store import Recording, Recordings
 from dma_diffusers.kernels import plan
@@ -38,6 +38,7 @@ def head_clocks(recordings: Recordings, config: DMAConfig, target: str) -> np.nd
                 left_out = _left_out(recordings, recording, policy, layout, own.high, own.low) / of_low
             formats = target, recording.shape[3], own.high, own.low
             clocks = clocks_of_pairs(visited, *formats, left_out=min(left_out, 1.0))
+            clocks = clocks + routing_clocks(policy, layout, target, recording.shape[3])
             known[key] = recording.shape[0] * clocks.expand(recording.shape[1]).numpy()
         place = modules.index(recording.module), steps.index(recording.step)
         total[place][: recording.shape[1]] += known[key]
@@ -70,7 +71,7 @@ def predicted_cost(
     """Predict attention's clocks in units of bf16 attention's; None for formats that no kernel of `target` multiplies.
 
     It is 1 where attention is left to stock. Every step of the drawing counts with what the configuration has at its
-    noise level. Quantisation, gather and routing are left out.
+    noise level. Quantisation, gather and routing by pools are left out.
 
     Args:
         ran: the share of each module's calls that ran as configured, where that is less than all; the other calls cost

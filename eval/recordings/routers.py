@@ -98,6 +98,9 @@ def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.
     scores |= {f"{count} rows": by_rows(call, _drawn(call, count, generator)) for count in ROWS}
     for ago, before in earlier.items():
         scores[f"{REMEMBERED} rows, {ago} steps ago"] = by_rows(before, _drawn(before, REMEMBERED, generator))
+    staggered = routing.sample(count=routing.ROWS).expand(call.q.shape[1] // TILE, -1)
+    for ago, each in {0: call, **earlier}.items():
+        scores[f"{routing.ROWS} rows, staggered, {ago} steps ago"] = by_rows(each, staggered)
     scores[f"all rows, {max(AGO)} steps ago"] = by_rows(
         earlier[max(AGO)], every.expand(call.q.shape[1] // TILE, -1)
     )

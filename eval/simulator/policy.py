@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dma_diffusers.eval.cost import clocks_of, clocks_of_pairs, pairs
+from dma_diffusers.eval.cost import clocks_of, clocks_of_pairs, pairs, routing_clocks
 from dma_diffusers.eval.simulator.predict import MACHINES, predict_policy
 from dma_diffusers.kernels.tiling.layout import Layout, tiles
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
@@ -34,7 +34,8 @@ def record(
     target, every = MACHINES[gpu].architecture, tiles(layout.q_length) ** 2
     counted = pairs(policy, layout)
     in_high, in_low, in_mean, _ = (number.mean().item() / every for number in counted)
-    clocks = clocks_of_pairs(counted, target, head_dim, high, low, left_out).mean().item() / every
+    clocks = clocks_of_pairs(counted, target, head_dim, high, low, left_out).mean().item()
+    clocks = (clocks + routing_clocks(policy, layout, target, head_dim)) / every
     return {
         "policy": str(policy),
         "tokens": layout.q_length,

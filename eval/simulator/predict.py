@@ -13,7 +13,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dma_diffusers.eval.cost import clocks_of, lowering_of, means_clocks, pairs, share_left, tile_clocks
+from dma_diffusers.eval.cost import (
+    clocks_of,
+    lowering_of,
+    means_clocks,
+    pairs,
+    routing_clocks,
+    share_left,
+    tile_clocks,
+)
 from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.defaults import default_formats as formats_of
@@ -219,7 +227,11 @@ def predict_policy(
     of_high, of_low, _, walked = (number.mean().item() for number in visited)
     of_low *= share_left(left_out, dense.machine.architecture, head_dim, high, low)
     ours = replace(dense, tokens=slots).whole(of_high, of_low, walked, in_boxes=policy.on_grid)
-    found = _beside_dense(dense, layout.text_length, ours)
+    machine = dense.machine
+    routing = heads * routing_clocks(policy, layout, machine.architecture, head_dim)
+    found = _beside_dense(dense, layout.text_length, ours + routing / (machine.multiprocessors * machine.hz))
+    if routing:
+        return found._replace(label=f"predicted, not measured with {policy} on any {gpu.upper()}")
     if walked and (gpu, f"{high}|{low}") == MEASURED:
         found = found._replace(label=LABEL_OF_MEANS)
     return found

@@ -18,7 +18,7 @@ from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.quantiser.launch import Encoded, Source, Statistics, encode, statistics_of
 from dma_diffusers.kernels.quantiser.operands import Classes, Stored, padded_dim
-from dma_diffusers.kernels.routing.launch import pooled, route
+from dma_diffusers.kernels.routing.launch import route_call
 from dma_diffusers.kernels.tiling.layout import TILE
 from dma_diffusers.kernels.tiling.precision_map import PrecisionMap
 
@@ -201,8 +201,7 @@ def operands_of(
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, is_shared)
     else:
-        pools = pooled(source, known.mean, launcher)
-        block_lists = route(pools, plan.routing, is_shared, launcher)
+        block_lists = route_call(source, known.mean, plan.routing, call.memory, is_shared, launcher)
         if variant.means is not None and block_lists.means is None:
             block_lists = replace(block_lists, means=plan.block_lists(call.q.device, is_shared).means)
     return Operands(encoded, encoded_means, known.mean, block_lists)

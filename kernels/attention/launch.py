@@ -100,12 +100,12 @@ class Prepared:
         """The call's result, as of the function `attention`."""
         outputs = Outputs.empty(call, self._variant, self._return_lse)
         if self._reads_own:
-            addresses = _addresses((*_own_tensors(call, self._plan), *outputs.tensors))
+            addresses = _addresses((*_own_tensors(call, self._plan), *_remembered(call), *outputs.tensors))
             if addresses is not None:
                 self._launch_again(call.q.device, addresses)
                 return outputs.out, outputs.lse, outputs.inexact_rows
         inputs = Inputs.of(call, self._plan, self._variant)
-        tensors = inputs.tensors
+        tensors = (*inputs.tensors, *_remembered(call))
         is_own = inputs.are_of(call)
         addresses = _addresses((*tensors, *outputs.tensors))
         if not self._records or addresses is None or (self._recording and is_own != self._reads_own):
@@ -127,6 +127,10 @@ class Prepared:
         else:
             with torch.cuda.device(device):
                 self._recording.launch(device, addresses)
+
+
+def _remembered(call: Call) -> list[torch.Tensor]:
+    return [] if call.memory is None else call.memory.tensors
 
 
 def _own_tensors(call: Call, plan: Plan) -> list[torch.Tensor]:

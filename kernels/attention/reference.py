@@ -11,7 +11,7 @@ from dma_diffusers.kernels.formats import Rotations, rotate, rotate_back
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precision, Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
-from dma_diffusers.kernels.routing.reference import pools, route
+from dma_diffusers.kernels.routing.reference import route_call
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import LOOPS, Phase, PrecisionMap
 
@@ -275,7 +275,7 @@ class Slots:
         if plan.routing is not None:
             there = None if order is None else taken[None]
             seen = there if key_mask is None else key_mask
-            precision_map = route(pools(scaled, smoothed, v.float(), there, seen), plan.routing)
+            precision_map = route_call(scaled, smoothed, v.float(), plan.routing, there, seen, call.memory)
         v = v if rotations.v == "none" else rotate(v, rotations.v)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,

@@ -1,4 +1,4 @@
-"""Routing on the GPU: pool every tile, score every pair, find the least that is taken, write the block lists.
+"""Routing on the GPU: pool every tile, score every pair, choose those that are taken, write the block lists.
 
 The kernels compute what reference.py defines, by the same formulas; their products are in TF32, whose rounding is about
 as fine as the levels.
@@ -22,7 +22,7 @@ LOWEST = tl.constexpr(reference.LOWEST)
 LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
 MINUS_INFINITY = tl.constexpr(-1.0e30)
-LEAST_EXPONENT = tl.constexpr(-126.0)
+LEAST_EXPONENT = tl.constexpr(float(reference.LEAST_EXPONENT))
 SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
 MEANS_TILES = tl.constexpr(precision_map.MEANS_TILES)
 
@@ -89,7 +89,8 @@ def pool(
 
     q_pools: float32 [B·H, q_tiles, 2, D], the mean and the variance of each channel.
     k_pools: float32 [B·Hkv, 4·k_tiles, 2, D], the same of each sub-tile over keys that are seen.
-    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances over the same keys.
+    v_pools: float32 [B·Hkv, k_tiles], the sum of the channels' variances over the same keys. Where q_pools and k_pools
+    are None, these alone are wanted.
     """
     index = tl.program_id(0)
     of_keys = kv_heads_in_all * tl.cdiv(k_length, TILE)
@@ -99,22 +100,23 @@ def pool(
             k_length, token_count, v_stride_b, v_stride_h, v_stride_s, 1, PAIRED, HEAD_DIM, D,
         )  # fmt: skip
         tl.store(v_pools + index, tl.sum(v_variance))
-    elif index < 2 * of_keys:
-        index -= of_keys
-        k_middle, k_variance = _means_and_variances(
-            k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
-            key_mask, token_order, index, kv_heads, k_length, token_count,
-            k_stride_b, k_stride_h, k_stride_s, SUBTILES, PAIRED, HEAD_DIM, D,
-        )  # fmt: skip
-        _store_pools(k_pools, index, k_middle, k_variance, SUBTILES, D)
-    else:
-        index -= 2 * of_keys
-        q_middle, q_variance = _means_and_variances(
-            q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
-            None, token_order, index, heads, q_length, token_count,
-            q_stride_b, q_stride_h, q_stride_s, 1, PAIRED, HEAD_DIM, D,
-        )  # fmt: skip
-        _store_pools(q_pools, index, q_middle, q_variance, 1, D)
+    elif k_pools is not None:  # which the compiler knows
+        if index < 2 * of_keys:
+            index -= of_keys
+            k_middle, k_variance = _means_and_variances(
+                k, mean, 1.0, k_cos, k_sin, k_weight, k_first_weight, eps, first, ROUNDS_TWICE,
+                key_mask, token_order, index, kv_heads, k_length, token_count,
+                k_stride_b, k_stride_h, k_stride_s, SUBTILES, PAIRED, HEAD_DIM, D,
+            )  # fmt: skip
+            _store_pools(k_pools, index, k_middle, k_variance, SUBTILES, D)
+        else:
+            index -= 2 * of_keys
+            q_middle, q_variance = _means_and_variances(
+                q, None, factor, q_cos, q_sin, q_weight, q_first_weight, eps, first, ROUNDS_TWICE,
+                None, token_order, index, heads, q_length, token_count,
+                q_stride_b, q_stride_h, q_stride_s, 1, PAIRED, HEAD_DIM, D,
+            )  # fmt: skip
+            _store_pools(q_pools, index, q_middle, q_variance, 1, D)
 
 
 @triton.jit
@@ -141,6 +143,28 @@ def _scores(q_mean, q_variance, k_pools, subtile, inside, D: tl.constexpr):
     variance = tl.dot(q_variance, (k_mean * k_mean + k_variance).trans(1, 0))
     variance = tl.dot(q_mean * q_mean, k_variance.trans(1, 0), variance)
     return score, tl.sqrt(variance)
+
+
+@triton.jit
+def store_levels(levels, phases, importance, is_known, pairs, inside):
+    """Write the levels of some pairs; return them, and which pairs are offered: LOW ones, of known importance."""
+    phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
+    is_offered = (phase == LOW) & is_known & (importance == importance)
+    level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
+    tl.store(levels + pairs, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
+    return level, is_offered
+
+
+@triton.jit
+def binades_of(level, is_offered):
+    """Count the pairs that are offered in each binade, int32 [BINS]."""
+    return tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
+
+
+@triton.jit
+def add_binades(histogram, batch, binades):
+    bins = histogram + batch * (2 * BINS) + tl.arange(0, BINS)
+    tl.atomic_add(bins, binades, mask=binades != 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
@@ -203,15 +227,11 @@ def score(
         if POWER == 2:
             spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
             importance = 0.5 * (importance + tl.log2(spread)[None, :])
-        phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
-        is_offered = (phase == LOW) & (summed > 0.0) & (importance == importance)
-        level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
-        tl.store(levels + pairs, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
+        level, is_offered = store_levels(levels, phases, importance, summed > 0.0, pairs, inside)
         if histogram is not None:
-            binades += tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
+            binades += binades_of(level, is_offered)
     if histogram is not None:
-        bins = histogram + batch * (2 * BINS) + tl.arange(0, BINS)
-        tl.atomic_add(bins, binades, mask=binades != 0, sem="relaxed")
+        add_binades(histogram, batch, binades)
 
 
 @triton.jit
@@ -251,21 +271,9 @@ def _keys(levels, phase, pair, k_tile, k_tiles, inside):
     return tl.where(phase == LOW, (level + 1) * k_tiles + (k_tiles - 1 - k_tile), -1)
 
 
-@triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
-def rank(
-    levels, phases, shares, least, means, heads, q_tiles, k_tiles, phases_stride_h, shares_stride_h,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Find the least `_keys` of one Q tile's pairs that become HIGH, and that become HIGH or stay LOW.
-
-    levels: what `score` wrote. shares: int32 [H or 1, q_tiles, 2], how many pairs these are.
-    least: int32 [B·H, q_tiles, 2]. means: int32 [B·H, q_tiles, ⌈k_tiles / 32⌉], a bit for each pair that is MEAN by its
-    phase, or LOW and left; None where those left are skipped.
-    """
-    head, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
-    phases += (head % heads).to(tl.int64) * phases_stride_h
-    levels += head.to(tl.int64) * q_tiles * k_tiles
-    shares += (head % heads) * shares_stride_h + q_tile * 2
+@triton.jit
+def _least_keys(levels, phases, shares, q_tile, k_tiles, COLUMNS: tl.constexpr):
+    """The least `_keys` of the pairs of one Q tile that become HIGH, and that become HIGH or stay LOW."""
     highs, kept = tl.load(shares), tl.load(shares + 1)
     least_high, least_kept = 0, 0
     for place in range(31):
@@ -280,60 +288,90 @@ def rank(
             above_kept += tl.sum((key >= (least_kept | bit)).to(tl.int32), axis=0)
         least_high = tl.where(above_high >= highs, least_high | bit, least_high)
         least_kept = tl.where(above_kept >= kept, least_kept | bit, least_kept)
-    least += tl.program_id(0) * 2
-    tl.store(least, least_high)
-    tl.store(least + 1, least_kept)
-    if means is not None:
-        words = tl.cdiv(k_tiles, MEANS_TILES)
-        means += tl.program_id(0).to(tl.int64) * words
-        for first in range(0, words, COLUMNS // MEANS_TILES):
-            k_tile = first * MEANS_TILES + tl.arange(0, COLUMNS)
-            pair, inside = q_tile * k_tiles + k_tile, k_tile < k_tiles
-            phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
-            key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
-            is_mean = (phase == MEAN) | ((phase == LOW) & (key < least_kept))
-            bits = tl.reshape(
-                is_mean.to(tl.int32) << (k_tile % MEANS_TILES), (COLUMNS // MEANS_TILES, MEANS_TILES)
-            )
-            word = first + tl.arange(0, COLUMNS // MEANS_TILES)
-            tl.store(means + word, tl.sum(bits, axis=1), mask=word < words)
+    return least_high, least_kept
+
+
+@triton.jit
+def _store_bits(words, is_set, word, count, COLUMNS: tl.constexpr):
+    bits = is_set.to(tl.int32) << (tl.arange(0, COLUMNS) % MEANS_TILES)
+    bits = tl.sum(tl.reshape(bits, (COLUMNS // MEANS_TILES, MEANS_TILES)), axis=1)
+    tl.store(words + word, bits, mask=word < count)
+
+
+@triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles"])
+def choose(
+    levels, phases, histogram, finished, allowed, shares, high, left, heads, q_tiles, k_tiles, phases_stride_h,
+    shares_stride_h,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Choose the pairs of one Q tile that become HIGH, and those that are MEAN, or left out.
+
+    levels, histogram: what `score` and `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
+    finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
+    shares: int32 [H or 1, q_tiles, 2], how many pairs become HIGH, and how many become HIGH or stay LOW; None where
+    the histogram decides, which is None else.
+    high, left: int32 [B·H, q_tiles, ⌈k_tiles / 32⌉], a bit for each LOW pair that becomes HIGH, and for each pair that
+    is MEAN by its phase, or LOW and left; `left` is None where the rest stays LOW.
+    """
+    head, q_tile = tl.program_id(0) // q_tiles, tl.program_id(0) % q_tiles
+    phases += (head % heads).to(tl.int64) * phases_stride_h
+    levels += head.to(tl.int64) * q_tiles * k_tiles
+    least_high, least_kept = 0, 0
+    if shares is None:
+        # The first of the keys with the least level that is upgraded.
+        least = _least_level(histogram + head // heads * (2 * BINS), allowed)
+        least_high = (least + 1) * k_tiles
+    else:
+        shares += (head % heads) * shares_stride_h + q_tile * 2
+        least_high, least_kept = _least_keys(levels, phases, shares, q_tile, k_tiles, COLUMNS)
+    words = tl.cdiv(k_tiles, MEANS_TILES)
+    high += tl.program_id(0).to(tl.int64) * words
+    if left is not None:
+        left += tl.program_id(0).to(tl.int64) * words
+    for first in range(0, words, COLUMNS // MEANS_TILES):
+        k_tile = first * MEANS_TILES + tl.arange(0, COLUMNS)
+        word = first + tl.arange(0, COLUMNS // MEANS_TILES)
+        pair, inside = q_tile * k_tiles + k_tile, k_tile < k_tiles
+        phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
+        key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
+        _store_bits(high, (phase == LOW) & (key >= least_high), word, words, COLUMNS)
+        if left is not None:
+            is_left = (phase == MEAN) | ((phase == LOW) & (key < least_kept))
+            _store_bits(left, is_left, word, words, COLUMNS)
+    if finished is not None:  # noqa: SIM102 (`and` would compile both)
+        if is_last(finished, tl.num_programs(0)):
+            for entry in range(tl.num_programs(0) // (heads * q_tiles)):
+                tl.store(
+                    histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32)
+                )
+
+
+@triton.jit
+def _is_set(words, k_tile, inside):
+    """Tells whether the bits of some KV tiles are set."""
+    word = tl.load(words + k_tile // MEANS_TILES, mask=inside, other=0)
+    return ((word >> (k_tile % MEANS_TILES)) & 1) != 0
 
 
 @triton.jit
 def _visitors(
-    phases,
-    levels,
-    least,
-    of_tiles,
-    first_row,
-    k_tile,
-    q_tiles,
-    k_tiles,
-    BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    phases, high, left, first_row, k_tile, q_tiles, k_tiles, BLOCKS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """The blocks of a program that visit some KV tiles, one int32 [tiles] for each phase, with a bit for each block.
-
-    least: the least level that is HIGH; None where `of_tiles` holds what `rank` found.
-    """
-    high, low, masked = tl.zeros_like(k_tile), tl.zeros_like(k_tile), tl.zeros_like(k_tile)
+    """The blocks of a program that visit some KV tiles, one int32 [tiles] for each phase, with a bit for each block."""
+    in_high, in_low, masked = tl.zeros_like(k_tile), tl.zeros_like(k_tile), tl.zeros_like(k_tile)
+    words = tl.cdiv(k_tiles, MEANS_TILES)
     for block in tl.static_range(BLOCKS):
         q_tile = (first_row + block * ROWS) // TILE
-        pair = q_tile * k_tiles + k_tile
-        is_there = q_tile < q_tiles
-        inside = k_tile < tl.where(is_there, k_tiles, 0)
-        phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
-        if of_tiles is None:
-            is_upgraded = tl.load(levels + pair, mask=inside, other=-1).to(tl.int32) >= least
-            is_low = (phase == LOW) & ~is_upgraded
-        else:
-            key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
-            is_upgraded = key >= tl.load(of_tiles + q_tile * 2, mask=is_there, other=0)
-            is_low = (key >= tl.load(of_tiles + q_tile * 2 + 1, mask=is_there, other=0)) & ~is_upgraded
-        high |= ((phase == HIGH) | is_upgraded).to(tl.int32) << block
-        low |= is_low.to(tl.int32) << block
+        inside = k_tile < tl.where(q_tile < q_tiles, k_tiles, 0)
+        phase = tl.load(phases + q_tile * k_tiles + k_tile, mask=inside, other=UNVISITED)
+        is_upgraded = (phase == LOW) & _is_set(high + q_tile * words, k_tile, inside)
+        is_low = (phase == LOW) & ~is_upgraded
+        if left is not None:
+            is_low &= ~_is_set(left + q_tile * words, k_tile, inside)
+        in_high |= ((phase == HIGH) | is_upgraded).to(tl.int32) << block
+        in_low |= is_low.to(tl.int32) << block
         masked |= (phase == MASKED).to(tl.int32) << block
-    return high, low, masked
+    return in_high, in_low, masked
 
 
 @triton.jit
@@ -345,46 +383,36 @@ def _write(indices, start, k_tile, visitors, BLOCKS: tl.constexpr):
     return start + tl.sum(visited, axis=0)
 
 
-@triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "programs", "length"])
+@triton.jit(do_not_specialize=["q_tiles", "k_tiles", "programs", "length"])
 def write_block_lists(
-    levels, histogram, finished, allowed, of_tiles, phases, indices, bounds, heads, q_tiles, k_tiles, programs, length,
-    phases_stride_h,
+    phases, chosen_high, left, indices, bounds, heads, q_tiles, k_tiles, programs, length, phases_stride_h,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the block list of one program: BLOCKS blocks of ROWS queries of one head.
 
     With one block it is a list of `PrecisionMap`, with several a list of its `shared`.
-    indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3]. levels, histogram: what `score` and
-    `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
-    finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
-    of_tiles: what `rank` found, in place of these three, which are then None.
+    chosen_high, left: what `choose` wrote. indices: int32 [B·H, programs, length]. bounds: int32 [B·H, programs, 3].
     """
     head, program = tl.program_id(0) // programs, tl.program_id(0) % programs
-    batch, head_in_batch = head // heads, head % heads
-    phases += head_in_batch.to(tl.int64) * phases_stride_h
-    levels += head.to(tl.int64) * q_tiles * k_tiles
+    phases += (head % heads).to(tl.int64) * phases_stride_h
+    chosen_high += head.to(tl.int64) * q_tiles * tl.cdiv(k_tiles, MEANS_TILES)
+    if left is not None:
+        left += head.to(tl.int64) * q_tiles * tl.cdiv(k_tiles, MEANS_TILES)
     indices += tl.program_id(0).to(tl.int64) * length
     bounds += tl.program_id(0) * 3
-    least = None
-    if of_tiles is None:
-        least = _least_level(histogram + batch * (2 * BINS), allowed)
-    else:
-        of_tiles += head.to(tl.int64) * q_tiles * 2
     first_row = program * BLOCKS * ROWS
 
     high_end, low_entries = 0, 0
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
-        high, low, _ = _visitors(
-            phases, levels, least, of_tiles, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
-        )
+        high, low, _ = _visitors(phases, chosen_high, left, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS)
         high_end += tl.sum((high != 0).to(tl.int32), axis=0)
         low_entries += tl.sum((low != 0).to(tl.int32), axis=0)
     high_next, low_next, masked_next = 0, high_end, high_end + low_entries
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         high, low, masked = _visitors(
-            phases, levels, least, of_tiles, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
+            phases, chosen_high, left, first_row, k_tile, q_tiles, k_tiles, BLOCKS, ROWS
         )
         high_next = _write(indices, high_next, k_tile, high, BLOCKS)
         low_next = _write(indices, low_next, k_tile, low, BLOCKS)
@@ -392,9 +420,3 @@ def write_block_lists(
     tl.store(bounds, high_next)
     tl.store(bounds + 1, low_next)
     tl.store(bounds + 2, masked_next)
-    if finished is not None:  # noqa: SIM102 (`and` would compile both)
-        if is_last(finished, tl.num_programs(0)):
-            for entry in range(tl.num_programs(0) // (heads * programs)):
-                tl.store(
-                    histogram + entry * (2 * BINS) + tl.arange(0, 2 * BINS), tl.zeros((2 * BINS,), tl.int32)
-                )

@@ -1,14 +1,16 @@
 """Runs the kernels of routing, which turn q, k and v into the block lists that the attention kernel reads."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from dma_diffusers.kernels.device.launch import Launcher
+from dma_diffusers.kernels.call import Memory
+from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
-from dma_diffusers.kernels.routing import kernel
-from dma_diffusers.kernels.routing.reference import BINS, SUBTILES, Pools, Routing
+from dma_diffusers.kernels.routing import kernel, rows
+from dma_diffusers.kernels.routing.reference import BINS, ROWS, SUBTILES, Pools, Routing
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import (
     MEANS_TILES,
@@ -46,6 +48,23 @@ def pooled(
     return pools
 
 
+def spread_of_values(source: Source, launcher: Launcher) -> torch.Tensor:
+    """The pools of v alone, as of `pooled`."""
+    v, head_dim = source.v, source.k.shape[-1]
+    _, k_length, token_count = source.lengths
+    of_k = (*v.shape[:2], tiles(k_length))
+    v_pools = launcher.empty(of_k, torch.float32, v.device)
+    launcher(
+        kernel.pool, (math.prod(of_k),),
+        None, None, v, None, 1.0, *[None] * 4, *of_norms(None), source.key_mask, source.token_order,
+        None, None, v_pools, 1, v.shape[1], math.prod(v.shape[:2]), 1, k_length, token_count,
+        *[0] * 6, *source.strides[6:],
+        PAIRED=are_paired(v), HEAD_DIM=head_dim, D=padded_dim(head_dim),
+        num_warps=max(padded_dim(head_dim) // 128, 1), enable_fp_fusion=True,
+    )  # fmt: skip
+    return v_pools
+
+
 def route(
     pools: Pools,
     routing: Routing,
@@ -59,52 +78,136 @@ def route(
     Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.v.shape[1:]
-    pairs = heads * q_tiles * k_tiles
-    if pairs >= 2**31:
-        raise ValueError(
-            f"routing chooses among fewer than 2^31 pairs of tiles in a batch entry, not {pairs}"
-        )
-    device, phases = pools.q.device, routing.phases
-    stride = phases.stride(1) if phases.shape[1] > 1 else 0
-    levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
-    histogram = finished = allowed = of_tiles = means = None
-    if routing.shares is None:
-        histogram, finished = launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device)
-        allowed = routing.allowed(heads)
+    levels = _Levels.empty(batch, heads, routing, pools.q.device, launcher)
     # The fastest blocks without spills, of those that were timed on an H200.
-    rows, columns, warps = (32, 64, 8) if dim <= 128 else (16, 32, 4)
+    at_once, columns, warps = (32, 64, 8) if dim <= 128 else (16, 32, 4)
     launcher(
-        kernel.score, (batch * heads * -(-q_tiles // rows),),
-        *pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, stride,
-        POWER=1 if routing.by_mass else 2, ROWS=rows, COLUMNS=columns, D=dim,
+        kernel.score, (batch * heads * -(-q_tiles // at_once),),
+        *pools, routing.phases, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
+        _stride(routing.phases),
+        POWER=1 if routing.by_mass else 2, ROWS=at_once, COLUMNS=columns, D=dim,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, maxnreg=255,
     )  # fmt: skip
-    if routing.shares is None:
+    return _block_lists(_chosen(levels, routing, None, launcher), routing, is_shared, launcher)
+
+
+def route_call(
+    source: Source,
+    mean: torch.Tensor | None,
+    routing: Routing,
+    memory: Memory | None = None,
+    is_shared: bool = False,
+    launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
+) -> PrecisionMap:
+    """The reference's map of a call, as of `route`; by pools or rows or memory.
+
+    mean: as of `pooled`. memory: contiguous; read or written, as it says. Raises ValueError as `route` does.
+    """
+    if memory is not None and memory.is_read:
+        return _block_lists(memory, routing, is_shared, launcher)
+    if routing.by_rows:
+        levels = _levels_of_rows(source, mean, routing, launcher)
+        return _block_lists(_chosen(levels, routing, memory, launcher), routing, is_shared, launcher)
+    return route(pooled(source, mean, launcher), routing, is_shared, launcher)
+
+
+class _Levels(NamedTuple):
+    """The levels of pairs, int16 `[B, H, q_tiles, k_tiles]`, and where they are counted: None where nobody asks."""
+
+    levels: torch.Tensor
+    histogram: torch.Tensor | None
+    finished: torch.Tensor | None
+
+    @classmethod
+    def empty(
+        cls, batch: int, heads: int, routing: Routing, device: torch.device, launcher: Launcher
+    ) -> "_Levels":
+        q_tiles, k_tiles = routing.phases.shape[2:]
+        pairs = heads * q_tiles * k_tiles
+        if pairs >= 2**31:
+            raise ValueError(
+                f"routing chooses among fewer than 2^31 pairs of tiles in a batch entry, not {pairs}"
+            )
+        levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
+        if routing.shares is not None:
+            return cls(levels, None, None)
+        return cls(levels, launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device))
+
+
+def _levels_of_rows(
+    source: Source, mean: torch.Tensor | None, routing: Routing, launcher: Launcher
+) -> _Levels:
+    """The levels of pairs by a sample of each Q tile's rows."""
+    (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
+    q_length, k_length, token_count = source.lengths
+    dim, device = padded_dim(head_dim), source.q.device
+    levels = _Levels.empty(batch, heads, routing, device, launcher)
+    v_pools = None if routing.by_mass else spread_of_values(source, launcher)
+    # These have no spills on any architecture.
+    at_once, keys = (8, 64) if dim <= 128 else (4, 32)
+    blocks = batch * heads * -(-tiles(q_length) // at_once)
+    programs = min(blocks, 2 * multiprocessors(device))
+    notes = launcher.empty((programs, tiles(k_length), at_once * ROWS), torch.float32, device)
+    launcher(
+        rows.score_rows, (programs,),
+        source.q, source.k, mean, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
+        source.key_mask, source.token_order, v_pools, routing.phases, notes, levels.levels, levels.histogram,
+        heads, kv_heads, q_length, k_length, token_count, *source.strides[:6], _stride(routing.phases), blocks,
+        POWER=1 if routing.by_mass else 2, Q_TILES=at_once, KEYS=keys, COLUMNS=32,
+        PAIRED=are_paired(source.q, source.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
+        num_warps=8, num_stages=1, enable_fp_fusion=True, maxnreg=255,
+    )  # fmt: skip
+    return levels
+
+
+def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: Launcher) -> Memory:
+    """The pairs that are chosen by their levels, in this memory if there is one."""
+    levels, histogram, finished = found
+    batch, heads, q_tiles, k_tiles = levels.shape
+    if memory is None:
+        shape = (batch, heads, q_tiles, -(-k_tiles // MEANS_TILES))
+        high = launcher.empty(shape, torch.int32, levels.device)
+        memory = Memory(
+            high=high,
+            left=None if routing.rest is None else launcher.empty(shape, torch.int32, levels.device),
+        )
+    allowed, pairs = None, heads * q_tiles * k_tiles
+    if histogram is not None:
+        allowed = routing.allowed(heads)
         launcher(
             kernel.count_steps, (-(-pairs // 4096), batch),
             levels, histogram, allowed, pairs, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    else:
-        shares = routing.shares
-        of_tiles = launcher.empty((batch, heads, q_tiles, 2), torch.int32, device)
-        if routing.rest == Phase.MEAN:
-            means = launcher.empty((batch, heads, q_tiles, -(-k_tiles // MEANS_TILES)), torch.int32, device)
-        launcher(
-            kernel.rank, (batch * heads * q_tiles,),
-            levels, phases, shares, of_tiles, means, heads, q_tiles, k_tiles, stride,
-            shares.stride(1) if shares.shape[1] > 1 else 0,
-            COLUMNS=256, num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
-    blocks, rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
-    programs = -(-q_tiles * TILE // (blocks * rows))
+    shares = routing.shares
+    launcher(
+        kernel.choose, (batch * heads * q_tiles,),
+        levels, routing.phases, histogram, finished, allowed, shares, memory.high, memory.left,
+        heads, q_tiles, k_tiles, _stride(routing.phases), 0 if shares is None else _stride(shares),
+        COLUMNS=256, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return memory
+
+
+def _block_lists(memory: Memory, routing: Routing, is_shared: bool, launcher: Launcher) -> PrecisionMap:
+    """The block lists of the pairs that were chosen."""
+    batch, heads, q_tiles, _ = memory.high.shape
+    k_tiles, device = routing.phases.shape[-1], memory.high.device
+    blocks, block_rows = (SHARED_BLOCKS, SHARED_ROWS) if is_shared else (1, TILE)
+    programs = -(-q_tiles * TILE // (blocks * block_rows))
     # A program spans two Q tiles, which may visit a KV tile in different phases, and may read one entry ahead.
     length = 2 * k_tiles + 1 if is_shared else k_tiles
     indices = launcher.empty((batch, heads, programs, length), torch.int32, device)
     bounds = launcher.empty((batch, heads, programs, 3), torch.int32, device)
     launcher(
         kernel.write_block_lists, (batch * heads * programs,),
-        levels, histogram, finished, allowed, of_tiles, phases, indices, bounds,
-        heads, q_tiles, k_tiles, programs, length, stride,
-        BLOCKS=blocks, ROWS=rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
+        routing.phases, memory.high, memory.left, indices, bounds,
+        heads, q_tiles, k_tiles, programs, length, _stride(routing.phases),
+        BLOCKS=blocks, ROWS=block_rows, COLUMNS=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    means = memory.left if routing.rest == Phase.MEAN else None
     return PrecisionMap(indices, bounds, has_high=True, has_low=True, means=means)
+
+
+def _stride(of_heads: torch.Tensor) -> int:
+    """The stride of heads; 0 where all share one."""
+    return of_heads.stride(1) if of_heads.shape[1] > 1 else 0

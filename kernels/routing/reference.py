@@ -4,7 +4,8 @@ The error that low precision makes in a pair of tiles depends on its probabiliti
 independent, and add up to less than the error of a large one with the same sum. So the importance of a pair is the root
 mean square of its probabilities times the spread of its values. What a skipped pair takes with it is its probability
 itself, so where pairs are skipped, their importance is its sum. The probabilities are predicted from the means and
-variances of Q tiles and of KV sub-tiles, as if scores within such a pair were Gaussian.
+variances of Q tiles and of KV sub-tiles, as if scores within such a pair were Gaussian; or they are those of a sample
+of each Q tile's rows.
 """
 
 import math
@@ -14,8 +15,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
-from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase, PrecisionMap, map_of
+from dma_diffusers.kernels.call import Memory
+from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, tiles
+from dma_diffusers.kernels.tiling.precision_map import (
+    MEANS_TILES,
+    UNVISITED,
+    Phase,
+    PrecisionMap,
+    map_of,
+    means_of,
+)
 
 LN_2 = math.log(2)
 # The standard deviation of scores (base 2) beyond which the largest of 32 scores outweighs the sum of the others: the
@@ -23,9 +32,11 @@ LN_2 = math.log(2)
 FARTHEST = 2.07 / LN_2
 SUBTILES = TILE // SUBTILE  # of a KV tile
 SAMPLE_STRIDE = 4  # a pool takes one of so many neighbouring tokens
+ROWS = 16  # of a Q tile, whose probabilities are computed
 # Importance has levels: 64 binades from 2^-44 to 2^20, with 64 steps each.
 BINS, LOWEST = 64, -44
 LEVELS = BINS * BINS
+LEAST_EXPONENT = -126  # of two, for a share of a sum
 
 
 class Pools(NamedTuple):
@@ -51,6 +62,7 @@ class Routing:
     rest: how LOW pairs beyond the shares of their Q tile are taken, `Phase.MEAN` or `UNVISITED`; None for LOW.
     shares: int32 `[1, H or 1, q_tiles, 2]`, how many LOW pairs of each Q tile become HIGH, and how many become HIGH or
         stay LOW; None where `rest` is.
+    by_rows: importance is that of `ROWS` rows of each Q tile, not predicted from pools.
     """
 
     phases: torch.Tensor
@@ -58,9 +70,17 @@ class Routing:
     budget: float
     rest: int | None = None
     shares: torch.Tensor | None = None
+    by_rows: bool = False
 
     @classmethod
-    def of(cls, phases: torch.Tensor, budget: float, low: float = 0.0, rest: int | None = None) -> "Routing":
+    def of(
+        cls,
+        phases: torch.Tensor,
+        budget: float,
+        low: float = 0.0,
+        rest: int | None = None,
+        by_rows: bool = False,
+    ) -> "Routing":
         """The routing for the phases that `precision_map.visiting_phases` gives.
 
         low: with `rest`, the share of the pairs visited by each Q tile that stay LOW after `budget` became HIGH. Shares
@@ -74,7 +94,7 @@ class Routing:
             shares = (wanted * count + 0.5).floor().int()
             # Without `low` nothing stays LOW.
             shares[..., slice(1, None) if low else slice(None)].clamp_(min=1)
-        return cls(phases.to(torch.uint8).contiguous(), int(visited.sum()), budget, rest, shares)
+        return cls(phases.to(torch.uint8).contiguous(), int(visited.sum()), budget, rest, shares, by_rows)
 
     def to(self, device: torch.device) -> "Routing":
         """The same routing on `device`."""
@@ -95,14 +115,23 @@ class Routing:
         """The number of LOW pairs of a batch entry that may become HIGH, if q has `heads` heads; `rest` is None."""
         return int(self.budget * (self.visited * heads // self.phases.shape[1]))
 
+    def make_room(self, memory: Memory, batch: int, heads: int) -> None:
+        """Makes the tensors of a memory for calls of this shape, on the device of the routing."""
+        *_, q_tiles, k_tiles = self.phases.shape
+        shape = (batch, heads, q_tiles, -(-k_tiles // MEANS_TILES))
+        high, left = (torch.zeros(shape, dtype=torch.int32, device=self.phases.device) for _ in range(2))
+        memory.high, memory.left = high, None if self.rest is None else left
 
-def sample(device: torch.device | None = None) -> torch.Tensor:
-    """The places of a tile's sample, int64 `[32]`: one of every four tokens, another one from four to four.
 
-    The same one would be of the same few columns of a box again and again.
+def sample(device: torch.device | None = None, count: int = TILE // SAMPLE_STRIDE) -> torch.Tensor:
+    """The places of `count` tokens of a tile, int64 `[count]`: evenly spread, but for a stagger.
+
+    One of every four tokens, for 32, is another one from four to four: the same one would be of the same few columns of
+    a box again and again. Of 16, each stands in another one of 16 columns.
     """
-    four = torch.arange(TILE // SAMPLE_STRIDE, device=device)
-    return four * SAMPLE_STRIDE + (four + four // SAMPLE_STRIDE) % SAMPLE_STRIDE
+    stride = TILE // count
+    place = torch.arange(count, device=device)
+    return place * stride + (place + place // stride) % stride
 
 
 def pooled(x: torch.Tensor, counted: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
@@ -157,6 +186,46 @@ def importance(pools: Pools, phases: torch.Tensor, by_mass: bool = False) -> tor
     return torch.where(counts.any(-1), found, math.nan)
 
 
+def importance_of_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    phases: torch.Tensor,
+    by_mass: bool = False,
+    there: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same as `importance`, of the probabilities of a sample of `ROWS` rows of each Q tile.
+
+    The arguments are those of `pools`; scores are products of bf16 numbers. Scores that are not finite count for
+    nothing. It is NaN where no score of a pair counts, or no number of its values.
+    """
+    batch, heads, q_length, _ = q.shape
+    q_tiles, k_tiles, group = tiles(q_length), tiles(k.shape[2]), heads // k.shape[1]
+    if there is None:
+        there = torch.ones_like(q[:1, 0, :, 0], dtype=torch.bool)
+    if seen is None:
+        seen = torch.ones_like(k[:1, 0, :, 0], dtype=torch.bool)
+    place = torch.arange(q_tiles, device=q.device)[:, None] * TILE + sample(q.device, ROWS)
+    q, there = F.pad(q, (0, 0, 0, -q_length % TILE)), F.pad(there, (0, -q_length % TILE))
+    rows = q[:, :, place.flatten()].bfloat16().float()
+    scores = rows @ k.bfloat16().float().repeat_interleave(group, dim=1).mT
+    counts = scores.isfinite() & seen[:, None, None] & there[:, None, place.flatten(), None]
+    scores = F.pad(torch.where(counts, scores, -math.inf), (0, -k.shape[2] % TILE), value=-math.inf)
+    scores = scores.view(batch, heads, q_tiles, ROWS, k_tiles, TILE)
+    mass = _log_sum_exp(scores)  # [B, H, q_tiles, rows, k_tiles]
+    total = _log_sum_exp(torch.where(phases[..., None, :] != UNVISITED, mass, -math.inf))[..., None]
+    power = 1 if by_mass else 2
+    shares = torch.where(mass == -math.inf, mass, _log_sum_exp(power * scores) - power * total)
+    counts = (mass > -math.inf) & (total > -math.inf)
+    shares = torch.where(counts, shares.clamp(min=LEAST_EXPONENT), -math.inf)
+    found = _log_sum_exp(shares.mT) - (total > -math.inf).sum(-2).log2()
+    if not by_mass:
+        spread = pooled(v, seen)[..., 1, :].sum(-1).repeat_interleave(group, dim=1)
+        found = (found + spread.log2()[:, :, None]) / 2
+    return torch.where(counts.any(-2), found, math.nan)
+
+
 def _log_sum_exp(x: torch.Tensor) -> torch.Tensor:
     """The log2 of the sum of 2^x over the last dimension."""
     return torch.logsumexp(x * LN_2, dim=-1) / LN_2
@@ -200,3 +269,52 @@ def route(pools: Pools, routing: Routing) -> PrecisionMap:
     """The map of a call, with a block list for every batch entry and head. The same inputs give the same map."""
     found = levels(importance(pools, routing.phases, routing.by_mass))
     return map_of(routed(found, routing), has_high=True)
+
+
+def route_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    routing: Routing,
+    there: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    memory: Memory | None = None,
+) -> PrecisionMap:
+    """The map of a call, by pools or rows or memory, with a block list for every batch entry and head.
+
+    The other arguments are those of `pools`. memory: read or written, as it says; None for none.
+    """
+    if memory is not None and memory.is_read:
+        return map_of(recalled(memory, routing), has_high=True)
+    if routing.by_rows:
+        found = importance_of_rows(q, k, v, routing.phases, routing.by_mass, there, seen)
+    else:
+        found = importance(pools(q, k, v, there, seen), routing.phases, routing.by_mass)
+    after = routed(levels(found), routing)
+    if memory is not None:
+        remember(after, routing, memory)
+    return map_of(after, has_high=True)
+
+
+def remember(after: torch.Tensor, routing: Routing, memory: Memory) -> None:
+    """Writes the phases after routing into a memory."""
+    was_low = routing.phases == Phase.LOW
+    memory.high.copy_(means_of(was_low & (after == Phase.HIGH)))
+    if memory.left is not None:
+        memory.left.copy_(means_of((after == Phase.MEAN) | (was_low & (after == UNVISITED))))
+
+
+def recalled(memory: Memory, routing: Routing) -> torch.Tensor:
+    """The phases after routing, as a memory has them: int32 `[B, H, q_tiles, k_tiles]`."""
+    phases = routing.phases.int()
+    was_low, k_tiles = phases == Phase.LOW, phases.shape[-1]
+    after = torch.where(was_low & _bits(memory.high, k_tiles), int(Phase.HIGH), phases)
+    if routing.rest is None:
+        return after
+    return torch.where(was_low & _bits(memory.left, k_tiles), routing.rest, after)
+
+
+def _bits(words: torch.Tensor, k_tiles: int) -> torch.Tensor:
+    """The bits of words such as `means_of` makes: bool `[…, k_tiles]`."""
+    places = torch.arange(MEANS_TILES, device=words.device)
+    return (words[..., None] >> places & 1).bool().flatten(-2)[..., :k_tiles]

@@ -8,6 +8,7 @@ for every query and as queries for every key; only `Dense` has no exceptions.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from functools import cache
 from typing import Any, ClassVar, final
 
@@ -68,6 +69,12 @@ class Policy:
     def importance(self) -> float:
         """The share of all pairs visited by a call's heads that becomes HIGH for the numbers in them."""
         return self.router.budget if self.router else 0.0
+
+    @final
+    @property
+    def remembers(self) -> bool:
+        """True if pairs are chosen by what an earlier step of a drawing showed."""
+        return self.router is not None and self.router.by is By.MEMORY
 
     @property
     def skip_below(self) -> float | None:
@@ -280,6 +287,14 @@ class Neighborhood(Policy):
         return neighborhood(grid, self.high, stride)
 
 
+class By(Enum):
+    """How `Importance` finds the most important pairs of tiles (`routing`)."""
+
+    POOLS = "means and variances of tiles"
+    ROWS = "sixteen rows of each Q tile"
+    MEMORY = "such rows of an earlier step"
+
+
 @dataclass(frozen=True)
 class Importance(Policy):
     """The most important pairs of tiles are HIGH, the rest is LOW; each call finds them by their numbers (`routing`).
@@ -291,13 +306,18 @@ class Importance(Policy):
         `beyond` it is that of each Q tile's pairs, and may be 0 if `low` isn't.
     low: the share of each Q tile's pairs that is LOW; it needs `beyond`.
     beyond: the class of the rest, MEAN or SKIP; None for LOW.
+    by: POOLS predicts probabilities from the tiles' means and variances. ROWS computes those of sixteen rows of each
+        Q tile, which is more exact and takes longer. MEMORY does so in some steps of a drawing and remembers the pairs
+        in those between; where nothing tells the steps, it is ROWS.
     """
 
     budget: float
     low: float | None = None
     beyond: Class | None = None
+    by: By = By.POOLS
 
     name = "importance"
+    omitted = (None, By.POOLS)
     by_content = True
 
     def __post_init__(self):
@@ -316,6 +336,8 @@ class Importance(Policy):
             raise ValueError(f"budget must be over 0 and at most 1, got {self.budget!r}")
         if self.budget + (self.low or 0) > 1:
             raise ValueError(f"budget and low are shares of the same pairs, at most 1 together, got {self}")
+        if not isinstance(self.by, By):
+            raise ValueError(f"by must be pools, rows or memory, got {write_value(self.by)}")
 
     @property
     def leaves_out(self) -> bool:

@@ -221,6 +221,27 @@ def boxes_are_those_of_one_process(name: str, policy: str) -> Callable[[World], 
     return run
 
 
+def memories_are_those_of_one_process(world: World) -> dict:
+    """Each process remembers its own heads' pairs, of tiles that are the same ones whoever computes them."""
+    from dma_diffusers import apply, report
+
+    case = tiny("flux")
+    (text,) = case.texts(1)
+    policy = "diagonal(window=0, sink=0, near=grid) | importance(budget=0.3, beyond=mean, by=memory)"
+    apply(case.model, min_length=0, high="bf16", low="bf16", policy=policy, lowering="reference")
+
+    def draw() -> torch.Tensor:
+        steps = [
+            case.call(text, case.latents * sign) | {"timestep": torch.full((1,), level)}
+            for sign, level in ((1, 0.5), (-1, 0.45), (1, 0.4))
+        ]
+        return torch.stack([case.model(**call, return_dict=False)[0] for call in steps])
+
+    alone = draw()
+    case.model.enable_parallelism(config=world.config())
+    return {"several": error(draw(), alone), "notes": [module.notes for module in report(case.model).modules]}
+
+
 def grids_are_refused(world: World) -> dict:
     """Applied before and after parallelism is enabled."""
     from dma_diffusers import apply
@@ -407,7 +428,8 @@ CASES: dict[str, Callable[[World], dict]] = {
     function.__name__: function
     for function in (
         keys_have_means_of_their_own, masks_are_each_chunk_s_own, heads_and_chunks_have_their_policies,
-        grids_are_refused, restored_models_are_stock, fallbacks_are_stock, lengths_are_all_processes,
+        memories_are_those_of_one_process, grids_are_refused, restored_models_are_stock, fallbacks_are_stock,
+        lengths_are_all_processes,
         parts_of_different_lengths, heads_must_be_divided, masks_of_all_tokens_are_refused,
         backends_without_parallelism_are_refused, guarded,
     )

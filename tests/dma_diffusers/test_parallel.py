@@ -191,3 +191,10 @@ def test_text_that_is_split_with_the_other_tokens_is_where_it_was():
         assert is_refused == (ring > 1)
         arguments = spread.arguments({"policy": "diagonal(window=128)", "text_start": 0, "text_stop": 120}, 1)
         assert arguments["parts"] == 1
+
+
+def test_memories_are_those_of_one_process():
+    for each in found(ULYSSES, "memories_are_those_of_one_process"):
+        assert each["several"] < 1e-6
+        of_both = "importance was found in 2 calls, and remembered in 4"
+        assert all(of_both in notes for notes in each["notes"])

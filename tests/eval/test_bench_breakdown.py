@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[2] / "eval" / "results"
     ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::Collective", ATTENTION),
     ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel", ATTENTION),
     ("attend_hopper", ATTENTION),
-    ("encode", ATTENTION_QUANTISER), ("means", ATTENTION_QUANTISER), ("rank", ATTENTION_QUANTISER),
+    ("encode", ATTENTION_QUANTISER), ("means", ATTENTION_QUANTISER), ("choose", ATTENTION_QUANTISER),
     ("quantise", ATTENTION_QUANTISER),
     ("quantise_rows", QUANTISING),
     ("reencode_rows", QUANTISING),

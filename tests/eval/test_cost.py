@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from dma_diffusers.eval.classes import tile_classes
-from dma_diffusers.eval.cost import Pairs, clocks_of_pairs, means_clocks, pairs, share_left, tile_clocks
+from dma_diffusers.eval.cost import (
+    Pairs,
+    clocks_of_pairs,
+    means_clocks,
+    pairs,
+    routing_clocks,
+    share_left,
+    tile_clocks,
+)
 from dma_diffusers.eval.simulator.predict import Call
 from dma_diffusers.kernels import plan
 from dma_diffusers.kernels.routing.reference import routed
@@ -148,3 +156,19 @@ def test_pairs_left_out_cost_their_scores(target, formats, expected):
     assert share_left(0.5, target, 128, *formats) == pytest.approx((1 + expected) / 2)
     with pytest.raises(ValueError, match="between 0 and 1"):
         share_left(1.5, target, 128, *formats)
+
+
+def test_rows_and_memory_cost_what_they_multiply():
+    """Sixteen of 128 rows are an eighth of Q·K in bf16 and of the exponentials; a memory does so every sixth step."""
+    layout = Layout(1280, 1280)
+    rows, memory, pools, none = (
+        routing_clocks(parse(words), layout, "sm_90", 128)
+        for words in (
+            "importance(budget=0.1, by=rows)", "importance(budget=0.1, by=memory) | diagonal(window=128)",
+            "importance(budget=0.1)", "diagonal(window=128)",
+        )
+    )  # fmt: skip
+    assert rows == 100 * (1024 + 1024) / 8 == 6 * memory and pools == none == 0
+    assert rows / 100 / tile_clocks("sm_90", 128, "bf16", "int8")[1] == pytest.approx(0.125)
+    with pytest.raises(ValueError, match="unknown target 'sm_1'"):
+        routing_clocks(parse("importance(budget=0.1, by=rows)"), layout, "sm_1", 128)

@@ -425,11 +425,11 @@ def test_a_new_length_runs_the_same_kernels(lengths):
     assert compiled_in(lengths[0]) == compiled_in(lengths[1])
 
 
-@pytest.mark.parametrize("beyond", [None, int(Phase.MEAN)])
+@pytest.mark.parametrize(("beyond", "by_rows"), [(None, False), (None, True), (int(Phase.MEAN), False)])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
-def test_routing_takes_four_kernels_more(target, beyond):
+def test_routing_adds_few_kernels_without_spills(target, beyond, by_rows):
     pair = ahead.PAIRS[target][0]
-    routing = Routing.of(torch.full((1, 1, 2, 2), Phase.LOW), 0.05, rest=beyond)
+    routing = Routing.of(torch.full((1, 1, 2, 2), Phase.LOW), 0.05, rest=beyond, by_rows=by_rows)
     without, launches = (
         {
             kernel.__name__: (kernel, *rest)
@@ -438,7 +438,8 @@ def test_routing_takes_four_kernels_more(target, beyond):
         for routing in (None, routing)
     )
     added = [name for name in launches if name not in without]
-    assert added == ["pool", "score", "rank" if beyond is not None else "count_steps", "write_block_lists"]
+    counts = [] if beyond is not None else ["count_steps"]
+    assert added == ["pool", "score_rows" if by_rows else "score", *counts, "choose", "write_block_lists"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0

@@ -11,6 +11,7 @@ from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.neighborhood import mask, neighborhood
 from dma_diffusers.kernels.tiling.policies import (
     KINDS,
+    By,
     Dense,
     Diagonal,
     Importance,
@@ -34,6 +35,8 @@ POLICIES = [
     (Importance(1), "importance(budget=1)"),
     (Importance(0.1, 0.2, Class.MEAN), "importance(budget=0.1, low=0.2, beyond=mean)"),
     (Importance(0, 0.2, Class.SKIP), "importance(budget=0, low=0.2, beyond=skip)"),
+    (Importance(0.1, by=By.ROWS), "importance(budget=0.1, by=rows)"),
+    (Importance(0.1, 0.2, Class.MEAN, By.MEMORY), "importance(budget=0.1, low=0.2, beyond=mean, by=memory)"),
     (SkipSoftmax(1e-4), "skip_softmax(threshold=0.0001)"),
     (Neighborhood((8, 8)) | Importance(0.1) | SkipSoftmax(0.01),
      "neighborhood(window=8x8) | importance(budget=0.1) | skip_softmax(threshold=0.01)"),
@@ -55,6 +58,8 @@ def test_words_make_the_policy(policy, words):
     ("diagonal(window=12.5)", "window must be a whole number of tokens, 0 or more, got 12.5"),
     ("diagonal(near=text)", "near must be sequence or grid, got 'text'"),
     ("dense(everywhere=skip)", "everywhere must be high, low or mean, got skip"),
+    ("importance(budget=0.1, by=oracle)", "by must be pools, rows or memory, got oracle"),
+    ("importance(budget=0.1, by=1)", "by must be pools, rows or memory, got 1"),
     ("neighborhood()", "needs a window, or one that is HIGH"),
     ("neighborhood(window=wide)", "window must be sides of at least 1 token"),
     ("neighborhood(window=0x4)", "window must be sides of at least 1 token, got (0, 4)"),

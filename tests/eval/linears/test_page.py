@@ -31,7 +31,7 @@ def test_micromix_errs_less_than_what_it_must_beat(errors):
             assert name == "mxfp4" or rows[name]["bits"] == rows["micromix"]["bits"]
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("h200_linears_batch*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("h200_linears_batch*.json.gz")), ids=lambda file: file.stem)
 def test_tables_of_pictures(file):
     evaluation = read(file)
     assert pictures.table(evaluation) in PAGE
