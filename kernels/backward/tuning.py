@@ -1,9 +1,9 @@
 """The tuning table of the backward's kernels: how they are built for each architecture and head dimension.
 
-sm_90: from times on an H200, but for dK and dV of 64 channels, which were timed in one shape alone. All others: from what
-the compiler makes of them.
-Nothing spills where a map has one class, with Triton 3.6; with several and FP8 P·V, sm_90 spills 32 bytes at most.
-INT8 products gain nothing on an H200 (eval/results/recovery.md). They spill in sm_90's dK and dV of 128 channels: 64 bytes, 120 with Triton 3.8.
+sm_90: from times on an H200; for dK and dV of 64 channels, of one shape alone. All others: from what the compiler makes
+of them. Nothing spills where a map has one class, with Triton 3.6; with several and FP8 P·V, sm_90 spills 32 bytes at
+most. INT8 products gain nothing on an H200 (eval/results/recovery.md), and spill in sm_90's dK and dV of 128 channels:
+64 bytes, 120 with Triton 3.8.
 """
 
 from dataclasses import dataclass
