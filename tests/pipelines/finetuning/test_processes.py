@@ -69,7 +69,8 @@ def test_two_processes_learn_what_one_does_and_go_on_bit_for_bit(tmp_path, monke
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (port, request, tmp_path), nprocs=2)
+    mp.get_context("forkserver").set_forkserver_preload([__name__])  # one import serves both processes
+    mp.start_processes(_process, (port, request, tmp_path), nprocs=2, start_method="forkserver")
     whole, stopped = (state_of(tmp_path / name) for name in ("whole", "stopped"))
     assert len(whole["random"]) == 2
     torch.testing.assert_close(whole, stopped, rtol=0, atol=0)
