@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from dma_diffusers.pipelines.finetuning.calls import Call, Part
 
-_NUMBERS = 2**16  # of a batch's velocity, which are enough to find a few weights
+_NUMBERS = 2**16  # of a batch's velocity, from end to end: they are enough to find a few weights
 # This share of a velocity's norm is more than bfloat16 rounds off, and less than guidance that is no sum would leave.
 _UNEXPLAINED = 0.01
 
@@ -19,23 +21,27 @@ def parts_of(pipe: DiffusionPipeline, calls: Sequence[Call]) -> Iterator[list[Pa
     """Yield a list to which the part of every call is added, as `calls` grows and the scheduler makes its steps.
 
     The weights are those with which the calls' velocities add up to what the scheduler gets: guidance by 3 has 3 and
-    −2. Where no sum of them is that, as where guidance rescales, every call is a step of its own.
+    −2. Where no one sum is that for all samples, as where guidance rescales each of them, every call is a step of its
+    own; so is a call after which the scheduler makes no step.
     """
     parts: list[Part] = []
-    stock = pipe.scheduler.step
 
-    def step(velocity: Tensor, *given, **named):
-        first = len(parts)
-        own = [call.output for call in calls[first:] if call.output is not None]
-        if weights := _weights(own, velocity):
-            parts.extend(Part(first, weight) for weight in weights)
-        else:
-            parts.extend(Part(first + i) for i in range(len(own)))
-        return stock(velocity, *given, **named)
+    def leave_alone() -> None:
+        parts.extend(Part(number) for number in range(len(parts), len(calls)))
 
-    pipe.scheduler.step = step
+    def step(scheduler: Any, velocity: Tensor, *given, **named):
+        if scheduler is pipe.scheduler:
+            first = len(parts)
+            own = [call.output for call in calls[first:] if call.output is not None]
+            parts.extend(Part(first, weight) for weight in _weights(own, velocity))
+            leave_alone()
+        return type(scheduler).step(scheduler, velocity, *given, **named)
+
+    # A copy of the scheduler, such as a pipeline makes for sound, then has this method of its own.
+    pipe.scheduler.step = MethodType(step, pipe.scheduler)
     try:
         yield parts
+        leave_alone()
     finally:
         del pipe.scheduler.step
 
@@ -44,8 +50,9 @@ def _weights(outputs: Sequence[Tensor], velocity: Tensor) -> list[float]:
     """Return the weights of the outputs whose sum is closest to the velocity, none where that is not close."""
     if not outputs or any(output.shape != velocity.shape for output in outputs):
         return []
-    wanted = velocity.detach().flatten()[:_NUMBERS].cpu().double()
-    given = torch.stack([output.flatten()[:_NUMBERS].double() for output in outputs], 1)
+    every = -(-velocity.numel() // _NUMBERS)
+    wanted = velocity.detach().flatten()[::every].cpu().double()
+    given = torch.stack([output.flatten()[::every].double() for output in outputs], 1)
     products = given.T @ given
     weights = torch.linalg.lstsq(products, given.T @ wanted, driver="gelsd").solution
     left = (given @ weights - wanted).norm() / wanted.norm().clamp_min(1e-30)

@@ -1,5 +1,6 @@
 """A model learns from its pipeline's own calls, or from a folder's pictures and clips."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -89,20 +90,45 @@ def test_what_counts_is_the_error_of_the_sum(tmp_path):
         assert velocity_loss(lambda given=given, **_: (given,), batch) == pytest.approx(expected, rel=1e-5)
 
 
-def test_guidance_that_is_no_sum_leaves_each_call_alone():
-    class Scheduler:
-        def step(self, velocity, *others):
-            return velocity
+class Scheduler:
+    """A scheduler whose steps return their velocity, and are counted."""
 
+    def __init__(self):
+        self.steps = 0
+
+    def step(self, velocity, *others):
+        self.steps += 1
+        return velocity
+
+
+def test_guidance_that_is_no_sum_leaves_each_call_alone():
+    """The second guidance rescales each channel, the third one each sample; no step follows the last call."""
     pipe, calls = SimpleNamespace(scheduler=Scheduler()), []
+    generator = torch.Generator().manual_seed(1)
     with parts_of(pipe, calls) as parts:
-        for scale in (torch.tensor(1.0), torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5):
-            own = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(2))
+        for scale in (
+            torch.tensor(1.0),
+            torch.rand(2**16, generator=generator) + 0.5,
+            torch.tensor([[1.0], [0.7]]),
+        ):
+            own = torch.randn(2, 2, 2**16, generator=generator)
             calls += [Call({}, frozenset(), output) for output in own]
             pipe.scheduler.step((4 * own[0] - 3 * own[1]) * scale)
-    assert [part.step for part in parts] == [0, 0, 2, 3]
-    np.testing.assert_allclose([part.weight for part in parts], [4, -3, 1, 1], rtol=1e-5)
+        calls.append(calls[0])
+    assert [part.step for part in parts] == [0, 0, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([part.weight for part in parts], [4, -3, 1, 1, 1, 1, 1], rtol=1e-5)
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_copy_of_the_scheduler_makes_its_own_steps():
+    """LTX-2 steps its sound with a copy, SkyReels-V2 each frame."""
+    pipe, velocity = SimpleNamespace(scheduler=Scheduler()), torch.ones(1, 4)
+    with parts_of(pipe, [Call({}, frozenset(), velocity)]) as parts:
+        sound = copy.deepcopy(pipe.scheduler)
+        sound.step(velocity)
+        assert (sound.steps, pipe.scheduler.steps, parts) == (1, 0, [])
+        pipe.scheduler.step(2 * velocity)
+    assert (sound.steps, pipe.scheduler.steps) == (1, 1) and parts[0].weight == pytest.approx(2)
 
 
 def test_flow_matching_mixes_noise_at_the_schedule_s_levels(tmp_path):
