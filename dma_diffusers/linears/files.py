@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.linears.weight import LinearWeight
+from dma_diffusers.kernels.training.recipe import LINEARS
 from dma_diffusers.linears.exclusions import Choice, block_of, linear_layers, why_not_plain
 from dma_diffusers.linears.module import QuantisedLinear
 from dma_diffusers.linears.plans import Plan
@@ -110,7 +111,7 @@ def save_linears(pipe_or_model: Any, path: str | PathLike[str], *, weights: bool
             loading it quantises the weights of the model.
 
     Raises:
-        ValueError: where nothing is quantised.
+        ValueError: where nothing is quantised, or weights are only rounded in each call, as in fine-tuning.
 
     Examples:
         >>> quantize_linears(pipe, "int8")
@@ -125,6 +126,10 @@ def save_linears(pipe_or_model: Any, path: str | PathLike[str], *, weights: bool
                 f"the linear layers of {type(model).__name__} are not quantised: nothing to save"
             )
         method = record.method
+        if method in LINEARS:
+            raise ValueError(
+                f"linears={method!r} rounds the model's own weights in each call: save the model"
+            )
         layers: dict[str, Any] = {}
         for name in record.layers:
             layer = layer_of(model, name)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dma_diffusers import DMAConfig, apply, quantize_linears, report
+from dma_diffusers import DMAConfig, apply, quantize_linears, report, save_linears
 from dma_diffusers import restore as restore_all
 from dma_diffusers.finetune import QuartetLinear, prepare, restore
 from dma_diffusers.finetune import module as finetune_module
@@ -67,6 +67,8 @@ def test_a_configuration_draws_with_the_numbers_of_training(linears, format_):
         assert {receipt.formats for receipt in report(model).linears if receipt.formats} == {(format_,)}
         with pytest.raises(ValueError, match="quantised already: call"):
             prepare(model, linears)
+        with pytest.raises(ValueError, match=f"linears='{linears}' rounds the model's own weights"):
+            save_linears(model, "linears.safetensors")
         apply(model, DMAConfig.preset("exact", linears="fp8"))
         assert not quartet_layers(model) and not case.run(text).equal(trained)
         apply(model, DMAConfig.preset("exact", linears=linears))
