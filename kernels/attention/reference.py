@@ -255,7 +255,7 @@ class Slots:
         if all(precision is None or precision.pv == "bf16" for precision in plan.used(precisions)):
             rotations = rotations._replace(v="none")
         v_units = {
-            pv: quantiser.value_units(rotate(v, rotations.v), key_mask, call.smooth_v, pv)
+            pv: quantiser.value_units(quantiser.rotate_values(v, rotations.v), key_mask, call.smooth_v, pv)
             for pv in {precision.pv for precision in precisions} - {"bf16"}
         }
         taken = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
@@ -276,7 +276,7 @@ class Slots:
             there = None if order is None else taken[None]
             seen = there if key_mask is None else key_mask
             precision_map = route_call(scaled, smoothed, v.float(), plan.routing, there, seen, call.memory)
-        v = v if rotations.v == "none" else rotate(v, rotations.v)
+        v = v if rotations.v == "none" else quantiser.rotate_values(v, rotations.v)
         return cls(
             plan, precision_map, call.is_causal, call.softmax_scale_log2,
             q, k, v, scaled, smoothed, mean, v_units, offset, key_mask, taken, rotations,

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from dma_diffusers.kernels.call import Call, Norms, Rope
-from dma_diffusers.kernels.formats import Format, fake_quantize, get_format, rotate_blocks
+from dma_diffusers.kernels.formats import Format, block_of, fake_quantize, get_format, rotate_blocks
 from dma_diffusers.kernels.formats.element import E4M3, INT8
 from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
 SAMPLED_TOKENS = 1024
 MEANS_ANCHORED = 2.0**120  # means of larger numbers are summed as they are
+ROTATED_MAX = (
+    2.0**119
+)  # larger values are brought to it before they are rotated: 256 of them add up to a float32
 
 
 def changed_q(call: Call) -> torch.Tensor:
@@ -85,6 +88,15 @@ class ValueUnits(NamedTuple):
 
     scale: torch.Tensor
     mean: torch.Tensor
+
+
+def rotate_values(v: torch.Tensor, rotation: str) -> torch.Tensor:
+    """v in float32 with its channels rotated; what is finite stays so, also where a hidden key's value is huge."""
+    v = v.float()
+    if rotation == "none":
+        return v
+    v = torch.where(v.isfinite(), v.clamp(-ROTATED_MAX, ROTATED_MAX), v)
+    return rotate_blocks(v, block_of(rotation, v.shape[-1]))
 
 
 def value_units(

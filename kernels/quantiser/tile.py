@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
-from dma_diffusers.kernels.device.rounding import INTERPRETED, halves, rounded_pairs
+from dma_diffusers.kernels.device.rounding import INTERPRETED, halves, rounded_pairs, within
+from dma_diffusers.kernels.quantiser import reference
 
 E4M3_MAX_BITS = tl.constexpr(0x43E00000)  # 448
 NOT_FINITE = tl.constexpr(0x7F800000)  # and above: magnitudes, as bits
+ROTATED_MAX = tl.constexpr(reference.ROTATED_MAX)
 
 
 @triton.jit
@@ -163,8 +165,9 @@ def with_rotated_channels(even, odd, BLOCK: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def rotated_rows(x, BLOCK: tl.constexpr):
-    """The same of whole rows [rows, D]."""
+    """The same of whole rows [rows, D]; what is finite stays so, as with the reference's `rotate_values`."""
     D: tl.constexpr = x.shape[1]
+    x = within(x, ROTATED_MAX)
     even, odd = tl.split(tl.reshape(x, (x.shape[0], D // 2, 2)))
     return joined(*with_rotated_channels(even, odd, BLOCK, D))
 

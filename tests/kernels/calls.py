@@ -456,6 +456,7 @@ HIDING_CALLS = [
         Call(111, 111, 40, low="int8", window=0, sink=0, has_rope=True, dtype=torch.float16, name="hides-111"),
         Call(300, 300, 64, kv_heads=1, has_rope=True, name="hides-300-rope"),
         Call(300, 300, 64, high="bf16", low="int8", window=0, sink=0, dtype=torch.bfloat16, name="hides-all-low"),
+        Call(300, 300, 64, high="bf16", low="int8", sink=0, rotation="none/head_dim", name="hides-rotated-v"),
         Call(300, 300, 64, high="bf16", low="fp8", has_token_order=True, has_rope=True, name="hides-order"),
         Call(300, 300, 64, low="fp8", has_token_order=True, empty_slots=40, name="hides-order-empty"),
         Call(300, 300, 64, low="nvfp4", kv_heads=1, dtype=torch.bfloat16, name="hides-nvfp4"),
