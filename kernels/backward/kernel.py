@@ -9,7 +9,7 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention.loads import load_rows, load_values
 from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, to_bf16, to_output
-from dma_diffusers.kernels.quantiser.tile import load_tile, token_at
+from dma_diffusers.kernels.quantiser.tile import load_tile, magnitude_bits, token_at
 from dma_diffusers.kernels.tiling import precision_map
 from dma_diffusers.kernels.tiling.layout import SUBTILE
 
@@ -30,7 +30,7 @@ def _to_int8(x, amax):
 @triton.jit
 def _rows_in_int8(x):
     """Rows of float32 numbers as integers, and the scale of each row."""
-    amax = tl.max(tl.abs(x), axis=1)
+    amax = tl.max(magnitude_bits(x), axis=1).to(tl.float32, bitcast=True)  # NaN if one of them is
     return _to_int8(x, amax[:, None]), amax * (1 / INT8_MAX)
 
 
@@ -67,7 +67,8 @@ def prepare(
     place = head.to(tl.int64) * (tiles * TILE) + slots
     tl.store(prepared + place[:, None] * D + columns[None, :], gradient)
     if transposed is not None:
-        amax = tl.max(tl.max(tl.abs(gradient.to(tl.float32)), axis=1), axis=0)
+        amax = tl.max(tl.max(magnitude_bits(gradient.to(tl.float32)), axis=1), axis=0)
+        amax = amax.to(tl.float32, bitcast=True)
         numbers = _to_int8(gradient.to(tl.float32), amax)
         length = tiles * TILE
         row = transposed + head.to(tl.int64) * length * D

@@ -44,7 +44,7 @@ class Scaled(NamedTuple):
 
     @classmethod
     def of(cls, q: Operand, k: Operand) -> "Scaled":
-        """Those of operands that the quantiser wrote."""
+        """Returns the scales of operands that the quantiser wrote."""
         q_scales = q.scales * q.elements.any(-1).flatten()
         return cls(q_scales, k.scales, *(x.elements.mT.contiguous() for x in (q, k)))
 

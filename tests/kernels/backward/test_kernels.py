@@ -111,6 +111,23 @@ def test_int8_products_are_the_references(call, kernel_device):
         assert call.means or relative_l2(in_bf16, other) > 8e-3, name
 
 
+@pytest.mark.parametrize("bad", ["q", "gradient"])
+def test_a_bad_query_is_no_finite_gradient_in_int8(bad, kernel_device):
+    """NaN has no integer: scales must tell of it, or dK and dV of all keys would be garbage in silence."""
+    from dma_diffusers.kernels.backward import launch
+
+    call = Call(70, 70, 64, heads=1, kv_heads=1, high="bf16", low="int8", window=0, sink=0)
+    made, planned, precisions, gradient, lse_gradient = given(call, kernel_device)
+    (made.q if bad == "q" else gradient)[0, 0, 7, 3] = torch.nan
+    out, lse = forward.attention(made, planned, precisions)
+    tuned = tuning(architecture(kernel_device), 64, in_int8=True)
+    found = launch.gradients(
+        made, planned, precisions, out, lse, gradient, lse_gradient, products="int8", tuned=tuned
+    )
+    assert not any(x[0, 0, :70].isfinite().all(-1).any() for x in found[1:])
+    assert found[0][0, 0, 7].isnan().all() and found[0][0, 0, 8].isfinite().all()
+
+
 def test_content_decides_of_the_map_as_in_the_forward(kernel_device):
     torch.manual_seed(0)
     q, k, v, gradient = (torch.randn(1, 1, 256, 64, device=kernel_device) for _ in range(4))
