@@ -19,7 +19,7 @@ KERNEL_ARCHITECTURES = (*WITHOUT_TMA, "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 _BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
 _INTEGER_BLOCKS, _PACKED_BLOCKS = ("mxint8", "mxint6"), ("mxint4", "nvint4")
 RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", *_BLOCKS, *_INTEGER_BLOCKS)}
-"""The formats of Q·K, as they are stored now, with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
+"""The formats of Q·K, as they lie now, with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
 
 
 class Storage(StrEnum):
