@@ -164,7 +164,7 @@ def test_processes_make_a_bad_step_again_together(degrees):
 
 
 def test_no_case_failed():
-    refused = {RING: ("boxes", "compiled", "restored", "stock: ltx"), ULYSSES: (), BOTH: ()}
+    refused = {RING: ("boxes", "compiled", "memories", "restored", "stock: ltx"), ULYSSES: (), BOTH: ()}
     for degrees, names in refused.items():
         for name in BY_BOTH if degrees == BOTH else CASES:
             is_refused = name.startswith(names) and name != "compiled in pieces" if names else False
@@ -198,3 +198,4 @@ def test_memories_are_those_of_one_process():
         assert each["several"] < 1e-6
         of_both = "importance was found in 2 calls, and remembered in 4"
         assert all(of_both in notes for notes in each["notes"])
+    assert "by=memory" in found(RING, "memories_are_those_of_one_process")[0]["error"]

@@ -98,11 +98,13 @@ def test_torchao_changes_no_setting_of_the_compiler(gpu):
     pytest.importorskip("torchao")
     from torch._inductor import config
 
-    before = config.coordinate_descent_tuning, config.force_fuse_int_mm_with_mul
-    for entry in linear_entries.entries([])[3:5]:
-        with contextlib.suppress(RuntimeError, AssertionError):  # it may ask for a GPU that multiplies e4m3
-            entry.prepare(draw(SHAPE, 0, 1, CPU), "sm_90")
-    assert before == (False, False) == (config.coordinate_descent_tuning, config.force_fuse_int_mm_with_mul)
+    with config.patch(coordinate_descent_tuning=False, force_fuse_int_mm_with_mul=False):
+        for entry in linear_entries.entries([])[3:5]:
+            with contextlib.suppress(
+                RuntimeError, AssertionError
+            ):  # it may ask for a GPU that multiplies e4m3
+                entry.prepare(draw(SHAPE, 0, 1, CPU), "sm_90")
+        assert not config.coordinate_descent_tuning and not config.force_fuse_int_mm_with_mul
 
 
 def test_parts_of_ours_make_the_whole(gpu):
