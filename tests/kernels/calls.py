@@ -23,8 +23,7 @@ from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, buil
 class Call:
     """One attention call: shapes, formats, policy, masks.
 
-    has_norms: whether q and k go through RMSNorm, with weights of their own for the first 50 tokens.
-    rounds_twice: whether these norms do.
+    has_norms: whether q and k go through RMSNorm, with own weights for the first 50 tokens. rounds_twice: if these do.
     has_token_order: whether its tokens stand in a random order, with `empty_slots` among them.
     parts: of the sequence, each of which has its text at `text`, as of a `Layout`.
     policy: words of a policy on `grid`, in place of window, sink and random order; `text` is in tokens then.
