@@ -363,14 +363,11 @@ def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty(0, device=device), torch.empty(0, dtype=torch.int32, device=device)
 
 
-def _fake(
-    q, k, v, key_mask, q_cos, q_sin, k_cos, k_sin, q_weight, q_first_weight, k_weight, k_first_weight, eps, first,
-    rounds_twice, scale, is_causal, high, low, policies, which, grid,
-    text_start, text_stop, parts, masks_text, mapped, lowering, rotation, smooth_k, smooth_v, backward,
-    return_lse,
-):  # fmt: skip
-    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-    chosen = choose(q.device, q.shape[3], high, low, lowering).lowering
+def _fake(*arguments):
+    asked = dict(zip(_PARAMETERS, arguments, strict=True))
+    q = asked["q"]
+    lse = q.new_empty(q.shape[:3] if asked["return_lse"] else (0,), dtype=torch.float32)
+    chosen = choose(q.device, q.shape[3], asked["high"], asked["low"], asked["lowering"]).lowering
     counts = chosen == "faithful"
     return _empty_output(q), lse, q.new_empty(1 if counts else 0, dtype=torch.int32)
 

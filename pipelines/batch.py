@@ -30,11 +30,10 @@ from dma_diffusers.pipelines.loras import Lora
 from dma_diffusers.pipelines.picture import encode
 from dma_diffusers.pipelines.results import Results
 from dma_diffusers.pipelines.tasks import Task, tasks_of
+from dma_diffusers.progress import OnStep
 from dma_diffusers.receipt import Receipt
 
 _DAMAGED = "what was there is not what was written (emptied, cut or changed since), and was drawn anew"
-
-OnStep = Callable[[str, int, int], None]
 """A progress callback, called with (title, number done, total number)."""
 
 

@@ -13,8 +13,7 @@ from dma_diffusers.eval.bench.measure import measure
 from dma_diffusers.eval.bench.peers import PEERS
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.timing import require_gpu
-
-OnStep = Callable[[str, int, int], None]
+from dma_diffusers.progress import OnStep
 
 
 def bench_attention(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.backends import BACKENDS
 from dma_diffusers.eval.bench.bound import Gpu, current_gpu
@@ -18,14 +17,14 @@ from dma_diffusers.eval.bench.inputs import draw
 from dma_diffusers.eval.bench.measure import peak_bytes
 from dma_diffusers.eval.bench.peers import Peer
 from dma_diffusers.eval.bench.shapes import Shape
-from dma_diffusers.eval.bench.timing import Call, require_gpu, take_turns
+from dma_diffusers.eval.bench.timing import Call, prepare_and_time, require_gpu
 from dma_diffusers.kernels import operator, plan
 from dma_diffusers.kernels.defaults import default_formats
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.precision_map import UNVISITED, Phase
+from dma_diffusers.progress import OnStep
 
 Attend = Callable[..., torch.Tensor]
-OnStep = Callable[[str, int, int], None]
 
 # Products of matrices in each, where the forward pass has two.
 PRODUCTS = {"backward": 5, "both": 7}
@@ -125,25 +124,15 @@ def measure(
     generator = torch.Generator("cuda").manual_seed(seed)
     gradient = torch.randn(shape.size, generator=generator, device="cuda").bfloat16()
     exact = exact_gradients(*copies[0], gradient)
-    rows: list[dict[str, Any]] = []
-    calls: dict[tuple[int, str], Call] = {}
-    for index, way in enumerate(ways):
-        on_step(shape.label, index, len(ways) + 1)
-        row: dict[str, Any] = {"name": way.name, "kind": way.kind}
-        try:
-            attend, row["skipped"] = way.prepare(copies[0][0])
-            backward, both = passes(attend, copies, gradient)
-            found = backward(0)
-            row["relative_l2"] = [_error(own, other) for own, other in zip(found, exact, strict=True)]
-            row["peak_bytes"] = peak_bytes(partial(both, 0))
-            calls |= {(index, "backward"): backward, (index, "both"): both}
-        except Exception as error:  # a peer may fail in whatever way it likes
-            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
-            row = {"name": way.name, "kind": way.kind, "absent": first_line(error)}
-        rows.append(row)
-    on_step(shape.label, len(ways), len(ways) + 1)
-    for (index, part), taken in take_turns(calls, seconds).items():
-        rows[index][part] = taken
+
+    def prepare(way: Way) -> tuple[dict[str, Any], dict[str, Call]]:
+        attend, skipped = way.prepare(copies[0][0])
+        backward, both = passes(attend, copies, gradient)
+        errors = [_error(own, other) for own, other in zip(backward(0), exact, strict=True)]
+        known = {"skipped": skipped, "relative_l2": errors, "peak_bytes": peak_bytes(partial(both, 0))}
+        return known, {"backward": backward, "both": both}
+
+    rows, _ = prepare_and_time(shape.label, ways, prepare, seconds, on_step)
     on_step(shape.label, len(ways) + 1, len(ways) + 1)
     return {"size": list(shape.size), "copies": len(copies), "entries": compared(shape, rows)}
 

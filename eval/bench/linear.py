@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench import result
 from dma_diffusers.eval.bench.bound import Gpu, current_gpu
 from dma_diffusers.eval.bench.entries import FULL
 from dma_diffusers.eval.bench.linear_entries import (
     METHODS,
     MICROMIX_SHARES,
+    Entry,
     Tensors,
     bound_tflops,
     draw,
     entries,
 )
 from dma_diffusers.eval.bench.linear_shapes import LinearShape
-from dma_diffusers.eval.bench.timing import Call, require_gpu, take_turns
+from dma_diffusers.eval.bench.timing import Call, prepare_and_time, require_gpu
 from dma_diffusers.progress import OnStep
 
 NOTE = (
@@ -75,31 +75,21 @@ def measure(
     """
     copies = draw(shape, seed, gpu.l2_bytes, device)
     sample = _Sample(copies[0], seed)
-    rows: list[dict[str, Any]] = []
-    calls: dict[tuple[int, str], Call] = {}
     every = entries(methods)
+
+    def prepare(entry: Entry) -> tuple[dict[str, Any], dict[str, Call]]:
+        prepared = entry.prepare(copies, gpu.architecture)
+        parts = {part: getattr(prepared, part) for part in ("whole", "kernel", "quantise")}
+        found = {part: call for part, call in parts.items() if call}
+        for call in found.values():  # the first calls compile
+            call(0)
+        error = sample.relative_l2((prepared.whole or prepared.kernel)(0))
+        known = {"bits": prepared.bits, "bound_tflops": bound_tflops(prepared, gpu)}
+        return known | {"relative_l2": error if math.isfinite(error) else None}, found
+
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
-        for index, entry in enumerate(every):
-            on_step(shape.label, index, len(every) + 1)
-            row: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
-            try:
-                prepared = entry.prepare(copies, gpu.architecture)
-                parts = {part: getattr(prepared, part) for part in ("whole", "kernel", "quantise")}
-                found = {part: call for part, call in parts.items() if call}
-                for call in found.values():  # the first calls compile
-                    call(0)
-                error = sample.relative_l2((prepared.whole or prepared.kernel)(0))
-                row |= {"bits": prepared.bits, "bound_tflops": bound_tflops(prepared, gpu)}
-                row["relative_l2"] = error if math.isfinite(error) else None
-                calls |= {(index, part): call for part, call in found.items()}
-            except Exception as error:  # a peer may fail in whatever way it likes
-                torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
-                row = {"name": entry.name, "kind": entry.kind, "absent": first_line(error)}
-            rows.append(row)
-        on_step(shape.label, len(every), len(every) + 1)
-        for (index, part), taken in take_turns(calls, seconds).items():
-            rows[index][part] = taken
+        rows, _ = prepare_and_time(shape.label, every, prepare, seconds, on_step)
     on_step(shape.label, len(every) + 1, len(every) + 1)
     return {"size": list(shape[1:]), "copies": len(copies), "entries": compared(shape, rows)}
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.errors import first_line
 from dma_diffusers.eval.bench.bound import Gpu, bound_tflops
 from dma_diffusers.eval.bench.entries import Entry
 from dma_diffusers.eval.bench.inputs import Sample, draw
 from dma_diffusers.eval.bench.shapes import Shape
 from dma_diffusers.eval.bench.summary import compared
-from dma_diffusers.eval.bench.timing import Call, eager_and_graph, take_turns
+from dma_diffusers.eval.bench.timing import Call, eager_and_graph, prepare_and_time
+from dma_diffusers.progress import OnStep
 
 PARTS = ("whole", "kernel", "quantise")
 
@@ -25,7 +25,7 @@ def measure(
     kind: str,
     seed: int,
     seconds: float,
-    on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_step: OnStep = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Measure every entry at a shape: `{"size", "copies", "entries"}`, the entries as `summary.compared` gives them.
 
@@ -34,27 +34,20 @@ def measure(
     """
     copies = draw(shape, kind, seed, gpu.l2_bytes)
     samples = {seen: Sample(*copies[0], seed, seen) for seen in {entry.seen for entry in entries}}
-    rows: list[dict[str, Any]] = []
-    calls: dict[tuple[int, str], Call] = {}
-    for index, entry in enumerate(entries):
-        on_step(shape.label, index, len(entries) + 1)
-        row: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
-        try:
-            prepared = entry.prepare(copies)
-            error = samples[entry.seen].relative_l2(prepared.whole(0))
-            row["relative_l2"] = error if math.isfinite(error) else None
-            row["peak_bytes"] = peak_bytes(partial(prepared.whole, 0))
-            row["bound_tflops"] = bound_tflops(shape, prepared.products, gpu)
-            row["products"] = [part._asdict() for part in prepared.products]
-            found = {part: getattr(prepared, part) for part in PARTS}
-            calls |= {(index, part): call for part, call in found.items() if call}
-        except Exception as error:  # a peer may fail in whatever way it likes
-            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
-            row = {"name": entry.name, "kind": entry.kind, "absent": first_line(error)}
-        rows.append(row)
-    on_step(shape.label, len(entries), len(entries) + 1)
-    for (index, part), taken in take_turns(calls, seconds).items():
-        rows[index][part] = taken
+
+    def prepare(entry: Entry) -> tuple[dict[str, Any], dict[str, Call]]:
+        prepared = entry.prepare(copies)
+        error = samples[entry.seen].relative_l2(prepared.whole(0))
+        known = {
+            "relative_l2": error if math.isfinite(error) else None,
+            "peak_bytes": peak_bytes(partial(prepared.whole, 0)),
+            "bound_tflops": bound_tflops(shape, prepared.products, gpu),
+            "products": [part._asdict() for part in prepared.products],
+        }
+        found = {part: getattr(prepared, part) for part in PARTS}
+        return known, {part: call for part, call in found.items() if call}
+
+    rows, calls = prepare_and_time(shape.label, entries, prepare, seconds, on_step)
     for (index, part), call in calls.items():
         if part == "whole":
             rows[index][part] |= eager_and_graph(call, len(copies), seconds)

@@ -2,18 +2,31 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from statistics import median, quantiles
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from dma_diffusers.errors import first_line
+from dma_diffusers.progress import OnStep
 
 Call = Callable[[int], Any]
 """A call launches one kernel or more, on the copy of the inputs that has this number (modulo their count)."""
 
+
+class Contender(Protocol):
+    """A contender has a name, and a kind such as `entries.OURS`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
 _Key = TypeVar("_Key", bound=Hashable)
+_Contender = TypeVar("_Contender", bound=Contender)
 _ROUNDS = 3
 _SETTLING = 0.06  # calls run untimed for so many seconds first
 _MOST_IN_A_ROUND = 30  # their launches have to fit the queue, which holds about a thousand
@@ -26,6 +39,38 @@ def require_gpu() -> None:
     """Raise ValueError where there is no NVIDIA GPU."""
     if not torch.cuda.is_available() or torch.version.hip:
         raise ValueError("this command needs a CUDA GPU, and there is none")
+
+
+def prepare_and_time(
+    label: str,
+    contenders: Sequence[_Contender],
+    prepare: Callable[[_Contender], tuple[dict[str, Any], dict[str, Call]]],
+    seconds: float,
+    on_step: OnStep,
+) -> tuple[list[dict[str, Any]], dict[tuple[int, str], Call]]:
+    """Prepare every contender, time the calls of all in turns, and return a row for each, and calls by row and part.
+
+    prepare: returns what is known of a contender, and its calls by part, which have run once. A row has `name`, `kind`,
+    what is known, and under each part what `take_turns` gives; where `prepare` raised, the reason under `absent`.
+    seconds: as of `take_turns`. on_step: is told of each contender's step, and of one more, whose end is the caller's.
+    """
+    rows: list[dict[str, Any]] = []
+    calls: dict[tuple[int, str], Call] = {}
+    for index, contender in enumerate(contenders):
+        on_step(label, index, len(contenders) + 1)
+        row = {"name": contender.name, "kind": contender.kind}
+        try:
+            known, found = prepare(contender)
+        except Exception as error:  # a peer may fail in whatever way it likes
+            torch.cuda.synchronize()  # raises, and ends the run, if the device is lost to all
+            rows.append(row | {"absent": first_line(error)})
+        else:
+            rows.append(row | known)
+            calls |= {(index, part): call for part, call in found.items()}
+    on_step(label, len(contenders), len(contenders) + 1)
+    for (index, part), taken in take_turns(calls, seconds).items():
+        rows[index][part] = taken
+    return rows, calls
 
 
 def take_turns(calls: dict[_Key, Call], seconds: float) -> dict[_Key, dict[str, float | list[float]]]:

@@ -1,6 +1,6 @@
 """Each process draws its share of the batches of a row's pictures that are not there yet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +15,8 @@ from dma_diffusers.attach import apply, report, restore
 from dma_diffusers.eval.quality.configurations import Row
 from dma_diffusers.eval.quality.pictures import Pictures, Sample
 from dma_diffusers.pipelines.generate import draw
+from dma_diffusers.progress import OnStep
 
-OnStep = Callable[[str, int, int], None]
 """It is called with (title, steps done, steps in all)."""
 
 

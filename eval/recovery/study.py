@@ -1,7 +1,6 @@
 """A study's folder: full precision's calls on prompts to learn from and on held-out ones, and its held-out drawings."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,7 @@ from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended_call
 from dma_diffusers.pipelines.placement import own_device
-
-OnStep = Callable[[str, int, int], None]
+from dma_diffusers.progress import OnStep
 
 _SEED_OF_HELD_OUT = 10_000  # the seeds of training are below
 _TOGETHER = 64  # prompts that full precision draws at a time, down to their latents

@@ -9,13 +9,14 @@ import triton.language as tl
 
 from dma_diffusers.kernels.attention.loads import load_rows, load_values
 from dma_diffusers.kernels.device.rounding import bf16_operand, loaded_bf16, to_bf16, to_output
+from dma_diffusers.kernels.quantiser.elements import nearest_bits
 from dma_diffusers.kernels.quantiser.tile import load_tile, magnitude_bits, token_at
 from dma_diffusers.kernels.tiling import precision_map
 from dma_diffusers.kernels.tiling.layout import SUBTILE
 
 TILE, MEANS_TILES = tl.constexpr(128), tl.constexpr(precision_map.MEANS_TILES)
 SUBTILES = tl.constexpr(TILE.value // SUBTILE)  # of a tile
-INT8_MAX, ROUNDS_INTEGERS = tl.constexpr(127.0), tl.constexpr(1.5 * 2.0**23)
+INT8_MAX = tl.constexpr(127.0)
 LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 
@@ -23,8 +24,7 @@ LN_2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634
 def _to_int8(x, amax):
     """float32 x as integers of which the magnitude `amax`, which broadcasts to x, is 127."""
     factor = INT8_MAX / tl.where(amax == 0.0, 1.0, amax)
-    # The sum's lowest byte is the nearest integer in two's complement.
-    return (x * factor + ROUNDS_INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+    return nearest_bits(x * factor).to(tl.int8)
 
 
 @triton.jit

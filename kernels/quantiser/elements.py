@@ -33,21 +33,22 @@ def to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
 
 
 @triton.jit
-def int8_words(low, high):
-    """float32 numbers, which must round to within ±127, as int8, two in an int16 word: of NaN, anything."""
+def nearest_bits(x):
+    """int32 whose low bits are the integers nearest to float32 numbers within ±2^22, in two's complement. NaN: anything."""
     magic: tl.constexpr = 1.5 * 2.0**23
-    low = (low + magic).to(tl.int32, bitcast=True)
-    high = (high + magic).to(tl.int32, bitcast=True)
-    return ((low & 0xFF) | (high << 8)).to(tl.int16)
+    return (x + magic).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def int8_words(low, high):
+    """float32 numbers, which must round to within ±127, as int8, two in an int16 word."""
+    return ((nearest_bits(low) & 0xFF) | (nearest_bits(high) << 8)).to(tl.int16)
 
 
 @triton.jit
 def int4_bytes(low, high):
-    """float32 numbers, which must round to within ±7, as int4, two in an int8 byte: of NaN, anything."""
-    magic: tl.constexpr = 1.5 * 2.0**23
-    low = (low + magic).to(tl.int32, bitcast=True)
-    high = (high + magic).to(tl.int32, bitcast=True)
-    return ((low & 0xF) | (high << 4)).to(tl.int8)
+    """float32 numbers, which must round to within ±7, as int4, two in an int8 byte."""
+    return ((nearest_bits(low) & 0xF) | (nearest_bits(high) << 4)).to(tl.int8)
 
 
 @triton.jit

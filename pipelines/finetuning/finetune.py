@@ -1,7 +1,7 @@
 """Fine-tune the transformer of a pipeline for the precision that it will run at, and keep all of it in a folder."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,8 +28,7 @@ from dma_diffusers.pipelines.finetuning.target import depends_on_noise, trainabl
 from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.finetuning.trainer import Diverged, Trainer
 from dma_diffusers.pipelines.load import load_pipeline
-
-OnStep = Callable[[str, int, int], None]
+from dma_diffusers.progress import OnStep
 
 _WHOLE_WEIGHTS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -39,7 +39,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(linear, "require_gpu", lambda: None)
     monkeypatch.setattr(linear, "current_gpu", lambda: H200)
     monkeypatch.setattr(linear_entries, "compiled", lambda function: function)
-    monkeypatch.setattr(linear, "take_turns", lambda calls, seconds: {key: {"ms": 1.0} for key in calls})
+    monkeypatch.setattr(timing, "take_turns", lambda calls, seconds: {key: {"ms": 1.0} for key in calls})
 
 
 def test_shapes_of_models_and_free_ones():
