@@ -34,7 +34,7 @@ def to_element(y, ELEMENT: tl.constexpr, Q_MAX: tl.constexpr):
 
 @triton.jit
 def nearest_bits(x):
-    """int32 whose low bits are the integers nearest to float32 numbers within ±2^22, in two's complement. NaN: anything."""
+    """int32 whose low bits are, in two's complement, the integers nearest to x within ±2^22; of NaN, anything."""
     magic: tl.constexpr = 1.5 * 2.0**23
     return (x + magic).to(tl.int32, bitcast=True)
 
