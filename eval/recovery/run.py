@@ -19,11 +19,10 @@ from dma_diffusers.eval.provenance import hardware, versions
 from dma_diffusers.eval.recovery.drawings import save_drawings
 from dma_diffusers.eval.recovery.rows import ROWS, Row
 from dma_diffusers.eval.recovery.scores import scores
-from dma_diffusers.eval.recovery.study import SEED, TOGETHER, OnStep, Study
+from dma_diffusers.eval.recovery.study import OnStep, Study
 from dma_diffusers.eval.recovery.training import Training
 from dma_diffusers.pipelines.files import write_atomically
-from dma_diffusers.pipelines.finetuning.loss_weights import loss_weights
-from dma_diffusers.pipelines.finetuning.objectives import Distillation, Objective, velocity_loss
+from dma_diffusers.pipelines.finetuning.objectives import Objective, velocity_loss
 from dma_diffusers.pipelines.placement import own_device
 
 
@@ -43,13 +42,12 @@ def run(study: Study, name: str, seed: int, seconds: float, on_step: OnStep) -> 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is wrong in PyTorch 2.11
     pipe, call = study.pipeline()
-    unfinished = path.with_suffix(".training")
-    objective = _objective(study, row, pipe, call, unfinished, on_step) if row.trains else None
     _give(pipe, row)
     judged = partial(held_out_loss, pipe.transformer, study.judged(), study.plan.batch)
     result: dict[str, Any] = {"name": name, "seed": seed, "trains": row.trains, "loss": {0: judged()}}
-    if objective:
-        training = Training(study, row, pipe.transformer, objective, seed, unfinished)
+    unfinished = path.with_suffix(".training")
+    if row.trains:
+        training = Training(study, row, pipe.transformer, seed, unfinished)
         trained = training.run(seconds, judged, on_step)
         result |= trained | {"loss": result["loss"] | trained["loss"]}
     frames = study.draw(pipe, call, on_step)
@@ -91,20 +89,6 @@ def _give(pipe: DiffusionPipeline, row: Row) -> None:
         finetune.prepare(pipe.transformer, row.linears, attention, rounding=row.rounding)
     if row.attention and not row.trains:
         apply(pipe, row.attention)
-
-
-def _objective(
-    study: Study, row: Row, pipe: DiffusionPipeline, call: dict, folder: Path, on_step: OnStep
-) -> Distillation:
-    """Return what a row learns from, in which the steps weigh as much as the row's precision makes them count."""
-    if not (row.linears or row.attention):
-        return study.training()
-    folder.mkdir(exist_ok=True)
-    weights = loss_weights(
-        folder / "loss_weights.json", pipe, pipe.transformer, study.prompts, call, SEED, TOGETHER, study.training(),
-        low=lambda: _give(pipe, row), full=lambda: finetune.restore(pipe.transformer), on_step=on_step,
-    )  # fmt: skip
-    return study.training(weights)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """A study's folder: full precision's calls on prompts to learn from and on held-out ones, and its held-out drawings."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,8 @@ from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended
 from dma_diffusers.pipelines.placement import own_device
 from dma_diffusers.progress import OnStep
 
-SEED = 0
-"""Of the first prompt to learn from; the next ones have the next seeds."""
 _SEED_OF_HELD_OUT = 10_000  # the seeds of training are below
-TOGETHER = 64
-"""So many prompts are drawn at a time, down to their latents."""
+_TOGETHER = 64  # prompts that full precision draws at a time, down to their latents
 
 
 @dataclass(frozen=True)
@@ -96,8 +92,8 @@ class Study:
     def prepare(self, on_step: OnStep) -> None:
         """Draw with full precision what is missing in the folder."""
         pipe, call = self.pipeline()
-        stored = partial(store_teacher, pipe, pipe.transformer, batch=TOGETHER, on_step=on_step)
-        stored(self.prompts, call, self._store("training"), seed=SEED)
+        stored = partial(store_teacher, pipe, pipe.transformer, batch=_TOGETHER, on_step=on_step)
+        stored(self.prompts, call, self._store("training"), seed=0)
         stored(self.held_out[: self.plan.judged], call, self._store("held-out"), seed=_SEED_OF_HELD_OUT)
         if not are_there(self._exact, len(self.held_out)):
             save_drawings(self._exact, self.draw(pipe, call, on_step))
@@ -122,9 +118,9 @@ class Study:
         height = recommended_call(named_model(self.plan.model))["height"]
         return read_drawings(folder, len(self.held_out), height)
 
-    def training(self, weights: Mapping[float, float] | None = None) -> Distillation:
-        """Return what rows learn from; weights: of the noise levels in the loss."""
-        return Distillation(self._store("training"), len(self.prompts), weights)
+    def training(self) -> Distillation:
+        """Return what rows learn from."""
+        return Distillation(self._store("training"), len(self.prompts))
 
     def judged(self) -> Distillation:
         """Return what the held-out loss is measured on."""

@@ -18,7 +18,6 @@ from dma_diffusers.eval.recovery.rows import Row
 from dma_diffusers.eval.recovery.study import OnStep, Study
 from dma_diffusers.pipelines.finetuning.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from dma_diffusers.pipelines.finetuning.log import Log
-from dma_diffusers.pipelines.finetuning.objectives import Objective
 from dma_diffusers.pipelines.finetuning.target import depends_on_noise
 from dma_diffusers.pipelines.finetuning.trainer import Trainer
 
@@ -33,16 +32,14 @@ _PACE = 200  # the last steps, whose median time foretells that of the next ones
 class Training:
     """The trainings of one row, each of which begins with the model's own weights.
 
-    model: with the row's precision. objective: what it learns from. seed: of the order. folder: has the checkpoints and
-    the losses, until the row is finished.
+    model: with the row's precision. seed: of the order. folder: has the checkpoints and the losses, until the row is
+    finished.
     """
 
-    def __init__(
-        self, study: Study, row: Row, model: torch.nn.Module, objective: Objective, seed: int, folder: Path
-    ):
+    def __init__(self, study: Study, row: Row, model: torch.nn.Module, seed: int, folder: Path):
         self.model, self.folder = model, folder
         self.budgets, self.settings = study.plan.budgets, study.plan.settings(seed)
-        self.objective, self.by_level = objective, depends_on_noise(row.attention)
+        self.objective, self.by_level = study.training(), depends_on_noise(row.attention)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.untrained = [parameter.detach().clone() for parameter in model.parameters()]
 

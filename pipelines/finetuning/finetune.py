@@ -20,7 +20,6 @@ from dma_diffusers.pipelines.finetuning.checkpoints import last_checkpoint, load
 from dma_diffusers.pipelines.finetuning.data import store_examples
 from dma_diffusers.pipelines.finetuning.latents import KNOWN
 from dma_diffusers.pipelines.finetuning.log import Log
-from dma_diffusers.pipelines.finetuning.loss_weights import loss_weights
 from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, Objective
 from dma_diffusers.pipelines.finetuning.request import Request, begin, check
 from dma_diffusers.pipelines.finetuning.save import save_trained
@@ -53,10 +52,9 @@ class Watch:
 def finetune(request: Request, steps: int, folder: Path, watch: Watch, on_step: OnStep) -> dict[str, Any]:
     """Train until so many steps were made in all, save the result, and return what happened.
 
-    `folder` has the result (`pipelines.finetuning.save`), `loss.jsonl` and `loss_weights.json`, checkpoints, sample
-    sheets, and the examples. A run that was stopped goes on from its last checkpoint. The result's `notes` say why no
-    attention call trained at low precision where that was asked for. Under `accelerate launch` every process calls
-    this.
+    `folder` has the result (`pipelines.finetuning.save`), `loss.jsonl`, checkpoints, sample sheets, and the examples. A
+    run that was stopped goes on from its last checkpoint. The result's `notes` say why no attention call trained at low
+    precision where that was asked for. Under `accelerate launch` every process calls this.
 
     Raises ValueError where the folder is another run's, the pipeline can't be trained, the model can't have such
     precision, or the loss is not finite, and RuntimeError where the GPU has too little memory.
@@ -189,15 +187,7 @@ def _objective(
     store = CallStore(examples)
     if request.prompts:
         store_teacher(pipe, model, request.prompts, call, store, request.settings.seed, watch.draw, on_step)
-        samples, path = len(request.prompts), folder / "loss_weights.json"
-        with accelerator.main_process_first():
-            weights = loss_weights(
-                path, pipe, model, request.prompts, call, request.settings.seed, watch.draw,
-                Distillation(store, samples),
-                low=lambda: precision.prepare(model, request.linears, request.attention, rounding=request.rounding),
-                full=lambda: precision.restore(model), on_step=on_step,
-            )  # fmt: skip
-        return Distillation(store, samples, weights)
+        return Distillation(store, len(request.prompts))
     if not isinstance(pipe, KNOWN):
         known = ", ".join(kind.__name__ for kind in KNOWN)
         raise ValueError(

@@ -1,6 +1,6 @@
 """The two objectives: the full-precision model's own velocities, and flow matching on the user's data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -37,27 +37,17 @@ class Distillation:
     what is compared: guidance by 3 has nine and four times the squared error of either, unless both err alike.
 
     No data is needed, as in quantisation-aware distillation (QAD, arXiv 2601.20088).
-
-    weights: of each noise level in the loss, 1 where they are left out. A step with a weight of 2.6 is three examples,
-    which weigh .87 each, so that batches differ less.
     """
 
-    def __init__(self, store: CallStore, samples: int, weights: Mapping[float, float] | None = None):
-        self.store, self.steps, self.weights = store, [], []
-        for step in store.steps(samples):
-            weight = weights[step.level] if weights else 1.0
-            times = max(1, round(weight))
-            self.steps += [step] * times
-            self.weights += [weight / times] * times
+    def __init__(self, store: CallStore, samples: int):
+        self.store = store
+        self.steps = store.steps(samples)
         self.levels = [step.level for step in self.steps]
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
         steps = [self.steps[example] for example in examples]
         calls = [self.store.read(step.sample, number) for step in steps for number in step.calls]
-        roots = [self.weights[example] ** 0.5 for example in examples]  # errors are squared
-        sums = torch.block_diag(
-            *(root * torch.tensor([step.weights]) for root, step in zip(roots, steps, strict=True))
-        )
+        sums = torch.block_diag(*(torch.tensor([step.weights]) for step in steps))
         return replace(joined(calls, device), sums=sums.to(device))
 
 

@@ -14,8 +14,7 @@ from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
-# Of the examples: since 2, the calls of one step of the sampler are told; since 3, steps have weights in the loss.
-_LAYOUT = 3
+_LAYOUT = 2  # of the stored examples: since 2, the calls of one step of the sampler are told
 
 
 @dataclass(frozen=True)
