@@ -145,6 +145,16 @@ def e4m3_operand(x):
 
 
 @triton.jit
+def ones_for(x, COLUMNS: tl.constexpr):
+    """Ones in x's dtype, by which an operand x of a matrix product is summed. Triton 3.6 makes no e4m3 of a number."""
+    if x.dtype == tl.float8e4nv:
+        ones = tl.full((x.shape[1], COLUMNS), 0x38, tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        ones = tl.full((x.shape[1], COLUMNS), 1.0, x.dtype)
+    return ones
+
+
+@triton.jit
 def loaded_bf16(x):
     """A bfloat16 tile as loaded, for a matrix product."""
     if INTERPRETED:

@@ -226,7 +226,7 @@ def launched(*positional, lowering="native", run=None, **given):
 
 
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; the keys of one maximum."""
+    """The reference's options: hopper.py makes codes of means; who skips; the keys of one maximum."""
     from dma_diffusers.kernels.attention.launch import Variant
 
     q = torch.empty(1, 1, 1, call.head_dim, device=device)
@@ -235,7 +235,7 @@ def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str |
         KernelCall(q, q, q), Plan(call.map(), skip_below=call.skip_below), precisions, lowering, target
     )
     keys = variant.tuned.keys
-    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows, "keys_at_once": keys}
+    return {"means_by_codes": variant.in_gluon, "skip_rows": variant.tuned.rows, "keys_at_once": keys}
 
 
 def with_hidden(tensors: tuple[torch.Tensor, ...], of_k: float, of_v: float) -> tuple[torch.Tensor, ...]:
