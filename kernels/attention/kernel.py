@@ -178,7 +178,7 @@ def _add_values(
             probabilities = _in_order_of_v(probabilities)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
-            l = tl.dot(probabilities, ones, l)
+            l = tl.dot(probabilities, ones, l) if IN_MMA else l + counted
         else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
             if UNIT_SCALES and not INTERPRETED:
                 products = _with_unit_scales(probabilities, value)
@@ -344,8 +344,9 @@ def attend(
     `guards`) says in MASKED tiles who sees whom, in place of the length and the causal mask; it hides empty slots, or
     `key_mask` does.
     """
-    # As few columns as the MMA takes. Before tcgen05, variants that may skip tiles would spill with them.
-    COUNTS: tl.constexpr = 16 if TCGEN05 else 8 if skip_below is None else 1
+    # As few columns as the MMA takes. A head of 256 channels leaves tensor memory no room for them; before tcgen05,
+    # variants that may skip tiles would spill.
+    COUNTS: tl.constexpr = (16 if D <= 128 else 1) if TCGEN05 else 8 if skip_below is None else 1
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     rows = k_tiles * TILE
     blocks = tl.cdiv(q_length, ROWS)
