@@ -17,6 +17,7 @@ from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
     bf16_operand,
     e4m3_operand,
+    fp16_operand,
     loaded_bf16,
     loaded_e4m3,
     ones_for,
@@ -163,7 +164,7 @@ def _add_values(
     IS_FP8: tl.constexpr = VALUES == "channel"
     IN_MMA: tl.constexpr = l.shape[1] > 1
     # p is narrowed first: before Triton 3.8, the compiler would keep both it and the accumulator in registers.
-    probabilities = e4m3_operand(p) if IS_FP8 else bf16_operand(p)
+    probabilities = e4m3_operand(p) if IS_FP8 else fp16_operand(p) if VALUES == "half" else bf16_operand(p)
     ones = ones_for(probabilities, l.shape[1])
     counted = None if IN_MMA else tl.sum(probabilities.to(tl.float32), axis=1)[:, None]
     if TCGEN05 or not IS_FP8:
@@ -326,8 +327,8 @@ def attend(
     that stands for 2^`log_counts` ([B, whole tiles]) keys. `means` [.., q_tiles, tiles of means] has a bit for each KV
     tile that a Q tile takes so (`PrecisionMap.means`). Their keys are smoothed, if any are, in bf16 too.
     A class is None where the map has no tile of it. Each class has its element, storage and block of Q·K, and the
-    storage of V: "plain" is bfloat16, "channel" is e4m3 in `v_units` [B·Hkv, 2, D], for each channel the power of two
-    by which V was divided, and the mean that it had lost before.
+    storage of V: "plain" is bfloat16, "channel" is e4m3 and "half" float16 in `v_units` [B·Hkv, 2, D], for each channel
+    the power of two by which V was divided, and the mean that it had lost before.
     Products of bf16 numbers are multiplied here by `softmax_scale_log2`, others by the scales of rows, tiles or
     tensors, where there are any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
@@ -378,10 +379,10 @@ def attend(
             l = tl.zeros((ROWS,), tl.float32)
             accumulator = tl.zeros((ROWS, D), tl.float32)
             kept = 0
-            # An FP8 class sums values in their channels' units.
-            HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
-            LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
-            MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES == "channel"
+            # A class in FP8 or fp16 sums values in their channels' units.
+            HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES != "plain"
+            LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES != "plain"
+            MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES != "plain"
             own_units = None
             if HIGH_UNITS or LOW_UNITS or MEAN_UNITS:
                 own_units = v_units + (batch * kv_heads + kv_head).to(tl.int64) * (2 * D) + channels

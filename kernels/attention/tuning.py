@@ -58,7 +58,7 @@ _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
     # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), to which
-    # /plain is added if LOW has bf16 P·V, variant.
+    # /plain is added if LOW has P·V in bf16 or fp16, variant.
     (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
     # Three buffers of K and V in bf16 fill the shared memory.
     (("sm_103",), "*", 128, "*|plain*", Tuning(stages=4, masked_stages=2, registers=208, programs=1)),
@@ -120,7 +120,7 @@ def tuning(
     compiler's version.
     """
     storages = "|".join(storage or "-" for storage in classes)
-    if low_values is Storage.PLAIN:
+    if low_values in (Storage.PLAIN, Storage.HALF):
         storages += "/plain"
     version = ".".join(map(str, triton))
     return next(

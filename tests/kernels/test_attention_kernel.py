@@ -114,6 +114,8 @@ OLDER_CALLS = [
     ),
     Call(500, 500, 72, high="bf16", low="int8/bf16", has_rope=True, has_norms=True, text=(0, 20)),
     Call(300, 300, 200, high="bf16", low="int8/bf16"),
+    Call(500, 500, 64, high="bf16", low="int8/fp16", is_causal=True),
+    Call(300, 416, 128, heads=4, high="bf16/fp16", low="int8/fp16", masks_keys=True, means=2),
     Call(500, 500, 64, high="bf16", low="int8"),
     Call(500, 500, 128, high="bf16", low="fp8", window=0, sink=0),
     Call(500, 500, 128, high="mxfp8", low="mxfp4"),
@@ -197,7 +199,7 @@ def test_as_on_an_rtx_50(call, kernel_device):
     assert_agree(call, kernel_device, "native", target="sm_120")
 
 
-@pytest.mark.parametrize("pair", [("bf16", "int8"), ("bf16/fp8", "mxfp8/bf16")])
+@pytest.mark.parametrize("pair", [("bf16", "int8"), ("bf16/fp8", "mxfp8/bf16"), ("bf16/fp16", "int8/fp16")])
 @pytest.mark.parametrize("skip_below", [None, 0.05])
 def test_the_sum_has_probabilities_as_rounded(skip_below, pair, kernel_device):
     """Then an output is a mean of values: where they are all alike, it is that value, but for sums' last bits."""

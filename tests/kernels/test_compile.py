@@ -273,22 +273,23 @@ def test_hopper_multiplies_at_its_own_rates(high, low, kinds, head_dim):
 
 
 AMPERE = [("sm_80", "int8/bf16"), ("sm_86", "int8/bf16"), ("sm_89", "int8")]
+AMPERE += [(target, "int8/fp16") for target in ("sm_80", "sm_86", "sm_89")]
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 @pytest.mark.parametrize(("target", "low", "classes"), [
-    *((*pair, "mixed") for pair in AMPERE), *((*pair, one) for pair in AMPERE[1:] for one in ("high", "low")),
+    *((*pair, "mixed") for pair in AMPERE), *((*pair, one) for pair in AMPERE[1:3] for one in ("high", "low")),
 ])  # fmt: skip
 def test_ampere_and_ada_multiply_at_their_own_rates_without_spills(target, low, classes, head_dim):
-    """INT8 Q·K and bf16 P·V, in FP8 on Ada; operands come asynchronously, and K and V have two buffers in each loop."""
+    """INT8 Q·K; P·V in bf16, fp16, or FP8 on Ada; operands come asynchronously, K and V in two buffers."""
     high, low = "bf16" if classes != "low" else None, low if classes != "high" else None
-    values = "e4m3" if low == "int8" else "bf16"
+    values = {"int8": "e4m3", "int8/bf16": "bf16", "int8/fp16": "f16"}[low or "int8"]
     for kernel, arguments, options in ahead.launches(target, high, low, head_dim):
         compiled = ahead.compile_launch(kernel, arguments, options, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         registers, spills = ahead.resources(compiled.asm["cubin"])
         assert spills == 0 and registers > 20
-        if target != "sm_89":
+        if low != "int8":
             assert "e4m3" not in compiled.asm["ptx"] and "e5m2" not in compiled.asm["ptx"]
     expected = ({"mma.sync bf16"} if high else set()) | (
         {"mma.sync s8", f"mma.sync {values}"} if low else set()
@@ -299,7 +300,9 @@ def test_ampere_and_ada_multiply_at_their_own_rates_without_spills(target, low, 
     assert buffers and set(buffers) == {"2"}
 
 
-@pytest.mark.parametrize(("target", "low", "head_dim"), [("sm_86", "int8/bf16", 128), ("sm_89", "int8", 64)])
+@pytest.mark.parametrize(("target", "low", "head_dim"), [
+    ("sm_86", "int8/bf16", 128), ("sm_89", "int8", 64), ("sm_86", "int8/fp16", 128), ("sm_89", "int8/fp16", 128),
+])  # fmt: skip
 @pytest.mark.parametrize("given", [
     {"is_causal": True, "masks_keys": True}, {"has_means": True}, {"slots": 384, "has_fine_mask": True},
     {"slots": 384, "has_fine_mask": True, "masks_keys": True},

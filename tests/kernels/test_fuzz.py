@@ -216,7 +216,8 @@ def constants(random: Random, arch: str) -> dict:
     drawn = {
         "head_dim": pick(pick([HEAD_DIMS] * 9 + [range(8, 129, 4)] * 4 + [range(132, 257, 4)])),
         "heads": kv_heads * pick([1, 1, 2, 3, 4] if kv_heads == 1 else [1, 2]), "kv_heads": kv_heads,
-        "high": pick(list(STORES[lowering])), "low": pick(list(STORES[lowering])), "lowering": lowering,
+        "high": pick(list(STORES[lowering])), "lowering": lowering,
+        "low": pick(list(STORES[lowering])) + pick(["", "", "", "/fp16", "/bf16"]),
         "target": None if on_gpu else pick([None, "sm_90", "sm_100", "sm_120"]),
         "among": among, "used": used if on_gpu else None,
         "is_causal": is_causal,
