@@ -185,6 +185,7 @@ def operands_of(
     known = statistics_of(
         source.k if smooths else None, source.v if has_units else None, source.k_rope, inputs.key_mask, launcher,
         source.norms, call.smooth_v, source.rotated_values,
+        registers=80 if variant.target == "sm_80" else None,  # left alone, ptxas spills there to let four share one
     )  # fmt: skip
     needs_v = has_units or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.

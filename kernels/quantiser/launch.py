@@ -163,12 +163,14 @@ def statistics_of(
     norms: Norms | None = None,
     smooths_v: bool = True,
     rotated_values: int = 1,
+    registers: int | None = None,
 ) -> Statistics:
     """K's mean and V's units, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
     smooths_v: whether V's mean is taken from it. rotated_values: so many of its channels are mixed first, 1 for none.
+    registers: the most that a thread may use; None leaves it to the compiler.
     """
     x = v if k is None else k
     if x is None:
@@ -191,7 +193,7 @@ def statistics_of(
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
         SMOOTHS_V=smooths_v, ROTATED_VALUES=rotated_values, CHUNKS=count, PAIRED=are_paired(k, v, *weights),
-        HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+        HEAD_DIM=head_dim, D=dim, num_warps=8, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_units)
 
