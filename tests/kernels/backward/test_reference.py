@@ -131,11 +131,13 @@ def fake_quantised(call: Call, given, plan, tensors, lse) -> torch.Tensor:
             own_k = straight(keys, quantiser.quantised_k(keys.detach(), precision.qk))
         values = rotate(values, given.rotations.v)
         own_v = straight(values, values.bfloat16().float())
-        if precision.pv == "fp8":
+        if precision.pv != "bf16":
             units = quantiser.value_units(
                 rotate(v.detach(), given.rotations.v), given.key_mask, call.smooth_v
             )
-            own_v = straight(values, quantiser.quantised_v(values.detach(), units) * units.scale + units.mean)
+            own_v = straight(
+                values, quantiser.quantised_v(values.detach(), units, precision.pv) * units.scale + units.mean
+            )
         own_v = rotate_back(own_v, given.rotations.v)
         own_k, own_v = (x.repeat_interleave(group, 1) for x in (own_k, own_v))
         return own_q @ own_k.mT, own_v
@@ -183,6 +185,7 @@ QUANTISED = [
     Call(300, 300, 64, high="mxfp8", low="mxfp4", heads=4, kv_heads=2),
     Call(300, 300, 64, high="bf16", low="fp8", window=0, sink=0, smooth_v=False),
     Call(300, 300, 64, high="mxfp8", low="int8/bf16", masks_keys=True),
+    Call(300, 300, 64, high="bf16", low="int8/fp16", masks_keys=True),
     Call(640, 640, 64, high="bf16", low="int8", means=2, rotation="none/head_dim"),
     Call(
         301, 301, 64, high="bf16", low="int8", means=1, window=0, sink=0, masks_keys=True, heads=2, kv_heads=1
