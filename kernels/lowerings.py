@@ -18,8 +18,10 @@ WITHOUT_TMA = (*WITHOUT_FP8, "sm_89")
 KERNEL_ARCHITECTURES = (*WITHOUT_TMA, "sm_90", *BLOCK_SCALED_ARCHITECTURES)
 _BLOCKS = ("mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4")
 _INTEGER_BLOCKS, _PACKED_BLOCKS = ("mxint8", "mxint6"), ("mxint4", "nvint4")
-RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", *_BLOCKS, *_INTEGER_BLOCKS)}
-"""The formats of Q·K, as they lie now, with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
+UNPACKED = ("sm_90",)
+"""Integers of four bits lie in a byte each here, or as bf16 numbers: splitting bytes took longer (formats.md)."""
+RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", "int4", *_BLOCKS, *_INTEGER_BLOCKS, *_PACKED_BLOCKS)}
+"""The formats of Q·K with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
 
 
 class Storage(StrEnum):
@@ -90,6 +92,11 @@ class Lowering:
     stores: dict[str, Storage]
     stores_values: dict[str, Storage]
     why_not: Callable[[str, int, dict[str, Storage], dict[str, Storage]], str | None]
+
+    def storage(self, qk: str, architecture: str) -> Storage:
+        """How it stores Q and K for a format of Q·K on an architecture."""
+        found = self.stores[qk]
+        return Storage.PLAIN if found is Storage.PACKED and architecture in UNPACKED else found
 
     def refuses(self, architecture: str, head_dim: int, precisions: Precisions) -> str | None:
         """Why this lowering can't run such calls, in words; None if it can."""

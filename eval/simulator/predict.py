@@ -143,7 +143,7 @@ class Call:
         """Return the number of queries of one program."""
         lowering = lowering_of(self.machine.architecture, self.head_dim, self.high, self.low)
         classes = tuple(
-            lowering.stores[precision.qk] if has_class else None
+            lowering.storage(precision.qk, self.machine.architecture) if has_class else None
             for precision, has_class in zip(self._precisions, (has_high, has_low), strict=True)
         )
         padded = max(64, 1 << (self.head_dim - 1).bit_length())

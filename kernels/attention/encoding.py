@@ -46,7 +46,7 @@ class Variant:
         """The variant for a call. target: None for the architecture of the call's device."""
         target, dim = target or architecture(call.q.device), padded_dim(call.q.shape[-1])
         high, low, means = (
-            precision and Stored.by(named(lowering), precision) for precision in plan.used(precisions)
+            precision and Stored.by(named(lowering), precision, target) for precision in plan.used(precisions)
         )
         encoded = _encoded(high, low, means)
         tuned = tuning(target, dim, tuple(c and c.scales for c in encoded), encoded[1] and encoded[1].values)

@@ -11,25 +11,28 @@ from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.formats import Format, IntElement, get_format
 from dma_diffusers.kernels.formats.element import E4M3
 from dma_diffusers.kernels.formats.scale import fp32_tensor_scale
-from dma_diffusers.kernels.lowerings import Lowering, Storage
+from dma_diffusers.kernels.lowerings import UNPACKED, Lowering, Storage
 from dma_diffusers.kernels.precision import Precision
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The storage of one class of tiles: the format of Q and K, its storage, and the storage of V."""
+    """The storage of one class of tiles: the format of Q and K, its storage, and the storage of V.
+
+    in_bytes: integers of four bits lie in a byte each.
+    """
 
     format: Format
     storage: Storage
     values: Storage
+    in_bytes: bool = False
 
     @classmethod
-    def by(cls, lowering: Lowering, precision: Precision) -> "Stored":
-        """The storage that `lowering` has for a class of this precision."""
-        return cls(
-            get_format(precision.qk), lowering.stores[precision.qk], lowering.stores_values[precision.pv]
-        )
+    def by(cls, lowering: Lowering, precision: Precision, target: str) -> "Stored":
+        """The storage that `lowering` has for a class of this precision on an architecture."""
+        storage, values = lowering.storage(precision.qk, target), lowering.stores_values[precision.pv]
+        return cls(get_format(precision.qk), storage, values, in_bytes=target in UNPACKED)
 
     def columns(self, dim: int) -> int:
         """Elements of a tensor in memory for `dim` channels: two of four bits share a byte."""
@@ -38,7 +41,14 @@ class Stored:
     @property
     def is_packed(self) -> bool:
         """Says whether elements have four bits in memory: the even channel's are the lower half of a byte."""
-        return self.format.bits == 4 and self.storage not in (Storage.PLAIN, Storage.ROW)
+        is_byte = self.in_bytes and isinstance(self.format.element, IntElement)
+        return self.format.bits == 4 and self.storage not in (Storage.PLAIN, Storage.ROW) and not is_byte
+
+    @property
+    def element_name(self) -> str:
+        """The kernels' name of the numbers in memory: int4 in bytes are int8."""
+        in_bytes = self.format.element.name == "int4" and not self.is_packed
+        return "int8" if in_bytes else self.format.element.name
 
     @property
     def quantised(self) -> list:
@@ -48,7 +58,7 @@ class Stored:
             return [self.format.name, None, self.storage.value, 0.0, 0, 0]
         bits = struct.unpack("<i", struct.pack("<f", element.max))[0]
         room = math.floor(math.log2(E4M3.max / element.max))
-        return [element.name, self.format.block, self.storage.value, element.max, bits, room]
+        return [self.element_name, self.format.block, self.storage.value, element.max, bits, room]
 
     @property
     def multiplied(self) -> list:
@@ -61,7 +71,7 @@ class Stored:
             case Storage.PLAIN:
                 name, block = "plain" if element else "bf16", None
             case Storage.ROW | Storage.TILE | Storage.SHARED:
-                name, block = element.name if isinstance(element, IntElement) else "e4m3", None
+                name, block = self.element_name if isinstance(element, IntElement) else "e4m3", None
             case Storage.PACKED:
                 name, block = element.name, self.format.block
             case Storage.BLOCK:  # e2m3 and e3m2 are stored as e4m3
