@@ -20,6 +20,7 @@ from dma_diffusers.kernels.tiling.precision_map import Phase
 from dma_diffusers.memory import EVERY
 
 TARGETS = tuple(MATRIX_RATES)
+_ROWS_SLOWER = 4.2  # on an H200, at 16,384 and 32,760 tokens (eval/results/h200_routers.txt)
 
 
 class Pairs(NamedTuple):
@@ -103,14 +104,15 @@ def means_clocks(target: str, head_dim: int, high: str, low: str, has_low: bool)
 def routing_clocks(policy: Policy, layout: Layout, target: str, head_dim: int) -> float:
     """Predict the clocks of an SM for finding a head's important pairs.
 
-    Pools count as nothing: they take .3 % of LOW. Rows of each Q tile are multiplied with all keys in bf16, which a
-    memory does in every `EVERY`th step. Raises ValueError for a target without rates.
+    Pools count as nothing: they take 2 to 4 % of LOW. Rows of each Q tile are multiplied with all keys in bf16, which a
+    memory does in every `EVERY`th step, and take `_ROWS_SLOWER` times what peak rates would. Raises ValueError for a
+    target without rates.
     """
     check_target(target)
     if policy.router is None or policy.router.by is By.POOLS:
         return 0.0
     products, exponentials = clocks_of(target, head_dim, "H", "H")
-    of_pair = (products / 2 + exponentials) * ROWS / TILE
+    of_pair = _ROWS_SLOWER * (products / 2 + exponentials) * ROWS / TILE
     return tiles(layout.q_length) * tiles(layout.k_length) * of_pair / (EVERY if policy.remembers else 1)
 
 
