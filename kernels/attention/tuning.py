@@ -17,7 +17,8 @@ class Tuning:
 
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
     keys: of a KV tile that are handled together, 64 or all 128; all where tiles may be skipped, and of block formats.
-    warps: of one program. skipping_warps: of one that may skip tiles, where these are others.
+    warps: of one program. skipping_warps, skipping_rows, skipping_stages: of one that may skip tiles, where these are
+        others; it keeps V beside K for as many tiles, also in the loop over MASKED ones.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
         loads that first, and the loop takes `stages`. The loop over tiles of means, which no list names, has as many.
@@ -34,6 +35,8 @@ class Tuning:
     keys: int = 128
     warps: int = 8
     skipping_warps: int | None = None
+    skipping_rows: int | None = None
+    skipping_stages: int | None = None
     stages: int = 5
     masked_stages: int = 3
     registers: int | None = None
@@ -46,12 +49,23 @@ class Tuning:
     @property
     def skipping(self) -> "Tuning":
         """The variant for calls that may skip tiles, which are looked at as a whole."""
-        return replace(self, keys=128, warps=self.skipping_warps or self.warps)
+        stages = self.skipping_stages or self.stages
+        return replace(
+            self,
+            keys=128,
+            warps=self.skipping_warps or self.warps,
+            rows=self.skipping_rows or self.rows,
+            stages=stages,
+            masked_stages=min(stages, self.masked_stages) if self.skipping_stages else self.masked_stages,
+        )
 
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
 _SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
 _AMPERE = {"rows": 128, "warps": 8, "keys": 64, "transposed_v": True}
+# A tile that may be skipped is held whole, K and V: more would be too much for the shared memory of sm_86 and 89.
+_AMPERE |= {"skipping_rows": 64, "skipping_warps": 8, "skipping_stages": 2}
+_AMPERE_128 = _AMPERE | {"skipping_stages": 1}
 _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
@@ -86,14 +100,15 @@ TABLE = (
     (("sm_90",), "*", 64, "*", Tuning(**_HOPPER, stages=2)),
     (("sm_90",), "*", 128, "*", Tuning(stages=2, masked_stages=2, transposed_v=True)),
     (("sm_90",), "*", 256, "*", Tuning(**_HOPPER | {"masked_stages": 1}, stages=1)),
-    (WITHOUT_TMA, "*", 256, "*", Tuning(**_AMPERE | {"rows": 64}, stages=1, masked_stages=1)),
+    (WITHOUT_TMA, "*", 256, "*", Tuning(**_AMPERE_128 | {"rows": 64}, stages=1, masked_stages=1)),
     # Five stages of K and V in bf16 for both classes would take more than the 99 KB of sm_86 and 89.
-    (("sm_89",), "*", 128, "plain|plain*", Tuning(**_AMPERE | {"rows": 64, "warps": 4}, stages=3)),
-    (WITHOUT_TMA, "*", 128, "plain|plain*", Tuning(**_AMPERE, stages=3)),
+    (("sm_89",), "*", 128, "plain|plain*", Tuning(**_AMPERE_128 | {"rows": 64, "warps": 4}, stages=3)),
+    (WITHOUT_TMA, "*", 128, "plain|plain*", Tuning(**_AMPERE_128, stages=3)),
     # Numbers that were multiplied out take shared memory beside those that arrive.
-    (("sm_80", "sm_86", "sm_87"), "*", 128, "*packed*", Tuning(**_AMPERE, stages=2)),
+    (("sm_80", "sm_86", "sm_87"), "*", 128, "*packed*", Tuning(**_AMPERE_128, stages=2)),
     # A block of 128 rows would spill with FP8 P·V, whose sums take registers of their own.
-    (("sm_89",), "*", 128, "*", Tuning(**_AMPERE | {"rows": 64, "warps": 4})),
+    (("sm_89",), "*", 128, "*", Tuning(**_AMPERE_128 | {"rows": 64, "warps": 4})),
+    (WITHOUT_TMA, "*", 128, "*", Tuning(**_AMPERE_128)),
     (WITHOUT_TMA, "*", "*", "*", Tuning(**_AMPERE)),
     (("*",), "*", "*", "*", Tuning(stages=1, masked_stages=1)),
 )

@@ -174,6 +174,14 @@ def test_variants_that_skip_tiles_do_not_spill_and_have_as_many_buffers(target, 
 
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
+@pytest.mark.parametrize(("target", "low"), [("sm_86", "int8/bf16"), ("sm_89", "int8")])
+def test_variants_that_skip_tiles_fit_and_do_not_spill_on_ampere_and_ada(target, low, head_dim):
+    skipping = attend(target, "bf16", low, head_dim, skips=True)
+    assert skipping.metadata.shared <= MOST_SHARED_BYTES[target]
+    assert ahead.resources(skipping.asm["cubin"])[1] == 0
+
+
+@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 @pytest.mark.parametrize(("target", "high", "low"), [
     ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_103", "mxfp8", "mxfp4"),
     ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
