@@ -183,10 +183,13 @@ def operands_of(
     )  # fmt: skip
     needs_v = is_channel or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.
-    # Elsewhere Triton 3.7 would spill to let two share it, if it were not told.
+    # Elsewhere Triton 3.7 would spill to let two share it, and 3.9 on sm_80 to let four, if they were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
     shares = variant.target == "sm_90" and not (call.rotated_block > 1 and reencodes)
-    registers = None if variant.dim != 128 else 64 if shares else 128
+    if variant.dim == 128:
+        registers = 64 if shares else 128
+    else:
+        registers = 80 if variant.target == "sm_80" else None
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
         amax=quantiser.encoded_amax(call) if variant.has_tensor_scale else (None, None),
