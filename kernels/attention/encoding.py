@@ -186,10 +186,8 @@ def operands_of(
     # Elsewhere Triton 3.7 would spill to let two share it, and 3.9 on sm_80 to let four, if they were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
     shares = variant.target == "sm_90" and not (call.rotated_block > 1 and reencodes)
-    if variant.dim == 128:
-        registers = 64 if shares else 128
-    else:
-        registers = 80 if variant.target == "sm_80" else None
+    of_other_dims = 80 if variant.target == "sm_80" else None
+    registers = of_other_dims if variant.dim != 128 else 64 if shares else 128
     encoded = encode(
         replace(source, v=source.v if needs_v else None), variant.encoded, known, of_means=variant.means,
         amax=quantiser.encoded_amax(call) if variant.has_tensor_scale else (None, None),
