@@ -70,7 +70,7 @@ def test_pieces_of_a_split_round_are_added_in_one_order(tokens, gpu):
     ],
 )
 def test_a_training_step_has_the_references_gradients_and_its_compiled_one_the_same_bits(policy, gpu):
-    # Drawn anew, tiles that are nearly as important would be chosen one way by the kernel and the other by the reference.
+    # Drawn anew, tiles nearly as important would be chosen one way by the kernel and the other by the reference.
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, 700, heads, 128, generator=generator) for heads in (4, 2, 2)]
     qkv = [x.to(gpu, torch.bfloat16).transpose(1, 2).requires_grad_() for x in drawn]
