@@ -34,7 +34,6 @@ from dma_diffusers.progress import OnStep
 from dma_diffusers.receipt import Receipt
 
 _DAMAGED = "what was there is not what was written (emptied, cut or changed since), and was drawn anew"
-"""A progress callback, called with (title, number done, total number)."""
 
 
 @dataclass(frozen=True)

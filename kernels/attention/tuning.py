@@ -56,15 +56,15 @@ class Tuning:
             warps=self.skipping_warps or self.warps,
             rows=self.skipping_rows or self.rows,
             stages=stages,
-            masked_stages=min(stages, self.masked_stages) if self.skipping_stages else self.masked_stages,
+            masked_stages=min(stages, self.masked_stages),
         )
 
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
 _SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
-_AMPERE = {"rows": 128, "warps": 8, "keys": 64, "transposed_v": True}
 # A tile that may be skipped is held whole, K and V: more would be too much for the shared memory of sm_86 and 89.
-_AMPERE |= {"skipping_rows": 64, "skipping_warps": 8, "skipping_stages": 2}
+_SKIPPING = {"skipping_rows": 64, "skipping_warps": 8, "skipping_stages": 2}
+_AMPERE = {"rows": 128, "warps": 8, "keys": 64, "transposed_v": True, **_SKIPPING}
 _AMPERE_128 = _AMPERE | {"skipping_stages": 1}
 _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 # HIGH in bf16 numbers, LOW in e4m3 or int8.
