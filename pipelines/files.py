@@ -32,21 +32,14 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` in one step, as `atomically` does."""
-    with atomically(path) as unfinished:
-        unfinished.write_bytes(data)
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write, which then becomes `path` in one step; an interrupted call leaves the former.
+    """Write `data` to `path` in one step, so that an interrupted call leaves the former file as it was.
 
     The data is on the disk before the file has its name, so that a power cut leaves no empty file either. Raises a
     one-line OSError where there is no room for it or no file can be written there.
     """
     unfinished = _unfinished(path)
     try:
-        yield unfinished
+        unfinished.write_bytes(data)
         _flush(unfinished)
         unfinished.replace(path)
         with suppress(OSError):  # some file systems flush no folders

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from dma_diffusers.pipelines.files import atomically
+from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.pipelines.finetuning.calls import Call, Part, joined
 
 _OPEN_FILES = 256
@@ -97,8 +97,7 @@ class CallStore:
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"chunk": json.dumps({"samples": list(samples), "calls": written})}
-        with atomically(self.folder / f"{samples[0]:06d}.safetensors") as unfinished:
-            save_file(tensors, unfinished, about)
+        write_atomically(self.folder / f"{samples[0]:06d}.safetensors", save(tensors, about))
 
     def chunks(self, samples: int) -> list[Chunk]:
         """Return the files that have any of the first so many samples, in order."""
