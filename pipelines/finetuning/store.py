@@ -106,21 +106,17 @@ class CallStore:
 
     def steps(self, samples: int) -> list[Step]:
         """Return the sampler's steps in the drawings of the first so many samples."""
-        steps = {}
+        found = []
         for chunk in self.chunks(samples):
             groups = defaultdict(list)
             for number, call in enumerate(chunk.calls):
                 groups[call["step"]].append(number)
-            of_one = [
-                (
-                    tuple(numbers),
-                    tuple(chunk.calls[number]["weight"] for number in numbers),
-                    chunk.calls[numbers[0]]["level"],
-                )
-                for numbers in groups.values()
-            ]
-            steps |= {sample: [Step(sample, *each) for each in of_one] for sample in chunk.samples}
-        return [step for sample in range(samples) for step in steps[sample]]
+            for sample in chunk.samples:
+                for numbers in groups.values():
+                    weights = tuple(chunk.calls[number]["weight"] for number in numbers)
+                    found.append(Step(sample, tuple(numbers), weights, chunk.calls[numbers[0]]["level"]))
+        found.sort(key=lambda step: step.sample)  # those of a sample stay in order
+        return [step for step in found if step.sample < samples]
 
     def read(self, sample: int, number: int) -> Call:
         """Return a sample's call of this number."""

@@ -208,6 +208,12 @@ def test_prompts_to_learn_from_are_not_held_out(model):
     assert training == training_prompts(model, 150)
 
 
+def test_more_prompts_than_there_are_are_refused():
+    assert len(training_prompts("demo-video", 3600)) == 3600
+    with pytest.raises(ValueError, match="demo-video has 3600 prompts to learn from, not 3601"):
+        training_prompts("demo-video", 3601)
+
+
 @pytest.mark.parametrize(("model", "kind", "folder"), [
     ("demo", FluxTransformer2DModel, DEMO_MODEL), ("demo-video", WanTransformer3DModel, VIDEO_DEMO_MODEL),
 ])  # fmt: skip
