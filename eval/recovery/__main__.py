@@ -29,16 +29,24 @@ def prepare(
     folder: Folder,
     model: Annotated[str, typer.Option(help="demo or demo-video.")] = Plan.model,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to learn from.")] = Plan.prompts,
+    early: Annotated[
+        int, typer.Option(min=0, help="Further ones, of which the first steps alone are drawn.")
+    ] = Plan.early,
+    early_steps: Annotated[int, typer.Option(min=1, help="The number of these steps.")] = Plan.early_steps,
     held_out: Annotated[int, typer.Option(min=1, help="Prompts to draw and compare.")] = Plan.held_out,
     budget: Annotated[list[int] | None, typer.Option(help="Steps after which to measure; repeat it.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = Plan.batch,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = Plan.learning_rate,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own if left out.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train with compiled blocks.")] = Plan.compiled,
 ) -> None:
     """Draw with full precision: calls to learn from, held-out calls, and held-out pictures or clips."""
     budgets = tuple(sorted(budget)) if budget else Plan.budgets
     judged = min(Plan.judged, held_out)
-    plan = Plan(model, prompts, held_out, judged, budgets, batch, lr, steps=steps)
+    plan = Plan(
+        model, prompts, held_out, judged, budgets, batch, lr,
+        steps=steps, early=early, early_steps=early_steps, compiled=compiled,
+    )  # fmt: skip
     with quiet(), progress() as on_step:
         hide_loading_bars()
         Study.of(folder, plan).prepare(on_step)

@@ -1,5 +1,6 @@
 """Prompts of the embedded models: those to learn from have nothing that the held-out ones have."""
 
+from itertools import product
 from random import Random
 
 from dma_diffusers.eval.quality.prompts import built_in, read_prompts
@@ -13,12 +14,16 @@ _SEED = 21
 
 
 def training_prompts(model: str, count: int) -> list[str]:
-    """Return different prompts of "demo" or "demo-video" without held-out combinations."""
+    """Return different prompts of "demo" or "demo-video" without held-out combinations.
+
+    Raises ValueError for more than there are of clips; pictures have prompts without end.
+    """
     rng, found = Random(_SEED), dict[str, None]()
+    draws_clips = named_model(model) == VIDEO_DEMO_MODEL
+    if draws_clips and count > (most := _clips()):
+        raise ValueError(f"{model} has {most} prompts to learn from, not {count}: ask for fewer")
     while len(found) < count:
-        found[_clip(rng) if named_model(model) == VIDEO_DEMO_MODEL else sample_training_scene(rng).prompt] = (
-            None
-        )
+        found[_clip(rng) if draws_clips else sample_training_scene(rng).prompt] = None
     return list(found)
 
 
@@ -26,6 +31,10 @@ def held_out_prompts(model: str, count: int) -> list[str]:
     """Return the first of the prompts whose combinations no training saw."""
     chosen, _ = read_prompts(built_in(named_model(model)), count)
     return [each.text for each in chosen]
+
+
+def _clips() -> int:
+    return len(BACKGROUNDS) * sum(not is_held_out(*pair) for pair in product(CONCEPTS, MOTIONS))
 
 
 def _clip(rng: Random) -> str:

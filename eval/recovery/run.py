@@ -92,6 +92,7 @@ def _give(pipe: DiffusionPipeline, row: Row) -> None:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # as rows that aren't trained
 def held_out_loss(model: torch.nn.Module, objective: Objective, batch: int) -> float:
     """Return the mean loss of all the objective's calls, in the mode in which a model draws."""
     model.eval()

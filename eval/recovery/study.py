@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 
 from dma_diffusers.eval.recovery.drawings import are_there, read_drawings, save_drawings
 from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_prompts
-from dma_diffusers.pipelines.finetuning.calls import CallStore
 from dma_diffusers.pipelines.finetuning.objectives import Distillation
 from dma_diffusers.pipelines.finetuning.request import begin
+from dma_diffusers.pipelines.finetuning.store import CallStore, HeldCalls
 from dma_diffusers.pipelines.finetuning.target import with_size
 from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.finetuning.trainer import Settings
@@ -21,18 +22,20 @@ from dma_diffusers.pipelines.load import load_pipeline, named_model, recommended
 from dma_diffusers.pipelines.placement import own_device
 from dma_diffusers.progress import OnStep
 
-_SEED_OF_HELD_OUT = 10_000  # the seeds of training are below
-_TOGETHER = 64  # prompts that full precision draws at a time, down to their latents
+_SEED_OF_HELD_OUT, _SEED_OF_TRAINING = 10_000, 100_000  # so far apart that no noise is in both
+_TOGETHER = 256  # prompts that full precision draws at a time, down to their latents
 
 
 @dataclass(frozen=True)
 class Plan:
     """The settings that all rows of a study have in common.
 
-    model: "demo" or "demo-video". prompts: to learn from. held_out: prompts that are drawn and compared. judged: how
-    many of these give the held-out loss. budgets: rising numbers of steps, for each of which a row is trained. batch,
-    learning_rate, warmup, decay, ema: as of `Settings`; by default the rate falls from the end of the warm-up to the
-    end, as straight to 0 as in arXiv 2502.15938. steps: of denoising; None for the model's own.
+    model: "demo" or "demo-video". prompts: to learn from, in whole drawings. held_out: prompts that are drawn and
+    compared. judged: how many of these give the held-out loss. budgets: rising numbers of steps, for each of which a
+    row is trained. batch, learning_rate, warmup, decay, ema: as of `Settings`; by default the rate falls from the end
+    of the warm-up to the end, as straight to 0 as in arXiv 2502.15938. steps: of denoising; None for the model's own.
+    early: further prompts to learn from, drawn for their first `early_steps` alone, when a drawing is little more than
+    its prompt. compiled: whether the model's blocks train as `torch.compile` makes them; they draw as they are.
     """
 
     model: str = "demo"
@@ -46,6 +49,9 @@ class Plan:
     decay: float = 1.0
     ema: float = 0.99
     steps: int | None = None
+    early: int = 0
+    early_steps: int = 8
+    compiled: bool = False
 
     def settings(self, seed: int) -> Settings:
         """Settings of the trainer. seed: of the order."""
@@ -71,7 +77,7 @@ class Study:
             )
         stored = json.loads(path.read_bytes())
         self.plan = Plan(**stored | {"budgets": tuple(stored["budgets"])})
-        self.prompts = training_prompts(self.plan.model, self.plan.prompts)
+        self.prompts = training_prompts(self.plan.model, self.plan.prompts + self.plan.early)
         self.held_out = held_out_prompts(self.plan.model, self.plan.held_out)
 
     @classmethod
@@ -93,11 +99,14 @@ class Study:
         """Draw with full precision what is missing in the folder."""
         pipe, call = self.pipeline()
         stored = partial(store_teacher, pipe, pipe.transformer, batch=_TOGETHER, on_step=on_step)
-        stored(self.prompts, call, self._store("training"), seed=0)
+        training = partial(stored, call=call, store=self._store("training"), seed=_SEED_OF_TRAINING)
+        training(self.prompts[: self.plan.prompts])
+        training(self.prompts, steps=self.plan.early_steps)  # the early ones, which alone are missing now
         stored(self.held_out[: self.plan.judged], call, self._store("held-out"), seed=_SEED_OF_HELD_OUT)
         if not are_there(self._exact, len(self.held_out)):
             save_drawings(self._exact, self.draw(pipe, call, on_step))
 
+    @torch.compiler.set_stance("force_eager")  # as full precision
     def draw(self, pipe: DiffusionPipeline, call: dict, on_step: OnStep) -> np.ndarray:
         """Draw the held-out prompts: uint8 `[prompts, F, H, W, 3]`."""
         drawn, size = [], self.plan.batch
@@ -120,14 +129,17 @@ class Study:
 
     def training(self) -> Distillation:
         """Return what rows learn from."""
-        return Distillation(self._store("training"), len(self.prompts))
+        return self._distillation("training", len(self.prompts))
 
     def judged(self) -> Distillation:
         """Return what the held-out loss is measured on."""
-        return Distillation(self._store("held-out"), self.plan.judged)
+        return self._distillation("held-out", self.plan.judged)
+
+    def _distillation(self, name: str, samples: int) -> Distillation:
+        return Distillation(HeldCalls(self._store(name), samples, own_device()), samples)
 
     def _store(self, name: str) -> CallStore:
-        return CallStore(self.folder / name, own_device())
+        return CallStore(self.folder / name)
 
     @property
     def _exact(self) -> Path:

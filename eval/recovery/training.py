@@ -38,6 +38,8 @@ class Training:
 
     def __init__(self, study: Study, row: Row, model: torch.nn.Module, seed: int, folder: Path):
         self.model, self.folder = model, folder
+        if study.plan.compiled:
+            model.compile_repeated_blocks()  # type: ignore[operator]  # of Diffusers
         self.budgets, self.settings = study.plan.budgets, study.plan.settings(seed)
         self.objective, self.by_level = study.training(), depends_on_noise(row.attention)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")

@@ -1,33 +1,22 @@
-"""A transformer's calls, as its pipeline makes them: recorded, stored sample by sample, and put together in batches.
+"""A transformer's calls, as its pipeline makes them: recorded, and put together in batches.
 
 Whatever the pipeline hands to its transformer (text, positions, guidance) is recorded as it is, so that a call can be
 made again in training without the pipeline and its text encoders.
 """
 
-import hashlib
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
-
-from dma_diffusers.pipelines.files import write_atomically
 
 LATENTS, NOISE = "hidden_states", "timestep"
 """The arguments of a transformer's call that have the noisy latents and the noise level."""
 
 _POSITIONS = ("img_ids", "txt_ids")  # FLUX has one table of positions for all samples
-_OPEN_FILES = 256
-_Opened = tuple[Callable[[str], Tensor], list[dict[str, Any]]]  # reads a tensor by its name; all calls
 
 
 @dataclass(frozen=True)
@@ -40,20 +29,6 @@ class Part:
 
     step: int = 0
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the sampler in the drawing of a stored sample.
-
-    calls: their numbers. weights: of their velocities in the step's. level: the noise level, in the transformer's own
-    unit.
-    """
-
-    sample: int
-    calls: tuple[int, ...]
-    weights: tuple[float, ...]
-    level: float
 
 
 @dataclass(frozen=True)
@@ -74,20 +49,6 @@ class Call:
     def level(self) -> float:
         """The noise level in the transformer's own unit, of the first sample."""
         return float(self.inputs[NOISE].flatten()[0])
-
-    def samples(self) -> list["Call"]:
-        """Return a call for each sample."""
-        return [
-            Call(
-                {
-                    name: value[i : i + 1] if isinstance(value, Tensor) and name not in self.shared else value
-                    for name, value in self.inputs.items()
-                },
-                self.shared,
-                None if self.output is None else self.output[i : i + 1],
-            )
-            for i in range(len(self.inputs[LATENTS]))
-        ]
 
 
 def joined(calls: Sequence[Call], device: torch.device) -> Call:
@@ -166,84 +127,3 @@ def _call(model: torch.nn.Module, args: tuple, inputs: dict[str, Any], output: T
 
 def _is_plain(value: Any) -> bool:
     return value is None or value == {} or isinstance(value, bool | int | float | str)
-
-
-class CallStore:
-    """The calls of each sample, in a folder: a file for each, in which equal tensors are stored once.
-
-    held_on: the device in whose memory everything that was read stays; None reads files again and again.
-    """
-
-    def __init__(self, folder: Path, held_on: torch.device | None = None):
-        self.folder, self.held_on = folder, held_on
-        self._held: dict[int, _Opened] = {}
-
-    def __contains__(self, sample: int) -> bool:
-        return self._path(sample).is_file()
-
-    def write(self, sample: int, calls: Sequence[Call], parts: Sequence[Part] = (Part(),)) -> None:
-        """Store the calls of one sample, each of which has one, with the part of each."""
-        tensors: dict[str, Tensor] = {}
-
-        def key(tensor: Tensor) -> str:
-            data = tensor.clone(memory_format=torch.contiguous_format)  # of a view, what it shows alone
-            digest = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
-            digest.update(data.flatten().view(torch.uint8).numpy().data)
-            name = digest.hexdigest()[:32]
-            tensors[name] = data
-            return name
-
-        written = [
-            {
-                "tensors": {
-                    name: key(value) for name, value in call.inputs.items() if isinstance(value, Tensor)
-                },
-                "others": {
-                    name: value for name, value in call.inputs.items() if not isinstance(value, Tensor)
-                },
-                "shared": sorted(call.shared),
-                "output": None if call.output is None else key(call.output),
-                "level": call.level,
-                **asdict(part),
-            }
-            for call, part in zip(calls, parts, strict=True)
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path(sample), save(tensors, {"calls": json.dumps(written)}))
-
-    def steps(self, samples: int) -> list[Step]:
-        """Return the sampler's steps in the drawings of the first so many samples."""
-        found = []
-        for sample in range(samples):
-            calls, groups = self._opened(sample)[1], defaultdict(list)
-            for number, call in enumerate(calls):
-                groups[call["step"]].append(number)
-            for numbers in groups.values():
-                weights = tuple(calls[number]["weight"] for number in numbers)
-                found.append(Step(sample, tuple(numbers), weights, calls[numbers[0]]["level"]))
-        return found
-
-    def read(self, sample: int, number: int) -> Call:
-        """Return a sample's call of this number."""
-        tensor, calls = self._opened(sample)
-        call = calls[number]
-        tensors = {name: tensor(key) for name, key in call["tensors"].items()}
-        output = tensor(call["output"]) if call["output"] else None
-        return Call(tensors | call["others"], frozenset(call["shared"]), output)
-
-    def _opened(self, sample: int) -> _Opened:
-        if self.held_on is None:
-            return _file(self._path(sample))
-        if sample not in self._held:
-            path = self._path(sample)
-            self._held[sample] = load_file(path, str(self.held_on)).__getitem__, _file(path)[1]
-        return self._held[sample]
-
-    def _path(self, sample: int) -> Path:
-        return self.folder / f"{sample:06d}.safetensors"
-
-
-@lru_cache(maxsize=_OPEN_FILES)
-def _file(path: Path) -> _Opened:
-    file = safe_open(path, "pt")
-    return file.get_tensor, json.loads(file.metadata()["calls"])

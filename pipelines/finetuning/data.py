@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps, ImageSequence
 
 from dma_diffusers.pipelines.files import files_below
-from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, CallStore, first_call
+from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, first_call
 from dma_diffusers.pipelines.finetuning.latents import encode
+from dma_diffusers.pipelines.finetuning.store import CallStore
 from dma_diffusers.pipelines.reading import UNREADABLE, to_rgb
 from dma_diffusers.pipelines.tables import read_entries
 from dma_diffusers.pipelines.video import read_image
@@ -68,15 +69,16 @@ def store_examples(
     taken.
     """
     size, count = (call["width"], call["height"]), call.get("num_frames", 1)
+    there = store.stored()
     for number, example in enumerate(examples):
-        if number not in store:
+        if number not in there:
             asked = first_call(pipe, model, example.caption, call)
             latents = encode(pipe, frames_of(example.path, size, count))
             clean = {
                 LATENTS: latents.to(asked.inputs[LATENTS].dtype).cpu(),
                 NOISE: asked.inputs[NOISE] / float(pipe.scheduler.sigmas[0]),
             }
-            store.write(number, [replace(asked, inputs={**asked.inputs, **clean})])
+            store.write([number], [replace(asked, inputs={**asked.inputs, **clean})])
         on_step("encoding", number + 1, len(examples))
     # The schedule is a call's, which there was none of if all were stored.
     first_call(pipe, model, examples[0].caption, call)

@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 
 from dma_diffusers import finetune as precision
 from dma_diffusers import report
-from dma_diffusers.pipelines.finetuning.calls import CallStore
 from dma_diffusers.pipelines.finetuning.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from dma_diffusers.pipelines.finetuning.data import store_examples
 from dma_diffusers.pipelines.finetuning.latents import KNOWN
@@ -24,6 +23,7 @@ from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatc
 from dma_diffusers.pipelines.finetuning.request import Request, begin, check
 from dma_diffusers.pipelines.finetuning.save import save_trained
 from dma_diffusers.pipelines.finetuning.sheets import Sheets
+from dma_diffusers.pipelines.finetuning.store import CallStore
 from dma_diffusers.pipelines.finetuning.target import depends_on_noise, trainable, with_size
 from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.finetuning.trainer import Diverged, Trainer

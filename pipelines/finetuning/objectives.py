@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, Call, CallStore, joined
+from dma_diffusers.pipelines.finetuning.calls import LATENTS, NOISE, Call, joined
+from dma_diffusers.pipelines.finetuning.store import CallStore, HeldCalls
 
 
 def velocity_loss(model: torch.nn.Module, call: Call) -> Tensor:
@@ -39,16 +40,16 @@ class Distillation:
     No data is needed, as in quantisation-aware distillation (QAD, arXiv 2601.20088).
     """
 
-    def __init__(self, store: CallStore, samples: int):
+    def __init__(self, store: CallStore | HeldCalls, samples: int):
         self.store = store
         self.steps = store.steps(samples)
         self.levels = [step.level for step in self.steps]
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
         steps = [self.steps[example] for example in examples]
-        calls = [self.store.read(step.sample, number) for step in steps for number in step.calls]
+        call = self.store.batch([(step.sample, number) for step in steps for number in step.calls], device)
         sums = torch.block_diag(*(torch.tensor([step.weights]) for step in steps))
-        return replace(joined(calls, device), sums=sums.to(device))
+        return replace(call, sums=sums.to(device))
 
 
 class FlowMatching:
@@ -65,7 +66,7 @@ class FlowMatching:
         self.levels = [1.0] * samples
 
     def batch(self, examples: Sequence[int], device: torch.device, generator: torch.Generator) -> Call:
-        call = joined([self.store.read(example, 0) for example in examples], torch.device("cpu"))
+        call = self.store.batch([(example, 0) for example in examples], torch.device("cpu"))
         clean = call.inputs[LATENTS].float()
         sigma = self._sigmas(1 if self.by_level else len(examples), generator).expand(len(examples))
         noise = torch.randn(clean.shape, generator=generator)

@@ -1,16 +1,16 @@
 """The full-precision model draws the user's prompts once, and every call of its transformer is kept."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from dma_diffusers.pipelines.finetuning.calls import Call, CallStore, recording
+from dma_diffusers.pipelines.finetuning.calls import recording
 from dma_diffusers.pipelines.finetuning.guidance import parts_of
+from dma_diffusers.pipelines.finetuning.store import CallStore
 from dma_diffusers.pipelines.generate import for_batch
 
 
@@ -23,38 +23,41 @@ def store_teacher(
     seed: int,
     batch: int,
     on_step: Callable[[str, int, int], None],
+    steps: int | None = None,
 ) -> None:
     """Draw the prompts that are not in the store yet, down to their latents; prompt i has seed + i.
 
     model: the transformer of the pipeline whose calls are kept, at full precision. batch: prompts drawn together; under
-    `accelerate launch` each process draws its share.
+    `accelerate launch` each process draws its share. steps: of the sampler after which a drawing ends, None for all;
+    the pipeline must have an `interrupt`, as FLUX's and Wan's have.
     """
     state = PartialState()
-    missing = [number for number in range(len(prompts)) if number not in store]
+    there = store.stored()
+    missing = [number for number in range(len(prompts)) if number not in there]
     state.wait_for_everyone()  # all have looked before anyone writes
     chunks = [missing[start : start + batch] for start in range(0, len(missing), batch)]
     mine = chunks[state.process_index :: state.num_processes]
-    for done, chunk in enumerate(mine):
+    written: Future | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for done, chunk in enumerate(mine):
 
-        def ended(pipe, step: int, timestep, tensors: dict, done: int = done) -> dict:
-            on_step("full precision", done * pipe.num_timesteps + step + 1, len(mine) * pipe.num_timesteps)
-            return tensors
+            def ended(pipe, step: int, timestep, tensors: dict, done: int = done) -> dict:
+                each = min(steps or pipe.num_timesteps, pipe.num_timesteps)
+                if step + 1 == steps:
+                    pipe._interrupt = True
+                on_step("full precision", done * each + step + 1, len(mine) * each)
+                return tensors
 
-        with recording(model) as calls, parts_of(pipe, calls) as parts:
-            pipe(
-                prompt=[prompts[number] for number in chunk],
-                generator=[torch.Generator().manual_seed(seed + number) for number in chunk],
-                output_type="latent", callback_on_step_end=ended, callback_on_step_end_tensor_inputs=["latents"],
-                **for_batch(call, len(chunk)),
-            )  # fmt: skip
-        of_sample: dict[int, list[Call]] = defaultdict(list)
-        for each in calls:
-            for number, sample in zip(chunk, each.samples(), strict=True):
-                of_sample[number].append(sample)
-        with ThreadPoolExecutor() as pool:
-            list(
-                pool.map(
-                    lambda number, own=of_sample, its=parts: store.write(number, own[number], its), chunk
-                )
-            )
+            with recording(model) as calls, parts_of(pipe, calls) as parts:
+                pipe(
+                    prompt=[prompts[number] for number in chunk],
+                    generator=[torch.Generator().manual_seed(seed + number) for number in chunk],
+                    output_type="latent", callback_on_step_end=ended, callback_on_step_end_tensor_inputs=["latents"],
+                    **for_batch(call, len(chunk)),
+                )  # fmt: skip
+            if written:
+                written.result()  # one chunk is in memory beside the one that is drawn
+            written = writer.submit(store.write, chunk, calls, parts)
+        if written:
+            written.result()
     state.wait_for_everyone()

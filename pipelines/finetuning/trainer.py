@@ -93,12 +93,13 @@ class Trainer:
                 loss = velocity_loss(self.model, self.batch(self.step * settings.accumulate + part))
                 self.accelerator.backward(loss / settings.accumulate)
             total += loss.detach() / settings.accumulate
-        mean = float(self.accelerator.reduce(total, "mean"))
+        total = self.accelerator.reduce(total, "mean")
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, settings.clip or math.inf))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, settings.clip or math.inf)
+        mean, norm = torch.stack([total, norm]).tolist()  # the only wait for the device in a step
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise Diverged(f"the loss is {mean} and the gradients' norm {norm} in step {self.step + 1}")
         self.optimizer.param_groups[0]["lr"] = settings.rate(self.step, self.steps)

@@ -1,7 +1,9 @@
 """The recovery study on a tiny model: rows are made once, judged on what they did not learn from, and summed up."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -14,14 +16,19 @@ from dma_diffusers.eval.recovery import study as study_module
 from dma_diffusers.eval.recovery import training as training_module
 from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_prompts
 from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
-from dma_diffusers.eval.recovery.run import drawings_path, result_path, result_paths, run
+from dma_diffusers.eval.recovery.run import drawings_path, held_out_loss, result_path, result_paths, run
 from dma_diffusers.eval.recovery.study import Plan, Study
 from dma_diffusers.eval.recovery.summary import gap_closed, order, summarise, table
+from dma_diffusers.eval.recovery.training import Training
+from dma_diffusers.pipelines.finetuning.objectives import velocity_loss
 from dma_diffusers.pipelines.finetuning.trainer import Trainer
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL
 from tests.pipelines.saved_flux import save_flux
 
-PLAN = Plan(prompts=2, held_out=3, judged=1, budgets=(1, 3), batch=2, learning_rate=1e-4, warmup=0, decay=0)
+PLAN = Plan(
+    prompts=2, held_out=3, judged=1, budgets=(1, 3), batch=2, learning_rate=1e-4, warmup=0, decay=0,
+    early=3, early_steps=1,
+)  # fmt: skip
 
 
 def silent(title: str, done: int, total: int) -> None:
@@ -66,6 +73,55 @@ def test_rows_are_judged_at_each_budget(study):
     assert drawn.shape == study.exact.shape == (3, 1, 48, 40, 3)
     error = np.square(drawn - study.exact.astype(float)).mean((1, 2, 3, 4))
     np.testing.assert_allclose(free["scores"]["psnr_db"], 10 * np.log10(255**2 / error), rtol=1e-4)
+
+
+def test_further_prompts_are_drawn_for_their_first_steps(study):
+    drawn = Counter(step.sample for step in study.training().steps)
+    assert drawn == {0: 2, 1: 2, 2: 1, 3: 1, 4: 1} and len(study.prompts) == 5
+    (first, second), early = study.training().levels[:2], study.training().levels[-3:]
+    assert first > second and early == [first] * 3
+    assert Counter(step.sample for step in study.judged().steps) == {0: 2}
+
+
+def test_no_noise_is_in_training_and_held_out(study, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(study_module, "store_teacher", lambda *given, seed, **named: seeds.append(seed))
+    study.prepare(silent)
+    most = 20_000  # prompts of a study
+    *training, held_out = seeds
+    assert len(set(training)) == 1 and abs(training[0] - held_out) > most
+
+
+def test_compiled_blocks_learn_the_same_and_draw_as_they_are(study, tmp_path, monkeypatch):
+    graphs, aot = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot(graph, inputs)
+
+    compile_blocks = FluxTransformer2DModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        FluxTransformer2DModel, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend)
+    )
+    row, found = ROWS["demo"]["all MXFP4, trained"], []
+    for compiled in (False, True):
+        monkeypatch.setattr(study, "plan", replace(PLAN, compiled=compiled, budgets=(3,)))
+        pipe, call = study.pipeline()
+        finetune.prepare(pipe.transformer, attention=row.attention)
+        judged = partial(held_out_loss, pipe.transformer, study.judged(), 2)
+        training = Training(study, row, pipe.transformer, 0, tmp_path / str(compiled))
+        assert not graphs
+        batch = study.training().batch([0, 3], torch.device("cpu"), torch.Generator())
+        velocity_loss(pipe.transformer.train(), batch).backward()
+        gradients = torch.cat([value.grad.flatten() for value in pipe.transformer.parameters()])
+        pipe.transformer.zero_grad()
+        losses = training.run(0, judged, silent)["loss"]
+        made = len(graphs)
+        study.draw(pipe, call, silent)
+        assert bool(made) is compiled and len(graphs) == made
+        found.append((losses["3"], gradients))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm()
 
 
 def test_a_row_that_is_there_is_not_made_again(study, monkeypatch):
@@ -153,6 +209,12 @@ def test_prompts_to_learn_from_are_not_held_out(model):
     training = training_prompts(model, 150)
     assert len(set(training)) == 150 and not set(training) & set(held_out_prompts(model, 200))
     assert training == training_prompts(model, 150)
+
+
+def test_more_prompts_than_there_are_are_refused():
+    assert len(training_prompts("demo-video", 3600)) == 3600
+    with pytest.raises(ValueError, match="demo-video has 3600 prompts to learn from, not 3601"):
+        training_prompts("demo-video", 3601)
 
 
 @pytest.mark.parametrize(("model", "kind", "folder"), [

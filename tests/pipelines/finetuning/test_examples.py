@@ -2,18 +2,21 @@
 
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from dma_diffusers.pipelines.finetuning.calls import Call, CallStore, Part, first_call, joined
+from dma_diffusers.pipelines.finetuning.calls import Call, Part, first_call, joined
 from dma_diffusers.pipelines.finetuning.data import Example, frames_of, read_folder, store_examples
 from dma_diffusers.pipelines.finetuning.guidance import parts_of
 from dma_diffusers.pipelines.finetuning.latents import encode
 from dma_diffusers.pipelines.finetuning.objectives import Distillation, FlowMatching, velocity_loss
+from dma_diffusers.pipelines.finetuning.store import CallStore, HeldCalls
 from dma_diffusers.pipelines.finetuning.target import with_size
 from dma_diffusers.pipelines.finetuning.teacher import store_teacher
 from dma_diffusers.pipelines.load import DEMO_MODEL, VIDEO_DEMO_MODEL, load_pipeline
@@ -40,11 +43,11 @@ def call_of(pipe, **more) -> dict:
     ],
 )
 def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights, tmp_path):
-    """Each sample of a batch is stored alone, and its velocities are those of the model, whatever it is joined with."""
+    """Each sample's velocities are those of the model, whatever it was drawn with and is joined with."""
     pipe = getattr(tiny_pipelines, family)()
     store, prompts, call = CallStore(tmp_path), ["a cat", "a dog", "an owl"], call_of(pipe, **more)
     store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
-    calls = Distillation(CallStore(tmp_path, held_on=CPU), len(prompts))
+    calls = Distillation(CallStore(tmp_path), len(prompts))
     assert len(calls.levels) == len(prompts) * 2 and len(set(calls.levels)) == 2
     with torch.no_grad():
         mixed = calls.batch([0, 2, 5], CPU, NOTHING)
@@ -60,10 +63,52 @@ def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights,
     assert second.level != store.read(2, 0).level
     with torch.no_grad():
         assert not second.inputs["hidden_states"].allclose(first)
-    before = (tmp_path / "000001.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "000002.safetensors").stat().st_mtime_ns
     (tmp_path / "000000.safetensors").unlink()
+    assert store.stored() == {2}
     store_teacher(pipe, pipe.transformer, prompts, call, store, seed=5, batch=2, on_step=silent)
-    assert (tmp_path / "000001.safetensors").stat().st_mtime_ns == before and 0 in store
+    assert (tmp_path / "000002.safetensors").stat().st_mtime_ns == before and store.stored() == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("flux", {"true_cfg_scale": 2.0}), ("wan", {"guidance_scale": 3.0, "height": 32, "width": 32})],
+)
+def test_a_drawing_ends_after_its_first_steps(family, more, tmp_path):
+    """What is stored of it is what a whole drawing has of them, and a training has both kinds."""
+    pipe = getattr(tiny_pipelines, family)()
+    prompts, call = ["a cat", "a dog", "an owl"], call_of(pipe, **more, num_inference_steps=3)
+    store, whole = CallStore(tmp_path / "both"), CallStore(tmp_path / "whole")
+    draw, told = partial(store_teacher, pipe, pipe.transformer, call=call, seed=5, batch=2), []
+    draw(prompts[:1], store=store, on_step=silent)
+    draw(prompts, store=store, on_step=lambda *progress: told.append(progress[1:]), steps=2)
+    draw(prompts, store=whole, on_step=silent)
+    assert told == [(1, 2), (2, 2)]
+    counts = [sum(step.sample == sample for step in store.steps(3)) for sample in range(3)]
+    assert counts == [3, 2, 2]
+    for step in store.steps(3):
+        for number in step.calls:
+            ours, theirs = store.read(step.sample, number), whole.read(step.sample, number)
+            torch.testing.assert_close(ours.output, theirs.output)
+            assert ours.inputs["hidden_states"].shape == theirs.inputs["hidden_states"].shape
+    calls = HeldCalls(store, 3, CPU)
+    assert calls.steps(3) == store.steps(3) and calls.steps(1) == store.steps(1)
+    places = [(2, 3), (0, 0), (0, 5), (1, 2), (2, 0)]
+    held, read = calls.batch(places, CPU), store.batch(places, CPU)
+    torch.testing.assert_close(dict(held.inputs), dict(read.inputs), rtol=0, atol=0)
+    assert held.shared == read.shared and held.output.equal(read.output)
+
+
+def test_equal_tensors_are_stored_once(tmp_path):
+    text, outputs = torch.randn(2, 300), torch.randn(4, 2, 6)
+    calls = [
+        Call({"hidden_states": x, "timestep": torch.ones(2), "text": text.clone()}, frozenset(), x + 1)
+        for x in outputs
+    ]
+    CallStore(tmp_path).write([3, 7], calls, [Part(i) for i in range(4)])
+    file = load_file(tmp_path / "000003.safetensors")
+    assert sum(tensor.shape == text.shape for tensor in file.values()) == 1
+    assert CallStore(tmp_path).read(7, 2).inputs["text"].equal(text[1:])
 
 
 def test_what_counts_is_the_error_of_the_sum(tmp_path):
@@ -78,7 +123,7 @@ def test_what_counts_is_the_error_of_the_sum(tmp_path):
         for i, output in enumerate(outputs)
     ]
     store = CallStore(tmp_path)
-    store.write(0, calls, [Part(0, 3.0), Part(0, -2.0), Part(1, 3.0), Part(1, -2.0)])
+    store.write([0], calls, [Part(0, 3.0), Part(0, -2.0), Part(1, 3.0), Part(1, -2.0)])
     batch = Distillation(store, 1).batch([0, 1], CPU, NOTHING)
     for errors, expected in [
         ((1, 1, 0, 0), 0.5),
@@ -214,14 +259,15 @@ def test_short_clips_are_named(tmp_path):
     assert frames_of(tmp_path / "x.gif", (6, 4), 2).shape == (2, 4, 6, 3)
 
 
-def test_calls_join_only_their_samples():
+def test_calls_join_only_their_samples(tmp_path):
     """FLUX's positions hold for all samples, even where a batch is as long as its text."""
     pipe = tiny_pipelines.flux()
     alone = first_call(pipe, pipe.transformer, "a cat", call_of(pipe))
     count = len(alone.inputs["txt_ids"])
     call = first_call(pipe, pipe.transformer, ["a cat"] * count, call_of(pipe))
     assert call.shared == {"img_ids", "txt_ids"}
-    one = call.samples()[3]
+    CallStore(tmp_path).write(range(count), [call])
+    one = CallStore(tmp_path).read(3, 0)
     assert len(one.inputs["hidden_states"]) == 1 and len(one.inputs["txt_ids"]) == count
     both = joined([one, one], CPU)
     assert len(both.inputs["hidden_states"]) == 2 and len(both.inputs["txt_ids"]) == count
