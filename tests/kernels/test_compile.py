@@ -447,7 +447,8 @@ def test_routing_adds_few_kernels_without_spills(target, beyond, by_rows):
     )
     added = [name for name in launches if name not in without]
     counts = [] if beyond is not None else ["count_steps"]
-    assert added == ["pool", "score_rows" if by_rows else "score", *counts, "choose", "write_block_lists"]
+    scores = ["sample", "score_rows"] if by_rows else ["score"]
+    assert added == ["pool", *scores, *counts, "choose", "write_block_lists"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0
