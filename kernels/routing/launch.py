@@ -10,7 +10,7 @@ from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel, rows
-from dma_diffusers.kernels.routing.reference import BINS, KEYS, ROWS, SUBTILES, Pools, Routing
+from dma_diffusers.kernels.routing.reference import BINS, KEYS, LEVELS, ROWS, SUBTILES, Pools, Routing
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import (
     MEANS_TILES,
@@ -81,9 +81,11 @@ def route(
     levels = _Levels.empty(batch, heads, routing, pools.q.device, launcher)
     # The fastest blocks without spills, of those that were timed on an H200.
     at_once, columns, warps = (32, 64, 8) if dim <= 128 else (16, 32, 4)
+    blocks = batch * heads * -(-q_tiles // at_once)
+    notes = launcher.empty((blocks, at_once, k_tiles), torch.float32, pools.q.device)
     launcher(
-        kernel.score, (batch * heads * -(-q_tiles // at_once),),
-        *pools, routing.phases, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
+        kernel.score, (blocks,),
+        *pools, routing.phases, notes, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
         _stride(routing.phases),
         POWER=1 if routing.by_mass else 2, ROWS=at_once, COLUMNS=columns, D=dim,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, maxnreg=255,
@@ -193,8 +195,9 @@ def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: L
     launcher(
         kernel.choose, (batch * heads * q_tiles,),
         levels, routing.phases, histogram, finished, allowed, shares, memory.high, memory.left,
-        heads, q_tiles, k_tiles, _stride(routing.phases), 0 if shares is None else _stride(shares),
-        COLUMNS=256, num_warps=1, enable_fp_fusion=True,
+        heads, q_tiles, k_tiles, ((LEVELS + 1) * k_tiles).bit_length(),
+        _stride(routing.phases), 0 if shares is None else _stride(shares),
+        COLUMNS=128, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return memory
 

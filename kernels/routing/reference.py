@@ -201,7 +201,8 @@ def importance_of_rows(
 
     The arguments are those of `pools`; scores are products of bf16 numbers, of these rows and of a sample of the keys.
     Rows and keys with NaN or infinity count for nothing, and neither do scores of −infinity, nor a row in a pair where
-    one of its scores is infinity; what is larger than `LARGEST` is so. It is NaN where no score of a pair counts, or no number of its values.
+    one of its scores is infinity; whatever is as large as `LARGEST` is so. The result is NaN where no score of a pair
+    counts, or no number of its values.
     """
     batch, heads, q_length, _ = q.shape
     q_tiles, k_tiles, group = tiles(q_length), tiles(k.shape[2]), heads // k.shape[1]
