@@ -5,7 +5,7 @@ independent, and add up to less than the error of a large one with the same sum.
 mean square of its probabilities times the spread of its values. What a skipped pair takes with it is its probability
 itself, so where pairs are skipped, their importance is its sum. The probabilities are predicted from the means and
 variances of Q tiles and of KV sub-tiles, as if scores within such a pair were Gaussian; or they are those of a sample
-of each Q tile's rows.
+of each Q tile's rows over a sample of the keys.
 """
 
 import math
@@ -64,7 +64,7 @@ class Routing:
     rest: how LOW pairs beyond the shares of their Q tile are taken, `Phase.MEAN` or `UNVISITED`; None for LOW.
     shares: int32 `[1, H or 1, q_tiles, 2]`, how many LOW pairs of each Q tile become HIGH, and how many become HIGH or
         stay LOW; None where `rest` is.
-    by_rows: importance is that of `ROWS` rows of each Q tile, not predicted from pools.
+    by_rows: importance is that of `ROWS` rows of each Q tile and `KEYS` keys of each KV tile, not predicted from pools.
     """
 
     phases: torch.Tensor

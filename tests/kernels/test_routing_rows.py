@@ -190,6 +190,31 @@ def test_rows_as_the_reference(call, how, is_shared, kernel_device, monkeypatch)
     assert all(map(torch.equal, before, memory.tensors))
 
 
+@pytest.mark.kernel
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38, 1e20])
+def test_rows_leave_out_what_the_reference_does(bad, kernel_device):
+    """That is numbers which are not finite, and pairs (of 1e20) whose scores aren't."""
+    from dma_diffusers.kernels.device.launch import Launcher
+    from dma_diffusers.kernels.quantiser.launch import Source
+    from dma_diffusers.kernels.routing.launch import route_call as route_by_kernel
+
+    q, k, v = (random(1, 1, 512, 64, seed=seed).to(kernel_device) for seed in range(3))
+    q[:, :, 128:256] = k[:, :, 256:384] = bad
+    routing = Routing.of(torch.full((1, 1, 4, 4), int(Phase.LOW)), 0.2, by_rows=True).to(kernel_device)
+    recorded = Recorded(is_guarded=True)
+    route_by_kernel(Source(q, k, v), None, routing, launcher=Launcher(recorded))
+    found = recorded.given["score_rows"]["levels"].int()[0, 0]
+    expected = levels(importance_of_rows(q, k, v, routing.phases))[0, 0]
+    left_out = torch.zeros_like(found, dtype=torch.bool)
+    if bad == 1e20:
+        left_out[1, 2] = True
+    else:
+        left_out[1] = left_out[:, 2] = True
+        assert (found - expected).abs().max() <= 3
+    assert torch.equal(found < 0, left_out) and torch.equal(expected < 0, left_out)
+
+
 def test_the_reference_reads_what_it_wrote():
     q, k, v = (random(1, 2, 1000, 32, seed=seed) for seed in range(3))
     routing = Routing.of(random_phases(1, 1, 8, 8), 0.1, 0.1, int(Phase.MEAN), by_rows=True)
