@@ -434,7 +434,7 @@ def test_a_new_length_runs_the_same_kernels(lengths):
 
 
 @pytest.mark.parametrize(("beyond", "by_rows"), [(None, False), (None, True), (int(Phase.MEAN), False)])
-@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120", "sm_80"])
 def test_routing_adds_few_kernels_without_spills(target, beyond, by_rows):
     pair = ahead.PAIRS[target][0]
     routing = Routing.of(torch.full((1, 1, 2, 2), Phase.LOW), 0.05, rest=beyond, by_rows=by_rows)
