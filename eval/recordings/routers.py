@@ -99,8 +99,10 @@ def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.
     for ago, before in earlier.items():
         scores[f"{REMEMBERED} rows, {ago} steps ago"] = by_rows(before, _drawn(before, REMEMBERED, generator))
     staggered = routing.sample(count=routing.ROWS).expand(call.q.shape[1] // TILE, -1)
+    keys = routing.sample(count=routing.KEYS)
     for ago, each in {0: call, **earlier}.items():
         scores[f"{routing.ROWS} rows, staggered, {ago} steps ago"] = by_rows(each, staggered)
+        scores[f"{routing.ROWS} rows × {routing.KEYS} keys, {ago} steps ago"] = by_rows(each, staggered, keys)
     scores[f"all rows, {max(AGO)} steps ago"] = by_rows(
         earlier[max(AGO)], every.expand(call.q.shape[1] // TILE, -1)
     )
@@ -113,10 +115,12 @@ def _drawn(call: Call, count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(q_tiles, TILE, generator=generator).argsort(1)[:, :count]
 
 
-def by_rows(call: Call, rows: torch.Tensor) -> torch.Tensor:
+def by_rows(call: Call, rows: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+    """Importance by some rows of each Q tile, and by these keys of each KV tile; None for all."""
     places = (torch.arange(len(rows))[:, None] * TILE + rows).flatten()
-    probability = _softmax(call.q[:, places] @ call.k.mT)
-    square = probability.square().unflatten(-1, (-1, TILE)).sum(-1).unflatten(1, rows.shape).mean(2)
+    k = call.k if keys is None else call.k.unflatten(1, (-1, TILE))[:, :, keys].flatten(1, 2)
+    square = _softmax(call.q[:, places] @ k.mT).square()
+    square = square.unflatten(-1, (call.k.shape[1] // TILE, -1)).sum(-1).unflatten(1, rows.shape).mean(2)
     return (square.log2() + _spread(call, torch.arange(TILE)).log2()[:, None]) / 2
 
 

@@ -202,7 +202,9 @@ def operands_of(
     if plan.routing is None:
         block_lists = plan.block_lists(call.q.device, is_shared)
     else:
-        block_lists = route_call(source, known.mean, plan.routing, call.memory, is_shared, launcher)
+        block_lists = route_call(
+            source, known.mean, plan.routing, call.memory, is_shared, variant.target, launcher
+        )
         if variant.means is not None and block_lists.means is None:
             block_lists = replace(block_lists, means=plan.block_lists(call.q.device, is_shared).means)
     return Operands(encoded, encoded_means, known.mean, block_lists)

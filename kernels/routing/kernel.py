@@ -23,6 +23,7 @@ LN_2 = tl.constexpr(reference.LN_2)
 FARTHEST = tl.constexpr(reference.FARTHEST)
 MINUS_INFINITY = tl.constexpr(-1.0e30)
 LEAST_EXPONENT = tl.constexpr(float(reference.LEAST_EXPONENT))
+LEAST_SHARE = tl.constexpr(2.0**reference.LEAST_EXPONENT)
 SHARED_TILE_BITS = tl.constexpr(precision_map.SHARED_TILE_BITS)
 MEANS_TILES = tl.constexpr(precision_map.MEANS_TILES)
 
@@ -169,17 +170,20 @@ def add_binades(histogram, batch, binades):
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
 def score(
-    q_pools, k_pools, v_pools, phases, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
+    q_pools, k_pools, v_pools, phases, notes, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
     POWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Score the pairs of ROWS Q tiles of one head: write their levels, and count the LOW pairs in each binade.
 
+    A program walks the pools of keys once. It notes the sum of each pair, of which it knows the share at the end.
+
     q_pools, k_pools, v_pools: what `pool` wrote. phases: uint8 [H or 1, q_tiles, k_tiles].
+    notes: float32 [B·H, ⌈q_tiles / ROWS⌉·ROWS, k_tiles], room for the notes.
     levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
     histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts. None for no counts.
     POWER: 1 for importance by mass, else 2.
     """
-    blocks = tl.cdiv(q_tiles, ROWS)
+    blocks, row = tl.cdiv(q_tiles, ROWS), tl.arange(0, ROWS)[:, None]
     head, q_tile = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     batch, head_in_batch = head // heads, head % heads
     kv_head = batch * kv_heads + head_in_batch // (heads // kv_heads)
@@ -187,6 +191,7 @@ def score(
     k_pools += kv_head.to(tl.int64) * k_tiles * (SUBTILES * 2 * D)
     v_pools += kv_head.to(tl.int64) * k_tiles
     phases += head_in_batch.to(tl.int64) * phases_stride_h
+    notes += tl.program_id(0).to(tl.int64) * k_tiles * ROWS
     levels += head.to(tl.int64) * q_tiles * k_tiles
     q_mean, q_variance = _pool(q_pools, q_tile, q_tile < q_tiles, D)
 
@@ -196,6 +201,7 @@ def score(
         k_tile = first + tl.arange(0, COLUMNS)
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
         phase = tl.load(phases + q_tile[:, None] * k_tiles + k_tile[None, :], mask=inside, other=UNVISITED)
+        summed = tl.zeros((ROWS, COLUMNS), tl.float32)
         for part in range(SUBTILES):
             mean, deviation = _scores(
                 q_mean, q_variance, k_pools, k_tile * SUBTILES + part, k_tile < k_tiles, D
@@ -204,30 +210,32 @@ def score(
             counts = (phase != UNVISITED) & (mean_exp == mean_exp)
             mean_exp = tl.where(counts, mean_exp, float("-inf"))
             larger = tl.maximum(largest, tl.max(mean_exp, axis=1))
-            total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(mean_exp - larger[:, None]), axis=1)
+            shrunk = tl.exp2(largest - larger)
+            total = total * shrunk + tl.sum(tl.exp2(mean_exp - larger[:, None]), axis=1)
             largest = larger
+            # Least sums stay over 0, so that a sum of 0 says that no sub-tile counts.
+            exponent = POWER * (mean - larger[:, None]) + _log_mean_exp(POWER * deviation)
+            share = tl.where(counts, tl.exp2(tl.maximum(exponent, LEAST_EXPONENT)), 0.0)
+            least = tl.where(counts | (summed > 0.0), LEAST_SHARE, 0.0)
+            summed = summed * (shrunk if POWER == 1 else shrunk * shrunk)[:, None] + share
+            summed = tl.maximum(summed, least)
+        note = tl.log2(summed) + POWER * largest[:, None]
+        tl.store(notes + row * k_tiles + k_tile[None, :], note, mask=(k_tile < k_tiles)[None, :])
     # A Q tile that visits nothing has the sum 0, which has no logarithm.
     log_total = tl.where(total == 0.0, 0.0, largest + tl.log2(tl.maximum(total, 1.0)))
 
     binades = tl.zeros((BINS,), tl.int32)
+    tl.debug_barrier()  # the whole program has noted
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
         pairs = q_tile[:, None] * k_tiles + k_tile[None, :]
         inside = (q_tile < q_tiles)[:, None] & (k_tile < k_tiles)[None, :]
-        summed = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for part in range(SUBTILES):
-            mean, deviation = _scores(
-                q_mean, q_variance, k_pools, k_tile * SUBTILES + part, k_tile < k_tiles, D
-            )
-            share = mean - log_total[:, None]
-            exponent = POWER * share + _log_mean_exp(POWER * deviation)
-            # Least shares stay over 0, so that a sum of 0 says that no sub-tile counts.
-            summed += tl.where(exponent == exponent, tl.exp2(tl.maximum(exponent, LEAST_EXPONENT)), 0.0)
-        importance = tl.log2(summed)
+        note = tl.load(notes + row * k_tiles + k_tile[None, :], mask=inside, other=float("-inf"))
+        importance = note - POWER * log_total[:, None]
         if POWER == 2:
             spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
             importance = 0.5 * (importance + tl.log2(spread)[None, :])
-        level, is_offered = store_levels(levels, phases, importance, summed > 0.0, pairs, inside)
+        level, is_offered = store_levels(levels, phases, importance, note > float("-inf"), pairs, inside)
         if histogram is not None:
             binades += binades_of(level, is_offered)
     if histogram is not None:
@@ -272,20 +280,22 @@ def _keys(levels, phase, pair, k_tile, k_tiles, inside):
 
 
 @triton.jit
-def _least_keys(levels, phases, shares, q_tile, k_tiles, COLUMNS: tl.constexpr):
+def _least_keys(levels, phases, shares, q_tile, k_tiles, bits, COLUMNS: tl.constexpr):
     """The least `_keys` of the pairs of one Q tile that become HIGH, and that become HIGH or stay LOW."""
     highs, kept = tl.load(shares), tl.load(shares + 1)
     least_high, least_kept = 0, 0
-    for place in range(31):
-        bit = 1 << (30 - place)
+    for place in range(bits):
+        bit = 1 << (bits - 1 - place)
         above_high, above_kept = 0, 0
         for first in range(0, k_tiles, COLUMNS):
             k_tile = first + tl.arange(0, COLUMNS)
             pair, inside = q_tile * k_tiles + k_tile, k_tile < k_tiles
             phase = tl.load(phases + pair, mask=inside, other=UNVISITED)
             key = _keys(levels, phase, pair, k_tile, k_tiles, inside)
-            above_high += tl.sum((key >= (least_high | bit)).to(tl.int32), axis=0)
-            above_kept += tl.sum((key >= (least_kept | bit)).to(tl.int32), axis=0)
+            both = (key >= (least_high | bit)).to(tl.int32) | ((key >= (least_kept | bit)).to(tl.int32) << 16)
+            both = tl.sum(both, axis=0)
+            above_high += both & 0xFFFF
+            above_kept += both >> 16
         least_high = tl.where(above_high >= highs, least_high | bit, least_high)
         least_kept = tl.where(above_kept >= kept, least_kept | bit, least_kept)
     return least_high, least_kept
@@ -298,9 +308,9 @@ def _store_bits(words, is_set, word, count, COLUMNS: tl.constexpr):
     tl.store(words + word, bits, mask=word < count)
 
 
-@triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles"])
+@triton.jit(do_not_specialize=["allowed", "q_tiles", "k_tiles", "bits"])
 def choose(
-    levels, phases, histogram, finished, allowed, shares, high, left, heads, q_tiles, k_tiles, phases_stride_h,
+    levels, phases, histogram, finished, allowed, shares, high, left, heads, q_tiles, k_tiles, bits, phases_stride_h,
     shares_stride_h,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +319,7 @@ def choose(
     levels, histogram: what `score` and `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
     finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
     shares: int32 [H or 1, q_tiles, 2], how many pairs become HIGH, and how many become HIGH or stay LOW; None where
-    the histogram decides, which is None else.
+    the histogram decides, which is None else. bits: how many a key has (`_keys`).
     high, left: int32 [B·H, q_tiles, ⌈k_tiles / 32⌉], a bit for each LOW pair that becomes HIGH, and for each pair that
     is MEAN by its phase, or LOW and left; `left` is None where the rest stays LOW.
     """
@@ -323,7 +333,7 @@ def choose(
         least_high = (least + 1) * k_tiles
     else:
         shares += (head % heads) * shares_stride_h + q_tile * 2
-        least_high, least_kept = _least_keys(levels, phases, shares, q_tile, k_tiles, COLUMNS)
+        least_high, least_kept = _least_keys(levels, phases, shares, q_tile, k_tiles, bits, COLUMNS)
     words = tl.cdiv(k_tiles, MEANS_TILES)
     high += tl.program_id(0).to(tl.int64) * words
     if left is not None:

@@ -10,7 +10,7 @@ from dma_diffusers.kernels.device.launch import Launcher, multiprocessors
 from dma_diffusers.kernels.quantiser.launch import Source, are_paired, of_norms
 from dma_diffusers.kernels.quantiser.operands import padded_dim
 from dma_diffusers.kernels.routing import kernel, rows
-from dma_diffusers.kernels.routing.reference import BINS, ROWS, SUBTILES, Pools, Routing
+from dma_diffusers.kernels.routing.reference import BINS, KEYS, LEVELS, ROWS, SUBTILES, Pools, Routing
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.precision_map import (
     MEANS_TILES,
@@ -81,9 +81,11 @@ def route(
     levels = _Levels.empty(batch, heads, routing, pools.q.device, launcher)
     # The fastest blocks without spills, of those that were timed on an H200.
     at_once, columns, warps = (32, 64, 8) if dim <= 128 else (16, 32, 4)
+    blocks = batch * heads * -(-q_tiles // at_once)
+    notes = launcher.empty((blocks, at_once, k_tiles), torch.float32, pools.q.device)
     launcher(
-        kernel.score, (batch * heads * -(-q_tiles // at_once),),
-        *pools, routing.phases, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
+        kernel.score, (blocks,),
+        *pools, routing.phases, notes, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
         _stride(routing.phases),
         POWER=1 if routing.by_mass else 2, ROWS=at_once, COLUMNS=columns, D=dim,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, maxnreg=255,
@@ -97,16 +99,18 @@ def route_call(
     routing: Routing,
     memory: Memory | None = None,
     is_shared: bool = False,
+    target: str | None = None,
     launcher: Launcher = Launcher(),  # noqa: B008 (it never changes)
 ) -> PrecisionMap:
     """The reference's map of a call, as of `route`; by pools or rows or memory.
 
-    mean: as of `pooled`. memory: contiguous; read or written, as it says. Raises ValueError as `route` does.
+    mean: as of `pooled`. memory: contiguous; read or written, as it says. target: the architecture to
+    tune for, None for any. Raises ValueError as `route` does.
     """
     if memory is not None and memory.is_read:
         return _block_lists(memory, routing, is_shared, launcher)
     if routing.by_rows:
-        levels = _levels_of_rows(source, mean, routing, launcher)
+        levels = _levels_of_rows(source, mean, routing, target, launcher)
         return _block_lists(_chosen(levels, routing, memory, launcher), routing, is_shared, launcher)
     return route(pooled(source, mean, launcher), routing, is_shared, launcher)
 
@@ -135,27 +139,36 @@ class _Levels(NamedTuple):
 
 
 def _levels_of_rows(
-    source: Source, mean: torch.Tensor | None, routing: Routing, launcher: Launcher
+    source: Source, mean: torch.Tensor | None, routing: Routing, target: str | None, launcher: Launcher
 ) -> _Levels:
-    """The levels of pairs by a sample of each Q tile's rows."""
-    (batch, heads, _, head_dim), kv_heads = source.q.shape, source.k.shape[1]
+    """The levels of pairs by a sample of each Q tile's rows, and of the keys."""
+    (batch, heads, _, head_dim), kv_heads, device = source.q.shape, source.k.shape[1], source.q.device
     q_length, k_length, token_count = source.lengths
-    dim, device = padded_dim(head_dim), source.q.device
+    q_tiles, k_tiles, dim = tiles(q_length), tiles(k_length), padded_dim(head_dim)
     levels = _Levels.empty(batch, heads, routing, device, launcher)
     v_pools = None if routing.by_mass else spread_of_values(source, launcher)
-    # These have no spills on any architecture.
-    at_once, keys = (8, 64) if dim <= 128 else (4, 32)
-    blocks = batch * heads * -(-tiles(q_length) // at_once)
+    groups, at_once = -(-k_tiles // rows.K_TILES.value), rows.K_TILES.value
+    of_q, of_k = (batch * heads, q_tiles, ROWS), (batch * kv_heads, groups * at_once, KEYS)
+    sampled = [launcher.empty((*shape, dim), torch.bfloat16, device) for shape in (of_q, of_k)]
+    launcher(
+        rows.sample, (math.prod(of_q[:2]) + math.prod(of_k[:2]),),
+        source.q, source.k, mean, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
+        source.key_mask, source.token_order, *sampled,
+        heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *source.strides[:6],
+        PAIRED=are_paired(source.q, source.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
+        num_warps=dim // 32, enable_fp_fusion=True,
+    )  # fmt: skip
+    # Two programs share a multiprocessor, where they don't spill for it.
+    q_tiles_at_once, stages = (8, 2) if dim <= 128 else (4, 1)
+    blocks = batch * heads * -(-q_tiles // q_tiles_at_once)
     programs = min(blocks, 2 * multiprocessors(device))
-    notes = launcher.empty((programs, tiles(k_length), at_once * ROWS), torch.float32, device)
+    notes = launcher.empty((programs, groups * at_once, q_tiles_at_once * ROWS), torch.float32, device)
     launcher(
         rows.score_rows, (programs,),
-        source.q, source.k, mean, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
-        source.key_mask, source.token_order, v_pools, routing.phases, notes, levels.levels, levels.histogram,
-        heads, kv_heads, q_length, k_length, token_count, *source.strides[:6], _stride(routing.phases), blocks,
-        POWER=1 if routing.by_mass else 2, Q_TILES=at_once, KEYS=keys, COLUMNS=32,
-        PAIRED=are_paired(source.q, source.k, *of_norms(source.norms)[:4]), HEAD_DIM=head_dim, D=dim,
-        num_warps=8, num_stages=1, enable_fp_fusion=True, maxnreg=255,
+        *sampled, v_pools, routing.phases, notes, levels.levels, levels.histogram,
+        heads, kv_heads, q_tiles, k_tiles, _stride(routing.phases), blocks,
+        POWER=1 if routing.by_mass else 2, Q_TILES=q_tiles_at_once, COLUMNS=32, STAGES=stages, D=dim,
+        num_warps=8, enable_fp_fusion=True, maxnreg=128 if target == "sm_90" and dim <= 128 else 255,
     )  # fmt: skip
     return levels
 
@@ -182,8 +195,9 @@ def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: L
     launcher(
         kernel.choose, (batch * heads * q_tiles,),
         levels, routing.phases, histogram, finished, allowed, shares, memory.high, memory.left,
-        heads, q_tiles, k_tiles, _stride(routing.phases), 0 if shares is None else _stride(shares),
-        COLUMNS=256, num_warps=1, enable_fp_fusion=True,
+        heads, q_tiles, k_tiles, ((LEVELS + 1) * k_tiles).bit_length(),
+        _stride(routing.phases), 0 if shares is None else _stride(shares),
+        COLUMNS=128, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return memory
 

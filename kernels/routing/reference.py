@@ -5,7 +5,7 @@ independent, and add up to less than the error of a large one with the same sum.
 mean square of its probabilities times the spread of its values. What a skipped pair takes with it is its probability
 itself, so where pairs are skipped, their importance is its sum. The probabilities are predicted from the means and
 variances of Q tiles and of KV sub-tiles, as if scores within such a pair were Gaussian; or they are those of a sample
-of each Q tile's rows.
+of each Q tile's rows over a sample of the keys.
 """
 
 import math
@@ -33,6 +33,8 @@ FARTHEST = 2.07 / LN_2
 SUBTILES = TILE // SUBTILE  # of a KV tile
 SAMPLE_STRIDE = 4  # a pool takes one of so many neighbouring tokens
 ROWS = 16  # of a Q tile, whose probabilities are computed
+KEYS = 32  # of a KV tile, with which scores are computed there
+LARGEST = 1e30  # what is as large as that counts as infinite there
 # Importance has levels: 64 binades from 2^-44 to 2^20, with 64 steps each.
 BINS, LOWEST = 64, -44
 LEVELS = BINS * BINS
@@ -62,7 +64,7 @@ class Routing:
     rest: how LOW pairs beyond the shares of their Q tile are taken, `Phase.MEAN` or `UNVISITED`; None for LOW.
     shares: int32 `[1, H or 1, q_tiles, 2]`, how many LOW pairs of each Q tile become HIGH, and how many become HIGH or
         stay LOW; None where `rest` is.
-    by_rows: importance is that of `ROWS` rows of each Q tile, not predicted from pools.
+    by_rows: importance is that of `ROWS` rows of each Q tile and `KEYS` keys of each KV tile, not predicted from pools.
     """
 
     phases: torch.Tensor
@@ -197,8 +199,10 @@ def importance_of_rows(
 ) -> torch.Tensor:
     """The same as `importance`, of the probabilities of a sample of `ROWS` rows of each Q tile.
 
-    The arguments are those of `pools`; scores are products of bf16 numbers. Scores that are not finite count for
-    nothing. It is NaN where no score of a pair counts, or no number of its values.
+    The arguments are those of `pools`; scores are products of bf16 numbers, of these rows and of a sample of the keys.
+    Rows and keys with NaN or infinity count for nothing, and neither do scores of −infinity, nor a row in a pair where
+    one of its scores is infinity; whatever is as large as `LARGEST` is so. The result is NaN where no score of a pair
+    counts, or no number of its values.
     """
     batch, heads, q_length, _ = q.shape
     q_tiles, k_tiles, group = tiles(q_length), tiles(k.shape[2]), heads // k.shape[1]
@@ -206,13 +210,17 @@ def importance_of_rows(
         there = torch.ones_like(q[:1, 0, :, 0], dtype=torch.bool)
     if seen is None:
         seen = torch.ones_like(k[:1, 0, :, 0], dtype=torch.bool)
-    place = torch.arange(q_tiles, device=q.device)[:, None] * TILE + sample(q.device, ROWS)
-    q, there = F.pad(q, (0, 0, 0, -q_length % TILE)), F.pad(there, (0, -q_length % TILE))
-    rows = q[:, :, place.flatten()].bfloat16().float()
-    scores = rows @ k.bfloat16().float().repeat_interleave(group, dim=1).mT
-    counts = scores.isfinite() & seen[:, None, None] & there[:, None, place.flatten(), None]
-    scores = F.pad(torch.where(counts, scores, -math.inf), (0, -k.shape[2] % TILE), value=-math.inf)
-    scores = scores.view(batch, heads, q_tiles, ROWS, k_tiles, TILE)
+    rows, is_row = (_of_tiles(x, ROWS) for x in (q, there[:, None, :, None]))
+    keys, is_key = (_of_tiles(x, KEYS) for x in (k, seen[:, None, :, None]))
+    is_row, is_key = (
+        (x.abs() < LARGEST).all(-1, keepdim=True) & y for x, y in ((rows, is_row), (keys, is_key))
+    )
+    keys, is_key = (x.repeat_interleave(group, dim=1) for x in (keys, is_key))
+    scores = rows.bfloat16().float() @ keys.bfloat16().float().mT
+    counts = is_row & is_key.mT & (scores > -LARGEST)
+    scores = torch.where(counts, scores, -math.inf)
+    scores = scores.view(batch, heads, q_tiles, ROWS, k_tiles, -1)
+    scores = torch.where((scores < LARGEST).all(-1, keepdim=True), scores, -math.inf)
     mass = _log_sum_exp(scores)  # [B, H, q_tiles, rows, k_tiles]
     total = _log_sum_exp(torch.where(phases[..., None, :] != UNVISITED, mass, -math.inf))[..., None]
     power = 1 if by_mass else 2
@@ -224,6 +232,12 @@ def importance_of_rows(
         spread = pooled(v, seen)[..., 1, :].sum(-1).repeat_interleave(group, dim=1)
         found = (found + spread.log2()[:, :, None]) / 2
     return torch.where(counts.any(-2), found, math.nan)
+
+
+def _of_tiles(x: torch.Tensor, count: int) -> torch.Tensor:
+    """A sample of so many tokens of each tile: `[B, H, count·tiles, D]` of `[B, H, S, D]`, zeros past its end."""
+    in_tiles = F.pad(x, (0, 0, 0, -x.shape[-2] % TILE)).unflatten(-2, (-1, TILE))
+    return in_tiles[..., sample(x.device, count), :].flatten(-3, -2)
 
 
 def _log_sum_exp(x: torch.Tensor) -> torch.Tensor:

@@ -307,8 +307,8 @@ class Importance(Policy):
     low: the share of each Q tile's pairs that is LOW; it needs `beyond`.
     beyond: the class of the rest, MEAN or SKIP; None for LOW.
     by: POOLS predicts probabilities from the tiles' means and variances. ROWS computes those of sixteen rows of each
-        Q tile, which is more exact and takes longer. MEMORY does so in some steps of a drawing and remembers the pairs
-        in those between; where nothing tells the steps, it is ROWS.
+        Q tile over a quarter of the keys, which is more exact and takes longer. MEMORY does so in some steps of a
+        drawing and remembers the pairs in those between; where nothing tells the steps, it is ROWS.
     """
 
     budget: float

@@ -434,7 +434,7 @@ def test_a_new_length_runs_the_same_kernels(lengths):
 
 
 @pytest.mark.parametrize(("beyond", "by_rows"), [(None, False), (None, True), (int(Phase.MEAN), False)])
-@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120", "sm_80"])
 def test_routing_adds_few_kernels_without_spills(target, beyond, by_rows):
     pair = ahead.PAIRS[target][0]
     routing = Routing.of(torch.full((1, 1, 2, 2), Phase.LOW), 0.05, rest=beyond, by_rows=by_rows)
@@ -447,7 +447,8 @@ def test_routing_adds_few_kernels_without_spills(target, beyond, by_rows):
     )
     added = [name for name in launches if name not in without]
     counts = [] if beyond is not None else ["count_steps"]
-    assert added == ["pool", "score_rows" if by_rows else "score", *counts, "choose", "write_block_lists"]
+    scores = ["sample", "score_rows"] if by_rows else ["score"]
+    assert added == ["pool", *scores, *counts, "choose", "write_block_lists"]
     for name in added:
         compiled = ahead.compile_launch(*launches[name], target)
         assert ahead.resources(compiled.asm["cubin"])[1] == 0

@@ -45,7 +45,7 @@ def test_sampled_rows_stand_in_every_column_of_a_box_as_often():
 
 @pytest.mark.parametrize("by_mass", [False, True])
 def test_importance_is_that_of_true_probabilities(by_mass):
-    """They are in float64; hidden keys, empty slots and pairs that aren't visited count for nothing."""
+    """They are in float64, over the sampled keys; hidden ones, empty slots and pairs not visited count for nothing."""
     q, k, v = (random(2, heads, 300, 24, seed=heads).bfloat16().float() for heads in (4, 2, 2))
     q *= 0.5
     v[:, :, 128:256] *= 4
@@ -54,6 +54,9 @@ def test_importance_is_that_of_true_probabilities(by_mass):
     there, seen = random(1, 300, seed=2) > -1, random(2, 300, seed=3) > -1
     there[:, 0] = True
     seen[1, 128:256] = False
+    sampled = torch.zeros(3, TILE, dtype=torch.bool)
+    sampled[:, sample()] = True
+    sampled = sampled.flatten()[:300]
     found = importance_of_rows(q, k, v, phases, by_mass, there, seen)
     spread = pooled(v, seen)[..., 1, :].sum(-1)
     for batch, head, q_tile in torch.cartesian_prod(*map(torch.arange, (2, 4, 3))).tolist():
@@ -62,8 +65,8 @@ def test_importance_is_that_of_true_probabilities(by_mass):
         rows = rows[there[0, rows]]
         scores = q[batch, head, rows].double() @ k[batch, head // 2].double().T
         visited = (phases[0, head, q_tile] != UNVISITED).repeat_interleave(TILE)[:300]
-        total = torch.where(seen[batch] & visited, scores.exp2(), 0).sum(-1, keepdim=True)
-        p = torch.where(seen[batch], scores.exp2(), 0) / total
+        total = torch.where(seen[batch] & sampled & visited, scores.exp2(), 0).sum(-1, keepdim=True)
+        p = torch.where(seen[batch] & sampled, scores.exp2(), 0) / total
         for k_tile in range(3):
             of_pair = p[:, k_tile * TILE : (k_tile + 1) * TILE]
             expected = of_pair.sum() / len(rows)
@@ -185,6 +188,31 @@ def test_rows_as_the_reference(call, how, is_shared, kernel_device, monkeypatch)
     assert list(recorded.given) == ["write_block_lists"]
     assert_same_lists(read, found)
     assert all(map(torch.equal, before, memory.tensors))
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38, 1e20])
+def test_rows_leave_out_what_the_reference_does(bad, kernel_device):
+    """That is numbers which are not finite, and pairs (of 1e20) whose scores aren't."""
+    from dma_diffusers.kernels.device.launch import Launcher
+    from dma_diffusers.kernels.quantiser.launch import Source
+    from dma_diffusers.kernels.routing.launch import route_call as route_by_kernel
+
+    q, k, v = (random(1, 1, 512, 64, seed=seed).to(kernel_device) for seed in range(3))
+    q[:, :, 128:256] = k[:, :, 256:384] = bad
+    routing = Routing.of(torch.full((1, 1, 4, 4), int(Phase.LOW)), 0.2, by_rows=True).to(kernel_device)
+    recorded = Recorded(is_guarded=True)
+    route_by_kernel(Source(q, k, v), None, routing, launcher=Launcher(recorded))
+    found = recorded.given["score_rows"]["levels"].int()[0, 0]
+    expected = levels(importance_of_rows(q, k, v, routing.phases))[0, 0]
+    left_out = torch.zeros_like(found, dtype=torch.bool)
+    if bad == 1e20:
+        left_out[1, 2] = True
+    else:
+        left_out[1] = left_out[:, 2] = True
+        assert (found - expected).abs().max() <= 3
+    assert torch.equal(found < 0, left_out) and torch.equal(expected < 0, left_out)
 
 
 def test_the_reference_reads_what_it_wrote():
