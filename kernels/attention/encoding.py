@@ -86,6 +86,11 @@ class Variant:
         """Says whether K's mean is subtracted for one of the classes."""
         return quantiser.smooths(*(c and c.format.name for c in self.encoded))
 
+    @property
+    def has_units(self) -> bool:
+        """Says whether a class has V in units of its channels."""
+        return self.stores_values(Storage.CHANNEL) or self.stores_values(Storage.HALF)
+
     def stores_values(self, storage: Storage) -> bool:
         """Says whether a class has V in this storage."""
         return any(c and c.values is storage for c in self.encoded)
@@ -115,7 +120,7 @@ class Inputs:
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
         source = Source(
             q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block,
-            call.rotated_values if variant.stores_values(Storage.CHANNEL) else 1,
+            call.rotated_values if variant.has_units else 1,
             in_tiles=in_tiles or variant.target in WITHOUT_TMA,
         )  # fmt: skip
         read = (
@@ -176,12 +181,13 @@ def operands_of(
     is_shared: whether the block lists are the map's `shared` ones. inexact_rows: int32 `[1]`, as of `encode`.
     """
     source = inputs.source
-    smooths, is_channel = variant.smooths and call.smooth_k, variant.stores_values(Storage.CHANNEL)
+    smooths, has_units = variant.smooths and call.smooth_k, variant.has_units
     known = statistics_of(
-        source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
+        source.k if smooths else None, source.v if has_units else None, source.k_rope, inputs.key_mask, launcher,
         source.norms, call.smooth_v, source.rotated_values,
+        registers=80 if variant.target == "sm_80" else None,  # left alone, ptxas spills there to let four share one
     )  # fmt: skip
-    needs_v = is_channel or source.is_copied or variant.means is not None
+    needs_v = has_units or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.
     # Elsewhere Triton 3.7 would spill to let two share it, and 3.9 on sm_80 to let four, if they were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
@@ -219,7 +225,7 @@ def _encode_means(
 ) -> Encoded:
     """Encode the means of sub-tiles as MEAN multiplies them; those that are bf16 numbers already stay as they are."""
     k, v, _ = encoded.means
-    takes_v = stored.values is Storage.CHANNEL
+    takes_v = stored.values is not Storage.PLAIN
     amax = None
     if stored.format.has_tensor_scale:
         amax = quantiser.finite_amax(rotate_blocks(k, rotated_block), (-2, -1))
