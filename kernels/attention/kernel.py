@@ -318,7 +318,7 @@ def attend(
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
     UNIT_SCALES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
-    MEAN_STAGES: tl.constexpr,
+    MEAN_STAGES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -336,6 +336,7 @@ def attend(
     `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles look at it unless MASKS_ALL.
     TCGEN05 says that accumulators lie in tensor memory. UNIT_SCALES makes FP8 P·V a block-scaled product whose scales
     are all one: the numbers are the same, and sm_120 multiplies them at twice the rate (triton#11320).
+    COUNTS: by so many columns of ones the MMA sums the probabilities; 1 leaves that to registers.
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
@@ -345,9 +346,6 @@ def attend(
     `guards`) says in MASKED tiles who sees whom, in place of the length and the causal mask; it hides empty slots, or
     `key_mask` does.
     """
-    # As few columns as the MMA takes. A head of 256 channels leaves tensor memory no room for them; before tcgen05,
-    # variants that may skip tiles would spill.
-    COUNTS: tl.constexpr = (16 if D <= 128 else 1) if TCGEN05 else 8 if skip_below is None else 1
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     rows = k_tiles * TILE
     blocks = tl.cdiv(q_length, ROWS)

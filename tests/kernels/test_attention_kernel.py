@@ -103,7 +103,7 @@ def assert_agree(call: Call, device: torch.device, lowering: str, target: str | 
     if not is_fp8:
         # In calls that skip, scores are large: one probability is much of a sum.
         near = 0.99 if device.type == "cpu" else 0.5 if call.skip_below is None else 0.2
-        assert (difference <= 1e-4).float().mean() >= near
+        assert (difference > 1e-4).sum() <= (1 - near) * difference.numel()
 
 
 OLDER_CALLS = [
