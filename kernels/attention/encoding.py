@@ -12,7 +12,7 @@ from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.formats import rotate_blocks
-from dma_diffusers.kernels.lowerings import WITHOUT_TMA, Storage, architecture, named
+from dma_diffusers.kernels.lowerings import WITHOUT_FP8, WITHOUT_TMA, Storage, architecture, named
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -43,14 +43,19 @@ class Variant:
     def of(
         cls, call: Call, plan: Plan, precisions: Precisions, lowering: str, target: str | None = None
     ) -> "Variant":
-        """The variant for a call. target: None for the architecture of the call's device."""
+        """The variant for a call. target: None for the architecture of the call's device.
+
+        Raises ValueError where tiles may be skipped and shared memory does not hold them.
+        """
         target, dim = target or architecture(call.q.device), padded_dim(call.q.shape[-1])
         high, low, means = (
             precision and Stored.by(named(lowering), precision, target) for precision in plan.used(precisions)
         )
         encoded = _encoded(high, low, means)
         tuned = tuning(target, dim, tuple(c and c.scales for c in encoded), encoded[1] and encoded[1].values)
-        tuned = tuned if plan.skip_below is None else tuned.skipping
+        if plan.skip_below is not None:
+            _check_tiles_fit(encoded, precisions, target, call.q.shape[-1])
+            tuned = tuned.skipping
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
     @property
@@ -94,6 +99,22 @@ class Variant:
     def stores_values(self, storage: Storage) -> bool:
         """Says whether a class has V in this storage."""
         return any(c and c.values is storage for c in self.encoded)
+
+
+def _check_tiles_fit(classes: Classes, precisions: Precisions, target: str, head_dim: int) -> None:
+    """A tile that may be skipped is held whole, K and V, and V for both classes.
+
+    Raises ValueError where that is more than the 99 KB that sm_86 and sm_89 have.
+    """
+    wide = [c for c in classes if c is not None and c.values is not Storage.CHANNEL]  # V has 16 bits
+    holds_much = len(wide) > 1 or any(c.storage in (Storage.PLAIN, Storage.PACKED) for c in wide)
+    if target in ("sm_86", "sm_89") and padded_dim(head_dim) > 128 and holds_much:
+        words = " | ".join(precisions.words)
+        advice = "" if target in WITHOUT_FP8 else "write P·V in fp8, as in bf16/fp8 | int8/fp8, or "
+        raise ValueError(
+            f"a softmax threshold was given for {words} at head_dim {head_dim}, where {target} has too little shared "
+            f"memory for whole tiles of K and V; it is allowed up to head_dim 128: {advice}leave the threshold out"
+        )
 
 
 @dataclass(frozen=True)

@@ -151,25 +151,36 @@ def _with_unit_scales(x, y):
 
 
 @triton.jit
+def _as_multiplied(p, VALUES: tl.constexpr):
+    """Probabilities in the format in which V is multiplied by them."""
+    if VALUES == "channel":
+        p = e4m3_operand(p)
+    elif VALUES == "half":
+        p = fp16_operand(p)
+    else:
+        p = bf16_operand(p)
+    return p
+
+
+@triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, start, length,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, ARE_WHOLE: tl.constexpr, D: tl.constexpr,
-    TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr,
+    TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Returns accumulator·rescale + p·V, and l·rescale + the sums of p as V is multiplied by it.
+    """Returns accumulator·rescale + p·V; V from the key `start` on is `value`, or is loaded now.
 
-    V from the key `start` on is `value`, or is loaded now. l is [ROWS, COUNTS], all columns alike: the MMA sums p as it
-    multiplies it by ones; of one column, registers do.
+    With COUNTS, l is [ROWS, COUNTS], all columns alike, and l·rescale + p·ones is returned, too: the MMA sums what it
+    multiplies. Without, l is left as it is.
     """
     IS_FP8: tl.constexpr = VALUES == "channel"
-    IN_MMA: tl.constexpr = l.shape[1] > 1
     # p is narrowed first: before Triton 3.8, the compiler would keep both it and the accumulator in registers.
-    probabilities = e4m3_operand(p) if IS_FP8 else fp16_operand(p) if VALUES == "half" else bf16_operand(p)
-    ones = ones_for(probabilities, l.shape[1])
-    counted = None if IN_MMA else tl.sum(probabilities.to(tl.float32), axis=1)[:, None]
+    probabilities = _as_multiplied(p, VALUES)
+    if COUNTS > 0:
+        ones = ones_for(probabilities, COUNTS)
+        l *= rescale[:, None]
     if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
-    l *= rescale[:, None]
     if value is None:
         value = load_values(
             v, batch, kv_head, kv_heads, start, length, IS_FP8 and V_TRANSPOSED, ARE_WHOLE, p.shape[1], D
@@ -179,21 +190,20 @@ def _add_values(
             probabilities = _in_order_of_v(probabilities)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
-            l = tl.dot(probabilities, ones, l) if IN_MMA else l + counted
-        else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
-            if UNIT_SCALES and not INTERPRETED:
-                products = _with_unit_scales(probabilities, value)
-                if IN_MMA:
-                    counted = _with_unit_scales(probabilities, ones)
-            else:
-                products = tl.dot(probabilities, loaded_e4m3(value))
-                if IN_MMA:
-                    counted = tl.dot(probabilities, ones)
-            accumulator = accumulator * rescale[:, None] + products
-            l += counted
+            if COUNTS > 0:
+                l = tl.dot(probabilities, ones, l)
+        elif UNIT_SCALES and not INTERPRETED:
+            accumulator = accumulator * rescale[:, None] + _with_unit_scales(probabilities, value)
+            if COUNTS > 0:
+                l += _with_unit_scales(probabilities, ones)
+        else:  # FP8 MMA before tcgen05 keeps 13 bits of a sum: no more than a tile's goes through it
+            accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
+            if COUNTS > 0:
+                l += tl.dot(probabilities, ones)
     else:
         accumulator = tl.dot(probabilities, loaded_bf16(value), accumulator)
-        l = tl.dot(probabilities, ones, l) if IN_MMA else l + counted
+        if COUNTS > 0:
+            l = tl.dot(probabilities, ones, l)
     return accumulator, l
 
 
@@ -238,7 +248,8 @@ def _phase(
     else:
         shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     PARTS: tl.constexpr = TILE // KEYS
-    l = tl.broadcast_to(l[:, None], (ROWS, COUNTS))
+    if COUNTS > 0:
+        l = tl.broadcast_to(l[:, None], (ROWS, COUNTS))
     ARE_WHOLE: tl.constexpr = log_counts is None  # bf16 means need not fill a tile
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -279,11 +290,13 @@ def _phase(
                 multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
             )
             rescale = tl.exp2(m - m_new)
+            if COUNTS == 0:  # rounded as V is multiplied by them
+                l = l * rescale + tl.sum(_as_multiplied(p, VALUES).to(tl.float32), axis=1)
             m = m_new
             if not TCGEN05:
                 accumulator, l = _add_values(
                     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
-                    VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
+                    VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES, COUNTS,
                 )  # fmt: skip
         else:
             kept = 0
@@ -295,9 +308,11 @@ def _phase(
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
             accumulator, l = _add_values(
                 accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
-                VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
+                VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES, COUNTS,
             )  # fmt: skip
-    return accumulator, tl.max(l, axis=1), m, kept
+    if COUNTS > 0:
+        l = tl.max(l, axis=1)
+    return accumulator, l, m, kept
 
 
 @triton.jit(do_not_specialize=[
@@ -336,7 +351,7 @@ def attend(
     `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles look at it unless MASKS_ALL.
     TCGEN05 says that accumulators lie in tensor memory. UNIT_SCALES makes FP8 P·V a block-scaled product whose scales
     are all one: the numbers are the same, and sm_120 multiplies them at twice the rate (triton#11320).
-    COUNTS: by so many columns of ones the MMA sums the probabilities; 1 leaves that to registers.
+    COUNTS: by so many columns of ones the MMA sums the probabilities; 0 leaves that to registers.
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)

@@ -240,14 +240,14 @@ def _attend(
 
 
 def _counts(variant: Variant, plan: Plan) -> int:
-    """The columns of ones by which the MMA sums the probabilities: as few as it takes, 1 where registers sum them.
+    """The columns of ones by which the MMA sums the probabilities: as few as it takes, 0 where registers sum them.
 
     A head of 256 channels leaves them no tensor memory. sm_90 would spill with them in some variants, and before
     tcgen05 so would those that may skip tiles.
     """
     if variant.target in TCGEN05_ARCHITECTURES:
-        return 16 if variant.dim <= 128 else 1
-    return 1 if variant.target == "sm_90" or plan.skip_below is not None else 8
+        return 16 if variant.dim <= 128 else 0
+    return 0 if variant.target == "sm_90" or plan.skip_below is not None else 8
 
 
 def _split(

@@ -339,6 +339,25 @@ def test_every_head_dim_fits():
             assert ahead.resources(compiled.asm["cubin"])[0] > 20
 
 
+@pytest.mark.parametrize(("target", "high", "low", "fits"), [
+    ("sm_86", "bf16", "int8/bf16", False), ("sm_86", "bf16", None, False), ("sm_86", None, "int8/fp16", True),
+    ("sm_86", "int8/bf16", "int4/bf16", False), ("sm_86", None, "mxint4/bf16", False),
+    ("sm_86", None, "int4/bf16", True), ("sm_89", "bf16", "int8", False), ("sm_89", "bf16/fp8", "int8", True),
+    ("sm_89", "int8/fp8", "mxfp4", True), ("sm_80", "bf16", "int8/bf16", True),
+])  # fmt: skip
+def test_whole_tiles_fit_above_128_channels_or_are_refused(target, high, low, fits):
+    """Tiles that may be skipped are held whole."""
+    if fits:
+        assert attend(target, high, low, 256, skips=True).metadata.shared <= MOST_SHARED_BYTES[target]
+        return
+    fp8 = "write P·V in fp8.* or" if target == "sm_89" else "128:"
+    with pytest.raises(
+        ValueError, match=f"threshold was given for .* at head_dim 136, .*{target}.* {fp8} leave"
+    ):
+        next(ahead.launches(target, high, low, 136, skips=True))
+    assert attend(target, high, low, 128, skips=True).metadata.shared <= MOST_SHARED_BYTES[target]
+
+
 @pytest.mark.parametrize(
     ("call", "target"),
     [(call, ("sm_100", "sm_90")[index % 2]) for index, call in enumerate([*NAMED_CALLS, *FORMAT_CALLS])],
