@@ -15,12 +15,10 @@ from dma_diffusers.kernels.attention.products import PACKED_PRODUCTS, halves_of,
 from dma_diffusers.kernels.attention.units import counted, in_units, log_of_sum, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
-    bf16_operand,
-    e4m3_operand,
-    fp16_operand,
     loaded_bf16,
     loaded_e4m3,
     ones_for,
+    operand_of_values,
     to_output,
 )
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
@@ -151,18 +149,6 @@ def _with_unit_scales(x, y):
 
 
 @triton.jit
-def _as_multiplied(p, VALUES: tl.constexpr):
-    """Probabilities in the format in which V is multiplied by them."""
-    if VALUES == "channel":
-        p = e4m3_operand(p)
-    elif VALUES == "half":
-        p = fp16_operand(p)
-    else:
-        p = bf16_operand(p)
-    return p
-
-
-@triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, start, length,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, ARE_WHOLE: tl.constexpr, D: tl.constexpr,
@@ -175,7 +161,7 @@ def _add_values(
     """
     IS_FP8: tl.constexpr = VALUES == "channel"
     # p is narrowed first: before Triton 3.8, the compiler would keep both it and the accumulator in registers.
-    probabilities = _as_multiplied(p, VALUES)
+    probabilities = operand_of_values(p, VALUES)
     if COUNTS > 0:
         ones = ones_for(probabilities, COUNTS)
         l *= rescale[:, None]
@@ -291,7 +277,7 @@ def _phase(
             )
             rescale = tl.exp2(m - m_new)
             if COUNTS == 0:  # rounded as V is multiplied by them
-                l = l * rescale + tl.sum(_as_multiplied(p, VALUES).to(tl.float32), axis=1)
+                l = l * rescale + tl.sum(operand_of_values(p, VALUES).to(tl.float32), axis=1)
             m = m_new
             if not TCGEN05:
                 accumulator, l = _add_values(

@@ -154,6 +154,18 @@ def e4m3_operand(x):
 
 
 @triton.jit
+def operand_of_values(p, VALUES: tl.constexpr):
+    """Probabilities, float32, in the format in which values of this storage are multiplied by them."""
+    if VALUES == "channel":
+        p = e4m3_operand(p)
+    elif VALUES == "half":
+        p = fp16_operand(p)
+    else:
+        p = bf16_operand(p)
+    return p
+
+
+@triton.jit
 def ones_for(x, COLUMNS: tl.constexpr):
     """Ones in x's dtype, by which an operand x of a matrix product is summed. Triton 3.6 makes no e4m3 of a number."""
     if x.dtype == tl.float8e4nv:
