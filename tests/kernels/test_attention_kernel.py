@@ -102,7 +102,8 @@ def assert_agree(call: Call, device: torch.device, lowering: str, target: str | 
     assert torch.equal(lse.isinf(), reference_lse.isinf())
     finite = reference_lse.isfinite()
     sizes = 1e-5 * reference_lse[finite].abs()
-    slack = 1e-4 + sizes.max().item() if finite.any() else 0.0
+    # A score may be off by more than the sum of many: on a GPU products are added in another order.
+    slack = (1e-4 if device.type == "cpu" else 1e-3) + (sizes.max().item() if finite.any() else 0.0)
     least, largest = expected(
         call, device, lowering, target=target, by=partial(lse_bounds, 2 * slack / math.log(2))
     )
