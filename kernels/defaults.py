@@ -4,14 +4,15 @@ from dma_diffusers.kernels.lowerings import WITHOUT_FP8
 
 _BLOCK_SCALED = (("mxfp8", "mxfp4"), ("mxfp8", "nvfp4"))
 _PLAIN = (("bf16", "int8"), ("bf16", "fp8"))
-_WITHOUT_FP8 = (("bf16", "int8/bf16"),)
+_HALF = (("bf16", "int8/fp16"),)  # SageAttention's pair
+_WITHOUT_FP8 = (("bf16", "int8/bf16"), *_HALF)
 
 FORMAT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
     "sm_100": _BLOCK_SCALED,
     "sm_103": _BLOCK_SCALED,
     "sm_120": _BLOCK_SCALED,
     "sm_90": _PLAIN,
-    "sm_89": _PLAIN,
+    "sm_89": (*_PLAIN, *_HALF),
     **dict.fromkeys(WITHOUT_FP8, _WITHOUT_FP8),
 }
 """For each architecture, the pairs of words (HIGH, LOW) that its own MMAs multiply; the first is the default."""

@@ -22,6 +22,8 @@ UNPACKED = ("sm_90",)
 """Integers of four bits lie in a byte each here, or as bf16 numbers: splitting bytes took longer (formats.md)."""
 RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", "int4", *_BLOCKS, *_INTEGER_BLOCKS, *_PACKED_BLOCKS)}
 """The formats of Q·K with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
+RUN_VALUES = ("bf16", "fp8")
+"""The formats of P·V with which they did."""
 
 
 class Storage(StrEnum):
@@ -41,6 +43,8 @@ class Storage(StrEnum):
     """int4 elements and a scale for each block, multiplied out as they are read: bf16 MMA."""
     CHANNEL = "channel"
     """e4m3 elements of V, one power of two for each channel: FP8 MMA."""
+    HALF = "half"
+    """float16 elements of V, one power of two for each channel: fp16 MMA, with sums in float32."""
 
 
 _EVERYWHERE = {"bf16": Storage.PLAIN} | dict.fromkeys(("fp8", "int8", "int4"), Storage.TILE)
@@ -52,7 +56,7 @@ FAITHFUL = (
     | dict.fromkeys(("mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"), Storage.ROW)
     | dict.fromkeys(_PACKED_BLOCKS, Storage.PACKED)
 )
-VALUES = {"bf16": Storage.PLAIN, "fp8": Storage.CHANNEL}
+VALUES = {"bf16": Storage.PLAIN, "fp16": Storage.HALF, "fp8": Storage.CHANNEL}
 """The storage of V for each format of P·V that a kernel multiplies."""
 UNSIGNED = {"int8": "its probabilities are unsigned, and Triton multiplies int8 by signed numbers alone"}
 """The formats of P·V that the reference alone multiplies, and why no kernel does."""

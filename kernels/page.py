@@ -8,14 +8,26 @@ from pathlib import Path
 
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS
 from dma_diffusers.kernels.formats import FORMATS
-from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, KERNEL_ARCHITECTURES, RUN, choose
+from dma_diffusers.kernels.lowerings import (
+    BLOCK_SCALED_ARCHITECTURES,
+    KERNEL_ARCHITECTURES,
+    RUN,
+    RUN_VALUES,
+    choose,
+)
 from dma_diffusers.kernels.precision import Precision, Precisions
 
 PAGE = Path(__file__).parent / "formats.md"
 _TABLES = re.compile(r"(?<=<!-- tables -->\n).*(?=<!-- end of tables -->)", re.DOTALL)
 _HEAD_DIM = 128
 
-_VALUES = {"bf16": "`bf16`", "fp8": "`fp8`", "int8": "`int8`", "mxfp8": "`mxfp8`, and so all others"}
+_VALUES = {
+    "bf16": "`bf16`",
+    "fp16": "`fp16`",
+    "fp8": "`fp8`",
+    "int8": "`int8`",
+    "mxfp8": "`mxfp8`, and so all others",
+}
 # Ahead of time, every format there; on other architectures, those of their own pairs.
 COMPILED = ("sm_90", *BLOCK_SCALED_ARCHITECTURES)
 
@@ -29,7 +41,7 @@ def cell(architecture: str, qk: str, pv: str = "bf16") -> tuple[str, str]:
         return "refused", _last(str(error))
     if choice.lowering == "reference":
         return "reference", _last(choice.reason)
-    if qk in RUN.get(architecture, ()):
+    if qk in RUN.get(architecture, ()) and pv in RUN_VALUES:
         shown = "run"
     elif architecture in COMPILED or any(
         asked in Precisions.parse(*pair) for pair in FORMAT_PAIRS[architecture]

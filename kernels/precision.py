@@ -10,6 +10,8 @@ from dma_diffusers.kernels.formats import FORMATS, get_format
 
 HIGH_PV, LOW_PV = "bf16", "fp8"
 """The formats of P·V where the words leave them out, of HIGH and of LOW tiles."""
+VALUES_ALONE = ("fp16",)
+"""Formats of P·V in which nobody multiplies Q·K: float16 holds no score of large q and k, but every probability."""
 MEANS_BITS = 8  # of Q·K, at least: the score of a mean stands for those of 32 keys
 
 
@@ -59,4 +61,4 @@ def _parse(words: str, default_pv: str) -> Precision:
             f"int8/bf16; the formats are {', '.join(FORMATS)}"
         )
     qk, pv = parts if len(parts) == 2 else (*parts, default_pv)
-    return Precision(get_format(qk).name, get_format(pv).name)
+    return Precision(get_format(qk).name, pv if pv in VALUES_ALONE else get_format(pv).name)

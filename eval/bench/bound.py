@@ -52,7 +52,7 @@ def letters(precision: Precision, lowering: Lowering) -> tuple[str, str]:
 def letter(fmt: str, stores: dict[str, Storage] = NATIVE) -> str:
     """Return the matrix instruction that multiplies numbers in `fmt`, as a lowering stores them."""
     match stores[fmt]:
-        case Storage.PLAIN | Storage.PACKED:
+        case Storage.PLAIN | Storage.PACKED | Storage.HALF:
             return "H"
         case Storage.ROW | Storage.TILE | Storage.SHARED | Storage.CHANNEL:
             return "I" if fmt.startswith("int") else "Q"

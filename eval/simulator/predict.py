@@ -26,7 +26,7 @@ from dma_diffusers.eval.simulator.count import Count
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.defaults import default_formats as formats_of
 from dma_diffusers.kernels.formats import get_format
-from dma_diffusers.kernels.precision import Precisions
+from dma_diffusers.kernels.precision import VALUES_ALONE, Precisions
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE, Layout
 from dma_diffusers.kernels.tiling.neighborhood import shape_text
 from dma_diffusers.kernels.tiling.policies import Policy
@@ -161,11 +161,14 @@ class Call:
         values = {each.pv for each, has_class in ((high, has_high), (low, has_low)) if has_class}
         if "fp8" in values:
             moved += 2 + 1  # V's range is read, and V is written in FP8
+        if "fp16" in values:
+            moved += 2 + 2
         if "bf16" in values and in_boxes:
             moved += 2  # bf16 V is read as it is, unless its tokens are gathered
         if has_means:  # of k and v, written in float32, read, and encoded
             lender = self._precisions.of_means(has_low)
-            encoded = (get_format(lender.qk).average_bits + get_format(lender.pv).average_bits) / 8
+            bits_of_values = 16 if lender.pv in VALUES_ALONE else get_format(lender.pv).average_bits
+            encoded = (get_format(lender.qk).average_bits + bits_of_values) / 8
             moved += (2 * 2 * 4 + encoded) / SUBTILE
         return moved
 

@@ -206,7 +206,9 @@ def _describe(
         "registers": registers,
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
-        "loops": describe(compiled.asm["cubin"], target, head_dim, threads, rows, TILE) if is_counted else [],
+        "loops": describe(compiled.asm["cubin"], target, head_dim, threads, rows, options.get("KEYS", TILE))
+        if is_counted
+        else [],
     }
 
 

@@ -12,7 +12,7 @@ from dma_diffusers.kernels.attention.tuning import Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.formats import rotate_blocks
-from dma_diffusers.kernels.lowerings import WITHOUT_TMA, Storage, architecture, named
+from dma_diffusers.kernels.lowerings import WITHOUT_FP8, WITHOUT_TMA, Storage, architecture, named
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.quantiser import reference as quantiser
@@ -43,14 +43,19 @@ class Variant:
     def of(
         cls, call: Call, plan: Plan, precisions: Precisions, lowering: str, target: str | None = None
     ) -> "Variant":
-        """The variant for a call. target: None for the architecture of the call's device."""
+        """The variant for a call. target: None for the architecture of the call's device.
+
+        Raises ValueError where tiles may be skipped and shared memory does not hold them.
+        """
         target, dim = target or architecture(call.q.device), padded_dim(call.q.shape[-1])
         high, low, means = (
             precision and Stored.by(named(lowering), precision, target) for precision in plan.used(precisions)
         )
         encoded = _encoded(high, low, means)
         tuned = tuning(target, dim, tuple(c and c.scales for c in encoded), encoded[1] and encoded[1].values)
-        tuned = tuned if plan.skip_below is None else tuned.skipping
+        if plan.skip_below is not None:
+            _check_tiles_fit(encoded, precisions, target, call.q.shape[-1])
+            tuned = tuned.skipping
         return cls((high, low), means, tuned, target, dim, lowering == "faithful")
 
     @property
@@ -86,9 +91,30 @@ class Variant:
         """Says whether K's mean is subtracted for one of the classes."""
         return quantiser.smooths(*(c and c.format.name for c in self.encoded))
 
+    @property
+    def has_units(self) -> bool:
+        """Says whether a class has V in units of its channels."""
+        return self.stores_values(Storage.CHANNEL) or self.stores_values(Storage.HALF)
+
     def stores_values(self, storage: Storage) -> bool:
         """Says whether a class has V in this storage."""
         return any(c and c.values is storage for c in self.encoded)
+
+
+def _check_tiles_fit(classes: Classes, precisions: Precisions, target: str, head_dim: int) -> None:
+    """A tile that may be skipped is held whole, K and V, and V for both classes.
+
+    Raises ValueError where that is more than the 99 KB that sm_86 and sm_89 have.
+    """
+    wide = [c for c in classes if c is not None and c.values is not Storage.CHANNEL]  # V has 16 bits
+    holds_much = len(wide) > 1 or any(c.storage in (Storage.PLAIN, Storage.PACKED) for c in wide)
+    if target in ("sm_86", "sm_89") and padded_dim(head_dim) > 128 and holds_much:
+        words = " | ".join(precisions.words)
+        advice = "" if target in WITHOUT_FP8 else "write P·V in fp8, as in bf16/fp8 | int8/fp8, or "
+        raise ValueError(
+            f"a softmax threshold was given for {words} at head_dim {head_dim}, where {target} has too little shared "
+            f"memory for whole tiles of K and V; it is allowed up to head_dim 128: {advice}leave the threshold out"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,7 @@ class Inputs:
         ropes = [rope and (rope[0].contiguous(), rope[1].contiguous()) for rope in (call.q_rope, call.k_rope)]
         source = Source(
             q, k, v, call.softmax_scale_log2, *ropes, mask, order, call.norms, call.rotated_block,
-            call.rotated_values if variant.stores_values(Storage.CHANNEL) else 1,
+            call.rotated_values if variant.has_units else 1,
             in_tiles=in_tiles or variant.target in WITHOUT_TMA,
         )  # fmt: skip
         read = (
@@ -176,12 +202,13 @@ def operands_of(
     is_shared: whether the block lists are the map's `shared` ones. inexact_rows: int32 `[1]`, as of `encode`.
     """
     source = inputs.source
-    smooths, is_channel = variant.smooths and call.smooth_k, variant.stores_values(Storage.CHANNEL)
+    smooths, has_units = variant.smooths and call.smooth_k, variant.has_units
     known = statistics_of(
-        source.k if smooths else None, source.v if is_channel else None, source.k_rope, inputs.key_mask, launcher,
+        source.k if smooths else None, source.v if has_units else None, source.k_rope, inputs.key_mask, launcher,
         source.norms, call.smooth_v, source.rotated_values,
+        registers=80 if variant.target == "sm_80" else None,  # left alone, ptxas spills there to let four share one
     )  # fmt: skip
-    needs_v = is_channel or source.is_copied or variant.means is not None
+    needs_v = has_units or source.is_copied or variant.means is not None
     # On sm_90 two programs share a multiprocessor, unless they re-encode rotated blocks, for which they would spill.
     # Elsewhere Triton 3.7 would spill to let two share it, and 3.9 on sm_80 to let four, if they were not told.
     reencodes = any(c and c.storage is Storage.ROW for c in variant.encoded)
@@ -221,7 +248,7 @@ def _encode_means(
 ) -> Encoded:
     """Encode the means of sub-tiles as MEAN multiplies them; those that are bf16 numbers already stay as they are."""
     k, v, _ = encoded.means
-    takes_v = stored.values is Storage.CHANNEL
+    takes_v = stored.values is not Storage.PLAIN
     amax = None
     if stored.format.has_tensor_scale:
         amax = quantiser.finite_amax(rotate_blocks(k, rotated_block), (-2, -1))

@@ -40,6 +40,7 @@ from dma_diffusers.kernels.tiling import precision_map
 WARPGROUPS = gl.constexpr(precision_map.SHARED_BLOCKS)
 QUERIES = precision_map.SHARED_BLOCKS * precision_map.SHARED_ROWS  # of one program
 ONE = gl.constexpr(0x38)  # in e4m3
+STORED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -133,8 +134,8 @@ def _attend(
     low_row: gl.constexpr = gl.SliceLayout(1, products_layout(TILE, 32))
     out_row: gl.constexpr = gl.SliceLayout(1, high_sums)
     (
-        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        smem, high_ones, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head,
+        kv_row, start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
         skip_below, skipped,
     ) = given  # fmt: skip
     q_high_smem, q_low_smem, ring, barriers = smem
@@ -158,9 +159,9 @@ def _attend(
     n, kept = 0, 0
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
-            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers, n,
-            indices, own_entries, first, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens, q_rows, known,
-            skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, high_ones, ring,
+            barriers, n, indices, own_entries, first, high_end, warpgroup, wide_mask, None, None, k_length, q_tokens,
+            q_rows, known, skip_below, counter, False, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
     if LOW is not None:
         own_scales = kv_row * gl.cdiv(k_length, TILE) * (1 if LOW_STORAGE == "tile" else TILE)
@@ -190,9 +191,9 @@ def _attend(
         m = gl.convert_layout(low_m, row)
     if HIGH is not None:
         accumulator, l, m, kept = high_phase(
-            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, ring, barriers,
-            high_end + low_end - 2 * first, indices, own_entries, low_end, end, warpgroup, key_mask, fine_mask, guards,
-            k_length, q_tokens, q_rows, known, skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
+            accumulator, l, m, kept, q_high_smem.index(warpgroup), softmax_scale_log2, offset, high_ones, ring,
+            barriers, high_end + low_end - 2 * first, indices, own_entries, low_end, end, warpgroup, key_mask,
+            fine_mask, guards, k_length, q_tokens, q_rows, known, skip_below, counter, True, CAUSAL, HIGH, D, SLOTS,
         )  # fmt: skip
 
     if MEAN is not None:
@@ -209,7 +210,7 @@ def _attend(
             whole = k_length // (MEANS_TILES * TILE)  # all keys of these are seen
         if MEAN_STORAGE == "plain":
             accumulator, l, m = high_means_phase(
-                accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, ring, barriers, n,
+                accumulator, l, m, q_high_smem.index(warpgroup), softmax_scale_log2, high_ones, ring, barriers, n,
                 words, own_words, log_counts, own_counts, whole, last, MEAN, D, SLOTS,
             )  # fmt: skip
         else:
@@ -296,17 +297,20 @@ def attend_hopper(
     ring = gl.allocate_shared_memory(low_element, [2 * SLOTS, TILE, D], tile_layout(D, 8))
     if HIGH is not None or MEAN_STORAGE == "plain":
         q_high_smem = gl.allocate_shared_memory(gl.bfloat16, [WARPGROUPS, ROWS, D], tile_layout(D, 16))
+        high_ones = gl.allocate_shared_memory(gl.bfloat16, [8, TILE], tile_layout(TILE, 16))
+        high_ones.store(gl.full((8, TILE), 1.0, gl.bfloat16, STORED))
     else:
         q_high_smem: gl.constexpr = None
+        high_ones: gl.constexpr = None
     if LOW is not None:
         q_low_smem = gl.allocate_shared_memory(low_element, [WARPGROUPS, ROWS, D], tile_layout(D, 8))
         ones = gl.allocate_shared_memory(gl.uint8, [8, TILE], tile_layout(TILE, 8))
-        ones.store(gl.full((8, TILE), ONE, gl.uint8, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])))
+        ones.store(gl.full((8, TILE), ONE, gl.uint8, STORED))
         ones = view(ones, gl.float8e4nv, [8, TILE], tile_layout(TILE, 8))
-        fence_async_shared()
     else:
         q_low_smem: gl.constexpr = None
         ones: gl.constexpr = None
+    fence_async_shared()
     # Each slot has a barrier that says it is full and one that says it is empty; each warpgroup one for its Q.
     barriers = gl.allocate_shared_memory(gl.int64, [2 * SLOTS + WARPGROUPS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -333,8 +337,8 @@ def attend_hopper(
     if skipped is not None:
         skipped += head
     given = (
-        smem, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head, kv_row,
-        start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
+        smem, high_ones, ones, scales, softmax_scale_log2, offset, key_mask, fine_mask, token_order, out, lse, head,
+        kv_row, start, block_list, of_means, split, q_length, k_length, token_count, guards, head_dim, out_stride_s,
         skip_below, skipped,
     )  # fmt: skip
     if HIGH is None and MEAN_STORAGE == "plain":

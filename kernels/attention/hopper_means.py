@@ -133,7 +133,7 @@ def low_means_phase(
 
 @gluon.jit
 def high_means_phase(
-    accumulator, l, m, q, softmax_scale_log2, ring, barriers, n, words, own_words,
+    accumulator, l, m, q, softmax_scale_log2, ones, ring, barriers, n, words, own_words,
     log_counts, own_counts, whole, last,
     NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -141,8 +141,11 @@ def high_means_phase(
     numbers, _, _ = views(ring, SLOTS, D)
     products: gl.constexpr = products_layout(TILE, 16)
     sums: gl.constexpr = products_layout(D, 16)
+    total: gl.constexpr = products_layout(8, 16)
     nothing = gl.zeros((ROWS, TILE), gl.float32, products)
-    factor = gl.full((ROWS,), 1.0, gl.float32, gl.SliceLayout(1, products))
+    row: gl.constexpr = gl.SliceLayout(1, products)
+    no_total = gl.zeros((ROWS, 8), gl.float32, total)
+    factor = gl.full((ROWS,), 1.0, gl.float32, row)
     if NUMBERS == "bf16":
         factor *= softmax_scale_log2
     for tile in range(last):
@@ -157,12 +160,15 @@ def high_means_phase(
         p = gl.exp2(s * factor[:, None] + (LOG_SUBTILE - m_new)[:, None])
         rescale = gl.exp2(m - m_new)
         m = m_new
-        l = l * rescale + gl.sum(p, axis=1)
+        l *= rescale
         accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
         p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, sums, 2), assert_trivial=True)
+        p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 2), assert_trivial=True)
         mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
         accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
-        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        counted = warpgroup_mma(p_again, ones.permute((1, 0)), no_total, use_acc=False, is_async=True)
+        accumulator, counted = warpgroup_mma_wait(0, deps=(accumulator, counted))
+        l += gl.convert_layout(gl.max(counted, axis=1), row)
         mbarrier.arrive(barriers.index(SLOTS + values), count=1)
         n += 2
     return accumulator, l, m

@@ -168,15 +168,17 @@ def _probabilities(s, top, m, factor, shift):
 
 @gluon.jit
 def high_phase(
-    accumulator, l, m, kept, q, softmax_scale_log2, offset, ring, barriers, n, indices, entries, first, last, warpgroup,
-    key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
+    accumulator, l, m, kept, q, softmax_scale_log2, offset, ones, ring, barriers, n, indices, entries, first, last,
+    warpgroup, key_mask, fine_mask, guards, k_length, q_tokens, q_rows, known, skip_below, counter,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, NUMBERS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Walk tiles in bf16; l is [64]."""
+    """Walk tiles in bf16; l is [64]: eight columns, as in `low_phase`, would spill more. The MMA sums a tile's."""
     numbers, _, _ = views(ring, SLOTS, D)
     products: gl.constexpr = products_layout(TILE, 16)
     sums: gl.constexpr = products_layout(D, 16)
+    total: gl.constexpr = products_layout(8, 16)
     nothing = gl.zeros((ROWS, TILE), gl.float32, products)
+    no_total = gl.zeros((ROWS, 8), gl.float32, total)
     row: gl.constexpr = gl.SliceLayout(1, products)
     factor = gl.full((ROWS,), 1.0, gl.float32, row)
     shift = gl.zeros((ROWS,), gl.float32, row)
@@ -201,12 +203,15 @@ def high_phase(
             if _counts(top, m, factor, shift, skip_below, kept):
                 kept += 1
                 p, m, rescale = _probabilities(s, top, m, factor, shift)
-                l = l * rescale + gl.sum(p, axis=1)
+                l *= rescale
                 accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, sums))[:, None]
                 p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, sums, 2), assert_trivial=True)
+                p_again = gl.convert_layout(p, gl.DotOperandLayout(0, total, 2), assert_trivial=True)
                 mbarrier.wait(barriers.index(values), (n + 1) // SLOTS & 1)
                 accumulator = warpgroup_mma(p, numbers.index(values), accumulator, is_async=True)
-                accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+                counted = warpgroup_mma(p_again, ones.permute((1, 0)), no_total, use_acc=False, is_async=True)
+                accumulator, counted = warpgroup_mma_wait(0, deps=(accumulator, counted))
+                l += gl.convert_layout(gl.max(counted, axis=1), row)
             else:
                 kept = 0
                 if counter is not None:

@@ -15,10 +15,10 @@ from dma_diffusers.kernels.attention.products import PACKED_PRODUCTS, halves_of,
 from dma_diffusers.kernels.attention.units import counted, in_units, log_of_sum, out_of_units
 from dma_diffusers.kernels.device.rounding import (
     INTERPRETED,
-    bf16_operand,
-    e4m3_operand,
     loaded_bf16,
     loaded_e4m3,
+    ones_for,
+    operand_of_values,
     to_output,
 )
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
@@ -141,18 +141,30 @@ def _counts(highest, m, skip_below, kept):
 
 
 @triton.jit
+def _with_unit_scales(x, y):
+    """x·y of e4m3 numbers as a block-scaled product whose scales are all one."""
+    x_scales = tl.full((x.shape[0], x.shape[1] // 32), 127, tl.uint8)
+    y_scales = tl.full((y.shape[1], y.shape[0] // 32), 127, tl.uint8)
+    return tl.dot_scaled(x, x_scales, "e4m3", y, y_scales, "e4m3")
+
+
+@triton.jit
 def _add_values(
     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, start, length,
     VALUES: tl.constexpr, V_TRANSPOSED: tl.constexpr, ARE_WHOLE: tl.constexpr, D: tl.constexpr,
-    TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr,
+    TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Returns accumulator·rescale + p·V; V from the key `start` on is `value`, or is loaded now."""
+    """Returns accumulator·rescale + p·V; V from the key `start` on is `value`, or is loaded now.
+
+    With COUNTS, l is [ROWS, COUNTS], all columns alike, and l·rescale + p·ones is returned, too: the MMA sums what it
+    multiplies. Without, l is left as it is.
+    """
     IS_FP8: tl.constexpr = VALUES == "channel"
-    if TCGEN05:
-        # l is never negative, but the compiler doesn't know: it must sum p now rather than keep all of it for later.
-        rescale = tl.where(l < 0.0, 0.0, rescale)
     # p is narrowed first: before Triton 3.8, the compiler would keep both it and the accumulator in registers.
-    probabilities = e4m3_operand(p) if IS_FP8 else bf16_operand(p)
+    probabilities = operand_of_values(p, VALUES)
+    if COUNTS > 0:
+        ones = ones_for(probabilities, COUNTS)
+        l *= rescale[:, None]
     if TCGEN05 or not IS_FP8:
         accumulator = multiply_add(accumulator, rescale[:, None], tl.zeros_like(accumulator), TCGEN05)
     if value is None:
@@ -164,18 +176,21 @@ def _add_values(
             probabilities = _in_order_of_v(probabilities)
         if TCGEN05:
             accumulator = tl.dot(probabilities, loaded_e4m3(value), accumulator)
-        else:  # FP8 MMA before it keeps 13 bits of a sum: no more than a tile's goes through it
-            if UNIT_SCALES and not INTERPRETED:
-                products = tl.dot_scaled(
-                    probabilities, tl.full((p.shape[0], p.shape[1] // 32), 127, tl.uint8), "e4m3",
-                    value, tl.full((D, p.shape[1] // 32), 127, tl.uint8), "e4m3",
-                )  # fmt: skip
-            else:
-                products = tl.dot(probabilities, loaded_e4m3(value))
-            accumulator = accumulator * rescale[:, None] + products
+            if COUNTS > 0:
+                l = tl.dot(probabilities, ones, l)
+        elif UNIT_SCALES and not INTERPRETED:
+            accumulator = accumulator * rescale[:, None] + _with_unit_scales(probabilities, value)
+            if COUNTS > 0:
+                l += _with_unit_scales(probabilities, ones)
+        else:  # FP8 MMA before tcgen05 keeps 13 bits of a sum: no more than a tile's goes through it
+            accumulator = accumulator * rescale[:, None] + tl.dot(probabilities, loaded_e4m3(value))
+            if COUNTS > 0:
+                l += tl.dot(probabilities, ones)
     else:
         accumulator = tl.dot(probabilities, loaded_bf16(value), accumulator)
-    return accumulator
+        if COUNTS > 0:
+            l = tl.dot(probabilities, ones, l)
+    return accumulator, l
 
 
 @triton.jit
@@ -185,8 +200,8 @@ def _phase(
     indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length, start, skip_below, skipped, zero,
     ELEMENT: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, VALUES: tl.constexpr,
     V_TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+    EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr, UNIT_SCALES: tl.constexpr, COUNTS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Visits the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on, KEYS keys
     at a time.
@@ -219,6 +234,8 @@ def _phase(
     else:
         shift = tl.load(offset + (head.to(tl.int64) * q_tiles) * TILE + q_tokens)
     PARTS: tl.constexpr = TILE // KEYS
+    if COUNTS > 0:
+        l = tl.broadcast_to(l[:, None], (ROWS, COUNTS))
     ARE_WHOLE: tl.constexpr = log_counts is None  # bf16 means need not fill a tile
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):
         tile = step // PARTS
@@ -259,12 +276,13 @@ def _phase(
                 multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
             )
             rescale = tl.exp2(m - m_new)
-            l = l * rescale + tl.sum(p, axis=1)
+            if COUNTS == 0:  # rounded as V is multiplied by them
+                l = l * rescale + tl.sum(operand_of_values(p, VALUES).to(tl.float32), axis=1)
             m = m_new
             if not TCGEN05:
-                accumulator = _add_values(
+                accumulator, l = _add_values(
                     accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
-                    VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
+                    VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES, COUNTS,
                 )  # fmt: skip
         else:
             kept = 0
@@ -274,10 +292,12 @@ def _phase(
                 p = tl.zeros((ROWS, KEYS), tl.float32)
                 rescale = tl.full((ROWS,), 1.0, tl.float32)
         if TCGEN05:  # asynchronous, so outside the branch; of a skipped tile it adds 0
-            accumulator = _add_values(
+            accumulator, l = _add_values(
                 accumulator, l, rescale, p, value, v, batch, kv_head, kv_heads, k_start, v_rows,
-                VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES,
+                VALUES, V_TRANSPOSED, ARE_WHOLE, D, TCGEN05, UNIT_SCALES, COUNTS,
             )  # fmt: skip
+    if COUNTS > 0:
+        l = tl.max(l, axis=1)
     return accumulator, l, m, kept
 
 
@@ -299,7 +319,7 @@ def attend(
     CAUSAL: tl.constexpr, MASKS_ALL: tl.constexpr, V_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, EXP_SHARE: tl.constexpr, TCGEN05: tl.constexpr,
     UNIT_SCALES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, MASKED_STAGES: tl.constexpr,
-    MEAN_STAGES: tl.constexpr,
+    MEAN_STAGES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of one head.
 
@@ -308,8 +328,8 @@ def attend(
     that stands for 2^`log_counts` ([B, whole tiles]) keys. `means` [.., q_tiles, tiles of means] has a bit for each KV
     tile that a Q tile takes so (`PrecisionMap.means`). Their keys are smoothed, if any are, in bf16 too.
     A class is None where the map has no tile of it. Each class has its element, storage and block of Q·K, and the
-    storage of V: "plain" is bfloat16, "channel" is e4m3 in `v_units` [B·Hkv, 2, D], for each channel the power of two
-    by which V was divided, and the mean that it had lost before.
+    storage of V: "plain" is bfloat16, "channel" is e4m3 and "half" float16 in `v_units` [B·Hkv, 2, D], for each channel
+    the power of two by which V was divided, and the mean that it had lost before.
     Products of bf16 numbers are multiplied here by `softmax_scale_log2`, others by the scales of rows, tiles or
     tensors, where there are any.
     `offset` [B·H·tiles·128] is what smoothing takes from a row's scores: bf16 scores, which were not smoothed,
@@ -317,6 +337,7 @@ def attend(
     `key_mask` is uint8 [B, whole tiles], 0 past the keys; only MASKED tiles look at it unless MASKS_ALL.
     TCGEN05 says that accumulators lie in tensor memory. UNIT_SCALES makes FP8 P·V a block-scaled product whose scales
     are all one: the numbers are the same, and sm_120 multiplies them at twice the rate (triton#11320).
+    COUNTS: by so many columns of ones the MMA sums the probabilities; 0 leaves that to registers.
     `skip_below`: a KV tile is skipped, without exponentials and P·V, where all probabilities of the ROWS queries lie
     below 2^skip_below of their row's largest so far; None never skips. `skipped` (int32 [B·H], or None) then counts
     such tiles, times ROWS/64. (BLASST, arXiv 2512.12087)
@@ -357,10 +378,10 @@ def attend(
             l = tl.zeros((ROWS,), tl.float32)
             accumulator = tl.zeros((ROWS, D), tl.float32)
             kept = 0
-            # An FP8 class sums values in their channels' units.
-            HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES == "channel"
-            LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES == "channel"
-            MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES == "channel"
+            # A class in FP8 or fp16 sums values in their channels' units.
+            HIGH_UNITS: tl.constexpr = HIGH is not None and HIGH_VALUES != "plain"
+            LOW_UNITS: tl.constexpr = LOW is not None and LOW_VALUES != "plain"
+            MEAN_UNITS: tl.constexpr = MEAN is not None and MEAN_VALUES != "plain"
             own_units = None
             if HIGH_UNITS or LOW_UNITS or MEAN_UNITS:
                 own_units = v_units + (batch * kv_heads + kv_head).to(tl.int64) * (2 * D) + channels
@@ -374,7 +395,7 @@ def attend(
                     tiles, 0, high_end, None, None, wide_mask, None, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, COUNTS, KEYS, STAGES,
                 )  # fmt: skip
             if LOW is not None:
                 if LOW_UNITS and HIGH is not None and not HIGH_UNITS:
@@ -390,7 +411,7 @@ def attend(
                     tiles, high_end, low_end, None, None, wide_mask, None, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, COUNTS, KEYS, STAGES,
                 )  # fmt: skip
                 if HIGH is None:
                     accumulator, l, m, kept = _phase(
@@ -400,7 +421,7 @@ def attend(
                         tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length, start,
                         skip_below, own_skipped, zero,
                         LOW, LOW_STORAGE, LOW_BLOCK, LOW_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                        EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
+                        EXP_SHARE, TCGEN05, UNIT_SCALES, COUNTS, KEYS, MASKED_STAGES,
                     )  # fmt: skip
                 if LOW_UNITS and not HIGH_UNITS:
                     accumulator = out_of_units(accumulator, own_units)
@@ -416,7 +437,7 @@ def attend(
                     tiles, low_end, end, None, None, own_mask, fine_mask, guards,
                     k_length, start, skip_below, own_skipped, zero,
                     HIGH, HIGH_STORAGE, HIGH_BLOCK, HIGH_VALUES, V_TRANSPOSED, True, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MASKED_STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, COUNTS, KEYS, MASKED_STAGES,
                 )  # fmt: skip
             if HIGH_UNITS:
                 accumulator = out_of_units(accumulator, own_units)
@@ -439,7 +460,7 @@ def attend(
                     None, 0, mean_tiles, means + own_row * mean_tiles, log_counts + batch * (mean_tiles * TILE),
                     None, None, guards, k_length, start, None, None, zero,
                     MEAN, MEAN_STORAGE, MEAN_BLOCK, MEAN_VALUES, V_TRANSPOSED, False, CAUSAL, ROWS, D,
-                    EXP_SHARE, TCGEN05, UNIT_SCALES, KEYS, MEAN_STAGES,
+                    EXP_SHARE, TCGEN05, UNIT_SCALES, COUNTS, KEYS, MEAN_STAGES,
                 )  # fmt: skip
                 if MEAN_UNITS:
                     accumulator = out_of_units(accumulator, own_units)

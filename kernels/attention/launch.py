@@ -231,11 +231,23 @@ def _attend(
         MASKED_STAGES=tuned.stages if loads_mask and not is_causal else tuned.masked_stages,
         # Where tiles may be skipped as well, sm_120 would spill with more.
         MEAN_STAGES=tuned.masked_stages if plan.skip_below is None or is_tcgen05 else 1,
+        COUNTS=_counts(variant, plan),
         num_warps=tuned.warps,
         enable_fp_fusion=True,
         # Variants that may skip tiles or take means would spill.
         maxnreg=None if tuned.slots or variant.means or plan.skip_below is not None else tuned.registers,
     )  # fmt: skip
+
+
+def _counts(variant: Variant, plan: Plan) -> int:
+    """The columns of ones by which the MMA sums the probabilities: as few as it takes, 0 where registers sum them.
+
+    A head of 256 channels leaves them no tensor memory. sm_90 would spill with them in some variants, and before
+    tcgen05 so would those that may skip tiles.
+    """
+    if variant.target in TCGEN05_ARCHITECTURES:
+        return 16 if variant.dim <= 128 else 0
+    return 0 if variant.target == "sm_90" or plan.skip_below is not None else 8
 
 
 def _split(

@@ -13,13 +13,18 @@ TILE = tl.constexpr(layout.TILE)
 
 
 @triton.jit
-def load_block_scales(descriptor, tile, COLUMNS: tl.constexpr):
-    """The scales of one tile, [128, COLUMNS]."""
+def load_block_scales(descriptor, tile, part, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The scales of a tile's part-th run of KEYS keys, [KEYS, COLUMNS]; those of the whole tile are loaded."""
     if COLUMNS % 4 == 0:
         scales = tl.reshape(descriptor.load([0, tile, 0, 0, 0]), (1, COLUMNS // 4, 32, 4, 4))
         scales = tl.reshape(tl.trans(scales, 0, 3, 2, 1, 4), (TILE, COLUMNS))
     else:
         scales = tl.reshape(descriptor.load([tile, 0]), (TILE, COLUMNS))
+    if KEYS < TILE:
+        runs = tl.reshape(scales.to(tl.uint8, bitcast=True), (TILE // KEYS, KEYS, COLUMNS))
+        is_own = (tl.arange(0, TILE // KEYS) == part)[:, None, None]
+        own = tl.sum(tl.where(is_own, runs.to(tl.int32), 0), axis=0)
+        scales = own.to(tl.uint8).to(scales.dtype, bitcast=True)
     return scales
 
 

@@ -84,7 +84,7 @@ def products(q, q_scales, k, k_scales, kv_tile, part, zero, ELEMENT: tl.constexp
     elif ELEMENT == "int4":
         s = _sum_of_products(q, halves_of(k), TCGEN05 and not INT8_IN_TCGEN05)
     elif STORAGE == "block":
-        scales = load_block_scales(k_scales, kv_tile, D // BLOCK)
+        scales = load_block_scales(k_scales, kv_tile, part, k.shape[0], D // BLOCK)
         if INTERPRETED and q_scales.dtype == tl.float8e4nv:
             s = tl.dot(decoded_nvfp4(q, q_scales, D), tl.trans(decoded_nvfp4(k, scales, D)))
         elif STARTS_FROM_NOTHING:

@@ -28,7 +28,7 @@ def attention(
     plan: Plan,
     precisions: Precisions,
     *,
-    sums_rounded: bool = False,
+    means_by_codes: bool = False,
     skip_rows: int = 64,
     keys_at_once: int = TILE,
     skipped: torch.Tensor | None = None,
@@ -44,8 +44,9 @@ def attention(
     A MEAN tile adds its four sub-tiles: of n keys that are seen in one, with the mean k̄ and values with the mean v̄, it
     adds n·exp(q·k̄) to the sum and as much of v̄ to the output, in the precision of `Precisions.of_means`. k̄ is smoothed
     in any precision, if another is.
-    sums_rounded: FP8 probabilities are summed as rounded to e4m3, as hopper.py sums them, not before; those of means
-        are rounded by `e4m3_power`. INT8 ones, which are unsigned, always are.
+    The sum that divides the output, and whose logarithm is returned, adds probabilities as V is multiplied by them:
+    rounded to the format of P·V.
+    means_by_codes: FP8 probabilities of means are rounded by `e4m3_power`, as hopper.py rounds them.
     skip_rows: so many queries, 64 or 128, skip a tile together under the plan's `skip_below`. A block that has kept
         `PATIENCE` tiles in a row looks at one of `LOOKED_AT`, so that looking costs little where nothing is skipped.
     keys_at_once: so many keys of a tile have one maximum, under which their probabilities are rounded.
@@ -100,7 +101,7 @@ def attention(
                 s = torch.where(slots.seen(row_batch[active], q_tokens, tokens, phase), s, -math.inf)
             state = (m, l, accumulator)
             old = [x[:count] for x in state]
-            new = _added(*old, s, operands.v[kv_tile], operands.pv, sums_rounded, keys_at_once)
+            new = _added(*old, s, operands.v[kv_tile], operands.pv, keys_at_once)
             if plan.skip_below is not None:
                 highest = s.amax(-1, keepdim=True) - P_SHIFT
                 is_below = (highest < m[:count] + math.log2(plan.skip_below)) | ~slots.is_query[
@@ -136,9 +137,7 @@ def attention(
             is_taken = word[:, None] >> inner // (TILE // SUBTILE) & 1 == 1
             s = torch.where(is_taken[:, None], s + counts[:, None], -math.inf)
             v = operands.v[tile]
-            m, l, accumulator = _added(
-                m, l, accumulator, s, v, operands.pv, sums_rounded, keys_at_once, are_means=True
-            )
+            m, l, accumulator = _added(m, l, accumulator, s, v, operands.pv, keys_at_once, means_by_codes)
         if units is not None:
             accumulator = accumulator * units.scale + l * units.mean
 
@@ -169,23 +168,19 @@ def _added(
     s: torch.Tensor,
     v: torch.Tensor,
     pv: str,
-    sums_rounded: bool,
     keys_at_once: int,
-    are_means: bool = False,
+    by_codes: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The state of the online softmax, m, l and accumulator, after a tile with scores s `[rows, 128, 128]`."""
-    sums_rounded = pv == "int8" or (sums_rounded and pv == "fp8")
     for scores, values in zip(s.split(keys_at_once, -1), v.split(keys_at_once, -2), strict=True):
         m_new = torch.maximum(m, scores.amax(-1, keepdim=True) - P_SHIFT)
-        p = torch.exp2(scores - m_new)
-        rescale = torch.exp2(m - m_new)
-        if sums_rounded and are_means and pv == "fp8":
-            rounded = e4m3_power(scores - m_new).float()
+        if by_codes and pv == "fp8":
+            p = e4m3_power(scores - m_new).float()
         else:
-            rounded = quantiser.rounded_p(p, pv)
-        summed = rounded if sums_rounded else p
-        l = l * rescale + summed.sum(-1, keepdim=True)
-        accumulator = accumulator * rescale + rounded @ values
+            p = quantiser.rounded_p(torch.exp2(scores - m_new), pv)
+        rescale = torch.exp2(m - m_new)
+        l = l * rescale + p.sum(-1, keepdim=True)
+        accumulator = accumulator * rescale + p @ values
         m = m_new
     return m, l, accumulator
 

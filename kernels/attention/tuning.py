@@ -16,13 +16,14 @@ class Tuning:
     """One variant of the attention kernel.
 
     rows: queries that are handled together; 64 or the map tile's 128 (block-scaled MMA of tcgen05 wants 128).
-    keys: of a KV tile that are handled together, 64 or all 128; all where tiles may be skipped, and of block formats.
+    keys: of a KV tile that are handled together, 64 or all 128; all where tiles may be skipped, and on tcgen05.
     warps: of one program. skipping_warps, skipping_rows, skipping_stages: of one that may skip tiles, where these are
         others; it keeps V beside K for as many tiles, also in the loop over MASKED ones.
     stages: pipeline stages of the loops over HIGH and LOW tiles, such that K, V and their scales have two buffers
         or more on tcgen05. masked_stages: of the loop over MASKED tiles; with a key mask or empty slots alone, Triton
         loads that first, and the loop takes `stages`. The loop over tiles of means, which no list names, has as many.
-    registers: the most that a thread may use; None leaves it to the compiler.
+    registers: the most that a thread may use; None leaves it to the compiler. 208 is what Triton 3.6 and 3.7 need to
+        spill nothing on tcgen05; one program of eight warps fits a multiprocessor with it, as with 190 or 255.
     programs: persistent programs on each multiprocessor; None starts one program for each block of rows.
     transposed_v: whether LOW reads V as [D, tokens], which FP8 MMA before tcgen05 wants.
     unit_scales: whether FP8 P·V is a block-scaled product under scales of one: sm_120 has twice the rate for those.
@@ -61,7 +62,7 @@ class Tuning:
 
 
 _HOPPER = {"rows": 64, "warps": 4, "transposed_v": True, "masked_stages": 2}
-_SM_120 = {"rows": 64, "transposed_v": True, "unit_scales": True}
+_SM_120 = {"rows": 64, "warps": 4, "skipping_warps": 8, "transposed_v": True, "unit_scales": True}
 # A tile that may be skipped is held whole, K and V: more would be too much for the shared memory of sm_86 and 89.
 _SKIPPING = {"skipping_rows": 64, "skipping_warps": 8, "skipping_stages": 2}
 _AMPERE = {"rows": 128, "warps": 8, "keys": 64, "transposed_v": True, **_SKIPPING}
@@ -71,22 +72,28 @@ _GLUON = Tuning(**_HOPPER, stages=2, registers=160, slots=4)
 GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
     # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), to which
-    # /plain is added if LOW has bf16 P·V, variant.
+    # /plain is added if LOW has P·V in bf16 or fp16, variant.
     (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
-    # K and V of both classes in bf16 fill the shared memory with five stages.
-    (("sm_103",), "*", 128, "plain|plain*", Tuning(stages=3, programs=1)),
-    (("sm_100",), "*", 128, "plain|plain*", Tuning(exp_share=5, stages=3, programs=1)),
-    (("sm_103",), "*", 128, "*", Tuning(registers=190, programs=1)),
+    # Three buffers of K and V in bf16 fill the shared memory.
+    (("sm_103",), "*", 128, "*|plain*", Tuning(stages=4, masked_stages=2, registers=208, programs=1)),
+    (
+        ("sm_100",),
+        "*",
+        128,
+        "*|plain*",
+        Tuning(exp_share=5, stages=4, masked_stages=2, registers=208, programs=1),
+    ),
+    (("sm_103",), "*", 128, "plain|*", Tuning(stages=4, masked_stages=2, programs=1)),
+    (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, stages=4, masked_stages=2, programs=1)),
+    (("sm_103",), "*", 128, "*", Tuning(registers=208, programs=1)),
     (("sm_100",), "*", 64, "*", Tuning(exp_share=5, programs=1)),
-    (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, programs=1)),
-    (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=190, programs=1)),
+    (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=208, programs=1)),
     (TCGEN05_ARCHITECTURES, "*", 256, "*", Tuning(stages=1, masked_stages=1)),
     # Triton 3.6 spills with more stages, and any where four warps may skip tiles; eight would share 64 rows poorly.
-    (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
-    (("sm_120",), "3.6", 64, "*", Tuning(**_SM_120, warps=4, skipping_warps=8, stages=3, masked_stages=2)),
-    (("sm_120",), "*", 128, "*", Tuning(**_SM_120, stages=3, masked_stages=2)),
-    (("sm_120",), "*", 64, "*", Tuning(**_SM_120, warps=4, skipping_warps=8, stages=3, masked_stages=2)),
-    (("sm_120",), "*", 256, "*", Tuning(**_SM_120, stages=1, masked_stages=1)),
+    (("sm_120",), "3.6", 128, "*", Tuning(**_SM_120, keys=64, stages=1, masked_stages=1)),
+    (("sm_120",), "*", 128, "*", Tuning(**_SM_120, keys=64, stages=3, masked_stages=2)),
+    (("sm_120",), "*", 64, "*", Tuning(**_SM_120, stages=3, masked_stages=2)),
+    (("sm_120",), "*", 256, "*", Tuning(**_SM_120 | {"warps": 8}, stages=1, masked_stages=1)),
     (
         ("sm_90",),
         "*",
@@ -128,7 +135,7 @@ def tuning(
     compiler's version.
     """
     storages = "|".join(storage or "-" for storage in classes)
-    if low_values is Storage.PLAIN:
+    if low_values in (Storage.PLAIN, Storage.HALF):
         storages += "/plain"
     version = ".".join(map(str, triton))
     return next(

@@ -1,4 +1,4 @@
-"""The units in which 8-bit values are summed: V less its mean, over a power of two for each channel.
+"""The units in which values in FP8 and fp16 are summed: V less its mean, over a power of two for each channel.
 
 The probabilities of such values, which are a part of l, have left V's mean out of their sums. kernel.py counts them,
 and adds their share of the mean at its end; hopper.py adds it as it leaves the units.

@@ -130,7 +130,7 @@ def _as_e4m3(p):
 
 @triton.jit
 def _query_phase(
-    dq, weighted, total, sums, sums_of_p, q_elements, k_elements, v, lse, factor, q_scales, k_scales, transposed,
+    dq, weighted, total, of_p, sums, sums_of_p, q_elements, k_elements, v, lse, factor, q_scales, k_scales, transposed,
     gradient, row_delta, batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
     indices, first, last, words, log_counts, key_mask, fine_mask, guards, k_length,
     SUMS: tl.constexpr, CORRECTS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
@@ -139,8 +139,8 @@ def _query_phase(
     """Adds dS·K of the KV tiles `indices[first:last]`, all of one class, for ROWS queries from `start` on.
 
     Without `indices` they are the tiles of means from `first` to `last`, each with its word of bits in `words`.
-    CORRECTS: `weighted` adds P·K, and `total` the rows of P∘(dP − delta); there are no INT8 products then. SUMS: `sums`
-    adds the rows of dS, `sums_of_p` those of P.
+    CORRECTS: `weighted` adds P·K, `total` the rows of P∘(dP − delta) and `of_p` those of P; there are no INT8 products
+    then. SUMS: `sums` adds the rows of dS, `sums_of_p` those of P.
     """
     queries = start + tl.arange(0, ROWS)
     rows = (batch * heads + head_in_batch).to(tl.int64) * (q_tiles * TILE) + queries
@@ -171,8 +171,10 @@ def _query_phase(
         )  # fmt: skip
         if CORRECTS:
             weighted = tl.dot(bf16_operand(p), loaded_bf16(k), weighted)
+            row_of_p = tl.sum(p, axis=1)
+            of_p += row_of_p
             if SUMS:
-                sums_of_p += tl.sum(p, axis=1)
+                sums_of_p += row_of_p
         dp = tl.dot(loaded_bf16(gradient), tl.trans(loaded_bf16(value)))
         ds = p * (dp - row_delta[:, None])
         if CORRECTS:
@@ -187,7 +189,7 @@ def _query_phase(
             dq += tl.dot(numbers, of_channels).to(tl.float32) * (scales * k_scale)[:, None]
         else:
             dq = tl.dot(bf16_operand(ds), loaded_bf16(k), dq)
-    return dq, weighted, total, sums, sums_of_p
+    return dq, weighted, total, of_p, sums, sums_of_p
 
 
 @triton.jit(do_not_specialize=[
@@ -215,7 +217,7 @@ def query_gradients(
     k_mean: float32 [B·Hkv, D], what smoothed keys have lost; None if none have lost it, or if all have and there is no
     lse_gradient.
     CORRECTS: `delta`, which starts as `prepare` has it, becomes the sum of P∘dP less the lse_gradient (float32 [B, H,
-    tokens], or None), since the output was computed with rounded probabilities (Attn-QAT, arXiv 2603.00040).
+    tokens], or None), over that of P, since the output has rounded probabilities (Attn-QAT, arXiv 2603.00040).
     """
     q_tiles, k_tiles = tl.cdiv(q_length, TILE), tl.cdiv(k_length, TILE)
     blocks = tl.cdiv(q_length, ROWS)
@@ -240,7 +242,7 @@ def query_gradients(
     accumulator = tl.zeros((ROWS, D), tl.float32)
     weighted = tl.zeros((ROWS, D), tl.float32) if CORRECTS else accumulator
     total = tl.zeros((ROWS,), tl.float32)
-    sums, sums_of_p = total, total
+    of_p, sums, sums_of_p = total, total, total
     tokens = token_at(token_order, queries, q_length, token_count)
     if lse_gradient is not None:
         own = head.to(tl.int64) * (q_length if token_count is None else token_count) + tokens
@@ -252,31 +254,31 @@ def query_gradients(
     HIGH_SUMS: tl.constexpr = k_mean is not None and HIGH == "raw"
     LOW_SUMS: tl.constexpr = k_mean is not None and LOW == "raw"
     if HIGH is not None:
-        accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+        accumulator, weighted, total, of_p, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, of_p, sums, sums_of_p, q_high, k_high, v_high,
             high_lse, high_factor, high_q_scales, high_k_scales, high_transposed, own_gradient, row_delta,
             batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
             tiles, 0, high_end, None, None, wide_mask, None, guards, k_length,
             HIGH_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
-        accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_high, k_high, v_high,
+        accumulator, weighted, total, of_p, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, of_p, sums, sums_of_p, q_high, k_high, v_high,
             high_lse, high_factor, high_q_scales, high_k_scales, high_transposed, own_gradient, row_delta,
             batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
             tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
             HIGH_SUMS, CORRECTS, True, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
     if LOW is not None:
-        accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+        accumulator, weighted, total, of_p, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, of_p, sums, sums_of_p, q_low, k_low, v_low,
             low_lse, low_factor, low_q_scales, low_k_scales, low_transposed, own_gradient, row_delta,
             batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
             tiles, high_end, low_end, None, None, wide_mask, None, guards, k_length,
             LOW_SUMS, CORRECTS, False, CAUSAL, ROWS, KEYS, D, STAGES,
         )  # fmt: skip
         if HIGH is None:
-            accumulator, weighted, total, sums, sums_of_p = _query_phase(
-                accumulator, weighted, total, sums, sums_of_p, q_low, k_low, v_low,
+            accumulator, weighted, total, of_p, sums, sums_of_p = _query_phase(
+                accumulator, weighted, total, of_p, sums, sums_of_p, q_low, k_low, v_low,
                 low_lse, low_factor, low_q_scales, low_k_scales, low_transposed, own_gradient, row_delta,
                 batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, k_tiles, start,
                 tiles, low_end, end, None, None, own_mask, fine_mask, guards, k_length,
@@ -285,8 +287,8 @@ def query_gradients(
     if MEAN:
         mean_tiles = tl.cdiv(k_tiles, MEANS_TILES)
         of_means = (batch * means_stride_b + head_in_batch * means_stride_h + start // TILE).to(tl.int64)
-        accumulator, weighted, total, sums, sums_of_p = _query_phase(
-            accumulator, weighted, total, sums, sums_of_p, mean_q, mean_k, mean_v,
+        accumulator, weighted, total, of_p, sums, sums_of_p = _query_phase(
+            accumulator, weighted, total, of_p, sums, sums_of_p, mean_q, mean_k, mean_v,
             mean_lse, mean_factor, mean_q_scales, mean_k_scales, mean_transposed, own_gradient, row_delta,
             batch, head_in_batch, heads, kv_head, kv_heads, q_tiles, mean_tiles, start,
             None, 0, mean_tiles, means + of_means * mean_tiles, log_counts + batch * (mean_tiles * TILE),
@@ -295,6 +297,7 @@ def query_gradients(
         )  # fmt: skip
 
     if CORRECTS:
+        total /= tl.where(of_p > 0.0, of_p, 1.0)
         accumulator -= total[:, None] * weighted
         sums -= total * sums_of_p
         tl.store(delta + rows, row_delta + total)

@@ -265,7 +265,8 @@ def _multiplied(
     """v: in bf16, where `encoded` has none such."""
     is_raw, in_e4m3 = stored.format.name == "bf16", stored.values is Storage.CHANNEL
     if v is None:
-        v = _values(encoded) if in_e4m3 else encoded.values[Storage.PLAIN]
+        v = encoded.values[stored.values]
+        v = v if stored.values is Storage.PLAIN else _values(v, encoded.v_units)
     if stored.is_packed:
         q, k = (replace(x, elements=_unpacked(x.elements)) for x in (q, k))
     if is_in_int8(stored.format.name, products):
@@ -286,7 +287,7 @@ def _of_means(
     q = encoded.q[variant.encoded.index(stored)]
     of_means = operands.encoded_means
     k = of_means.k[0] or Operand(_whole(encoded.means.k))
-    v = None if stored.values is Storage.CHANNEL else _whole(encoded.means.v)
+    v = _whole(encoded.means.v) if stored.values is Storage.PLAIN else None
     found = _multiplied(stored, q, k, of_means, call, rows, products, v)
     return replace(found, lse=rows.smoothed_lse_2, is_raw=False)
 
@@ -322,10 +323,9 @@ def _turned_back(x: torch.Tensor, rotation: str, call: Call) -> torch.Tensor:
     return F.pad(rotate_back(x[..., :head_dim], rotation), (0, x.shape[-1] - head_dim)).bfloat16()
 
 
-def _values(encoded: Encoded) -> torch.Tensor:
-    """The numbers that V has in e4m3, in bf16."""
-    v = encoded.values[Storage.CHANNEL]
-    scale, mean = (x.view(*v.shape[:2], 1, -1) for x in encoded.v_units.unbind(1))
+def _values(v: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """The numbers that V has in its channels' units, in bf16."""
+    scale, mean = (x.view(*v.shape[:2], 1, -1) for x in units.unbind(1))
     found = torch.empty(v.shape, dtype=torch.bfloat16, device=v.device)
     return torch.addcmul(mean, v.bfloat16(), scale, out=found)
 

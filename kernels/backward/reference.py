@@ -3,7 +3,8 @@
 Quantisers let gradients through as they are. Scores are computed from the numbers that the forward multiplied. Values
 meet the probabilities as the forward had rounded them, scores the unrounded ones. Then the rows of dS add up to zero
 only if delta, which the gradient of the probabilities loses, is made of unrounded probabilities, too; the output's
-product with its gradient is not. Source: Attn-QAT, arXiv 2603.00040.
+product with its gradient is not. These don't quite add up to one, since the forward's sum has rounded ones: delta is
+divided by what they add up to. Source: Attn-QAT, arXiv 2603.00040.
 """
 
 import math
@@ -294,7 +295,9 @@ def gradients_of_head(
     p = [part.exponents.exp2() for part in parts]
     dp = [out_gradient @ part.v.mT for part in parts]
     if out is None:
+        total = sum(x.sum(-1, keepdim=True) for x in p)
         delta = sum((x * y).sum(-1, keepdim=True) for x, y in zip(p, dp, strict=True)) - lse_gradient
+        delta = delta / torch.where(total > 0, total, 1)
     else:
         delta = (out_gradient * out).sum(-1, keepdim=True) - lse_gradient
     ds = [x * (y - delta) for x, y in zip(p, dp, strict=True)]

@@ -139,14 +139,45 @@ def bf16_operand(x):
 
 
 @triton.jit
+def fp16_operand(x):
+    """float32 within ±65504 to float16, for a matrix product."""
+    x = x.to(tl.float16)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def e4m3_operand(x):
     """float32 within ±448 to e4m3, for a matrix product."""
     return rounded(x, 3, 2.0**-6) if INTERPRETED else x.to(tl.float8e4nv)
 
 
 @triton.jit
+def operand_of_values(p, VALUES: tl.constexpr):
+    """Probabilities, float32, in the format in which values of this storage are multiplied by them."""
+    if VALUES == "channel":
+        p = e4m3_operand(p)
+    elif VALUES == "half":
+        p = fp16_operand(p)
+    else:
+        p = bf16_operand(p)
+    return p
+
+
+@triton.jit
+def ones_for(x, COLUMNS: tl.constexpr):
+    """Ones in x's dtype, by which an operand x of a matrix product is summed. Triton 3.6 makes no e4m3 of a number."""
+    if x.dtype == tl.float8e4nv:
+        ones = tl.full((x.shape[1], COLUMNS), 0x38, tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        ones = tl.full((x.shape[1], COLUMNS), 1.0, x.dtype)
+    return ones
+
+
+@triton.jit
 def loaded_bf16(x):
-    """A bfloat16 tile as loaded, for a matrix product."""
+    """A bfloat16 or float16 tile as loaded, for a matrix product."""
     if INTERPRETED:
         x = x.to(tl.float32)
     return x

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from dma_diffusers.kernels.device.rounding import (
     BF16_MAX,
+    FP16_MAX,
     INTERPRETED,
     bf16_words,
     e4m3_words,
@@ -234,11 +235,11 @@ def _stored_at(position):
 
 @triton.jit
 def _encode_value(
-    v, v_units, plain, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
+    v, v_units, plain, half, channel, token_order, batch, head_in_batch, head, tile, tiles, length, token_count,
     stride_b, stride_h, stride_s,
     ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of V in bf16, and in e4m3 in the units of each channel."""
+    """One tile of V in bf16, and in float16 and e4m3 in the units of each channel."""
     rows, columns = tl.arange(0, TILE), tl.arange(0, D)
     slots = tile * TILE + (_stored_at(rows) if TRANSPOSED else rows)
     tokens = token_at(token_order, slots, length, token_count)[:, None]
@@ -251,11 +252,16 @@ def _encode_value(
         if v.dtype.element_ty == tl.float32:  # a hidden value is multiplied by 0, which of inf would be NaN
             value = within(value, BF16_MAX)
         _store_rows(plain, to_bf16(value), head.to(tl.int64) * (tiles * TILE) + slots, D)
-    if channel is not None:
+    if half is not None or channel is not None:
         units = v_units + head.to(tl.int64) * (2 * D) + columns
         # The inverse of a normal power of two is a power of two.
         inverse = ((254 << 23) - tl.load(units).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        is_finite = magnitude_bits(value) < NOT_FINITE
         value = tl.where(inside, value - tl.load(units + D)[None, :], 0.0) * inverse[None, :]
+    if half is not None:  # a hidden value may be beyond its range, and beyond float32's in these units
+        value_in_half = tl.where(is_finite, saturated(value, FP16_MAX), value).to(tl.float16)
+        _store_rows(half, value_in_half, head.to(tl.int64) * (tiles * TILE) + slots, D)
+    if channel is not None:
         if INTERPRETED:  # the hardware's conversion saturates
             value = saturated(value, 448.0)
         encoded = to_e4m3(value)
@@ -345,7 +351,7 @@ def encode(
     q_weight, q_first_weight, k_weight, k_first_weight, eps, first, ROUNDS_TWICE: tl.constexpr, key_mask, offset,
     q_high, q_high_scales, q_high_tensor_scale, q_low, q_low_scales, q_low_tensor_scale,
     k_high, k_high_scales, k_high_tensor_scale, k_low, k_low_scales, k_low_tensor_scale,
-    v_plain, v_channel, token_order, inexact_rows,
+    v_plain, v_half, v_channel, token_order, inexact_rows,
     heads, kv_heads, kv_heads_in_all, q_length, k_length, token_count,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     HIGH: tl.constexpr, HIGH_BLOCK: tl.constexpr, HIGH_STORAGE: tl.constexpr,
@@ -362,8 +368,8 @@ def encode(
     (as statistics.py gives it, and `v_units`), channels rotated in blocks of ROTATED, 1 for none. Tokens past the
     length, keys that `key_mask` (uint8 [B, tiles·128]) hides from formats other than bf16, and columns past
     HEAD_DIM are written as zeros. `offset` takes factor·q·mean, of q rounded to bf16 if ROUND. v has its channels
-    rotated in blocks of ROTATED_VALUES. v_plain is [B·Hkv, tiles·128, D]; v_channel too, or [B·Hkv, D, tiles·128] with
-    tokens as `_stored_at` says if TRANSPOSED.
+    rotated in blocks of ROTATED_VALUES. v_plain and v_half are [B·Hkv, tiles·128, D]; v_channel too, or
+    [B·Hkv, D, tiles·128] with tokens as `_stored_at` says if TRANSPOSED.
     `inexact_rows` counts rows that one power of two could not bring into e4m3. None: a tensor of which nothing is
     wanted, or a class of which nothing is.
     With a `token_order` (int32) q_length and k_length are its length: all that is written, and `key_mask`, stand in
@@ -378,7 +384,7 @@ def encode(
             index = of_values - 1 - program
             head = index // k_tiles
             _encode_value(
-                v, v_units, v_plain, v_channel, token_order,
+                v, v_units, v_plain, v_half, v_channel, token_order,
                 head // kv_heads, head % kv_heads, head, index % k_tiles, k_tiles, k_length, token_count,
                 v_stride_b, v_stride_h, v_stride_s, ROTATED_VALUES, TRANSPOSED, HEAD_DIM, D,
             )  # fmt: skip

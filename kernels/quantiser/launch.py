@@ -104,7 +104,8 @@ class Encoded:
 
     q, k: HIGH's operand and LOW's; None also for bf16 numbers that are read where the model has them.
     values: V as each storage has it. PLAIN is bf16 `[B, Hkv, tiles·128, D]`, and absent if V is read where the model
-        has it. CHANNEL is e4m3 `[B, Hkv, tiles·128, D]`, or `[B, Hkv, D, tiles·128]` and in the MMA's order of tokens.
+        has it. HALF is float16, the same. CHANNEL is e4m3, the same, or `[B, Hkv, D, tiles·128]` and in the MMA's order
+        of tokens.
     v_units: float32 `[B·Hkv, 2, D]`, powers of two, 1 for channels past the head dimension, and what was taken from v.
     offset: float32 `[B·H·tiles·128]`: what smoothing takes from the scores of each row, in base 2.
     means: of the sub-tiles.
@@ -162,12 +163,14 @@ def statistics_of(
     norms: Norms | None = None,
     smooths_v: bool = True,
     rotated_values: int = 1,
+    registers: int | None = None,
 ) -> Statistics:
     """K's mean and V's units, as quantiser/reference.py defines them; None for a tensor that is None.
 
     k, v: `[B, Hkv, S, D]`, last dimension contiguous; k goes through `norms` and is rotated by `rope` first.
     key_mask: bool `[B, S]`, True for keys that are seen, in the order of tokens, any strides.
     smooths_v: whether V's mean is taken from it. rotated_values: so many of its channels are mixed first, 1 for none.
+    registers: the most that a thread may use; None leaves it to the compiler.
     """
     x = v if k is None else k
     if x is None:
@@ -190,7 +193,7 @@ def statistics_of(
         of_all, heads, length, max(1, length // SAMPLED_TOKENS), *_strides(k), *_strides(v),
         *((0, 0) if key_mask is None else key_mask.stride()),
         SMOOTHS_V=smooths_v, ROTATED_VALUES=rotated_values, CHUNKS=count, PAIRED=are_paired(k, v, *weights),
-        HEAD_DIM=head_dim, D=dim, num_warps=8, enable_fp_fusion=False,
+        HEAD_DIM=head_dim, D=dim, num_warps=8, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(mean, v_units)
 
@@ -244,11 +247,14 @@ def encode(
     offset, values = None, {}
     if wants_offset:
         offset = launcher.empty((batch * heads * tiles(q_length) * TILE,), torch.float32, device)
-    if v is not None and known.v_units is not None:
+    stored_values = {stored.values for stored in classes if stored is not None}
+    if v is not None and Storage.CHANNEL in stored_values:
         shape = (batch, kv_heads, dim, rows) if transposed_v else (batch, kv_heads, rows, dim)
         values[Storage.CHANNEL] = launcher.empty(shape, torch.float8_e4m3fn, device)
     writes_plain = source.is_copied or source.rotated_values > 1
-    if v is not None and writes_plain and any(c and c.values is Storage.PLAIN for c in classes):
+    if v is not None and Storage.HALF in stored_values:
+        values[Storage.HALF] = launcher.empty((batch, kv_heads, rows, dim), torch.float16, device)
+    if v is not None and writes_plain and Storage.PLAIN in stored_values:
         values[Storage.PLAIN] = launcher.empty((batch, kv_heads, rows, dim), torch.bfloat16, device)
     found = None if of_means is None else _means_of(source, known.mean, of_means, launcher)
     encoded = Encoded(q_operands, k_operands, values, known.v_units, offset, found)
@@ -270,7 +276,7 @@ def encode(
         kernel.encode, (programs,),
         read.q, read.k, read.v, *known, source.softmax_scale_log2, *source.rope_tables, *of_norms(source.norms),
         source.key_mask, offset,
-        *chain(*pointers), values.get(Storage.PLAIN), values.get(Storage.CHANNEL),
+        *chain(*pointers), *(values.get(each) for each in (Storage.PLAIN, Storage.HALF, Storage.CHANNEL)),
         source.token_order, inexact_rows,
         heads, kv_heads, batch * kv_heads, q_length, k_length, token_count, *read.strides,
         *chain(*(c.quantised if c else [None] * 6 for c in classes)),

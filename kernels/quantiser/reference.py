@@ -104,10 +104,11 @@ def value_units(
 ) -> ValueUnits:
     """The mean of each channel of v, and what brings the rest within the format of P·V: in fp8 a power of two.
 
-    In fp8 the mean is a multiple of two such units, which is the step of v's largest bfloat16 numbers: v less it lies
-    halfway between two e4m3 numbers as often as v itself, and ties to even cancel. Other means would break all ties in
-    one direction, which adds up over the keys. So does, a little, any shift of a symmetric v: a mean of less than a
-    32nd of the range, which may be the sample's chance, stays.
+    In fp16 both are fp8's, under which nothing overflows. In fp8 the mean is a multiple of two such units, which is the
+    step of v's largest bfloat16 numbers: v less it lies halfway between two e4m3 numbers as often as v itself, and
+    ties to even cancel. Other means would break all ties in one direction, which adds up over the keys. So does, a
+    little, any shift of a symmetric v: a mean of less than a 32nd of the range, which may be the sample's chance,
+    stays.
 
     Only values that the bool key_mask `[B, Sk]` shows count. What is left is at most the largest value and the mean; a
     channel where float32 can't add these keeps its mean.
@@ -190,7 +191,13 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
 
 
 def quantised_v(v: torch.Tensor, units: ValueUnits, pv: str = "fp8") -> torch.Tensor:
-    """v in these units: numbers of e4m3, or of int8, as float32."""
+    """v in these units: numbers of e4m3, of int8, or of float16, where infinity stays infinite, as float32."""
+    if pv == "fp16":
+        largest = torch.finfo(
+            torch.float16
+        ).max  # a hidden value may be beyond it, and beyond float32's in these units
+        x = (v.float() - units.mean) / units.scale
+        return torch.where(v.isfinite(), x.clamp(-largest, largest), x).half().float()
     return (INT8 if pv == "int8" else E4M3).round((v.float() - units.mean) / units.scale)
 
 
@@ -201,6 +208,8 @@ def rounded_p(p: torch.Tensor, pv: str) -> torch.Tensor:
             return p.to(torch.float8_e4m3fn).float()
         case "int8":
             return (p * (255 / 256)).round() * (256 / 255)
+        case "fp16":
+            return p.half().float()
     return p.bfloat16().float()
 
 

@@ -226,7 +226,7 @@ def launched(*positional, lowering="native", run=None, **given):
 
 
 def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str | None = None) -> dict:
-    """The reference's options: hopper.py sums FP8 probabilities as rounded; who skips; the keys of one maximum."""
+    """The reference's options: hopper.py makes codes of means; who skips; the keys of one maximum."""
     from dma_diffusers.kernels.attention.launch import Variant
 
     q = torch.empty(1, 1, 1, call.head_dim, device=device)
@@ -235,7 +235,7 @@ def as_the_kernel(call: Call, lowering: str, device: torch.device, target: str |
         KernelCall(q, q, q), Plan(call.map(), skip_below=call.skip_below), precisions, lowering, target
     )
     keys = variant.tuned.keys
-    return {"sums_rounded": variant.in_gluon, "skip_rows": variant.tuned.rows, "keys_at_once": keys}
+    return {"means_by_codes": variant.in_gluon, "skip_rows": variant.tuned.rows, "keys_at_once": keys}
 
 
 def with_hidden(tensors: tuple[torch.Tensor, ...], of_k: float, of_v: float) -> tuple[torch.Tensor, ...]:
@@ -321,14 +321,7 @@ NAMED_CALLS = [
     Call(300, 300, 64, low="mxfp4/bf16", window=0, sink=0, name="pv-bf16-all-low"),
     Call(130, 500, 72, high="bf16/fp8", low="bf16/bf16", batch=2, masks_keys=True, name="pv-cross-key-mask"),
     Call(
-        300,
-        300,
-        64,
-        high="int8/fp8",
-        low="mxfp4/bf16",
-        has_token_order=True,
-        empty_slots=40,
-        skip_below=0.05,
+        300, 300, 64, high="int8/fp8", low="mxfp4/bf16", has_token_order=True, empty_slots=40, skip_below=0.05,
         name="pv-order-empty-skips",
     ),
     Call(4173, 4173, 64, heads=1, kv_heads=1, name="4173"),
@@ -456,6 +449,8 @@ HIDING_CALLS = [
         Call(300, 300, 64, kv_heads=1, has_rope=True, name="hides-300-rope"),
         Call(300, 300, 64, high="bf16", low="int8", window=0, sink=0, dtype=torch.bfloat16, name="hides-all-low"),
         Call(300, 300, 64, high="bf16", low="int8", sink=0, rotation="none/head_dim", name="hides-rotated-v"),
+        Call(300, 300, 64, high="bf16/fp16", low="int8/fp16", sink=0, name="hides-fp16-values"),
+        Call(416, 416, 64, low="int8/fp16", window=0, means=2, dtype=torch.bfloat16, name="hides-fp16-means"),
         Call(300, 300, 64, high="bf16", low="fp8", has_token_order=True, has_rope=True, name="hides-order"),
         Call(300, 300, 64, low="fp8", has_token_order=True, empty_slots=40, name="hides-order-empty"),
         Call(300, 300, 64, low="nvfp4", kv_heads=1, dtype=torch.bfloat16, name="hides-nvfp4"),

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from dma_diffusers.kernels.quantiser import reference as quantiser
+
 INTERPRETED = "a GPU, or Triton's interpreter (TRITON_INTERPRET=1, Triton 3.8 or newer)"
 
 
@@ -42,6 +44,12 @@ def kernel_device() -> torch.device:
     if not triton.knobs.runtime.interpret and torch.cuda.is_available():
         return torch.device("cuda")
     pytest.skip(f"needs {INTERPRETED}")
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """The reference rounds no probability: its log-sum-exp tells to the last digits which scores it saw."""
+    monkeypatch.setattr(quantiser, "rounded_p", lambda p, pv: p)
 
 
 @pytest.fixture

@@ -48,6 +48,14 @@ FORMAT_CALLS = [
     Call(500, 500, 64, high="bf16", low="int8_tile", means=2, masks_keys=True, name="int8-tile-means"),
     Call(300, 300, 72, high="mxint8", low="mxint8/bf16", is_causal=True, name="mxint8-everywhere"),
     Call(400, 400, 64, high="bf16", low="int8", rotation="none/head_dim", means=2, name="rotated-v"),
+    Call(384, 384, 64, high="bf16", low="int8/fp16", dtype=torch.bfloat16, name="fp16-values"),
+    Call(300, 416, 128, high="bf16/fp16", low="int8/fp16", masks_keys=True, means=2, name="fp16-values-everywhere"),
+    Call(416, 416, 64, high="mxfp8/fp16", low="mxfp4", has_token_order=True, empty_slots=40, name="fp16-values-fp8"),
+    Call(
+        416, 416, 72, high="bf16", low="int8/fp16", window=0, sink=0, is_causal=True, smooth_v=False,
+        skip_below=0.05, name="fp16-values-skips",
+    ),
+    Call(300, 300, 128, high="int8", low="int8/fp16", rotation="none/hadamard32", name="fp16-values-rotated"),
     Call(
         400,
         400,
@@ -61,4 +69,4 @@ FORMAT_CALLS = [
         dtype=torch.bfloat16,
         name="packed-rotated-v",
     ),
-]
+]  # fmt: skip

@@ -35,9 +35,10 @@ def run(call: Call, tensors=None):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("unrounded")
 @pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_scores_equal_the_oracle(call):
-    """The log-sum-exp sees every score of every tile, and no rounding of probabilities."""
+    """The log-sum-exp sees every score of every tile."""
     out, lse = run(call)
     _, expected = oracle(call, *call.tensors())
     assert out.shape == call.tensors()[0].shape and out.dtype == call.dtype
@@ -48,10 +49,39 @@ def test_scores_equal_the_oracle(call):
 
 @pytest.mark.parametrize("call", [*NAMED_CALLS, *FORMAT_CALLS, *random_calls(40)], ids=str)
 def test_output_is_the_oracles_but_for_p_and_v(call):
-    """Left over: P and V in e4m3 (3 mantissa bits each) in LOW tiles, in bf16 in HIGH ones."""
-    out, _ = run(call)
-    expected, _ = oracle(call, *call.tensors())
+    """Left over: P and V in e4m3 (3 mantissa bits each) in LOW tiles, in bf16 in HIGH ones.
+
+    A sum of numbers that are each off by up to a 16th is off by no more. The largest of a row is a power of two, which
+    is none of e4m3's subnormals; nor are those that count beside it.
+    """
+    out, lse = run(call)
+    expected, expected_lse = oracle(call, *call.tensors())
     assert relative_l2(out, expected) < 0.06
+    finite = expected_lse.isfinite()
+    assert ((lse - expected_lse)[finite].abs() <= -math.log(1 - 2**-4)).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e5, 1e33])
+def test_values_of_any_size_fit_float16(size):
+    """Those of bfloat16 that float16 does not hold, too; each channel has its own size."""
+    call = Call(300, 300, 64, high="bf16", low="bf16/fp16", window=0, sink=0)
+    q, k, v, _ = call.tensors()
+    v = (v * size * torch.logspace(-5, 0, 64)).bfloat16()
+    out, _ = by_reference(q, k, v, call.map(), call.high, call.low)
+    exact = F.scaled_dot_product_attention(q.bfloat16().double(), k.bfloat16().double(), v.double())
+    error = (out.double() - exact).norm(dim=-2) / exact.norm(dim=-2)
+    assert error.max() < 2e-3, "of each channel, bfloat16's own rounding of the output included"
+
+
+@pytest.mark.parametrize("pv", ["bf16", "fp16", "fp8", "int8"])
+def test_the_sum_has_probabilities_as_rounded(pv):
+    """Then an output is a mean of values: where they are all alike, it is that value."""
+    call = Call(300, 300, 64, high=f"bf16/{pv}", low=f"int8/{pv}", smooth_v=False)
+    q, k, v, _ = call.tensors()
+    out, lse = run(call, (q, k, torch.ones_like(v), None))
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=2e-6, atol=0)
+    _, exact = oracle(call, q, k, v, None)
+    assert (lse - exact).abs().max() > 2e-5, "as far as the scores themselves agree"
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
@@ -79,11 +109,12 @@ def test_bf16_everywhere_is_near_bf16_attention(head_dim, low):
         "nvint4",
     ],
 )
-def test_every_format_can_be_previewed(low):
+def test_every_format_can_be_previewed(low, request):
     call = Call(513, 513, 64, low=low, sink=0, text=(0, 30))
-    out, lse = run(call)
     expected, expected_lse = oracle(call, *call.tensors())
-    assert relative_l2(out, expected) < 0.06
+    assert relative_l2(run(call)[0], expected) < 0.06
+    request.getfixturevalue("unrounded")
+    _, lse = run(call)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
 
 
@@ -290,7 +321,10 @@ def test_two_halves_of_the_keys_merge_to_the_whole(high, low):
     lse = torch.logaddexp(*lses)
     merged = sum(out * (one - lse).exp()[..., None] for out, one in zip(outs, lses, strict=True))
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    exact_lse = (q.double() @ k.double().mT * 64**-0.5).logsumexp(-1)
+    scores = q.double() @ k.double().mT * 64**-0.5
+    exact_lse = scores.logsumexp(-1)
+    # Of random numbers off by 2.6 % each, in the root mean square, as e4m3's are: so much is their weighted sum off.
+    of_rounding = 0.026 * scores.softmax(-1).norm(dim=-1).mean()
     bounds = {"mxfp4": (0.3, 0.3), "int8": (0.04, 0.02), "bf16": (0.04, 0.003)}[low]  # P·V of LOW is FP8
     assert relative_l2(merged, exact) < bounds[0]
-    assert (lse - exact_lse).abs().mean() < bounds[1]
+    assert (lse - exact_lse).abs().mean() < bounds[1] + of_rounding

@@ -17,6 +17,7 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from dma_diffusers.kernels.attention import reference
 from dma_diffusers.kernels.attention.tuning import tuning
 from dma_diffusers.kernels.formats import get_format, rotate
 from dma_diffusers.kernels.lowerings import (
@@ -34,8 +35,9 @@ from dma_diffusers.kernels.quantiser import reference as quantiser
 from dma_diffusers.kernels.tiling.layout import TILE, tiles
 from dma_diffusers.kernels.tiling.policies import Diagonal
 from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map, means_of
-from tests.kernels.calls import Call, as_the_kernel, by_reference, launched, seen
+from tests.kernels.calls import Call, as_the_kernel, by_reference, launched, seen, split
 from tests.kernels.guarded import guarded
+from tests.kernels.lse_bounds import lse_bounds
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned")]
 
@@ -216,7 +218,8 @@ def constants(random: Random, arch: str) -> dict:
     drawn = {
         "head_dim": pick(pick([HEAD_DIMS] * 9 + [range(8, 129, 4)] * 4 + [range(132, 257, 4)])),
         "heads": kv_heads * pick([1, 1, 2, 3, 4] if kv_heads == 1 else [1, 2]), "kv_heads": kv_heads,
-        "high": pick(list(STORES[lowering])), "low": pick(list(STORES[lowering])), "lowering": lowering,
+        "high": pick(list(STORES[lowering])), "lowering": lowering,
+        "low": pick(list(STORES[lowering])) + pick(["", "", "", "/fp16", "/bf16"]),
         "target": None if on_gpu else pick([None, "sm_90", "sm_100", "sm_120"]),
         "among": among, "used": used if on_gpu else None,
         "is_causal": is_causal,
@@ -354,6 +357,28 @@ def scores_tolerance(call: Drawn, q, k, inexact_rows, device: torch.device) -> t
     return lost * reach + absolute
 
 
+def means_tolerance(*positional, **given) -> torch.Tensor | float:
+    """How far the scores of MEAN tiles may be off besides in hopper.py, where they are int8, `[B, H, Sq]`.
+
+    It adds the logarithm of a count in whole products, and multiplies these by no less than 2^-25.
+    """
+    call, plan, precisions, _ = split(*positional, **given)
+    of_means = plan.used(precisions)[2]
+    if of_means is None or not of_means.qk.startswith("int8"):
+        return 0.0
+    slots = reference.Slots.of(call, plan, precisions)
+    operands, _ = slots.means(of_means)
+    batch, heads, length, dim = slots.q.shape
+    q = operands.q.view(batch, heads, -1, 1, dim)[:, :, :length]
+    k = operands.k.view(batch, slots.k.shape[1], 1, -1, TILE, dim).repeat_interleave(
+        heads // slots.k.shape[1], 1
+    )
+    unit = q.abs().amax(-1) * k.abs().amax((-2, -1)) / 127**2
+    largest = torch.stack([(q * k[..., number, :]).sum(-1).abs() for number in range(TILE)]).amax(0)
+    factor = unit.clamp(min=2**-25)
+    return slots.of_tokens((factor + largest * torch.where(unit > 0, factor / unit - 1, 0)).amax(-1))
+
+
 def row_errors(out, reference_out, v_scale) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of each row's error, and the norm to compare it with: its own and that of its head's rows.
 
@@ -381,7 +406,6 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         **ropes,
     }
     of_kernel = as_the_kernel(call, call.lowering, device, call.target)
-    rounded = of_kernel["sums_rounded"]
     reference_out, reference_lse = by_reference(*positional, **shared, **of_kernel)
     out, lse, inexact_rows = launched(
         *positional, **shared,
@@ -400,15 +424,18 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         return
     seen_k = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0)
     tolerance = scores_tolerance(call, q, seen_k, inexact_rows, device)
+    if of_kernel["means_by_codes"]:
+        tolerance += means_tolerance(*positional, **shared)
     if call.skip_below is not None:  # a tile on the threshold may be skipped by one of them alone
         tolerance += TILE * call.skip_below
     if call.returns_lse:
-        difference = (lse - reference_lse).abs()[~nothing]
-        step = (
-            2**-4 if rounded and call.map().has_low else 0
-        )  # a probability may round to the neighbouring number
-        assert (difference <= tolerance[~nothing] + step).all()
-        assert (difference <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
+        slack = 2 * tolerance[~nothing].max().item()  # a score's and its row's maximum's
+        least, largest = lse_bounds(slack, *positional, **shared, **of_kernel)
+        beyond = torch.maximum(lse - largest, least - lse)[~nothing]
+        # hopper.py's sums of FP8 probabilities are products of its MMA, and begin anew in each piece of the keys.
+        step = 2**-4 if of_kernel["means_by_codes"] and call.map().has_low else 0
+        assert (beyond <= tolerance[~nothing] + step).all()
+        assert (beyond <= tolerance[~nothing] + step / 16).float().mean() >= 0.5
     error, size = row_errors(out, reference_out, quantiser.value_units(v, mask, False).scale)
     # Rounding: a last output bit, and in few rows a probability that falls to the neighbouring e4m3 or bf16 number.
     tolerance += torch.finfo(call.dtype).eps / 4 + (2e-3 if device.type == "cuda" else 0)

@@ -66,7 +66,7 @@ def test_elsewhere_the_reference_runs_and_says_why(target, high, low, why):
     ("sm_80", ("mxfp8", "mxfp4"), "faithful", "sm_80 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
     ("sm_86", ("bf16", "int8/fp8"), "native", "sm_86: sm_86 has no FP8 MMA, which P·V in fp8 needs: write int8/bf16"),
     ("sm_90", ("mxfp8", "mxint4"), "native", "not mxint4"),
-    ("sm_90", ("mxfp8", "mxint4/mxfp8"), "faithful", "multiplies P·V in bf16, fp8, not mxfp8"),
+    ("sm_90", ("mxfp8", "mxint4/mxfp8"), "faithful", "multiplies P·V in bf16, fp16, fp8, not mxfp8"),
     ("cpu", ("mxfp8", "mxfp4"), "magic", "unknown lowering 'magic': choose from auto, native, faithful"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_met_raises(target, pair, lowering, message):

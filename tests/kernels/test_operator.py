@@ -40,6 +40,7 @@ def test_unmapped_calls_are_high_everywhere():
     assert not torch.equal(out, operator.attention(q, k, v, lowering="reference")[0])
 
 
+@pytest.mark.usefixtures("unrounded")
 def test_no_band_no_sink_no_text_is_low_everywhere():
     call = Call(384, 384, 64, window=0, sink=0)
     q, k, v, _ = call.tensors()
@@ -194,7 +195,7 @@ def test_compiles_to_one_node_and_new_lengths_compile_nothing():
     ((32, 16), (0, 128), (16, 16), (8, 16), 64),
     ((7, 8), (0, 7), (7, 8), None, 64),
 ])  # fmt: skip
-def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_dim):
+def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_dim, request):
     """HIGH in bf16 everywhere; everything given and returned is in the tokens' own order."""
     length = math.prod(grid) + text[1] - text[0]
     call = Call(
@@ -210,10 +211,13 @@ def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_d
     )
     q, k, v, mask = call.tensors()
     ropes = call.ropes()
-    found = operator.attention(
-        q, k, v, mask, **ropes, high="bf16", low="bf16", policy=Neighborhood(window, stride, window), grid=grid,
-        text_start=text[0], text_stop=text[1], return_lse=True,
-    )  # fmt: skip
+    given = {
+        **ropes, "high": "bf16", "low": "bf16", "policy": Neighborhood(window, stride, window), "grid": grid,
+        "text_start": text[0], "text_stop": text[1], "return_lse": True,
+    }  # fmt: skip
+    out = operator.attention(q, k, v, mask, **given).out
+    request.getfixturevalue("unrounded")
+    lse = operator.attention(q, k, v, mask, **given).lse
     seen = torch.ones(length, length, dtype=torch.bool)
     on_grid = torch.tensor([token for token in range(length) if not text[0] <= token < text[1]])
     seen[on_grid[:, None], on_grid] = neighborhood_mask(neighborhood(grid, window, stride)[0])
@@ -221,8 +225,8 @@ def test_a_neighborhood_is_what_its_mask_says(grid, text, window, stride, head_d
     q, k = (rotated(x, ropes[f"{name}_rope"]).bfloat16().double() for name, x in (("q", q), ("k", k)))
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
     scores = (q @ k.mT * head_dim**-0.5).masked_fill(~(seen & mask[:, None, None]), -math.inf)
-    torch.testing.assert_close(found.lse.double(), scores.logsumexp(-1), rtol=2e-5, atol=2e-5)
-    assert relative_l2(found.out, scores.softmax(-1) @ v.double()) < 0.004
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=2e-5, atol=2e-5)
+    assert relative_l2(out, scores.softmax(-1) @ v.double()) < 0.004
 
 
 @pytest.mark.parametrize(("policy", "grid"), [("diagonal()", ()), ("neighborhood(high=5x5)", (19, 20))])

@@ -33,7 +33,7 @@ def test_every_cell_says_how_or_why_not():
     assert page.cell("sm_90", "int8") == ("native: run", "")
     assert page.cell("sm_103", "int4") == ("reference", "faithful: sm_103 has no INT8 MMA in tensor memory")
     assert page.cell("sm_90", "int8", "mxfp4")[0] == "refused"
-    assert page.cell("sm_80", "int8") == ("native: compiled", "")
+    assert page.cell("sm_80", "int8") == page.cell("sm_90", "int8", "fp16") == ("native: compiled", "")
     assert page.cell("sm_80", "int8", "fp8")[1].endswith(
         "no FP8 MMA, which P·V in fp8 needs: write int8/bf16"
     )

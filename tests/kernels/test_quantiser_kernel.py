@@ -7,7 +7,8 @@ import torch
 
 from dma_diffusers.kernels.call import Call as AttentionCall
 from dma_diffusers.kernels.formats import block_of, fake_quantize, get_format, pack, rotate
-from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage
+from dma_diffusers.kernels.lowerings import FAITHFUL, NATIVE, Storage, named
+from dma_diffusers.kernels.precision import Precision
 from dma_diffusers.kernels.quantiser import reference
 from tests.kernels.calls import Call, relative_l2
 from tests.kernels.oracle import rotated
@@ -28,11 +29,11 @@ def known(mean: torch.Tensor | None = None):
     return Statistics(padded.flatten(0, 2).contiguous(), None)
 
 
-def stored_as(fmt: str, storage: Storage):
-    """A class of this format of Q·K, whose V is in bf16."""
+def stored_as(fmt: str, storage: Storage, values: Storage = Storage.PLAIN):
+    """A class of this format of Q·K, whose V is in bf16 unless it is said."""
     from dma_diffusers.kernels.quantiser.operands import Stored
 
-    return Stored(get_format(fmt), storage, Storage.PLAIN)
+    return Stored(get_format(fmt), storage, values)
 
 
 def encode(q, k, v, classes, factor=1.0, statistics=None, **options):
@@ -242,20 +243,23 @@ def in_order(transposed: torch.Tensor) -> torch.Tensor:
     return transposed.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4).mT
 
 
+@pytest.mark.parametrize("pv", ["fp8", "fp16"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_equal_the_reference(transposed, kernel_device):
+def test_values_equal_the_reference(transposed, pv, kernel_device):
     from dma_diffusers.kernels.quantiser.launch import statistics_of
+    from dma_diffusers.kernels.quantiser.operands import Stored
 
     v = torch.randn(2, 2, 300, 40, generator=torch.Generator().manual_seed(2)).to(kernel_device) * 5
     v[..., 20] *= 2.0 ** torch.arange(4.0, device=kernel_device).view(2, 2, 1)
     v[..., 21], v[..., 22], v[..., 23] = 0.0, 1e-40, 448.0
     v[0, 0, 3, 7], v[0, 0, 4, 8], v[0, 0, 5, 9] = torch.nan, torch.inf, -torch.inf
     units = reference.value_units(v)
-    result = encode(None, None, v, (None, None), 1.0, statistics_of(None, v), transposed_v=transposed)
+    stored = Stored.by(named("native"), Precision("int8", pv))
+    result = encode(None, None, v, (None, stored), 1.0, statistics_of(None, v), transposed_v=transposed)
     assert torch.equal(result.v_units, padded_units(units, 64))
-    elements = result.values[Storage.CHANNEL].float()
-    elements = (in_order(elements) if transposed else elements).flatten(0, 2)
-    expected = tiles_of(reference.quantised_v(v, units).float(), 64)
+    elements = result.values[stored.values].float()
+    elements = (in_order(elements) if transposed and pv == "fp8" else elements).flatten(0, 2)
+    expected = tiles_of(reference.quantised_v(v, units, pv).float(), 64)
     torch.testing.assert_close(elements, expected, rtol=0, atol=0, equal_nan=True)
     assert elements.nan_to_num(0).abs().max() > 200  # the scale brings channels up to e4m3's range
 
@@ -404,7 +408,8 @@ def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transpos
     q, k, v, _ = call.tensors(kernel_device)
     v[..., 3, 5] = torch.inf
     ropes = call.ropes(kernel_device)
-    stored = tuple(stored_as(name, NATIVE[name]) for name in pair)
+    values = (Storage.PLAIN, Storage.CHANNEL)
+    stored = tuple(stored_as(name, NATIVE[name], each) for name, each in zip(pair, values, strict=True))
     statistics = statistics_of(k, v, ropes["k_rope"])
     options = {"wants_offset": True, "transposed_v": transposed}
     found = encode(
@@ -412,8 +417,8 @@ def test_an_order_gives_the_bytes_of_gathered_tokens(pair, empty_slots, transpos
     )
 
     v_means = statistics.v_units[:, 1, :40].view(2, -1, 1, 40)
-    values = torch.where(call.token_order_on(kernel_device)[:, None] >= 0, call.in_slots(v), v_means)
-    gathered = (call.in_slots(q), call.in_slots(k), values)
+    v_in_slots = torch.where(call.token_order_on(kernel_device)[:, None] >= 0, call.in_slots(v), v_means)
+    gathered = (call.in_slots(q), call.in_slots(k), v_in_slots)
     turned = {name: tuple(map(call.in_slots, rope)) for name, rope in ropes.items()}
     is_taken = torch.nn.functional.pad(call.token_order >= 0, (0, -len(call.token_order) % 128)).to(
         kernel_device

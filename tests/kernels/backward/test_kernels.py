@@ -31,6 +31,7 @@ CALLS = [
     ),
     Call(200, 200, 64, heads=1, kv_heads=1, high="bf16", low="int4", window=0, sink=0, rotation="none/head_dim"),
     Call(70, 70, 256, heads=1, kv_heads=1, high="bf16", low="int8/bf16"),
+    Call(150, 150, 64, heads=1, kv_heads=1, high="bf16/fp16", low="int8/fp16", means=1, window=0),
     Call(
         156, 156, 64, heads=1, kv_heads=1, high="bf16", low="int8", text=(0, 12), grid=(9, 16),
         policy="neighborhood(window=5x9, stride=4x4)",
