@@ -73,7 +73,8 @@ GLUON_CLASSES = ("-|tile", "-|row", "plain|tile", "plain|row", "plain|-")
 TABLE = (
     # The first row that fits: architectures, Triton, head dimension, storages of HIGH|LOW (- without tiles), to which
     # /plain is added if LOW has P·V in bf16 or fp16, variant.
-    (("sm_103",), "*", 64, "*", Tuning(programs=1)),  # twice the exponentials of sm_100 a clock
+    # sm_103 has twice the exponentials of sm_100 a clock.
+    (("sm_103",), "*", 64, "*", Tuning(registers=208, programs=1)),
     # Three buffers of K and V in bf16 fill the shared memory.
     (("sm_103",), "*", 128, "*|plain*", Tuning(stages=4, masked_stages=2, registers=208, programs=1)),
     (
@@ -86,7 +87,7 @@ TABLE = (
     (("sm_103",), "*", 128, "plain|*", Tuning(stages=4, masked_stages=2, programs=1)),
     (("sm_100",), "*", 128, "plain|*", Tuning(exp_share=5, stages=4, masked_stages=2, programs=1)),
     (("sm_103",), "*", 128, "*", Tuning(registers=208, programs=1)),
-    (("sm_100",), "*", 64, "*", Tuning(exp_share=5, programs=1)),
+    (("sm_100",), "*", 64, "*", Tuning(exp_share=5, registers=208, programs=1)),
     (("sm_100",), "*", 128, "*", Tuning(exp_share=5, registers=208, programs=1)),
     (TCGEN05_ARCHITECTURES, "*", 256, "*", Tuning(stages=1, masked_stages=1)),
     # Triton 3.6 spills with more stages, and any where four warps may skip tiles; eight would share 64 rows poorly.

@@ -254,7 +254,7 @@ def test_values_equal_the_reference(transposed, pv, kernel_device):
     v[..., 21], v[..., 22], v[..., 23] = 0.0, 1e-40, 448.0
     v[0, 0, 3, 7], v[0, 0, 4, 8], v[0, 0, 5, 9] = torch.nan, torch.inf, -torch.inf
     units = reference.value_units(v)
-    stored = Stored.by(named("native"), Precision("int8", pv))
+    stored = Stored.by(named("native"), Precision("int8", pv), "sm_90")
     result = encode(None, None, v, (None, stored), 1.0, statistics_of(None, v), transposed_v=transposed)
     assert torch.equal(result.v_units, padded_units(units, 64))
     elements = result.values[stored.values].float()
