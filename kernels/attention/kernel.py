@@ -19,6 +19,7 @@ from dma_diffusers.kernels.device.rounding import (
     loaded_e4m3,
     ones_for,
     operand_of_values,
+    rounded_for_values,
     to_output,
 )
 from dma_diffusers.kernels.quantiser.kernel import SMALLEST_NORMAL
@@ -276,8 +277,9 @@ def _phase(
                 multiply_add(s.to(tl.float32), factor[:, None], -(m_new + shift)[:, None], TCGEN05), EXP_SHARE
             )
             rescale = tl.exp2(m - m_new)
-            if COUNTS == 0:  # rounded as V is multiplied by them
-                l = l * rescale + tl.sum(operand_of_values(p, VALUES).to(tl.float32), axis=1)
+            if COUNTS == 0:
+                p = rounded_for_values(p, VALUES)
+                l = l * rescale + tl.sum(p, axis=1)
             m = m_new
             if not TCGEN05:
                 accumulator, l = _add_values(

@@ -166,6 +166,20 @@ def operand_of_values(p, VALUES: tl.constexpr):
 
 
 @triton.jit
+def rounded_for_values(p, VALUES: tl.constexpr):
+    """Probabilities, float32, rounded as `operand_of_values` rounds them, and float32 again, for registers to sum.
+
+    e4m3 is rounded to by arithmetic: to convert there and back took Hopper's few conversions, and ptxas made garbage of
+    the sum where it stood in a branch.
+    """
+    if VALUES == "channel":
+        p = rounded(p, 3, 2.0**-6)
+    else:
+        p = operand_of_values(p, VALUES).to(tl.float32)
+    return p
+
+
+@triton.jit
 def ones_for(x, COLUMNS: tl.constexpr):
     """Ones in x's dtype, by which an operand x of a matrix product is summed. Triton 3.6 makes no e4m3 of a number."""
     if x.dtype == tl.float8e4nv:
