@@ -16,6 +16,7 @@ from dma_diffusers.kernels.device.rounding import (
     to_e5m2,
     within,
 )
+from dma_diffusers.kernels.quantiser import reference
 from dma_diffusers.kernels.quantiser.elements import e2m1_code, int4_bytes, int8_words, saturated, to_element
 from dma_diffusers.kernels.quantiser.tile import (
     NOT_FINITE,
@@ -35,6 +36,7 @@ from dma_diffusers.kernels.tiling import layout
 
 TILE = tl.constexpr(layout.TILE)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+SCALE_OF_ZEROS = tl.constexpr(reference.SCALE_OF_ZEROS)
 
 
 @triton.jit
@@ -135,7 +137,8 @@ def _encode(
         bad = amax_bits >= NOT_FINITE
         amax = amax_bits.to(tl.float32, bitcast=True)
         ones = tl.full(amax.shape, 1.0, tl.float32)
-        scale = tl.where(amax_bits == 0, 1.0, tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL))
+        scale = tl.maximum(tl.div_rn(amax, ones * Q_MAX), SMALLEST_NORMAL)
+        scale = tl.where(amax_bits == 0, SCALE_OF_ZEROS, scale)
         inverse = tl.div_rn(ones, tl.where(bad, 1.0, scale))
         factor = inverse if ONE_SCALE else inverse[:, None]
         even, odd = even * factor, odd * factor

@@ -13,6 +13,7 @@ from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
 SAMPLED_TOKENS = 1024
+SCALE_OF_ZEROS = 2.0**-24  # so small that where hopper_means.py adds counts in whole products, these count for little
 MEANS_ANCHORED = 2.0**120  # means of larger numbers are summed as they are
 ROTATED_MAX = (
     2.0**119
@@ -182,7 +183,7 @@ def _under_shared_scales(x: torch.Tensor, format: Format, rows: int) -> torch.Te
     runs = F.pad(x, (0, 0, 0, -x.shape[-2] % rows)).unflatten(-2, (-1, rows))
     amax = finite_amax(runs, (-2, -1))
     scale = fp32_scale(amax, format.element).clamp_min(torch.finfo(torch.float32).smallest_normal)
-    scale = torch.where(amax == 0, 1, scale)
+    scale = torch.where(amax == 0, SCALE_OF_ZEROS, scale)
     spoilt = ~runs.isfinite()
     if rows == 1 or format.element is not E4M3:
         spoilt = spoilt.any((-2, -1), keepdim=True)

@@ -108,7 +108,7 @@ CASES = [
     ("all", 9000, 128, {}), ("all", 100, 64, {}), ("whole words", 9000, 64, {"is_causal": True}),
     ("all classes", 5000, 64, {"is_causal": True}), ("scattered", 1500, 64, {"hides": True}),
     ("all classes", 1500, 128, {"hides": True, "kv_heads": 1}), ("scattered", 5000, 128, {"empty": 200}),
-    ("all classes", 5000, 64, {"empty": 0}),
+    ("all classes", 5000, 64, {"empty": 0}), ("all", 1, 128, {}),  # less their mean, the keys are zero
 ]  # fmt: skip
 
 
