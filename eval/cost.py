@@ -13,14 +13,14 @@ from dma_diffusers.kernels.linears import lowering as linear_lowerings
 from dma_diffusers.kernels.linears.groups import Groups
 from dma_diffusers.kernels.lowerings import Lowering
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.routing.reference import ROWS
+from dma_diffusers.kernels.routing.reference import KEYS, ROWS
 from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles
 from dma_diffusers.kernels.tiling.policies import By, Policy
 from dma_diffusers.kernels.tiling.precision_map import Phase
 from dma_diffusers.memory import EVERY
 
 TARGETS = tuple(MATRIX_RATES)
-_ROWS_SLOWER = 4.2  # on an H200, at 16,384 and 32,760 tokens (eval/results/h200_routers.txt)
+_ROWS_SLOWER = 2.0  # on an H200: 2.4 at 16,384 tokens, 1.7 at 32,760 (eval/results/h200_routers.txt)
 
 
 class Pairs(NamedTuple):
@@ -104,15 +104,15 @@ def means_clocks(target: str, head_dim: int, high: str, low: str, has_low: bool)
 def routing_clocks(policy: Policy, layout: Layout, target: str, head_dim: int) -> float:
     """Predict the clocks of an SM for finding a head's important pairs.
 
-    Pools count as nothing: they take 2 to 4 % of LOW. Rows of each Q tile are multiplied with all keys in bf16, which a
-    memory does in every `EVERY`th step, and take `_ROWS_SLOWER` times what peak rates would. Raises ValueError for a
-    target without rates.
+    Pools count as nothing: they take 2 to 3 % of LOW. Rows of each Q tile are multiplied with some keys of each KV tile
+    in bf16, which a memory does in every `EVERY`th step, and take `_ROWS_SLOWER` times what peak rates would. Raises
+    ValueError for a target without rates.
     """
     check_target(target)
     if policy.router is None or policy.router.by is By.POOLS:
         return 0.0
     products, exponentials = clocks_of(target, head_dim, "H", "H")
-    of_pair = _ROWS_SLOWER * (products / 2 + exponentials) * ROWS / TILE
+    of_pair = _ROWS_SLOWER * (products / 2 + exponentials) * ROWS * KEYS / TILE**2
     return tiles(layout.q_length) * tiles(layout.k_length) * of_pair / (EVERY if policy.remembers else 1)
 
 
