@@ -21,9 +21,7 @@ _INTEGER_BLOCKS, _PACKED_BLOCKS = ("mxint8", "mxint6"), ("mxint4", "nvint4")
 UNPACKED = ("sm_90",)
 """Integers of four bits lie in a byte each here, or as bf16 numbers: splitting bytes took longer (formats.md)."""
 RUN = {"sm_90": ("bf16", "fp8", "int8", "int8_tile", "int4", *_BLOCKS, *_INTEGER_BLOCKS, *_PACKED_BLOCKS)}
-"""The formats of Q·K with which the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
-RUN_VALUES = ("bf16", "fp16", "fp8")
-"""The formats of P·V with which they did."""
+"""The formats of Q·K with which, beside each of P·V, the kernel tests ran on a GPU (eval/results/h200_tests.txt)."""
 
 
 class Storage(StrEnum):

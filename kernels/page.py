@@ -8,13 +8,7 @@ from pathlib import Path
 
 from dma_diffusers.kernels.defaults import FORMAT_PAIRS
 from dma_diffusers.kernels.formats import FORMATS
-from dma_diffusers.kernels.lowerings import (
-    BLOCK_SCALED_ARCHITECTURES,
-    KERNEL_ARCHITECTURES,
-    RUN,
-    RUN_VALUES,
-    choose,
-)
+from dma_diffusers.kernels.lowerings import BLOCK_SCALED_ARCHITECTURES, KERNEL_ARCHITECTURES, RUN, choose
 from dma_diffusers.kernels.precision import Precision, Precisions
 
 PAGE = Path(__file__).parent / "formats.md"
@@ -41,7 +35,7 @@ def cell(architecture: str, qk: str, pv: str = "bf16") -> tuple[str, str]:
         return "refused", _last(str(error))
     if choice.lowering == "reference":
         return "reference", _last(choice.reason)
-    if qk in RUN.get(architecture, ()) and pv in RUN_VALUES:
+    if qk in RUN.get(architecture, ()):
         shown = "run"
     elif architecture in COMPILED or any(
         asked in Precisions.parse(*pair) for pair in FORMAT_PAIRS[architecture]
