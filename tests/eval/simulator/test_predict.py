@@ -103,6 +103,14 @@ def test_what_a_neighborhood_costs():
     assert predict(cut, "h200", 24, 128, "bf16", "int8").ms > plain.ms
 
 
+def test_the_range_of_values_is_read_once():
+    """Two classes write V in their own formats, in units that both have."""
+    calls = [Call("h200", 24, 16384, 128, "bf16/fp16", low) for low in ("int8/fp16", "int8/fp8")]
+    one, both = (call.whole(1, 1) - call.kernel(1, 1) for call in calls)
+    written = 24 * 16384 * 128 / calls[0].machine.bytes_per_second  # the e4m3 numbers
+    assert both - one == pytest.approx(written)
+
+
 @pytest.mark.parametrize(("gpu", "formats", "words"), [
     ("b100", ("bf16", "int8"), "unknown GPU 'b100': choose from h100, h200, b200, b300"),
     ("b200", ("bf16", "nope"), "nope"),
