@@ -61,4 +61,8 @@ def _parse(words: str, default_pv: str) -> Precision:
             f"int8/bf16; the formats are {', '.join(FORMATS)}"
         )
     qk, pv = parts if len(parts) == 2 else (*parts, default_pv)
+    if qk in VALUES_ALONE:
+        raise ValueError(
+            f"precision {words!r} has Q·K in {qk}, which is a format of P·V alone: write int8/{qk}"
+        )
     return Precision(get_format(qk).name, pv if pv in VALUES_ALONE else get_format(pv).name)

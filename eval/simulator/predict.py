@@ -159,10 +159,9 @@ class Call:
         if has_high and (in_boxes or high.qk != "bf16"):
             moved += 2 * get_format(high.qk).average_bits / 8
         values = {each.pv for each, has_class in ((high, has_high), (low, has_low)) if has_class}
-        if "fp8" in values:
-            moved += 2 + 1  # V's range is read, and V is written in FP8
-        if "fp16" in values:
-            moved += 2 + 2
+        written = {"fp8": 1, "fp16": 2}
+        if in_units := values & written.keys():  # V's range is read, and V is written in each format
+            moved += 2 + sum(written[each] for each in in_units)
         if "bf16" in values and in_boxes:
             moved += 2  # bf16 V is read as it is, unless its tokens are gathered
         if has_means:  # of k and v, written in float32, read, and encoded

@@ -172,11 +172,7 @@ def rounded_for_values(p, VALUES: tl.constexpr):
     e4m3 is rounded to by arithmetic: to convert there and back took Hopper's few conversions, and ptxas made garbage of
     the sum where it stood in a branch.
     """
-    if VALUES == "channel":
-        p = rounded(p, 3, 2.0**-6)
-    else:
-        p = operand_of_values(p, VALUES).to(tl.float32)
-    return p
+    return rounded(p, 3, 2.0**-6) if VALUES == "channel" else operand_of_values(p, VALUES).to(tl.float32)
 
 
 @triton.jit

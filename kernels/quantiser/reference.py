@@ -13,7 +13,8 @@ from dma_diffusers.kernels.formats.scale import Scale, fp32_scale
 from dma_diffusers.kernels.tiling.layout import SUBTILE, TILE
 
 SAMPLED_TOKENS = 1024
-SCALE_OF_ZEROS = 2.0**-24  # so small that where hopper_means.py adds counts in whole products, these count for little
+# So small that where hopper_means.py adds counts in whole products, these count for little.
+SCALE_OF_ZEROS = 2.0**-24
 MEANS_ANCHORED = 2.0**120  # means of larger numbers are summed as they are
 ROTATED_MAX = (
     2.0**119

@@ -14,7 +14,7 @@ from dma_diffusers.pipelines.finetuning.data import Example
 from dma_diffusers.pipelines.finetuning.trainer import Settings
 from dma_diffusers.pipelines.fingerprint import config_identity, model_fingerprint
 
-_LAYOUT = 2  # of the stored examples: since 2, the calls of one step of the sampler are told
+_LAYOUT = 3  # of the stored examples: since 3, samples that were drawn together share a file
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class CallStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"chunk": json.dumps({"samples": list(samples), "calls": written})}
         write_atomically(self.folder / f"{samples[0]:06d}.safetensors", save(tensors, about))
+        _file.cache_clear()  # one of this name may be open still that was removed since
 
     def chunks(self, samples: int) -> list[Chunk]:
         """Return the files that have any of the first so many samples, in order."""

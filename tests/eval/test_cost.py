@@ -172,7 +172,9 @@ def test_rows_and_memory_cost_what_they_multiply():
         )
     )  # fmt: skip
     assert rows == pytest.approx(2 * 100 * (1024 + 1024) / 32) and rows == 6 * memory and pools == none == 0
-    measured = [seconds * 1.83e9 * 132 / pairs for seconds, pairs in ((0.26e-3, 24 * 128**2), (1.2e-3, 40 * 256**2))]
+    measured = [
+        seconds * 1.83e9 * 132 / pairs for seconds, pairs in ((0.26e-3, 24 * 128**2), (1.2e-3, 40 * 256**2))
+    ]
     assert measured[1] < rows / 100 < measured[0]
     with pytest.raises(ValueError, match="unknown target 'sm_1'"):
         routing_clocks(parse("importance(budget=0.1, by=rows)"), layout, "sm_1", 128)

@@ -46,7 +46,8 @@ CALLS = int(os.environ.get("FUZZ_CALLS", "600"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 FORMATS = tuple(os.environ.get("FUZZ_FORMATS", "").split("|"))
 IS_ONE_PAIR = len(FORMATS) == 2
-LOST = 2.0**-100  # of a value in its channel's unit: its probability, beside one of 1 whose value is zero, may be 0
+# Of a value in its channel's unit: its probability, beside one of 1 whose value is zero, may be 0.
+LOST = 2.0**-100
 COMBINATIONS = 48 if IS_ONE_PAIR else 200  # that a GPU compiles kernels for, at seconds each
 
 STORES = {"native": NATIVE, "faithful": FAITHFUL}
@@ -433,8 +434,8 @@ def assert_agree(call: Drawn, device: torch.device) -> None:
         slack = 2 * tolerance[~nothing].max().item()  # a score's and its row's maximum's
         least, largest = lse_bounds(slack, *positional, **shared, **of_kernel)
         beyond = torch.maximum(lse - largest, least - lse)[~nothing]
-        # hopper.py's sums of FP8 probabilities are products of its MMA. Both of its sums begin anew in each piece of the
-        # keys, under whose largest score the piece's probabilities are rounded.
+        # hopper.py's sums of FP8 probabilities are products of its MMA. Its sums begin anew in each piece of the keys,
+        # under whose largest score the piece's probabilities are rounded.
         step = 2**-4 if of_kernel["means_by_codes"] and call.map().has_low else 2**-8 * is_split(call, device)
         assert (beyond <= tolerance[~nothing] + step).all()
         assert (beyond <= tolerance[~nothing] + step / 16).float().mean() >= 0.5

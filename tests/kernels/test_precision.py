@@ -56,6 +56,13 @@ def test_unknown_formats_are_refused(words):
         Precisions.parse("bf16", words)
 
 
+@pytest.mark.parametrize("words", ["fp16", "fp16/bf16"])
+def test_a_format_of_values_alone_is_none_of_scores(words):
+    with pytest.raises(ValueError, match=f"'{words}' has Q·K in fp16, .* P·V alone: write int8/fp16"):
+        Precisions.parse("bf16", words)
+    assert Precisions.parse("bf16", "int8/fp16").low == Precision("int8", "fp16")
+
+
 def test_every_architecture_with_a_kernel_has_default_formats_that_it_multiplies():
     assert set(FORMAT_PAIRS) == set(KERNEL_ARCHITECTURES)
     pytest.importorskip("triton")

@@ -15,9 +15,13 @@ RESULTS = Path(__file__).parents[3] / "eval" / "results"
 PAGE = (RESULTS / "linears.md").read_text()
 
 
+def result(name: str) -> dict:
+    return json.loads(gzip.decompress((RESULTS / f"{name}.json.gz").read_bytes()))
+
+
 @pytest.fixture(scope="module")
 def errors():
-    return json.loads(gzip.decompress((RESULTS / "linears_errors.json.gz").read_bytes()))
+    return result("linears_errors")
 
 
 def test_tables_of_errors(errors):
@@ -45,7 +49,7 @@ def test_tables_of_pictures(file):
 
 @pytest.mark.parametrize("model", ["demo", "demo_video"])
 def test_stability_is_that_of_the_shares(model):
-    found = json.loads((RESULTS / f"linears_bits_{model}.json").read_text())
+    found = result(f"linears_bits_{model}")
     again, stored = stability(found["inputs"])["all"], found["stability"]["all"]
     assert again["change"]["worst"] == pytest.approx(stored["change"]["worst"], abs=1e-3)
     for figure, decimals in (("mean", 2), ("worst", 2)):

@@ -3,14 +3,17 @@
 import copy
 import json
 from functools import partial
+from shutil import rmtree
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dma_diffusers.pipelines.finetuning import request
 from dma_diffusers.pipelines.finetuning.calls import Call, Part, first_call, joined
 from dma_diffusers.pipelines.finetuning.data import Example, frames_of, read_folder, store_examples
 from dma_diffusers.pipelines.finetuning.guidance import parts_of
@@ -109,6 +112,26 @@ def test_equal_tensors_are_stored_once(tmp_path):
     file = load_file(tmp_path / "000003.safetensors")
     assert sum(tensor.shape == text.shape for tensor in file.values()) == 1
     assert CallStore(tmp_path).read(7, 2).inputs["text"].equal(text[1:])
+
+
+def test_a_store_that_was_removed_is_forgotten(tmp_path):
+    for value in (1.0, 2.0):
+        inputs = {"hidden_states": torch.zeros(1, 4), "timestep": torch.ones(1)}
+        store = CallStore(tmp_path / "store")
+        store.write([0], [Call(inputs, frozenset(), torch.full((1, 4), value))])
+        assert CallStore(store.folder).read(0, 0).output.unique() == value
+        rmtree(store.folder)
+
+
+def test_the_layout_of_stored_calls_has_this_number(tmp_path):
+    """Whoever writes something else raises the number, by which folders of before are refused."""
+    call = Call({"hidden_states": torch.zeros(2, 4), "timestep": torch.ones(2)}, frozenset())
+    CallStore(tmp_path).write([4, 5], [call])
+    with safe_open(tmp_path / "000004.safetensors", "pt") as file:
+        chunk = json.loads(file.metadata()["chunk"])
+    assert request._LAYOUT == 3 and chunk.keys() == {"samples", "calls"}
+    parts = {"tensors", "others", "shared", "output", "level", "step", "weight"}
+    assert [each.keys() for each in chunk["calls"]] == [parts]
 
 
 def test_what_counts_is_the_error_of_the_sum(tmp_path):
