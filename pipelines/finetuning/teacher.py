@@ -29,8 +29,10 @@ def store_teacher(
 
     model: the transformer of the pipeline whose calls are kept, at full precision. batch: prompts drawn together; under
     `accelerate launch` each process draws its share. steps: of the sampler after which a drawing ends, None for all;
-    the pipeline must have an `interrupt`, as FLUX's and Wan's have.
+    the pipeline must have an `interrupt`, as FLUX's and Wan's have: ValueError is raised for one that has none.
     """
+    if steps and not hasattr(pipe, "interrupt"):
+        raise ValueError(f"{type(pipe).__name__} can't be stopped after {steps} steps: it has no `interrupt`")
     state = PartialState()
     there = store.stored()
     missing = [number for number in range(len(prompts)) if number not in there]

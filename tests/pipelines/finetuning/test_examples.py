@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dma_diffusers.pipelines.finetuning import request
 from dma_diffusers.pipelines.finetuning.calls import Call, Part, first_call, joined
@@ -100,6 +100,20 @@ def test_a_drawing_ends_after_its_first_steps(family, more, tmp_path):
     held, read = calls.batch(places, CPU), store.batch(places, CPU)
     torch.testing.assert_close(dict(held.inputs), dict(read.inputs), rtol=0, atol=0)
     assert held.shared == read.shared and held.output.equal(read.output)
+
+
+def test_drawings_that_cannot_end_early_are_refused(tmp_path):
+    class Endless:
+        pass
+
+    with pytest.raises(ValueError, match="Endless can't be stopped after 2 steps"):
+        store_teacher(Endless(), torch.nn.Identity(), ["a cat"], {}, CallStore(tmp_path), 0, 1, silent, steps=2)
+
+
+def test_calls_of_an_earlier_version_are_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "000000.safetensors", {"calls": "[]"})
+    with pytest.raises(ValueError, match="as an earlier version stored them"):
+        CallStore(tmp_path).steps(1)
 
 
 def test_equal_tensors_are_stored_once(tmp_path):
