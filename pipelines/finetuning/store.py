@@ -193,7 +193,9 @@ def _column(chunks: Sequence[Chunk], name: str, device: torch.device) -> tuple[T
 def _chunk(path: Path) -> Chunk:
     about = _file(path).metadata() or {}
     if "chunk" not in about:
-        raise ValueError(f"{path} holds calls as an earlier version stored them: draw them anew, in another folder")
+        raise ValueError(
+            f"{path} holds calls as an earlier version stored them: draw them anew, in another folder"
+        )
     return Chunk(path, **json.loads(about["chunk"]))
 
 

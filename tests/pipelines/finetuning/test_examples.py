@@ -107,7 +107,9 @@ def test_drawings_that_cannot_end_early_are_refused(tmp_path):
         pass
 
     with pytest.raises(ValueError, match="Endless can't be stopped after 2 steps"):
-        store_teacher(Endless(), torch.nn.Identity(), ["a cat"], {}, CallStore(tmp_path), 0, 1, silent, steps=2)
+        store_teacher(
+            Endless(), torch.nn.Identity(), ["a cat"], {}, CallStore(tmp_path), 0, 1, silent, steps=2
+        )
 
 
 def test_calls_of_an_earlier_version_are_refused(tmp_path):
