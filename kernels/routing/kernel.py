@@ -29,6 +29,20 @@ MEANS_TILES = tl.constexpr(precision_map.MEANS_TILES)
 
 
 @triton.jit
+def sampled_tokens(tile, number, STRIDE: tl.constexpr, mask, batch, token_order, length, token_count):
+    """The tokens that have some numbers in a tile's staggered sample, which takes one of every STRIDE slots.
+
+    `length` stands where none counts. mask: uint8 [B, tiles·128], 0 for slots that don't count.
+    """
+    slots = tile * TILE + number * STRIDE + (number + number // STRIDE) % STRIDE
+    tokens = token_at(token_order, slots, length, token_count)
+    if mask is not None:
+        place = batch.to(tl.int64) * (tl.cdiv(length, TILE) * TILE) + slots
+        tokens = tl.where(tl.load(mask + place, mask=slots < length, other=0) != 0, tokens, length)
+    return tokens
+
+
+@triton.jit
 def _means_and_variances(
     x, mean, factor, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE: tl.constexpr,
     mask, token_order, index, heads, length, token_count,
@@ -42,11 +56,8 @@ def _means_and_variances(
     """
     tiles = tl.cdiv(length, TILE)
     head, four = index // tiles, tl.arange(0, TILE // SAMPLE_STRIDE)
-    slots = index % tiles * TILE + four * SAMPLE_STRIDE + (four + four // SAMPLE_STRIDE) % SAMPLE_STRIDE
     batch, columns = head // heads, tl.arange(0, D)
-    tokens = token_at(token_order, slots, length, token_count)
-    if mask is not None:
-        tokens = tl.where(tl.load(mask + batch.to(tl.int64) * (tiles * TILE) + slots) != 0, tokens, length)
+    tokens = sampled_tokens(index % tiles, four, SAMPLE_STRIDE, mask, batch, token_order, length, token_count)
     count = _sums((tokens < length).to(tl.float32)[:, None], PARTS)
     tokens = tokens[:, None]
     even, odd = load_changed_pairs(

@@ -9,21 +9,23 @@ import triton
 import triton.language as tl
 
 from dma_diffusers.kernels.device.rounding import loaded_bf16, to_bf16
-from dma_diffusers.kernels.quantiser.tile import joined, load_changed_pairs, token_at
+from dma_diffusers.kernels.quantiser.tile import joined, load_changed_pairs
 from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.routing.kernel import (
     BINS,
     LEAST_EXPONENT,
+    LEAST_SHARE,
     TILE,
     UNVISITED,
     add_binades,
     binades_of,
+    sampled_tokens,
     store_levels,
 )
 
 ROWS, KEYS = tl.constexpr(reference.ROWS), tl.constexpr(reference.KEYS)
 K_TILES = tl.constexpr(4)  # so many are multiplied at once
-LARGEST, LEAST_SHARE = tl.constexpr(reference.LARGEST), tl.constexpr(2.0**reference.LEAST_EXPONENT)
+LARGEST = tl.constexpr(reference.LARGEST)
 
 
 @triton.jit
@@ -37,12 +39,7 @@ def _sampled(
     The other arguments are those of `_means_and_variances`; head: among those of all batch entries.
     """
     number, columns, batch = tl.arange(0, COUNT), tl.arange(0, D), head // heads
-    STRIDE: tl.constexpr = TILE // COUNT
-    slots = tile * TILE + number * STRIDE + (number + number // STRIDE) % STRIDE
-    tokens = token_at(token_order, slots, length, token_count)
-    if mask is not None:
-        place = batch.to(tl.int64) * (tl.cdiv(length, TILE) * TILE) + slots
-        tokens = tl.where(tl.load(mask + place, mask=slots < length, other=0) != 0, tokens, length)
+    tokens = sampled_tokens(tile, number, TILE // COUNT, mask, batch, token_order, length, token_count)
     tokens = tokens[:, None]
     even, odd = load_changed_pairs(
         x, cos, sin, weight, first_weight, eps, first, ROUNDS_TWICE, batch, head % heads, tokens, length,

@@ -63,7 +63,7 @@ def test_output_is_the_oracles_but_for_p_and_v(call):
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e5, 1e33])
 def test_values_of_any_size_fit_float16(size):
-    """Those of bfloat16 that float16 does not hold, too; each channel has its own size."""
+    """V's numbers may be too large or too small for float16, and each channel has a size of its own."""
     call = Call(300, 300, 64, high="bf16", low="bf16/fp16", window=0, sink=0)
     q, k, v, _ = call.tensors()
     v = (v * size * torch.logspace(-5, 0, 64)).bfloat16()
@@ -323,7 +323,8 @@ def test_two_halves_of_the_keys_merge_to_the_whole(high, low):
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     scores = q.double() @ k.double().mT * 64**-0.5
     exact_lse = scores.logsumexp(-1)
-    # Of random numbers off by 2.6 % each, in the root mean square, as e4m3's are: so much is their weighted sum off.
+    # Rounding to e4m3 changes a number by 2.6 % in the root mean square; these errors are independent, so that a sum of
+    # probabilities is off by 2.6 % of their norm.
     of_rounding = 0.026 * scores.softmax(-1).norm(dim=-1).mean()
     bounds = {"mxfp4": (0.3, 0.3), "int8": (0.04, 0.02), "bf16": (0.04, 0.003)}[low]  # P·V of LOW is FP8
     assert relative_l2(merged, exact) < bounds[0]

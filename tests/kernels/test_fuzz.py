@@ -46,7 +46,8 @@ CALLS = int(os.environ.get("FUZZ_CALLS", "600"))
 SEED = os.environ.get("FUZZ_SEED", "0")
 FORMATS = tuple(os.environ.get("FUZZ_FORMATS", "").split("|"))
 IS_ONE_PAIR = len(FORMATS) == 2
-# Of a value in its channel's unit: its probability, beside one of 1 whose value is zero, may be 0.
+# An output that is smaller than this, in units of its channels, may be lost: beside a key of probability 1 whose value
+# is zero, the other probabilities can be too small for float32.
 LOST = 2.0**-100
 COMBINATIONS = 48 if IS_ONE_PAIR else 200  # that a GPU compiles kernels for, at seconds each
 

@@ -69,7 +69,7 @@ def test_on_hopper_they_lie_in_whole_numbers_and_score_the_same(fmt, kernel_devi
         for target in ("sm_89", "sm_90")
     ]
     # The sums of both have probabilities rounded to bf16, under other maxima.
-    torch.testing.assert_close(*sums, rtol=0, atol=1e-3)
+    torch.testing.assert_close(*sums, rtol=0, atol=5e-4)
 
 
 def test_operands_take_half_the_memory():

@@ -78,7 +78,7 @@ def test_recorded_calls_are_those_that_the_pipeline_makes(family, more, weights,
     [("flux", {"true_cfg_scale": 2.0}), ("wan", {"guidance_scale": 3.0, "height": 32, "width": 32})],
 )
 def test_a_drawing_ends_after_its_first_steps(family, more, tmp_path):
-    """What is stored of it is what a whole drawing has of them, and a training has both kinds."""
+    """Its stored steps equal the first ones of a whole drawing, and a training can use drawings of both kinds."""
     pipe = getattr(tiny_pipelines, family)()
     prompts, call = ["a cat", "a dog", "an owl"], call_of(pipe, **more, num_inference_steps=3)
     store, whole = CallStore(tmp_path / "both"), CallStore(tmp_path / "whole")
