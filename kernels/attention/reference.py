@@ -57,6 +57,7 @@ def attention(
     slots = Slots.of(call, plan, precisions)
     precision_map = slots.map
     of_high, of_low = (slots.operands(precision) for precision in precisions)
+    used = plan.used(precisions)
     low_phases = (Phase.LOW,) if precision_map.has_high else (Phase.LOW, Phase.MASKED)
     batch, heads, q_length, head_dim = slots.q.shape
     kv_heads, k_length = slots.k.shape[1:3]
@@ -84,9 +85,11 @@ def attention(
     for phase in LOOPS:
         end = bounds[:, phase]
         length, longest_first = (end - start).sort(descending=True, stable=True)
-        operands = of_low if phase in low_phases else of_high
+        is_low = phase in low_phases
+        operands = of_low if is_low else of_high
         phase_q, shift = operands.q[longest_first], operands.shift[longest_first]
-        units = operands.units_of(row_kv_head)
+        # The mean comes and goes for a class that the map has, and not for another: small sums would be lost beside it.
+        units = operands.units_of(row_kv_head) if used[is_low] else None
         if units is not None:
             accumulator = (accumulator - l * units.mean) / units.scale
         m, l, accumulator, kept = (x[longest_first] for x in (m, l, accumulator, kept))
@@ -125,7 +128,7 @@ def attention(
         start = end
 
     if precision_map.means is not None:
-        operands, log_counts = slots.means(plan.used(precisions)[2])
+        operands, log_counts = slots.means(used[2])
         units = operands.units_of(row_kv_head)
         if units is not None:
             accumulator = (accumulator - l * units.mean) / units.scale

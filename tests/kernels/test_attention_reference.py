@@ -288,6 +288,16 @@ def test_a_small_mean_of_v_leaves_no_bias():
         assert error.mean().abs() < 3 * error.std() / error.numel() ** 0.5
 
 
+def test_a_mean_that_no_tile_needs_hides_no_small_output():
+    # The first key has all of the probability and no value; what the second adds is far below V's mean.
+    q, k, v = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 128, 64), torch.ones(1, 1, 128, 64)
+    q[..., 0], k[..., 0, 0], v[..., 0, :] = 8.0, 64.0, 0.0
+    layout = Call(1, 128, 64).layout
+    of_high = build_map(Dense(Class.HIGH).classes(layout), layout)
+    out, _ = by_reference(q, k, v, of_high, "bf16", "int8", smooth_k=False)
+    assert torch.allclose(out, torch.tensor(127 * math.exp(-64.0)), rtol=1e-2, atol=0.0)
+
+
 def test_zeros_give_the_mean_of_v():
     call = Call(300, 300, 64)
     v = call.tensors()[2]
