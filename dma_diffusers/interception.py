@@ -262,8 +262,8 @@ class Interception:
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
-        """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
-        asked = [config.asked for _, config in self.own.entries if grid and config.asked.on_grid]
+        """Sentences about what policies change for a grid; () for none. Raises ValueError for one they can't have."""
+        asked = [config.asked for _, config in self.own.entries if grid or not config.asked.on_grid]
         return list(dict.fromkeys(note for policy in asked for note in policy.notes(grid)))
 
     def _text_range(
