@@ -280,7 +280,7 @@ class Interception:
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
         call = self.forward.call
-        start, stop = self.own.config.protected(text or (0, 0))
+        start, stop = self.decision.config.protected(text or (0, 0))
         own = self._arguments_of[call.kind] | {
             "grid": self.forward.grid if self.has_grid else (), "text_start": start, "text_stop": stop
         }  # fmt: skip
