@@ -55,11 +55,11 @@ class DMAConfig:
             as words. None is the diagonal with `window` and `sink`, which are not given beside a policy.
         schedule: what holds at each noise level, in words, "sigma>0.9: dense(); sigma>0.5: importance(budget=0.15);
             importance(budget=0.05)", or as pairs of a level, falling to 0, and what holds above it: `((0.9,
-            "dense()"), (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, high,
-            low, or several of these; what it has not is as in the other fields. There are at most four, because
-            torch.compile makes a graph for each in precisions of its own. The highest level of a batch counts.
-            Reading it waits for the device once per forward call. It happens before a model's compiled graph, but
-            breaks the graph of whatever else is compiled around the model. Kept as words.
+            "dense()"), (0, {"policy": "importance(budget=0.05)", "low": "int8/bf16"}))`. An entry has a policy, window,
+            sink, high, low, rotation, smooth_k, smooth_v, protect_text, or several of these; what it has not is as in
+            the other fields. It has four at most, as torch.compile makes a graph for each with more of its own than a
+            policy. The highest level of a batch counts. Reading it waits for the device once per forward call, before
+            a model's compiled graph, but breaks the graph of whatever else is compiled around it. Kept as words.
         min_length: calls with fewer keys (tokens) fall back to stock attention.
         dense_above_sigma: steps with a higher noise level (0 to 1) run with every tile HIGH, 1 for no such step: as an
             entry of a schedule, beside which it is not given. None: as published for the model's family where the
@@ -89,9 +89,9 @@ class DMAConfig:
             in words, "64x64"; for policies that need it, and models of no known family.
         modules: fields that single attention modules have of their own, `{"transformer_blocks.0.attn": {"window":
             384}}`: high, low, window, sink, policy, schedule, rotation, or dense=True for every tile HIGH. A policy,
-            window, sink or schedule stands in the place of all four of the others'; high and low give way to those of
-            a schedule. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled anew for other
-            formats, but not for other policies, nor for every tile HIGH.
+            window, sink or schedule stands in the place of all four of the others'; high, low and rotation give way to
+            those of a schedule. Kept as sorted pairs. Blocks that torch.compile compiles one by one are compiled anew
+            for other formats, but not for other policies, nor for every tile HIGH.
         guard: a relative error, such as 0.2. A few rows of a few calls are compared with exact attention; a module
             whose error passes this, or whose output becomes non-finite, turns to HIGH everywhere, and if that does not
             help to stock attention, until it is applied again. The step in which that shows is made again; the receipt
@@ -163,7 +163,7 @@ class DMAConfig:
                     f"dense_layers must be a tuple of whole numbers, or None, got {self.dense_layers!r}"
                 )
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name in ("quality_first", "smooth_k", "smooth_v"):
+        for name in ("quality_first", "smooth_k", "smooth_v", "protect_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         allowed = [*CHOICES, *(lowering.name for lowering in lowerings.LOWERINGS)]

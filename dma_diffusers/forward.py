@@ -138,8 +138,8 @@ class ForwardContext:
             find = self.family.grid if self.wants_grid and self.family.grid else self._find_grid
             grid = find(model, named)
             call.grid = torch.empty(*grid, 0) if grid else None
-            if not torch.compiler.is_compiling():
-                self._check(grid)
+        if not torch.compiler.is_compiling():
+            self._check(self.grid)
         call.trains = torch.is_grad_enabled() and (
             model.training or bool(getattr(model, "gradient_checkpointing", False))
         )
@@ -188,7 +188,10 @@ class ForwardContext:
             return ()
 
     def _check(self, grid: tuple[int, ...]) -> None:
-        """Logs what policies change for a grid that is new; raises ValueError for one that they can't have."""
+        """Logs what policies change for a grid that is new, () for none.
+
+        Raises ValueError for one that they can't have.
+        """
         if grid not in self.checked:
             notes = dict.fromkeys(note for listener in self.listeners for note in listener.notes(grid))
             for note in notes:

@@ -50,7 +50,7 @@ class Level(IntEnum):
 
 
 def interval(queries: int) -> int:
-    """Every so manieth call of so many queries is sampled, so that sampling costs 1 % of the attention at most.
+    """The interval between sampled calls of so many queries, so that sampling should cost 1 % of the attention.
 
     A sample is counted as 7,500 rows of attention: 8 rows are multiplied in float32 and, which takes longer, keys and
     values of 4 heads go through memory as float32. The interval is odd, for calls with and without guidance often

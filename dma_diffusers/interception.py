@@ -262,8 +262,8 @@ class Interception:
         )  # fmt: skip
 
     def notes(self, grid: tuple[int, ...]) -> list[str]:
-        """Sentences about what policies change for a grid. Raises ValueError for one that they can't have."""
-        asked = [config.asked for _, config in self.own.entries if grid and config.asked.on_grid]
+        """Sentences about what policies change for a grid; () for none. Raises ValueError for one they can't have."""
+        asked = [config.asked for _, config in self.own.entries if grid or not config.asked.on_grid]
         return list(dict.fromkeys(note for policy in asked for note in policy.notes(grid)))
 
     def _text_range(
@@ -280,7 +280,7 @@ class Interception:
     def _arguments(self, text: tuple[int, int] | None, spread: Spread | None = None) -> dict[str, Any]:
         """Keyword arguments of the operator, for a call with this text."""
         call = self.forward.call
-        start, stop = self.own.config.protected(text or (0, 0))
+        start, stop = self.decision.config.protected(text or (0, 0))
         own = self._arguments_of[call.kind] | {
             "grid": self.forward.grid if self.has_grid else (), "text_start": start, "text_stop": stop
         }  # fmt: skip

@@ -15,28 +15,31 @@ from dma_diffusers.kernels.precision import HIGH_PV, LOW_PV, Precisions
 from dma_diffusers.kernels.tiling.policies import Diagonal, Policy, parse
 
 MOST_ENTRIES = 4
-"""For each entry with precisions of its own, torch.compile makes a graph of a block, or of a model."""
+"""For each entry that has more of its own than a policy, torch.compile makes a graph of a block, or of a model."""
 
 _ENTRY = re.compile(r"\s*(?:sigma\s*>\s*([^:\s>=]+)\s*:)?\s*(\S.*)", re.DOTALL)
 _CALL = r"\w+\s*\([^()]*\)"
 _POLICY = re.compile(rf"{_CALL}(?:\s*\|\s*{_CALL})*")
-_FIELD = re.compile(r"(high|low|window|sink)=(\S+)")
 
 
 class Part(NamedTuple):
     """One entry of a schedule.
 
     above: the noise level (0 to 1) above which it holds; 0 for the last one, which holds at 0 too.
-    policy, high, low: in words; None for those of the configuration.
+    policy, high, low: in words. The others are fields of `DMAConfig`. None is for that of the configuration.
     """
 
     above: float
     policy: str | None
     high: str | None
     low: str | None
+    rotation: str | None = None
+    smooth_k: bool | None = None
+    smooth_v: bool | None = None
+    protect_text: bool | None = None
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, Any]:
         """The fields of `DMAConfig` that it has of its own."""
         return {
             name: value for name, value in self._asdict().items() if name != "above" and value is not None
@@ -44,14 +47,26 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(
-            value if name == "policy" else f"{name}={value}" for name, value in self.fields.items()
+            value if name == "policy" else say(name, value) for name, value in self.fields.items()
         )
+
+
+OF_ENTRIES = Part._fields[2:]
+"""The fields beside its policy that an entry may have of its own."""
+_KNOWN = ("policy", "high", "low", "window", "sink", *OF_ENTRIES[2:])
+_FIELD = re.compile(rf"({'|'.join(_KNOWN[1:])})=(\S+)")
+
+
+def say(name: str, value: Any) -> str:
+    """A field in the words of an entry."""
+    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def read(schedule: Any) -> tuple[Part, ...]:
     """The entries of a schedule in words, or of pairs: a noise level, falling to 0, and the fields that hold above it.
 
-    Fields are a policy, words as above, or a mapping with any of policy, high, low, window and sink.
+    Fields are a policy, words as above, or a mapping with any of policy, high, low, window, sink, rotation, smooth_k,
+    smooth_v and protect_text.
     Raises ValueError, in one line, for anything else, and for entries that leave a gap or overlap.
     """
     if isinstance(schedule, str):
@@ -105,15 +120,17 @@ def _part(above: Any, given: Any) -> Part:
     fields = _fields(given) if isinstance(given, str) else given
     if isinstance(fields, Policy):
         fields = {"policy": fields}
-    known = ("policy", "high", "low", "window", "sink")
-    if not isinstance(fields, Mapping) or not fields or not set(fields) <= set(known):
-        raise ValueError(f"schedule: {given!r:.100} is no entry: give a policy, or any of {', '.join(known)}")
+    if not isinstance(fields, Mapping) or not fields or not set(fields) <= set(_KNOWN):
+        raise ValueError(
+            f"schedule: {given!r:.100} is no entry: give a policy, or any of {', '.join(_KNOWN)}"
+        )
     try:
         high, low = Precisions.parse(fields.get("high", HIGH_PV), fields.get("low", LOW_PV)).words
         policy = _policy(fields)
     except (ValueError, TypeError) as error:
         raise ValueError(f"schedule: {error}") from None
-    return Part(float(above), policy, high if "high" in fields else None, low if "low" in fields else None)
+    own = dict(fields) | {"high": high, "low": low}
+    return Part(float(above), policy, *(own[name] if name in fields else None for name in OF_ENTRIES))
 
 
 def _policy(fields: Mapping[str, Any]) -> str | None:
@@ -139,12 +156,14 @@ def _fields(words: str) -> dict[str, Any]:
         field = _FIELD.fullmatch(word)
         if field is None or field[1] in found:
             return {}
-        found[field[1]] = _width(field[2]) if field[1] in ("window", "sink") else field[2]
+        found[field[1]] = _value(*field.groups())
     return found
 
 
-def _width(word: str) -> Any:
-    """A number of tokens, or one for each head."""
+def _value(name: str, word: str) -> Any:
+    """A field's value: a number of tokens, or one for each head; true or false; else the word."""
+    if name not in ("window", "sink"):
+        return {"true": True, "false": False}.get(word, word)
     widths = tuple(int(width) if width.isdecimal() else width for width in word.split("/"))
     return widths if len(widths) > 1 else widths[0]
 

@@ -6,6 +6,7 @@ A schedule makes them, and so do dense steps, which are a schedule of two entrie
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -39,11 +40,12 @@ class ModuleStages:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The entries as a schedule has them: level, policy, and precisions where they are not the module's."""
+        """The entries as a schedule has them: level, policy, and other fields where they are not the module's."""
         found = []
         for above, config in self.entries:
-            names = [name for name in ("high", "low") if getattr(config, name) != getattr(self.config, name)]
-            said = " ".join([config.words, *(f"{name}={getattr(config, name)}" for name in names)])
+            own = {name: getattr(config, name) for name in schedule.OF_ENTRIES}
+            others = [schedule.say(*each) for each in own.items() if each[1] != getattr(self.config, each[0])]
+            said = " ".join([config.words, *others])
             found.append((above, said))
         return schedule.of_entries(found)
 
@@ -107,9 +109,10 @@ def stages(config: DMAConfig, family: Family, kind: str, modules: tuple[str, ...
     return Stages(tuple(above), found, dense.note)
 
 
-def _outside_policy(config: DMAConfig) -> tuple[str, str, bool]:
+def _outside_policy(config: DMAConfig) -> tuple[Any, ...]:
     """Everything but the words of the policy that may differ between a module's entries."""
-    return config.high, config.low, config.lowering == "fastest" and config.asked == Dense(Class.LOW)
+    is_all_low = config.lowering == "fastest" and config.asked == Dense(Class.LOW)
+    return *(getattr(config, name) for name in schedule.OF_ENTRIES), is_all_low
 
 
 def _holding(entries: tuple[Entry, ...], level: float) -> int:

@@ -86,7 +86,7 @@ class AttentionOptions:
         str | None,
         typer.Option(
             help="What holds at each noise level, such as 'sigma>0.9: dense(); sigma>0.5: importance(budget=0.15); "
-            "importance(budget=0.05)'; an entry may say high= and low= too."
+            "importance(budget=0.05)'; an entry may say high=, low=, rotation= and protect_text= too."
         ),
     ] = None
     quality: Annotated[

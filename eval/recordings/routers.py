@@ -119,7 +119,7 @@ def by_rows(call: Call, rows: torch.Tensor, keys: torch.Tensor | None = None) ->
     """Importance by some rows of each Q tile, and by these keys of each KV tile; None for all."""
     places = (torch.arange(len(rows))[:, None] * TILE + rows).flatten()
     k = call.k if keys is None else call.k.unflatten(1, (-1, TILE))[:, :, keys].flatten(1, 2)
-    square = _softmax(call.q[:, places] @ k.mT).square()
+    square = softmax(call.q[:, places] @ k.mT).square()
     square = square.unflatten(-1, (call.k.shape[1] // TILE, -1)).sum(-1).unflatten(1, rows.shape).mean(2)
     return (square.log2() + _spread(call, torch.arange(TILE)).log2()[:, None]) / 2
 
@@ -182,7 +182,7 @@ def products(exponents: torch.Tensor, v: torch.Tensor, width: int, rounds: bool 
     return torch.cat((multiplied @ values, p.sum(-1, keepdim=True)), -1)
 
 
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
+def softmax(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores * routing.LN_2, -1)
 
 
@@ -227,6 +227,16 @@ def compare(recordings: Recordings) -> dict[str, Any]:
     return {"choices": list(next(iter(found.values()))), "errors": intervals}
 
 
+def recorded(name: str, count: int, folder: Path, steps: list[int]) -> Recordings:
+    """Record so many prompts of a demo model into its folder in this one."""
+    model = named_model(name)
+    prompts = [prompt.text for prompt in read_prompts(built_in(model))[0]]
+    return record(
+        load_pipeline(model), prompts[:: len(prompts) // PROMPTS[name]][:count], folder / name,
+        recommended_call(model), steps=steps, limit=4_000_000_000,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where recordings are, or go: 3.3 GB")
@@ -234,12 +244,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {}
     for name, count in PROMPTS.items():
-        model = named_model(name)
-        prompts = [prompt.text for prompt in read_prompts(built_in(model))[0]]
-        recordings = record(
-            load_pipeline(model), prompts[:: len(prompts) // count][:count], arguments.folder / name,
-            recommended_call(model), steps=RECORDED, limit=4_000_000_000,
-        )  # fmt: skip
+        recordings = recorded(name, count, arguments.folder, RECORDED)
         results[name] = {"prompts": len(recordings.prompts), "steps": STEPS, **compare(recordings)}
         arguments.output.write_text(json.dumps(results, separators=(",", ":")))
 

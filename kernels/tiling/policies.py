@@ -19,7 +19,7 @@ from dma_diffusers.kernels.tiling import boxes
 from dma_diffusers.kernels.tiling.layout import TILE, Layout, tiles, tiles_with
 from dma_diffusers.kernels.tiling.neighborhood import Axis, neighborhood
 from dma_diffusers.kernels.tiling.precision_map import Class
-from dma_diffusers.kernels.tiling.tile_order import TileOrder, reached
+from dma_diffusers.kernels.tiling.tile_order import TileOrder, ranks, reached
 from dma_diffusers.kernels.tiling.words import read_call, write_call, write_value
 
 
@@ -194,7 +194,7 @@ class Diagonal(Policy):
         reach = -(-(width - TILE).clamp(min=0) // (TILE if is_causal else 2 * TILE))
         if self.on_grid:
             assert tile_order is not None
-            near = _ranks(tile_order) <= 2 * reach
+            near = ranks(tile_order) <= 2 * reach
         else:
             near = (first - reach <= k_tile) & (k_tile <= last + reach)
         high = ((width > 0) & near) | (k_tile < tiles(self.sink))
@@ -347,6 +347,10 @@ class Importance(Policy):
     def router(self) -> "Importance | None":
         return self
 
+    def notes(self, grid: Sequence[int]) -> list[str]:
+        has_rest = self.beyond is not Class.MEAN or self.budget + (self.low or 0) < 1
+        return [] if has_rest else ["beyond=mean changes nothing: budget and low take every tile"]
+
 
 @dataclass(frozen=True)
 class SkipSoftmax(Policy):
@@ -437,7 +441,16 @@ class Union(Policy):
         return () if others else first.axes(grid)  # any other member sees every key
 
     def notes(self, grid: Sequence[int]) -> list[str]:
-        return [note for member in self.members for note in member.notes(grid)]
+        notes = [note for member in self.members for note in member.notes(grid)]
+        for member in self.members:
+            vain = [name for name, value in vars(member).items() if value is Class.MEAN]
+            others = [other for other in self._by_position if other is not member and not other.leaves_out]
+            if member.by_content:  # it has what is LOW otherwise
+                others = [other for other in others if other == Dense(Class.HIGH)]
+            notes += [
+                f"{name}=mean changes nothing: {others[0]} computes every tile" for name in vain if others
+            ]
+        return notes
 
     @property
     def _by_position(self) -> list[Policy]:
@@ -471,16 +484,6 @@ def _protected(classes: torch.Tensor, layout: Layout, is_causal: bool) -> torch.
     ]
     has_text = tiles_with(of_queries)[:, None] | tiles_with(is_text)
     return torch.where(has_text, int(Class.HIGH), classes)
-
-
-def _ranks(tile_order: TileOrder) -> torch.Tensor:
-    """The number of boxes nearer to each Q tile than each KV tile: int64 `[q_tiles, k_tiles]`; text ranks last."""
-    axes = [side * torch.arange(count) for count, side in zip(tile_order.boxes, tile_order.box, strict=True)]
-    corners = torch.cartesian_prod(*axes).view(-1, len(axes)).double()
-    ranks = torch.full(2 * (tiles(tile_order.layout.k_length),), 2**62)
-    of_boxes = torch.cdist(corners, corners).argsort(stable=True).argsort()
-    ranks[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
-    return ranks
 
 
 def _check_beyond(beyond: Any) -> None:

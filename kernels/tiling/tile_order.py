@@ -84,3 +84,13 @@ def reached(axes: Sequence[Axis], tile_order: TileOrder, how: str) -> torch.Tens
         ranges = [getattr(axis, how)(side, side) for axis, side in zip(axes, tile_order.box, strict=True)]
         reach[tile_order.text_tiles :, tile_order.text_tiles :] = tile_map(ranges, tile_order.boxes)
     return reach
+
+
+def ranks(tile_order: TileOrder) -> torch.Tensor:
+    """The number of boxes nearer to each Q tile than each KV tile: int64 `[q_tiles, k_tiles]`; text ranks last."""
+    axes = [side * torch.arange(count) for count, side in zip(tile_order.boxes, tile_order.box, strict=True)]
+    corners = torch.cartesian_prod(*axes).view(-1, len(axes)).double()
+    of_tiles = torch.full(2 * (tiles(tile_order.layout.k_length),), 2**62)
+    of_boxes = torch.cdist(corners, corners).argsort(stable=True).argsort()
+    of_tiles[tile_order.text_tiles :, tile_order.text_tiles :] = of_boxes
+    return of_tiles

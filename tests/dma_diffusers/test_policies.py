@@ -155,6 +155,17 @@ def test_a_clamped_window_is_noted_once(caplog):
     assert {module.notes for module in report(pipe).modules} == {(FUSES,)}
 
 
+def test_means_without_far_tiles_are_noted_once_where_no_grid_is_needed(caplog):
+    pipe = tiny_pipelines.flux()
+    apply(pipe, policy="importance(budget=0.5, low=0.5, beyond=mean)", **NOWHERE_DENSE)
+    note = "beyond=mean changes nothing: budget and low take every tile"
+    with caplog.at_level(logging.WARNING, "dma_diffusers"):
+        draw(pipe)
+        draw(pipe)
+    assert [record.getMessage() for record in caplog.records] == [f"FluxTransformer2DModel: {note}"]
+    assert all(note in module.notes for module in report(pipe).modules)
+
+
 class Unknown(torch.nn.Module):
     """Flux's inside, of no known family."""
 

@@ -64,6 +64,29 @@ def test_an_entry_has_the_configurations_other_fields():
     assert DMAConfig(window=384).entries == ((0.0, DMAConfig(window=384)),)
 
 
+def test_an_entry_has_rotations_smoothing_and_unprotected_text_of_its_own():
+    entries = (
+        "rotation=none/hadamard32 smooth_k=false",
+        "smooth_v=false protect_text=false",
+        "smooth_v=true",
+    )
+    words = f"sigma>0.9: {entries[0]}; sigma>0.5: {entries[1]}; {entries[2]}"
+    config = DMAConfig(schedule=words, rotation="hadamard16", smooth_v=False)
+    assert config.schedule == words
+    found = [config for _, config in config.entries]
+    assert [each.rotation for each in found] == ["none/hadamard32", "hadamard16", "hadamard16"]
+    assert [each.smooth_k for each in found] == [False, True, True]
+    assert [each.smooth_v for each in found] == [False, False, True]
+    assert [each.protect_text for each in found] == [True, False, True]
+    pairs = [
+        [0.9, {"rotation": "none/hadamard32", "smooth_k": False}],
+        [0.5, {"smooth_v": False, "protect_text": False}],
+        [0, {"smooth_v": True}],
+    ]
+    assert DMAConfig(schedule=pairs, rotation="hadamard16", smooth_v=False) == config
+    assert DMAConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
 def test_what_a_module_says_of_its_own():
     config = DMAConfig(
         schedule=KEPT,
@@ -102,7 +125,11 @@ def test_what_a_module_says_of_its_own():
     ([[True, "dense()"], [0, "dense()"]], "from 0 to less than 1, got True"),
     ([[-0.1, "dense()"]], "from 0 to less than 1, got -0.1"),
     ("", "'' is no entry"), ("sigma>0.9: dense();; dense()", "'' is no entry"), ([], "give at least one entry"),
-    ("dense", "'dense' is no entry: give a policy, or any of policy, high, low, window, sink"),
+    ("dense", "'dense' is no entry: give a policy, or any of policy, high, low, window, sink, rotation"),
+    ("rotation=spin", "unknown rotation 'spin'"), ("min_length=9", "is no entry: give a policy, or any of"),
+    ("smooth_k=maybe", "smooth_k must be true or false, got 'maybe'"),
+    ("protect_text=0", "protect_text must be true or false, got '0'"),
+    ([[0, {"smooth_v": 1}]], "smooth_v must be true or false, got '1'"),
     ("dense() dense()", "is no entry"), ("low=int8 low=fp8", "is no entry"), ("budget=1", "is no entry"),
     ([[0, {}]], "{} is no entry"), ([[0, {"dense": True}]], "is no entry: give a policy"), ([[0, 3]], "3 is no entry"),
     ([[0, {"policy": 3}]], "policy must be a policy or its words, got 3"),
@@ -169,7 +196,8 @@ POLICIES = st.one_of(
 PARTS = st.tuples(
     st.none() | POLICIES.map(str), st.none() | st.sampled_from(["bf16", "mxfp8/fp8"]),
     st.none() | st.sampled_from(["int8", "nvfp4/bf16"]),
-).filter(any)  # fmt: skip
+    st.none() | st.sampled_from(["none", "head_dim", "none/hadamard32"]), *[st.none() | st.booleans()] * 2,
+).filter(lambda own: set(own) != {None})  # fmt: skip
 
 
 @st.composite
@@ -192,6 +220,8 @@ def test_words_are_read_back_and_one_entry_holds_at_every_level(made, sigma):
     holding = [part for part in made if level > torch.tensor(part.above).item()] or made[-1:]
     assert parse(found.words) == parse(holding[0].policy or "dense(everywhere=low)")
     assert found.high == (holding[0].high or "mxfp8") and found.low == (holding[0].low or "mxfp4")
+    assert found.rotation == (holding[0].rotation or "none")
+    assert [found.smooth_k, found.smooth_v] == [each is not False for each in holding[0][5:7]]
 
 
 @given(st.text(alphabet="sigma>0.95:;= dens()lowint8,|", max_size=40))

@@ -79,6 +79,26 @@ def test_each_step_runs_the_entry_of_its_noise_level(name):
     assert f"  {STEPS * calls * len(modules)} calls intercepted: {of_all}" in str(report(pipe))
 
 
+ROTATED, PLAIN = (
+    "importance(budget=0.5) rotation=hadamard16",
+    "importance(budget=0.5) smooth_k=false protect_text=false",
+)
+
+
+def test_entries_have_rotations_and_unprotected_text_of_their_own_also_compiled(asked):
+    pipe = tiny_pipelines.flux()
+    apply(pipe, min_length=0, schedule=f"sigma>0.9: {ROTATED}; sigma>0.4: {PLAIN}; {REST}")
+    eager = draw(pipe, num_inference_steps=STEPS)
+    of_entries = ("hadamard16", True, True), ("none", False, False), ("none", True, True)
+    modules = len(report(pipe).modules)
+    steps = [of_entries[(level <= 0.9) + (level <= 0.4)] for level in levels(pipe) for _ in range(modules)]
+    found = [(call["rotation"], call["smooth_k"], call["text_stop"] > call["text_start"]) for call in asked]
+    assert found == steps and len(set(steps)) == 3
+    assert all(list(module.by_entry)[1] == f"sigma>0.4: {PLAIN}" for module in report(pipe).modules)
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    assert torch.equal(draw(pipe, num_inference_steps=STEPS), eager)
+
+
 def graphs_of(pipe, lengths=(19,), steps=STEPS, method="compile_repeated_blocks", expected=None) -> list[int]:
     """The numbers of graphs with attention after a drawing with each length of text."""
     torch.compiler.reset()

@@ -156,6 +156,34 @@ def test_a_neighborhood_without_far_tiles_says_so():
     assert clamped == ["window 50 in dimension 1 was clamped to the grid's 40", note]
 
 
+@pytest.mark.parametrize(("words", "notes"), [
+    ("importance(budget=0.5, low=0.5, beyond=mean)", ["beyond=mean changes nothing: budget and low take every tile"]),
+    ("importance(budget=1, beyond=mean)", ["beyond=mean changes nothing: budget and low take every tile"]),
+    ("importance(budget=0.5, low=0.4, beyond=mean)", []),
+    ("importance(budget=1)", []),
+    ("dense(everywhere=low) | neighborhood(window=8x8, beyond=mean)",
+     ["beyond=mean changes nothing: dense(everywhere=low) computes every tile"]),
+    ("neighborhood(window=8x8, beyond=mean) | diagonal(window=0, sink=128)",
+     ["beyond=mean changes nothing: diagonal(window=0, sink=128) computes every tile"]),
+    ("dense(everywhere=mean) | diagonal(window=128, sink=128)",
+     ["everywhere=mean changes nothing: diagonal(window=128, sink=128) computes every tile"]),
+    ("dense() | importance(budget=0.1, beyond=mean)",
+     ["beyond=mean changes nothing: dense(everywhere=high) computes every tile"]),
+    ("dense(everywhere=low) | importance(budget=0.1, beyond=mean)", []),
+    ("neighborhood(window=8x8, beyond=mean) | importance(budget=0.1)", []),
+    ("dense(everywhere=mean) | neighborhood(window=8x8)", []),
+    ("neighborhood(high=8x8, beyond=mean)", ["beyond=mean changes nothing: the window reaches every tile"]),
+])  # fmt: skip
+def test_means_that_no_tile_is_taken_by_are_noted(words, notes):
+    policy, layout = parse(words), Layout(1600, 1600, grid=(40, 40))
+    assert policy.notes((40, 40)) == notes
+    tile_order = TileOrder(layout, policy.box((40, 40)))
+    takes_means = (policy.classes(tile_order.layout, tile_order=tile_order) == Class.MEAN).any()
+    if (routing := make(policy, layout).routing) and routing.rest == Phase.MEAN:
+        takes_means |= (routing.shares[..., 1] < routing.phases.shape[-1]).any()
+    assert takes_means == ("mean" in words and not notes)
+
+
 def _visits(grid, window, stride, tile_order: TileOrder) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of tiles in which some query sees some key, and pairs in which every query sees every key."""
     text = tile_order.tokens.text_length
