@@ -1,5 +1,6 @@
 """Kernels by the names that PyTorch's profiler gave them on an H200, sorted into the parts of a step."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_kernels_part(kernel, part):
 
 def test_parts_of_a_measured_step():
     """The committed step of FLUX.1-dev: its kernels that take the most time are all known."""
-    result = json.loads((RESULTS / "h200_flux_steps.json").read_text())["shapes"]
+    result = json.loads(gzip.decompress((RESULTS / "h200_flux_steps.json.gz").read_bytes()))["shapes"]
     for linears in ("bf16", "fp8"):
         for entry in result[f"flux-1k, {linears} linears"]["entries"]:
             found = parts({kernel["name"]: kernel["ms"] for kernel in entry["kernels"]})
