@@ -88,7 +88,7 @@ def attention(
         is_low = phase in low_phases
         operands = of_low if is_low else of_high
         phase_q, shift = operands.q[longest_first], operands.shift[longest_first]
-        # The mean comes and goes for a class that the map has, and not for another: small sums would be lost beside it.
+        # Only a class that the map has takes V's mean away and gives it back: beside it the smallest sums are lost.
         units = operands.units_of(row_kv_head) if used[is_low] else None
         if units is not None:
             accumulator = (accumulator - l * units.mean) / units.scale

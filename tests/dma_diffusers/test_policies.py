@@ -141,14 +141,18 @@ def test_dense_steps_and_layers_are_high_everywhere_with_every_policy(name, poli
     assert [call["policy"] for call in asked[:modules]] == words
 
 
-def test_a_clamped_window_is_noted_once(caplog):
-    pipe = tiny_pipelines.flux()
-    apply(pipe, policy="neighborhood(window=9x30)", **NOWHERE_DENSE)
-    note = "window 30 in dimension 2 was clamped to the grid's 20"
+def assert_logged_once(pipe, note: str, caplog) -> None:
     with caplog.at_level(logging.WARNING, "dma_diffusers"):
         draw(pipe)
         draw(pipe)
     assert [record.getMessage() for record in caplog.records] == [f"FluxTransformer2DModel: {note}"]
+
+
+def test_a_clamped_window_is_noted_once(caplog):
+    pipe = tiny_pipelines.flux()
+    apply(pipe, policy="neighborhood(window=9x30)", **NOWHERE_DENSE)
+    note = "window 30 in dimension 2 was clamped to the grid's 20"
+    assert_logged_once(pipe, note, caplog)
     assert {module.notes for module in report(pipe).modules} == {(note, FUSES)}
     assert f"  note: {note}\n" in f"{report(pipe)}\n"
     draw(pipe, height=60, width=64)
@@ -159,10 +163,7 @@ def test_means_without_far_tiles_are_noted_once_where_no_grid_is_needed(caplog):
     pipe = tiny_pipelines.flux()
     apply(pipe, policy="importance(budget=0.5, low=0.5, beyond=mean)", **NOWHERE_DENSE)
     note = "beyond=mean changes nothing: budget and low take every tile"
-    with caplog.at_level(logging.WARNING, "dma_diffusers"):
-        draw(pipe)
-        draw(pipe)
-    assert [record.getMessage() for record in caplog.records] == [f"FluxTransformer2DModel: {note}"]
+    assert_logged_once(pipe, note, caplog)
     assert all(note in module.notes for module in report(pipe).modules)
 
 
