@@ -292,7 +292,9 @@ class Interception:
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         observer = self.memory or self.watch  # the memory hands its calls to the watch
-        if observer is not None and self.stand_in is None and not is_exporting():
+        # What a checkpoint runs first must be what it runs again with gradients, which no observer sees.
+        is_observed = self.stand_in is None and not is_exporting() and not self.forward.call.trains
+        if observer is not None and is_observed:
             arguments["observer"] = observer.handle
         result = (self.stand_in or operator.attention)(query, key, value, **arguments)
         self._count_inexact(result.inexact_rows)

@@ -1,9 +1,10 @@
 """Memory: the pairs of tiles that a module found important in one step of a drawing serve the next steps too.
 
 It is for policies with `by=memory`. Pairs are kept for each text with which the model is called in a step, such as
-prompt and negative prompt, for each of several calls with one text, and for each thread. They are forgotten where the
-noise level rises, or stays with other latents, as in another drawing, and where the shapes or the policy change. Where
-a model doesn't tell the noise level, every call finds its pairs anew.
+prompt and negative prompt, for each of several calls with one text, for each call of a module in a step, such as those
+with a ring's chunks of keys, and for each thread. They are forgotten where the noise level rises, or stays with other
+latents, as in another drawing, and where the shapes or the policy change. Where a model doesn't tell the noise level,
+every call finds its pairs anew.
 """
 
 import math
@@ -22,8 +23,9 @@ from dma_diffusers.kernels.tiling.policies import parse
 
 EVERY, FARTHEST = 6, 0.25
 """Pairs serve so many steps, that of their choice among them, while the noise level falls by this much at most."""
-MOST_TEXTS, MOST_BRANCHES = 4, 4
-"""So many texts of a thread, and calls with one text in a step, are told apart."""
+MOST_TEXTS, MOST_BRANCHES, MOST_CALLS = 4, 4, 16
+"""So many texts of a thread, calls of a model with one text in a step, and calls of a module in one of these are told
+apart."""
 UNTOLD = "a call did not tell its noise level: by=memory found the important tiles anew, as by=rows does"
 _TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5", "text_bth", "cap_feats")
 
@@ -47,12 +49,13 @@ class Kept:
 class Branch:
     """The calls of a model that follow each other through the steps of a drawing.
 
-    step, sigma: the number and the noise level of the step that runs. kept: by module.
+    step, sigma: the number and the noise level of the step that runs. kept: of each module, for its first call in a step,
+    the second, and so on.
     """
 
     step: int = 0
     sigma: float = math.inf
-    kept: dict["ModuleMemory", Kept] = field(default_factory=dict)
+    kept: dict["ModuleMemory", list[Kept]] = field(default_factory=dict)
 
 
 def _reference(x: torch.Tensor | None) -> Callable[[], torch.Tensor | None]:
@@ -161,15 +164,16 @@ class ModuleMemory:
         return run(asked.policy) if self.inner is None else self.inner.attention(call, asked, run)
 
     def _kept(self, branch: Branch, call: Call, asked: Asked) -> Kept | None:
-        """The pairs for such calls in a branch; None for a second call of the module in one step."""
+        """The pairs for such calls in a branch; None where the module was called too often in this step."""
         key = asked.policy, call.q.shape, call.k.shape, call.q.device
-        kept = branch.kept.get(self)
-        if kept is not None and kept.used == branch.step:
+        of_calls = branch.kept.setdefault(self, [])
+        number = sum(kept.used == branch.step for kept in of_calls)
+        if number == MOST_CALLS:
             return None
-        if kept is None or kept.key != key:
-            kept = branch.kept[self] = Kept(key)
-        kept.used = branch.step
-        return kept
+        if number == len(of_calls) or of_calls[number].key != key:
+            of_calls[number : number + 1] = [Kept(key)]
+        of_calls[number].used = branch.step
+        return of_calls[number]
 
     def _is_fresh(self, kept: Kept, branch: Branch) -> bool:
         """Tells whether a choice was made, in a step that is not too long ago."""

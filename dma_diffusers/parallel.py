@@ -120,16 +120,10 @@ class Spread:
 
     def check(self, policies: Iterable[Policy]) -> None:
         """Raises ValueError for a policy that the ring can't have, because it needs all keys at once."""
-        policies = list(policies)
         if self.ring > 1 and (on_grid := [policy for policy in policies if policy.on_grid]):
             raise ValueError(
                 f"{on_grid[0]} needs the whole grid, of which a ring shows one chunk at a time: "
                 f"use Ulysses, ContextParallelConfig(ulysses_degree={self.gpus}), or a policy without a grid"
-            )
-        if self.ring > 1 and (remembering := [policy for policy in policies if policy.remembers]):
-            raise ValueError(
-                f"{remembering[0]} would remember one chunk of a ring's keys for another: use by=pools or by=rows, or "
-                f"Ulysses, ContextParallelConfig(ulysses_degree={self.gpus})"
             )
 
     def arguments(self, arguments: dict[str, Any], heads: int, chunk: int | None = None) -> dict[str, Any]:

@@ -306,18 +306,18 @@ class Importance(Policy):
         `beyond` it is that of each Q tile's pairs, and may be 0 if `low` isn't.
     low: the share of each Q tile's pairs that is LOW; it needs `beyond`.
     beyond: the class of the rest, MEAN or SKIP; None for LOW.
-    by: POOLS predicts probabilities from the tiles' means and variances. ROWS computes those of sixteen rows of each
-        Q tile over a quarter of the keys, which is more exact and takes longer. MEMORY does so in some steps of a
-        drawing and remembers the pairs in those between; where nothing tells the steps, it is ROWS.
+    by: ROWS computes the probabilities of sixteen rows of each Q tile over a quarter of the keys. MEMORY does so in some
+        steps of a drawing and remembers the pairs in those between; where nothing tells the steps, it is ROWS. POOLS
+        predicts probabilities from the tiles' means and variances, which is less exact and needs no steps.
     """
 
     budget: float
     low: float | None = None
     beyond: Class | None = None
-    by: By = By.POOLS
+    by: By = By.MEMORY
 
     name = "importance"
-    omitted = (None, By.POOLS)
+    omitted = (None, By.MEMORY)
     by_content = True
 
     def __post_init__(self):

@@ -226,20 +226,59 @@ def memories_are_those_of_one_process(world: World) -> dict:
     from dma_diffusers import apply, report
 
     case = tiny("flux")
-    (text,) = case.texts(1)
-    policy = "diagonal(window=0, sink=0, near=grid) | importance(budget=0.3, beyond=mean, by=memory)"
+    policy = "diagonal(window=0, sink=0, near=grid) | importance(budget=0.3, beyond=mean)"
     apply(case.model, min_length=0, high="bf16", low="bf16", policy=policy, lowering="reference")
-
-    def draw() -> torch.Tensor:
-        steps = [
-            case.call(text, case.latents * sign) | {"timestep": torch.full((1,), level)}
-            for sign, level in ((1, 0.5), (-1, 0.45), (1, 0.4))
-        ]
-        return torch.stack([case.model(**call, return_dict=False)[0] for call in steps])
-
-    alone = draw()
+    (text,) = case.texts(1)
+    alone = three_steps(case, text)
     case.model.enable_parallelism(config=world.config())
-    return {"several": error(draw(), alone), "notes": [module.notes for module in report(case.model).modules]}
+    several = error(three_steps(case, text), alone)
+    return {"several": several, "notes": [module.notes for module in report(case.model).modules]}
+
+
+def three_steps(case, text: torch.Tensor) -> torch.Tensor:
+    """What a model returns in three steps of a drawing, the second of which has other latents."""
+    steps = [
+        case.call(text, case.latents * sign) | {"timestep": torch.full((1,), level)}
+        for sign, level in ((1, 0.5), (-1, 0.45), (1, 0.4))
+    ]
+    return torch.stack([case.model(**call, return_dict=False)[0] for call in steps])
+
+
+def chunks_have_memories_of_their_own(world: World) -> dict:
+    """Each process finds the pairs of each of a ring's chunks, and remembers them."""
+    from dma_diffusers import apply, report
+    from dma_diffusers.kernels import operator
+
+    case, genuine, calls = tiny("wan"), operator._attention, []
+    case.latents = torch.randn(1, 16, 3, 32, 48)
+    (text,) = case.texts(1)
+
+    def attention(**asked):
+        result, memory = genuine(**asked), asked["memory"]
+        calls.append((asked["k"].sum().item(), id(memory), memory.is_read, memory.high.clone()))
+        return result
+
+    fields = {"min_length": 0, "high": "bf16", "low": "bf16", "lowering": "reference"}
+    case.model.enable_parallelism(config=world.config())
+    apply(case.model, policy="importance(budget=0.3, by=rows)", **fields)
+    anew = three_steps(case, text)
+    apply(case.model, policy="importance(budget=0.3)", **fields)
+    operator._attention = attention
+    try:
+        found = three_steps(case, text)
+    finally:
+        operator._attention = genuine
+    steps = [calls[start :: len(calls) // 3] for start in range(len(calls) // 3)]  # of each call in a step
+    return {
+        "first step": error(found[0], anew[0]),
+        "others": error(found[1:], anew[1:]),
+        "calls": len(steps),
+        "keys": [len({keys for keys, *_ in step}) for step in steps],
+        "memories": [[len({call[1] for call in step}), *(call[2] for call in step)] for step in steps],
+        "own": len({step[0][1] for step in steps}),
+        "kept": all(torch.equal(step[0][3], call[3]) for step in steps for call in step),
+        "notes": [module.notes for module in report(case.model).modules],
+    }
 
 
 def grids_are_refused(world: World) -> dict:
@@ -428,7 +467,7 @@ CASES: dict[str, Callable[[World], dict]] = {
     function.__name__: function
     for function in (
         keys_have_means_of_their_own, masks_are_each_chunk_s_own, heads_and_chunks_have_their_policies,
-        memories_are_those_of_one_process, grids_are_refused, restored_models_are_stock, fallbacks_are_stock,
+        memories_are_those_of_one_process, chunks_have_memories_of_their_own, grids_are_refused, restored_models_are_stock, fallbacks_are_stock,
         lengths_are_all_processes,
         parts_of_different_lengths, heads_must_be_divided, masks_of_all_tokens_are_refused,
         backends_without_parallelism_are_refused, guarded,

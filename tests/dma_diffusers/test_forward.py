@@ -150,6 +150,27 @@ def test_checkpoints_give_the_gradients_that_there_are_without_them(reentrant, t
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_remember_no_pairs_of_an_earlier_step(reentrant):
+    """What runs anew finds its pairs anew, so what a checkpoint runs first must."""
+    model = tiny_models.make("flux").model
+    policy = "importance(budget=0.3, beyond=skip)"
+    apply(model, min_length=0, high="bf16", low="bf16", policy=policy, dense_layers=(), dense_above_sigma=1)
+    call = flux_call(21, 24, 0.5)
+    earlier = call | {"hidden_states": -call["hidden_states"], "timestep": torch.tensor([0.6])}
+
+    def of_latents() -> torch.Tensor:
+        with torch.no_grad():
+            model(**earlier)
+        latents = call["hidden_states"].clone().requires_grad_()
+        model(**call | {"hidden_states": latents})[0].square().sum().backward()
+        return latents.grad
+
+    plain = of_latents()
+    enable_checkpoints(model, reentrant)
+    assert relative_l2(of_latents(), plain) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_that_are_not_the_models_own_are_refused(reentrant, monkeypatch):
     model = tiny_models.make("flux").model.train()
     for block in model.transformer_blocks:

@@ -12,14 +12,13 @@ from dma_diffusers import apply, report
 from dma_diffusers.families import Family
 from dma_diffusers.kernels import operator
 from dma_diffusers.kernels.operator import DENSE, Asked, Result
-from dma_diffusers.kernels.tiling.policies import parse
-from dma_diffusers.memory import EVERY, MOST_BRANCHES, MOST_TEXTS, UNTOLD, Branch, Drawings, ModuleMemory
-from dma_diffusers.parallel import Spread
+from dma_diffusers.memory import EVERY, MOST_BRANCHES, MOST_CALLS, MOST_TEXTS, UNTOLD, Branch, Drawings, ModuleMemory
 from tests import tiny_pipelines
 from tests.dma_diffusers.graphs import Graphs
 
 GENUINE = operator._attention
-POLICY = "importance(budget=0.3, beyond=mean, by=memory)"
+POLICY = "importance(budget=0.3, beyond=mean)"
+BY_ROWS = "importance(budget=0.3, beyond=mean, by=rows)"
 FIELDS = {
     "min_length": 0,
     "high": "bf16",
@@ -85,7 +84,7 @@ def test_pairs_serve_a_few_steps_at_noise_levels_not_far_below(model, calls):
         assert not torch.equal(own[3][2], own[2][2])  # other latents show other pairs
     note = f"importance was found in 3 calls, and remembered in {EVERY + 1}"
     assert all(note in module.notes for module in report(model).modules if module.intercepted)
-    apply(model, **FIELDS | {"policy": POLICY.replace("memory", "rows")})
+    apply(model, **FIELDS | {"policy": BY_ROWS})
     fresh = [run(model, words, level, latents(seed)) for seed, level in enumerate(levels)]
     is_same = "".join("c" if torch.equal(*pair) else "r" for pair in zip(outs, fresh, strict=True))
     assert is_same == "crrc" + "r" * (EVERY - 1) + "c"
@@ -172,12 +171,28 @@ def test_modules_that_caches_skip_choose_when_they_are_called_again():
     memory, branch, handed = made()
     assert hand(memory, handed) is False
     branch.step = 3
-    assert hand(memory, handed) is True and hand(memory, handed) is None  # the second call in a step
+    assert hand(memory, handed) is True
     branch.step = 2 + EVERY
     assert hand(memory, handed) is False and (memory.chosen, memory.read) == (2, 1)
     branch.step += 1
-    assert hand(memory, handed, policy="importance(budget=0.3, by=rows)") is None
+    assert hand(memory, handed, policy="importance(budget=0.3, by=pools)") is None
     assert hand(memory, handed, shape=(2, 2, 256, 64)) is False
+
+
+def test_each_call_of_a_module_in_a_step_has_pairs_of_its_own():
+    """As those with a ring's chunks have."""
+    memory, branch, handed = made()
+    small, large = (1, 2, 256, 64), (1, 2, 384, 64)
+    for step, expected in enumerate([[False] * 3, [True] * 3], 1):
+        branch.step = step
+        assert [hand(memory, handed, shape) for shape in (small, small, large)] == expected
+        places = [id(kept) for kept in branch.kept[memory]]
+        assert len(set(places)) == 3 and (step == 1 or places == before)
+        before = places
+    branch.step = 3
+    assert [hand(memory, handed, shape) for shape in (small, large, large)] == [True, False, True]
+    branch.step = 4
+    assert [hand(memory, handed) for _ in range(MOST_CALLS + 1)][MOST_CALLS - 1 :] == [False, None]
 
 
 def test_what_the_guard_runs_otherwise_is_not_remembered(monkeypatch):
@@ -258,16 +273,6 @@ def test_without_a_noise_level_every_call_chooses(model, calls, monkeypatch):
     assert all(UNTOLD in module.notes for module in report(model).modules if module.intercepted)
 
 
-def test_a_ring_is_refused():
-    context = SimpleNamespace(ring_degree=2, ulysses_degree=1)
-    with pytest.raises(
-        ValueError, match=r"by=memory\) would remember .* use by=pools or by=rows, or Ulysses, "
-    ):
-        Spread(context, None).check([parse("diagonal(window=128)"), parse(POLICY)])
-    Spread(context, None).check([parse(POLICY.replace("memory", "rows"))])
-    Spread(SimpleNamespace(ring_degree=1, ulysses_degree=2), None).check([parse(POLICY)])
-
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -281,18 +286,17 @@ def test_kernels_read_what_they_wrote():
     q, k, v = (3 * x.bfloat16() for x in draws)
     memory, branch, _ = made()
 
-    def attend(q, observer=None, by="memory"):
-        policy = POLICY.replace("memory", by)
+    def attend(q, observer=None, policy=POLICY):
         return operator.attention(q, k, v, high="bf16", low="int8", policy=policy, observer=observer).out
 
-    wanted = attend(q, by="rows")
+    wanted = attend(q, policy=BY_ROWS)
     for step in range(1, EVERY):
         branch.step = step
         assert torch.equal(attend(q, memory.handle), wanted)
     branch.step = EVERY
-    assert not torch.equal(attend(-q, memory.handle), attend(-q, by="rows"))
+    assert not torch.equal(attend(-q, memory.handle), attend(-q, policy=BY_ROWS))
     branch.step = EVERY + 1
-    assert torch.equal(attend(-q, memory.handle), attend(-q, by="rows"))
+    assert torch.equal(attend(-q, memory.handle), attend(-q, policy=BY_ROWS))
     assert (memory.chosen, memory.read) == (2, EVERY - 1)
 
 

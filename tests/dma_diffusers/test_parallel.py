@@ -198,4 +198,12 @@ def test_memories_are_those_of_one_process():
         assert each["several"] < 1e-6
         of_both = "importance was found in 2 calls, and remembered in 4"
         assert all(of_both in notes for notes in each["notes"])
-    assert "by=memory" in found(RING, "memories_are_those_of_one_process")[0]["error"]
+
+
+def test_a_ring_s_chunks_have_memories_of_their_own():
+    for each in found(RING, "chunks_have_memories_of_their_own"):
+        assert each["first step"] == 0 < each["others"]
+        assert each["own"] == each["calls"] and each["memories"] == [[1, False, True, True]] * each["calls"]
+        assert each["kept"] and min(each["keys"]) > 1
+        of_both = "importance was found in 2 calls, and remembered in 4"
+        assert 2 * sum(of_both in notes for notes in each["notes"]) == each["calls"]

@@ -167,8 +167,8 @@ def test_rows_and_memory_cost_what_they_multiply():
     rows, memory, pools, none = (
         routing_clocks(parse(words), layout, "sm_90", 128)
         for words in (
-            "importance(budget=0.1, by=rows)", "importance(budget=0.1, by=memory) | diagonal(window=128)",
-            "importance(budget=0.1)", "diagonal(window=128)",
+            "importance(budget=0.1, by=rows)", "importance(budget=0.1) | diagonal(window=128)",
+            "importance(budget=0.1, by=pools)", "diagonal(window=128)",
         )
     )  # fmt: skip
     assert rows == pytest.approx(2 * 100 * (1024 + 1024) / 32) and rows == 6 * memory and pools == none == 0

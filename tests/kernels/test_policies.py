@@ -36,7 +36,7 @@ POLICIES = [
     (Importance(0.1, 0.2, Class.MEAN), "importance(budget=0.1, low=0.2, beyond=mean)"),
     (Importance(0, 0.2, Class.SKIP), "importance(budget=0, low=0.2, beyond=skip)"),
     (Importance(0.1, by=By.ROWS), "importance(budget=0.1, by=rows)"),
-    (Importance(0.1, 0.2, Class.MEAN, By.MEMORY), "importance(budget=0.1, low=0.2, beyond=mean, by=memory)"),
+    (Importance(0.1, 0.2, Class.MEAN, By.POOLS), "importance(budget=0.1, low=0.2, beyond=mean, by=pools)"),
     (SkipSoftmax(1e-4), "skip_softmax(threshold=0.0001)"),
     (Neighborhood((8, 8)) | Importance(0.1) | SkipSoftmax(0.01),
      "neighborhood(window=8x8) | importance(budget=0.1) | skip_softmax(threshold=0.01)"),
