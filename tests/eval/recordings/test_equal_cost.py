@@ -1,5 +1,8 @@
 """Pools and rows with MEAN tiles beside importance as it was, at equal cost."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -89,3 +92,24 @@ def test_tiles_of_text_are_high():
     found = errors(of_two, of_two, text_tiles=1)
     for router in (BEFORE, *OURS):
         assert max(found[f"sm_90, bf16 | {router} | tile"]) < 0.01
+
+
+def test_the_page_says_what_the_committed_result_holds():
+    folder = Path(__file__).parents[3] / "eval" / "results"
+    result, page = (
+        json.loads((folder / "routers_equal_cost.json").read_text()),
+        (folder / "routing.md").read_text(),
+    )
+    for case, left in result["shares_left"].items():
+        formats, router = case.split(" | ")
+        assert left == [round(share_left(share, router, *formats.split(", ")), 4) for share in SHARES]
+        cells = []
+        for demo in ("demo-video", "demo"):
+            of_ours, *of_before = (
+                [sum(prompts) / len(prompts) for prompts in result[demo][f"{formats} | {choice}"]]
+                for choice in (f"{router} | tile", f"{BEFORE} | heads", f"{BEFORE} | tile")
+            )
+            for at, error in enumerate(of_ours):
+                ratios = ", ".join(f"{error / each[at]:.2f}"[1:] for each in of_before)
+                cells.append(f"{error:.4f}"[1:] + f" ({ratios})")
+        assert f"| {' | '.join(cells)} |" in page
