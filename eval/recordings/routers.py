@@ -60,26 +60,38 @@ def errors(call: Call, earlier: dict[int, Call], text_tiles: int, seed: int) -> 
                     is_exact[:, text_tiles:, text_tiles:] = top(offered, share, who)
                     names.append((router, use, share, who))
                     chosen.append(is_exact)
-    whole = exact.sum(2)
-    wanted = whole[..., :-1] / whole[..., -1:]
+    wanted = output(exact.sum(2))
     found = {}
     for use in SHARES:
         own = [number for number, name in enumerate(names) if name[1] == use]
-        weight = torch.stack([chosen[number] for number in own], 2).float()  # [H, q_tiles, choices, k_tiles]
-        lost = torch.zeros(len(own))
-        for head, q_tile in torch.cartesian_prod(*map(torch.arange, exact.shape[:2])).tolist():
-            mixed = weight[head, q_tile] @ exact[head, q_tile].flatten(1)
-            if use in others:
-                mixed += (1 - weight[head, q_tile]) @ others[use][head, q_tile].flatten(1)
-            mixed = mixed.unflatten(1, exact.shape[3:])
-            total = mixed[..., -1:]
-            out = mixed[..., :-1] / torch.where(total == 0, 1, total)
-            lost += (out - wanted[head, q_tile]).square().sum((1, 2))
-        relative = (lost / wanted.square().sum()).sqrt().tolist()
+        relative = relative_errors(exact, others.get(use), [chosen[number] for number in own], wanted)
         for number, error in zip(own, relative, strict=True):
             router, use, share, who = names[number]
             found[f"{router} | {use} {share:g} | {who}"] = error
     return found
+
+
+def relative_errors(
+    exact: torch.Tensor, other: torch.Tensor | None, chosen: list[torch.Tensor], wanted: torch.Tensor
+) -> list[float]:
+    """Return the relative L2 error of the output for each choice of exact pairs, bool `[H, q_tiles, k_tiles]`.
+
+    exact, other: what pairs add, as `_parts` returns it; without `other` the rest is skipped.
+    """
+    weight = torch.stack(chosen, 2).float()  # [H, q_tiles, choices, k_tiles]
+    lost = torch.zeros(len(chosen))
+    for head, q_tile in torch.cartesian_prod(*map(torch.arange, exact.shape[:2])).tolist():
+        mixed = weight[head, q_tile] @ exact[head, q_tile].flatten(1)
+        if other is not None:
+            mixed += (1 - weight[head, q_tile]) @ other[head, q_tile].flatten(1)
+        lost += (output(mixed.unflatten(1, exact.shape[3:])) - wanted[head, q_tile]).square().sum((1, 2))
+    return (lost / wanted.square().sum()).sqrt().tolist()
+
+
+def output(added: torch.Tensor) -> torch.Tensor:
+    """Return what pairs added to the output over what they added to the sum, 0 where they added nothing."""
+    total = added[..., -1:]
+    return added[..., :-1] / torch.where(total == 0, 1, total)
 
 
 def _scores(call: Call, earlier: dict[int, Call], seed: int) -> dict[str, torch.Tensor]:
