@@ -6,7 +6,7 @@ from dma_diffusers.kernels import lowerings
 from dma_diffusers.kernels.defaults import default_formats
 
 # The shortest calls, in keys, that were faster than stock attention when they were measured, quantisation included, in
-# the default formats of the architecture (eval/results/h200_bench.json). Shorter ones were not, or were not measured.
+# the default formats of the architecture (eval/results/h200_bench.json.gz). Shorter ones weren't, or weren't measured.
 GAINS_FROM: dict[tuple[str, int | None], int] = {("sm_90", 64): 17_664, ("sm_90", 128): 16_384}
 # The same where every tile is LOW: whole steps were, and single calls (h200_pipeline_flux_1k.json and
 # h200_attention_fa3.json in eval/results).

@@ -49,8 +49,8 @@ class Kept:
 class Branch:
     """The calls of a model that follow each other through the steps of a drawing.
 
-    step, sigma: the number and the noise level of the step that runs. kept: of each module, for its first call in a step,
-    the second, and so on.
+    step, sigma: the number and the noise level of the step that runs. kept: of each module, for its first call in a
+    step, the second, and so on.
     """
 
     step: int = 0

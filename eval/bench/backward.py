@@ -72,7 +72,7 @@ def default_configs(architecture: str) -> list[Config]:
     formats = default_formats(architecture)
     return [
         Config("bf16", "int8", mapped=False),
-        Config("bf16", "int8", policy="importance(budget=0.5, beyond=skip)"),
+        Config("bf16", "int8", policy="importance(budget=0.5, beyond=skip, by=pools)"),
         Config(*formats, window=0, sink=0),
         Config("bf16", "int8", window=0, sink=0, backward="int8"),
     ]

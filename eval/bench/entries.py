@@ -168,14 +168,15 @@ def default_configs(architecture: str, shape: Shape) -> list[Config]:
     """Return configurations that show what a plan costs, in the formats that the GPU multiplies.
 
     The first has LOW everywhere, the second the diagonal and the first tile HIGH. The third is the second on a grid, so
-    that tokens are gathered, for a shape of `GRIDS`. In the last, importance chooses a twentieth to be HIGH.
+    that tokens are gathered, for a shape of `GRIDS`. In the last, importance chooses a twentieth to be HIGH; by pools,
+    because single calls remember nothing.
     """
     formats = default_formats(architecture)
     configs = [Config(*formats, window=0, sink=0), Config(*formats)]
     if shape.model in GRIDS:
         text, grid = GRIDS[shape.model]
         configs.append(Config(*formats, policy="diagonal(near=grid)", text_stop=text, grid=grid))
-    return [*configs, Config(*formats, policy="importance(budget=0.05)")]
+    return [*configs, Config(*formats, policy="importance(budget=0.05, by=pools)")]
 
 
 def _prepare(config: Config, copies: Sequence[Tensors]) -> Prepared:

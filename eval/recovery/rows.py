@@ -6,7 +6,7 @@ from dma_diffusers.config import DMAConfig
 from dma_diffusers.eval.quality.configurations import DEFAULT, parse
 
 _EVERYWHERE = ",dense_above_sigma=1,dense_layers=[]"
-_SKIPPING = parse("policy=importance(budget=0.48, beyond=skip)" + _EVERYWHERE)
+_SKIPPING = parse("policy=importance(budget=0.48, beyond=skip, by=pools)" + _EVERYWHERE)
 _MXFP8, _MXFP4 = DEFAULT["all MXFP8"], DEFAULT["all MXFP4"]
 
 

@@ -306,9 +306,9 @@ class Importance(Policy):
         `beyond` it is that of each Q tile's pairs, and may be 0 if `low` isn't.
     low: the share of each Q tile's pairs that is LOW; it needs `beyond`.
     beyond: the class of the rest, MEAN or SKIP; None for LOW.
-    by: ROWS computes the probabilities of sixteen rows of each Q tile over a quarter of the keys. MEMORY does so in some
-        steps of a drawing and remembers the pairs in those between; where nothing tells the steps, it is ROWS. POOLS
-        predicts probabilities from the tiles' means and variances, which is less exact and needs no steps.
+    by: ROWS computes the probabilities of sixteen rows of each Q tile over a quarter of the keys. MEMORY does so in
+        some steps of a drawing and remembers the pairs in those between; where nothing tells the steps, it is ROWS.
+        POOLS predicts probabilities from the tiles' means and variances, which is less exact and needs no steps.
     """
 
     budget: float

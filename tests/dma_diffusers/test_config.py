@@ -1,5 +1,6 @@
 """DMAConfig: what it allows, and its presets."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dma_diffusers import DMAConfig
 from dma_diffusers.gains import GAINS_FROM, LOW_GAINS_FROM
 
 CPU = torch.device("cpu")
-RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json"
+RESULTS = Path(__file__).parents[2] / "eval" / "results" / "h200_bench.json.gz"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_auto_leaves_what_was_not_measured(monkeypatch):
 
 def test_every_length_from_which_a_call_gains_was_measured_to_gain():
     """Against the best full-precision peer of the same run, quantisation included; the next shorter length is not."""
-    shapes = json.loads(RESULTS.read_text())["shapes"]
+    shapes = json.loads(gzip.decompress(RESULTS.read_bytes()))["shapes"]
     for (_, dim), least in GAINS_FROM.items():
         gains = {}
         for shape in shapes.values():

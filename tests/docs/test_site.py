@@ -44,7 +44,8 @@ def test_included_sections_and_results_are_there(site):
     assert "What runs where" in article(site / "shown/index.html")
     speed = site / "eval/results/speed/index.html"
     assert (
-        'href="../h200_bench.json"' in speed.read_text() and (site / "eval/results/h200_bench.json").is_file()
+        'href="../h200_bench.json.gz"' in speed.read_text()
+        and (site / "eval/results/h200_bench.json.gz").is_file()
     )
 
 

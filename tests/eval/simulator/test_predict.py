@@ -14,7 +14,7 @@ from dma_diffusers.kernels.tiling.boxes import fitting
 from dma_diffusers.kernels.tiling.neighborhood import neighborhood
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results"
-BENCHES = ("h200_bench.json", "h200_bench_batch2.json", "h200_bench_outliers.json")
+BENCHES = ("h200_bench.json.gz", "h200_bench_batch2.json.gz", "h200_bench_outliers.json.gz")
 FLUX = ((256, 256), (80, 80), (16, 16))
 HUNYUAN = ((30, 48, 80), (18, 24, 24), (16, 8, 8))
 
@@ -22,7 +22,8 @@ HUNYUAN = ((30, 48, 80), (18, 24, 24), (16, 8, 8))
 def beside_measured():
     """Predicted and measured milliseconds of every dense call, by what was timed."""
     for file in BENCHES:
-        for label, shape in json.loads((RESULTS / file).read_text())["shapes"].items():
+        bench = json.loads(gzip.decompress((RESULTS / file).read_bytes()))
+        for label, shape in bench["shapes"].items():
             batch, heads, tokens, head_dim = shape["size"]
             call = Call("h200", batch * heads, tokens, head_dim, "bf16", "int8")
             full = [entry["whole"]["ms"] for entry in shape["entries"] if entry["kind"] == FULL]

@@ -1,5 +1,6 @@
 """The page on formats says what the committed figures hold."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dma_diffusers.eval.study.tables import tables
 
 RESULTS = Path(__file__).parents[3] / "eval" / "results"
 PAGE = (RESULTS / "formats.md").read_text()
-FIGURES = json.loads((RESULTS / "formats.json").read_text())
+FIGURES = json.loads(gzip.decompress((RESULTS / "formats.json.gz").read_bytes()))
 
 
 @pytest.mark.parametrize("about", tables(FIGURES))
