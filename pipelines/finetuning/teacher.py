@@ -31,7 +31,7 @@ def store_teacher(
     `accelerate launch` each process draws its share. steps: of the sampler after which a drawing ends, None for all;
     the pipeline must have an `interrupt`, as FLUX's and Wan's have: ValueError is raised for one that has none.
     """
-    if steps and not hasattr(pipe, "interrupt"):
+    if steps and not hasattr(type(pipe), "interrupt"):  # which has no value before the first drawing
         raise ValueError(f"{type(pipe).__name__} can't be stopped after {steps} steps: it has no `interrupt`")
     state = PartialState()
     there = store.stored()

@@ -82,10 +82,12 @@ def test_a_drawing_ends_after_its_first_steps(family, more, tmp_path):
     pipe = getattr(tiny_pipelines, family)()
     prompts, call = ["a cat", "a dog", "an owl"], call_of(pipe, **more, num_inference_steps=3)
     store, whole = CallStore(tmp_path / "both"), CallStore(tmp_path / "whole")
-    draw, told = partial(store_teacher, pipe, pipe.transformer, call=call, seed=5, batch=2), []
-    draw(prompts[:1], store=store, on_step=silent)
-    draw(prompts, store=store, on_step=lambda *progress: told.append(progress[1:]), steps=2)
-    draw(prompts, store=whole, on_step=silent)
+    draw, told = partial(store_teacher, call=call, seed=5, batch=2), []
+    resumed = getattr(tiny_pipelines, family)()  # which drew nothing before
+    draw(pipe, pipe.transformer, prompts[:1], store=store, on_step=silent)
+    steps = {"steps": 2, "on_step": lambda *progress: told.append(progress[1:])}
+    draw(resumed, resumed.transformer, prompts, store=store, **steps)
+    draw(pipe, pipe.transformer, prompts, store=whole, on_step=silent)
     assert told == [(1, 2), (2, 2)]
     counts = [sum(step.sample == sample for step in store.steps(3)) for sample in range(3)]
     assert counts == [3, 2, 2]
