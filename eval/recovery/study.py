@@ -128,7 +128,7 @@ class Study:
         return read_drawings(folder, len(self.held_out), height)
 
     def training(self) -> Distillation:
-        """Return what rows learn from."""
+        """Return what rows learn from; raises FileNotFoundError where drawings are missing, as `judged` does."""
         return self._distillation("training", len(self.prompts))
 
     def judged(self) -> Distillation:
@@ -136,7 +136,12 @@ class Study:
         return self._distillation("held-out", self.plan.judged)
 
     def _distillation(self, name: str, samples: int) -> Distillation:
-        return Distillation(HeldCalls(self._store(name), samples, own_device()), samples)
+        store = self._store(name)
+        if missing := samples - len(store.stored()):
+            raise FileNotFoundError(
+                f"{self.folder / name} lacks {missing} of {samples} drawings: run `prepare` again, which draws them"
+            )
+        return Distillation(HeldCalls(store, samples, own_device()), samples)
 
     def _store(self, name: str) -> CallStore:
         return CallStore(self.folder / name)

@@ -1,6 +1,7 @@
 """The recovery study on a tiny model: rows are made once, judged on what they did not learn from, and summed up."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial, partialmethod
@@ -81,6 +82,16 @@ def test_further_prompts_are_drawn_for_their_first_steps(study):
     (first, second), early = study.training().levels[:2], study.training().levels[-3:]
     assert first > second and early == [first] * 3
     assert Counter(step.sample for step in study.judged().steps) == {0: 2}
+
+
+def test_a_study_that_is_not_fully_drawn_says_so(study, tmp_path):
+    begun = Study.of(tmp_path, PLAN)
+    with pytest.raises(FileNotFoundError, match="training lacks 5 of 5 drawings: run `prepare` again"):
+        begun.training()
+    shutil.copytree(study.folder / "training", tmp_path / "training")
+    assert len(begun.training().steps) == len(study.training().steps)
+    with pytest.raises(FileNotFoundError, match="held-out lacks 1 of 1"):
+        run(begun, "all MXFP4, trained", 0, 0, silent)
 
 
 def test_no_noise_is_in_training_and_held_out(study, monkeypatch):
