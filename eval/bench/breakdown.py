@@ -19,7 +19,7 @@ _PATTERNS = (
     (POINTWISE, r"^triton_"),
     (
         ATTENTION_QUANTISER,
-        r"^(quantise|encode|statistics|means|pool|score|sample|score_rows|count_steps|choose|write_block_lists|rotated)$",
+        r"^(quantise|encode|statistics|means|pool|score|sample|score_rows|count|choose|write_block_lists|rotated)$",
     ),
     (ATTENTION, r"^attend|flash|fmha|sdpa|sage|qk_int_sv"),
     (QUANTISING, r"quanti[sz]e|float8_copy|reencode"),

@@ -159,39 +159,25 @@ def _scores(q_mean, q_variance, k_pools, subtile, inside, D: tl.constexpr):
 
 @triton.jit
 def store_levels(levels, phases, importance, is_known, pairs, inside):
-    """Write the levels of some pairs; return them, and which pairs are offered: LOW ones, of known importance."""
+    """Write the levels of some pairs: −1 for all but those that are offered, which are LOW and of known importance."""
     phase = tl.load(phases + pairs, mask=inside, other=UNVISITED)
     is_offered = (phase == LOW) & is_known & (importance == importance)
     level = tl.minimum(tl.maximum((importance - LOWEST) * BINS, 0.0), LEVELS - 1.0).to(tl.int32)
     tl.store(levels + pairs, tl.where(is_offered, level, -1).to(tl.int16), mask=inside)
-    return level, is_offered
-
-
-@triton.jit
-def binades_of(level, is_offered):
-    """Count the pairs that are offered in each binade, int32 [BINS]."""
-    return tl.histogram(tl.ravel(level // BINS), BINS, mask=tl.ravel(is_offered))
-
-
-@triton.jit
-def add_binades(histogram, batch, binades):
-    bins = histogram + batch * (2 * BINS) + tl.arange(0, BINS)
-    tl.atomic_add(bins, binades, mask=binades != 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles"])
 def score(
-    q_pools, k_pools, v_pools, phases, notes, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
+    q_pools, k_pools, v_pools, phases, notes, levels, heads, kv_heads, q_tiles, k_tiles, phases_stride_h,
     POWER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Score the pairs of ROWS Q tiles of one head: write their levels, and count the LOW pairs in each binade.
+    """Score the pairs of ROWS Q tiles of one head: write their levels.
 
     A program walks the pools of keys once. It notes the sum of each pair, of which it knows the share at the end.
 
     q_pools, k_pools, v_pools: what `pool` wrote. phases: uint8 [H or 1, q_tiles, k_tiles].
     notes: float32 [B·H, ⌈q_tiles / ROWS⌉·ROWS, k_tiles], room for the notes.
     levels: int16 [B·H, q_tiles, k_tiles], −1 for pairs that aren't LOW.
-    histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts. None for no counts.
     POWER: 1 for importance by mass, else 2.
     """
     blocks, row = tl.cdiv(q_tiles, ROWS), tl.arange(0, ROWS)[:, None]
@@ -235,7 +221,6 @@ def score(
     # A Q tile that visits nothing has the sum 0, which has no logarithm.
     log_total = tl.where(total == 0.0, 0.0, largest + tl.log2(tl.maximum(total, 1.0)))
 
-    binades = tl.zeros((BINS,), tl.int32)
     tl.debug_barrier()  # the whole program has noted
     for first in range(0, k_tiles, COLUMNS):
         k_tile = first + tl.arange(0, COLUMNS)
@@ -246,11 +231,7 @@ def score(
         if POWER == 2:
             spread = tl.load(v_pools + k_tile, mask=k_tile < k_tiles, other=1.0)
             importance = 0.5 * (importance + tl.log2(spread)[None, :])
-        level, is_offered = store_levels(levels, phases, importance, note > float("-inf"), pairs, inside)
-        if histogram is not None:
-            binades += binades_of(level, is_offered)
-    if histogram is not None:
-        add_binades(histogram, batch, binades)
+        store_levels(levels, phases, importance, note > float("-inf"), pairs, inside)
 
 
 @triton.jit
@@ -262,17 +243,24 @@ def _least_bin(histogram, allowed):
 
 
 @triton.jit(do_not_specialize=["allowed", "pairs"])
-def count_steps(levels, histogram, allowed, pairs, BLOCK: tl.constexpr):
-    """Count the pairs in each level of the binade that is upgraded in part, among BLOCK pairs of a batch entry.
+def count(levels, histogram, allowed, pairs, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the pairs in each binade, among BLOCK pairs of a batch entry.
 
-    levels: int16 [B, pairs]. histogram: what `score` wrote; [:, 1] receives the counts.
+    It is a kernel of its own, because Triton may flatten levels and a mask in different orders before `tl.histogram`.
+
+    levels: int16 [B, pairs]. histogram: int32 [B, 2, BINS], zeros at first; [:, 0] receives the counts.
+    STEPS: counts the pairs in each level of the binade that is upgraded in part; [:, 1] receives these.
     """
     batch, pair = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     histogram += batch * (2 * BINS)
-    binade, _ = _least_bin(histogram, allowed)
     level = tl.load(levels + batch.to(tl.int64) * pairs + pair, mask=pair < pairs, other=-1).to(tl.int32)
-    counts = tl.histogram(level % BINS, BINS, mask=(level >= 0) & (level // BINS == binade - 1))
-    tl.atomic_add(histogram + BINS + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
+    bin, is_counted = level // BINS, level >= 0
+    if STEPS:
+        binade, _ = _least_bin(histogram, allowed)
+        bin, is_counted = level % BINS, is_counted & (bin == binade - 1)
+        histogram += BINS
+    counts = tl.histogram(bin, BINS, mask=is_counted)
+    tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
@@ -327,7 +315,7 @@ def choose(
 ):  # fmt: skip
     """Choose the pairs of one Q tile that become HIGH, and those that are MEAN, or left out.
 
-    levels, histogram: what `score` and `count_steps` wrote. allowed: how many pairs of a batch entry may be upgraded.
+    levels, histogram: what `score` and `count` wrote. allowed: how many pairs of a batch entry may be upgraded.
     finished: int32 [1], 0 at first, counts the programs that are done; the last one returns the histogram to zeros.
     shares: int32 [H or 1, q_tiles, 2], how many pairs become HIGH, and how many become HIGH or stay LOW; None where
     the histogram decides, which is None else. bits: how many a key has (`_keys`).

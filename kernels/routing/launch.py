@@ -85,7 +85,7 @@ def route(
     notes = launcher.empty((blocks, at_once, k_tiles), torch.float32, pools.q.device)
     launcher(
         kernel.score, (blocks,),
-        *pools, routing.phases, notes, levels.levels, levels.histogram, heads, kv_heads, q_tiles, k_tiles,
+        *pools, routing.phases, notes, levels.levels, heads, kv_heads, q_tiles, k_tiles,
         _stride(routing.phases),
         POWER=1 if routing.by_mass else 2, ROWS=at_once, COLUMNS=columns, D=dim,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, maxnreg=255,
@@ -165,7 +165,7 @@ def _levels_of_rows(
     notes = launcher.empty((programs, groups * at_once, q_tiles_at_once * ROWS), torch.float32, device)
     launcher(
         rows.score_rows, (programs,),
-        *sampled, v_pools, routing.phases, notes, levels.levels, levels.histogram,
+        *sampled, v_pools, routing.phases, notes, levels.levels,
         heads, kv_heads, q_tiles, k_tiles, _stride(routing.phases), blocks,
         POWER=1 if routing.by_mass else 2, Q_TILES=q_tiles_at_once, COLUMNS=32, STAGES=stages, D=dim,
         num_warps=8, enable_fp_fusion=True, maxnreg=128 if target == "sm_90" and dim <= 128 else 255,
@@ -187,10 +187,11 @@ def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: L
     allowed, pairs = None, heads * q_tiles * k_tiles
     if histogram is not None:
         allowed = routing.allowed(heads)
-        launcher(
-            kernel.count_steps, (-(-pairs // 4096), batch),
-            levels, histogram, allowed, pairs, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        for of_steps in (False, True):
+            launcher(
+                kernel.count, (-(-pairs // 4096), batch),
+                levels, histogram, allowed, pairs, STEPS=of_steps, BLOCK=4096, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
     shares = routing.shares
     launcher(
         kernel.choose, (batch * heads * q_tiles,),

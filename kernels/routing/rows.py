@@ -12,13 +12,10 @@ from dma_diffusers.kernels.device.rounding import loaded_bf16, to_bf16
 from dma_diffusers.kernels.quantiser.tile import joined, load_changed_pairs
 from dma_diffusers.kernels.routing import reference
 from dma_diffusers.kernels.routing.kernel import (
-    BINS,
     LEAST_EXPONENT,
     LEAST_SHARE,
     TILE,
     UNVISITED,
-    add_binades,
-    binades_of,
     sampled_tokens,
     store_levels,
 )
@@ -108,7 +105,7 @@ def _tile_sums(x):
 
 @triton.jit(do_not_specialize=["q_tiles", "k_tiles", "blocks"])
 def score_rows(
-    rows, keys, v_pools, phases, notes, levels, histogram, heads, kv_heads, q_tiles, k_tiles, phases_stride_h, blocks,
+    rows, keys, v_pools, phases, notes, levels, heads, kv_heads, q_tiles, k_tiles, phases_stride_h, blocks,
     POWER: tl.constexpr, Q_TILES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Score the pairs of Q_TILES Q tiles of one head after those of another: the results are those of `score`.
@@ -159,7 +156,6 @@ def score_rows(
         is_row = total > 0.0
         log_total = larger + tl.log2(tl.where(is_row, total, 1.0))
         rows_counted = _row_sums(is_row.to(tl.float32)[None, :], Q_TILES)
-        binades = tl.zeros((BINS,), tl.int32)
         tl.debug_barrier()  # the whole program has noted
         for first in range(0, k_tiles, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -176,12 +172,8 @@ def score_rows(
                 )
                 importance = 0.5 * (importance + tl.log2(spread)[:, None])
             tile = first_tile + tl.arange(0, Q_TILES)[None, :]
-            level, is_offered = store_levels(
+            store_levels(
                 levels + head.to(tl.int64) * q_tiles * k_tiles, of_head, importance, summed > 0.0,
                 tile * k_tiles + column[:, None], (column < k_tiles)[:, None] & (tile < q_tiles),
             )  # fmt: skip
-            if histogram is not None:
-                binades += binades_of(level, is_offered)
-        if histogram is not None:
-            add_binades(histogram, batch, binades)
         tl.debug_barrier()  # the whole program has read its notes

@@ -146,6 +146,7 @@ CALLS = [
         HOW[1],
         True,
     ),
+    (Call(1100, 1100, 64, heads=2, kv_heads=1), {}, False),
     (Call(1100, 100, 128, heads=2, dtype=torch.bfloat16), HOW[2], False),
     (Call(100, 100, 256, heads=1, kv_heads=1), HOW[1], False),
 ]
@@ -243,6 +244,6 @@ def test_a_plan_knows_how_pairs_are_chosen():
     layout = Call(300, 300, 64).layout
     by = {words: plan.make(parse(f"importance(budget=0.5{words})"), layout).routing.by_rows
           for words in ("", ", by=pools", ", by=rows", ", by=memory", ", beyond=mean, by=memory")}  # fmt: skip
-    assert list(by.values()) == [False, False, True, True, True]
+    assert list(by.values()) == [True, False, True, True, True]
     assert parse("importance(budget=0.5, by=memory) | diagonal(window=128)").remembers
     assert not parse("importance(budget=0.5, by=rows) | diagonal(window=128)").remembers
