@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from dma_diffusers.checkpoints import carry
 from dma_diffusers.config import DMAConfig
 from dma_diffusers.families import Family
-from dma_diffusers.internals import FluxPosEmbed
+from dma_diffusers.internals import FluxPosEmbed, is_exporting
+from dma_diffusers.kernels.plan import is_capturing
 from dma_diffusers.memory import UNTOLD, Branch, Drawings
 from dma_diffusers.parallel import splits_text
 from dma_diffusers.stages import Stages
@@ -156,6 +157,9 @@ class ForwardContext:
         if stages is None and not self.remembers:
             return
         level = self.noise_level(args, kwargs)
+        if stages is None and (is_exporting() or (level is not None and is_capturing(level.device))):
+            self.call.branch = None  # a graph would replay what was remembered for good
+            return
         sigma = None if level is None else float(level)
         if sigma is None:
             untold = (UNKNOWN_NOISE, stages is not None), (UNTOLD, self.remembers)

@@ -82,7 +82,7 @@ class _Drawing:
         self.latents = _reference(None)
         self.sigma, self.calls = -math.inf, 0
 
-    def enter(self, sigma: float, latents: torch.Tensor | None) -> Branch:
+    def enter(self, step: int, sigma: float, latents: torch.Tensor | None) -> Branch:
         """The branch of a call at this noise level."""
         is_same_step = sigma == self.sigma and latents is not None and self.latents() is latents
         if not is_same_step:
@@ -94,7 +94,7 @@ class _Drawing:
             self.branches.append(Branch())
         branch = self.branches[self.calls]
         self.calls += 1
-        branch.step, branch.sigma = branch.step + 1, sigma
+        branch.step, branch.sigma = step, sigma
         return branch
 
 
@@ -103,6 +103,10 @@ class Drawings:
 
     def __init__(self) -> None:
         self._drawings: OrderedDict[int, _Drawing] = OrderedDict()  # by the identity of their text
+        self._step, self._sigma = (
+            0,
+            math.nan,
+        )  # counts the changes of the noise level, also where a text is left out
 
     def enter(self, named: Mapping[str, Any], latents: Any, sigma: float) -> Branch:
         """The branch of a model's call with these arguments, which have the text among them, and these latents."""
@@ -114,7 +118,9 @@ class Drawings:
         self._drawings.move_to_end(id(text))
         if len(self._drawings) > MOST_TEXTS:
             self._drawings.popitem(last=False)
-        return drawing.enter(sigma, _tensor(latents))
+        if sigma != self._sigma:
+            self._step, self._sigma = self._step + 1, sigma
+        return drawing.enter(self._step, sigma, _tensor(latents))
 
 
 class _Forward(Protocol):
@@ -127,7 +133,7 @@ class _Forward(Protocol):
 class ModuleMemory:
     """The memory of one attention module, which is handed its calls; an `operator.Observer`.
 
-    inner: another observer, which runs the calls; None for none. chosen, read: so many calls chose their pairs, and
+    inner: another observer, which runs the calls; None for none. chosen, read: so many calls found their pairs, and
     read those of an earlier step.
     """
 
@@ -141,17 +147,21 @@ class ModuleMemory:
         self.handle = handle_of(self)
 
     def __str__(self) -> str:
+        if not self.chosen and not self.read:
+            return ""
         return f"importance was found in {self.chosen:,} calls, and remembered in {self.read:,}"
 
     def attention(self, call: Call, asked: Asked, attend: Attend) -> Result:
         """Runs a call, with the pairs that are kept for it, if there are any."""
         branch = self.forward.call.branch
         # A CUDA graph would replay either choice for good.
-        remembers = parse(asked.policy).remembers and branch is not None and not is_capturing(call.q.device)
-        kept = self._kept(branch, call, asked) if remembers else None
+        remembers = parse(asked.policy).remembers
+        can_keep = remembers and branch is not None and not is_capturing(call.q.device)
+        kept = self._kept(branch, call, asked) if can_keep else None
 
         def run(policy: str, memory: Memory | None = None) -> Result:
             if kept is None or policy != asked.policy:
+                self.chosen += remembers and policy == asked.policy
                 return attend(policy)
             kept.memory.is_read = is_read = self._is_fresh(kept, branch)
             result = attend(policy, kept.memory)
@@ -164,7 +174,10 @@ class ModuleMemory:
         return run(asked.policy) if self.inner is None else self.inner.attention(call, asked, run)
 
     def _kept(self, branch: Branch, call: Call, asked: Asked) -> Kept | None:
-        """The pairs for such calls in a branch; None where the module was called too often in this step."""
+        """The pairs for such calls in a branch; None where the module was called too often in this step.
+
+        Calls of a step are told apart by their order: where one is left out, the next ones take its pairs.
+        """
         key = asked.policy, call.q.shape, call.k.shape, call.q.device
         of_calls = branch.kept.setdefault(self, [])
         number = sum(kept.used == branch.step for kept in of_calls)

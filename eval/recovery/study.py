@@ -137,7 +137,7 @@ class Study:
 
     def _distillation(self, name: str, samples: int) -> Distillation:
         store = self._store(name)
-        if missing := samples - len(store.stored()):
+        if (missing := samples - len(store.stored())) > 0:
             raise FileNotFoundError(
                 f"{self.folder / name} lacks {missing} of {samples} drawings: run `prepare` again, which draws them"
             )

@@ -129,13 +129,20 @@ def test_skipped_attention_scores_are_skipped_in_graphs_too(name, where):
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
 
 
+REMEMBERING = {"min_length": 0, "policy": "importance(budget=0.3)", "dense_above_sigma": 1}
 ON_GRID = {"min_length": 0, "policy": "diagonal(near=grid)", "low": "mxfp4"}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("flux", LOW), ("wan", LOW), ("flux", ON_GRID | {"grid": (12, 25)}), ("wan", ON_GRID)],
+    [
+        ("flux", LOW),
+        ("wan", LOW),
+        ("flux", REMEMBERING),
+        ("flux", ON_GRID | {"grid": (12, 25)}),
+        ("wan", ON_GRID),
+    ],
 )
 def test_an_exported_model_computes_the_same(name, fields):
     case = tiny_models.make(name)

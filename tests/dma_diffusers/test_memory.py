@@ -154,6 +154,16 @@ def test_drawings_are_told_apart_and_few_are_kept():
     assert enter(None, 0.9) is not unknown is enter(None, 0.8) and enter([x], 0.8) is not unknown
 
 
+def test_pairs_age_where_guidance_leaves_their_text_out():
+    drawings, x, texts = Drawings(), torch.zeros(1), (torch.zeros(1), torch.ones(1))
+    enter = lambda text, level: drawings.enter({"encoder_hidden_states": text}, x, level)  # noqa: E731
+    with_both = [enter(text, 0.9) for text in texts]
+    assert [branch.step for branch in with_both] == [1, 1]
+    for level in (0.88, 0.86, 0.84):
+        enter(texts[0], level)
+    assert enter(texts[1], 0.82) is with_both[1] and with_both[1].step == 5
+
+
 def made(attend_as="") -> tuple[ModuleMemory, Branch, list]:
     """A memory with a branch, and a list of what it hands to the operator: the policy, and whether memory is read."""
     branch, handed = Branch(step=1, sigma=0.9), []
@@ -277,7 +287,20 @@ def test_without_a_noise_level_every_call_chooses(model, calls, monkeypatch):
     for level in (1, 0.9):
         run(model, text(), level)
     assert reads(calls) == "--"
-    assert all(UNTOLD in module.notes for module in report(model).modules if module.intercepted)
+    for module in report(model).modules:
+        assert UNTOLD in module.notes
+        assert "importance was found in 2 calls, and remembered in 0" in module.notes
+
+
+@torch.no_grad()
+def test_a_graph_of_the_whole_model_reads_no_noise_level(model, calls, monkeypatch):
+    apply(model, **FIELDS)
+    assert not any("remembered" in note for module in report(model).modules for note in module.notes)
+    monkeypatch.setattr("dma_diffusers.forward.is_capturing", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda x: pytest.fail("a capture would fail"))
+    for level in (1, 0.9):
+        run(model, text(), level)
+    assert reads(calls) == "--"
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
