@@ -105,7 +105,8 @@ def routing_clocks(policy: Policy, layout: Layout, target: str, head_dim: int) -
     """Predict the clocks of an SM for finding a head's important pairs.
 
     Pools count as nothing: they take 2 to 3 % of LOW. Rows of each Q tile are multiplied with some keys of each KV tile
-    in bf16, which a memory does in every `EVERY`th step, and take `_ROWS_SLOWER` times what peak rates would. Raises
+    in bf16, and take `_ROWS_SLOWER` times what peak rates would. A memory counts as if it did so in every `EVERY`th
+    step; drawings of few steps do so oftener, and models whose noise level is not known in every call. Raises
     ValueError for a target without rates.
     """
     check_target(target)

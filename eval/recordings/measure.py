@@ -66,7 +66,8 @@ def measure(
     """Compare every configuration's attention of every recording with exact attention of the same q, k, v in float64.
 
     A configuration runs as it would in the pipeline: with its modules' own fields, dense layers and dense steps, and
-    with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1. device:
+    with stock attention, in the recording's dtype, where it leaves a call to that; a stock call's recall is 1. Alone
+    `importance` finds its pairs anew in each recording, where a drawing remembers them for some steps. device:
     where it runs; the GPU if there is one, by default. on_step: called with a title, recordings done, and of how many.
     Raises ValueError for a damaged recording or one that is not finite, an output that is not, no recordings, or a
     lowering that cannot run on `device`.

@@ -213,7 +213,7 @@ DEFAULT_NAMES = [
     "LOW int8",
     "bf16|int8, window 128, sink 128",
     "bf16|int8, diagonal(window=128, sink=128, near=grid), text 0 to 512",
-    "bf16|int8, importance(budget=0.05)",
+    "bf16|int8, importance(budget=0.05, by=pools)",
 ]
 ENTRIES = [
     entry("slow full", FULL, 0.5, error=0.002),

@@ -66,6 +66,7 @@ def test_pieces_of_a_split_round_are_added_in_one_order(tokens, gpu):
         "dense(everywhere=low)",
         "diagonal(window=128, sink=0)",
         "importance(budget=0.3)",
+        "importance(budget=0.3, by=pools)",
         "importance(budget=0.3, low=0.3, beyond=mean)",
     ],
 )
@@ -182,7 +183,8 @@ def drawn(gpu: torch.device, seed: int, shift: int = 0) -> tuple[torch.Tensor, .
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"policy": "dense(everywhere=low)"}, {"policy": "importance(budget=0.2)"}, {"high": "mxfp8", "low": "mxfp4"},
+    {}, {"policy": "dense(everywhere=low)"}, {"policy": "importance(budget=0.2)"},
+    {"policy": "importance(budget=0.2, by=pools)"}, {"high": "mxfp8", "low": "mxfp4"},
     {"policy": "neighborhood(window=9x12)", "grid": (25, 28)}, {"low": "int8/bf16"}, {"high": "bf16/fp8"},
     {"low": "nvfp4"}, {"mapped": False}, {"policy": "dense(everywhere=mean)"},
     {"policy": "neighborhood(window=9x12, beyond=mean)", "grid": (25, 28)},

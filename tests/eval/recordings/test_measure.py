@@ -180,7 +180,8 @@ def test_tiles_taken_by_their_means_cost_one_tile_of_means(tmp_path):
     clocks = head_clocks(recordings, DMAConfig(**policy), "sm_100")
     of_high, of_low = tile_clocks("sm_100", 32, "mxfp8", "mxfp4")
     np.testing.assert_allclose(clocks, 20 * (of_low + of_high))
-    routed = DMAConfig(policy="importance(budget=0.1, low=0.2, beyond=mean)", high="mxfp8", low="mxfp4")
+    policy = "importance(budget=0.1, low=0.2, beyond=mean, by=pools)"  # finding the pairs is not counted
+    routed = DMAConfig(policy=policy, high="mxfp8", low="mxfp4")
     clocks = head_clocks(recordings, routed, "sm_100")
     np.testing.assert_allclose(clocks, 20 * (2 * of_high + 4 * of_low + of_high))
 

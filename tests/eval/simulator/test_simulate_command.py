@@ -176,7 +176,7 @@ def test_the_cost_of_a_schedule_is_its_mean_over_the_steps(monkeypatch, capsys):
 
 
 def test_a_schedule_with_means_says_what_was_measured(monkeypatch, capsys):
-    schedule = "sigma>0.5: dense(); importance(budget=0.05, low=0.1, beyond=mean)"
+    schedule = "sigma>0.5: dense(); importance(budget=0.05, low=0.1, beyond=mean, by=pools)"
     arguments = ("simulate", "--grid", "64x64", "--gpu", "h200", "--schedule", schedule, "--steps", "8")
     _, table, _ = run(monkeypatch, capsys, *arguments)
     assert (
