@@ -216,7 +216,7 @@ def prepare(model: torch.nn.Module, config: DMAConfig, chosen: set[str] | None =
             seen = family.of_module(name)
             interception = Interception(found.modules[name], seen, forward, _head_dim(module))
             interception.watch = guard.watch(name) if guard else None
-            if any(entry.config.asked.remembers for entry in found.modules[name].entries):
+            if remembers:  # also where a module's own policy does not, so that compiled blocks share graphs
                 interception.memory = ModuleMemory(forward, interception.watch)
             processors[name] = wrap(_stock(module.processor), interception)
         _detach(model)
