@@ -103,10 +103,8 @@ class Drawings:
 
     def __init__(self) -> None:
         self._drawings: OrderedDict[int, _Drawing] = OrderedDict()  # by the identity of their text
-        self._step, self._sigma = (
-            0,
-            math.nan,
-        )  # counts the changes of the noise level, also where a text is left out
+        # Steps are changes of the noise level, so that pairs age also where a text is left out.
+        self._step, self._sigma = 0, math.nan
 
     def enter(self, named: Mapping[str, Any], latents: Any, sigma: float) -> Branch:
         """The branch of a model's call with these arguments, which have the text among them, and these latents."""

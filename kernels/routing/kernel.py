@@ -254,12 +254,12 @@ def count(levels, histogram, allowed, pairs, STEPS: tl.constexpr, BLOCK: tl.cons
     batch, pair = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     histogram += batch * (2 * BINS)
     level = tl.load(levels + batch.to(tl.int64) * pairs + pair, mask=pair < pairs, other=-1).to(tl.int32)
-    bin, is_counted = level // BINS, level >= 0
+    place, is_counted = level // BINS, level >= 0
     if STEPS:
         binade, _ = _least_bin(histogram, allowed)
-        bin, is_counted = level % BINS, is_counted & (bin == binade - 1)
+        place, is_counted = level % BINS, is_counted & (place == binade - 1)
         histogram += BINS
-    counts = tl.histogram(bin, BINS, mask=is_counted)
+    counts = tl.histogram(place, BINS, mask=is_counted)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counts != 0, sem="relaxed")
 
 

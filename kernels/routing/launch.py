@@ -1,7 +1,6 @@
 """Runs the kernels of routing, which turn q, k and v into the block lists that the attention kernel reads."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -78,14 +77,14 @@ def route(
     Raises ValueError for 2^31 pairs of tiles or more in a batch entry.
     """
     (batch, heads, q_tiles, _, dim), (kv_heads, k_tiles) = pools.q.shape, pools.v.shape[1:]
-    levels = _Levels.empty(batch, heads, routing, pools.q.device, launcher)
+    levels = _empty_levels(batch, heads, routing, pools.q.device, launcher)
     # The fastest blocks without spills, of those that were timed on an H200.
     at_once, columns, warps = (32, 64, 8) if dim <= 128 else (16, 32, 4)
     blocks = batch * heads * -(-q_tiles // at_once)
     notes = launcher.empty((blocks, at_once, k_tiles), torch.float32, pools.q.device)
     launcher(
         kernel.score, (blocks,),
-        *pools, routing.phases, notes, levels.levels, heads, kv_heads, q_tiles, k_tiles,
+        *pools, routing.phases, notes, levels, heads, kv_heads, q_tiles, k_tiles,
         _stride(routing.phases),
         POWER=1 if routing.by_mass else 2, ROWS=at_once, COLUMNS=columns, D=dim,
         num_warps=warps, num_stages=1, enable_fp_fusion=True, maxnreg=255,
@@ -115,37 +114,27 @@ def route_call(
     return route(pooled(source, mean, launcher), routing, is_shared, launcher)
 
 
-class _Levels(NamedTuple):
-    """The levels of pairs, int16 `[B, H, q_tiles, k_tiles]`, and where they are counted: None where nobody asks."""
-
-    levels: torch.Tensor
-    histogram: torch.Tensor | None
-    finished: torch.Tensor | None
-
-    @classmethod
-    def empty(
-        cls, batch: int, heads: int, routing: Routing, device: torch.device, launcher: Launcher
-    ) -> "_Levels":
-        q_tiles, k_tiles = routing.phases.shape[2:]
-        pairs = heads * q_tiles * k_tiles
-        if pairs >= 2**31:
-            raise ValueError(
-                f"routing chooses among fewer than 2^31 pairs of tiles in a batch entry, not {pairs}"
-            )
-        levels = launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
-        if routing.shares is not None:
-            return cls(levels, None, None)
-        return cls(levels, launcher.counters((batch, 2, BINS), device), launcher.counters((1,), device))
+def _empty_levels(
+    batch: int, heads: int, routing: Routing, device: torch.device, launcher: Launcher
+) -> torch.Tensor:
+    """Room for the levels of pairs, int16 `[B, H, q_tiles, k_tiles]`."""
+    q_tiles, k_tiles = routing.phases.shape[2:]
+    pairs = heads * q_tiles * k_tiles
+    if pairs >= 2**31:
+        raise ValueError(
+            f"routing chooses among fewer than 2^31 pairs of tiles in a batch entry, not {pairs}"
+        )
+    return launcher.empty((batch, heads, q_tiles, k_tiles), torch.int16, device)
 
 
 def _levels_of_rows(
     source: Source, mean: torch.Tensor | None, routing: Routing, target: str | None, launcher: Launcher
-) -> _Levels:
+) -> torch.Tensor:
     """The levels of pairs by a sample of each Q tile's rows, and of the keys."""
     (batch, heads, _, head_dim), kv_heads, device = source.q.shape, source.k.shape[1], source.q.device
     q_length, k_length, token_count = source.lengths
     q_tiles, k_tiles, dim = tiles(q_length), tiles(k_length), padded_dim(head_dim)
-    levels = _Levels.empty(batch, heads, routing, device, launcher)
+    levels = _empty_levels(batch, heads, routing, device, launcher)
     v_pools = None if routing.by_mass else spread_of_values(source, launcher)
     groups, at_once = -(-k_tiles // rows.K_TILES.value), rows.K_TILES.value
     of_q, of_k = (batch * heads, q_tiles, ROWS), (batch * kv_heads, groups * at_once, KEYS)
@@ -165,7 +154,7 @@ def _levels_of_rows(
     notes = launcher.empty((programs, groups * at_once, q_tiles_at_once * ROWS), torch.float32, device)
     launcher(
         rows.score_rows, (programs,),
-        *sampled, v_pools, routing.phases, notes, levels.levels,
+        *sampled, v_pools, routing.phases, notes, levels,
         heads, kv_heads, q_tiles, k_tiles, _stride(routing.phases), blocks,
         POWER=1 if routing.by_mass else 2, Q_TILES=q_tiles_at_once, COLUMNS=32, STAGES=stages, D=dim,
         num_warps=8, enable_fp_fusion=True, maxnreg=128 if target == "sm_90" and dim <= 128 else 255,
@@ -173,9 +162,8 @@ def _levels_of_rows(
     return levels
 
 
-def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: Launcher) -> Memory:
+def _chosen(levels: torch.Tensor, routing: Routing, memory: Memory | None, launcher: Launcher) -> Memory:
     """The pairs that are chosen by their levels, in this memory if there is one."""
-    levels, histogram, finished = found
     batch, heads, q_tiles, k_tiles = levels.shape
     if memory is None:
         shape = (batch, heads, q_tiles, -(-k_tiles // MEANS_TILES))
@@ -184,9 +172,11 @@ def _chosen(found: _Levels, routing: Routing, memory: Memory | None, launcher: L
             high=high,
             left=None if routing.rest is None else launcher.empty(shape, torch.int32, levels.device),
         )
-    allowed, pairs = None, heads * q_tiles * k_tiles
-    if histogram is not None:
-        allowed = routing.allowed(heads)
+    histogram = finished = allowed = None
+    if routing.shares is None:
+        histogram = launcher.counters((batch, 2, BINS), levels.device)
+        finished = launcher.counters((1,), levels.device)
+        allowed, pairs = routing.allowed(heads), heads * q_tiles * k_tiles
         for of_steps in (False, True):
             launcher(
                 kernel.count, (-(-pairs // 4096), batch),
