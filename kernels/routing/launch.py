@@ -117,7 +117,7 @@ def route_call(
 def _empty_levels(
     batch: int, heads: int, routing: Routing, device: torch.device, launcher: Launcher
 ) -> torch.Tensor:
-    """Room for the levels of pairs, int16 `[B, H, q_tiles, k_tiles]`."""
+    """Makes room for the levels of pairs, int16 `[B, H, q_tiles, k_tiles]`; raises ValueError as `route` does."""
     q_tiles, k_tiles = routing.phases.shape[2:]
     pairs = heads * q_tiles * k_tiles
     if pairs >= 2**31:

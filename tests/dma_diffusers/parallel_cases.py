@@ -237,7 +237,7 @@ def memories_are_those_of_one_process(world: World) -> dict:
 
 
 def three_steps(case, text: torch.Tensor) -> torch.Tensor:
-    """What a model returns in three steps of a drawing, the second of which has other latents."""
+    """Runs a model for three steps of a drawing, and gives its outputs; the second step has other latents."""
     steps = [
         case.call(text, case.latents * sign) | {"timestep": torch.full((1,), level)}
         for sign, level in ((1, 0.5), (-1, 0.45), (1, 0.4))

@@ -151,7 +151,7 @@ def test_checkpoints_give_the_gradients_that_there_are_without_them(reentrant, t
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_remember_no_pairs_of_an_earlier_step(reentrant):
-    """What runs anew finds its pairs anew, so what a checkpoint runs first must."""
+    """The second run of a checkpoint finds the important pairs anew, so the first run has to do so, too."""
     model = tiny_models.make("flux").model
     policy = "importance(budget=0.3, beyond=skip)"
     apply(model, min_length=0, high="bf16", low="bf16", policy=policy, dense_layers=(), dense_above_sigma=1)

@@ -199,7 +199,7 @@ def test_modules_that_caches_skip_choose_when_they_are_called_again():
 
 
 def test_each_call_of_a_module_in_a_step_has_pairs_of_its_own():
-    """As those with a ring's chunks have."""
+    """A ring calls a module once for each of its chunks of keys, and these calls must not share pairs."""
     memory, branch, handed = made()
     small, large = (1, 2, 256, 64), (1, 2, 384, 64)
     for step, expected in enumerate([[False] * 3, [True] * 3], 1):
