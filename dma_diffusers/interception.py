@@ -292,7 +292,7 @@ class Interception:
 
     def _attend(self, query, key, value, **arguments) -> operator.Result:
         observer = self.memory or self.watch  # the memory hands its calls to the watch
-        # A checkpoint runs a call twice, the second time with gradients. Observers don't see calls with gradients, so they
+        # A checkpoint runs a call twice, the second time with gradients. Observers see no call with gradients, so they
         # must not change the first run either.
         is_observed = self.stand_in is None and not is_exporting() and not self.forward.call.trains
         if observer is not None and is_observed:
