@@ -26,16 +26,15 @@ def summarise(study: Study) -> dict[str, Any]:
         if (paths := result_paths(study, name))
     }
     results = {name: mean_of(found) for name, found in of_seeds.items()}
-    trained, *others = GAPS[study.plan.model]
+    gaps = [gap for gap in GAPS[study.plan.model] if set(gap) <= results.keys()]
     return {
         "plan": asdict(study.plan),
         "rows": {name: result | _of_row(name, results, study.plan.model) for name, result in results.items()},
-        "gap_closed_percent": gap_closed(results, trained, *others),
-        "gap_closed_percent_of_seeds": [
-            closed["estimate"]
-            for one in of_seeds.get(trained, [])
-            if (closed := gap_closed(results | {trained: one}, trained, *others))
-        ],
+        "gap_closed_percent": {gap[0]: gap_closed(results, *gap) for gap in gaps},
+        "gap_closed_percent_of_seeds": {
+            row: [gap_closed(results | {row: one}, row, *ends)["estimate"] for one in of_seeds[row]]
+            for row, *ends in gaps
+        },
         "order": order(results),
     }
 
@@ -72,14 +71,9 @@ def _of_row(name: str, results: Results, model: str) -> dict[str, Any]:
     return found
 
 
-def gap_closed(results: Results, trained: str, free: str, better: str) -> dict[str, Any] | None:
-    """Return how much of the PSNR between `free` and `better` the trained row regains, in percent.
-
-    None where a row is missing.
-    """
-    if not {trained, free, better} <= results.keys():
-        return None
-    columns = [results[name]["scores"]["psnr_db"] for name in (trained, free, better)]
+def gap_closed(results: Results, row: str, free: str, better: str) -> dict[str, Any]:
+    """Return how much of the PSNR between `free` and `better` the row regains, in percent."""
+    columns = [results[name]["scores"]["psnr_db"] for name in (row, free, better)]
     return _interval(columns, lambda after, before, aim: 100 * (after - before) / (aim - before))
 
 

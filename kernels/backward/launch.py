@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dma_diffusers.kernels.attention.encoding import Inputs, Operands, Variant, operands_of
+from dma_diffusers.kernels.attention.turn_back import turn_back
 from dma_diffusers.kernels.backward import kernel
 from dma_diffusers.kernels.backward.int8 import is_in_int8
 from dma_diffusers.kernels.backward.reference import (
@@ -22,7 +24,6 @@ from dma_diffusers.kernels.backward.reference import (
 from dma_diffusers.kernels.backward.tuning import Blocks, Tuning, tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
-from dma_diffusers.kernels.formats import rotate_back
 from dma_diffusers.kernels.lowerings import Storage
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
@@ -130,12 +131,13 @@ def gradients(
     in_int8 = any(each and is_in_int8(each.format.name, products) for each in variant.encoded)
     rows = _rows(results, inputs, operands.encoded.offset, variant, in_int8, launcher)
     high, low = (
-        stored and _multiplied(stored, q, k, operands.encoded, call, rows, products)
+        stored and _multiplied(stored, q, k, operands.encoded, call, rows, products, launcher)
         for stored, q, k in zip(variant.classes, operands.encoded.q, operands.encoded.k, strict=True)
     )
-    classes = high, low, _of_means(operands, variant, call, rows, products)
+    classes = high, low, _of_means(operands, variant, call, rows, products, launcher)
     if inputs.source.rotated_values > 1:
-        classes = tuple(x and replace(x, v=_turned_back(x.v, call.rotations.v, call)) for x in classes)
+        turned = partial(_turned_back, block=inputs.source.rotated_values, call=call, launcher=launcher)
+        classes = tuple(x and replace(x, v=turned(x.v)) for x in classes)
     tuned, found = tuned or tuning(variant.target, variant.dim, in_int8), empty_gradients(call)
     _launch_of_queries(found.q, classes, rows, results, call, inputs, operands, plan, tuned, launcher)
     of_means = _launch_of_means(classes[2], rows, inputs, operands, tuned, launcher)
@@ -260,6 +262,7 @@ def _multiplied(
     call: Call,
     rows: Rows,
     products: str,
+    launcher: Launcher,
     v: torch.Tensor | None = None,
 ) -> Multiplied:
     """v: in bf16, where `encoded` has none such."""
@@ -273,12 +276,12 @@ def _multiplied(
         scaled = Scaled.of(q, k)
         return Multiplied(q.elements, k.elements, v, rows.smoothed_lse_2, 1.0, False, False, scaled)
     factor, lse = (call.softmax_scale_log2, rows.lse_2) if is_raw else (1.0, rows.smoothed_lse_2)
-    numbers = _numbers(q, stored, call), _numbers(k, stored, call)
+    numbers = (_numbers(x, stored, call, launcher) for x in (q, k))
     return Multiplied(*numbers, v, lse, factor, is_raw, in_e4m3, None)
 
 
 def _of_means(
-    operands: Operands, variant: Variant, call: Call, rows: Rows, products: str
+    operands: Operands, variant: Variant, call: Call, rows: Rows, products: str, launcher: Launcher
 ) -> Multiplied | None:
     """The operands of MEAN tiles, in whole tiles of means; their keys are smoothed in every format."""
     if variant.means is None:
@@ -288,7 +291,7 @@ def _of_means(
     of_means = operands.encoded_means
     k = of_means.k[0] or Operand(_whole(encoded.means.k))
     v = _whole(encoded.means.v) if stored.values is Storage.PLAIN else None
-    found = _multiplied(stored, q, k, of_means, call, rows, products, v)
+    found = _multiplied(stored, q, k, of_means, call, rows, products, launcher, v)
     return replace(found, lse=rows.smoothed_lse_2, is_raw=False)
 
 
@@ -297,7 +300,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % TILE))
 
 
-def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
+def _numbers(operand: Operand, stored: Stored, call: Call, launcher: Launcher) -> torch.Tensor:
     """The numbers of an operand in bf16, rounded where it can't hold them, without the rotation of channels."""
     x, scales = operand.elements, operand.scales
     if operand.tensor_scale is not None:
@@ -308,7 +311,7 @@ def _numbers(operand: Operand, stored: Stored, call: Call) -> torch.Tensor:
         x = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         torch.mul(elements.view(len(scales), -1), scales[:, None], out=x.view(len(scales), -1))
     if call.rotated_block > 1 and stored.format.name != "bf16":
-        x = _turned_back(x, call.rotations.qk, call)
+        x = _turned_back(x, call.rotated_block, call, launcher)
     return x.bfloat16()
 
 
@@ -317,10 +320,11 @@ def _unpacked(elements: torch.Tensor) -> torch.Tensor:
     return torch.stack((elements << 4 >> 4, elements >> 4), -1).flatten(-2)
 
 
-def _turned_back(x: torch.Tensor, rotation: str, call: Call) -> torch.Tensor:
-    """x `[.., padded D]` without the rotation of its channels, in bf16."""
-    head_dim = call.q.shape[-1]
-    return F.pad(rotate_back(x[..., :head_dim], rotation), (0, x.shape[-1] - head_dim)).bfloat16()
+def _turned_back(x: torch.Tensor, block: int, call: Call, launcher: Launcher) -> torch.Tensor:
+    """A copy of x `[.., padded D]` in bf16 without the rotation of its channels, in blocks of so many."""
+    x = x.to(torch.bfloat16, copy=True)
+    turn_back(x[..., : call.q.shape[-1]], block, launcher)
+    return x
 
 
 def _values(v: torch.Tensor, units: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ CALLS = [
         150, 150, 64, heads=1, kv_heads=1, high="bf16", low="fp8", has_token_order=True, empty_slots=110, has_rope=True
     ),
     Call(200, 200, 64, heads=1, kv_heads=1, high="bf16", low="int4", window=0, sink=0, rotation="none/head_dim"),
+    Call(130, 260, 96, heads=2, kv_heads=1, high="mxfp8", low="mxfp4", window=0, sink=0, rotation="hadamard32"),
     Call(70, 70, 256, heads=1, kv_heads=1, high="bf16", low="int8/bf16"),
     Call(150, 150, 64, heads=1, kv_heads=1, high="bf16/fp16", low="int8/fp16", means=1, window=0),
     Call(
