@@ -46,6 +46,12 @@ class Candidates:
     formats: Annotated[
         list[str] | None, typer.Option(help="HIGH|LOW to choose from, such as mxfp8|mxfp4; repeat it.")
     ] = None
+    rotation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the channels of q and k: none (the default), hadamard16, hadamard32 or head_dim."
+        ),
+    ] = None
     study: Annotated[
         Path | None,
         typer.Option(
@@ -89,6 +95,7 @@ def calibrate(
     """
     require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
     from dma_diffusers.eval.bench.plot import check_plot
+    from dma_diffusers.kernels.formats import ROTATIONS
     from dma_diffusers.pipelines.files import check_writable
     from dma_diffusers.policy_file import check_quality
 
@@ -102,9 +109,11 @@ def calibrate(
         check_plot(bits_plot)
         check_writable(bits_plot)
         check_writable(bits_plot.with_suffix(".json"))
-    if candidates.formats and candidates.study:
-        raise ValueError("--study says the formats to choose from: leave --formats out")
-    pairs, rotation = [_pair(text) for text in candidates.formats or ()], "none"
+    if candidates.study and (candidates.formats or candidates.rotation):
+        raise ValueError("--study says the formats and the rotation: leave --formats and --rotation out")
+    pairs, rotation = [_pair(text) for text in candidates.formats or ()], candidates.rotation or "none"
+    if rotation not in ROTATIONS:
+        raise ValueError(f"unknown rotation {rotation!r}: choose from {', '.join(ROTATIONS)}")
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost

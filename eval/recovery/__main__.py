@@ -16,7 +16,7 @@ from dma_diffusers.eval.recovery.rows import ROWS
 from dma_diffusers.eval.recovery.run import drawings_path, result_paths, run
 from dma_diffusers.eval.recovery.scores import scores
 from dma_diffusers.eval.recovery.study import Plan, Study
-from dma_diffusers.eval.recovery.summary import summarise, table
+from dma_diffusers.eval.recovery.summary import gap_lines, summarise, table
 from dma_diffusers.pipelines.files import write_atomically
 from dma_diffusers.progress import progress
 
@@ -91,8 +91,8 @@ def print_table(
     if output:
         write_atomically(output, json.dumps(summary, indent=1).encode())
     print(table(summary))
-    for name in ("gap_closed_percent", "order"):
-        print(f"{name}: {json.dumps(summary[name])}")
+    print("\n".join(gap_lines(summary)))
+    print(f"order: {json.dumps(summary['order'])}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ GAPS = {
     ],
     "demo-video": [
         ("HIGH 48 %, SKIP far, trained", "HIGH 48 %, SKIP far", "all HIGH"),
+        ("HIGH 52 % in FP8, SKIP far", "HIGH 48 %, SKIP far", "all HIGH"),
+        ("HIGH 52 % in FP8, SKIP far, trained", "HIGH 48 %, SKIP far", "all HIGH"),
         ("HIGH 52 % in FP8, SKIP far, trained", "HIGH 52 % in FP8, SKIP far", "all HIGH"),
     ],
 }

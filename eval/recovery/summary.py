@@ -26,15 +26,19 @@ def summarise(study: Study) -> dict[str, Any]:
         if (paths := result_paths(study, name))
     }
     results = {name: mean_of(found) for name, found in of_seeds.items()}
-    gaps = [gap for gap in GAPS[study.plan.model] if set(gap) <= results.keys()]
     return {
         "plan": asdict(study.plan),
         "rows": {name: result | _of_row(name, results, study.plan.model) for name, result in results.items()},
-        "gap_closed_percent": {gap[0]: gap_closed(results, *gap) for gap in gaps},
-        "gap_closed_percent_of_seeds": {
-            row: [gap_closed(results | {row: one}, row, *ends)["estimate"] for one in of_seeds[row]]
-            for row, *ends in gaps
-        },
+        "gaps": [
+            {"row": row, "from": free, "to": better, "closed_percent": gap_closed(results, row, free, better)}
+            | {
+                "of_seeds": [
+                    gap_closed(results | {row: one}, row, free, better)["estimate"] for one in of_seeds[row]
+                ]
+            }
+            for row, free, better in GAPS[study.plan.model]
+            if {row, free, better} <= results.keys()
+        ],
         "order": order(results),
     }
 
@@ -108,6 +112,14 @@ def table(summary: Mapping[str, Any]) -> str:
         cells += [_words(row["means"].get(metric), COLUMNS[metric]["digits"]) for metric in metrics]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gap_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each gap of a summary."""
+    return [
+        f"{gap['row']}: {_words(gap['closed_percent'], 0)} % of the gap from {gap['from']} to {gap['to']}"
+        for gap in summary["gaps"]
+    ]
 
 
 def _words(interval: Mapping[str, Any] | None, digits: int) -> str:

@@ -426,7 +426,18 @@ def prompts(tmp_path_factory):
 def test_the_command(model, prompts, tmp_path, monkeypatch, capsys):
     target = tmp_path / "policy.json"
     arguments = ["calibrate", str(model), "--prompts", prompts, "-o", str(target), "--target", "sm_100"]
-    arguments += ["--count", "2", "--recorded", "1", "--quality", "0.5", "--formats", "mxfp8|mxfp4"]
+    arguments += [
+        "--count",
+        "2",
+        "--recorded",
+        "1",
+        "--quality",
+        "0.5",
+        "--formats",
+        "mxfp8|mxfp4",
+        "--rotation",
+        "head_dim",
+    ]
     code, output, error = run(monkeypatch, capsys, *arguments)
     assert code == 0, error
     assert "0.5 (asked for)" in output and "single_transformer_blocks.0.attn" in output
@@ -436,13 +447,16 @@ def test_the_command(model, prompts, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [target]
     document = json.loads(target.read_text())
     assert document["evidence"]["prompts"] == ["a cat", "two dogs"] and document["evidence"]["steps"] == [0]
-    assert DMAConfig.from_file(target, quality=0.7).model == "FluxTransformer2DModel"
+    config = DMAConfig.from_file(target, quality=0.7)
+    assert (config.model, config.rotation) == ("FluxTransformer2DModel", "head_dim")
 
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--quality", "2"], "quality must be a number from 0"),
     (["--target", "gpu"], "unknown target 'gpu'"),
     (["--formats", "mxfp8"], "give HIGH|LOW"),
+    (["--rotation", "hadamard8"], "unknown rotation 'hadamard8'"),
+    (["--rotation", "none", "--study", "study.json"], "leave --formats and --rotation out"),
     (["--formats", "mxfp8|int3", "--recordings", "recordings"], "unknown format 'int3'"),
     (["--prompts", "absent.txt"], "absent.txt"),
     (["--limit", "0.001", "--size", "256"], "more than the limit of 1 MB"),

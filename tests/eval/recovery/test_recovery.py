@@ -19,7 +19,7 @@ from dma_diffusers.eval.recovery.prompts import held_out_prompts, training_promp
 from dma_diffusers.eval.recovery.rows import GAPS, ORDER, ROWS
 from dma_diffusers.eval.recovery.run import drawings_path, held_out_loss, result_path, result_paths, run
 from dma_diffusers.eval.recovery.study import Plan, Study
-from dma_diffusers.eval.recovery.summary import gap_closed, order, summarise, table
+from dma_diffusers.eval.recovery.summary import gap_closed, gap_lines, order, summarise, table
 from dma_diffusers.eval.recovery.training import Training
 from dma_diffusers.pipelines.finetuning.objectives import velocity_loss
 from dma_diffusers.pipelines.finetuning.trainer import Trainer
@@ -151,7 +151,7 @@ def test_a_study_keeps_its_plan(study):
 def test_the_summary_has_order_and_gains(study):
     summary = summarise(study)
     assert summary["order"]["budget"] == 3 and list(summary["order"]["losses"]) == list(ORDER)
-    assert summary["gap_closed_percent"] == summary["gap_closed_percent_of_seeds"] == {}
+    assert summary["gaps"] == []
     gained = summary["rows"]["QuEST linears, trained"]["gained"]["psnr_db"]
     means = [
         summary["rows"][n]["means"]["psnr_db"]["estimate"]
@@ -210,9 +210,10 @@ def test_the_summary_has_the_gaps_whose_rows_are_there(tmp_path):
         scores = {"psnr_db": [psnr, psnr + 1]}
         path.write_text(json.dumps({"seed": 0, "trains": False, "loss": {"0": 0.1}, "scores": scores}))
     summary = summarise(study)
-    assert [*summary["gap_closed_percent"]] == ["all MXFP4, rotated"]
-    assert summary["gap_closed_percent"]["all MXFP4, rotated"]["estimate"] == pytest.approx(30)
-    assert summary["gap_closed_percent_of_seeds"] == {"all MXFP4, rotated": [pytest.approx(30)]}
+    (gap,) = summary["gaps"]
+    assert (gap["row"], gap["from"], gap["to"]) == ("all MXFP4, rotated", "all MXFP4", "all MXFP8")
+    assert [gap["closed_percent"]["estimate"]] == gap["of_seeds"] == [pytest.approx(30)]
+    assert gap_lines(summary) == ["all MXFP4, rotated: 30 [30, 30] % of the gap from all MXFP4 to all MXFP8"]
 
 
 @pytest.mark.parametrize(("losses", "rises"), [((0.1, 0.2, 0.2, 0.4), True), ((0.1, 0.3, 0.2, 0.4), False)])
