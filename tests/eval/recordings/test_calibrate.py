@@ -426,7 +426,8 @@ def prompts(tmp_path_factory):
 def test_the_command(model, prompts, tmp_path, monkeypatch, capsys):
     target = tmp_path / "policy.json"
     arguments = ["calibrate", str(model), "--prompts", prompts, "-o", str(target), "--target", "sm_100"]
-    arguments += "--count 2 --recorded 1 --quality 0.5 --formats mxfp8|mxfp4 --rotation head_dim".split()
+    arguments += ["--count", "2", "--recorded", "1", "--quality", "0.5"]
+    arguments += ["--formats", "mxfp8|mxfp4", "--rotation", "head_dim"]
     code, output, error = run(monkeypatch, capsys, *arguments)
     assert code == 0, error
     assert "0.5 (asked for)" in output and "single_transformer_blocks.0.attn" in output
