@@ -95,7 +95,7 @@ def calibrate(
     """
     require(("transformers", "PIL", "triton"), "pip install 'dma-diffusers[eval]'")
     from dma_diffusers.eval.bench.plot import check_plot
-    from dma_diffusers.kernels.formats import ROTATIONS
+    from dma_diffusers.kernels.formats import Rotations
     from dma_diffusers.pipelines.files import check_writable
     from dma_diffusers.policy_file import check_quality
 
@@ -112,8 +112,7 @@ def calibrate(
     if candidates.study and (candidates.formats or candidates.rotation):
         raise ValueError("--study says the formats and the rotation: leave --formats and --rotation out")
     pairs, rotation = [_pair(text) for text in candidates.formats or ()], candidates.rotation or "none"
-    if rotation not in ROTATIONS:
-        raise ValueError(f"unknown rotation {rotation!r}: choose from {', '.join(ROTATIONS)}")
+    Rotations.parse(rotation)
     with quiet():
         hide_loading_bars()
         from dma_diffusers.eval import cost

@@ -91,8 +91,8 @@ def print_table(
     if output:
         write_atomically(output, json.dumps(summary, indent=1).encode())
     print(table(summary))
-    print("\n".join(gap_lines(summary)))
-    print(f"order: {json.dumps(summary['order'])}")
+    for line in (*gap_lines(summary), f"order: {json.dumps(summary['order'])}"):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ CLIPS = {
     "HIGH 52 % in FP8, SKIP far": Row(_IN_FP8, trains=False),
     "HIGH 52 % in FP8, SKIP far, trained": Row(_IN_FP8, free="HIGH 52 % in FP8, SKIP far"),
 }
-"""Rows of the demo model of clips: maps that skip at a predicted cost of .44, by pools and by a memory, and none."""
+"""Rows of the demo model of clips: all tiles HIGH, and maps that skip at a predicted cost of .44."""
 
 ROWS = {"demo": PICTURES, "demo-video": CLIPS}
 

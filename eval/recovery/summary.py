@@ -30,11 +30,14 @@ def summarise(study: Study) -> dict[str, Any]:
         "plan": asdict(study.plan),
         "rows": {name: result | _of_row(name, results, study.plan.model) for name, result in results.items()},
         "gaps": [
-            {"row": row, "from": free, "to": better, "closed_percent": gap_closed(results, row, free, better)}
-            | {
+            {
+                "row": row,
+                "from": free,
+                "to": better,
+                "closed_percent": gap_closed(results, row, free, better),
                 "of_seeds": [
                     gap_closed(results | {row: one}, row, free, better)["estimate"] for one in of_seeds[row]
-                ]
+                ],
             }
             for row, free, better in GAPS[study.plan.model]
             if {row, free, better} <= results.keys()
