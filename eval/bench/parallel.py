@@ -4,6 +4,7 @@ The processes are torchrun's. Every GPU times the same calls in the same turns, 
 slowest of them.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ def processes(device_type: str = "cuda") -> Iterator[torch.device]:
         dist.barrier()  # the first process keeps the others' store
     finally:
         dist.destroy_process_group()
+        # Groups that lie in cycles would have threads until the interpreter ends, which gloo's abort.
+        gc.collect()
 
 
 def spread_over(ring: int, ulysses: int, device: torch.device) -> Spread:

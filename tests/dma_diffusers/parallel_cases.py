@@ -4,6 +4,7 @@
 gives its error's text under "error".
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -488,6 +489,7 @@ def _process(rank: int, degrees: tuple[int, int], names: tuple[str, ...], folder
                 found[name] = {"error": f"{type(failure).__name__}: {failure}"}
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
+    gc.collect()  # as `eval.bench.parallel.processes` does, and for its reason
 
 
 @cache

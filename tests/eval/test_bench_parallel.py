@@ -36,6 +36,10 @@ def _process(rank: int, port: int, device_type: str, shape: Shape, lowering: str
     torch.set_num_threads(1)
     with parallel.processes(device_type) as device, torch.no_grad():
         measured = parallel.bench_parallel(shape, device, rounds=1, calls=1, lowering=lowering)
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    assert "pt_gloo_runloop" not in threads, (
+        "a thread that is still there when the interpreter ends may abort it"
+    )
     Path(folder, str(rank)).write_text(json.dumps(measured))
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning over two processes, in gloo on the CPU: it is that of one process with batches of twice the size."""
 
+import gc
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ def _process(rank: int, port: int, request: Request, folder) -> None:
     Accelerator.end_training = lambda self: None  # it ends the group, and another training follows here
     _runs(request, folder)
     torch.distributed.destroy_process_group()
+    gc.collect()  # as `eval.bench.parallel.processes` does, and for its reason
 
 
 def state_of(folder) -> dict:
