@@ -72,6 +72,7 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # these ids name parts, and repeat from plot to plot
+    drawn = re.sub(r"font-family: [^;\"]*; ", "", drawn)  # the page's holds
     for colour, variable in _PAGE.items():
         drawn = drawn.replace(colour, variable)
     return drawn

@@ -50,6 +50,7 @@ def test_pareto_of_predicted_costs():
     written = pareto(contents, "lpips", "predicted_cost")
     assert "attention's cost, predicted, of bf16's" in texts(written)
     assert "--ink: #1d1d1b" in standalone(written) and "--ink:" not in written
+    assert standalone(written).count("font-family") == 1 and "font-family" not in written
 
 
 @pytest.mark.parametrize("scale", [1, 1000])
