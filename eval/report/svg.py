@@ -81,9 +81,13 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
 def standalone(element: str) -> str:
     """Return a plot's <svg> element as a file of its own, on white, without line breaks and third decimals."""
     element = re.sub(r"\s*\n\s*", " ", element)
-    element = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", element)
+    element = re.sub(r"<[^>]*>", lambda tag: _rounded(tag[0]), element)
     colours = f"--ink: #1d1d1b; --faint: #6b6b66; --rule: #dfdfd8; background: #fff; font-family: {_FONT}"
     return element.replace(">", f"><style>svg {{ {colours} }}</style>", 1)
+
+
+def _rounded(tag: str) -> str:
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
 
 
 def label_decades(axis: "Axis") -> None:

@@ -30,6 +30,14 @@ def test_pareto_names_every_configuration():
     assert "LPIPS ↓" in written
 
 
+def test_a_file_of_a_plot_keeps_the_words():
+    contents = evaluation()
+    contents["rows"]["threshold=0.001"] = contents["rows"].pop("all MXFP4")
+    written = pareto(contents, "lpips")
+    assert texts(standalone(written)) == texts(written) and "threshold=0.001" in texts(written)
+    assert len(standalone(written)) < len(written)
+
+
 def test_pareto_numbers_many_configurations():
     contents = evaluation()
     row = contents["rows"]["all MXFP4"]
