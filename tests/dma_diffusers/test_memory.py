@@ -261,6 +261,30 @@ def test_threads_do_not_mix(model, calls):
         assert all(map(torch.equal, together[number], found[number]))
 
 
+def test_pipelines_that_share_a_transformer_share_no_pairs(calls):
+    """One draws between two steps of the other."""
+    pipe = tiny_pipelines.flux()
+    other = type(pipe)(**pipe.components)
+    other.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
+    for each in (pipe, other):
+        each.set_progress_bar_config(disable=True)
+    apply(pipe, **FIELDS)
+
+    def draw(of, prompt, between=lambda step: None):
+        return of(
+            prompt, height=40, width=40, num_inference_steps=6, output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda pipe, step, level, tensors: between(step) or tensors,
+        ).images  # fmt: skip
+
+    alone = [draw(pipe, "a cat"), draw(other, "a dog")]
+    apart, within = reads(calls), []
+    calls.clear()
+    found = draw(pipe, "a cat", lambda step: within.append(draw(other, "a dog")) if step == 1 else None)
+    assert torch.equal(found, alone[0]) and torch.equal(within[0], alone[1])
+    assert "r" in apart and reads(calls).count("r") == apart.count("r")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
 def test_compiled_models_choose_and_read_in_one_graph(method, calls):
