@@ -10,13 +10,14 @@ from dma_diffusers.kernels.backward.tuning import Tuning
 from dma_diffusers.kernels.call import Call
 from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.lowerings import choose
-from dma_diffusers.kernels.plan import make
+from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class
+from dma_diffusers.kernels.tiling.precision_map import Class, build_map
 
-KERNELS = ("query_gradients", "key_gradients")
+KERNELS = ("query_gradients", "mean_gradients", "key_gradients")
+"""Those that are compiled; the second of them for maps with MEAN tiles alone."""
 _TOKENS, _HEADS = 256, 16
 
 
@@ -27,10 +28,11 @@ def compile_backward(
     low: str | None,
     products: str = "bf16",
     tuned: Tuning | None = None,
+    has_means: bool = False,
 ) -> list[dict[str, Any]]:
     """Compiles the `KERNELS` for `target`, one of `TARGETS`; a precision that is None has no tile.
 
-    products, tuned: as of `launch.gradients`.
+    products, tuned: as of `launch.gradients`. has_means: whether the last Q tile takes the first KV tile by its means.
 
     Returns dictionaries of `kernel, mma_kinds, registers, spills` (bytes of stack that a thread needs) and
     `shared_bytes`. Raises ValueError for an unknown target.
@@ -39,10 +41,14 @@ def compile_backward(
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
     policy = Diagonal(sink=0) if high and low else Dense(Class.HIGH if high else Class.LOW)
     words = high or low, low or high
+    layout = Layout(_TOKENS, _TOKENS)
+    classes = policy.classes(layout)
+    if has_means:
+        classes[..., -1, 0] = int(Class.MEAN)
     q, k, v, out = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(4))
     recorded: list[tuple[Any, tuple, dict[str, Any]]] = []
     launch.gradients(
-        Call(q, k, v), make(policy, Layout(_TOKENS, _TOKENS)), Precisions.parse(*words), out, out[..., 0].float(), out,
+        Call(q, k, v), Plan(build_map(classes, layout)), Precisions.parse(*words), out, out[..., 0].float(), out,
         products=products, lowering=choose(target, head_dim, *words).lowering, target=target, tuned=tuned,
         launcher=Launcher(lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options))),
     )  # fmt: skip

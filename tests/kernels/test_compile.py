@@ -185,8 +185,9 @@ def test_variants_that_skip_tiles_fit_and_do_not_spill_on_ampere_and_ada(target,
 
 @pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
 @pytest.mark.parametrize(("target", "high", "low"), [
-    ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_103", "mxfp8", "mxfp4"),
-    ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
+    ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_100", "mxfp8", "nvfp4"),
+    ("sm_103", "mxfp8", "mxfp4"), ("sm_103", None, "nvfp4"), ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
+    ("sm_120", "mxfp8", None),
 ])  # fmt: skip
 @pytest.mark.parametrize("skips", [False, True])
 def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):

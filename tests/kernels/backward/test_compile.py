@@ -11,11 +11,28 @@ from dma_diffusers.kernels.ahead_of_time.backward import KERNELS, compile_backwa
 
 def test_hopper_multiplies_bf16_by_wgmma_and_spills_nothing():
     found = compile_backward("sm_90", 128, "bf16", None)
-    assert [each["kernel"] for each in found] == list(KERNELS)
+    assert [each["kernel"] for each in found] == ["query_gradients", "key_gradients"]
     for each in found:
         assert each["mma_kinds"] == ["wgmma bf16"] and each["spills"] == 0
         # Two programs share a multiprocessor.
         assert each["registers"] <= 255 and each["shared_bytes"] <= 227 * 1024 // 2
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "kind", "has_means", "most_spilled"),
+    [
+        ("sm_90", 64, "wgmma bf16", True, 0),
+        ("sm_100", 128, "kind::f16", True, 16),
+        ("sm_103", 128, "kind::f16", False, 0),
+    ],
+)
+def test_maps_of_one_class_and_means_compile(target, head_dim, kind, has_means, most_spilled):
+    found = compile_backward(target, head_dim, "bf16", None, has_means=has_means)
+    assert [each["kernel"] for each in found] == [
+        name for name in KERNELS if has_means or name != "mean_gradients"
+    ]
+    assert all(each["mma_kinds"] == [kind] for each in found)
+    assert max(each["spills"] for each in found) <= most_spilled
 
 
 def test_int8_products_are_int8_instructions():

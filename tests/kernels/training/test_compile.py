@@ -15,6 +15,7 @@ from dma_diffusers.kernels.ahead_of_time.compile import compile_launch, resource
     [
         ("sm_90", "quartet2", "requantised input"),
         ("sm_100", "quartet2", "requantised input"),
+        ("sm_103", "quartet2", "requantised input"),
         ("sm_120", "quartet, stochastic", "backward weight"),
         ("sm_120", "quartet", "finish"),
     ],
