@@ -2,9 +2,9 @@
 
 sm_90: from times on an H200; for dK and dV of 64 channels, of one shape alone. All others: from what the compiler makes
 of them. Nothing spills where a map has one class, with Triton 3.6; with several and FP8 P·V, sm_90 spills 32 bytes at
-most. With Triton 3.8 maps of several classes, or with MEAN tiles, spill up to 144 bytes: 40 on sm_90, 104 on sm_120 at
-64 channels, 144 on sm_100 and sm_103 at 128. INT8 products gain nothing on an H200 (eval/results/recovery.md), and spill in sm_90's dK and dV of 128 channels:
-64 bytes, 120 with Triton 3.8.
+most. With Triton 3.8, maps of several classes or with MEAN tiles spill up to 40 bytes on sm_90, 104 on sm_120 at 64
+channels, and 144 on sm_100 and sm_103 at 128. INT8 products gain nothing on an H200 (eval/results/recovery.md), and
+spill in sm_90's dK and dV of 128 channels: 64 bytes, 120 with Triton 3.8.
 """
 
 from dataclasses import dataclass

@@ -270,7 +270,8 @@ def test_pipelines_that_share_a_transformer_share_no_pairs(calls):
 
     def draw(of, prompt, levels, between=lambda step: None):
         return of(
-            prompt, height=40, width=40, sigmas=levels, output_type="latent", generator=torch.Generator().manual_seed(0),
+            prompt, height=40, width=40, sigmas=levels, output_type="latent",
+            generator=torch.Generator().manual_seed(0),
             callback_on_step_end=lambda pipe, step, level, tensors: between(step) or tensors,
         ).images  # fmt: skip
 

@@ -201,7 +201,7 @@ def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
         registers, spills = ahead.resources(compiled.asm["cubin"])
         spills_on = TRITON < (3, 7) and (target, head_dim) == ("sm_120", 128)  # kernels/tritons.md
-        assert spills <= 56 * spills_on and registers > 20
+        assert spills <= 48 * spills_on and registers > 20
     without = attend(target, high, low, head_dim, skips=skips)
     assert len(loops(compiled.asm["cubin"])) == len(loops(without.asm["cubin"])) + 1
     if high:  # otherwise HIGH, which MXFP4 leaves the means to, multiplies nothing else
