@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import DistributedType
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
@@ -29,6 +30,7 @@ from tests.pipelines.saved_flux import CALL, save_flux
 from tests.tiny_pipelines import wan22
 
 PROMPTS = ("a cat", "a dog")
+SKIPPING = "skip_softmax(threshold=0.01)"
 SETTINGS = Settings(batch=2, learning_rate=1e-3, warmup=0)
 
 
@@ -123,6 +125,29 @@ def test_the_result_loads_in_stock_diffusers_and_draws(run, model, request_):
     lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == result["loss"] and lines[-1]["step"] == 4
     assert sorted(path.name for path in folder.glob("checkpoints/*")) == ["step-00000002", "step-00000004"]
+
+
+def state_of(folder, step):
+    return torch.load(folder / f"checkpoints/step-{step:08d}/state.pt", weights_only=True)
+
+
+def test_the_averages_are_saved(run):
+    folder, _ = run
+    saved, state = FluxTransformer2DModel.from_pretrained(folder / "transformer"), state_of(folder, 4)
+    averages = state["average"]["shadow_params"]
+    assert all(map(torch.equal, saved.parameters(), averages))
+    assert not all(value.equal(state["weights"][name]) for name, value in saved.named_parameters())
+
+
+def test_gradients_are_clipped(request_, tmp_path):
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    norms = []
+    for clip in (1e-3, 0.0):
+        folder = tmp_path / str(clip)
+        finetune(replace(request_, settings=replace(SETTINGS, clip=clip)), 1, folder, Watch(), silent)
+        moments = [each["exp_avg"] for each in state_of(folder, 1)["optimizer"]["state"].values()]
+        norms.append(float(torch.cat([moment.flatten() for moment in moments]).norm()))
+    assert norms[0] == pytest.approx(1e-4, rel=1e-3) and norms[1] > 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -235,17 +260,23 @@ def test_another_configuration_is_refused_with_its_differences(run, request_):
         finetune(other, 5, run[0], Watch(), silent)
 
 
-def test_a_loss_that_is_nan_names_the_last_good_checkpoint(request_, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("breaks", "step", "message"), [
+    (lambda loss: loss * torch.nan, 2, "loss is nan .* in step 2: the last good checkpoint is .*step-00000001; lower"),
+    (lambda loss: loss + (0 * loss).sqrt(), 2, r"loss is \d.* norm nan in step 2: the last good checkpoint is .*1; "),
+    (lambda loss: loss * torch.nan, 1, "in step 1: there is no checkpoint before it; lower --lr, in another folder"),
+], ids=["loss", "gradient", "first step"])  # fmt: skip
+def test_what_is_not_finite_stops_and_names_the_last_good_checkpoint(
+    breaks, step, message, request_, tmp_path, monkeypatch
+):
     stock, calls = trainer.velocity_loss, []
 
-    def breaks(model, call):
+    def broken(model, call):
         calls.append(call)
-        return stock(model, call) * (float("nan") if len(calls) == 2 else 1.0)
+        loss = stock(model, call)
+        return breaks(loss) if len(calls) == step else loss
 
-    monkeypatch.setattr(trainer, "velocity_loss", breaks)
-    with pytest.raises(
-        ValueError, match=r"in step 2: the last good checkpoint is .*step-00000001; lower --lr"
-    ):
+    monkeypatch.setattr(trainer, "velocity_loss", broken)
+    with pytest.raises(ValueError, match=message):
         finetune(request_, 4, tmp_path, Watch(checkpoint_every=1), silent)
 
 
@@ -265,7 +296,9 @@ def test_out_of_memory_says_what_to_lower(request_, tmp_path, monkeypatch):
     ({"linears": None}, "nothing is low-bit"),
     ({"attention": DMAConfig(linears="fp8")}, "give linear layers by --linears"),
     ({"attention": DMAConfig.preset("auto")}, "lowering=fastest leaves calls that train to stock"),
-    ({"attention": DMAConfig(policy="skip_softmax(threshold=0.01)")}, "threshold has no backward.*every other policy"),
+    ({"attention": DMAConfig(policy=SKIPPING)}, "threshold has no backward.*every other policy"),
+    ({"attention": DMAConfig(schedule=f"sigma>0.5: diagonal(); {SKIPPING}")}, "threshold has no backward"),
+    ({"attention": DMAConfig(modules={"attn": {"policy": SKIPPING}})}, "threshold has no backward"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_said(changes, message, request_, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -279,6 +312,19 @@ def test_split_weights_are_not_trained(request_, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="accelerate is set to FSDP: launch it with --multi_gpu"):
         finetune(request_, 1, tmp_path, Watch(), silent)
+
+
+def test_a_pipeline_without_a_transformer_or_room_for_it_is_not_trained():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has no transformer: there is nothing here to fine-tune"):
+        trainable(SimpleNamespace(components={"vae": layer}), "transformer", lora=False)
+    pipe = SimpleNamespace(components={"transformer": layer})
+    assert trainable(pipe, "transformer", lora=False) is layer
+    add_hook_to_module(layer, ModelHook())
+    with pytest.raises(
+        ValueError, match="transformer has no room on this GPU beside the rest of SimpleNamespace"
+    ):
+        trainable(pipe, "transformer", lora=False)
 
 
 def test_a_pipeline_that_saves_no_adapters_trains_none():
