@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import DistributedType
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from dma_diffusers import apply, report, restore
@@ -27,7 +27,7 @@ from dma_diffusers.pipelines.finetuning.trainer import Settings, Trainer
 from dma_diffusers.pipelines.generate import draw
 from dma_diffusers.pipelines.load import load_pipeline
 from tests.pipelines.saved_flux import CALL, save_flux
-from tests.tiny_pipelines import wan22
+from tests.tiny_pipelines import CALLS, wan, wan22
 
 PROMPTS = ("a cat", "a dog")
 SKIPPING = "skip_softmax(threshold=0.01)"
@@ -247,6 +247,36 @@ def test_attention_that_never_trained_at_low_precision_is_said(request_, tmp_pat
 def test_gradient_checkpointing_changes_nothing(run, request_, tmp_path):
     asked = replace(request_, gradient_checkpointing=True)
     assert finetune(asked, 2, tmp_path, Watch(0), silent)["loss"] == run[1]["loss"][:2]
+
+
+def test_a_pipeline_of_clips_learns_and_draws_again(tmp_path):
+    """With both halves of guidance, and attention that takes far tiles by their means."""
+    stock = wan()
+    stock.save_pretrained(tmp_path / "model")
+    call = CALLS[WanPipeline] | {
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+        "negative_prompt": "blurred",
+    }
+    attention = DMAConfig(
+        high="bf16",
+        low="int8",
+        policy="importance(budget=0.3, beyond=mean)",
+        dense_layers=(),
+        dense_above_sigma=1,
+    )
+    request = Request(tmp_path / "model", call, PROMPTS, attention=attention, settings=SETTINGS)
+    result = finetune(request, 2, tmp_path / "run", Watch(), silent)
+    assert len(result["loss"]) == 2 and not result["notes"]
+    trained = WanTransformer3DModel.from_pretrained(tmp_path / "run/transformer")
+    own = stock.transformer.state_dict()
+    assert sum(not value.equal(own[name]) for name, value in trained.state_dict().items()) > 10
+    stock.transformer = trained
+    apply(stock, DMAConfig.from_file(tmp_path / "run/policy.json"))
+    frames = draw(stock, ["a cat"], [0], call).frames
+    assert frames.shape == (1, 9, 144, 176, 3) and frames.std() > 0
+    # Two blocks in two steps, with the prompt and with the negative one.
+    assert sum(receipt.intercepted for receipt in report(stock).modules) == 8
 
 
 def test_sheets_of_more_samples_are_drawn_anew(run, model):
