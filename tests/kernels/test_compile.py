@@ -183,14 +183,15 @@ def test_variants_that_skip_tiles_fit_and_do_not_spill_on_ampere_and_ada(target,
     assert ahead.resources(skipping.asm["cubin"])[1] == 0
 
 
-@pytest.mark.parametrize("head_dim", ahead.HEAD_DIMS)
-@pytest.mark.parametrize(("target", "high", "low"), [
-    ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"), ("sm_100", "mxfp8", "nvfp4"),
-    ("sm_103", "mxfp8", "mxfp4"), ("sm_103", None, "nvfp4"), ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
-    ("sm_120", "mxfp8", None),
+@pytest.mark.parametrize(("target", "high", "low", "head_dim", "skips"), [
+    *((*each, head_dim, skips) for head_dim in ahead.HEAD_DIMS for skips in (False, True) for each in [
+        ("sm_100", "mxfp8", "mxfp4"), ("sm_100", "mxfp8", None), ("sm_100", None, "mxfp4"),
+        ("sm_103", "mxfp8", "mxfp4"), ("sm_120", "mxfp8", "mxfp4"), ("sm_120", None, "mxfp4"),
+    ]),
+    ("sm_100", "mxfp8", "nvfp4", 128, False), ("sm_103", None, "nvfp4", 128, False),
+    ("sm_120", "mxfp8", None, 128, False),
 ])  # fmt: skip
-@pytest.mark.parametrize("skips", [False, True])
-def test_variants_with_means_do_not_spill(target, high, low, skips, head_dim):
+def test_variants_with_means_do_not_spill(target, high, low, head_dim, skips):
     """They launch `encode` once more, for the means, and the attention kernel has one loop more."""
     found = list(ahead.launches(target, high, low, head_dim, skips=skips, has_means=True))
     assert [kernel.__name__ for kernel, *_ in found] == ["statistics", "means", "encode", "encode", "attend"]
