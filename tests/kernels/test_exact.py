@@ -10,6 +10,9 @@ from dma_diffusers.kernels.attention.exact import exact_rows
 from dma_diffusers.kernels.call import Call, Norms
 from tests.kernels.oracle import normalised, rotated
 
+ROUNDING = 1e-5
+"""What float32 may add: scores come to 16, and how products are summed depends on the processor."""
+
 
 def make(**fields) -> Call:
     torch.manual_seed(0)
@@ -66,7 +69,9 @@ def expected(call: Call) -> torch.Tensor:
 def test_rows_are_those_of_everything(name, at_once, rows, monkeypatch):
     monkeypatch.setattr(exact, "MOST_KEYS", at_once)  # each head alone, or all at once
     call = make(**FIELDS[name]())
-    torch.testing.assert_close(exact_rows(call, rows).double(), expected(call)[:, :, rows], rtol=0, atol=3e-6)
+    torch.testing.assert_close(
+        exact_rows(call, rows).double(), expected(call)[:, :, rows], rtol=0, atol=ROUNDING
+    )
 
 
 def test_what_is_hidden_may_be_anything():
@@ -91,4 +96,4 @@ def test_it_is_in_float32_for_narrow_inputs_also_under_autocast(dtype):
     call = Call(*(x.to(dtype) for x in (call.q, call.k, call.v)))
     with torch.autocast("cpu", torch.bfloat16):
         found = exact_rows(call, range(0, 173, 30))
-    torch.testing.assert_close(found.double(), expected(call)[:, :, 0:173:30], rtol=0, atol=3e-6)
+    torch.testing.assert_close(found.double(), expected(call)[:, :, 0:173:30], rtol=0, atol=ROUNDING)
