@@ -4,8 +4,8 @@ It is for policies with `by=memory`. Pairs are kept for each text with which the
 prompt and negative prompt, for each of several calls with one text, for each call of a module in a step, such as those
 with a ring's chunks of keys, and for each thread. They are forgotten where the noise level rises, or stays with other
 latents, as in another drawing, and where the shapes or the policy change. So two drawings that take turns in one thread
-share no pairs unless they share the tensor of their text. Where a model doesn't tell the noise level, every call finds
-its pairs anew.
+share no pairs unless they share the tensor of their text, but pairs age by the steps of both. Where a model doesn't
+tell the noise level, every call finds its pairs anew.
 """
 
 import math

@@ -72,7 +72,7 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # these ids name parts, and repeat from plot to plot
-    drawn = re.sub(r"font-family: [^;\"]*; ", "", drawn)  # the page's holds
+    drawn = re.sub(r"font-family: [^;\"]*; ", "", drawn)  # matplotlib names its own font at every word
     for colour, variable in _PAGE.items():
         drawn = drawn.replace(colour, variable)
     return drawn
@@ -81,13 +81,10 @@ def svg(name: str, width: float, height: float, draw: Callable[["Figure"], None]
 def standalone(element: str) -> str:
     """Return a plot's <svg> element as a file of its own, on white, without line breaks and third decimals."""
     element = re.sub(r"\s*\n\s*", " ", element)
-    element = re.sub(r"<[^>]*>", lambda tag: _rounded(tag[0]), element)
+    # A number is rounded inside a tag, where coordinates are, and not in a label between tags.
+    element = re.sub(r"\d+\.\d{3,}(?=[^<>]*>)", lambda number: f"{float(number[0]):.2f}", element)
     colours = f"--ink: #1d1d1b; --faint: #6b6b66; --rule: #dfdfd8; background: #fff; font-family: {_FONT}"
     return element.replace(">", f"><style>svg {{ {colours} }}</style>", 1)
-
-
-def _rounded(tag: str) -> str:
-    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
 
 
 def label_decades(axis: "Axis") -> None:

@@ -4,7 +4,15 @@ from typing import Any
 
 import torch
 
-from dma_diffusers.kernels.ahead_of_time.compile import TARGETS, compile_launch, mma_kinds, resources
+from dma_diffusers.kernels.ahead_of_time.compile import (
+    HEADS,
+    TARGETS,
+    TOKENS,
+    compile_launch,
+    map_of,
+    mma_kinds,
+    resources,
+)
 from dma_diffusers.kernels.backward import launch
 from dma_diffusers.kernels.backward.tuning import Tuning
 from dma_diffusers.kernels.call import Call
@@ -12,13 +20,11 @@ from dma_diffusers.kernels.device.launch import Launcher
 from dma_diffusers.kernels.lowerings import choose
 from dma_diffusers.kernels.plan import Plan
 from dma_diffusers.kernels.precision import Precisions
-from dma_diffusers.kernels.tiling.layout import Layout
 from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, build_map
+from dma_diffusers.kernels.tiling.precision_map import Class
 
 KERNELS = ("query_gradients", "mean_gradients", "key_gradients")
-"""Those that are compiled; the second of them for maps with MEAN tiles alone."""
-_TOKENS, _HEADS = 256, 16
+"""The kernels that are compiled. `mean_gradients` is launched only where a map has MEAN tiles."""
 
 
 def compile_backward(
@@ -41,14 +47,10 @@ def compile_backward(
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
     policy = Diagonal(sink=0) if high and low else Dense(Class.HIGH if high else Class.LOW)
     words = high or low, low or high
-    layout = Layout(_TOKENS, _TOKENS)
-    classes = policy.classes(layout)
-    if has_means:
-        classes[..., -1, 0] = int(Class.MEAN)
-    q, k, v, out = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, out = (torch.ones(2, HEADS, TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(4))
     recorded: list[tuple[Any, tuple, dict[str, Any]]] = []
     launch.gradients(
-        Call(q, k, v), Plan(build_map(classes, layout)), Precisions.parse(*words), out, out[..., 0].float(), out,
+        Call(q, k, v), Plan(map_of(policy, has_means)), Precisions.parse(*words), out, out[..., 0].float(), out,
         products=products, lowering=choose(target, head_dim, *words).lowering, target=target, tuned=tuned,
         launcher=Launcher(lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options))),
     )  # fmt: skip

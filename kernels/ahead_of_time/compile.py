@@ -31,14 +31,15 @@ from dma_diffusers.kernels.precision import Precisions
 from dma_diffusers.kernels.routing.reference import Routing
 from dma_diffusers.kernels.tiling.fine_mask import hide_empty_slots
 from dma_diffusers.kernels.tiling.layout import TILE, Layout
-from dma_diffusers.kernels.tiling.policies import Dense, Diagonal
-from dma_diffusers.kernels.tiling.precision_map import Class, build_map
+from dma_diffusers.kernels.tiling.policies import Dense, Diagonal, Policy
+from dma_diffusers.kernels.tiling.precision_map import Class, PrecisionMap, build_map
 
 TARGETS = (*BLOCK_SCALED_ARCHITECTURES, "sm_90", *WITHOUT_TMA)
 HEAD_DIMS = (64, 128)
 PAIRS = {target: FORMAT_PAIRS[target] for target in TARGETS}
 PAIRS["sm_90"] += (default_formats("sm_100"),)  # a B200's numbers, re-encoded by the lowering `faithful`
-_TOKENS, _HEADS = 256, 16
+TOKENS, HEADS = 256, 16
+"""The size of the calls whose launches are compiled."""
 _COMPILED: dict[str, Any] = {}
 
 _TYPES = {
@@ -119,17 +120,14 @@ def launches(
         recorded.append((kernel, arguments, options))
 
     policy = Diagonal() if high and low else Dense(Class.HIGH if high else Class.LOW)
-    high, low, layout = high or low, low or high, Layout(_TOKENS, _TOKENS)
-    classes = policy.classes(layout)
-    if has_means:
-        classes[..., -1, 0] = int(Class.MEAN)
-    mask = torch.ones(2, _TOKENS, dtype=torch.bool) if masks_keys else None
-    q, k, v = (torch.ones(2, _HEADS, _TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
+    high, low = high or low, low or high
+    mask = torch.ones(2, TOKENS, dtype=torch.bool) if masks_keys else None
+    q, k, v = (torch.ones(2, HEADS, TOKENS, head_dim, dtype=torch.bfloat16) for _ in range(3))
     plan = Plan(
-        build_map(classes, layout),
+        map_of(policy, has_means),
         routing,
         None if slots is None else torch.arange(slots, dtype=torch.int32),
-        hide_empty_slots(torch.arange(slots or _TOKENS)) if has_fine_mask else None,
+        hide_empty_slots(torch.arange(slots or TOKENS)) if has_fine_mask else None,
         1e-3 if skips else None,
     )
     launch.attention(
@@ -137,6 +135,15 @@ def launches(
         target=target, lowering=choose(target, head_dim, high, low).lowering, launcher=Launcher(record),
     )  # fmt: skip
     return iter(recorded)
+
+
+def map_of(policy: Policy, has_means: bool) -> PrecisionMap:
+    """The map of a policy for a call of `TOKENS`; with means the last Q tile takes the first KV tile by its means."""
+    layout = Layout(TOKENS, TOKENS)
+    classes = policy.classes(layout)
+    if has_means:
+        classes[..., -1, 0] = int(Class.MEAN)
+    return build_map(classes, layout)
 
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any], target: str) -> Any:

@@ -262,7 +262,7 @@ def test_threads_do_not_mix(model, calls):
 
 
 def test_pipelines_that_share_a_transformer_share_no_pairs(calls):
-    """One draws between two steps of the other."""
+    """One pipeline draws between two steps of the other."""
     pipe = tiny_pipelines.flux()
     other = type(pipe)(**pipe.components)
     other.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
